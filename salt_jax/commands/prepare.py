@@ -1,0 +1,229 @@
+"""`salt prepare`: text, by way of a SeqIO task, into a packed cache of fixed-length rows.
+
+In: a task (text files, or any registered SeqIO task), a vocabulary, a sequence length. Out: the
+packed cache in the output folder, summary.json with its counts, and a table of them.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import seqio
+from rich.console import Console
+from rich.table import Table
+
+from salt_jax.data.manifests import COMPLETED_FILE
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_text import row_as_text
+from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.cache_building import BuiltCache, PackingPlan, build_cache
+from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.seqio_adapters import vocabulary_of
+from salt_jax.preparation.text_files import TextFiles
+from salt_jax.preparation.text_tasks import text_task
+from salt_jax.preparation.tokenized_documents import find_task
+from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
+from salt_jax.run_folder import RunFolder
+
+
+def prepare(
+    run: RunFolder,
+    *,
+    task: TextFiles | RegisteredTask | None = None,
+    vocabulary: Vocabulary | TrainedVocabulary | None = None,
+    sequence_length: int = 128,
+    packing: str = "concatenate_and_split",
+    shards: int = 1,
+    seed: int = 0,
+    skip_broken_lines: bool = False,
+    show: int = 0,
+) -> None:
+    """Makes a packed cache: tokenized, packed, shuffled once, each row with a stable id.
+
+    The same text and settings give the same bytes. A finished cache is not made again; --show=N on
+    one prints rows of it and needs no other setting.
+
+    Args:
+      run: The folder of the cache.
+      task: @text_files.TextFiles() or a function that gives one (@pile.pile_files(),
+        @own_text.own_text()), or @registered_task.RegisteredTask() for any task of SeqIO's.
+      vocabulary: @vocabularies.ByteVocabulary(), SentencePieceVocabulary or HuggingFaceVocabulary,
+        or @trained_vocabulary.TrainedVocabulary() to train one on the train split. A RegisteredTask
+        brings its own.
+      sequence_length: Tokens a row.
+      packing: "concatenate_and_split" or "whole_documents".
+      shards: Files a split is cut into.
+      seed: Of the order of documents and of rows.
+      skip_broken_lines: Pass over lines that are no JSON or have no text, and count them.
+      show: Print so many rows of each split as text.
+
+    Raises:
+      InputError: Bad settings, or bad text, named with its file and line.
+    """
+    if show < 0:
+        raise InputError(f"show is {show}, expected 0 or more rows.")
+    finished = (run.path / COMPLETED_FILE).exists()
+    if finished and show:
+        print(f"{run.path} is finished: rows of it follow, nothing was prepared.")
+        _print_rows(PackedCache.open(run.path), show)
+        return
+    plan = PackingPlan(sequence_length, packing, shards, seed)
+    task = _checked(task, vocabulary, skip_broken_lines)
+    run.begin(replace=not finished)
+    if finished:
+        _refuse_changed_sources(PackedCache.open(run.path), task)
+        print(f"{run.path} is finished already: nothing was prepared.")
+        return
+    started = time.monotonic()
+    seqio_task, used_vocabulary = _seqio_task(task, vocabulary)
+    built = build_cache(
+        run.path,
+        seqio_task,
+        used_vocabulary,
+        plan,
+        before_writing=lambda needed: run.require_space(needed, "the rows of the packed cache"),
+    )
+    seconds = time.monotonic() - started
+    cache = PackedCache.open(run.path)
+    run.write_summary(_summary(cache, built, seconds))
+    _print_counts(cache, built, seconds)
+    _print_rows(cache, show)
+
+
+def _checked(
+    task: TextFiles | RegisteredTask | None,
+    vocabulary: Vocabulary | TrainedVocabulary | None,
+    skip_broken_lines: bool,
+) -> TextFiles | RegisteredTask:
+    """The task, after what can be checked without reading its text."""
+    if task is None:
+        raise InputError(
+            "No task was given: set prepare.prepare.task, by a gin file of data/ "
+            "(--gin_file=data/text.gin) or to your own @text_files.TextFiles()."
+        )
+    if isinstance(task, RegisteredTask):
+        if skip_broken_lines:
+            raise InputError(
+                f"skip_broken_lines applies to text files, the task is SeqIO's {task.name!r}: "
+                "set it where that task is registered."
+            )
+        if isinstance(vocabulary, TrainedVocabulary):
+            raise InputError(
+                f"A vocabulary was to be trained, but SeqIO's task {task.name!r} brings its own: "
+                "leave prepare.prepare.vocabulary unset."
+            )
+        find_task(task)
+        return task
+    if vocabulary is None:
+        raise InputError(
+            "No vocabulary was given: set prepare.prepare.vocabulary "
+            "(@vocabularies.ByteVocabulary(), or a gin file of data/)."
+        )
+    for split in task.splits:
+        task.files(split)
+    return dataclasses.replace(task, skip_broken_lines=True) if skip_broken_lines else task
+
+
+def _seqio_task(
+    task: TextFiles | RegisteredTask, vocabulary: Vocabulary | TrainedVocabulary | None
+) -> tuple[seqio.Task, Vocabulary]:
+    """The SeqIO task and the vocabulary of its targets, trained if that was asked for."""
+    if isinstance(task, RegisteredTask):
+        registered = find_task(task)
+        own = vocabulary_of(registered.output_features["targets"].vocabulary, task.name)
+        if vocabulary is not None and vocabulary != own:
+            raise InputError(
+                f"The vocabulary given is {vocabulary}, SeqIO's task {task.name!r} has {own}: "
+                "leave "
+                "prepare.prepare.vocabulary unset, or change the task's."
+            )
+        return registered, own
+    if isinstance(vocabulary, TrainedVocabulary):
+        print(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …")
+        vocabulary = vocabulary.train(document.text for document in task.documents("train"))
+    assert vocabulary is not None, "_checked refuses text files without a vocabulary"
+    return text_task("text_files", task, vocabulary), vocabulary
+
+
+def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask) -> None:
+    if isinstance(task, RegisteredTask):
+        return
+    recorded = {source["file"]: source["digest"] for source in cache.manifest["sources"]}
+    now = {source["file"]: source["digest"] for source in task.sources()}
+    changed = sorted(
+        name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name)
+    )
+    if changed:
+        raise InputError(
+            f"The cache {cache.path} was made when {changed[0]} was another file: choose another "
+            "--output_dir, or remove the cache."
+        )
+
+
+def _summary(cache: PackedCache, built: BuiltCache, seconds: float) -> dict[str, Any]:
+    splits = {
+        name: {key: value for key, value in cache.split(name).info.items() if key != "shards"}
+        for name in cache.split_names
+    }
+    tokens = sum(info["tokens"] for info in splits.values())
+    return {
+        "digest": cache.digest,
+        "sequence_length": cache.sequence_length,
+        "packing": cache.manifest["packing"],
+        "vocabulary": cache.manifest["vocabulary"],
+        "splits": splits,
+        "broken_lines": built.broken_lines,
+        "texts_shared_with_train": built.shared_texts,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+    }
+
+
+def _print_counts(cache: PackedCache, built: BuiltCache, seconds: float) -> None:
+    table = Table(
+        title=f"{cache.path}: rows of {cache.sequence_length} tokens", title_justify="left"
+    )
+    table.add_column("split / subset")
+    for column in ("rows", "tokens", "documents", "bytes/token"):
+        table.add_column(column, justify="right")
+    for name in cache.split_names:
+        info = cache.manifest["splits"][name]
+        _add_counts(table, name, info, f"{info['documents']:,}", info["bytes"] / info["tokens"])
+        if len(info["by_subset"]) > 1:
+            for subset, counts in info["by_subset"].items():
+                _add_counts(table, f"  {subset}", counts)
+    Console().print(table)
+    vocabulary = cache.manifest["vocabulary"]
+    print(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
+    for file, count in built.broken_lines.items():
+        print(f"Passed over {count:,} broken lines of {file}.")
+    for split, count in built.shared_texts.items():
+        if count:
+            print(f"Warning: {count:,} texts of the {split} split are in the train split too.")
+
+
+def _add_counts(
+    table: Table,
+    name: str,
+    counts: Mapping[str, Any],
+    documents: str = "",
+    bytes_per_token: float | None = None,
+) -> None:
+    ratio = "" if bytes_per_token is None else f"{bytes_per_token:.2f}"
+    table.add_row(name, f"{counts['rows']:,}", f"{counts['tokens']:,}", documents, ratio)
+
+
+def _print_rows(cache: PackedCache, count: int) -> None:
+    """The first rows of each split; the cache is shuffled, so they are a sample."""
+    for name in cache.split_names:
+        rows = cache.split(name)
+        for row_id in range(min(count, len(rows))):
+            row = rows[row_id]
+            print(
+                f"\n── {name} row {row_id} · subset: {cache.subsets[row['subset']]} · "
+                f"tokens with loss weight: {int(row['loss_weights'].sum())} of "
+                f"{cache.sequence_length} · segments: {int(row['segment_ids'].max())}"
+            )
+            print(row_as_text(row, cache.vocabulary))

@@ -1,0 +1,82 @@
+"""`salt report RUN…`: one self-contained page of plots and tables from any runs.
+
+In: output folders of `salt train`, `salt score` and `salt select`, finished or still going.
+Out: index.html, its plots as PNG files, and summary.json with the same results as numbers.
+"""
+
+import datetime
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+from salt_jax import __version__
+from salt_jax.errors import InputError
+from salt_jax.reporting import page
+from salt_jax.reporting.runs import Material, Origin, read_folders
+from salt_jax.reporting.sections import compose
+from salt_jax.reporting.tables import Table
+from salt_jax.run_folder import RunFolder, write_atomically
+
+POSITIONAL = "runs"
+PAGE_FILE = "index.html"
+WIDTH_OFF_TERMINAL = 120
+
+
+def report(run: RunFolder, *, runs: Sequence[str], title: str = "SALT training runs") -> None:
+    """Turns runs into one page: at equal steps, at equal FLOPs, at equal time.
+
+    Arms of one model size are set side by side; a run of another size, such as the SLM, is drawn
+    faintly for orientation. A folder of scores gives their distribution, a folder of selected rows
+    the cut in it. A report may be made again into the same folder.
+
+    Args:
+      run: The folder the page is written to.
+      runs: Output folders of `salt train`, `salt score` and `salt select`, in any order.
+      title: The page's head.
+
+    Raises:
+      InputError: A folder that is none of these, or is damaged.
+    """
+    if isinstance(runs, str):
+        raise InputError(f"runs is the text {runs!r}: give a list of folders, ({runs!r},).")
+    material = read_folders(runs)
+    composed = compose(material)
+    run.begin(replace=True)
+    for plot in composed.plots:
+        (run.path / f"{plot.name}.png").write_bytes(plot.png)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    made = f"Made by salt report {__version__}, {now}."
+    path = run.path / PAGE_FILE
+    write_atomically(path, page.render(title, composed, _origins(material), made))
+    files = [f"{plot.name}.png" for plot in composed.plots]
+    run.write_summary({"title": title, "page": PAGE_FILE, "plots": files, **composed.numbers})
+    # Into a file or a pipe there is no width to keep to, and folded figures are hard to read.
+    console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
+    for table in composed.tables:
+        _print_table(console, table)
+    console.print(f"The page: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _origins(material: Material) -> list[tuple[str, Origin]]:
+    return [
+        *((one.label, one.origin) for one in material.runs),
+        *((f"scores: {one.origin.path.name}", one.origin) for one in material.scores),
+        *((f"selection: {one.name}", one.origin) for one in material.selections),
+    ]
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Shows a table of the page on the terminal; names are shown as they are, never as markup."""
+    shown = TerminalTable(
+        title=Text(table.title, style="bold"), title_justify="left", box=SIMPLE_HEAD
+    )
+    for index, name in enumerate(table.columns):
+        shown.add_column(Text(name), justify="right" if index else "left", no_wrap=not index)
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    if table.note:
+        console.print(Text(table.note, style="dim"))

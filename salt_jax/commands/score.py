@@ -1,0 +1,113 @@
+"""`salt score`: one score a row, from an early checkpoint of the SLM.
+
+The score is METHOD's S: the median loss over the tokens that are among the model's k most likely.
+High scores are hard yet learnable. `salt select` picks rows by them.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import RowScores
+from salt_jax.distill.scores import ScoreConfig
+from salt_jax.errors import InputError
+from salt_jax.run_folder import RunFolder
+from salt_jax.training import flops, partitioning
+from salt_jax.training.checkpoints import find_model
+from salt_jax.training.compilation import use_compilation_cache
+from salt_jax.training.scoring import score_rows
+from salt_jax.training.teacher import require_same_vocabulary
+
+
+def score(
+    run: RunFolder,
+    *,
+    scorer: str,
+    cache: str,
+    scorer_step: int | None = None,
+    split: str = "train",
+    score: ScoreConfig = ScoreConfig(),  # noqa: B008 (frozen)
+    batch_size: int = 64,
+    mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
+    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    compilation_cache: str = "~/.cache/salt_jax/programs",
+) -> None:
+    """Scores every row of a split with a frozen model.
+
+    Args:
+      run: The folder for scores.npy and its manifest.
+      scorer: The run folder of the scoring model.
+      cache: A folder made by `salt prepare`, with the scorer's vocabulary.
+      scorer_step: The scorer's checkpoint, an early one for SALT; the newest by default.
+      split: Which rows.
+      score: k and the treatment of unlearnable tokens.
+      batch_size: Rows at once.
+      mesh: How many devices along each mesh axis.
+      rules: From the model's logical axes to the mesh's.
+      compilation_cache: Where compiled programs are kept between runs; "" keeps none.
+
+    Raises:
+      InputError: No such model or cache, another vocabulary, or k over the vocabulary's size.
+    """
+    packed = PackedCache.open(cache)
+    model = find_model(scorer, scorer_step, "scorer")
+    require_same_vocabulary(
+        model, packed.vocabulary_fingerprint, f"the cache {packed.path}", role="scorer"
+    )
+    if score.k > packed.vocabulary_size:
+        raise InputError(
+            f"k is {score.k} and the vocabulary has {packed.vocabulary_size} ids: lower "
+            "scores.ScoreConfig.k."
+        )
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size} and must be at least 1.")
+    if packed.sequence_length > model.config.max_length:
+        raise InputError(
+            f"The cache {packed.path} has rows of {packed.sequence_length} tokens and the scorer "
+            f"takes {model.config.max_length}: prepare shorter rows."
+        )
+    rows = len(packed.split(split))
+    device_mesh = mesh.make()
+    run.begin()
+    use_compilation_cache(compilation_cache)
+    params = model.load_params(device_mesh, rules)
+    start = time.perf_counter()
+    scores_N = score_rows(
+        model.config, params, packed, split, score, batch_size, device_mesh, rules
+    )
+    seconds = time.perf_counter() - start
+    RowScores.write(
+        run.path,
+        scores_N,
+        cache_digest=packed.digest,
+        split=split,
+        scorer=model.identity,
+        score=dataclasses.asdict(score),
+    )
+    learnable_N = np.isfinite(scores_N)
+    print(
+        f"{rows:,} rows of {split} scored by {model.path} at step {model.step} in {seconds:.1f} s; "
+        f"median {np.median(scores_N[learnable_N]) if learnable_N.any() else -np.inf:.3f} nats, "
+        f"{int((~learnable_N).sum()):,} rows without enough learnable tokens"
+    )
+    length = packed.sequence_length
+    run.write_summary(
+        {
+            "rows": rows,
+            "rows_without_score": int((~learnable_N).sum()),
+            "score": dataclasses.asdict(score),
+            "scorer": model.identity,
+            "quantiles": _quantiles(scores_N[learnable_N]),
+            "seconds": seconds,
+            "flops": rows * length * flops.forward_flops_per_token(model.config, length),
+        }
+    )
+
+
+def _quantiles(scores_n: np.ndarray) -> dict[str, float]:
+    shares = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+    if not len(scores_n):
+        return {}
+    return {f"{q:g}": float(np.quantile(scores_n, q)) for q in shares}

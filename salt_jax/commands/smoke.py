@@ -1,0 +1,191 @@
+"""`salt smoke`: the whole method on real text, in some minutes: four arms, a table and a page.
+
+Prepares a cache, trains a small SLM that keeps an early checkpoint, scores, selects, trains the LLM as
+baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out text and makes the report. Every
+step is the `salt` command that anyone would type; it is printed before it runs.
+"""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import rich.console
+import rich.table
+
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.errors import InputError, Interrupted, RunFailed
+from salt_jax.run_folder import SUMMARY_FILE, RunFolder
+from salt_jax.training import partitioning
+from salt_jax.training.bigram import bigram_log_perplexity
+from salt_jax.training.checkpoints import find_model
+from salt_jax.training.compilation import use_compilation_cache
+from salt_jax.training.evaluation import Evaluation, Evaluator
+
+ARMS = ("baseline", "rkd", "salt", "salt_ds")
+SPLIT = "test"
+
+
+def smoke(
+    run: RunFolder,
+    *,
+    data: Sequence[str] = ("--gin_file=data/smoke.gin",),
+    slm_gin: str = "runs/smoke_slm.gin",
+    llm_gin: str = "runs/smoke_llm.gin",
+    slm_steps: int = 600,
+    scorer_step: int = 150,
+    llm_steps: int = 500,
+    n_kd: int = 125,
+    selected_fraction: float = 0.5,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Runs SALT end to end.
+
+    Args:
+      run: The folder for everything; a folder that was interrupted goes on.
+      data: Arguments of `salt prepare`: which text, vocabulary and length. By default this machine's
+        own text, Python's library, or the files that the environment's SALT_TEXT names.
+      slm_gin: Settings of the SLM's run.
+      llm_gin: Settings of the LLM's runs.
+      slm_steps: Steps of the SLM.
+      scorer_step: The SLM's early checkpoint, which scores.
+      llm_steps: Steps of every LLM.
+      n_kd: Steps of stage 1, for SALT and SALT_DS.
+      selected_fraction: Share of the rows that SALT_DS reads in stage 1.
+      temperature: τ, the teacher's.
+      seed: Of both models and of the order of rows.
+
+    Raises:
+      InputError: No text, or steps that don't fit each other.
+      RunFailed: A step failed, or a model learned too little for the comparison to mean anything.
+    """
+    if not 0 < scorer_step <= slm_steps or not 0 < n_kd <= llm_steps:
+        raise InputError(
+            f"scorer_step is {scorer_step} of {slm_steps} slm_steps and n_kd {n_kd} of {llm_steps} "
+            "llm_steps: each must be at least 1 and at most the steps it is part of."
+        )
+    run.begin()
+    folder = run.path
+
+    def salt(verb: str, name: str, *arguments: str) -> None:
+        _salt(folder / name, verb, *arguments)
+
+    salt("prepare", "cache", *data)
+    cache = f"--cache={folder / 'cache'}"
+    seeds = (f"--seed={seed}", f"--data_seed={seed}")
+    salt(
+        *("train", "slm", f"--gin_file={slm_gin}", "--gin_file=methods/baseline.gin", cache),
+        *(f"--steps={slm_steps}", f"--gin.KEEP_STEPS=({scorer_step},)", "--arm=slm", *seeds),
+    )
+    slm = f"{folder / 'slm'}"
+    salt("score", "scores", f"--scorer={slm}", f"--scorer_step={scorer_step}", cache)
+    salt(
+        *("select", "selection", cache, f"--scores={folder / 'scores'}"),
+        *("--gin_file=methods/top_fraction.gin", f"--gin.FRACTION={selected_fraction}"),
+    )
+    for arm in ARMS:
+        method = [f"--gin_file=methods/{arm}.gin"]
+        if arm != "baseline":
+            method += [f"--teacher={slm}", f"--gin.TEACHER_TEMPERATURE={temperature}"]
+        if arm in ("salt", "salt_ds"):
+            method += [f"--gin.N_KD={n_kd}"]
+        if arm == "salt_ds":
+            method += [f"--selection={folder / 'selection'}"]
+        salt("train", arm, f"--gin_file={llm_gin}", *method, cache, f"--steps={llm_steps}", *seeds)
+    summary = _evaluate(folder)
+    run.write_summary(summary)
+    _print_table(summary)
+    runs = [str(folder / name) for name in (*ARMS, "slm", "scores", "selection")]
+    salt("report", "report", *runs, "--title=SALT on this machine")
+    _require_learning(summary)
+    print(f"\nThe page: {(folder / 'report' / 'index.html').resolve()}")
+
+
+def _salt(output: pathlib.Path, verb: str, *arguments: str) -> None:
+    """Runs one verb as its own process, as a person would; does nothing where it has finished."""
+    if verb != "train" and verb != "report" and (output / SUMMARY_FILE).exists():
+        print(f"\n{output} is there already")
+        return
+    typed = [verb, *arguments, f"--output_dir={output}"]
+    print(f"\n$ salt {shlex.join(typed)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "salt_jax", *typed], check=False).returncode
+    if code == 2:
+        raise InputError(f"`salt {verb}` refused its input, as it says above.")
+    if code == 75:
+        raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to go on.")
+    if code != 0:
+        raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
+
+
+def _evaluate(folder: pathlib.Path) -> dict[str, Any]:
+    """Every model and the bigram model on the test split; the summary of the whole run."""
+    use_compilation_cache("~/.cache/salt_jax/programs")
+    cache = PackedCache.open(folder / "cache")
+    mesh = partitioning.MeshConfig().make()
+    results = {}
+    for name in ("slm", *ARMS):
+        model = find_model(folder / name, None, "model")
+        evaluation = Evaluator(model.config, cache, SPLIT, 64, mesh)(model.load_params(mesh))
+        results[name] = _result(folder / name, evaluation)
+    return {
+        "arms": [{"arm": arm, **results[arm]} for arm in ARMS],
+        "slm": results["slm"],
+        "bigram_log_perplexity": bigram_log_perplexity(
+            cache.split("train"), cache.split(SPLIT), cache.vocabulary_size, cache.start_id
+        ),
+        "split": SPLIT,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _result(path: pathlib.Path, evaluation: Evaluation) -> dict[str, Any]:
+    training = json.loads((path / SUMMARY_FILE).read_text())
+    names = ("steps", "distill_steps", "parameters", "train_flops", "seconds", "tokens", "seed")
+    return {
+        "log_perplexity": evaluation.whole.log_perplexity,
+        "next_token_accuracy": evaluation.whole.next_token_accuracy,
+        **{name: training[name] for name in names},
+    }
+
+
+def _print_table(summary: dict[str, Any]) -> None:
+    table = rich.table.Table(title=f"On held-out text (the {summary['split']} split)")
+    columns = ("", "steps", "with teacher", "log-perplexity", "accuracy", "train FLOPs", "seconds")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("bigram", "", "", f"{summary['bigram_log_perplexity']:.4f}", "", "", "")
+    for name, result in [("slm", summary["slm"]), *((a["arm"], a) for a in summary["arms"])]:
+        table.add_row(
+            name,
+            str(result["steps"]),
+            str(result["distill_steps"]),
+            f"{result['log_perplexity']:.4f}",
+            f"{result['next_token_accuracy']:.2%}",
+            f"{result['train_flops']:.3g}",
+            f"{result['seconds']:.0f}",
+        )
+    rich.console.Console().print(table)
+    print(
+        "One seed an arm: differences this small say nothing about which arm is better; "
+        "docs/RESULTS.md has more."
+    )
+
+
+def _require_learning(summary: dict[str, Any]) -> None:
+    bigram, slm = summary["bigram_log_perplexity"], summary["slm"]["log_perplexity"]
+    if slm >= bigram:
+        raise RunFailed(
+            f"the SLM's held-out log-perplexity {slm:.4f} doesn't beat a bigram model's "
+            f"{bigram:.4f}: raise slm_steps, or give it more text."
+        )
+    for arm in summary["arms"]:
+        if arm["log_perplexity"] >= slm:
+            raise RunFailed(
+                f"the LLM's held-out log-perplexity {arm['log_perplexity']:.4f} ({arm['arm']}) "
+                f"doesn't beat the SLM's {slm:.4f}: raise llm_steps, or give it more text."
+            )

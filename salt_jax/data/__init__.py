@@ -1,0 +1,1 @@
+"""Packed rows, vocabularies, scores and the input pipeline; no TensorFlow."""

@@ -1,0 +1,87 @@
+"""What a packed row and a batch of rows hold, by name and type.
+
+In: rows as the packed cache gives them. Out: batches as the model and the losses take them. Meaning
+never hangs on a token id: padding is segment 0, and what is trained on is what has loss weight.
+
+A row (L = sequence length), made from documents [7 8 1] and [9 1] packed whole, L = 6, EOS 1,
+padding 0:
+
+    targets       7  8  1  9  1  0    int32[L]
+    loss_weights  1  1  1  1  1  0    float32[L], 0 or 1
+    segment_ids   1  1  1  2  2  0    int32[L], 0 = padding, 1.. in order of appearance
+    positions     0  1  2  0  1  0    int32[L], restart at each segment
+    subset        0                   int32, index in the cache's subset names
+    row_id        41                  int64, index of the row in its split
+
+A batch stacks B rows and adds what the model reads, here with start id 2:
+
+    inputs        2  7  8  2  9  2    int32[B, L], targets shifted right inside each segment
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Row = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+ROW_DTYPES: Mapping[str, type[np.generic]] = {
+    "targets": np.int32,
+    "loss_weights": np.float32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+    "subset": np.int32,
+    "row_id": np.int64,
+}
+
+
+def shift_right(targets_BxL: np.ndarray, segment_ids_BxL: np.ndarray, start_id: int) -> np.ndarray:
+    """The model's inputs: each target's predecessor, and `start_id` at a segment's first position.
+
+    Args:
+      targets_BxL: Token ids; any number of leading dimensions.
+      segment_ids_BxL: Segments of the same shape.
+      start_id: What the model reads where a segment begins.
+
+    Returns:
+      inputs_BxL of the targets' type. A position never sees its own target or another segment.
+    """
+    inputs_BxL = np.roll(targets_BxL, 1, axis=-1)
+    begins_BxL = np.ones(segment_ids_BxL.shape, dtype=bool)
+    begins_BxL[..., 1:] = segment_ids_BxL[..., 1:] != segment_ids_BxL[..., :-1]
+    inputs_BxL[begins_BxL] = start_id
+    return inputs_BxL
+
+
+def segment_positions(segment_ids_L: np.ndarray) -> np.ndarray:
+    """Positions int32[L] inside each segment, from 0; padding counts as a segment of its own."""
+    length = segment_ids_L.shape[0]
+    begins_L = np.ones(length, dtype=bool)
+    begins_L[1:] = segment_ids_L[1:] != segment_ids_L[:-1]
+    index_L = np.arange(length, dtype=np.int32)
+    return index_L - np.maximum.accumulate(np.where(begins_L, index_L, 0)).astype(np.int32)
+
+
+def make_row(
+    targets_L: np.ndarray,
+    loss_weights_L: np.ndarray,
+    segment_ids_L: np.ndarray,
+    subset: int = 0,
+    row_id: int = 0,
+) -> Row:
+    """A row with its positions, every part in its type (ROW_DTYPES)."""
+    return {
+        "targets": np.asarray(targets_L, np.int32),
+        "loss_weights": np.asarray(loss_weights_L, np.float32),
+        "segment_ids": np.asarray(segment_ids_L, np.int32),
+        "positions": segment_positions(np.asarray(segment_ids_L)),
+        "subset": np.asarray(subset, np.int32),
+        "row_id": np.asarray(row_id, np.int64),
+    }
+
+
+def make_batch(rows: Sequence[Row], start_id: int) -> Batch:
+    """Rows stacked along a first dimension B, with `inputs` added."""
+    batch = {name: np.stack([row[name] for row in rows]) for name in ROW_DTYPES}
+    batch["inputs"] = shift_right(batch["targets"], batch["segment_ids"], start_id)
+    return batch

@@ -1,0 +1,142 @@
+"""Manifests: what a folder of data holds, and whether it was ever finished.
+
+In: a mapping of counts, digests and settings. Out: FOLDER/manifest.json, then FOLDER/COMPLETED,
+which names the manifest's digest and is written last. A reader refuses a folder without it, of
+another kind or of another version.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from salt_jax.errors import InputError
+
+MANIFEST_FILE = "manifest.json"
+COMPLETED_FILE = "COMPLETED"
+
+# The version of each kind's layout on disk, raised whenever an older reader would misread a newer
+# folder.
+FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 1, "selection": 1}
+
+_MADE_BY = {"packed_cache": "salt prepare", "row_scores": "salt score", "selection": "salt select"}
+
+
+def begin_writing(folder: pathlib.Path) -> None:
+    """Makes the folder if there is none and takes away COMPLETED: from here on no reader accepts
+    it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / COMPLETED_FILE).unlink(missing_ok=True)
+
+
+def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Writes manifest.json, then COMPLETED. Everything the manifest names must be on disk already.
+
+    Args:
+      folder: An existing folder.
+      manifest: JSON-serialisable; holds "kind" and "format_version" (`new_manifest` adds both).
+    """
+    assert manifest.get("format_version") == FORMAT_VERSIONS.get(manifest.get("kind", "")), (
+        f"a manifest needs its kind and format version, got {dict(manifest)}"
+    )
+    begin_writing(folder)
+    text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    _write_durably(folder / MANIFEST_FILE, text)
+    _write_durably(folder / COMPLETED_FILE, manifest_digest(manifest) + "\n")
+
+
+def new_manifest(kind: str, **parts: Any) -> dict[str, Any]:
+    """A manifest of this kind in its newest format version."""
+    return {"kind": kind, "format_version": FORMAT_VERSIONS[kind], **parts}
+
+
+def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The manifest of a finished folder of this kind.
+
+    Raises:
+      InputError: No such folder, no manifest, half-written, another kind or another format version.
+    """
+    path = local_folder(folder)
+    made_by, what = _MADE_BY[kind], f"finished {kind.replace('_', ' ')}"
+    if not path.is_dir():
+        raise InputError(
+            f"{path} does not exist: expected the folder of a {what} made by `{made_by}`."
+        )
+    if not (path / MANIFEST_FILE).exists():
+        raise InputError(
+            f"{path} holds no {MANIFEST_FILE}: expected a {what} made by `{made_by}`; "
+            f"if that command was interrupted here, run it again."
+        )
+    if not (path / COMPLETED_FILE).exists():
+        raise InputError(
+            f"{path} is half-written (it has no {COMPLETED_FILE}): run its `{made_by}` again to "
+            "finish it."
+        )
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path / MANIFEST_FILE} is not readable JSON ({error}): make the folder again with "
+            f"`{made_by}`."
+        ) from error
+    _check_kind(path, manifest, kind)
+    if (path / COMPLETED_FILE).read_text().strip() != manifest_digest(manifest):
+        raise InputError(
+            f"{path / MANIFEST_FILE} was changed after the folder was finished: make it again with "
+            f"`{made_by}`."
+        )
+    return manifest
+
+
+def _check_kind(path: pathlib.Path, manifest: Any, kind: str) -> None:
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found != kind:
+        raise InputError(
+            f"{path} holds {str(found).replace('_', ' ')}, expected {kind.replace('_', ' ')}: "
+            f"name the output folder of `{_MADE_BY[kind]}`."
+        )
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSIONS[kind]:
+        raise InputError(
+            f"{path} is of format version {version}, this version of salt_jax reads "
+            f"{FORMAT_VERSIONS[kind]}: make it again with `{_MADE_BY[kind]}`."
+        )
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the manifest as canonical JSON: equal content, equal digest."""
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder as a local path.
+
+    Raises:
+      InputError: A URL such as gs://…, which must be mounted first.
+    """
+    if "://" in os.fspath(folder):
+        raise InputError(
+            f"{os.fspath(folder)} is a URL, expected a local path: mount the bucket (for gs://, "
+            "with gcsfuse) "
+            "and name the folder below the mount point."
+        )
+    return pathlib.Path(folder)
+
+
+def _write_durably(path: pathlib.Path, text: str) -> None:
+    """Writes so that after a crash the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

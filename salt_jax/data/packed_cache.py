@@ -1,0 +1,342 @@
+"""The packed cache: fixed-length rows of tokens, shuffled once, each with a stable id.
+
+In (writer): rows in their final order, split by split. Out: a folder
+
+    train/rows-00000-of-00004.array_record …   one record a row (row_records.py), uncompressed
+    validation/…  test/…
+    vocabulary/                                what load_vocabulary reads
+    manifest.json  COMPLETED                   counts, digests, tokenizer fingerprint, settings
+
+In (reader): that folder. Out: rows by id, as Grain reads them; no TensorFlow, no JAX. A row's id is
+its index in its split: row 0 is the first record of the first shard.
+"""
+
+import dataclasses
+import functools
+import operator
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+
+from salt_jax.data.features import Row
+from salt_jax.data.manifests import (
+    begin_writing,
+    file_digest,
+    manifest_digest,
+    new_manifest,
+    read_manifest,
+    write_manifest,
+)
+from salt_jax.data.row_records import RecordFormat
+from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
+from salt_jax.errors import InputError
+
+KIND = "packed_cache"
+SPLITS = ("train", "validation", "test")
+VOCABULARY_FOLDER = "vocabulary"
+
+# One record a group makes reading random; without compression equal rows give equal bytes whatever
+# the version of a compressor, and reading is about twice as fast for 16-bit tokens.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A whole ArrayRecord file, in the words of ArrayRecordDataSource."""
+
+    filename: str
+    examples_in_shard: int
+    skip: int = 0
+
+    @property
+    def take(self) -> int:
+        return self.examples_in_shard
+
+
+class PackedSplit:
+    """The rows of one split by row id. A Grain RandomAccessDataSource; can be pickled.
+
+    Attributes:
+      name: "train", "validation" or "test".
+      info: The split's part of the manifest: rows, tokens, documents, bytes, by_subset, shards.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, name: str, info: Mapping[str, Any], record_format: RecordFormat
+    ):
+        self.name = name
+        self.info = info
+        self._folder = folder
+        self._format = record_format
+        shards = [_Shard(str(folder / shard["file"]), shard["rows"]) for shard in info["shards"]]
+        self._records = array_record_data_source.ArrayRecordDataSource(shards)
+
+    def __len__(self) -> int:
+        return self.info["rows"]
+
+    def __getitem__(self, row_id: SupportsIndex) -> Row:
+        index = self._checked(row_id)
+        return self._format.decode(self._records[index], index)
+
+    def __getitems__(self, row_ids: Sequence[SupportsIndex]) -> list[Row]:
+        """Rows in the order asked for; reads several shards at once."""
+        ids = [self._checked(row_id) for row_id in row_ids]
+        records = self._records.__getitems__(ids)
+        return [
+            self._format.decode(record, row_id) for record, row_id in zip(records, ids, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        return f"PackedSplit({str(self._folder)!r}, {self.name!r}, rows={len(self)})"
+
+    def _checked(self, row_id: SupportsIndex) -> int:
+        index = operator.index(row_id)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} rows of the {self.name} split")
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedCache:
+    """A finished packed cache; make one with `PackedCache.open`.
+
+    Attributes:
+      path: Its folder.
+      manifest: As written.
+      digest: What scores and selections name it by: the manifest's digest, shards' digests
+        included.
+    """
+
+    path: pathlib.Path
+    manifest: Mapping[str, Any]
+    digest: str
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "PackedCache":
+        """Opens a cache; file sizes and row counts are checked, contents by `verify`.
+
+        Raises:
+          InputError: Not there, half-written, another kind or version, a shard missing or cut
+            short.
+        """
+        manifest = read_manifest(path, KIND)
+        cache = cls(pathlib.Path(path), manifest, manifest_digest(manifest))
+        for shard in cache._shards():
+            file = cache.path / shard["file"]
+            found = f"has {file.stat().st_size:,} bytes" if file.exists() else "does not exist"
+            if found != f"has {shard['bytes']:,} bytes":
+                raise InputError(
+                    f"The shard {file} {found}, expected {shard['bytes']:,} bytes: "
+                    "copy the cache again, or make it again with `salt prepare`."
+                )
+        return cache
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens a row."""
+        return self.manifest["sequence_length"]
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """The subsets' names; a row's `subset` is an index in it."""
+        return tuple(self.manifest["subsets"])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """All ids, special and reserved ones included."""
+        return self.manifest["vocabulary"]["size"]
+
+    @property
+    def vocabulary_fingerprint(self) -> str:
+        """What two models must share to be teacher and student."""
+        return self.manifest["vocabulary"]["fingerprint"]
+
+    @property
+    def start_id(self) -> int:
+        """What a model reads before a segment's first token."""
+        return self.manifest["vocabulary"]["start_id"]
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary kept in the cache."""
+        return load_vocabulary(self.path / VOCABULARY_FOLDER)
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits it holds."""
+        return tuple(name for name in SPLITS if name in self.manifest["splits"])
+
+    def split(self, name: str) -> PackedSplit:
+        """The rows of a split.
+
+        Raises:
+          InputError: The cache has no such split.
+        """
+        if name not in self.manifest["splits"]:
+            raise InputError(
+                f"The cache {self.path} has no split {name!r}, it has "
+                f"{', '.join(self.split_names)}: "
+                "name one of these, or prepare the text with that split."
+            )
+        record_format = RecordFormat(self.sequence_length, self.vocabulary_size)
+        return PackedSplit(self.path, name, self.manifest["splits"][name], record_format)
+
+    def verify(self) -> None:
+        """Reads every shard and compares its digest with the manifest's.
+
+        Raises:
+          InputError: A shard's bytes have changed.
+        """
+        for shard in self._shards():
+            digest = file_digest(self.path / shard["file"])
+            if digest != shard["digest"]:
+                raise InputError(
+                    f"The shard {self.path / shard['file']} has the digest {digest[:12]}…, its "
+                    "manifest "
+                    f"says {shard['digest'][:12]}…: copy the cache again, or make it again."
+                )
+
+    def _shards(self) -> list[dict[str, Any]]:
+        return [shard for info in self.manifest["splits"].values() for shard in info["shards"]]
+
+
+class PackedCacheWriter:
+    """Writes a packed cache: each split once, then `finish`. Until then no reader accepts the
+    folder.
+
+    Example:
+      writer = PackedCacheWriter(folder, vocabulary=ByteVocabulary(), sequence_length=128)
+      writer.write_split("train", rows, num_rows=len(rows))
+      manifest = writer.finish()
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        vocabulary: Vocabulary,
+        sequence_length: int,
+        subsets: Sequence[str] = ("text",),
+        shards: int = 1,
+        settings: Mapping[str, Any] | None = None,
+        sources: Sequence[Mapping[str, Any]] = (),
+    ):
+        """Begins a cache.
+
+        Args:
+          folder: Where it will lie; other files there (config.gin) are left alone.
+          vocabulary: Saved beside the rows.
+          sequence_length: L, tokens a row.
+          subsets: Names; a row's subset is an index in them.
+          shards: Files the train split is cut into; the others are cut in proportion.
+          settings: What else the manifest records (packing, seed); part of the cache's digest.
+          sources: The input files, each {"file", "bytes", "digest"}.
+        """
+        self._folder = pathlib.Path(folder)
+        self._format = RecordFormat(sequence_length, vocabulary.size)
+        self._subsets = tuple(subsets)
+        self._shards = shards
+        self._splits: dict[str, Any] = {}
+        self._manifest = new_manifest(
+            KIND,
+            **{"packing": None, "seed": None, **(settings or {})},
+            sequence_length=sequence_length,
+            subsets=list(self._subsets),
+            vocabulary=vocabulary.describe(),
+            sources=list(sources),
+        )
+        begin_writing(self._folder)
+        for leftover in (*SPLITS, VOCABULARY_FOLDER):
+            shutil.rmtree(self._folder / leftover, ignore_errors=True)
+        vocabulary.save(self._folder / VOCABULARY_FOLDER)
+
+    def write_split(
+        self,
+        name: str,
+        rows: Iterable[Row],
+        *,
+        num_rows: int,
+        documents: int = 0,
+        text_bytes: int = 0,
+    ) -> None:
+        """Writes a split's rows in the order given, which numbers them.
+
+        Args:
+          name: "train", "validation" or "test".
+          rows: Exactly `num_rows` rows; their row_id is ignored.
+          num_rows: Rows of the split, at least 1.
+          documents: Documents the rows were made from.
+          text_bytes: UTF-8 bytes of their text, for bits per byte.
+        """
+        assert name in SPLITS, f"a split is one of {SPLITS}, got {name!r}"
+        assert num_rows > 0, f"the {name} split has no rows"
+        folder = self._folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = min(self._shards, num_rows)
+        bounds = [num_rows * shard // shards for shard in range(shards + 1)]
+        rows_of_subset = np.zeros(len(self._subsets), np.int64)
+        tokens_of_subset = np.zeros(len(self._subsets), np.int64)
+        iterator = iter(rows)
+        written = []
+        for shard in range(shards):
+            file = folder / f"rows-{shard:05d}-of-{shards:05d}.array_record"
+            count = bounds[shard + 1] - bounds[shard]
+            with _ShardWriter(file) as writer:
+                for _ in range(count):
+                    row = next(iterator)
+                    writer.write(self._format.encode(row))
+                    rows_of_subset[row["subset"]] += 1
+                    tokens_of_subset[row["subset"]] += np.count_nonzero(row["loss_weights"])
+            written.append(
+                {
+                    "file": f"{name}/{file.name}",
+                    "rows": count,
+                    "bytes": file.stat().st_size,
+                    "digest": file_digest(file),
+                }
+            )
+        assert next(iterator, None) is None, f"more than {num_rows} rows for the {name} split"
+        self._splits[name] = {
+            "rows": num_rows,
+            "tokens": int(tokens_of_subset.sum()),
+            "documents": documents,
+            "bytes": text_bytes,
+            "by_subset": {
+                subset: {"rows": int(row_count), "tokens": int(token_count)}
+                for subset, row_count, token_count in zip(
+                    self._subsets, rows_of_subset, tokens_of_subset, strict=True
+                )
+                if row_count
+            },
+            "shards": written,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the manifest and COMPLETED, and gives the manifest."""
+        manifest = {**self._manifest, "splits": self._splits}
+        write_manifest(self._folder, manifest)
+        return manifest
+
+
+class _ShardWriter:
+    """An ArrayRecord file that appears under its name only when it is whole."""
+
+    def __init__(self, file: pathlib.Path):
+        self._file = file
+        self._temporary = file.with_name(file.name + ".tmp")
+
+    def __enter__(self) -> Any:
+        self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITER_OPTIONS)
+        return self._writer
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        self._writer.close()
+        if exception_type is None:
+            os.replace(self._temporary, self._file)
+        else:
+            self._temporary.unlink(missing_ok=True)

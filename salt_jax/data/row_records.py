@@ -1,0 +1,80 @@
+"""A packed row as bytes: the record format of the packed cache (format version 1).
+
+In: a row's arrays. Out: one record, and back. Little-endian, S segments, L tokens:
+
+    u16 subset | u16 S | u32[S] segment lengths | u8[⌈L/8⌉] loss weights as bits | u16[L] targets
+
+Targets take 32 bits where the vocabulary has ids that need them. Segments follow one another from
+position 0; what they leave is padding. Segment ids and positions follow from the lengths, the row
+id from the record's place.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from salt_jax.data.features import Row, make_row
+
+_LARGEST_U16 = 2**16 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFormat:
+    """Turns rows of one length and vocabulary into records and back.
+
+    Attributes:
+      sequence_length: L, tokens a row.
+      vocabulary_size: All ids, special and reserved ones included.
+    """
+
+    sequence_length: int
+    vocabulary_size: int
+
+    @property
+    def target_dtype(self) -> np.dtype:
+        """The type of a stored token id."""
+        return np.dtype("<u2" if self.vocabulary_size <= _LARGEST_U16 + 1 else "<u4")
+
+    def encode(self, row: Row) -> bytes:
+        """The row's record. Its segment ids must be 1, 2, … in runs from position 0, then 0."""
+        segment_ids_L = row["segment_ids"]
+        targets_L = row["targets"]
+        assert targets_L.shape == segment_ids_L.shape == (self.sequence_length,), (
+            f"a row of {targets_L.shape} targets, expected {self.sequence_length}"
+        )
+        lengths_S = np.bincount(segment_ids_L)[1:]
+        in_order_L = np.repeat(np.arange(1, len(lengths_S) + 1), lengths_S)
+        assert np.array_equal(segment_ids_L[: len(in_order_L)], in_order_L), (
+            f"segments must be numbered 1, 2, … from position 0, got {segment_ids_L}"
+        )
+        assert np.all((targets_L >= 0) & (targets_L < self.vocabulary_size)), (
+            f"targets outside a vocabulary of {self.vocabulary_size} ids"
+        )
+        return b"".join(
+            (
+                np.array([row["subset"], len(lengths_S)], "<u2").tobytes(),
+                lengths_S.astype("<u4").tobytes(),
+                np.packbits(row["loss_weights"] > 0).tobytes(),
+                targets_L.astype(self.target_dtype).tobytes(),
+            )
+        )
+
+    def decode(self, record: bytes, row_id: int) -> Row:
+        """The row of a record."""
+        length = self.sequence_length
+        subset, num_segments = np.frombuffer(record, "<u2", count=2)
+        at = 4
+        lengths_S = np.frombuffer(record, "<u4", count=num_segments, offset=at)
+        at += lengths_S.nbytes
+        bits = np.frombuffer(record, np.uint8, count=-(-length // 8), offset=at)
+        at += bits.nbytes
+        segment_ids_L = np.zeros(length, np.int32)
+        ids_of_tokens = np.repeat(np.arange(1, num_segments + 1, dtype=np.int32), lengths_S)
+        segment_ids_L[: len(ids_of_tokens)] = ids_of_tokens
+        return make_row(
+            targets_L=np.frombuffer(record, self.target_dtype, count=length, offset=at),
+            loss_weights_L=np.unpackbits(bits, count=length),
+            segment_ids_L=segment_ids_L,
+            subset=int(subset),
+            row_id=row_id,
+        )

@@ -1,0 +1,316 @@
+"""Vocabularies: text to token ids and back, without TensorFlow.
+
+In: text, or a tokenizer's file. Out: ids. A vocabulary is kept as a folder (vocabulary.json and the
+tokenizer's file) and known by its fingerprint: a digest of the tokenizer's bytes and of every
+setting that changes an id.
+
+The ids of special tokens are the vocabulary's own business (Pythia's end of document is 0): nothing
+else may assume them. `reserved` ids, for denoising sentinels and mode tokens, are appended after
+the tokenizer's own.
+"""
+
+import abc
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from salt_jax.errors import InputError
+
+SETTINGS_FILE = "vocabulary.json"
+
+
+class Vocabulary(abc.ABC):
+    """Text to ids and back.
+
+    Attributes:
+      base_size: Ids of the tokenizer, special ones included.
+      eos_id: Ends a document.
+      pad_id: Fills a row; means nothing by itself (segment ids say what is padding).
+      start_id: What a model reads before a segment's first token.
+      reserved: Ids appended at the end.
+    """
+
+    base_size: int
+    eos_id: int
+    pad_id: int
+    start_id: int
+    reserved: int
+
+    @property
+    def size(self) -> int:
+        """All ids, special and reserved ones included."""
+        return self.base_size + self.reserved
+
+    @property
+    def reserved_ids(self) -> range:
+        """The ids kept for denoising sentinels and mode tokens."""
+        return range(self.base_size, self.size)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the tokenizer's bytes and the settings: equal fingerprint, equal ids."""
+        digest = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode())
+        digest.update(self._model_bytes())
+        return digest.hexdigest()
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The text's ids, without an end of document. Text never becomes a special id."""
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text; subclasses are faster than one by one where they can."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids' text; special and reserved ids give none, broken UTF-8 gives U+FFFD."""
+        silent = {self.eos_id, self.pad_id, self.start_id}
+        return self._decode([i for i in map(int, ids) if i not in silent and i < self.base_size])
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records of it."""
+        return {**self._identity(), "size": self.size, "fingerprint": self.fingerprint}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the vocabulary into a folder that `load_vocabulary` reads."""
+        path = pathlib.Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if self._model_file:
+            (path / self._model_file).write_bytes(self._model_bytes())
+        described = {**self.describe(), "settings": self._settings()}
+        (path / SETTINGS_FILE).write_text(json.dumps(described, indent=2) + "\n")
+
+    # What a subclass says of itself: the name its model file gets, the file's bytes, the keyword
+    # arguments that make it again, and how ids that are none of the special ones become text.
+    _model_file = ""
+
+    def _model_bytes(self) -> bytes:
+        return b""
+
+    def _settings(self) -> dict[str, Any]:
+        return {"reserved": self.reserved}
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "class": type(self).__name__,
+            "eos_id": self.eos_id,
+            "pad_id": self.pad_id,
+            "start_id": self.start_id,
+            "reserved": self.reserved,
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self.size}, fingerprint={self.fingerprint[:12]})"
+
+
+class ByteVocabulary(Vocabulary):
+    """UTF-8 bytes: padding 0, end of document 1, start 2, byte b at 3 + b (as SeqIO numbers
+    them)."""
+
+    _FIRST_BYTE = 3
+
+    def __init__(self, reserved: int = 0):
+        self.base_size = self._FIRST_BYTE + 256
+        self.pad_id, self.eos_id, self.start_id = 0, 1, 2
+        self.reserved = _checked_reserved(reserved)
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + self._FIRST_BYTE for byte in text.encode()]
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(i - self._FIRST_BYTE for i in ids).decode(errors="replace")
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """A SentencePiece model.
+
+    The model must define an end of document (</s>). Where it defines no padding, the end of
+    document fills rows; where it defines no <s>, models start from the padding id, as T5's do.
+    """
+
+    _model_file = "sentencepiece.model"
+
+    def __init__(self, path: str | os.PathLike[str], reserved: int = 0):
+        """Loads a model.
+
+        Args:
+          path: A SentencePiece .model file.
+          reserved: Ids to append.
+
+        Raises:
+          InputError: No such file, no SentencePiece model, or a model without an end of document.
+        """
+        self._bytes = _read_model(path, "SentencePiece .model")
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(self._bytes)
+        except RuntimeError as error:
+            raise InputError(
+                f"{os.fspath(path)} is no SentencePiece model ({error}): name a .model file."
+            ) from error
+        if self._processor.eos_id() < 0:
+            raise InputError(
+                f"The SentencePiece model {os.fspath(path)} defines no end of document (eos_id is "
+                "-1): "
+                "train it with an eos_id."
+            )
+        self.base_size = self._processor.GetPieceSize()
+        self.eos_id = self._processor.eos_id()
+        pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        self.start_id = bos_id if bos_id >= 0 else self.pad_id
+        self.reserved = _checked_reserved(reserved)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.EncodeAsIds(text)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.Encode(texts)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.DecodeIds(ids)
+
+    def _model_bytes(self) -> bytes:
+        return self._bytes
+
+
+class HuggingFaceVocabulary(Vocabulary):
+    """A Hugging Face tokenizer.json.
+
+    The file doesn't say which token ends a document, so settings do; "<|endoftext|>" is Pythia's
+    and GPT-2's. Added tokens such as "<|endoftext|>" inside a text are tokenized as plain text.
+    """
+
+    _model_file = "tokenizer.json"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        reserved: int = 0,
+        eos_token: str = "<|endoftext|>",
+        pad_token: str | None = None,
+        start_token: str | None = None,
+    ):
+        """Loads a tokenizer.
+
+        Args:
+          path: A tokenizer.json.
+          reserved: Ids to append.
+          eos_token: The token that ends a document.
+          pad_token: The token that fills rows; None takes the end of document.
+          start_token: What models read before a first token; None takes the end of document.
+
+        Raises:
+          InputError: No such file, no tokenizer, or a token that it doesn't have.
+        """
+        self._bytes = _read_model(path, "tokenizer.json")
+        try:
+            is_tokenizer = "model" in json.loads(self._bytes)
+        except ValueError:
+            is_tokenizer = False
+        if not is_tokenizer:
+            raise InputError(
+                f"{os.fspath(path)} is no Hugging Face tokenizer: name a tokenizer.json."
+            )
+        self._tokenizer = tokenizers.Tokenizer.from_str(self._bytes.decode())
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokens = {"eos_token": eos_token, "pad_token": pad_token, "start_token": start_token}
+        # Some tokenizers leave gaps between their ids, so the largest id counts, not their number.
+        self.base_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.eos_id = self._id_of("eos_token", eos_token, path)
+        self.pad_id = self._id_of("pad_token", pad_token or eos_token, path)
+        self.start_id = self._id_of("start_token", start_token or eos_token, path)
+        self.reserved = _checked_reserved(reserved)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _model_bytes(self) -> bytes:
+        return self._bytes
+
+    def _settings(self) -> dict[str, Any]:
+        return {"reserved": self.reserved, **self._tokens}
+
+    def _id_of(self, setting: str, token: str, path: str | os.PathLike[str]) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            added = [entry.content for entry in self._tokenizer.get_added_tokens_decoder().values()]
+            raise InputError(
+                f"{os.fspath(path)} has no token {token!r}: set HuggingFaceVocabulary.{setting} "
+                f"to one it has, perhaps one of {', '.join(map(repr, added[:8])) or 'its pieces'}."
+            )
+        return token_id
+
+
+_CLASSES: dict[str, type[Vocabulary]] = {
+    kind.__name__: kind for kind in (ByteVocabulary, SentencePieceVocabulary, HuggingFaceVocabulary)
+}
+
+
+def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
+    """The vocabulary saved in a folder.
+
+    Raises:
+      InputError: No vocabulary there, or one whose fingerprint is not the one saved with it.
+    """
+    path = pathlib.Path(folder)
+    if not (path / SETTINGS_FILE).exists():
+        raise InputError(f"{path} holds no {SETTINGS_FILE}: expected the folder of a vocabulary.")
+    saved = json.loads((path / SETTINGS_FILE).read_text())
+    kind = _CLASSES.get(saved["class"])
+    if kind is None:
+        raise InputError(
+            f"{path} holds a {saved['class']}, expected one of {', '.join(_CLASSES)}: "
+            "it was made by another version of salt_jax."
+        )
+    model = {"path": path / kind._model_file} if kind._model_file else {}
+    vocabulary = kind(**model, **saved["settings"])
+    if vocabulary.fingerprint != saved["fingerprint"]:
+        raise InputError(
+            f"The vocabulary in {path} has the fingerprint {vocabulary.fingerprint[:12]}…, it was "
+            "saved "
+            f"with {saved['fingerprint'][:12]}…: its files were changed, copy the folder again."
+        )
+    return vocabulary
+
+
+def _read_model(path: str | os.PathLike[str], what: str) -> bytes:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"The tokenizer's file {os.fspath(path)} cannot be read ({error.strerror}): "
+            f"set the vocabulary's path to a {what}."
+        ) from error
+
+
+def _checked_reserved(reserved: int) -> int:
+    if reserved < 0:
+        raise InputError(
+            f"reserved is {reserved}, expected 0 or more ids: change the vocabulary's setting."
+        )
+    return reserved

@@ -1,0 +1,287 @@
+"""The losses of SALT: logits of student and teacher, targets and ω in; losses per token, in nats,
+out.
+
+    p = softmax(z_s / T)             student, T = student_temperature, 1 by default
+    q = softmax(z_t / τ)             teacher, τ = teacher_temperature
+    hard = -log softmax(z_s)[y]
+    soft = a divergence of p from q  forward_kl by default: -Σ q log p, KL(q ‖ p) plus a constant
+    loss = (1 - ω) · hard + ω · soft + z_loss · log² Σ exp z_s
+
+These take whole [B, L, V] logits: the reference for every other way of computing them. Ids from
+vocab_size on, which pad V up to a round size, have no part in any softmax and get gradients of
+exactly 0. All arithmetic is in float32 (float64 for float64 logits). A token's most likely ids are
+those no other id has a greater logit than: equal ones count alike.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from salt_jax.errors import InputError
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+
+# Stands for log 0. Finite, so that 0 · log 0 is 0 and not NaN, in values and in gradients.
+_LOG_ZERO = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How the student learns from the teacher; see the module's formulas.
+
+    Attributes:
+        teacher_temperature: τ, on the teacher's logits.
+        student_temperature: T, on the student's logits in soft alone; hard always has temperature
+            1.
+        scale_by_temperature_squared: multiply soft by τ², the convention of systems with one
+            temperature on both sides.
+        divergence: "forward_kl": -Σ q log p, the cross-entropy to the soft label.
+            "reverse_kl": KL(p ‖ q) = Σ p (log p - log q).
+            "jensen_shannon": β KL(q ‖ m) + (1 - β) KL(p ‖ m) with m = β q + (1 - β) p (arXiv
+            2306.13649).
+        jsd_beta: β of "jensen_shannon", within (0, 1).
+        teacher_top_k: above 0, p and q are first brought onto k + 1 outcomes: the teacher's k most
+            likely ids (the lower id first among equals) and the rest as one, with 1 - Σ of the k.
+            Nothing is renormalised. With forward_kl soft is -Σ_{top k} q log p - q_rest log(1 -
+            Σ_{top k} p). 0 = the whole vocabulary.
+        z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
+    """
+
+    teacher_temperature: float = 0.25
+    student_temperature: float = 1.0
+    scale_by_temperature_squared: bool = False
+    divergence: str = "forward_kl"
+    jsd_beta: float = 0.5
+    teacher_top_k: int = 0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_temperature", "student_temperature"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise InputError(
+                    f"LossConfig.{name} is {getattr(self, name)}; set it to a number above 0."
+                )
+        if self.divergence not in DIVERGENCES:
+            raise InputError(
+                f"LossConfig.divergence is {self.divergence!r}; "
+                f"set it to one of {', '.join(DIVERGENCES)}."
+            )
+        if not 0.0 < self.jsd_beta < 1.0:
+            raise InputError(
+                f"LossConfig.jsd_beta is {self.jsd_beta}; set it between 0 and 1, both excluded."
+            )
+        if not isinstance(self.teacher_top_k, int) or self.teacher_top_k < 0:
+            raise InputError(
+                f"LossConfig.teacher_top_k is {self.teacher_top_k!r}; "
+                "set it to a whole number, 0 for all ids."
+            )
+        if not 0.0 <= self.z_loss < math.inf:
+            raise InputError(f"LossConfig.z_loss is {self.z_loss}; set it to 0 or more.")
+
+
+def token_losses(
+    student_logits_BxLxV: jax.Array,
+    teacher_logits_BxLxV: jax.Array | None,
+    targets_BxL: jax.Array,
+    omega: jax.Array | float,
+    config: LossConfig,
+    vocab_size: int,
+) -> dict[str, jax.Array]:
+    """Losses and hits of every token, in nats.
+
+    Args:
+        student_logits_BxLxV: any float dtype; V >= vocab_size.
+        teacher_logits_BxLxV: its V may be another one, also >= vocab_size. None = plain
+            cross-entropy, whatever ω.
+        targets_BxL: int32, within [0, vocab_size).
+        omega: ω, a traced scalar.
+        config: temperatures, divergence, z-loss.
+        vocab_size: number of ids that mean something.
+
+    Returns:
+        [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else
+        0); with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1) and
+        agreement (1 where a most likely id of the student is one of the teacher's).
+    """
+    _check_vocab_size(config, vocab_size, student_logits_BxLxV, teacher_logits_BxLxV)
+    z_BxLxV = _mask(_as_float(student_logits_BxLxV), vocab_size)
+    log_z_BxL = jax.nn.logsumexp(z_BxLxV, axis=-1)
+    log_p_BxLxV = z_BxLxV - log_z_BxL[..., None]
+    hard_BxL = -_at(log_p_BxLxV, targets_BxL)
+    largest_BxL = jnp.max(z_BxLxV, axis=-1)
+    token = {"hard": hard_BxL, "correct": _at(z_BxLxV, targets_BxL) >= largest_BxL}
+    loss_BxL = hard_BxL
+
+    if teacher_logits_BxLxV is not None:
+        teacher_BxLxV = _fit(_as_float(teacher_logits_BxLxV), z_BxLxV.shape[-1], vocab_size)
+        if config.student_temperature != 1.0:
+            log_p_BxLxV = _log_softmax(z_BxLxV / config.student_temperature, vocab_size)
+        log_q_BxLxV = _log_softmax(teacher_BxLxV / config.teacher_temperature, vocab_size)
+        soft_BxL = _soft_loss(log_p_BxLxV, log_q_BxLxV, config, vocab_size)
+        loss_BxL = (1.0 - omega) * hard_BxL + omega * soft_BxL
+
+        teacher_largest_BxL = jnp.max(teacher_BxLxV, axis=-1)
+        both_largest = (z_BxLxV >= largest_BxL[..., None]) & (
+            teacher_BxLxV >= teacher_largest_BxL[..., None]
+        )
+        token["soft"] = soft_BxL
+        token["teacher_hard"] = jax.nn.logsumexp(teacher_BxLxV, axis=-1) - _at(
+            teacher_BxLxV, targets_BxL
+        )
+        token["agreement"] = jnp.any(both_largest, axis=-1)
+    if config.z_loss:
+        loss_BxL += config.z_loss * jnp.square(log_z_BxL)
+    return {
+        name: value.astype(z_BxLxV.dtype) for name, value in {"loss": loss_BxL, **token}.items()
+    }
+
+
+def loss_from_hidden(
+    student_hidden_BxLxD: jax.Array,
+    student_head_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    omega: jax.Array | float,
+    config: LossConfig,
+    vocab_size: int,
+    teacher_hidden_BxLxD: jax.Array | None = None,
+    teacher_head_DxV: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Weighted sums over a batch of token_losses, from hidden states and heads.
+
+    A position of weight 0 has no part in anything, whatever stands there: neither its target nor a
+    NaN in its hidden states reaches a sum or a gradient. The teacher gets no gradient.
+
+    Args:
+        student_hidden_BxLxD: after the final norm.
+        student_head_DxV: cast to the dtype of the hidden states for the product; logits are
+            float32.
+        targets_BxL: int32.
+        weights_BxL: float32, 0 or more.
+        omega: ω, a traced scalar.
+        config: temperatures, divergence, z-loss.
+        vocab_size: number of ids that mean something.
+        teacher_hidden_BxLxD: with teacher_head_DxV, the teacher's; both or neither. Width and V are
+            the teacher's own.
+        teacher_head_DxV: see teacher_hidden_BxLxD.
+
+    Returns:
+        (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
+        the names of token_losses but loss. Divide once, after microbatches and devices are added
+        up.
+    """
+    if (teacher_hidden_BxLxD is None) != (teacher_head_DxV is None):
+        raise ValueError("The teacher's hidden states and head go together: give both or neither.")
+    counts_BxL = weights_BxL > 0
+
+    def logits(hidden_BxLxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
+        # Zeroed here and not only in the sum: 0 · NaN in the backward pass would be NaN.
+        hidden_BxLxD = jnp.where(counts_BxL[..., None], hidden_BxLxD, 0)
+        head_DxV = head_DxV.astype(hidden_BxLxD.dtype)
+        precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
+        batch, length, width = hidden_BxLxD.shape
+        # As two matrices: XLA's CPU backend is slower in the gradient of a product with more axes.
+        product = jnp.matmul(
+            hidden_BxLxD.reshape(-1, width), head_DxV, preferred_element_type=precise
+        )
+        return product.reshape(batch, length, -1)
+
+    teacher_logits_BxLxV = None
+    if teacher_hidden_BxLxD is not None and teacher_head_DxV is not None:
+        teacher_logits_BxLxV = jax.lax.stop_gradient(logits(teacher_hidden_BxLxD, teacher_head_DxV))
+    token = token_losses(
+        logits(student_hidden_BxLxD, student_head_DxV),
+        teacher_logits_BxLxV,
+        jnp.where(counts_BxL, targets_BxL, 0),
+        omega,
+        config,
+        vocab_size,
+    )
+    sums = {name: jnp.sum(weights_BxL * value_BxL) for name, value_BxL in token.items()}
+    loss_sum = sums.pop("loss")
+    return loss_sum, jnp.sum(weights_BxL), jax.lax.stop_gradient(sums)
+
+
+def _soft_loss(
+    log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, config: LossConfig, vocab_size: int
+) -> jax.Array:
+    if 0 < config.teacher_top_k < vocab_size:
+        log_p_BxLxV, log_q_BxLxV = _top_k_and_rest(log_p_BxLxV, log_q_BxLxV, config.teacher_top_k)
+    q_BxLxV = jnp.exp(log_q_BxLxV)
+    if config.divergence == "forward_kl":
+        soft_BxL = -jnp.sum(q_BxLxV * log_p_BxLxV, axis=-1)
+    elif config.divergence == "reverse_kl":
+        soft_BxL = jnp.sum(jnp.exp(log_p_BxLxV) * (log_p_BxLxV - log_q_BxLxV), axis=-1)
+    else:
+        beta = config.jsd_beta
+        log_m_BxLxV = jnp.logaddexp(math.log(beta) + log_q_BxLxV, math.log1p(-beta) + log_p_BxLxV)
+        from_q_BxLxV = q_BxLxV * (log_q_BxLxV - log_m_BxLxV)
+        from_p_BxLxV = jnp.exp(log_p_BxLxV) * (log_p_BxLxV - log_m_BxLxV)
+        soft_BxL = jnp.sum(beta * from_q_BxLxV + (1.0 - beta) * from_p_BxLxV, axis=-1)
+    return (
+        soft_BxL * config.teacher_temperature**2
+        if config.scale_by_temperature_squared
+        else soft_BxL
+    )
+
+
+def _top_k_and_rest(
+    log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Both distributions on k + 1 outcomes: the k most likely ids of q, then all others as one."""
+    _, ids_BxLxk = jax.lax.top_k(log_q_BxLxV, k)
+
+    def bucketed(log_x_BxLxV: jax.Array) -> jax.Array:
+        top_BxLxk = jnp.take_along_axis(log_x_BxLxV, ids_BxLxk, axis=-1)
+        # Summed over the others, not 1 - Σ of the k: that has no digits left where the k have
+        # nearly everything.
+        others_BxLxV = jnp.put_along_axis(log_x_BxLxV, ids_BxLxk, _LOG_ZERO, axis=-1, inplace=False)
+        rest_BxLx1 = jax.nn.logsumexp(others_BxLxV, axis=-1, keepdims=True)
+        return jnp.concatenate([top_BxLxk, rest_BxLx1], axis=-1)
+
+    return bucketed(log_p_BxLxV), bucketed(log_q_BxLxV)
+
+
+def _as_float(logits_BxLxV: jax.Array) -> jax.Array:
+    return logits_BxLxV.astype(jnp.promote_types(logits_BxLxV.dtype, jnp.float32))
+
+
+def _mask(logits_BxLxV: jax.Array, vocab_size: int) -> jax.Array:
+    if logits_BxLxV.shape[-1] == vocab_size:
+        return logits_BxLxV
+    real_V = jnp.arange(logits_BxLxV.shape[-1]) < vocab_size
+    return jnp.where(real_V[None, None], logits_BxLxV, _LOG_ZERO)
+
+
+def _fit(logits_BxLxV: jax.Array, size: int, vocab_size: int) -> jax.Array:
+    """Another model's padding made this one's: cut or filled up to `size` ids, masked from
+    vocab_size on."""
+    missing = max(0, size - logits_BxLxV.shape[-1])
+    return _mask(jnp.pad(logits_BxLxV, ((0, 0), (0, 0), (0, missing)))[..., :size], vocab_size)
+
+
+def _log_softmax(logits_BxLxV: jax.Array, vocab_size: int) -> jax.Array:
+    # Masked after the temperature too, which may have moved the padding's "log 0" out of range.
+    masked_BxLxV = _mask(logits_BxLxV, vocab_size)
+    return _mask(jax.nn.log_softmax(masked_BxLxV, axis=-1), vocab_size)
+
+
+def _at(values_BxLxV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
+
+
+def _check_vocab_size(
+    config: LossConfig, vocab_size: int, student_BxLxV: jax.Array, teacher_BxLxV: jax.Array | None
+) -> None:
+    sizes = [logits.shape[-1] for logits in (student_BxLxV, teacher_BxLxV) if logits is not None]
+    if min(sizes) < vocab_size:
+        raise ValueError(
+            f"Logits over {min(sizes)} ids are too few for a vocabulary of {vocab_size}."
+        )
+    if config.teacher_top_k > vocab_size:
+        raise InputError(
+            f"LossConfig.teacher_top_k is {config.teacher_top_k}, more than the vocabulary's "
+            f"{vocab_size} ids; set it to at most that, or to 0 for all ids."
+        )

@@ -1,0 +1,165 @@
+"""Schedules of the distillation weight ω: a step in, the weight of the teacher's term in the loss
+out.
+
+Stage 1 is the steps with ω > 0, from 0 to distill_steps - 1; from there on ω is 0 and the teacher
+does not run. A
+schedule is asked on the host, once a step: ω enters the program as a number.
+"""
+
+import dataclasses
+from typing import Protocol
+
+from salt_jax.errors import InputError
+
+
+class Schedule(Protocol):
+    """What every schedule of this module can do."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether ω is above 0 at any step."""
+        ...
+
+    def omega_at(self, step: int) -> float:
+        """ω for the update that makes step + 1 of step completed steps, within [0, 1]."""
+        ...
+
+    def distill_steps(self, total_steps: int) -> int:
+        """Number of steps, of total_steps, with a teacher: ω is 0 from this step on."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NoDistillation:
+    """ω = 0: plain training, the baseline."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        return False
+
+    def omega_at(self, step: int) -> float:
+        del step
+        return 0.0
+
+    def distill_steps(self, total_steps: int) -> int:
+        del total_steps
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """ω at every step: the SLM teaches to the end (RKD, "reverse KD")."""
+
+    omega: float
+
+    def __post_init__(self) -> None:
+        _check_omega(self, self.omega)
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.omega > 0.0
+
+    def omega_at(self, step: int) -> float:
+        del step
+        return self.omega
+
+    def distill_steps(self, total_steps: int) -> int:
+        return total_steps if self.uses_teacher else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """ω for the first n_kd steps, then 0: SALT."""
+
+    omega: float
+    n_kd: int
+
+    def __post_init__(self) -> None:
+        _check_omega(self, self.omega)
+        _check_steps(self, "n_kd", self.n_kd)
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.omega > 0.0 and self.n_kd > 0
+
+    def omega_at(self, step: int) -> float:
+        return self.omega if step < self.n_kd else 0.0
+
+    def distill_steps(self, total_steps: int) -> int:
+        return min(self.n_kd, total_steps) if self.uses_teacher else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearDecay:
+    """ω until step `start`, then ω · (n_kd - step) / (n_kd - start), down to 0 at n_kd."""
+
+    omega: float
+    start: int
+    n_kd: int
+
+    def __post_init__(self) -> None:
+        _check_omega(self, self.omega)
+        _check_steps(self, "start", self.start)
+        _check_steps(self, "n_kd", self.n_kd)
+        if self.start > self.n_kd:
+            raise InputError(
+                f"LinearDecay.start is {self.start}, after n_kd {self.n_kd}; "
+                "set start to at most n_kd."
+            )
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.omega > 0.0 and self.n_kd > 0
+
+    def omega_at(self, step: int) -> float:
+        if step >= self.n_kd:
+            return 0.0
+        if step < self.start:
+            return self.omega
+        return self.omega * (self.n_kd - step) / (self.n_kd - self.start)
+
+    def distill_steps(self, total_steps: int) -> int:
+        return min(self.n_kd, total_steps) if self.uses_teacher else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRatioDecay:
+    """ω / (1 - ω), the teacher's weight over the truth's, falls linearly from step 0 to 0 at n_kd;
+    ω below 1."""
+
+    omega: float
+    n_kd: int
+
+    def __post_init__(self) -> None:
+        _check_omega(self, self.omega)
+        _check_steps(self, "n_kd", self.n_kd)
+        if self.omega == 1.0:
+            raise InputError(
+                "LinearRatioDecay.omega is 1, where ω / (1 - ω) is infinite; set omega below 1."
+            )
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.omega > 0.0 and self.n_kd > 0
+
+    def omega_at(self, step: int) -> float:
+        if step >= self.n_kd:
+            return 0.0
+        ratio = self.omega / (1.0 - self.omega) * (1.0 - step / self.n_kd)
+        return ratio / (1.0 + ratio)
+
+    def distill_steps(self, total_steps: int) -> int:
+        return min(self.n_kd, total_steps) if self.uses_teacher else 0
+
+
+def _check_omega(schedule: object, omega: float) -> None:
+    if isinstance(omega, bool) or not isinstance(omega, int | float) or not 0.0 <= omega <= 1.0:
+        raise InputError(f"{type(schedule).__name__}.omega is {omega!r}; set it within [0, 1].")
+
+
+def _check_steps(schedule: object, name: str, steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(
+            f"{type(schedule).__name__}.{name} is {steps!r}; "
+            "set it to a whole number of steps, 0 or more."
+        )

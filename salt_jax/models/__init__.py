@@ -1,0 +1,1 @@
+"""The decoder: arrays of token ids in, hidden states and a head out."""

@@ -1,0 +1,128 @@
+"""The parts of a block that know nothing of it: projection, norm, rotary embedding, activations.
+
+Activations come in and go out in the compute dtype; statistics and angles are float32. Parameters
+are boxed with their logical axes and kept in their own dtype.
+"""
+
+import functools
+import math
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
+    {
+        "silu": jax.nn.silu,
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "relu": jax.nn.relu,
+    }
+)
+
+Axes = tuple[tuple[int, str], ...]  # size and logical name of each axis
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines [B, L, 1, rotary_dim / 2], float32
+
+
+class Projection(nn.Module):
+    """A matrix product over the last axes of [B, L, …], with a bias if wanted.
+
+    Attributes:
+        inputs: the axes summed over.
+        outputs: the axes that take their place.
+        init_std: standard deviation of the initial kernel.
+        use_bias: add a bias, 0 at first.
+        dtype: of the product.
+        param_dtype: of kernel and bias.
+    """
+
+    inputs: Axes
+    outputs: Axes
+    init_std: float
+    use_bias: bool
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(self.init_std)
+        kernel = self._parameter("kernel", init, self.inputs + self.outputs)
+        # As two matrices: XLA's CPU backend takes twice as long over the gradient of a product
+        # with more axes.
+        width = math.prod(size for size, _ in self.inputs)
+        y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+        y = y.reshape(*x.shape[:2], *(size for size, _ in self.outputs))
+        if self.use_bias:
+            y += self._parameter("bias", nn.initializers.zeros_init(), self.outputs)[None, None]
+        return y
+
+    def _parameter(self, name: str, init: nn.initializers.Initializer, axes: Axes) -> jax.Array:
+        boxed_init = nn.with_logical_partitioning(init, tuple(name for _, name in axes))
+        shape = tuple(size for size, _ in axes)
+        value: Any = self.param(name, boxed_init, shape, jnp.dtype(self.param_dtype))
+        return value.astype(self.dtype)
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, with a scale.
+
+    Attributes:
+        kind: "rmsnorm" or "layernorm".
+        epsilon: added to the mean square, or the variance, before its root.
+        use_bias: add a bias; for LayerNorm only.
+        dtype: of the result.
+        param_dtype: of scale and bias.
+    """
+
+    kind: str
+    epsilon: float
+    use_bias: bool
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        y_BxLxD = x_BxLxD.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y_BxLxD -= jnp.mean(y_BxLxD, axis=-1, keepdims=True)
+        mean_square_BxLx1 = jnp.mean(jnp.square(y_BxLxD), axis=-1, keepdims=True)
+        y_BxLxD *= jax.lax.rsqrt(mean_square_BxLx1 + self.epsilon)
+        width = x_BxLxD.shape[-1]
+        y_BxLxD *= self._parameter("scale", nn.initializers.ones_init(), width)[None, None]
+        if self.kind == "layernorm" and self.use_bias:
+            y_BxLxD += self._parameter("bias", nn.initializers.zeros_init(), width)[None, None]
+        return y_BxLxD.astype(self.dtype)
+
+    def _parameter(self, name: str, init: nn.initializers.Initializer, width: int) -> jax.Array:
+        boxed_init = nn.with_logical_partitioning(init, ("embed",))
+        value_D: Any = self.param(name, boxed_init, (width,), jnp.dtype(self.param_dtype))
+        return value_D.astype(jnp.float32)
+
+
+def rotary_angles(positions_BxL: jax.Array, rotary_dim: int, theta: float) -> Rotation:
+    """Cosines and sines of position · theta^(-2i / rotary_dim) for i = 0 … rotary_dim / 2 - 1.
+
+    Source: arXiv 2104.09864. With rotary_dim 0 both are empty and rotate changes nothing.
+    """
+    exponents = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / max(rotary_dim, 1)
+    frequencies = theta**-exponents
+    angles = positions_BxL.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxLxHxK: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turns the first rotary_dim dimensions of each head by their angles, and leaves the rest.
+
+    Dimension i turns together with i + rotary_dim / 2, as in GPT-NeoX and Llama.
+    """
+    cosines, sines = rotation
+    half = cosines.shape[-1]
+    if half == 0:
+        return x_BxLxHxK
+    x = x_BxLxHxK.astype(jnp.float32)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cosines - second * sines, second * cosines + first * sines, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x_BxLxHxK.dtype)

@@ -1,0 +1,47 @@
+"""Text that every machine has: the Python standard library's sources and documentation, or one's
+own.
+
+In: the environment variable SALT_TEXT (a pattern), or nothing. Out: TextFiles with held-out
+fractions. A file's subset is its suffix. Nothing is copied into this project: the text is read
+where it lies, when it is asked for.
+"""
+
+import glob
+import os
+import sysconfig
+
+from salt_jax.preparation.text_files import TextFiles
+
+TEXT_VARIABLE = "SALT_TEXT"
+
+# Other people's packages, and test inputs, which are full of tables and deliberately broken files.
+_EXCLUDED = ("*/site-packages/*", "*/dist-packages/*", "*/test/*", "*/tests/*")
+
+
+def own_text(
+    *,
+    max_bytes: int = 0,
+    validation_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    piece_bytes: int = 20_000,
+) -> TextFiles:
+    """This machine's own text, or the files that SALT_TEXT names.
+
+    Args:
+      max_bytes: See TextFiles.
+      validation_fraction: See TextFiles.
+      test_fraction: See TextFiles.
+      piece_bytes: See TextFiles; small enough that one long file can be held out in part.
+    """
+    library = sysconfig.get_path("stdlib")
+    given = os.environ.get(TEXT_VARIABLE)
+    # A minimal installation has sources and no text files.
+    patterns = [f"{library}/**/*.{suffix}" for suffix in ("py", "txt", "rst")]
+    return TextFiles(
+        train=given or [pattern for pattern in patterns if glob.glob(pattern, recursive=True)],
+        exclude=() if given else _EXCLUDED,
+        max_bytes=max_bytes,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        piece_bytes=piece_bytes,
+    )

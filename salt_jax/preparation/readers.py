@@ -1,0 +1,205 @@
+"""Documents out of files, one at a time.
+
+In: a file: .jsonl, .jsonl.gz, .jsonl.zst or .parquet with a `text` a row and perhaps a subset name,
+or any other file, which is one document of plain text. Out: documents, in the file's order. Memory
+holds one block of a file.
+
+A row's subset name is `meta.pile_set_name` (the Pile's), else `subset`; a plain file's is its
+suffix ("py").
+"""
+
+import gzip
+import json
+import pathlib
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from salt_jax.errors import InputError
+
+_BLOCK_BYTES = 1 << 20
+_REPAIR = "mend the file, or skip such rows with skip_broken_lines=True"
+
+
+class Document(NamedTuple):
+    """One document.
+
+    Attributes:
+      text: Valid Unicode (lone surrogates are replaced by U+FFFD).
+      subset: The subset's name, "" where the row has none.
+      place: Where it stands, for messages: the file and, where it has lines, the line.
+    """
+
+    text: str
+    subset: str
+    place: str
+
+
+def read_documents(
+    path: pathlib.Path,
+    *,
+    skip_broken_lines: bool = False,
+    broken_lines: Counter[str] | None = None,
+    piece_bytes: int = 0,
+) -> Iterator[Document]:
+    """The documents of a file, empty ones included.
+
+    Args:
+      path: The file; its suffix says what it is.
+      skip_broken_lines: Whether a line that is no JSON object with a `text` is passed over.
+      broken_lines: Where to count the lines passed over, by file.
+      piece_bytes: Plain text is cut at line ends into documents of about this size; 0 doesn't cut.
+
+    Raises:
+      InputError: The file cannot be read, is cut short, or has a broken line: file and line are
+        named.
+    """
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        rows = _parquet_rows(path)
+    elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        rows = _json_rows(path)
+    elif name.endswith((".gz", ".zst")):
+        raise InputError(
+            f"{path} is compressed, but is no .jsonl.gz and no .jsonl.zst: decompress it first."
+        )
+    else:
+        yield from _plain_documents(path, piece_bytes)
+        return
+    skipped = 0
+    for place, row in rows:
+        text = row.get("text") if isinstance(row, Mapping) else None
+        if isinstance(text, str):
+            yield Document(_valid_unicode(text), _subset_name(row), place)
+        elif skip_broken_lines:
+            skipped += 1
+        elif isinstance(row, _Broken):
+            raise InputError(f"{place}: this is not JSON ({row.reason}): {_REPAIR}.")
+        else:
+            raise InputError(f"{place}: this row has no `text` of type string: {_REPAIR}.")
+    if skipped and broken_lines is not None:
+        broken_lines[str(path)] = skipped
+
+
+class _Broken(NamedTuple):
+    """A line that is no JSON, and why."""
+
+    reason: str
+
+
+def _subset_name(row: Mapping[str, Any]) -> str:
+    meta = row.get("meta")
+    name = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
+    name = row.get("subset") if name is None else name
+    return "" if name is None else str(name)
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Each non-blank line's place and value; a line that is no JSON gives _Broken."""
+    for number, line in enumerate(_lines(path), start=1):
+        if line.isspace() or not line:
+            continue
+        place = f"{path}, line {number}"
+        try:
+            yield place, json.loads(line)
+        except ValueError as error:
+            yield place, _Broken(str(error))
+
+
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+    """The file's lines, without their line feeds."""
+    number, rest = 1, b""
+    try:
+        for block in _blocks(path):
+            *lines, rest = (rest + block).split(b"\n")
+            number += len(lines)
+            yield from lines
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise InputError(
+            f"{path} is cut short or damaged after line {number - 1} ({error}): fetch the file "
+            "again."
+        ) from error
+    if rest:
+        yield rest
+
+
+def _blocks(path: pathlib.Path) -> Iterator[bytes]:
+    with _opened(path) as file:
+        if path.name.lower().endswith(".zst"):
+            yield from _zstandard_blocks(file)
+            return
+        stream = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
+        while block := stream.read(_BLOCK_BYTES):
+            yield block
+
+
+def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Decompresses frame by frame: the library's stream reader takes a truncated frame for a whole
+    one."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    inside_frame = False
+    while compressed := file.read(_BLOCK_BYTES):
+        while compressed:
+            inside_frame = True
+            yield frame.decompress(compressed)
+            if not frame.eof:
+                break
+            compressed = frame.unused_data
+            inside_frame = False
+            frame = zstandard.ZstdDecompressor().decompressobj()
+    if inside_frame:
+        raise EOFError("the last zstandard frame has no end")
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            columns = [name for name in ("text", "meta", "subset") if name in names]
+            if "text" not in columns:
+                raise InputError(
+                    f"{path} has no column `text`, it has {', '.join(names)}: "
+                    "rename the column that holds the documents."
+                )
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+        except pyarrow.ArrowException as error:
+            raise InputError(
+                f"{path} is no whole Parquet file ({error}): fetch the file again."
+            ) from error
+
+
+def _plain_documents(path: pathlib.Path, piece_bytes: int) -> Iterator[Document]:
+    """The file as one document, or as pieces; bytes that are no UTF-8 become U+FFFD."""
+    subset = path.suffix.removeprefix(".").lower() or "text"
+    with _opened(path) as file:
+        if not piece_bytes:
+            yield Document(file.read().decode(errors="replace"), subset, str(path))
+            return
+        for lines in iter(lambda: file.readlines(piece_bytes), []):
+            yield Document(b"".join(lines).decode(errors="replace"), subset, str(path))
+
+
+def _opened(path: pathlib.Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): correct the task's files."
+        ) from error
+
+
+def _valid_unicode(text: str) -> str:
+    """JSON may hold half a surrogate pair, which no tokenizer takes."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

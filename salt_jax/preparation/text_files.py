@@ -1,0 +1,205 @@
+"""A corpus as files: which files make which split, and what their documents are called.
+
+In: file patterns a split, or one pattern with held-out fractions. Out: documents by split, the
+subset names and the sources for the manifest. Held-out documents are picked by a hash of their
+text, so that equal texts always fall into the same split and a split never depends on the order or
+the number of files.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import glob
+import hashlib
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from salt_jax.data.manifests import file_digest
+from salt_jax.data.packed_cache import SPLITS
+from salt_jax.errors import InputError
+from salt_jax.preparation.readers import Document, read_documents
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """Text files as the splits of a task.
+
+    Attributes:
+      train: Pattern or patterns ("corpus/**/*.jsonl.zst"); ** crosses folders, ~ is home.
+      validation: Patterns of the validation split.
+      test: Patterns of the test split.
+      validation_fraction: Instead of `validation`: the fraction of the train files' documents that
+        is held out, by a hash of the text.
+      test_fraction: The same for the test split.
+      exclude: Patterns of paths to leave out ("*/site-packages/*").
+      subsets: The names allowed. Empty: any, found by reading the files once more beforehand.
+      default_subset: The name of rows that carry none.
+      max_documents: Read at most so many documents from each split's files; 0 reads all.
+      max_bytes: Read at most so much text (UTF-8 bytes) from each split's files; 0 reads all. With
+        either limit plain text files are taken in the order of a hash of their path, so that what
+        is read is a sample and not the beginning of the alphabet.
+      piece_bytes: Cut plain text files at line ends into documents of about this size; 0 doesn't.
+      skip_broken_lines: Whether broken lines are passed over, and counted, instead of refused.
+    """
+
+    train: str | Sequence[str]
+    validation: str | Sequence[str] = ()
+    test: str | Sequence[str] = ()
+    validation_fraction: float = 0.0
+    test_fraction: float = 0.0
+    exclude: str | Sequence[str] = ()
+    subsets: Sequence[str] = ()
+    default_subset: str = "text"
+    max_documents: int = 0
+    max_bytes: int = 0
+    piece_bytes: int = 0
+    skip_broken_lines: bool = False
+
+    def __post_init__(self) -> None:
+        for field in (*SPLITS, "exclude"):
+            value = getattr(self, field)
+            patterns = (value,) if isinstance(value, str | os.PathLike) else tuple(value)
+            object.__setattr__(self, field, tuple(filter(None, map(os.fspath, patterns))))
+        object.__setattr__(self, "subsets", tuple(self.subsets))
+        if not self.train:
+            raise InputError("TextFiles.train names no files: set it to a pattern of files.")
+        for split in ("validation", "test"):
+            fraction = getattr(self, f"{split}_fraction")
+            if not 0 <= fraction < 1:
+                raise InputError(
+                    f"{split}_fraction is {fraction}, expected 0 or more and less than 1."
+                )
+            if fraction and getattr(self, split):
+                raise InputError(
+                    f"Both {split} files and a {split}_fraction of {fraction} are given: "
+                    "set one of the two."
+                )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise InputError(
+                f"validation_fraction {self.validation_fraction} and test_fraction "
+                f"{self.test_fraction} leave nothing to train on: lower them."
+            )
+        for field in ("max_documents", "max_bytes", "piece_bytes"):
+            if getattr(self, field) < 0:
+                raise InputError(f"{field} is {getattr(self, field)}, expected 0 or more.")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits it has, train first."""
+        return tuple(
+            split
+            for split in SPLITS
+            if getattr(self, split) or getattr(self, f"{split}_fraction", 0)
+        )
+
+    def files(self, split: str) -> list[pathlib.Path]:
+        """The files a split is read from, in reading order.
+
+        Raises:
+          InputError: A pattern that matches no file, or a file that is in another split too.
+        """
+        files = self._expand(getattr(self, split) or self.train)
+        for other in SPLITS[: SPLITS.index(split)]:
+            if getattr(self, split) and getattr(self, other):
+                shared = set(files) & set(self._expand(getattr(self, other)))
+                if shared:
+                    raise InputError(
+                        f"{min(shared)} is both a {other} and a {split} file: "
+                        "make the patterns apart, or hold out a fraction instead."
+                    )
+        if self.max_documents or self.max_bytes:
+            files.sort(key=lambda file: hashlib.sha256(str(file).encode()).digest())
+        return files
+
+    def documents(self, split: str, broken_lines: Counter[str] | None = None) -> Iterator[Document]:
+        """The split's documents that hold any text, in a fixed order.
+
+        Args:
+          split: One of `splits`.
+          broken_lines: Where to count the lines passed over, by file.
+
+        Raises:
+          InputError: See `files` and `read_documents`; or a subset name that is not allowed.
+        """
+        for document in self._read(split, broken_lines):
+            if self._split_of(document.text, split) == split:
+                yield document
+
+    def subset_names(self) -> tuple[str, ...]:
+        """The subsets' names, sorted: those allowed, or those found in the files of any split."""
+        if self.subsets:
+            return tuple(self.subsets)
+        read = {split for split in SPLITS if getattr(self, split)}
+        return tuple(sorted({document.subset for s in sorted(read) for document in self._read(s)}))
+
+    def sources(self) -> list[Mapping[str, Any]]:
+        """Each input file's name, bytes and digest, for the manifest; paths are left out of it."""
+        files = {file for split in self.splits for file in self.files(split)}
+        return [
+            {"file": file.name, "bytes": file.stat().st_size, "digest": file_digest(file)}
+            for file in sorted(files)
+        ]
+
+    def _expand(self, patterns: Sequence[str]) -> list[pathlib.Path]:
+        found: set[pathlib.Path] = set()
+        for pattern in patterns:
+            paths = glob.glob(os.path.expanduser(pattern), recursive=True)
+            matches = {
+                pathlib.Path(path)
+                for path in paths
+                if os.path.isfile(path)
+                and not any(fnmatch.fnmatch(path, exclude) for exclude in self.exclude)
+            }
+            if not matches:
+                raise InputError(
+                    f"No file matches {pattern!r}: expected files of text; correct the task's "
+                    "patterns."
+                )
+            found |= matches
+        return sorted(found)
+
+    def _read(self, split: str, broken_lines: Counter[str] | None = None) -> Iterator[Document]:
+        documents, text_bytes = 0, 0
+        for file in self.files(split):
+            for document in read_documents(
+                file,
+                skip_broken_lines=self.skip_broken_lines,
+                broken_lines=broken_lines,
+                piece_bytes=self.piece_bytes,
+            ):
+                if not document.text:
+                    continue
+                documents += 1
+                text_bytes += len(document.text.encode())
+                if (self.max_documents and documents > self.max_documents) or (
+                    self.max_bytes and text_bytes > self.max_bytes
+                ):
+                    return
+                yield self._named(document)
+
+    def _named(self, document: Document) -> Document:
+        named = document if document.subset else document._replace(subset=self.default_subset)
+        if self.subsets and named.subset not in self.subsets:
+            nearest = difflib.get_close_matches(named.subset, self.subsets, n=1)
+            hint = f" (nearest: {nearest[0]!r})" if nearest else ""
+            got = f"the subset name {document.subset!r}" if document.subset else "no subset name"
+            raise InputError(
+                f"{document.place}: {got}, expected one of the {len(self.subsets)} of the "
+                f"task{hint}: "
+                "correct meta.pile_set_name, or use a task whose subset names are free."
+            )
+        return named
+
+    def _split_of(self, text: str, asked: str) -> str:
+        """The split a text of the asked split's files belongs to."""
+        if getattr(self, asked) and asked != "train":
+            return asked
+        if not self.validation_fraction and not self.test_fraction:
+            return "train"
+        place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
+        if place < self.validation_fraction:
+            return "validation"
+        return "test" if place < self.validation_fraction + self.test_fraction else "train"

@@ -1,0 +1,113 @@
+"""SeqIO tasks over text files: tokenize, append the end of document.
+
+In: TextFiles and a vocabulary. Out: a seqio.Task with features `targets` (int32 ids, the end of
+document last) and `subset` (int64, index of the subset's name). One example is one document; before
+and after:
+
+    {"targets": "ab", "subset": 3}
+    {"targets": [100, 101, 1], "subset": 3}                      with ByteVocabulary
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from salt_jax.data.packed_cache import SPLITS
+from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.seqio_adapters import SeqIOVocabulary, SubsetVocabulary
+from salt_jax.preparation.text_files import TextFiles
+
+# Reading text needs no accelerator, and must not take its memory from the process that trains.
+tf.config.set_visible_devices([], "GPU")
+
+
+class TextFilesSource(seqio.FunctionDataSource):
+    """Documents of text files as a SeqIO data source.
+
+    Attributes:
+      failure: The error that ended the last reading; TensorFlow passes on no more than its text.
+      broken_lines: Lines passed over, by file.
+    """
+
+    def __init__(self, files: TextFiles | Callable[[], TextFiles]):
+        """Takes the files, or a function that gives them when they are first read."""
+        self._given = files
+        self.failure: InputError | None = None
+        self.broken_lines: Counter[str] = Counter()
+        splits = files.splits if isinstance(files, TextFiles) else SPLITS
+        super().__init__(dataset_fn=self._dataset, splits=splits)
+
+    @property
+    def files(self) -> TextFiles:
+        """The files, their description made now if it was given as a function."""
+        if not isinstance(self._given, TextFiles):
+            self._given = self._given()
+        return self._given
+
+    def subset_names(self) -> tuple[str, ...]:
+        """The names that `subset` indexes."""
+        return self.files.subset_names()
+
+    def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        # Shuffling is left to the task's buffer: files have a fixed order, see TextFiles.
+        del shuffle_files, seed
+        index = {name: number for number, name in enumerate(self.subset_names())}
+
+        def examples() -> Iterator[Mapping[str, Any]]:
+            try:
+                for document in self.files.documents(split, self.broken_lines):
+                    yield {"targets": document.text, "subset": index[document.subset]}
+            except InputError as error:
+                self.failure = error
+                raise
+
+        signature = {
+            "targets": tf.TensorSpec((), tf.string),
+            "subset": tf.TensorSpec((), tf.int64),
+        }
+        return tf.data.Dataset.from_generator(examples, output_signature=signature)
+
+
+def text_task(
+    name: str,
+    files: TextFiles | Callable[[], TextFiles],
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+) -> seqio.Task:
+    """A task over text files, not registered.
+
+    Args:
+      name: The task's name.
+      files: The files, or a function that gives them.
+      vocabulary: The vocabulary, or a function that gives it.
+    """
+    return seqio.Task(name, **_parts(files, vocabulary))
+
+
+def register_text_task(
+    name: str,
+    files: TextFiles | Callable[[], TextFiles],
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+) -> seqio.Task:
+    """The same, in SeqIO's registry. Given functions, it reads nothing until the task is used."""
+    return seqio.TaskRegistry.add(name, **_parts(files, vocabulary))
+
+
+def _parts(
+    files: TextFiles | Callable[[], TextFiles],
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+) -> dict[str, Any]:
+    source = TextFilesSource(files)
+    return {
+        "source": source,
+        "output_features": {
+            "targets": seqio.Feature(SeqIOVocabulary(vocabulary), add_eos=True),
+            "subset": seqio.Feature(
+                SubsetVocabulary(source.subset_names), add_eos=False, dtype=tf.int64, rank=0
+            ),
+        },
+        "preprocessors": [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    }

@@ -1,0 +1,249 @@
+"""What a report says, in which order.
+
+In: the material read from run folders. Out: sections of text, tables and plots, and the same
+results as numbers for summary.json.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from salt_jax.reporting import plots, tables
+from salt_jax.reporting.comparison import (
+    AXES,
+    Matched,
+    comparable_groups,
+    matched,
+    seeds_sentence,
+)
+from salt_jax.reporting.plots import Plot, Style
+from salt_jax.reporting.runs import Material, ScoredRows, SelectedRows, TrainRun
+from salt_jax.reporting.tables import Table
+
+_FLOPS_SENTENCE = (
+    "Train FLOPs are a run's own: its student's and, in stage 1, the teacher's forward pass. What "
+    "it took to make the teacher, to score rows and to evaluate is not in them."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page; its tables follow its text, its plots follow its tables."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Plot, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a page shows but its head, and the numbers behind it.
+
+    Attributes:
+      summary_sentences: What is compared, and what may be concluded.
+      sections: In reading order.
+      looks: How each run is drawn, by label.
+      numbers: For summary.json; strict JSON values only.
+    """
+
+    summary_sentences: tuple[str, ...]
+    sections: tuple[Section, ...]
+    looks: Mapping[str, Style]
+    numbers: Mapping[str, Any]
+
+    @property
+    def plots(self) -> tuple[Plot, ...]:
+        return tuple(plot for section in self.sections for plot in section.plots)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return tuple(table for section in self.sections for table in section.tables)
+
+
+def compose(material: Material) -> Report:
+    """Makes the whole report from what the run folders hold."""
+    runs = material.runs
+    groups = comparable_groups(runs)
+    compared = [group for group in groups if len(group) > 1]
+    alone = [run for group in groups if len(group) == 1 for run in group]
+    foreground = [run for group in compared for run in group] or alone
+    looks = {
+        **{run.label: plots.IN_THE_BACKGROUND for run in alone},
+        **plots.styles({run.label: run.arm for run in foreground}),
+    }
+    sections: list[Section] = []
+    found: list[Matched] = []
+    if runs:
+        notes = [f"{run.label}: {_unreadable(run)}" for run in runs if run.unreadable_lines]
+        sections.append(Section("Results", tuple(notes), (tables.final_table(runs),)))
+    for number, group in enumerate(compared, start=1):
+        suffix = f"_{number}" if len(compared) > 1 else ""
+        matches = [match for axis in AXES if (match := matched(group, axis))]
+        found += matches
+        sections += _comparison_sections(group, alone, looks, matches, suffix)
+    if alone and not compared:
+        sections += _comparison_sections(alone, [], looks, [], "")
+    by_subset = tables.subset_table(runs)
+    if by_subset:
+        sections.append(Section("Results by subset", (), (by_subset,)))
+    sections += _score_sections(material.scores, material.selections)
+    return Report(
+        summary_sentences=_summary_sentences(material),
+        sections=tuple(sections),
+        looks=looks,
+        numbers=_numbers(material, found),
+    )
+
+
+def _comparison_sections(
+    group: Sequence[TrainRun],
+    others: Sequence[TrainRun],
+    looks: Mapping[str, Style],
+    matches: Sequence[Matched],
+    suffix: str,
+) -> list[Section]:
+    """Evaluation curves against each cost, with the arms at equal cost, then the training loss."""
+    sizes = {run.parameters for run in group}
+    size = next(iter(sizes)) if len(sizes) == 1 else None
+    of_size = f" ({size:,} parameters)" if suffix and size else ""
+    by_axis = {match.axis.name: match for match in matches}
+    sections = []
+    if any(run.evaluations for run in group):
+        for axis in AXES:
+            match = by_axis.get(axis.name)
+            sections.append(
+                Section(
+                    title=f"Against {axis.title}{of_size}",
+                    text=(_FLOPS_SENTENCE,) if axis.name == "train_flops" else (),
+                    tables=(tables.matched_table(match),) if match else (),
+                    plots=tuple(
+                        _renamed(plots.evaluation_plot(group, others, looks, axis, metric), suffix)
+                        for metric in (plots.LOG_PERPLEXITY, plots.ACCURACY)
+                    ),
+                )
+            )
+    if any(run.training for run in group):
+        plot = _renamed(plots.training_plot(group, looks), suffix)
+        sections.append(Section(f"Training loss{of_size}", plots=(plot,)))
+    return sections
+
+
+def _score_sections(
+    scores: Sequence[ScoredRows], selections: Sequence[SelectedRows]
+) -> list[Section]:
+    """Each score folder with what was selected by it, or at random from the same rows."""
+    if not scores and not selections:
+        return []
+    images = []
+    for number, scored in enumerate(scores, start=1):
+        own = [selected for selected in selections if _belongs(selected, scored)]
+        suffix = f"_{number}" if len(scores) > 1 else ""
+        images.append(_renamed(plots.score_plot(scored, own), suffix))
+    placed = [one for one in selections if any(_belongs(one, scored) for scored in scores)]
+    missing = [one.name for one in selections if one not in placed]
+    text = (
+        f"The scores that these selections were made from were not given: {', '.join(missing)}.",
+    )
+    shown = [tables.scores_table(scores)] if scores else []
+    shown += [tables.selections_table(selections)] if selections else []
+    return [Section("Scores of rows", text if missing else (), tuple(shown), tuple(images))]
+
+
+def _belongs(selected: SelectedRows, scored: ScoredRows) -> bool:
+    """Whether a selection was made from these scores; a random control, from the same rows."""
+    if selected.scores_digest is not None:
+        return selected.scores_digest == scored.digest
+    if selected.row_ids.max(initial=-1) >= scored.scores.size:
+        return False
+    same = ("cache_digest", "split")
+    return all(selected.manifest.get(name) == scored.manifest.get(name) for name in same)
+
+
+def _renamed(plot: Plot, suffix: str) -> Plot:
+    return dataclasses.replace(plot, name=plot.name + suffix)
+
+
+def _unreadable(run: TrainRun) -> str:
+    number = run.unreadable_lines
+    lines = "one line of its metrics was" if number == 1 else f"{number} lines of its metrics were"
+    return f"{lines} cut short and left out."
+
+
+def _summary_sentences(material: Material) -> tuple[str, ...]:
+    counts = [
+        (len(material.runs), "training run"),
+        (len(material.scores), "score folder"),
+        (len(material.selections), "selection"),
+    ]
+    named = [f"{number} {noun}{'s' if number > 1 else ''}" for number, noun in counts if number]
+    sentences = [f"Made from {', '.join(named)}."]
+    if material.runs:
+        sentences.append(
+            "Log-perplexity is the mean next-token loss on held-out text, in nats per token (lower "
+            "is better); next-token accuracy is how often the most likely token is the true one."
+        )
+        sentences.append(seeds_sentence(material.runs))
+    return tuple(sentences)
+
+
+def _numbers(material: Material, found: Sequence[Matched]) -> dict[str, Any]:
+    return {
+        "runs": [_run_numbers(run) for run in material.runs],
+        "matched": [
+            {
+                "axis": match.axis.name,
+                "value": match.value,
+                "arms": [
+                    {"label": label, **_finite(dataclasses.asdict(reading) if reading else {})}
+                    for label, reading in match.readings
+                ],
+            }
+            for match in found
+        ],
+        "scores": [
+            {"path": str(scored.origin.path), "rows": int(scored.scores.size)}
+            for scored in material.scores
+        ],
+        "selections": [
+            {
+                "path": str(selected.origin.path),
+                "rows": int(selected.row_ids.size),
+                "cut": selected.cut,
+            }
+            for selected in material.selections
+        ],
+    }
+
+
+def _run_numbers(run: TrainRun) -> dict[str, Any]:
+    final = run.final
+    return {
+        "label": run.label,
+        "arm": run.arm,
+        "path": str(run.origin.path),
+        "finished": run.finished,
+        "seed": run.seed,
+        "parameters": run.parameters,
+        "switch_step": run.switch_step,
+        "steps": run.last_step,
+        "skipped_updates": run.skipped_updates,
+        **_finite(
+            {
+                field: getattr(final, field) if final else None
+                for field in (
+                    *("log_perplexity", "next_token_accuracy"),
+                    *("train_flops", "tokens", "seconds"),
+                )
+            }
+        ),
+    }
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for what strict JSON cannot say."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }

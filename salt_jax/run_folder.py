@@ -1,0 +1,195 @@
+"""The folder a verb writes into: its configuration, where it came from, and its results.
+
+In: the output folder, the verb, the command line and a function that gives the operative configuration.
+Out: config.gin, run.json and summary.json. A folder that holds another run's configuration is refused.
+"""
+
+import dataclasses
+import datetime
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from salt_jax.errors import InputError
+
+CONFIG_FILE = "config.gin"
+RUN_FILE = "run.json"
+SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS_FOLDER = "checkpoints"
+TENSORBOARD_FOLDER = "tensorboard"
+
+_LIBRARIES = [
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array-record",
+    "numpy",
+    "gin-config",
+    "sentencepiece",
+    "tokenizers",
+    "seqio",
+    "tensorflow",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """An output folder and what is to be recorded in it.
+
+    Attributes:
+      path: The folder; made by `begin`.
+      verb: The verb that writes it ("train").
+      config: Gives the operative configuration as text, one setting a line.
+      command_line: What was typed.
+    """
+
+    path: pathlib.Path
+    verb: str
+    config: Callable[[], str] = lambda: ""
+    command_line: Sequence[str] = ()
+
+    def begin(self, replace: bool = False) -> None:
+        """Makes the folder and writes config.gin and run.json.
+
+        Args:
+          replace: Whether a folder with another configuration of the same verb may be written over.
+
+        Raises:
+          InputError: The folder holds another run, or cannot be written.
+        """
+        config = self.config()
+        self._refuse_another_run(config, replace)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / CONFIG_FILE, config)
+            write_atomically(self.path / RUN_FILE, _to_json(self._origin()))
+        except OSError as error:
+            raise InputError(
+                f"The output folder {self.path} cannot be written ({error.strerror}): "
+                "choose another --output_dir, or make room."
+            ) from error
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json, the verb's results."""
+        write_atomically(self.path / SUMMARY_FILE, _to_json(summary))
+
+    def require_space(self, needed_bytes: int, purpose: str) -> None:
+        """Refuses to start when the disk has less than `needed_bytes` free.
+
+        Raises:
+          InputError: Too little space, with both figures.
+        """
+        folder = self.path
+        while not folder.exists():
+            folder = folder.parent
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes:
+            raise InputError(
+                f"The disk of {self.path} has {free_bytes / 1e6:,.0f} MB free, and {purpose} "
+                f"need {needed_bytes / 1e6:,.0f} MB: choose another --output_dir, or make room."
+            )
+
+    def _refuse_another_run(self, config: str, replace: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: --output_dir must name a folder.")
+        run_file = self.path / RUN_FILE
+        if not run_file.exists():
+            return
+        verb = json.loads(run_file.read_text()).get("verb")
+        if verb != self.verb:
+            raise InputError(
+                f"The output folder {self.path} holds a run of `salt {verb}`: "
+                f"choose another --output_dir for this `salt {self.verb}`."
+            )
+        before = _settings((self.path / CONFIG_FILE).read_text())
+        differences = [
+            f"{name} was {before.get(name, 'unset')} and is now {now.get(name, 'unset')}"
+            for now in [_settings(config)]
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if differences and not replace:
+            more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
+            raise InputError(
+                f"The output folder {self.path} holds a run with another configuration: "
+                f"{'; '.join(differences[:2])}{more}; choose another --output_dir, or go back to "
+                f"the settings in its {CONFIG_FILE}."
+            )
+
+    def _origin(self) -> dict[str, Any]:
+        return {
+            "verb": self.verb,
+            "command_line": list(self.command_line),
+            "versions": library_versions(),
+            "git_commit": git_commit(),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise OSError(error.errno, "no space left on the disk", str(path)) from error
+        raise
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python, of this package and of the libraries its results depend on."""
+    from salt_jax import __version__
+
+    versions = {"python": platform.python_version(), "salt_jax": __version__}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit of the clone this package runs from ("…-dirty" when changed), None outside one."""
+    package = pathlib.Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package.parent), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + ("-dirty" if git("status", "--porcelain") else "")
+
+
+def _settings(config: str) -> dict[str, str]:
+    """Settings by name from a configuration's text, comments and line breaks aside."""
+    joined = config.replace("\\\n", " ")
+    settings = {}
+    for line in joined.splitlines():
+        name, separator, value = line.partition("=")
+        if separator and not line.lstrip().startswith("#"):
+            settings[name.strip()] = " ".join(value.split())
+    return settings
+
+
+def _to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"

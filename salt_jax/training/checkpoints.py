@@ -1,0 +1,215 @@
+"""Checkpoints: Orbax, asynchronous and atomic, in RUN/checkpoints/STEP/.
+
+Each holds three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON: model,
+vocabulary, data position, counters, which teacher). A teacher or scorer is loaded from `params` and
+`progress` alone. A step's folder appears under its name only when it is complete.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from salt_jax.errors import InputError
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.run_folder import CHECKPOINTS_FOLDER
+from salt_jax.training import partitioning
+from salt_jax.training.train_state import StateLayout, TrainState, abstract_params
+
+_ITEMS = ("params", "optimizer", "progress")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep. The last step is always saved.
+
+    Attributes:
+      save_every: Steps between checkpoints; 0 saves keep_steps and the last step only.
+      keep_last: How many of the newest to keep.
+      keep_every: Also keep every step that this divides; 0 keeps none for that reason.
+      keep_steps: Steps to save and keep whatever else is set (the scorer's early checkpoint, say).
+    """
+
+    save_every: int = 1000
+    keep_last: int = 1
+    keep_every: int = 0
+    keep_steps: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.save_every < 0 or self.keep_every < 0 or self.keep_last < 1:
+            raise InputError(
+                f"CheckpointConfig got save_every {self.save_every}, keep_every {self.keep_every} "
+                f"and keep_last {self.keep_last}: the first two can't be negative, and keep_last "
+                "must be at least 1."
+            )
+
+    def saves(self, step: int, last_step: int) -> bool:
+        """Whether to save after `step` steps of `last_step`."""
+        regular = self.save_every > 0 and step % self.save_every == 0
+        return regular or step in self.keep_steps or step == last_step
+
+
+class Checkpointer:
+    """The checkpoints of one run."""
+
+    def __init__(self, run_path: pathlib.Path, config: CheckpointConfig) -> None:
+        policies: list[Any] = [preservation_policy.LatestN(config.keep_last)]
+        if config.keep_steps:
+            policies.append(preservation_policy.CustomSteps(list(config.keep_steps)))
+        if config.keep_every:
+            policies.append(preservation_policy.EveryNSteps(config.keep_every))
+        self._manager = ocp.CheckpointManager(
+            (run_path / CHECKPOINTS_FOLDER).absolute(),
+            item_names=_ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
+        """Starts saving; training goes on while files are written."""
+        if step in self._manager.all_steps():
+            return
+        optimizer = {
+            "step": state.step,
+            "opt_state": state.opt_state,
+            "skipped_updates": state.skipped_updates,
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(optimizer),
+                progress=ocp.args.JsonSave(dict(progress)),
+            ),
+        )
+
+    def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """The whole state, laid out as `layout` says, and the progress saved with it."""
+        abstract = layout.abstract
+        optimizer = {
+            "step": abstract.step,
+            "opt_state": abstract.opt_state,
+            "skipped_updates": abstract.skipped_updates,
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        rest = restored["optimizer"]
+        state = TrainState(
+            rest["step"], restored["params"], rest["opt_state"], rest["skipped_updates"]
+        )
+        return state, restored["progress"]
+
+    def wait(self) -> None:
+        """Returns when everything started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go."""
+        self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A model in a checkpoint, not loaded yet.
+
+    Attributes:
+      path: The run's folder.
+      step: The checkpoint's step.
+      config: The model.
+      vocabulary_fingerprint: Of the tokenizer it was trained with.
+      digest: SHA-256 of the checkpoint's parameter files.
+    """
+
+    path: pathlib.Path
+    step: int
+    config: DecoderConfig
+    vocabulary_fingerprint: str
+    digest: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What records name this model by."""
+        return {"path": str(self.path), "step": self.step, "digest": self.digest}
+
+    def load_params(
+        self,
+        mesh: Mesh,
+        rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+        dtype: Any = None,
+    ) -> Any:
+        """The parameters, sharded over `mesh`, in `dtype` or the one they were saved in."""
+        abstract = abstract_params(self.config, mesh, rules, dtype)
+        folder = self.path / CHECKPOINTS_FOLDER / str(self.step) / "params"
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.absolute(), abstract)
+
+
+def find_model(path: str | pathlib.Path, step: int | None, setting: str) -> SavedModel:
+    """Looks a model up in a run's folder.
+
+    Args:
+      path: The run's folder.
+      step: The checkpoint's step; None is the newest.
+      setting: What the caller calls this path, for the error.
+
+    Raises:
+      InputError: No such folder, no checkpoint in it, or not that step.
+    """
+    path = pathlib.Path(path)
+    folder = path / CHECKPOINTS_FOLDER
+    if not folder.is_dir():
+        raise InputError(
+            f"{setting} is {path}, and there are no checkpoints in {folder}: name the output "
+            "folder of a `salt train` run."
+        )
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    if not steps:
+        raise InputError(f"{setting} is {path}, which has no complete checkpoint yet.")
+    if step is None:
+        step = steps[-1]
+    if step not in steps:
+        raise InputError(
+            f"{setting} asks for step {step} of {path}, which has {', '.join(map(str, steps))}."
+        )
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        progress = checkpointer.restore((folder / str(step) / "progress").absolute())
+    return SavedModel(
+        path=path,
+        step=step,
+        config=DecoderConfig.from_json(progress["model"]),
+        vocabulary_fingerprint=progress["vocabulary_fingerprint"],
+        digest=_folder_digest(folder / str(step) / "params"),
+    )
+
+
+def state_bytes(layout: StateLayout) -> int:
+    """Bytes of one checkpoint, before compression."""
+    leaves = jax.tree.leaves(layout.abstract)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _folder_digest(folder: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""Evaluation: a model and held-out rows in; log-perplexity and next-token accuracy out, whole and by subset."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from salt_jax.data.input_pipeline import in_order
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.distill import losses
+from salt_jax.models import decoder
+from salt_jax.training import partitioning
+
+_FEATURES = ("inputs", "targets", "loss_weights", "segment_ids", "positions", "subset")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How well a model predicts some text.
+
+    Attributes:
+      log_perplexity: Mean −log p of the true next token, nats per token.
+      next_token_accuracy: Share of tokens that the model's first choice gets right, 0 to 1.
+      tokens: Tokens with loss weight.
+    """
+
+    log_perplexity: float
+    next_token_accuracy: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As metrics.jsonl and summary.json hold it."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Quality on a split, and on each subset of it that has tokens."""
+
+    whole: Quality
+    by_subset: Mapping[str, Quality]
+
+    def to_json(self) -> dict[str, Any]:
+        """As metrics.jsonl and summary.json hold it."""
+        subsets = {name: quality.to_json() for name, quality in self.by_subset.items()}
+        return {**self.whole.to_json(), "by_subset": subsets}
+
+
+class Evaluator:
+    """Evaluates parameters of one model on a split of one cache.
+
+    Args:
+      config: The model.
+      cache: The rows.
+      split: "validation" or "test".
+      batch_size: Rows at once, rounded up to what the mesh needs.
+      mesh: Where the parameters live.
+      rules: From logical to mesh axes.
+      rows: How many rows to read, from the first on; all by default.
+    """
+
+    def __init__(
+        self,
+        config: decoder.DecoderConfig,
+        cache: PackedCache,
+        split: str,
+        batch_size: int,
+        mesh: Mesh,
+        rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+        rows: int | None = None,
+    ) -> None:
+        divisor = partitioning.batch_divisor(mesh)
+        self._batch_size = -(-batch_size // divisor) * divisor
+        self._cache, self._mesh, self._rules, self._rows = cache, mesh, rules, rows
+        self._split = cache.split(split)
+        self._sums = jax.jit(_subset_sums(config, len(cache.subsets)))
+
+    def __call__(self, params: Any) -> Evaluation:
+        """Evaluates; `params` lie on the mesh."""
+        sums_3xS = np.zeros((3, len(self._cache.subsets)), np.float64)
+        with partitioning.partitioned(self._mesh, self._rules):
+            pending: jax.Array | None = None
+            for batch in in_order(self._split, self._batch_size, self._cache.start_id, self._rows):
+                on_device = partitioning.to_device(
+                    {name: batch[name] for name in _FEATURES}, self._mesh
+                )
+                dispatched = self._sums(params, on_device)
+                if pending is not None:
+                    sums_3xS += np.asarray(pending)
+                pending = dispatched
+            if pending is not None:
+                sums_3xS += np.asarray(pending)
+        by_subset = {
+            name: _quality(sums_3xS[:, i])
+            for i, name in enumerate(self._cache.subsets)
+            if sums_3xS[2, i] > 0
+        }
+        return Evaluation(_quality(sums_3xS.sum(axis=1)), by_subset)
+
+
+def _subset_sums(config: decoder.DecoderConfig, subsets: int) -> Any:
+    """(params, batch) → float32 [3, S]: loss, correct predictions and weight, summed by subset."""
+    model = decoder.Decoder(config)
+    loss_config = losses.LossConfig()
+    vocab_size = config.vocab_size or 0
+
+    def sums(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        hidden_BxLxD = model.apply(
+            {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"]
+        )
+        logits_BxLxV = decoder.logits(hidden_BxLxD, decoder.head_kernel(params, config), config)
+        values = losses.token_losses(
+            logits_BxLxV, None, batch["targets"], jnp.float32(0), loss_config, vocab_size
+        )
+        weights_BxL = batch["loss_weights"]
+        rows_3xB = jnp.stack(
+            [
+                jnp.sum(jnp.where(weights_BxL > 0, values["hard"] * weights_BxL, 0), axis=1),
+                jnp.sum(values["correct"] * weights_BxL, axis=1),
+                jnp.sum(weights_BxL, axis=1),
+            ]
+        )
+        return jax.vmap(
+            lambda row_B: jax.ops.segment_sum(row_B, batch["subset"], num_segments=subsets)
+        )(rows_3xB)
+
+    return sums
+
+
+def _quality(sums_3: np.ndarray) -> Quality:
+    loss, correct, weight = (float(x) for x in sums_3)
+    return Quality(loss / max(weight, 1.0), correct / max(weight, 1.0), round(weight))

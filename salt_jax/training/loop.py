@@ -1,0 +1,305 @@
+"""The training loop: a validated setup in; checkpoints, metrics and a trained student out.
+
+Stage 1 runs the distilling program, stage 2 the plain one; at the switch the teacher's memory is freed and
+nothing else changes. One "step" is one update of the parameters, numbered from 0; `step` in checkpoints and
+metrics counts completed steps.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.distill import losses, schedules
+from salt_jax.errors import Interrupted, RunFailed
+from salt_jax.run_folder import RunFolder
+from salt_jax.training import partitioning
+from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
+from salt_jax.training.evaluation import Evaluation, Evaluator
+from salt_jax.training.ledger import Counters, Ledger, StepCost
+from salt_jax.training.metrics import MetricWriter, ProgressBar
+from salt_jax.training.teacher import Teacher
+from salt_jax.training.train_state import StateLayout, TrainState
+from salt_jax.training.train_step import BATCH_FEATURES, Programs, compile_programs
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSetup:
+    """Everything a run needs, checked by the caller.
+
+    Attributes:
+      arm: The method's name.
+      steps: Of the whole run.
+      seed: Of the student's initialisation.
+      layout: The student's state over the mesh.
+      loss: The loss.
+      schedule: ω by step.
+      pipeline: The batches.
+      sequence_length: L, tokens a row.
+      evaluator: For the validation split.
+      learning_rate: The rate by step, for the metrics.
+      checkpoints: When to save, what to keep.
+      origin: What checkpoints record besides counters: model, vocabulary, cache, teacher.
+      teacher: The frozen model of stage 1, or None.
+      teacher_dtype: What to hold it in; None is as saved.
+      initial: A checkpoint to start the student from; None starts from `seed`.
+      microbatches: Parts of a batch computed one after the other.
+      stage1_microbatches: The same in stage 1; None is microbatches.
+      evaluate_every: Steps between evaluations; the last step is always evaluated.
+      log_every: Steps between lines of metrics.
+      max_skipped_updates: Non-finite updates to skip before the run stops.
+    """
+
+    arm: str
+    steps: int
+    seed: int
+    layout: StateLayout
+    loss: losses.LossConfig
+    schedule: schedules.Schedule
+    pipeline: InputPipeline
+    sequence_length: int
+    evaluator: Evaluator
+    learning_rate: Any
+    checkpoints: CheckpointConfig
+    origin: Mapping[str, Any]
+    teacher: SavedModel | None = None
+    teacher_dtype: Any = None
+    initial: SavedModel | None = None
+    microbatches: int = 1
+    stage1_microbatches: int | None = None
+    evaluate_every: int = 1000
+    log_every: int = 10
+    max_skipped_updates: int = 10
+
+    @property
+    def stage1_steps(self) -> int:
+        """Steps with a teacher."""
+        return self.schedule.distill_steps(self.steps)
+
+    def stage_of(self, step: int) -> int:
+        """1 while the teacher runs, then 2."""
+        return 1 if step < self.stage1_steps else 2
+
+
+class Loop:
+    """One run, from its newest checkpoint or its beginning to its last step."""
+
+    def __init__(self, setup: TrainingSetup, folder: RunFolder) -> None:
+        self._setup = setup
+        self._checkpointer = Checkpointer(folder.path, setup.checkpoints)
+        self._folder = folder
+        self._teacher: Teacher | None = None
+        self._ledger = Ledger(
+            StepCost.of(
+                setup.pipeline.batch_size,
+                setup.sequence_length,
+                setup.layout.config,
+                setup.teacher.config if setup.teacher else None,
+            )
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the last step.
+
+        Returns:
+          The run's results, for summary.json.
+
+        Raises:
+          Interrupted: SIGTERM or SIGINT came; the state is saved.
+          RunFailed: More non-finite updates than allowed.
+        """
+        setup = self._setup
+        first_step, state = self._start()
+        programs = self._compile()
+        batches = setup.pipeline.batches(first_step, setup.steps)
+        with (
+            MetricWriter(self._folder.path) as writer,
+            ProgressBar(setup.arm, setup.steps, first_step) as bar,
+            contextlib.closing(self._checkpointer),
+            _stop_requests() as stop,
+        ):
+            if first_step:
+                bar.say(f"continues at step {first_step}")
+            self._ledger.start_clock()
+            pending: tuple[int, Any] | None = None
+            evaluation: Evaluation | None = None
+            for step in range(first_step, setup.steps):
+                state, metrics = self._step(step, state, next(batches), programs)
+                # The previous step's numbers are fetched while this one runs.
+                self._note(pending, writer, bar)
+                pending = (step + 1, metrics)
+                done = step + 1
+                if self._pauses_after(done) or stop:
+                    self._note(pending, writer, bar)
+                    pending = None
+                    if self._evaluates_after(done):
+                        evaluation = self._evaluate(done, state, writer, bar)
+                    if stop or setup.checkpoints.saves(done, setup.steps):
+                        self._save(done, state)
+                    if stop and done < setup.steps:
+                        self._checkpointer.wait()
+                        raise Interrupted(
+                            f"stopped by {stop[0]} after step {done} of {setup.steps}, which is "
+                            f"saved in {self._folder.path}: run the same command again to go on."
+                        )
+                    self._ledger.start_clock()
+            evaluation = evaluation or self._evaluate(setup.steps, state, writer, bar)
+            return self._summary(state, evaluation)
+
+    def _start(self) -> tuple[int, TrainState]:
+        """The newest checkpoint's state, or a fresh one; loads the teacher where it is needed."""
+        setup = self._setup
+        latest = self._checkpointer.latest_step()
+        if latest is not None:
+            state, progress = self._checkpointer.restore(setup.layout, latest)
+            self._ledger.counters = Counters(**progress["counters"])
+        elif setup.initial is not None:
+            params = setup.initial.load_params(setup.layout.mesh, setup.layout.rules)
+            state = setup.layout.around(params)
+        else:
+            state = setup.layout.create(setup.seed)
+        first_step = latest or 0
+        if setup.teacher is not None and first_step < setup.stage1_steps:
+            self._teacher = Teacher(
+                setup.teacher, setup.layout.mesh, setup.layout.rules, setup.teacher_dtype
+            )
+        return first_step, state
+
+    def _compile(self) -> Programs:
+        """Both programs, or the plain one alone when stage 1 is over."""
+        setup, teacher = self._setup, self._teacher
+        return compile_programs(
+            setup.layout,
+            setup.loss,
+            (setup.pipeline.batch_size, setup.sequence_length),
+            microbatches=setup.microbatches,
+            teacher_config=teacher.model.config if teacher else None,
+            teacher_params=teacher.params if teacher else None,
+            distill_microbatches=setup.stage1_microbatches,
+        )
+
+    def _step(
+        self, step: int, state: TrainState, batch: Mapping[str, np.ndarray], programs: Programs
+    ) -> tuple[TrainState, Any]:
+        """Dispatches one step."""
+        on_device = partitioning.to_device(
+            {name: batch[name] for name in BATCH_FEATURES}, self._setup.layout.mesh
+        )
+        if self._setup.stage_of(step) == 2:
+            if self._teacher is not None:
+                self._teacher.free()
+                self._teacher = None
+            return programs.plain(state, on_device)
+        if self._teacher is None or programs.distill is None:
+            raise AssertionError("stage 1 has a teacher and its program")
+        omega = np.float32(self._setup.schedule.omega_at(step))
+        return programs.distill(state, on_device, self._teacher.params, omega)
+
+    def _note(
+        self, pending: tuple[int, Any] | None, writer: MetricWriter, bar: ProgressBar
+    ) -> None:
+        """Waits for a step's numbers, counts its cost, and writes a line at the end of a window."""
+        if pending is None:
+            return
+        setup = self._setup
+        done, metrics = pending
+        metrics = jax.device_get(metrics)
+        stage = setup.stage_of(done - 1)
+        self._ledger.add(metrics, stage)
+        if metrics["skipped_updates"] > setup.max_skipped_updates:
+            raise RunFailed(
+                f"{metrics['skipped_updates']} updates were not finite, the last at step {done}, "
+                f"and max_skipped_updates is {setup.max_skipped_updates}: the parameters are still "
+                "finite; lower the learning rate, or raise the limit."
+            )
+        if done % setup.log_every == 0 or done == setup.steps:
+            record = {
+                "kind": "train",
+                "step": done,
+                "stage": stage,
+                **self._ledger.close_window(),
+                "omega": setup.schedule.omega_at(done - 1),
+                "learning_rate": float(setup.learning_rate(done - 1)),
+            }
+            writer.write(record)
+            bar.update(record)
+
+    def _pauses_after(self, done: int) -> bool:
+        return self._evaluates_after(done) or self._setup.checkpoints.saves(done, self._setup.steps)
+
+    def _evaluates_after(self, done: int) -> bool:
+        return done % self._setup.evaluate_every == 0 or done == self._setup.steps
+
+    def _evaluate(
+        self, done: int, state: TrainState, writer: MetricWriter, bar: ProgressBar
+    ) -> Evaluation:
+        evaluation = self._setup.evaluator(state.params)
+        writer.write(
+            {
+                "kind": "eval",
+                "step": done,
+                "split": "validation",
+                **evaluation.to_json(),
+                **dataclasses.asdict(self._ledger.counters),
+            }
+        )
+        bar.say(
+            f"step {done}: validation log-perplexity {evaluation.whole.log_perplexity:.4f}, "
+            f"next-token accuracy {evaluation.whole.next_token_accuracy:.2%}"
+        )
+        return evaluation
+
+    def _save(self, done: int, state: TrainState) -> None:
+        rows = done * self._setup.pipeline.batch_size
+        in_stage1 = min(done, self._setup.stage1_steps) * self._setup.pipeline.batch_size
+        self._checkpointer.save(
+            done,
+            state,
+            {
+                **self._setup.origin,
+                "step": done,
+                "rows_consumed": {"stage1": in_stage1, "stage2": rows - in_stage1},
+                "counters": dataclasses.asdict(self._ledger.counters),
+            },
+        )
+
+    def _summary(self, state: TrainState, evaluation: Evaluation) -> dict[str, Any]:
+        setup = self._setup
+        results = evaluation.to_json()
+        evaluated_tokens = results.pop("tokens")
+        return {
+            "arm": setup.arm,
+            "steps": setup.steps,
+            "distill_steps": setup.stage1_steps,
+            "parameters": setup.layout.config.num_parameters,
+            **results,
+            "evaluated_tokens": evaluated_tokens,
+            **dataclasses.asdict(self._ledger.counters),
+            "skipped_updates": int(state.skipped_updates),
+            "seed": setup.seed,
+            "cache_digest": setup.origin["cache_digest"],
+        }
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Sequence[str]]:
+    """Collects SIGTERM and SIGINT by name instead of dying of them; a second SIGINT is not held."""
+    received: list[str] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        del frame
+        received.append(signal.Signals(number).name)
+        signal.signal(number, signal.default_int_handler)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

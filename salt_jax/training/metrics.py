@@ -1,0 +1,129 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events and a progress bar.
+
+In: dictionaries of numbers. Out: one JSON line each, the same numbers as TensorBoard scalars, and one line
+on the terminal that says where the run is.
+"""
+
+import json
+import math
+import pathlib
+import types
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+from salt_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
+
+
+class MetricWriter:
+    """Appends records to RUN/metrics.jsonl and their numbers to RUN/tensorboard/."""
+
+    def __init__(self, run_path: pathlib.Path) -> None:
+        path = run_path / METRICS_FILE
+        if path.exists():
+            _drop_half_a_line(path)
+        self._file: TextIO = path.open("a", buffering=1)
+        self._events = tensorboardX.SummaryWriter(str(run_path / TENSORBOARD_FOLDER))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes one record, which has at least `kind` and `step`."""
+        self._file.write(json.dumps(_finite(dict(record)), allow_nan=False) + "\n")
+        kind = record["kind"]
+        for name, value in _flat(record):
+            self._events.add_scalar(f"{kind}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ProgressBar:
+    """Steps, stage, loss, tokens/s, MFU and ETA, on a terminal; a line now and then elsewhere."""
+
+    def __init__(self, title: str, steps: int, first_step: int) -> None:
+        self._console = rich.console.Console()
+        self._steps = steps
+        self._title = title
+        self._last_line = first_step
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[status]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=steps, completed=first_step, status="")
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Shows a training record."""
+        step = int(record["step"])
+        mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+        status = (
+            f"stage {record['stage']}  loss {record['loss']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
+        )
+        self._bar.update(self._task, completed=step, status=status)
+        often = max(self._steps // 10, 1)
+        if not self._console.is_terminal and step // often > self._last_line // often:
+            self._last_line = step
+            left = (self._steps - step) * record["seconds_per_step"]
+            self.say(f"step {step}/{self._steps}  {status}  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        self._bar.console.print(f"[{self._title}] {text}", markup=False, highlight=False)
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+
+def _drop_half_a_line(path: pathlib.Path) -> None:
+    """Cuts off what a killed run was writing, so that the next line starts on its own."""
+    with path.open("rb+") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    numbers = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            numbers += _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            numbers.append((prefix + name, float(value)))
+    return numbers
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they are written as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return value

@@ -1,0 +1,198 @@
+"""One training step: (state, batch) in, (state, metrics) out, with or without a teacher.
+
+The two programs of SALT are made here: `distill`, which runs the teacher, and `plain`, which has no
+trace of one. Both are compiled before the first step; the host picks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from salt_jax.distill import losses
+from salt_jax.models import decoder
+from salt_jax.training import partitioning
+from salt_jax.training.train_state import StateLayout, TrainState
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+BATCH_FEATURES = {
+    "inputs": jnp.int32,
+    "targets": jnp.int32,
+    "loss_weights": jnp.float32,
+    "segment_ids": jnp.int32,
+    "positions": jnp.int32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled steps.
+
+    Attributes:
+      plain: (state, batch) → (state, metrics).
+      distill: (state, batch, teacher parameters, ω) → (state, metrics); None without a teacher.
+      Both consume the state they are given.
+    """
+
+    plain: Callable[..., tuple[TrainState, Metrics]]
+    distill: Callable[..., tuple[TrainState, Metrics]] | None
+
+
+def compile_programs(
+    layout: StateLayout,
+    loss_config: losses.LossConfig,
+    batch_shape: tuple[int, int],
+    *,
+    microbatches: int = 1,
+    teacher_config: decoder.DecoderConfig | None = None,
+    teacher_params: Any = None,
+    distill_microbatches: int | None = None,
+) -> Programs:
+    """Compiles both steps.
+
+    Args:
+      layout: The student's state.
+      loss_config: The loss.
+      batch_shape: Rows and tokens of the global batch, [B, L].
+      microbatches: Parts of the batch that the plain step computes one after the other.
+      teacher_config: The teacher's model, if there is one.
+      teacher_params: Its parameters, or ShapeDtypeStructs that have their shardings.
+      distill_microbatches: Like microbatches, for the distilling step; the same by default.
+    """
+    batch = abstract_batch(batch_shape, layout)
+    plain = make_step(layout, loss_config, microbatches)
+    jit = lambda step: jax.jit(  # noqa: E731
+        step,
+        donate_argnums=0,
+        out_shardings=(layout.shardings, partitioning.replicated(layout.mesh)),
+    )
+    with partitioning.partitioned(layout.mesh, layout.rules):
+        compiled_plain = jit(plain).lower(layout.abstract, batch).compile()
+        if teacher_config is None:
+            return Programs(compiled_plain, None)
+        distill = make_step(
+            layout, loss_config, distill_microbatches or microbatches, teacher_config
+        )
+        omega = jax.ShapeDtypeStruct((), jnp.float32, sharding=partitioning.replicated(layout.mesh))
+        lowered = jit(distill).lower(layout.abstract, batch, teacher_params, omega)
+        return Programs(compiled_plain, lowered.compile())
+
+
+def abstract_batch(shape: tuple[int, int], layout: StateLayout) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the programs take as a batch of `shape` [B, L]."""
+    sharding = partitioning.batch_sharding(layout.mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in BATCH_FEATURES.items()
+    }
+
+
+def make_step(
+    layout: StateLayout,
+    loss_config: losses.LossConfig,
+    microbatches: int,
+    teacher_config: decoder.DecoderConfig | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step as a function still to be compiled; see Programs for its arguments."""
+    sums = _loss_sums(layout.config, loss_config, teacher_config)
+    gradients_of = jax.value_and_grad(sums, has_aux=True)
+
+    def step(
+        state: TrainState, batch: Batch, teacher_params: Any = None, omega: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
+            (_, metrics), gradients = gradients_of(state.params, part, teacher_params, omega)
+            return jax.tree.map(jnp.add, total, (metrics, gradients)), None
+
+        parts = _split(batch, microbatches)
+        first = jax.tree.map(lambda x: x[0], parts)
+        if microbatches == 1:
+            (_, metrics), gradients = gradients_of(state.params, first, teacher_params, omega)
+        else:
+            shapes = jax.eval_shape(gradients_of, state.params, first, teacher_params, omega)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+            (metrics, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
+        # Weights are divided out once, after microbatches and devices are combined.
+        weight = jnp.maximum(metrics.pop("weight"), 1.0)
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
+        metrics = {name: value / weight for name, value in metrics.items()}
+        new_state, update_metrics = _update(layout.optimizer, state, gradients, metrics["loss"])
+        return new_state, {**metrics, "weight": weight, **update_metrics}
+
+    return step
+
+
+def _loss_sums(
+    config: decoder.DecoderConfig,
+    loss_config: losses.LossConfig,
+    teacher_config: decoder.DecoderConfig | None,
+) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """A function (params, batch, teacher_params, ω) → (loss sum, every sum by name)."""
+    if config.vocab_size is None:
+        raise AssertionError("the model's vocabulary is set before its programs are made")
+    vocab_size = config.vocab_size
+    student = decoder.Decoder(config)
+    teacher = decoder.Decoder(teacher_config) if teacher_config is not None else None
+
+    def sums(
+        params: Any, batch: Batch, teacher_params: Any, omega: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
+        tokens = (batch["inputs"], batch["segment_ids"], batch["positions"])
+        hidden_BxLxD = student.apply({"params": params}, *tokens)
+        teacher_hidden_BxLxD = teacher_head_DxV = None
+        if teacher is not None and teacher_config is not None:
+            frozen = jax.lax.stop_gradient(teacher_params)
+            teacher_hidden_BxLxD = teacher.apply({"params": frozen}, *tokens)
+            teacher_head_DxV = decoder.head_kernel(frozen, teacher_config)
+        loss, weight, metrics = losses.loss_from_hidden(
+            hidden_BxLxD,
+            decoder.head_kernel(params, config),
+            batch["targets"],
+            batch["loss_weights"],
+            omega if omega is not None else jnp.float32(0.0),
+            loss_config,
+            vocab_size,
+            teacher_hidden_BxLxD=teacher_hidden_BxLxD,
+            teacher_head_DxV=teacher_head_DxV,
+        )
+        return loss, {"loss": loss, "weight": weight, **metrics}
+
+    return sums
+
+
+def _split(batch: Batch, microbatches: int) -> Batch:
+    """[B, …] → [M, B / M, …]; every device's rows are spread evenly over the microbatches."""
+
+    def one(x: jax.Array) -> jax.Array:
+        rows = x.shape[0] // microbatches
+        return jnp.swapaxes(x.reshape(rows, microbatches, *x.shape[1:]), 0, 1)
+
+    return {name: one(batch[name]) for name in BATCH_FEATURES}
+
+
+def _update(
+    optimizer: optax.GradientTransformation, state: TrainState, gradients: Any, loss: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """Applies a finite update; keeps parameters and optimizer as they are otherwise."""
+    gradient_norm = optax.global_norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    update_norm = optax.global_norm(updates)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    new_state = TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        skipped_updates=state.skipped_updates + jnp.where(finite, 0, 1),
+    )
+    return new_state, {
+        "grad_norm": gradient_norm,
+        "update_norm": update_norm,
+        "skipped_updates": new_state.skipped_updates,
+    }

@@ -1,0 +1,49 @@
+"""Installs salt_jax: `pip install .` trains; `pip install .[prepare]` also makes caches from text."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "salt_jax/__init__.py").read_text())
+
+PREPARE = [
+    "seqio>=0.0.20",
+    "tensorflow>=2.20",
+    "tensorflow-datasets>=4.9.9",
+    "pyarrow>=18",
+    "zstandard>=0.23",
+]
+TEST = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8.3", "ruff>=0.9", "scipy>=1.14"]
+
+setuptools.setup(
+    name="salt_jax",
+    version=VERSION[1] if VERSION else "",
+    description="SALT, small-model aided large-model training, in JAX",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.14",
+    # gin/ and tasks/ are linked into the package as configs/ and tasks/, so that a clone, an
+    # editable install and a plain one all find them under one import name.
+    packages=["salt_jax", "salt_jax.configs"]
+    + [f"salt_jax.{name}" for name in setuptools.find_packages("salt_jax")],
+    package_data={"salt_jax.configs": ["**/*.gin"]},
+    install_requires=[
+        "array-record>=0.8",
+        "flax>=0.12",
+        "gin-config>=0.5",
+        "grain>=0.2.10",
+        "jax>=0.10,<0.13",
+        "matplotlib>=3.10",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "rich>=13",
+        "sentencepiece>=0.2",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.21",
+    ],
+    extras_require={"prepare": PREPARE, "test": TEST + PREPARE},
+    entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},
+)

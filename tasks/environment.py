@@ -1,0 +1,55 @@
+"""Where the tasks of this package find their files: environment variables, read when a task is
+used.
+
+    SALT_PILE        folder of the Pile: train/*.jsonl.zst, val.jsonl.zst, test.jsonl.zst
+    SALT_TEXT        pattern of one's own text files (the Python standard library's sources without
+    it) SALT_VOCABULARY  .model of SentencePiece, tokenizer.json, or the vocabulary/ folder of a
+    cache (bytes without it) SALT_CACHE  SALT_SELECTION  SALT_SCORES    folders of `salt prepare`,
+    `salt select`, `salt score`
+"""
+
+import os
+import pathlib
+
+from salt_jax.data.vocabularies import (
+    ByteVocabulary,
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+    load_vocabulary,
+)
+from salt_jax.errors import InputError
+from salt_jax.preparation.salt_ds import SelectedRows
+
+
+def required(variable: str, what: str) -> str:
+    """The variable's value.
+
+    Raises:
+      InputError: It is not set.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        raise InputError(f"The environment variable {variable} is not set: set it to {what}.")
+    return value
+
+
+def vocabulary() -> Vocabulary:
+    """The vocabulary that SALT_VOCABULARY names."""
+    given = os.environ.get("SALT_VOCABULARY")
+    if not given:
+        return ByteVocabulary()
+    if pathlib.Path(given).is_dir():
+        return load_vocabulary(given)
+    return (
+        HuggingFaceVocabulary(given) if given.endswith(".json") else SentencePieceVocabulary(given)
+    )
+
+
+def selected_rows() -> SelectedRows:
+    """The rows that SALT_CACHE, SALT_SELECTION and (if set) SALT_SCORES name."""
+    return SelectedRows(
+        cache=required("SALT_CACHE", "the folder of a packed cache"),
+        selection=required("SALT_SELECTION", "the folder of a selection"),
+        scores=os.environ.get("SALT_SCORES", ""),
+    )

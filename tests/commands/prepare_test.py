@@ -1,0 +1,283 @@
+"""`salt prepare`: the cache holds the text, splits stay apart, bad input leaves no cache behind."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import zstandard
+
+from salt_jax.commands.prepare import prepare
+from salt_jax.data.manifests import COMPLETED_FILE, MANIFEST_FILE
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.vocabularies import ByteVocabulary, HuggingFaceVocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.pile import pile_files
+from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.text_files import TextFiles
+from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
+from salt_jax.run_folder import RunFolder
+
+MINIPILE = pathlib.Path(__file__).parents[2].joinpath("../shared/data/minipile").resolve()
+TEXTS = [f"def f{number}(x):\n\treturn x + {number}  # né\n" * 3 for number in range(80)]
+
+
+@dataclasses.dataclass
+class _Corpus:
+    folder: pathlib.Path
+
+    @property
+    def files(self) -> TextFiles:
+        return TextFiles(train=f"{self.folder}/*.jsonl", validation_fraction=0.2, test_fraction=0.1)
+
+    def add(self, line: str) -> None:
+        with open(self.folder / "0.jsonl", "a") as file:
+            file.write(line + "\n")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    corpus = _Corpus(folder)
+    for number, text in enumerate(TEXTS):
+        corpus.add(json.dumps({"text": text, "subset": ["code", "prose"][number % 2]}))
+    return corpus
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "cache", "prepare")
+
+
+def _text_of(cache, split):
+    """All the text of a split cut at document ends, from rows in any order (whole documents)."""
+    texts = []
+    for row in cache.split(split):
+        for segment in range(1, row["segment_ids"].max() + 1):
+            ids = row["targets"][row["segment_ids"] == segment]
+            assert ids[-1] == cache.vocabulary.eos_id
+            texts.append(cache.vocabulary.decode(ids))
+    return texts
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [ByteVocabulary(reserved=2), TrainedVocabulary(size=320, reserved=2)]
+)
+def test_the_cache_holds_the_text(corpus, run, vocabulary, capsys):
+    prepare(
+        run,
+        task=corpus.files,
+        vocabulary=vocabulary,
+        sequence_length=512,
+        packing="whole_documents",
+        shards=2,
+    )
+    cache = PackedCache.open(run.path)
+    cache.verify()
+    texts = {split: _text_of(cache, split) for split in cache.split_names}
+    assert sorted(text for part in texts.values() for text in part) == sorted(TEXTS)
+    for split in cache.split_names:
+        expected = [document.text for document in corpus.files.documents(split)]
+        assert sorted(texts[split]) == sorted(expected)
+        info = cache.manifest["splits"][split]
+        assert info["documents"] == len(expected)
+        assert info["bytes"] == sum(len(text.encode()) for text in expected)
+    assert len(cache.vocabulary.reserved_ids) == 2
+    assert cache.subsets == ("code", "prose")
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["digest"] == cache.digest
+    assert summary["splits"]["train"]["tokens"] == cache.manifest["splits"]["train"]["tokens"]
+    assert "train" in (printed := capsys.readouterr().out)
+    assert "prose" in printed
+
+
+def test_concatenated_rows_hold_every_token(corpus, run):
+    prepare(run, task=corpus.files, vocabulary=ByteVocabulary(), sequence_length=64)
+    cache = PackedCache.open(run.path)
+    rows = list(cache.split("train"))
+    tokens = np.concatenate([row["targets"][row["segment_ids"] > 0] for row in rows])
+    documents = [document.text for document in corpus.files.documents("train")]
+    expected = [i for text in documents for i in [*cache.vocabulary.encode(text), 1]]
+    assert sorted(tokens) == sorted(expected)
+    assert cache.manifest["splits"]["train"]["tokens"] == len(tokens) - len(rows)
+
+
+def test_the_same_input_and_seed_give_the_same_bytes(corpus, tmp_path):
+    digests = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare(
+            RunFolder(tmp_path / name, "prepare"),
+            task=corpus.files,
+            vocabulary=TrainedVocabulary(size=320),
+            seed=seed,
+        )
+        digests[name] = PackedCache.open(tmp_path / name).digest
+    assert digests["a"] == digests["b"] != digests["c"]
+    assert _files(tmp_path / "a") == _files(tmp_path / "b")
+
+
+def _files(folder):
+    names = {"run.json", "summary.json"}  # these hold times
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in names]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_a_finished_cache_is_not_made_again_but_shown(corpus, run, capsys):
+    settings = {"task": corpus.files, "vocabulary": ByteVocabulary()}
+    prepare(run, **settings)
+    written = (run.path / MANIFEST_FILE).stat().st_mtime_ns
+    prepare(run, **settings)
+    assert "nothing was prepared" in capsys.readouterr().out
+    prepare(run, show=2)
+    printed = capsys.readouterr().out
+    assert "train row 1" in printed
+    assert "return x" in printed
+    assert "subset: code" in printed
+    assert (run.path / MANIFEST_FILE).stat().st_mtime_ns == written
+    corpus.add(json.dumps({"text": "changed"}))
+    with pytest.raises(InputError, match=r"made when 0\.jsonl was another file"):
+        prepare(run, **settings)
+
+
+def test_broken_lines_are_refused_or_counted(corpus, run):
+    corpus.add('{"text": ')
+    settings = {"task": corpus.files, "vocabulary": ByteVocabulary()}
+    with pytest.raises(InputError, match=r"0\.jsonl, line 81: this is not JSON"):
+        prepare(run, **settings)
+    assert not (run.path / MANIFEST_FILE).exists()
+    prepare(run, **settings, skip_broken_lines=True)
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["broken_lines"] == {str(corpus.folder / "0.jsonl"): 1}
+
+
+def test_texts_in_two_splits_are_said(corpus, run, tmp_path, capsys):
+    validation = tmp_path / "val.jsonl"
+    validation.write_text(json.dumps({"text": TEXTS[0]}) + "\n" + json.dumps({"text": "new"}))
+    files = TextFiles(train=f"{corpus.folder}/*", validation=str(validation))
+    prepare(run, task=files, vocabulary=ByteVocabulary())
+    assert "Warning: 1 texts of the validation split" in capsys.readouterr().out
+
+
+def _bad_row(corpus):
+    corpus.add('{"content": "no text"}')
+    return {}
+
+
+def _empty_corpus(corpus):
+    (corpus.folder / "0.jsonl").write_text("")
+    return {}
+
+
+def _truncated(corpus):
+    data = zstandard.ZstdCompressor().compress((corpus.folder / "0.jsonl").read_bytes())
+    (corpus.folder / "1.jsonl.zst").write_bytes(data[:-20])
+    return {"task": TextFiles(train=f"{corpus.folder}/*")}
+
+
+def _unknown_subset(corpus):
+    return {"task": dataclasses.replace(corpus.files, subsets=("Github", "ArXiv"))}
+
+
+BAD_INPUT = {
+    "no such file": (lambda _: {"task": TextFiles(train="none/*.zst")}, "No file matches"),
+    "empty corpus": (_empty_corpus, "train split .* is empty"),
+    "no text": (_bad_row, r"0\.jsonl, line 81: this row has no `text`"),
+    "truncated": (_truncated, r"1\.jsonl\.zst is cut short"),
+    "unknown subset": (_unknown_subset, "line 1: the subset name 'code', expected one of the 2"),
+    "no task": (lambda _: {"task": None}, "No task was given"),
+    "no vocabulary": (lambda _: {"vocabulary": None}, "No vocabulary was given"),
+    "packing": (lambda _: {"packing": "tight"}, "packing is 'tight', expected one of concat"),
+    "length": (lambda _: {"sequence_length": 1}, "sequence_length is 1"),
+    "shards": (lambda _: {"shards": 0}, "shards is 0"),
+    "show": (lambda _: {"show": -1}, "show is -1"),
+    "little text": (lambda _: {"vocabulary": TrainedVocabulary()}, "cannot be trained"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_leaves_no_cache(corpus, run, what):
+    spoil, words = BAD_INPUT[what]
+    settings = {"task": corpus.files, "vocabulary": ByteVocabulary(), **spoil(corpus)}
+    with pytest.raises(InputError, match=words) as caught:
+        prepare(run, **settings)
+    assert "\n" not in str(caught.value)
+    assert not list(run.path.glob("**/*.array_record"))
+    assert not (run.path / COMPLETED_FILE).exists()
+
+
+def test_a_full_disk_is_noticed_before_writing(corpus, run, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="choose another --output_dir, or make room"):
+        prepare(run, task=corpus.files, vocabulary=ByteVocabulary())
+    assert not (run.path / COMPLETED_FILE).exists()
+
+
+def test_a_registered_task_brings_its_vocabulary(corpus, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("SALT_TEXT", f"{corpus.folder}/*.jsonl")
+    monkeypatch.delenv("SALT_VOCABULARY", raising=False)
+    module = tmp_path / "a_module_of_tasks.py"
+    module.write_text(
+        "from salt_jax.preparation.own_text import own_text\n"
+        "from salt_jax.preparation.text_tasks import register_text_task\n"
+        "from salt_jax.data.vocabularies import ByteVocabulary\n"
+        "register_text_task('a_task', own_text(validation_fraction=0.2), ByteVocabulary())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = RegisteredTask("a_task", module="a_module_of_tasks")
+    with pytest.raises(InputError, match="brings its own"):
+        prepare(run, task=task, vocabulary=TrainedVocabulary())
+    with pytest.raises(InputError, match=r"leave prepare\.prepare\.vocabulary unset"):
+        prepare(run, task=task, vocabulary=ByteVocabulary(reserved=3))
+    prepare(run, task=task)
+    cache = PackedCache.open(run.path)
+    assert cache.vocabulary == ByteVocabulary()
+    assert cache.manifest["splits"]["train"]["documents"] > 40
+    assert cache.subsets == ("code", "prose")
+
+
+@pytest.mark.skipif(not MINIPILE.exists(), reason="the minipile corpus is not beside this checkout")
+def test_the_minipile(run):
+    prepare(
+        run,
+        task=pile_files(str(MINIPILE), max_documents=60),
+        vocabulary=TrainedVocabulary(size=1024),
+        sequence_length=128,
+    )
+    cache = PackedCache.open(run.path)
+    assert cache.split_names == ("train", "validation", "test")
+    assert len(cache.subsets) == 22
+    assert set(cache.manifest["splits"]["train"]["by_subset"]) <= {
+        "Github",
+        "Gutenberg (PG-19)",
+        "Wikipedia (en)",
+    }
+    info = cache.manifest["splits"]["validation"]
+    assert 1.5 < info["bytes"] / info["tokens"] < 4
+
+
+def test_a_tokenizer_json_whose_end_is_id_zero(corpus, run, tmp_path):
+    import tokenizers
+
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(TEXTS, vocab_size=400, special_tokens=["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = HuggingFaceVocabulary(tmp_path / "tokenizer.json")
+    prepare(
+        run,
+        task=corpus.files,
+        vocabulary=vocabulary,
+        sequence_length=256,
+        packing="whole_documents",
+    )
+    cache = PackedCache.open(run.path)
+    assert (cache.vocabulary.eos_id, cache.vocabulary.pad_id) == (0, 0)
+    # The end of each document is trained on though its id is that of padding.
+    row = cache.split("train")[0]
+    ends_L = (row["targets"] == 0) & (row["segment_ids"] > 0)
+    assert np.all(row["loss_weights"][ends_L] == 1)
+    assert sorted(_text_of(cache, "train")) == sorted(
+        document.text for document in corpus.files.documents("train")
+    )

@@ -1,0 +1,67 @@
+"""Eight virtual CPU devices for every test, set before jax starts; accidental broadcasts are errors."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import pathlib  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from salt_jax.data import features  # noqa: E402
+from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter  # noqa: E402
+from salt_jax.data.vocabularies import ByteVocabulary  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="session")
+def make_cache(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., PackedCache]:
+    """Makes caches of learnable byte rows: words of a few letters, one or two segments a row."""
+
+    def make(rows: int = 48, length: int = LENGTH, reserved: int = 0, seed: int = 0) -> PackedCache:
+        folder = tmp_path_factory.mktemp("cache")
+        return write_cache(folder, rows, length, reserved, seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cache(make_cache: Callable[..., PackedCache]) -> PackedCache:
+    """A small cache with train, validation and test splits and two subsets."""
+    return make_cache()
+
+
+def write_cache(
+    folder: pathlib.Path, rows: int, length: int, reserved: int, seed: int
+) -> PackedCache:
+    vocabulary = ByteVocabulary(reserved=reserved)
+    writer = PackedCacheWriter(
+        folder, vocabulary=vocabulary, sequence_length=length, subsets=("prose", "code"), shards=2
+    )
+    rng = np.random.default_rng(seed)
+    words = [vocabulary.encode(word) for word in ("salt ", "teaches ", "small ", "models ")]
+
+    def row() -> features.Row:
+        stream = np.concatenate([words[i] for i in rng.integers(len(words), size=length)])
+        cut = int(rng.integers(1, length))
+        weights = np.ones(length, np.float32)
+        weights[0] = 0.0
+        segments = np.where(np.arange(length) < cut, 1, 2)
+        return features.make_row(stream[:length], weights, segments, int(rng.integers(2)))
+
+    for split, count in (("train", rows), ("validation", 10), ("test", 6)):
+        writer.write_split(split, [row() for _ in range(count)], num_rows=count)
+    writer.finish()
+    return PackedCache.open(folder)

@@ -1,0 +1,97 @@
+"""Scores and selections: they name their cache, and another cache is refused."""
+
+import numpy as np
+import pytest
+
+from salt_jax.data.row_scores import RowScores, Selection
+from salt_jax.errors import InputError
+
+SCORER = {"path": "slm", "step": 100, "digest": "d" * 64}
+SCORE = {"k": 10, "unlearnable": "drop", "min_learnable_fraction": 0.0}
+
+
+def _scores(folder, **changes):
+    settings = {"cache_digest": "a" * 64, "split": "train", "scorer": SCORER, "score": SCORE}
+    return RowScores.write(folder, np.array([1.5, -np.inf, 3.0, 2.0]), **{**settings, **changes})
+
+
+def test_scores_come_back(tmp_path):
+    written = _scores(tmp_path)
+    opened = RowScores.open(tmp_path, cache_digest="a" * 64)
+    assert opened.scores.dtype == np.float32
+    assert opened.scores.tolist() == [1.5, -np.inf, 3.0, 2.0]
+    assert opened.manifest["scorer"] == SCORER
+    assert opened.manifest["rows"] == 4
+    assert opened.digest == written.digest != _scores(tmp_path, split="test").digest
+
+
+def test_the_digest_tells_scores_apart(tmp_path):
+    first = _scores(tmp_path)
+    second = RowScores.write(
+        tmp_path,
+        np.array([1.5, -np.inf, 3.0, 2.5]),
+        cache_digest="a" * 64,
+        split="train",
+        scorer=SCORER,
+        score=SCORE,
+    )
+    assert first.digest != second.digest
+
+
+def test_a_selection_carries_where_it_came_from(tmp_path):
+    scores = _scores(tmp_path / "scores")
+    Selection.write(
+        tmp_path / "selection",
+        np.array([2, 3]),
+        cache_digest="a" * 64,
+        split="train",
+        how={"rule": "TopRows", "m": 2},
+        scores=scores,
+    )
+    selection = Selection.open(tmp_path / "selection", cache_digest="a" * 64)
+    assert selection.row_ids.dtype == np.int64
+    assert selection.row_ids.tolist() == [2, 3]
+    assert selection.manifest["scores_digest"] == scores.digest
+    assert selection.manifest["cut"] == 2.0
+    assert (selection.manifest["scorer"], selection.manifest["score"]) == (SCORER, SCORE)
+
+
+def test_a_random_control_has_no_scores(tmp_path):
+    selection = Selection.write(
+        tmp_path, np.array([0]), cache_digest="a" * 64, split="train", how={"rule": "RandomRows"}
+    )
+    assert selection.manifest["scores_digest"] is None
+    assert selection.manifest["cut"] is None
+
+
+@pytest.mark.parametrize("ids", [[], [3, 2], [1, 1], [-1, 2]])
+def test_a_selection_ascends(tmp_path, ids):
+    with pytest.raises(AssertionError):
+        Selection.write(
+            tmp_path, np.array(ids, int), cache_digest="a", split="train", how={"rule": "x"}
+        )
+
+
+def test_another_cache_is_refused_by_name(tmp_path):
+    _scores(tmp_path / "scores")
+    Selection.write(
+        tmp_path / "selection", np.array([0]), cache_digest="a" * 64, split="train", how={}
+    )
+    for kind, name in ((RowScores, "scores"), (Selection, "selection")):
+        with pytest.raises(InputError, match=r"cache a{12}.*expected the cache b{12}"):
+            kind.open(tmp_path / name, cache_digest="b" * 64)
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    _scores(tmp_path)
+    path = tmp_path / "scores.npy"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"scores\.npy cannot be read"):
+        RowScores.open(tmp_path)
+
+
+def test_a_file_of_another_length_is_refused(tmp_path):
+    _scores(tmp_path)
+    np.save(tmp_path / "scores.npy", np.zeros(3, np.float32))
+    with pytest.raises(InputError, match=r"float32\[3\], its manifest says float32\[4\]"):
+        RowScores.open(tmp_path)

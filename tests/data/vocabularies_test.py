@@ -1,0 +1,145 @@
+"""Vocabularies: any text comes back, special ids never come from text, files are checked."""
+
+import json
+import pathlib
+import tempfile
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from salt_jax.data.vocabularies import (
+    ByteVocabulary,
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
+    load_vocabulary,
+)
+from salt_jax.errors import InputError
+from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
+
+SOURCE = pathlib.Path(json.__file__).parent / "decoder.py"
+# SentencePiece writes spaces as U+2581, so that sign alone comes back as a space.
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"))
+CODE = st.text(st.sampled_from(" \n\t\rdef(x):é<|endoftext|></s>"))
+
+
+def _hugging_face_file(folder: pathlib.Path) -> pathlib.Path:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([SOURCE.read_text()], trainer)
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def _vocabularies():
+    with tempfile.TemporaryDirectory() as folder:
+        hugging_face = HuggingFaceVocabulary(
+            _hugging_face_file(pathlib.Path(folder)), reserved=4, pad_token="<|padding|>"
+        )
+    text = [SOURCE.read_text()]
+    return {
+        "bytes": ByteVocabulary(reserved=5),
+        "bpe": TrainedVocabulary(size=600, reserved=3).train(text),
+        "unigram": TrainedVocabulary(size=400, model_type="unigram").train(text),
+        "hugging_face": hugging_face,
+    }
+
+
+VOCABULARIES = _vocabularies()
+
+
+@pytest.fixture(params=VOCABULARIES)
+def vocabulary(request):
+    return VOCABULARIES[request.param]
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@settings(max_examples=150, deadline=None)
+@given(text=ANY_TEXT | CODE)
+def test_text_comes_back_and_gives_no_special_id(name, text):
+    vocabulary = VOCABULARIES[name]
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == text
+    assert not {vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id} & set(ids)
+    assert all(0 <= i < vocabulary.base_size for i in ids)
+    assert vocabulary.encode_many([text, "a"]) == [ids, vocabulary.encode("a")]
+
+
+def test_special_and_reserved_ids_give_no_text(vocabulary):
+    special = [vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id, *vocabulary.reserved_ids]
+    assert vocabulary.decode([*special, *vocabulary.encode("x y"), *special]) == "x y"
+
+
+def test_reserved_ids_are_the_last(vocabulary):
+    assert vocabulary.size == vocabulary.base_size + vocabulary.reserved
+    assert list(vocabulary.reserved_ids) == list(range(vocabulary.base_size, vocabulary.size))
+
+
+def test_saved_and_loaded_is_the_same(vocabulary, tmp_path):
+    vocabulary.save(tmp_path)
+    loaded = load_vocabulary(tmp_path)
+    assert loaded == vocabulary
+    assert loaded.describe() == vocabulary.describe()
+    assert loaded.encode("def f(x):\n\treturn 1") == vocabulary.encode("def f(x):\n\treturn 1")
+
+
+def test_fingerprints_differ():
+    kinds = [*VOCABULARIES.values(), ByteVocabulary(), ByteVocabulary(reserved=6)]
+    assert len({vocabulary.fingerprint for vocabulary in kinds}) == len(kinds)
+
+
+def test_bytes_are_numbered_as_seqio_numbers_them():
+    vocabulary = ByteVocabulary()
+    assert (vocabulary.size, vocabulary.eos_id, vocabulary.encode("a")) == (259, 1, [100])
+
+
+def test_broken_utf8_shows_as_a_replacement():
+    vocabulary = ByteVocabulary()
+    assert vocabulary.decode(vocabulary.encode("é")[:1]) == "�"
+
+
+def test_end_of_document_may_be_id_zero(tmp_path):
+    vocabulary = HuggingFaceVocabulary(_hugging_face_file(tmp_path))
+    assert (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id) == (0, 0, 0)
+
+
+def test_a_token_it_does_not_have(tmp_path):
+    path = _hugging_face_file(tmp_path)
+    with pytest.raises(InputError, match=r"no token '<eos>'.*eos_token.*'<\|endoftext\|>'"):
+        HuggingFaceVocabulary(path, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("kind", [SentencePieceVocabulary, HuggingFaceVocabulary])
+def test_a_file_that_is_not_there_or_no_tokenizer(kind, tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        kind(tmp_path / "none")
+    (tmp_path / "text").write_text("no tokenizer")
+    with pytest.raises(InputError, match="is no"):
+        kind(tmp_path / "text")
+
+
+def test_a_changed_file_is_refused(tmp_path):
+    VOCABULARIES["bpe"].save(tmp_path)
+    path = tmp_path / "vocabulary.json"
+    path.write_text(path.read_text().replace('"reserved": 3', '"reserved": 2'))
+    with pytest.raises(InputError, match="fingerprint"):
+        load_vocabulary(tmp_path)
+
+
+def test_a_folder_without_a_vocabulary(tmp_path):
+    with pytest.raises(InputError, match=r"holds no vocabulary\.json"):
+        load_vocabulary(tmp_path)
+
+
+def test_negative_reserve():
+    with pytest.raises(InputError, match="reserved is -1"):
+        ByteVocabulary(reserved=-1)

@@ -1,0 +1,64 @@
+"""Attention against a plain NumPy version; padding never makes a NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.models.attention import attention, causal_segment_mask
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 3, 3, 3]], np.int32)
+
+
+def random_inputs(heads: int, kv_heads: int, scale: float = 1.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = [(2, 8, heads, 4), (2, 8, kv_heads, 4), (2, 8, kv_heads, 4)]
+    return [(scale * rng.normal(size=shape)).astype(np.float32) for shape in shapes]
+
+
+def numpy_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, segments: np.ndarray
+) -> np.ndarray:
+    """One query at a time, in float64."""
+    batch, length, heads, width = query.shape
+    group = heads // key.shape[2]
+    out = np.zeros(query.shape)
+    for b, i, h in np.ndindex(batch, length, heads):
+        seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i]]
+        keys = key[b, seen, h // group].astype(np.float64)
+        scores = keys @ query[b, i, h].astype(np.float64) / np.sqrt(width)
+        shares = np.exp(scores - scores.max())
+        out[b, i, h] = shares / shares.sum() @ value[b, seen, h // group].astype(np.float64)
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1), (1, 1)])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_equals_numpy(heads: int, kv_heads: int, scale: float) -> None:
+    inputs = random_inputs(heads, kv_heads, scale)
+    mixed = attention(*map(jnp.asarray, inputs), jnp.asarray(SEGMENTS))
+    np.testing.assert_allclose(mixed, numpy_attention(*inputs, SEGMENTS), rtol=2e-4, atol=2e-4)
+
+
+def test_padding_is_finite_in_values_and_gradients() -> None:
+    segments = jnp.zeros((2, 8), jnp.int32)  # nothing but padding
+    inputs = [jnp.asarray(x) * 1e3 for x in random_inputs(2, 2)]
+    mixed, gradients = jax.value_and_grad(
+        lambda inputs: jnp.sum(attention(*inputs, segments)), allow_int=True
+    )(inputs)
+    assert np.isfinite(mixed)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bfloat16_keeps_its_dtype_and_is_close() -> None:
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in random_inputs(4, 2)]
+    mixed = attention(*inputs, jnp.asarray(SEGMENTS))
+    assert mixed.dtype == jnp.bfloat16
+    exact = numpy_attention(*(np.asarray(x, np.float32) for x in inputs), SEGMENTS)
+    np.testing.assert_allclose(np.asarray(mixed, np.float32), exact, atol=0.05)
+
+
+def test_mask_is_causal_and_within_the_segment() -> None:
+    mask = np.asarray(causal_segment_mask(jnp.asarray([[1, 1, 2, 0]])))[0]
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(mask, np.array(expected, bool))

@@ -1,0 +1,240 @@
+"""The decoder: what sees what, and that every way of computing it is the same function."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from salt_jax.errors import InputError
+from salt_jax.models import decoder
+from salt_jax.models.decoder import Decoder, DecoderConfig
+
+SMALL = DecoderConfig(embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, vocab_size=50)
+GPT_NEOX = dataclasses.replace(
+    SMALL,
+    norm="layernorm",
+    use_bias=True,
+    parallel_residual=True,
+    rope_fraction=0.5,
+    gated_mlp=False,
+    mlp_activation="gelu",
+    tied_embeddings=False,
+)
+LLAMA = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=8, tied_embeddings=False)
+SHAPES = pytest.mark.parametrize("config", [SMALL, GPT_NEOX, LLAMA], ids=["tied", "neox", "llama"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def make_params(config: DecoderConfig) -> Any:
+    """Parameters with nothing at its special initial value, so that every one has an effect."""
+    params = nn.unbox(decoder.init_params(config, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def one_segment(length: int, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+    inputs = jax.random.randint(jax.random.key(2), (batch, length), 0, 50)
+    return inputs, jnp.ones_like(inputs), jnp.tile(jnp.arange(length)[None], (batch, 1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(config: DecoderConfig, params: Any, *row: jax.Array) -> jax.Array:
+    hidden_BxLxD = Decoder(config).apply({"params": params}, *row)
+    return decoder.logits(hidden_BxLxD, decoder.head_kernel(params, config), config)
+
+
+def unstacked(params: Any, num_layers: int) -> Any:
+    """The parameters of a scanned model laid out for one that is not."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    layers = {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"])
+        for i in range(num_layers)
+    }
+    return {**rest, **layers}
+
+
+@SHAPES
+def test_causality_by_gradients(config: DecoderConfig) -> None:
+    """The hidden state at i depends on the inputs up to i, on each of them, and on no later one."""
+    params, (_, segments, positions) = make_params(config), one_segment(6)
+    inputs = jnp.arange(6)[None]  # each id stands once: row j of the embedding is input j alone
+
+    @jax.jit
+    @jax.jacobian
+    def jacobian_LxDxVxD(embedding_VxD: jax.Array) -> jax.Array:
+        mine = {"params": {**params, "embedding": embedding_VxD}}
+        hidden_BxLxD: jax.Array = Decoder(config).apply(mine, inputs, segments, positions)
+        return hidden_BxLxD[0]
+
+    depends_LxL = np.abs(jacobian_LxDxVxD(params["embedding"])).sum(axis=(1, 3))[:, :6]
+    assert (depends_LxL[np.triu_indices(6, k=1)] == 0).all()
+    assert (depends_LxL[np.tril_indices(6)] > 0).all()
+
+
+@SHAPES
+def test_packed_documents_equal_documents_alone(config: DecoderConfig) -> None:
+    params, lengths = make_params(config), (5, 1, 7)
+    documents = [one_segment(length) for length in lengths]
+    inputs = jnp.concatenate([d[0] for d in documents] + [jnp.full((1, 3), 49)], axis=1)
+    positions = jnp.concatenate([d[2] for d in documents] + [jnp.zeros((1, 3), int)], axis=1)
+    segments = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([*lengths, 3]))[None]
+    packed = all_logits(config, params, inputs, segments, positions)
+    start = 0
+    for document, length in zip(documents, lengths, strict=True):
+        alone = all_logits(config, params, *document)
+        np.testing.assert_allclose(packed[:, start : start + length], alone, atol=1e-4)
+        start += length
+    assert np.isfinite(packed).all()
+
+
+@SHAPES
+def test_scan_equals_no_scan(config: DecoderConfig) -> None:
+    params, row = make_params(config), one_segment(8, batch=2)
+    loop = dataclasses.replace(config, scan_layers=False)
+    loop_params = unstacked(params, config.num_layers)
+    fresh = jax.tree.structure(nn.unbox(decoder.abstract_params(loop)))
+    assert jax.tree.structure(loop_params) == fresh
+    np.testing.assert_allclose(
+        all_logits(config, params, *row), all_logits(loop, loop_params, *row), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("remat", ["minimal", "full"])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_remat_equals_no_remat(remat: str, scan_layers: bool) -> None:
+    config = dataclasses.replace(SMALL, scan_layers=scan_layers)
+    params, row = make_params(config), one_segment(8)
+
+    def value_and_grad(config: DecoderConfig) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return jnp.sum(jnp.square(all_logits(config, params, *row)))
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain = value_and_grad(config)
+    recomputed = value_and_grad(dataclasses.replace(config, remat=remat))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed
+    )
+
+
+def test_remat_full_saves_less_than_none() -> None:
+    config = dataclasses.replace(SMALL, num_layers=8)
+    row = one_segment(64, batch=4)
+
+    def saved_bytes(remat: str) -> int:
+        model = Decoder(dataclasses.replace(config, remat=remat))
+
+        def residuals(params: Any) -> Any:
+            return jax.vjp(lambda p: model.apply({"params": p}, *row), params)[1]
+
+        saved = jax.eval_shape(residuals, decoder.abstract_params(config))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
+
+    assert saved_bytes("full") < saved_bytes("minimal") < saved_bytes("none")
+
+
+@SHAPES
+def test_fresh_model_knows_nothing(config: DecoderConfig) -> None:
+    """Loss at the start is log V, for wide models too."""
+    for embed_dim in (64, 512):
+        wide = dataclasses.replace(
+            config, embed_dim=embed_dim, mlp_dim=2 * embed_dim, vocab_size=500, vocab_multiple=1
+        )
+        row = one_segment(32, batch=2)
+        params = jax.jit(lambda wide=wide: nn.unbox(decoder.init_params(wide, jax.random.key(0))))()
+        logits = all_logits(wide, params, *row)
+        # The expected loss for a truth that can be any id.
+        loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1))
+        assert loss == pytest.approx(np.log(500), abs=0.1)
+        input_logits = jnp.take_along_axis(logits, row[0][..., None], axis=-1)
+        assert jnp.mean(input_logits) < 3.0  # nor does it expect its input to come again
+
+
+@SHAPES
+def test_counts_of_parameters(config: DecoderConfig) -> None:
+    params = nn.unbox(decoder.abstract_params(config))
+    assert config.num_parameters == sum(x.size for x in jax.tree.leaves(params))
+    kernels = jax.tree_util.tree_flatten_with_path(params["layers"])[0]
+    kernel_sizes = [x.size for path, x in kernels if path[-1].key == "kernel"]
+    head = decoder.head_kernel(params, config) if not config.tied_embeddings else None
+    head_size = head.size if head is not None else params["embedding"].size
+    assert config.num_matmul_parameters == sum(kernel_sizes) + head_size
+
+
+@SHAPES
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_every_parameter_has_logical_axes(config: DecoderConfig, scan_layers: bool) -> None:
+    config = dataclasses.replace(config, scan_layers=scan_layers)
+    known = {"vocab", "embed", "mlp", "heads", "kv_heads", "head_dim", "layers"}
+    boxes = jax.tree.leaves(
+        decoder.abstract_params(config), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
+    for box in boxes:
+        assert isinstance(box, nn.LogicallyPartitioned)
+        assert len(box.names) == box.value.ndim
+        assert set(box.names) <= known
+    stacked = [box for box in boxes if box.names[0] == "layers"]
+    assert bool(stacked) == scan_layers
+    assert all(box.value.shape[0] == config.num_layers for box in stacked)
+
+
+def test_bfloat16_computes_over_float32_parameters() -> None:
+    config = dataclasses.replace(GPT_NEOX, dtype="bfloat16")
+    params, row = make_params(config), one_segment(8)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    hidden = Decoder(config).apply({"params": params}, *row)
+    assert hidden.dtype == jnp.bfloat16
+    logits = all_logits(config, params, *row)
+    assert logits.dtype == jnp.float32
+    exact = all_logits(GPT_NEOX, params, *row)
+    assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_json_round_trip() -> None:
+    assert DecoderConfig.from_json(json.loads(json.dumps(GPT_NEOX.to_json()))) == GPT_NEOX
+    with pytest.raises(InputError, match="colour"):
+        DecoderConfig.from_json({**SMALL.to_json(), "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"embed_dim": 18}, "embed_dim 18 is not a multiple of num_heads 4"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"mlp_activation": "tanh"}, "silu, gelu, gelu_tanh, relu"),
+        ({"remat": "some"}, "none, minimal, full"),
+        ({"attention_backend": "abacus"}, "attention_backend is 'abacus'"),
+        ({"rope_fraction": 1.5}, "rope_fraction is 1.5"),
+        ({"rope_fraction": 0.25}, "an odd number"),
+        ({"rope_theta": 0.0}, "rope_theta is 0"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        dataclasses.replace(SMALL, **settings)
+
+
+def test_unset_vocabulary_and_too_long_rows_are_named() -> None:
+    with pytest.raises(InputError, match="vocab_size is not set"):
+        decoder.abstract_params(dataclasses.replace(SMALL, vocab_size=None))
+    config = dataclasses.replace(SMALL, max_length=7)
+    with pytest.raises(InputError, match="max_length, now 7"):
+        all_logits(config, make_params(config), *one_segment(8))
+
+
+def test_vocabulary_is_padded() -> None:
+    assert SMALL.padded_vocab_size == 128
+    assert dataclasses.replace(SMALL, vocab_size=128).padded_vocab_size == 128
+    assert dataclasses.replace(SMALL, vocab_size=129).padded_vocab_size == 256

@@ -1,0 +1,122 @@
+"""The selected rows as a SeqIO task, for T5X and other SeqIO users."""
+
+import numpy as np
+import pytest
+import seqio
+
+from salt_jax.data.features import make_row
+from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.row_scores import RowScores, Selection
+from salt_jax.data.vocabularies import ByteVocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.salt_ds import register_salt_ds
+
+LENGTH, ROWS = 8, 100
+SELECTED = [3, 10, 64, 99]
+VOCABULARY = ByteVocabulary()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("salt_ds")
+    rows = [
+        make_row(
+            np.array([*VOCABULARY.encode(f"{number:05}"), 1, 0, 0]),
+            np.array([0, 1, 1, 1, 1, 1, 0, 0]),
+            np.array([1] * 6 + [0] * 2),
+            subset=number % 2,
+        )
+        for number in range(ROWS)
+    ]
+    writer = PackedCacheWriter(
+        folder / "cache", vocabulary=VOCABULARY, sequence_length=LENGTH, subsets=("even", "odd")
+    )
+    writer.write_split("train", rows, num_rows=ROWS)
+    writer.finish()
+    digest = PackedCache.open(folder / "cache").digest
+    common = {"cache_digest": digest, "split": "train"}
+    scores = RowScores.write(folder / "scores", np.arange(ROWS) / 10, scorer={}, score={}, **common)
+    Selection.write(
+        folder / "selection", np.array(SELECTED), how={"rule": "x"}, scores=scores, **common
+    )
+    return folder
+
+
+@pytest.fixture
+def task(folders):
+    name = "tested_salt_ds"
+    register_salt_ds(name, *(str(folders / part) for part in ("cache", "selection", "scores")))
+    yield name
+    seqio.TaskRegistry.remove(name)
+
+
+def test_rows_scores_ids_and_subsets(task):
+    dataset = seqio.get_mixture_or_task(task).get_dataset(None, "train", shuffle=False)
+    examples = list(dataset.as_numpy_iterator())
+    assert [example["row_id"] for example in examples] == SELECTED
+    np.testing.assert_allclose([e["slm_score"] for e in examples], [0.3, 1.0, 6.4, 9.9], rtol=1e-6)
+    assert [example["subset"] for example in examples] == [1, 0, 0, 1]
+    for example in examples:
+        assert VOCABULARY.decode(example["targets"]) == f"{example['row_id']:05}"
+        assert example["targets"][-1] == VOCABULARY.eos_id
+        assert example["slm_score"].dtype == np.float32
+
+
+def test_shuffled_by_seed(task):
+    def ids(seed):
+        dataset = seqio.get_mixture_or_task(task).get_dataset(
+            None, "train", shuffle=True, seed=seed
+        )
+        return [int(example["row_id"]) for example in dataset.as_numpy_iterator()]
+
+    assert sorted(ids(0)) == SELECTED
+    assert ids(0) == ids(0)
+    assert len({tuple(ids(seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize(
+    "converter", [seqio.DecoderFeatureConverter(pack=False), seqio.LMFeatureConverter(pack=False)]
+)
+def test_through_the_feature_converters_that_t5x_uses(task, converter):
+    dataset = seqio.get_dataset(
+        task,
+        task_feature_lengths={"targets": LENGTH},
+        feature_converter=converter,
+        dataset_split="train",
+        shuffle=False,
+    )
+    examples = list(dataset.as_numpy_iterator())
+    assert len(examples) == len(SELECTED)
+    targets = [*VOCABULARY.encode("00003"), 1, 0, 0]
+    assert examples[0]["decoder_target_tokens"].tolist() == targets
+    assert examples[0]["decoder_input_tokens"].tolist()[:6] == [0, *targets[:5]]
+    assert examples[0]["decoder_loss_weights"].tolist() == [1] * 6 + [0] * 2
+
+
+def _fails(folders, words, *, split="train", **changes):
+    parts = {part: str(folders / part) for part in ("cache", "selection", "scores")}
+    register_salt_ds("failing_salt_ds", **{**parts, **changes})
+    try:
+        with pytest.raises(InputError, match=words):
+            seqio.get_mixture_or_task("failing_salt_ds").get_dataset(None, split, shuffle=False)
+    finally:
+        seqio.TaskRegistry.remove("failing_salt_ds")
+
+
+def test_bad_folders_are_named(folders, tmp_path):
+    _fails(folders, "does not exist", cache=str(tmp_path / "none"))
+    _fails(folders, "expected selection", selection=str(folders / "scores"))
+    _fails(folders, "not of validation", split="validation")
+    other = RowScores.write(
+        tmp_path, np.zeros(3), cache_digest="b" * 64, split="train", scorer={}, score={}
+    )
+    _fails(folders, "belong to the cache bbbb", scores=str(other.path))
+
+
+def test_a_random_control_has_no_score(folders):
+    register_salt_ds("control", str(folders / "cache"), str(folders / "selection"))
+    try:
+        dataset = seqio.get_mixture_or_task("control").get_dataset(None, "train", shuffle=False)
+        assert "slm_score" not in dataset.element_spec
+    finally:
+        seqio.TaskRegistry.remove("control")

@@ -1,0 +1,148 @@
+"""SeqIO tasks over text: what any SeqIO user gets, and how errors come through TensorFlow."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import seqio
+
+from salt_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.seqio_adapters import SeqIOVocabulary, vocabulary_of
+from salt_jax.preparation.text_files import TextFiles
+from salt_jax.preparation.text_tasks import register_text_task, text_task
+from salt_jax.preparation.tokenized_documents import find_task, read_documents, subset_names
+from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
+
+TEXTS = ["ab", "zwei\n\tZeilen", "né 🙂"]
+VOCABULARY = ByteVocabulary(reserved=3)
+SOURCE = pathlib.Path(json.__file__).read_text()
+
+
+@pytest.fixture
+def path(tmp_path):
+    rows = [
+        {"text": text, "subset": name} for text, name in zip(TEXTS, ["y", "x", "y"], strict=True)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "a.jsonl"
+
+
+@pytest.fixture
+def registered():
+    before = set(seqio.TaskRegistry.names())
+    yield
+    for name in set(seqio.TaskRegistry.names()) - before:
+        seqio.TaskRegistry.remove(name)
+
+
+def test_examples_are_tokens_with_their_end_and_a_subset(path):
+    task = text_task("mine", TextFiles(train=str(path)), VOCABULARY)
+    examples = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
+    assert [example["targets"].tolist() for example in examples] == [
+        [*VOCABULARY.encode(text), VOCABULARY.eos_id] for text in TEXTS
+    ]
+    names = task.output_features["subset"].vocabulary.names
+    assert [names[example["subset"]] for example in examples] == ["y", "x", "y"]
+    assert subset_names(task) == names == ("x", "y")
+
+
+def test_registered_tasks_read_nothing_until_used(path, registered):
+    def not_yet():
+        raise AssertionError("registering a task must not read its files")
+
+    register_text_task("lazy", not_yet, not_yet)
+    assert "lazy" in seqio.TaskRegistry.names()
+
+
+def test_the_registry_and_seqios_own_converter(path, registered):
+    register_text_task("mine", TextFiles(train=str(path)), VOCABULARY)
+    dataset = seqio.get_dataset(
+        "mine",
+        task_feature_lengths={"targets": 6},
+        feature_converter=seqio.DecoderFeatureConverter(pack=False),
+        dataset_split="train",
+        shuffle=False,
+    )
+    first = next(dataset.as_numpy_iterator())
+    assert first["decoder_target_tokens"].tolist() == [100, 101, 1, 0, 0, 0]
+    assert first["decoder_input_tokens"].tolist() == [0, 100, 101, 1, 0, 0]
+    assert first["decoder_loss_weights"].tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_a_vocabulary_is_the_same_through_tensorflow():
+    trained = TrainedVocabulary(size=400).train([SOURCE])
+    for vocabulary in (VOCABULARY, trained):
+        adapter = SeqIOVocabulary(vocabulary)
+        assert (adapter.vocab_size, adapter.extra_ids) == (vocabulary.size, vocabulary.reserved)
+        for text in TEXTS:
+            ids = vocabulary.encode(text)
+            assert list(adapter.encode(text)) == adapter.encode_tf(text).numpy().tolist() == ids
+            assert adapter.decode(ids) == adapter.decode_tf(np.array(ids)).numpy().decode() == text
+        assert vocabulary_of(adapter, "mine") is vocabulary
+
+
+def test_seqios_own_vocabularies_have_counterparts(tmp_path):
+    TrainedVocabulary(size=400).train([SOURCE]).save(tmp_path)
+    model = str(tmp_path / "sentencepiece.model")
+    pairs = [
+        (seqio.ByteVocabulary(extra_ids=3), ByteVocabulary(reserved=3)),
+        (seqio.SentencePieceVocabulary(model, 5), SentencePieceVocabulary(model, reserved=5)),
+    ]
+    for theirs, expected in pairs:
+        ours = vocabulary_of(theirs, "task")
+        assert ours == expected
+        assert (ours.size, ours.eos_id) == (theirs.vocab_size, theirs.eos_id)
+        assert ours.encode("a b\n") == list(theirs.encode("a b\n"))
+    with pytest.raises(InputError, match="PassThroughVocabulary"):
+        vocabulary_of(seqio.PassThroughVocabulary(10), "task")
+
+
+def test_documents_of_a_split(path):
+    task = text_task("mine", TextFiles(train=str(path)), VOCABULARY)
+    documents = read_documents(task, "train", VOCABULARY)
+    assert [tokens.dtype for tokens in documents.tokens] == [np.uint16] * 3
+    assert documents.subsets.tolist() == [1, 0, 1]
+    assert documents.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert len(documents.text_digests) == 3
+
+
+def test_a_task_without_subsets_or_pretokenized_text(registered):
+    import tensorflow as tf
+
+    seqio.TaskRegistry.add(
+        "theirs",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files: tf.data.Dataset.from_tensors({"targets": [100, 101, 1]}),
+            splits=["train"],
+        ),
+        preprocessors=[],
+        output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
+    )
+    task = find_task(RegisteredTask("theirs"))
+    documents = read_documents(task, "train", ByteVocabulary())
+    assert (documents.text_bytes, documents.subsets.tolist()) == (2, [0])
+    assert subset_names(task) == ("theirs",)
+
+
+def test_errors_keep_file_and_line_through_tensorflow(path):
+    path.write_text(path.read_text() + '\n{"text": ')
+    task = text_task("mine", TextFiles(train=str(path), subsets=("x", "y")), VOCABULARY)
+    with pytest.raises(InputError, match=r"a\.jsonl, line 4: this is not JSON"):
+        read_documents(task, "train", VOCABULARY)
+
+
+def test_an_empty_split(path):
+    path.write_text("")
+    task = text_task("mine", TextFiles(train=str(path)), VOCABULARY)
+    with pytest.raises(InputError, match="train split of the task 'mine' is empty"):
+        read_documents(task, "train", VOCABULARY)
+
+
+def test_a_task_that_nobody_registered():
+    with pytest.raises(InputError, match="knows no task 'none'"):
+        find_task(RegisteredTask("none"))
+    with pytest.raises(InputError, match=r"module no_such_module.*cannot be imported"):
+        find_task(RegisteredTask("none", module="no_such_module"))

@@ -1,0 +1,120 @@
+"""Runs at equal steps, FLOPs and time, from numbers made by hand."""
+
+import pathlib
+
+import pytest
+
+from salt_jax.reporting.comparison import (
+    FLOPS,
+    SECONDS,
+    STEPS,
+    comparable_groups,
+    cost_at_step,
+    largest_common,
+    matched,
+    read_at,
+    seeds_sentence,
+)
+from salt_jax.reporting.runs import Evaluation, Origin, TrainingPoint, TrainRun
+
+
+def evaluations(*points):
+    """Evaluations from (step, log-perplexity, accuracy, FLOPs, seconds)."""
+    return tuple(
+        Evaluation(step, nats, accuracy, flops, 0.0, seconds)
+        for step, nats, accuracy, flops, seconds in points
+    )
+
+
+def run(label, points=(), training=(), **facts):
+    origin = Origin(pathlib.Path(label), "train", "", {}, None, "", "")
+    return TrainRun(origin, label, facts, points, training)
+
+
+BASELINE = run("baseline", evaluations((100, 4.0, 0.30, 10.0, 50.0), (200, 3.6, 0.34, 20.0, 100.0)))
+# Stage 1 costs half as much again: 100 steps for 15 FLOPs, then 10 for 100 as above.
+SALT = run("salt", evaluations((100, 3.8, 0.32, 15.0, 70.0), (200, 3.4, 0.36, 25.0, 120.0)))
+
+
+def test_at_equal_steps_nothing_is_interpolated():
+    found = matched([BASELINE, SALT], STEPS)
+    assert found.value == 200
+    assert [(label, one.log_perplexity, one.interpolated) for label, one in found.readings] == [
+        ("baseline", 3.6, False),
+        ("salt", 3.4, False),
+    ]
+
+
+def test_at_equal_flops_the_dearer_run_is_read_between_its_evaluations():
+    found = matched([BASELINE, SALT], FLOPS)
+    assert found.value == 20.0
+    baseline, salt = (reading for _, reading in found.readings)
+    assert (baseline.log_perplexity, baseline.step, baseline.interpolated) == (3.6, 200, False)
+    assert salt.log_perplexity == pytest.approx(3.6)  # half-way from 3.8 to 3.4
+    assert salt.next_token_accuracy == pytest.approx(0.34)
+    assert salt.step == pytest.approx(150)
+    assert salt.interpolated
+
+
+def test_at_equal_time():
+    found = matched([BASELINE, SALT], SECONDS)
+    assert found.value == 100.0
+    salt = dict(found.readings)["salt"]
+    assert salt.step == pytest.approx(160)  # 30 of the 50 seconds from step 100 to 200
+    assert salt.log_perplexity == pytest.approx(3.8 - 0.6 * 0.4)
+
+
+def test_a_run_whose_first_evaluation_comes_later_has_no_reading():
+    late = run("late", evaluations((300, 3.0, 0.4, 30.0, 150.0)))
+    found = matched([BASELINE, late], STEPS)
+    assert found.value == 200
+    assert dict(found.readings)["late"] is None
+
+
+def test_nothing_is_read_beyond_the_ends():
+    points = BASELINE.evaluations
+    assert read_at(points, STEPS, 99) is None
+    assert read_at(points, STEPS, 201) is None
+    assert read_at((), STEPS, 1) is None
+    assert read_at(points, STEPS, 100).log_perplexity == 4.0
+
+
+def test_seconds_that_fall_after_a_resume_do_not_break_the_reading():
+    points = evaluations((1, 5.0, 0.1, 1, 10.0), (2, 4.0, 0.2, 2, 9.0), (3, 3.0, 0.3, 3, 20.0))
+    assert read_at(points, SECONDS, 15.0).log_perplexity == pytest.approx(3.5)
+
+
+def test_no_common_value_without_evaluations():
+    assert largest_common([BASELINE, run("new")], STEPS) is None
+    assert matched([], FLOPS) is None
+
+
+def test_cost_at_step_uses_training_lines_too():
+    lines = (TrainingPoint(40, 1, 4.0, 4.0, 6.0, 0.0, 20.0, 0),)
+    salt = run("salt", SALT.evaluations, lines)
+    assert cost_at_step(salt, FLOPS, 20) == pytest.approx(3.0)  # from nothing at step 0
+    assert cost_at_step(salt, FLOPS, 70) == pytest.approx(10.5)
+    assert cost_at_step(salt, STEPS, 70) == pytest.approx(70)
+
+
+def test_groups_hold_models_of_one_size_on_one_cache():
+    small = run("slm", parameters=1)
+    arms = [run("a", parameters=5), run("b", parameters=5)]
+    elsewhere = run("c", parameters=5, cache_digest="other")
+    groups = comparable_groups([small, arms[0], elsewhere, arms[1]])
+    assert [[one.label for one in group] for group in groups] == [["a", "b"], ["c"], ["slm"]]
+
+
+def test_one_seed_is_said_to_be_one_seed():
+    slm = run("slm", arm="baseline", parameters=1, seed=0)
+    arms = [run(arm, arm=arm, parameters=5, seed=0) for arm in ("baseline", "salt")]
+    sentence = seeds_sentence([slm, *arms])
+    assert "one seed per arm (seed 0)" in sentence
+    assert "nothing about which arm is better" in sentence
+    again = run("again", arm="salt", parameters=5, seed=1)
+    assert "more than once" in seeds_sentence([*arms, again])
+
+
+def test_steps_must_ascend():
+    with pytest.raises(ValueError, match="ascend"):
+        run("twice", evaluations((1, 1, 1, 1, 1), (1, 1, 1, 1, 1)))

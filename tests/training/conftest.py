@@ -1,0 +1,57 @@
+"""Small runs for the tests of the training part: everything real but the sizes."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from salt_jax.commands.train import train
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.distill import losses, schedules
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.run_folder import RunFolder
+from salt_jax.training.checkpoints import CheckpointConfig
+from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.partitioning import MeshConfig
+
+STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64)
+TEACHER = dataclasses.replace(STUDENT, embed_dim=16, mlp_dim=32)
+
+
+@pytest.fixture(scope="session")
+def run_train(
+    cache: PackedCache, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., pathlib.Path]:
+    """Calls the train verb with small settings; gives the run's folder."""
+
+    def run(folder: pathlib.Path | None = None, **settings: Any) -> pathlib.Path:
+        folder = folder or tmp_path_factory.mktemp("run")
+        defaults: dict[str, Any] = {
+            "model": STUDENT,
+            "cache": str(cache.path),
+            "steps": 6,
+            "batch_size": 8,
+            "optimizer": OptimizerConfig(LearningRate(5e-3, warmup_steps=2), weight_decay=0.1),
+            "schedule": schedules.NoDistillation(),
+            "loss": losses.LossConfig(teacher_temperature=1.0, z_loss=1e-4),
+            "arm": "test",
+            "mesh": MeshConfig(),
+            "checkpoints": CheckpointConfig(save_every=2, keep_last=10),
+            "evaluate_every": 3,
+            "log_every": 1,
+            "compilation_cache": "",
+        }
+        train(RunFolder(folder, "train"), **{**defaults, **settings})
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def slm(run_train: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """A trained teacher with an early checkpoint."""
+    return run_train(
+        model=TEACHER, steps=12, checkpoints=CheckpointConfig(save_every=0, keep_steps=(4,))
+    )

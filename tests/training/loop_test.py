@@ -1,0 +1,231 @@
+"""Whole runs: resumed equals straight, the switch changes nothing but the teacher, rows as promised."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from salt_jax.commands.select import select
+from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import Selection
+from salt_jax.distill import schedules
+from salt_jax.distill.selection import RandomRows
+from salt_jax.errors import RunFailed
+from salt_jax.run_folder import RunFolder
+from salt_jax.training import loop
+from salt_jax.training.checkpoints import CheckpointConfig, find_model
+from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.partitioning import MeshConfig
+
+Run = Callable[..., pathlib.Path]
+SALT = schedules.Step(omega=0.6, n_kd=3)
+
+
+def params_of(run: pathlib.Path, step: int | None = None) -> list[np.ndarray]:
+    model = find_model(run, step, "model")
+    return [np.asarray(p) for p in jax.tree.leaves(model.load_params(MeshConfig().make()))]
+
+
+def assert_same(a: pathlib.Path, b: pathlib.Path, step: int | None = None) -> None:
+    for x, y in zip(params_of(a, step), params_of(b, step), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def metrics_of(run: pathlib.Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing catches it, nothing is cleaned up."""
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Row ids of every batch handed to a step, in order."""
+    record: list[list[int]] = []
+    original = loop.Loop._step
+
+    def step(self: Any, number: int, state: Any, batch: Any, programs: Any) -> Any:
+        record.append(batch["row_id"].tolist())
+        return original(self, number, state, batch, programs)
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+    return record
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
+    original = loop.Loop._step
+
+    def step(self: Any, number: int, *rest: Any) -> Any:
+        if number == killed_step:
+            self._checkpointer.wait()
+            raise Killed
+        return original(self, number, *rest)
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+
+
+@pytest.mark.parametrize("killed_step", [3, 5])
+def test_resumed_equals_straight(
+    run_train: Run,
+    slm: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_step: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    straight = run_train(schedule=SALT, teacher=str(slm))
+    with monkeypatch.context() as patch:
+        kill_at(patch, killed_step)
+        with pytest.raises(Killed):
+            run_train(tmp_path, schedule=SALT, teacher=str(slm))
+    run_train(tmp_path, schedule=SALT, teacher=str(slm))
+    assert_same(straight, tmp_path)
+    assert f"continues at step {killed_step - 1}" in capsys.readouterr().out
+    assert [m["step"] for m in metrics_of(tmp_path)][-1] == 6
+    last = json.loads((tmp_path / "summary.json").read_text())
+    expected = json.loads((straight / "summary.json").read_text())
+    for name in ("log_perplexity", "next_token_accuracy", "train_flops", "tokens", "by_subset"):
+        assert last[name] == expected[name]
+
+
+def test_stage_2_equals_a_teacherless_run_from_the_same_checkpoint(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    salt = run_train(
+        schedule=SALT, teacher=str(slm), checkpoints=CheckpointConfig(save_every=3, keep_last=9)
+    )
+    copy = tmp_path / "checkpoints"
+    copy.mkdir()
+    (salt / "checkpoints" / "3").rename(copy / "3")
+    run_train(tmp_path, checkpoints=CheckpointConfig(save_every=3, keep_last=9))
+    assert_same(salt, tmp_path)
+    assert [m["stage"] for m in metrics_of(salt)] == [1, 1, 1, 2, 2, 2]
+    assert [m["omega"] for m in metrics_of(salt)] == [0.6] * 3 + [0.0] * 3
+
+
+def test_teacher_memory_is_freed_at_the_switch(
+    run_train: Run, slm: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = find_model(slm, None, "teacher").load_params(MeshConfig().make())
+    shapes = {p.shape for p in jax.tree.leaves(teacher)}
+    del teacher
+    alive: list[int] = []
+    original = loop.Loop._step
+
+    def step(self: Any, *arguments: Any) -> Any:
+        result = original(self, *arguments)
+        student = {id(x) for x in jax.tree.leaves(result[0])}
+        live = [x for x in jax.live_arrays() if x.shape in shapes and id(x) not in student]
+        alive.append(sum(x.shape == max(shapes) for x in live))
+        return result
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+    run_train(schedule=SALT, teacher=str(slm))
+    assert alive == [1, 1, 1, 0, 0, 0]
+
+
+def test_teacher_is_in_no_checkpoint_but_named_there(run_train: Run, slm: pathlib.Path) -> None:
+    baseline = run_train()
+    salt = run_train(schedule=SALT, teacher=str(slm), teacher_step=4)
+    sizes = [len(params_of(run)) for run in (baseline, salt)]
+    assert sizes[0] == sizes[1]
+    progress = salt / "checkpoints" / "2" / "progress"
+    text = "".join(p.read_text() for p in progress.rglob("*") if p.is_file())
+    identity = find_model(slm, 4, "teacher").identity
+    assert identity["digest"] in text
+    assert '"step": 4' in text
+
+
+def test_early_checkpoint_is_kept(slm: pathlib.Path) -> None:
+    steps = sorted(int(p.name) for p in (slm / "checkpoints").iterdir())
+    assert steps == [4, 12]
+
+
+def test_all_arms_read_the_same_rows_but_salt_ds_in_stage_1(
+    run_train: Run,
+    slm: pathlib.Path,
+    cache: PackedCache,
+    tmp_path: pathlib.Path,
+    fed: list[list[int]],
+) -> None:
+    select(RunFolder(tmp_path, "select"), cache=str(cache.path), rule=RandomRows(m=20, seed=1))
+    chosen = set(Selection.open(tmp_path).row_ids.tolist())
+
+    def rows(**settings: Any) -> list[list[int]]:
+        fed.clear()
+        run_train(**settings)
+        return list(fed)
+
+    baseline = rows()
+    salt = rows(schedule=SALT, teacher=str(slm))
+    rkd = rows(schedule=schedules.Constant(0.5), teacher=str(slm))
+    salt_ds = rows(schedule=SALT, teacher=str(slm), selection=str(tmp_path))
+    assert baseline == salt == rkd
+    assert sorted(sum(baseline, [])) == list(range(48)), "6 steps of 8 are one epoch of 48 rows"
+    assert salt_ds[3:] == baseline[3:]
+    assert chosen.issuperset(sum(salt_ds[:3], []))
+    first_epoch = sum(salt_ds[:3], [])[:20]
+    assert sorted(first_epoch) == sorted(chosen), "every selected row once before any twice"
+    assert rows(data_seed=1) != baseline
+
+
+def test_resumed_run_reads_the_rows_that_were_left(
+    run_train: Run, fed: list[list[int]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_train()
+    straight = list(fed)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            run_train(tmp_path)
+    fed.clear()
+    run_train(tmp_path)
+    assert fed == straight[4:]
+
+
+def test_stops_at_the_limit_of_skipped_updates(run_train: Run) -> None:
+    explosive = OptimizerConfig(LearningRate(1e38, decay="constant"), clip_norm=0)
+    with pytest.raises(RunFailed, match="max_skipped_updates is 1"):
+        run_train(optimizer=explosive, max_skipped_updates=1)
+
+
+def test_starts_from_a_checkpoint_when_asked(run_train: Run) -> None:
+    first = run_train(steps=4)
+    second = run_train(
+        steps=1,
+        initial=str(first),
+        optimizer=OptimizerConfig(LearningRate(1e-9, decay="constant"), weight_decay=0),
+    )
+    for a, b in zip(params_of(first), params_of(second), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_learns(slm: pathlib.Path) -> None:
+    history = metrics_of(slm)
+    assert history[-1]["log_perplexity"] < history[0]["log_perplexity"] - 0.7
+    evaluation = metrics_of(slm, "eval")[-1]
+    assert evaluation["by_subset"].keys() == {"prose", "code"}
+    tokens = [q["tokens"] for q in evaluation["by_subset"].values()]
+    assert sum(tokens) == evaluation["tokens"] == 150
+
+
+def test_reads_ahead_from_any_step(cache: PackedCache) -> None:
+    """Step 1,000,000 is as near as step 0, and the same batch as from any other start."""
+    split = cache.split("train")
+    pipeline = InputPipeline(split, 8, 0, loop_order(cache))
+    far: Iterator[Any] = pipeline.batches(1_000_000, 1_000_002)
+    np.testing.assert_array_equal(next(far)["row_id"], pipeline.batch(1_000_000)["row_id"])
+    assert pipeline.row_ids(1_000_000) != pipeline.row_ids(0)
+
+
+def loop_order(cache: PackedCache) -> Any:
+    from salt_jax.data.input_pipeline import RowOrder
+
+    return RowOrder(None, len(cache.split("train")), seed=3)

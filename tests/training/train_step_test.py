@@ -1,0 +1,163 @@
+"""The step: sharded equals single, accumulated equals whole, non-finite updates leave no trace."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.data.input_pipeline import InputPipeline, RowOrder
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.distill.losses import LossConfig
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.training import partitioning
+from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.train_state import TrainState, make_layout
+from salt_jax.training.train_step import BATCH_FEATURES, compile_programs
+
+STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64, vocab_size=259)
+TEACHER = dataclasses.replace(STUDENT, embed_dim=16, mlp_dim=32, num_heads=2, vocab_multiple=256)
+ADAMW = OptimizerConfig(LearningRate(1e-2, decay="constant"), epsilon=1e-3)
+ADAFACTOR = OptimizerConfig(LearningRate(1e-2, decay="constant"), kind="adafactor")
+LOSS = LossConfig(teacher_temperature=0.5, z_loss=1e-4)
+STEPS = 3
+SINGLE = partitioning.MeshConfig(fsdp=1)
+
+
+@functools.cache
+def train(
+    cache: PackedCache,
+    mesh_config: partitioning.MeshConfig,
+    *,
+    devices: int = 1,
+    microbatches: int = 1,
+    omega: float | None = 0.5,
+    optimizer: OptimizerConfig = ADAMW,
+    spoil_step: int | None = None,
+) -> tuple[Any, list[dict[str, float]]]:
+    """A few steps; the parameters and metrics on the host."""
+    mesh = mesh_config.make(jax.devices()[:devices])
+    layout = make_layout(STUDENT, optimizer.make(STEPS), mesh)
+    teacher = make_layout(TEACHER, optimizer.make(STEPS), mesh).create(7).params
+    programs = compile_programs(
+        layout,
+        LOSS,
+        (8, cache.sequence_length),
+        microbatches=microbatches,
+        teacher_config=None if omega is None else TEACHER,
+        teacher_params=teacher,
+    )
+    split = cache.split("train")
+    pipeline = InputPipeline(split, 8, cache.start_id, RowOrder(None, len(split), seed=0))
+    state, history = layout.create(0), []
+    for step in range(STEPS):
+        batch = pipeline.batch(step)
+        if step == spoil_step:
+            batch["loss_weights"] = batch["loss_weights"] * np.float32(np.nan)
+        on_device = partitioning.to_device({n: batch[n] for n in BATCH_FEATURES}, mesh)
+        if programs.distill is None:
+            state, metrics = programs.plain(state, on_device)
+        else:
+            state, metrics = programs.distill(state, on_device, teacher, np.float32(omega))
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+def assert_close(actual: TrainState, expected: TrainState, tolerance: float = 2e-5) -> None:
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "optimizer"),
+    [
+        (partitioning.MeshConfig(), ADAMW),
+        (partitioning.MeshConfig(data=8, fsdp=1), ADAMW),
+        (partitioning.MeshConfig(slice=2, data=1, fsdp=2, tensor=2), ADAMW),
+        (partitioning.MeshConfig(slice=2, data=1, fsdp=2, tensor=2), ADAFACTOR),
+    ],
+    ids=["fsdp", "data", "slice-fsdp-tensor", "adafactor"],
+)
+def test_sharded_equals_single_device(
+    cache: PackedCache, mesh: partitioning.MeshConfig, optimizer: OptimizerConfig
+) -> None:
+    single, expected = train(cache, SINGLE, optimizer=optimizer)
+    sharded, actual = train(cache, mesh, devices=8, optimizer=optimizer)
+    assert_close(sharded.params, single.params)
+    for a, b in zip(actual, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_parameters_and_slots_are_sharded() -> None:
+    mesh = partitioning.MeshConfig(fsdp=4, tensor=2).make()
+    layout = make_layout(STUDENT, ADAMW.make(1), mesh)
+    state = layout.create(0)
+    embedding = [p for p in jax.tree.leaves(state.params) if p.shape == (384, 32)]
+    assert len(embedding) == 1
+    assert embedding[0].addressable_shards[0].data.shape == (192, 8)
+    slots = [s for s in jax.tree.leaves(state.opt_state) if s.shape == (384, 32)]
+    assert [s.addressable_shards[0].data.shape for s in slots] == [(192, 8)] * 2
+
+
+@pytest.mark.parametrize("omega", [None, 0.5], ids=["plain", "distill"])
+def test_accumulated_equals_whole_batch(cache: PackedCache, omega: float | None) -> None:
+    whole, expected = train(cache, SINGLE, omega=omega)
+    parts, actual = train(cache, SINGLE, omega=omega, microbatches=4)
+    assert_close(parts.params, whole.params)
+    for a, b in zip(actual, expected, strict=True):
+        assert a["hard"] == pytest.approx(b["hard"], rel=1e-5)
+        assert a["weight"] == b["weight"]
+
+
+def test_omega_0_equals_plain(cache: PackedCache) -> None:
+    plain, _ = train(cache, SINGLE, omega=None)
+    distilled, _ = train(cache, SINGLE, omega=0.0)
+    assert_close(distilled.params, plain.params)
+    taught, _ = train(cache, SINGLE, omega=1.0)
+    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), taught.params, plain.params)
+    assert max(jax.tree.leaves(difference)) > 1e-3
+
+
+def test_non_finite_update_is_skipped_and_counted(cache: PackedCache) -> None:
+    state, history = train(cache, SINGLE, spoil_step=1)
+    assert [int(m["skipped_updates"]) for m in history] == [0, 1, 1]
+    assert int(state.step) == STEPS
+    assert int(state.skipped_updates) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert np.isfinite(history[2]["loss"])
+
+
+def test_plain_program_has_no_trace_of_a_teacher(cache: PackedCache) -> None:
+    mesh = partitioning.MeshConfig().make(jax.devices()[:1])
+    layout = make_layout(STUDENT, ADAMW.make(1), mesh)
+    teacher = make_layout(TEACHER, ADAMW.make(1), mesh).abstract.params
+    shape = (8, cache.sequence_length)
+    alone = compile_programs(layout, LOSS, shape).plain
+    both = compile_programs(layout, LOSS, shape, teacher_config=TEACHER, teacher_params=teacher)
+    assert both.plain.cost_analysis() == alone.cost_analysis()  # type: ignore[attr-defined]
+    temporary = [p.memory_analysis().temp_size_in_bytes for p in (both.plain, alone)]  # type: ignore[attr-defined]
+    assert temporary[0] == temporary[1]
+    assert both.distill.cost_analysis()["flops"] > alone.cost_analysis()["flops"]  # type: ignore[union-attr, attr-defined]
+
+
+def test_weights_are_divided_out_once(cache: PackedCache) -> None:
+    """Microbatches with unequal weights must not each count the same."""
+    mesh = partitioning.MeshConfig().make(jax.devices()[:1])
+    layout = make_layout(STUDENT, OptimizerConfig(LearningRate(1.0), clip_norm=0).make(1), mesh)
+    split = cache.split("train")
+    batch = InputPipeline(split, 8, 0, RowOrder(None, len(split), 0)).batch(0)
+    batch["loss_weights"][::2, 4:] = 0.0
+    norms = []
+    for microbatches in (1, 2, 8):
+        program = compile_programs(
+            layout, LOSS, (8, cache.sequence_length), microbatches=microbatches
+        ).plain
+        on_device = partitioning.to_device({n: batch[n] for n in BATCH_FEATURES}, mesh)
+        _, metrics = program(layout.create(0), on_device)
+        assert metrics["weight"] == batch["loss_weights"].sum()
+        norms.append(float(metrics["grad_norm"]))
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    assert jnp.isfinite(norms[0])
