@@ -1,4 +1,4 @@
-"""Installs salt_jax: `pip install .` trains; `pip install .[prepare]` also makes caches from text."""
+"""Installs salt_jax: `pip install .` trains; `pip install .[prepare]` also makes caches."""
 
 import pathlib
 import re
@@ -15,7 +15,14 @@ PREPARE = [
     "pyarrow>=18",
     "zstandard>=0.23",
 ]
-TEST = ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8.3", "ruff>=0.9", "scipy>=1.14"]
+TEST = [
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "pytest>=8.3",
+    "ruff>=0.9",
+    "scipy>=1.14",
+    "setuptools>=77",
+]
 
 setuptools.setup(
     name="salt_jax",

@@ -2,12 +2,12 @@
 
 
 class InputError(ValueError):
-    """Bad input or a bad setting, in one sentence: what was got, what was expected, what to change."""
+    """Bad input or a bad setting: what was got, what was expected, what to change. Exit code 2."""
 
 
-class RunFailed(RuntimeError):
-    """The run itself failed, in one sentence (too many non-finite updates, say): exit code 1."""
+class RunFailed(RuntimeError):  # noqa: N818 (says what happened, as KeyboardInterrupt does)
+    """The run itself failed (too many non-finite updates, say): exit code 1."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(RuntimeError):  # noqa: N818
     """The run was asked to stop and has saved its state: exit code 75, start it again."""

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"salt: {_sentence(error)}", file=sys.stderr)
         return 75
+    except BrokenPipeError:  # the reader of our output, `| head` for one, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("salt: interrupted before anything was to be saved.", file=sys.stderr)
         return 1
@@ -190,8 +194,8 @@ def _own_settings(function: Callable[..., None], arguments: Arguments) -> list[s
         annotation = str(parameters[name].annotation)
         is_list = "Sequence" in annotation
         literals = [repr(v) if _is_text(v, annotation) else v for v in values]
-        value = f"({', '.join(literals)},)" if is_list else literals[-1]
-        bindings.append(f"{arguments.verb}.{arguments.verb}.{name} = {value}")
+        literal = f"({', '.join(literals)},)" if is_list else literals[-1]
+        bindings.append(f"{arguments.verb}.{arguments.verb}.{name} = {literal}")
     return bindings
 
 
@@ -245,6 +249,7 @@ def _refuse_unknown_macros(bindings: Iterable[str], files: Iterable[str]) -> Non
     names = [binding.partition(" = ")[0] for binding in bindings]
     paths = [next(p for p in (pathlib.Path(f), CONFIGS / f) if p.is_file()) for f in files]
     text = "\n".join(path.read_text() for path in paths)
+    text = text.replace("%gin.REQUIRED", "")
     known = set(re.findall(r"^(\w+)\s*=", text, re.M)) | set(re.findall(r"%(\w+)", text))
     for name in names:
         if "." not in name:
@@ -347,9 +352,9 @@ def _parameters_of(selector: str) -> list[str]:
     module_name, _, name = selector.rpartition(".")
     for module in list(sys.modules.values()):
         full_name = getattr(module, "__name__", "")
-        if full_name.startswith("salt_jax") and f".{full_name}".endswith(f".{module_name}"):
-            if callable(target := getattr(module, name, None)):
-                return list(inspect.signature(target).parameters)
+        is_it = full_name.startswith("salt_jax") and f".{full_name}".endswith(f".{module_name}")
+        if is_it and callable(target := getattr(module, name, None)):
+            return list(inspect.signature(target).parameters)
     return []
 
 

@@ -1,7 +1,9 @@
 """The folder a verb writes into: its configuration, where it came from, and its results.
 
-In: the output folder, the verb, the command line and a function that gives the operative configuration.
-Out: config.gin, run.json and summary.json. A folder that holds another run's configuration is refused.
+In: the output folder, the verb, the command line and a function that gives the operative
+configuration.
+Out: config.gin, run.json and summary.json. A folder that holds another run's configuration is
+refused.
 """
 
 import dataclasses

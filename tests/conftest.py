@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, set before jax starts; accidental broadcasts are errors."""
+"""Eight virtual CPU devices, set before jax starts; accidental broadcasts are errors."""
 
 import os
 
@@ -8,16 +8,16 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-import pathlib  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+import pathlib
+from collections.abc import Callable
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
-from salt_jax.data import features  # noqa: E402
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter  # noqa: E402
-from salt_jax.data.vocabularies import ByteVocabulary  # noqa: E402
+from salt_jax.data import features
+from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.vocabularies import ByteVocabulary
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import seqio
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +19,8 @@ from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.cache_building import BuiltCache, PackingPlan, build_cache
 from salt_jax.preparation.registered_task import RegisteredTask
-from salt_jax.preparation.seqio_adapters import vocabulary_of
+from salt_jax.preparation.task_choice import choose_task
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.preparation.text_tasks import text_task
 from salt_jax.preparation.tokenized_documents import find_task
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 from salt_jax.run_folder import RunFolder
@@ -77,7 +75,7 @@ def prepare(
         print(f"{run.path} is finished already: nothing was prepared.")
         return
     started = time.monotonic()
-    seqio_task, used_vocabulary = _seqio_task(task, vocabulary)
+    seqio_task, used_vocabulary = choose_task(task, vocabulary)
     built = build_cache(
         run.path,
         seqio_task,
@@ -124,27 +122,6 @@ def _checked(
     for split in task.splits:
         task.files(split)
     return dataclasses.replace(task, skip_broken_lines=True) if skip_broken_lines else task
-
-
-def _seqio_task(
-    task: TextFiles | RegisteredTask, vocabulary: Vocabulary | TrainedVocabulary | None
-) -> tuple[seqio.Task, Vocabulary]:
-    """The SeqIO task and the vocabulary of its targets, trained if that was asked for."""
-    if isinstance(task, RegisteredTask):
-        registered = find_task(task)
-        own = vocabulary_of(registered.output_features["targets"].vocabulary, task.name)
-        if vocabulary is not None and vocabulary != own:
-            raise InputError(
-                f"The vocabulary given is {vocabulary}, SeqIO's task {task.name!r} has {own}: "
-                "leave "
-                "prepare.prepare.vocabulary unset, or change the task's."
-            )
-        return registered, own
-    if isinstance(vocabulary, TrainedVocabulary):
-        print(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …")
-        vocabulary = vocabulary.train(document.text for document in task.documents("train"))
-    assert vocabulary is not None, "_checked refuses text files without a vocabulary"
-    return text_task("text_files", task, vocabulary), vocabulary
 
 
 def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask) -> None:

@@ -1,10 +1,8 @@
 """`salt select`: the rows for stage 1: the highest scores, or as many at random.
 
-The selection is a list of row ids with a manifest that says what made it; `salt train --selection=FOLDER`
-reads those rows in stage 1.
+The selection is a list of row ids with a manifest that says what made it; `salt train
+--selection=FOLDER` reads those rows in stage 1.
 """
-
-import dataclasses
 
 import numpy as np
 
@@ -60,7 +58,7 @@ def select(
         row_ids_m,
         cache_digest=packed.digest,
         split=split,
-        how={"rule": type(rule).__name__, **dataclasses.asdict(rule)},
+        how={"rule": type(rule).__name__, **vars(rule)},
         scores=row_scores,
     )
     rows = chosen.manifest["rows"]

@@ -1,8 +1,8 @@
 """`salt smoke`: the whole method on real text, in some minutes: four arms, a table and a page.
 
-Prepares a cache, trains a small SLM that keeps an early checkpoint, scores, selects, trains the LLM as
-baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out text and makes the report. Every
-step is the `salt` command that anyone would type; it is printed before it runs.
+Prepares a cache, trains a small SLM that keeps an early checkpoint, scores, selects, trains the
+LLM as baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out text and makes
+the report. Every step is the `salt` command that anyone would type; it is printed before it runs.
 """
 
 import json
@@ -48,8 +48,8 @@ def smoke(
 
     Args:
       run: The folder for everything; a folder that was interrupted goes on.
-      data: Arguments of `salt prepare`: which text, vocabulary and length. By default this machine's
-        own text, Python's library, or the files that the environment's SALT_TEXT names.
+      data: Arguments of `salt prepare`: which text, vocabulary and length. By default this
+        machine's own text, Python's library, or the files that the variable SALT_TEXT names.
       slm_gin: Settings of the SLM's run.
       llm_gin: Settings of the LLM's runs.
       slm_steps: Steps of the SLM.

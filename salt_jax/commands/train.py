@@ -1,7 +1,7 @@
 """`salt train`: trains a model, as baseline or with a teacher (RKD, SALT, SALT_DS).
 
-Compose gin files: a model (gin/models), a method (gin/methods), hardware (gin/hardware), or take a whole run
-(gin/runs). A run that was stopped goes on when the same command is given again.
+Compose gin files: a model (gin/models), a method (gin/methods), hardware (gin/hardware), or take
+a whole run (gin/runs). A run that was stopped goes on when the same command is given again.
 """
 
 import dataclasses
@@ -127,7 +127,7 @@ def train(
             "vocabulary_fingerprint": packed.vocabulary_fingerprint,
             "cache_digest": packed.digest,
             "selection_digest": selected.digest if selected else None,
-            "schedule": {type(schedule).__name__: dataclasses.asdict(schedule)},  # type: ignore[call-overload]
+            "schedule": {type(schedule).__name__: vars(schedule)},
             "teacher": teacher_model.identity if teacher_model else None,
         },
         teacher=teacher_model,
@@ -174,7 +174,9 @@ def _check_numbers(
     }
     for name, value in at_least_one.items():
         if value < 1:
-            raise InputError(f"{name} is {value} and must be at least 1: change train.train.{name}.")
+            raise InputError(
+                f"{name} is {value} and must be at least 1: change train.train.{name}."
+            )
     if max_skipped_updates < 0:
         raise InputError(f"max_skipped_updates is {max_skipped_updates} and can't be negative.")
 
@@ -250,8 +252,8 @@ def _describe(
     """Says what is about to run, and what a reader might not expect of it."""
     config, rows = setup.layout.config, len(cache.split("train"))
     print(
-        f"[{setup.arm}] {config.num_parameters:,} parameters, {setup.steps} steps of {batch_size} × "
-        f"{cache.sequence_length} tokens, {setup.steps * batch_size / rows:.2f} epochs of "
+        f"[{setup.arm}] {config.num_parameters:,} parameters, {setup.steps} steps of {batch_size} "
+        f"× {cache.sequence_length} tokens, {setup.steps * batch_size / rows:.2f} epochs of "
         f"{rows:,} rows, {setup.stage1_steps} steps with a teacher"
     )
     n_kd = getattr(setup.schedule, "n_kd", None)

@@ -1,9 +1,9 @@
-"""Which row at which step: batches as a pure function of the position.
+"""Which row at which step: batches as a pure function of the step.
 
-In: the rows of a split, the selected row ids if stage 1 has its own, and a position in rows consumed. Out:
-host batches. Every arm reads position i·B of the all-rows order at step i, and SALT_DS alone reads the
-selected order at i·B in stage 1 (METHOD.md). Starting anywhere costs what starting at 0 does: an order is a
-seeded permutation per epoch that is computed element by element, and rows are read by random access.
+In: the rows of a split, the selected row ids if stage 1 has its own, and a step. Out: host batches.
+Every arm reads position i·B of the all-rows order at step i, and SALT_DS alone reads the selected
+order at i·B in stage 1. Starting anywhere costs what starting at 0 does: an order is a seeded
+permutation per epoch that is computed element by element, and rows are read by random access.
 """
 
 import dataclasses

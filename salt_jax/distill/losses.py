@@ -1,5 +1,4 @@
-"""The losses of SALT: logits of student and teacher, targets and ω in; losses per token, in nats,
-out.
+"""The losses of SALT: logits of student and teacher, targets and ω in; nats per token out.
 
     p = softmax(z_s / T)             student, T = student_temperature, 1 by default
     q = softmax(z_t / τ)             teacher, τ = teacher_temperature
@@ -33,19 +32,18 @@ class LossConfig:
 
     Attributes:
         teacher_temperature: τ, on the teacher's logits.
-        student_temperature: T, on the student's logits in soft alone; hard always has temperature
-            1.
+        student_temperature: T, on the student's logits, in soft alone: hard has temperature 1.
         scale_by_temperature_squared: multiply soft by τ², the convention of systems with one
             temperature on both sides.
         divergence: "forward_kl": -Σ q log p, the cross-entropy to the soft label.
             "reverse_kl": KL(p ‖ q) = Σ p (log p - log q).
-            "jensen_shannon": β KL(q ‖ m) + (1 - β) KL(p ‖ m) with m = β q + (1 - β) p (arXiv
-            2306.13649).
+            "jensen_shannon": β KL(q ‖ m) + (1 - β) KL(p ‖ m) with m = β q + (1 - β) p, the
+            generalised divergence of arXiv 2306.13649.
         jsd_beta: β of "jensen_shannon", within (0, 1).
         teacher_top_k: above 0, p and q are first brought onto k + 1 outcomes: the teacher's k most
             likely ids (the lower id first among equals) and the rest as one, with 1 - Σ of the k.
-            Nothing is renormalised. With forward_kl soft is -Σ_{top k} q log p - q_rest log(1 -
-            Σ_{top k} p). 0 = the whole vocabulary.
+            Nothing is renormalised. With forward_kl, for one,
+            soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 = the whole vocabulary.
         z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
     """
 
@@ -122,20 +120,16 @@ def token_losses(
         soft_BxL = _soft_loss(log_p_BxLxV, log_q_BxLxV, config, vocab_size)
         loss_BxL = (1.0 - omega) * hard_BxL + omega * soft_BxL
 
-        teacher_largest_BxL = jnp.max(teacher_BxLxV, axis=-1)
-        both_largest = (z_BxLxV >= largest_BxL[..., None]) & (
-            teacher_BxLxV >= teacher_largest_BxL[..., None]
-        )
+        mine_BxLxV = z_BxLxV >= largest_BxL[..., None]
+        theirs_BxLxV = teacher_BxLxV >= jnp.max(teacher_BxLxV, axis=-1, keepdims=True)
+        teacher_log_z_BxL = jax.nn.logsumexp(teacher_BxLxV, axis=-1)
         token["soft"] = soft_BxL
-        token["teacher_hard"] = jax.nn.logsumexp(teacher_BxLxV, axis=-1) - _at(
-            teacher_BxLxV, targets_BxL
-        )
-        token["agreement"] = jnp.any(both_largest, axis=-1)
+        token["teacher_hard"] = teacher_log_z_BxL - _at(teacher_BxLxV, targets_BxL)
+        token["agreement"] = jnp.any(mine_BxLxV & theirs_BxLxV, axis=-1)
     if config.z_loss:
         loss_BxL += config.z_loss * jnp.square(log_z_BxL)
-    return {
-        name: value.astype(z_BxLxV.dtype) for name, value in {"loss": loss_BxL, **token}.items()
-    }
+    token["loss"] = loss_BxL
+    return {name: value_BxL.astype(z_BxLxV.dtype) for name, value_BxL in token.items()}
 
 
 def loss_from_hidden(
@@ -156,8 +150,7 @@ def loss_from_hidden(
 
     Args:
         student_hidden_BxLxD: after the final norm.
-        student_head_DxV: cast to the dtype of the hidden states for the product; logits are
-            float32.
+        student_head_DxV: cast to the hidden states' dtype for the product; logits are float32.
         targets_BxL: int32.
         weights_BxL: float32, 0 or more.
         omega: ω, a traced scalar.
@@ -169,8 +162,7 @@ def loss_from_hidden(
 
     Returns:
         (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
-        the names of token_losses but loss. Divide once, after microbatches and devices are added
-        up.
+        the names of token_losses but loss. Divide once, when microbatches and devices are added.
     """
     if (teacher_hidden_BxLxD is None) != (teacher_head_DxV is None):
         raise ValueError("The teacher's hidden states and head go together: give both or neither.")
@@ -220,11 +212,9 @@ def _soft_loss(
         from_q_BxLxV = q_BxLxV * (log_q_BxLxV - log_m_BxLxV)
         from_p_BxLxV = jnp.exp(log_p_BxLxV) * (log_p_BxLxV - log_m_BxLxV)
         soft_BxL = jnp.sum(beta * from_q_BxLxV + (1.0 - beta) * from_p_BxLxV, axis=-1)
-    return (
-        soft_BxL * config.teacher_temperature**2
-        if config.scale_by_temperature_squared
-        else soft_BxL
-    )
+    if config.scale_by_temperature_squared:
+        soft_BxL *= config.teacher_temperature**2
+    return soft_BxL
 
 
 def _top_k_and_rest(
@@ -235,8 +225,7 @@ def _top_k_and_rest(
 
     def bucketed(log_x_BxLxV: jax.Array) -> jax.Array:
         top_BxLxk = jnp.take_along_axis(log_x_BxLxV, ids_BxLxk, axis=-1)
-        # Summed over the others, not 1 - Σ of the k: that has no digits left where the k have
-        # nearly everything.
+        # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
         others_BxLxV = jnp.put_along_axis(log_x_BxLxV, ids_BxLxk, _LOG_ZERO, axis=-1, inplace=False)
         rest_BxLx1 = jax.nn.logsumexp(others_BxLxV, axis=-1, keepdims=True)
         return jnp.concatenate([top_BxLxk, rest_BxLx1], axis=-1)
@@ -256,8 +245,7 @@ def _mask(logits_BxLxV: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def _fit(logits_BxLxV: jax.Array, size: int, vocab_size: int) -> jax.Array:
-    """Another model's padding made this one's: cut or filled up to `size` ids, masked from
-    vocab_size on."""
+    """Another model's padding made this one's: cut or filled up to `size` ids, and masked."""
     missing = max(0, size - logits_BxLxV.shape[-1])
     return _mask(jnp.pad(logits_BxLxV, ((0, 0), (0, 0), (0, missing)))[..., :size], vocab_size)
 

@@ -1,9 +1,7 @@
-"""Schedules of the distillation weight ω: a step in, the weight of the teacher's term in the loss
-out.
+"""Schedules of the distillation weight: a step in, ω, the weight of the teacher's term, out.
 
 Stage 1 is the steps with ω > 0, from 0 to distill_steps - 1; from there on ω is 0 and the teacher
-does not run. A
-schedule is asked on the host, once a step: ω enters the program as a number.
+does not run. A schedule is asked on the host, once a step: ω enters the program as a number.
 """
 
 import dataclasses

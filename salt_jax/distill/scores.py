@@ -26,8 +26,7 @@ class ScoreConfig:
         unlearnable: "drop": the median is over learnable tokens alone. "zero": over all that count,
             0 for the others.
         min_learnable_fraction: a row with a smaller share of learnable tokens scores -inf, as one
-            with none always
-            does: keeps a hash with three lucky tokens from winning.
+            with none always does: keeps a hash with three lucky tokens from winning.
     """
 
     k: int = 10
@@ -61,8 +60,9 @@ def row_scores(
     unlearnable: str = "drop",
     min_learnable_fraction: float = 0.0,
 ) -> jax.Array:
-    """S of each row, float32 [B], in nats per token; higher is harder. Can be jitted, with the
-    keywords static.
+    """S of each row, float32 [B], in nats per token; higher is harder.
+
+    Can be jitted, with the keywords static.
 
     Args:
         logits_BxLxV: the scorer's, compared and normalised in float32; ids from vocab_size on are
@@ -74,8 +74,8 @@ def row_scores(
 
     Returns:
         -inf for a row without a learnable token or with too small a share of them; NaN for one
-        where a token that
-        counts has a NaN among its logits: the scorer is broken there. Neither is ever selected.
+        where a token that counts has a NaN among its logits: the scorer is broken there. Neither
+        is ever selected.
     """
     config = ScoreConfig(k, unlearnable, min_learnable_fraction)
     if k > vocab_size:
@@ -106,17 +106,12 @@ def row_scores(
 
 
 def masked_median(values_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """The median of the values under the mask, row by row [B]; of an even number, the mean of the
-    middle two.
+    """The median of the values under the mask, row by row: [B].
 
-    A row with nothing under its mask gives +inf.
+    Of an even number it is the mean of the middle two, of none +inf.
     """
     ordered_BxL = jnp.sort(jnp.where(mask_BxL, values_BxL, jnp.inf), axis=-1)
     count_Bx1 = jnp.sum(mask_BxL, axis=-1, keepdims=True)
     lower_Bx1 = jnp.take_along_axis(ordered_BxL, jnp.maximum(count_Bx1 - 1, 0) // 2, axis=-1)
-    # Within bounds for every count: count // 2 <= L / 2, and L >= 2 wherever there is anything to
-    # count.
-    upper_Bx1 = jnp.take_along_axis(
-        ordered_BxL, jnp.minimum(count_Bx1 // 2, values_BxL.shape[-1] - 1), axis=-1
-    )
+    upper_Bx1 = jnp.take_along_axis(ordered_BxL, count_Bx1 // 2, axis=-1, mode="clip")
     return 0.5 * (lower_Bx1 + upper_Bx1)[:, 0]

@@ -1,5 +1,4 @@
-"""Which rows stage 1 trains on: one score a row in, the chosen row ids out, ascending. NumPy, on
-the host.
+"""Which rows stage 1 trains on: one score a row in, the chosen row ids out, ascending.
 
 By score, a row of score -inf or NaN is never chosen, and of equal scores the lower row id goes
 first, so that the same scores give the same rows everywhere.
@@ -18,8 +17,7 @@ class SelectionRule(Protocol):
     """What every rule of this module can do."""
 
     def select(self, scores_N: np.ndarray) -> np.ndarray:
-        """Ids, int64 and ascending, of the chosen ones of N rows; the score of row i is
-        scores_N[i]."""
+        """Ids, int64 and ascending, of the rows chosen; row i has the score scores_N[i]."""
         ...
 
 
@@ -44,8 +42,10 @@ class TopRows:
 
 @dataclasses.dataclass(frozen=True)
 class TopFraction:
-    """The rows of highest score, `fraction` of all rows: rounded down, at least one, and at most
-    those with a score."""
+    """The rows of highest score: `fraction` of all N rows.
+
+    Rounded down, but at least one row, and at most those that have a score.
+    """
 
     fraction: float
 

@@ -1,5 +1,4 @@
-"""Causal self-attention over packed rows: queries, keys, values and segment ids in, one mixture of
-values a query out.
+"""Causal self-attention over packed rows: queries, keys, values, segment ids in, mixtures out.
 
 Every backend computes what `_xla_attention`, the reference, computes; they differ in speed and
 memory only.
@@ -12,8 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-# Added to nothing, only selected: far below every score, and finite, so that no row of scores can
-# make a NaN.
+# Far below every score, and finite: no row of scores, whatever it masks, makes a NaN.
 _MASKED_SCORE = -1e30
 
 
@@ -28,9 +26,8 @@ def attention(
     """Softmax attention, softmax(q·k / √K)·v, within one's own segment and not ahead of oneself.
 
     A position sees the positions of its row that have the same segment id and no greater index.
-    Padding, segment 0, sees
-    only padding: its output is of no use but always finite. H is a multiple of G: query head h
-    reads key-value head h // (H / G) (grouped-query attention, arXiv 2305.13245).
+    Padding, segment 0, sees only padding: its output is of no use but always finite. H is a
+    multiple of G: query head h reads key-value head h // (H / G) (arXiv 2305.13245).
 
     Args:
         query_BxLxHxK: queries, after rotary embedding, not scaled.
@@ -51,21 +48,17 @@ def _xla_attention(
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
 ) -> jax.Array:
-    """The reference: whole [L, L] scores, as batched products of plain matrices, which XLA does
-    well everywhere.
+    """The reference: whole [L, L] scores, by batched products of plain matrices.
 
     R = H / G query heads share a group's keys: RL is their R · L queries, one head after the other;
-    the L after it counts keys. Four axes and no more: a fifth makes the softmax half as fast on
-    CPU.
+    the L after it counts keys. Four axes and no more: a fifth halves the softmax's speed on CPU.
     """
     batch, length, heads, width = query_BxLxHxK.shape
     groups = key_BxLxGxK.shape[2]
     query_BxHxLxK = (query_BxLxHxK * (1.0 / math.sqrt(width))).transpose(0, 2, 1, 3)
     query_BxGxRLxK = query_BxHxLxK.reshape(batch, groups, -1, width)
-    key_BxGxLxK, value_BxGxLxK = (
-        key_BxLxGxK.transpose(0, 2, 1, 3),
-        value_BxLxGxK.transpose(0, 2, 1, 3),
-    )
+    key_BxGxLxK = key_BxLxGxK.transpose(0, 2, 1, 3)
+    value_BxGxLxK = value_BxLxGxK.transpose(0, 2, 1, 3)
 
     scores_BxGxRLxL = jnp.einsum(
         "bgqk,bgmk->bgqm", query_BxGxRLxK, key_BxGxLxK, preferred_element_type=jnp.float32

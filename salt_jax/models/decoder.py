@@ -27,9 +27,9 @@ from salt_jax.errors import InputError
 from salt_jax.models import layers
 from salt_jax.models.attention import BACKENDS, attention
 
-# Standard deviation of a fresh model's logits, whatever its width: a loss of about log V at the start.
-# The input's embedding is then small beside what the blocks add to it, so that a model with a tied
-# head does not begin by expecting its input once more.
+# Standard deviation of a fresh model's logits, at any width: its loss is about log V. An input's
+# embedding is then small beside what the blocks add to it, so that a model with a tied head does
+# not begin by expecting its input once more.
 _LOGIT_STD = 0.3
 
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = types.MappingProxyType(
@@ -356,6 +356,13 @@ def init_params(config: DecoderConfig, rng: jax.Array) -> Any:
 def abstract_params(config: DecoderConfig) -> Any:
     """The tree of init_params with shapes and dtypes in place of arrays."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def hidden_states(config: DecoderConfig, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The model's hidden states, [B, L, D], of a batch's inputs, segment_ids and positions."""
+    tokens = (batch["inputs"], batch["segment_ids"], batch["positions"])
+    hidden_BxLxD: jax.Array = Decoder(config).apply({"params": params}, *tokens)  # type: ignore[assignment]
+    return hidden_BxLxD
 
 
 def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:

@@ -102,8 +102,7 @@ def read_documents(task: seqio.Task, split: str, vocabulary: Vocabulary) -> Toke
         raise failure from error
     if not tokens:
         raise InputError(
-            f"The {split} split of the task {task.name!r} is empty: give it files with text in "
-            "them, "
-            "or hold out a larger fraction."
+            f"The {split} split of the task {task.name!r} is empty: give it more text, "
+            "hold out a larger fraction, or cut plain text into smaller pieces (piece_bytes)."
         )
     return TokenizedDocuments(tokens, np.array(subsets, np.int64), text_bytes, frozenset(digests))

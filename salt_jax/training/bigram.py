@@ -1,11 +1,13 @@
 """A bigram model: what a language model has to beat before its numbers mean anything.
 
-In: the rows of a training split and of a held-out one. Out: log-perplexity, nats per token, of a bigram
-model with Witten-Bell smoothing (Witten & Bell 1991) over a unigram model smoothed the same way:
+In: the rows of a training split and of a held-out one. Out: log-perplexity, nats per token, of a
+bigram model with Witten-Bell smoothing (Witten & Bell 1991) over a unigram model smoothed the
+same way:
 
     P(b | a) = (c(a, b) + T(a) · P(b)) / (c(a) + T(a))        P(b) = (c(b) + T / V) / (c + T)
 
-c counts in the training split, T(a) the distinct followers of a, T the distinct tokens, V the vocabulary.
+c counts in the training split, T(a) the distinct followers of a, T the distinct tokens, V the
+vocabulary.
 """
 
 from collections.abc import Iterator

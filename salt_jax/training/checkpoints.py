@@ -1,8 +1,8 @@
 """Checkpoints: Orbax, asynchronous and atomic, in RUN/checkpoints/STEP/.
 
-Each holds three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON: model,
-vocabulary, data position, counters, which teacher). A teacher or scorer is loaded from `params` and
-`progress` alone. A step's folder appears under its name only when it is complete.
+Each holds three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON:
+model, vocabulary, data position, counters, which teacher). A teacher or scorer is loaded from
+`params` and `progress` alone. A step's folder appears under its name only when it is complete.
 """
 
 import dataclasses

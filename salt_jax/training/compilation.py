@@ -1,4 +1,4 @@
-"""The persistent compilation cache: a program compiled once is not compiled again by the next start."""
+"""The persistent compilation cache: what was compiled once is not compiled again."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Evaluation: a model and held-out rows in; log-perplexity and next-token accuracy out, whole and by subset."""
+"""Evaluation: a model and held-out rows in; log-perplexity and accuracy out, also by subset."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -104,14 +104,11 @@ class Evaluator:
 
 def _subset_sums(config: decoder.DecoderConfig, subsets: int) -> Any:
     """(params, batch) → float32 [3, S]: loss, correct predictions and weight, summed by subset."""
-    model = decoder.Decoder(config)
     loss_config = losses.LossConfig()
     vocab_size = config.vocab_size or 0
 
     def sums(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        hidden_BxLxD = model.apply(
-            {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"]
-        )
+        hidden_BxLxD = decoder.hidden_states(config, params, batch)
         logits_BxLxV = decoder.logits(hidden_BxLxD, decoder.head_kernel(params, config), config)
         values = losses.token_losses(
             logits_BxLxV, None, batch["targets"], jnp.float32(0), loss_config, vocab_size

@@ -1,5 +1,4 @@
-"""Floating-point operations: a model's shape in, FLOPs per token out; a device's kind in, its
-published peak out.
+"""A model's shape in, floating-point operations per token out; a device's kind in, its peak out.
 
 Model FLOPs, by the convention of PaLM (arXiv 2204.02311, appendix B): what the forward and backward
 passes need, matrix products alone (a multiplication and an addition are 2), without what
@@ -42,8 +41,7 @@ _PEAK_FLOPS: Mapping[str, float] = types.MappingProxyType(
 
 
 def forward_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
-    """FLOPs of one token's forward pass, head included: what the teacher, scoring and evaluation
-    cost."""
+    """FLOPs of one token's forward pass with the head: of the teacher, scoring, evaluation."""
     attention = 4 * config.num_layers * config.num_heads * config.head_width * sequence_length
     return float(2 * config.num_matmul_parameters + attention)
 
@@ -54,10 +52,10 @@ def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
 
 
 def device_peak_flops(device_kind: str) -> float | None:
-    """Published dense bfloat16 peak, FLOP/s, of a jax.Device.device_kind; None where there is none,
-    as on CPU.
+    """Published dense bfloat16 peak of a jax.Device.device_kind, FLOP/s; None if not known.
 
     The longest known name that the kind begins with decides, so "NVIDIA H100 80GB HBM3" is an H100.
+    A CPU has none.
     """
     known = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
     return _PEAK_FLOPS[max(known, key=len)] if known else None

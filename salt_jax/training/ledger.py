@@ -1,4 +1,4 @@
-"""What a run costs and how it goes: every step's metrics in; cumulative counters and lines of metrics out."""
+"""What a run costs: every step's metrics in; cumulative counters and lines of metrics out."""
 
 import dataclasses
 import time

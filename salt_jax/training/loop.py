@@ -1,8 +1,8 @@
 """The training loop: a validated setup in; checkpoints, metrics and a trained student out.
 
-Stage 1 runs the distilling program, stage 2 the plain one; at the switch the teacher's memory is freed and
-nothing else changes. One "step" is one update of the parameters, numbered from 0; `step` in checkpoints and
-metrics counts completed steps.
+Stage 1 runs the distilling program, stage 2 the plain one; at the switch the teacher's memory is
+freed and nothing else changes. One "step" is one update of the parameters, numbered from 0;
+`step` in checkpoints and metrics counts completed steps.
 """
 
 import contextlib

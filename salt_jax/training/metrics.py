@@ -1,7 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard events and a progress bar.
 
-In: dictionaries of numbers. Out: one JSON line each, the same numbers as TensorBoard scalars, and one line
-on the terminal that says where the run is.
+In: dictionaries of numbers. Out: one JSON line each, the same numbers as TensorBoard scalars, and
+one line on the terminal that says where the run is.
 """
 
 import json

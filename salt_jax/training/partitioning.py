@@ -1,7 +1,8 @@
 """Where arrays live: a mesh of devices, and rules from logical axis names to mesh axes.
 
-In: a mesh shape and the logical axis names that the model puts on its parameters. Out: NamedShardings
-for parameters, optimizer state and batches, which is all that jax.jit needs to partition a program.
+In: a mesh shape and the logical axis names that the model puts on its parameters. Out:
+NamedShardings for parameters, optimizer state and batches, which is all that jax.jit needs to
+partition a program.
 """
 
 import contextlib
@@ -98,15 +99,15 @@ def partitioned(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
 def param_shardings(boxed_params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """A NamedSharding for every parameter, from the logical axis names in its box.
 
-    A mesh axis that doesn't divide the dimension it is meant for is left out there: that parameter is
-    replicated along it.
+    A mesh axis that doesn't divide the dimension it is meant for is left out there: that parameter
+    is replicated along it.
     """
 
     def one(box: Any) -> NamedSharding:
         names = box.names if isinstance(box, nn.LogicallyPartitioned) else (None,) * box.ndim
         shape = nn.unbox(box).shape
         spec = nn.logical_to_mesh_axes(names, rules)
-        return NamedSharding(mesh, _divisible(spec, shape, mesh))
+        return NamedSharding(mesh, _divisible(spec or PartitionSpec(), shape, mesh))
 
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree.map(one, boxed_params, is_leaf=is_box)

@@ -71,12 +71,9 @@ def score_rows(
 
 
 def _score_program(config: decoder.DecoderConfig, score: scores.ScoreConfig) -> Callable[..., Any]:
-    model = decoder.Decoder(config)
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        hidden_BxLxD = model.apply(
-            {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"]
-        )
+        hidden_BxLxD = decoder.hidden_states(config, params, batch)
         logits_BxLxV = decoder.logits(hidden_BxLxD, decoder.head_kernel(params, config), config)
         return scores.row_scores(
             logits_BxLxV,

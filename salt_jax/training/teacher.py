@@ -1,6 +1,7 @@
 """The teacher: a frozen model beside the train state, gone at the switch.
 
-In: a checkpoint. Out: parameters on the mesh, and a way to free them. It has no gradient, no optimizer
+In: a checkpoint. Out: parameters on the mesh, and a way to free them. It has no gradient, no
+optimizer
 slot and no place in a checkpoint; the run records which teacher it was.
 """
 

@@ -106,7 +106,7 @@ def make_layout(
         opt_state,
         opt_shardings,
     )
-    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
+    counter: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
     return StateLayout(
         config, optimizer, TrainState(counter, params, opt_state, counter), mesh, rules
     )

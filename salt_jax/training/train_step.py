@@ -136,21 +136,17 @@ def _loss_sums(
     if config.vocab_size is None:
         raise AssertionError("the model's vocabulary is set before its programs are made")
     vocab_size = config.vocab_size
-    student = decoder.Decoder(config)
-    teacher = decoder.Decoder(teacher_config) if teacher_config is not None else None
 
     def sums(
         params: Any, batch: Batch, teacher_params: Any, omega: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        tokens = (batch["inputs"], batch["segment_ids"], batch["positions"])
-        hidden_BxLxD = student.apply({"params": params}, *tokens)
         teacher_hidden_BxLxD = teacher_head_DxV = None
-        if teacher is not None and teacher_config is not None:
+        if teacher_config is not None:
             frozen = jax.lax.stop_gradient(teacher_params)
-            teacher_hidden_BxLxD = teacher.apply({"params": frozen}, *tokens)
+            teacher_hidden_BxLxD = decoder.hidden_states(teacher_config, frozen, batch)
             teacher_head_DxV = decoder.head_kernel(frozen, teacher_config)
         loss, weight, metrics = losses.loss_from_hidden(
-            hidden_BxLxD,
+            decoder.hidden_states(config, params, batch),
             decoder.head_kernel(params, config),
             batch["targets"],
             batch["loss_weights"],

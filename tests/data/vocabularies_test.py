@@ -74,6 +74,13 @@ def test_text_comes_back_and_gives_no_special_id(name, text):
     assert vocabulary.encode_many([text, "a"]) == [ids, vocabulary.encode("a")]
 
 
+def test_the_name_of_a_special_token_is_plain_text(vocabulary):
+    text = "a <|endoftext|> b </s> <s> <pad> <|padding|> <unk>"
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == text
+    assert not {vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id} & set(ids)
+
+
 def test_special_and_reserved_ids_give_no_text(vocabulary):
     special = [vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id, *vocabulary.reserved_ids]
     assert vocabulary.decode([*special, *vocabulary.encode("x y"), *special]) == "x y"

@@ -69,12 +69,12 @@ def test_causality_by_gradients(config: DecoderConfig) -> None:
 
     @jax.jit
     @jax.jacobian
-    def jacobian_LxDxVxD(embedding_VxD: jax.Array) -> jax.Array:
+    def jacobian(embedding_VxD: jax.Array) -> jax.Array:
         mine = {"params": {**params, "embedding": embedding_VxD}}
         hidden_BxLxD: jax.Array = Decoder(config).apply(mine, inputs, segments, positions)
         return hidden_BxLxD[0]
 
-    depends_LxL = np.abs(jacobian_LxDxVxD(params["embedding"])).sum(axis=(1, 3))[:, :6]
+    depends_LxL = np.abs(jacobian(params["embedding"])).sum(axis=(1, 3))[:, :6]
     assert (depends_LxL[np.triu_indices(6, k=1)] == 0).all()
     assert (depends_LxL[np.tril_indices(6)] > 0).all()
 

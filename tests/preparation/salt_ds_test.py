@@ -107,8 +107,12 @@ def test_bad_folders_are_named(folders, tmp_path):
     _fails(folders, "does not exist", cache=str(tmp_path / "none"))
     _fails(folders, "expected selection", selection=str(folders / "scores"))
     _fails(folders, "not of validation", split="validation")
+    stranger = Selection.write(
+        tmp_path / "selection", np.array([0]), cache_digest="c" * 64, split="train", how={}
+    )
+    _fails(folders, "belong to the cache cccc", selection=str(stranger.path))
     other = RowScores.write(
-        tmp_path, np.zeros(3), cache_digest="b" * 64, split="train", scorer={}, score={}
+        tmp_path / "scores", np.zeros(3), cache_digest="b" * 64, split="train", scorer={}, score={}
     )
     _fails(folders, "belong to the cache bbbb", scores=str(other.path))
 

@@ -24,7 +24,10 @@ def test_the_same_texts_give_the_same_model_in_any_order(model_type):
 def test_code_keeps_its_shape_in_few_tokens():
     vocabulary = TrainedVocabulary(size=600).train(TEXTS)
     assert len(vocabulary.encode("\n")) == len(vocabulary.encode("\t")) == 1
+    assert len(vocabulary.encode("\n\n")) == 1
     assert len(vocabulary.encode(" " * 8)) <= 2
+    pieces = {vocabulary.decode([i]) for text in TEXTS for i in vocabulary.encode(text)}
+    assert {piece for piece in pieces if "\n" in piece} == {"\n", "\n\n"}
     assert len(vocabulary.encode(TEXTS[0])) < 0.6 * len(TEXTS[0].encode())
 
 

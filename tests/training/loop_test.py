@@ -1,4 +1,5 @@
-"""Whole runs: resumed equals straight, the switch changes nothing but the teacher, rows as promised."""
+"""Whole runs: resumed equals straight, the switch changes nothing but the teacher, rows as
+promised."""
 
 import json
 import pathlib
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from salt_jax.commands.select import select
-from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.data.input_pipeline import InputPipeline, RowOrder
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.distill import schedules
@@ -168,10 +169,10 @@ def test_all_arms_read_the_same_rows_but_salt_ds_in_stage_1(
     rkd = rows(schedule=schedules.Constant(0.5), teacher=str(slm))
     salt_ds = rows(schedule=SALT, teacher=str(slm), selection=str(tmp_path))
     assert baseline == salt == rkd
-    assert sorted(sum(baseline, [])) == list(range(48)), "6 steps of 8 are one epoch of 48 rows"
+    assert sorted(flat(baseline)) == list(range(48)), "6 steps of 8 are one epoch of 48 rows"
     assert salt_ds[3:] == baseline[3:]
-    assert chosen.issuperset(sum(salt_ds[:3], []))
-    first_epoch = sum(salt_ds[:3], [])[:20]
+    assert chosen.issuperset(flat(salt_ds[:3]))
+    first_epoch = flat(salt_ds[:3])[:20]
     assert sorted(first_epoch) == sorted(chosen), "every selected row once before any twice"
     assert rows(data_seed=1) != baseline
 
@@ -219,13 +220,11 @@ def test_learns(slm: pathlib.Path) -> None:
 def test_reads_ahead_from_any_step(cache: PackedCache) -> None:
     """Step 1,000,000 is as near as step 0, and the same batch as from any other start."""
     split = cache.split("train")
-    pipeline = InputPipeline(split, 8, 0, loop_order(cache))
+    pipeline = InputPipeline(split, 8, 0, RowOrder(None, len(split), seed=3))
     far: Iterator[Any] = pipeline.batches(1_000_000, 1_000_002)
     np.testing.assert_array_equal(next(far)["row_id"], pipeline.batch(1_000_000)["row_id"])
     assert pipeline.row_ids(1_000_000) != pipeline.row_ids(0)
 
 
-def loop_order(cache: PackedCache) -> Any:
-    from salt_jax.data.input_pipeline import RowOrder
-
-    return RowOrder(None, len(cache.split("train")), seed=3)
+def flat(batches: list[list[int]]) -> list[int]:
+    return [row_id for batch in batches for row_id in batch]

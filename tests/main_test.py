@@ -1,0 +1,190 @@
+"""The command: every slip of the pen is one sentence with the name and the nearest valid one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import gin
+from salt_jax.commands.report import report
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.main import configure, main, parse_arguments
+
+ROOT = pathlib.Path(__file__).parent.parent
+PRETRAIN = ["train", "--gin_file=runs/pretrain.gin", "--gin.LEARNING_RATE=1e-3"]
+BASELINE = [*PRETRAIN, "--gin_file=methods/baseline.gin", "--gin_file=models/slm_smoke.gin"]
+FULL = [*BASELINE, "--cache=nowhere", "--steps=3", "--batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], ["no verb trian", "nearest: train"]),
+        (["train", "--steps"], ["--steps needs a value"]),
+        (["train", "--steps=3", "elsewhere"], ["takes no argument 'elsewhere'"]),
+        (["train", "--gin_file=runs/pretrian.gin"], ["pretrian.gin", "nearest: runs/pretrain.gin"]),
+        (["train", "--gin_file=runs/pretrain.gin"], ["LEARNING_RATE must be set", "pretrain.gin"]),
+        ([*PRETRAIN, "--gin.WARMUP_STEP=3"], ["--gin.WARMUP_STEP", "nearest: WARMUP_STEPS"]),
+        ([*PRETRAIN, "--stepps=3"], ["--stepps", "nearest: steps"]),
+        ([*PRETRAIN, "--gin.train.train.stepps=3"], ["stepps", "nearest: steps"]),
+        ([*PRETRAIN, "--gin.trian.train.steps=3"], ["trian", "nearest: train"]),
+        ([*PRETRAIN, "--gin.train.trian.steps=3"], ["train.trian", "nearest: train"]),
+        ([*PRETRAIN, "--gin.decoder.DecodrConfig.num_layers=3"], ["nearest: DecoderConfig"]),
+        ([*PRETRAIN, "--gin.decoder.DecoderConfig.num_layer=3"], ["nearest: num_layers"]),
+        ([*PRETRAIN, "--gin.train.train.steps=[3"], ["cannot read"]),
+        (BASELINE, ["must be set", "train.cache"]),
+        ([*PRETRAIN, "--cache=x", "--steps=3", "--batch_size=8"], ["schedule is not set"]),
+        ([*FULL, "--gin_file=methods/salt.gin"], ["must be set", "--gin."]),
+        (FULL, ["nowhere does not exist"]),
+    ],
+)
+def test_refuses_in_one_sentence(
+    arguments: list[str],
+    expected: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+) -> None:
+    folder = tmp_path / "out"
+    assert main([*arguments, f"--output_dir={folder}"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    for text in expected:
+        assert text in lines[0]
+    assert not folder.exists()
+
+
+def test_unknown_name_in_a_file_names_file_and_line(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from salt_jax.commands import train\n"
+        "train.train.batchsize = 8\n"
+    )
+    assert main([*FULL, f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert "mine.gin, line 3" in error
+    assert "nearest: batch_size" in error
+
+
+def test_no_output_dir(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert "add --output_dir" in capsys.readouterr().err
+
+
+def test_later_files_and_flags_override(tmp_path: pathlib.Path) -> None:
+    arguments = [*FULL, "--gin_file=methods/salt.gin", "--gin.N_KD=5", "--teacher=here"]
+    function = configure(parse_arguments([*arguments, "--gin.OMEGA=0.25", "--seed=7"]))
+    seen = gin.get_bindings(function)
+    assert seen["schedule"].omega == 0.25
+    assert seen["schedule"].n_kd == 5
+    assert seen["seed"] == 7
+    assert seen["arm"] == "salt"
+    assert seen["teacher"] == "here"
+
+
+def test_text_flags_stay_text() -> None:
+    configure(parse_arguments(["report", "1", "2e3", "--title=3"]))
+    assert gin.get_bindings(report) == {"runs": ("1", "2e3"), "title": "3"}
+
+
+def test_folder_records_configuration_and_refuses_another(
+    tmp_path: pathlib.Path, cache: PackedCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["select", f"--cache={cache.path}", "--gin_file=methods/random_rows.gin"]
+    output = f"--output_dir={tmp_path / 'out'}"
+    assert main([*arguments, "--gin.ROWS=5", output]) == 0
+    config = (tmp_path / "out" / "config.gin").read_text()
+    assert "selection.RandomRows.m = %ROWS" in config
+    assert "ROWS = 5" in config
+    origin = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert origin["verb"] == "select"
+    assert origin["command_line"][:2] == ["salt", "select"]
+    assert origin["versions"]["jax"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"] == 5
+    before = sorted(p.name for p in (tmp_path / "out").iterdir())
+    capsys.readouterr()
+    assert main([*arguments, "--gin.ROWS=6", output]) == 2
+    error = capsys.readouterr().err
+    assert "ROWS was 5 and is now 6" in error
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
+    assert main(["evaluate", "--model=x", f"--cache={cache.path}", output]) == 2
+    assert main([*arguments, "--gin.ROWS=5", output]) == 0
+
+
+def test_config_of_a_run_runs_again(tmp_path: pathlib.Path, cache: PackedCache) -> None:
+    arguments = ["select", f"--cache={cache.path}", "--gin_file=methods/random_rows.gin"]
+    assert main([*arguments, "--gin.ROWS=5", f"--output_dir={tmp_path / 'a'}"]) == 0
+    config = tmp_path / "a" / "config.gin"
+    assert main(["select", f"--gin_file={config}", f"--output_dir={tmp_path / 'b'}"]) == 0
+    assert (tmp_path / "b" / "row_ids.npy").read_bytes() == (
+        tmp_path / "a" / "row_ids.npy"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "score", "select", "evaluate", "report"])
+def test_help_lists_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"salt {verb}" in text
+    assert "Args:" in text
+    assert "--output_dir" in text
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert "salt_jax" in capsys.readouterr().out
+    assert main([]) == 2
+    assert "verbs:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["train", "score", "select", "evaluate", "report"])
+def test_only_preparation_imports_tensorflow(verb: str) -> None:
+    code = (
+        "import sys; from salt_jax.main import configure, parse_arguments\n"
+        f"import salt_jax.commands.{verb}\n"
+        "bad = {'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {bad}' if bad else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_plain_install_holds_configs_and_tasks(tmp_path: pathlib.Path) -> None:
+    """A plain install finds gin files and tasks by the names that a clone has."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"),
+            *("--no-build-isolation", "--target", str(tmp_path / "site"), str(ROOT)),
+        ],
+        check=True,
+    )
+    code = (
+        "import pathlib, salt_jax; p = pathlib.Path(salt_jax.__file__).parent; print(p)\n"
+        "assert (p / 'configs' / 'methods' / 'salt_ds.gin').is_file()\n"
+        "import importlib.util; assert importlib.util.find_spec('salt_jax.tasks')\n"
+        "import salt_jax.commands, gin; assert hasattr(gin, 'parse_config')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "site") in result.stdout
+    assert (
+        not (tmp_path / "site" / "gin").exists()
+        or (tmp_path / "site" / "gin" / "__init__.py").exists()
+    )
+    assert not (tmp_path / "site" / "tasks").exists()
+
+
+def test_gin_stays_importable_in_a_clone() -> None:
+    code = "import gin; assert hasattr(gin, 'parse_config'), gin"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

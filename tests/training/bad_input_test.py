@@ -1,0 +1,191 @@
+"""Settings that don't fit: one clear sentence each, and nothing written."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from salt_jax.commands.evaluate import evaluate
+from salt_jax.commands.score import score
+from salt_jax.commands.select import select
+from salt_jax.commands.train import train
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.distill import schedules
+from salt_jax.distill.losses import LossConfig
+from salt_jax.distill.scores import ScoreConfig
+from salt_jax.distill.selection import RandomRows, TopRows
+from salt_jax.errors import InputError
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.run_folder import RunFolder
+from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.partitioning import MeshConfig
+
+Run = Callable[..., pathlib.Path]
+STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64)
+SALT = schedules.Step(omega=0.6, n_kd=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"evaluate_every": 0}, "evaluate_every is 0"),
+        ({"max_skipped_updates": -1}, "max_skipped_updates is -1"),
+        ({"batch_size": 9}, "batch_size 9 can't be split over 8 devices"),
+        ({"microbatches": 3}, "8 devices in 3 microbatches"),
+        ({"stage1_microbatches": 3}, "8 devices in 3 microbatches"),
+        ({"microbatches": 0}, "at least 1"),
+        ({"mesh": MeshConfig(data=3)}, "need 6 devices and there are 8"),
+        ({"mesh": MeshConfig(data=3, fsdp=1)}, "need 3 devices and there are 8"),
+        ({"model": dataclasses.replace(STUDENT, max_length=8)}, "max_length is 8"),
+        ({"model": dataclasses.replace(STUDENT, vocab_size=100)}, "has 259 ids"),
+        ({"schedule": SALT}, "needs a teacher and none is set"),
+        ({"schedule": SALT, "teacher": "nowhere"}, "teacher is nowhere"),
+        ({"cache": "nowhere"}, "nowhere does not exist"),
+        ({"selection": "nowhere"}, "nowhere"),
+        ({"initial": "nowhere"}, "initial is nowhere"),
+    ],
+)
+def test_train_refuses(
+    run_train: Run, settings: dict[str, Any], expected: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(InputError) as error:
+        run_train(tmp_path / "out", **settings)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: MeshConfig(data=-1), "at most one of them -1"),
+        (lambda: MeshConfig(tensor=0), "at least 1"),
+        (lambda: LearningRate(0.0), "peak 0.0"),
+        (lambda: LearningRate(1.0, decay="linear"), "choose cosine"),  # type: ignore[arg-type]
+        (lambda: OptimizerConfig(LearningRate(1.0), kind="sgd"), "adamw or adafactor"),  # type: ignore[arg-type]
+        (lambda: OptimizerConfig(LearningRate(1.0), weight_decay=-1), "weight_decay -1"),
+        (lambda: LossConfig(teacher_temperature=0), "teacher_temperature"),
+        (lambda: LossConfig(teacher_temperature=-1.0), "teacher_temperature"),
+        (lambda: schedules.Step(omega=1.5, n_kd=3), "omega"),
+        (lambda: schedules.Step(omega=0.5, n_kd=-1), "n_kd"),
+        (lambda: schedules.LinearRatioDecay(omega=1.0, n_kd=3), "omega"),
+        (lambda: ScoreConfig(k=0), "k is 0"),
+    ],
+)
+def test_configs_refuse(make: Callable[[], object], expected: str) -> None:
+    with pytest.raises(InputError) as error:
+        make()
+    assert expected in str(error.value)
+
+
+def test_teacher_and_student_must_share_the_tokenizer(
+    run_train: Run,
+    slm: pathlib.Path,
+    make_cache: Callable[..., PackedCache],
+    tmp_path: pathlib.Path,
+) -> None:
+    other = make_cache(reserved=3)
+    with pytest.raises(InputError) as error:
+        run_train(tmp_path / "out", cache=str(other.path), schedule=SALT, teacher=str(slm))
+    text = str(error.value)
+    assert str(slm) in text
+    assert str(other.path) in text
+    assert other.vocabulary_fingerprint[:12] in text
+    for verb, call in {
+        "score": lambda run: score(run, scorer=str(slm), cache=str(other.path)),
+        "evaluate": lambda run: evaluate(run, model=str(slm), cache=str(other.path)),
+    }.items():
+        with pytest.raises(InputError, match="must share the student's tokenizer"):
+            call(RunFolder(tmp_path / verb, verb))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_k_over_the_vocabulary(
+    slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(InputError, match="k is 260 and the vocabulary has 259"):
+        score(
+            RunFolder(tmp_path / "out", "score"),
+            scorer=str(slm),
+            cache=str(cache.path),
+            score=ScoreConfig(k=260),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_selection_of_another_cache_and_without_a_stage_1(
+    run_train: Run,
+    slm: pathlib.Path,
+    cache: PackedCache,
+    make_cache: Callable[..., PackedCache],
+    tmp_path: pathlib.Path,
+) -> None:
+    other = make_cache(seed=1)
+    select(RunFolder(tmp_path / "s", "select"), cache=str(other.path), rule=RandomRows(m=5))
+    with pytest.raises(InputError, match="belong to the cache"):
+        run_train(schedule=SALT, teacher=str(slm), selection=str(tmp_path / "s"))
+    select(RunFolder(tmp_path / "t", "select"), cache=str(cache.path), rule=RandomRows(m=5))
+    with pytest.raises(InputError, match="no stage 1"):
+        run_train(selection=str(tmp_path / "t"))
+
+
+def test_m_over_the_corpus(cache: PackedCache, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InputError, match=r"RandomRows.m is 49, but there are only 48 rows"):
+        select(RunFolder(tmp_path / "s", "select"), cache=str(cache.path), rule=RandomRows(m=49))
+    with pytest.raises(InputError, match="needs scores"):
+        select(RunFolder(tmp_path / "s", "select"), cache=str(cache.path), rule=TopRows(m=4))
+    assert not (tmp_path / "s").exists()
+
+
+def test_few_selected_rows_and_long_n_kd_are_said(
+    run_train: Run,
+    slm: pathlib.Path,
+    cache: PackedCache,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    select(RunFolder(tmp_path, "select"), cache=str(cache.path), rule=RandomRows(m=12))
+    run_train(
+        steps=4,
+        schedule=schedules.Step(omega=0.5, n_kd=9),
+        teacher=str(slm),
+        selection=str(tmp_path),
+    )
+    text = capsys.readouterr().out
+    assert "n_kd 9 is over the run's 4 steps" in text
+    assert "12 selected rows are fewer than the 32" in text
+
+
+def test_half_written_cache(run_train: Run, cache: PackedCache, tmp_path: pathlib.Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(cache.path, copy)
+    (copy / "COMPLETED").unlink()
+    with pytest.raises(InputError, match="COMPLETED"):
+        run_train(tmp_path / "out", cache=str(copy))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_configuration_is_refused(cache: PackedCache, tmp_path: pathlib.Path) -> None:
+    configuration = {"text": "train.train.steps = 3"}
+    run = RunFolder(tmp_path / "out", "train", lambda: configuration["text"])
+    run.begin()
+    run.begin()
+    configuration["text"] = "train.train.steps = 4"
+    with pytest.raises(InputError, match=r"train.train.steps was 3 and is now 4"):
+        run.begin()
+    del cache
+
+
+@pytest.mark.parametrize("verb", [train])
+def test_too_little_disk_before_the_first_step(
+    run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, verb: object
+) -> None:
+    del verb
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1))  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"MB free, and .* checkpoints need"):
+        run_train(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

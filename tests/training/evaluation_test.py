@@ -1,0 +1,166 @@
+"""Evaluation, scoring and the bigram model against plain NumPy."""
+
+import json
+import math
+import pathlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from salt_jax.commands.evaluate import evaluate
+from salt_jax.commands.score import score
+from salt_jax.commands.select import select
+from salt_jax.data.features import make_batch
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import RowScores, Selection
+from salt_jax.distill.scores import ScoreConfig
+from salt_jax.distill.selection import TopRows
+from salt_jax.errors import InputError
+from salt_jax.models import decoder
+from salt_jax.run_folder import RunFolder
+from salt_jax.training.bigram import bigram_log_perplexity
+from salt_jax.training.checkpoints import find_model
+from salt_jax.training.partitioning import MeshConfig
+
+
+def log_p(slm: pathlib.Path, cache: PackedCache, split: str, step: int | None) -> Any:
+    """Batch and float64 log-probabilities [B, L, V] of a whole split."""
+    model = find_model(slm, step, "model")
+    params = model.load_params(MeshConfig(fsdp=1).make(jax.devices()[:1]))
+    rows = cache.split(split)
+    batch = make_batch(rows.__getitems__(list(range(len(rows)))), cache.start_id)
+    hidden_BxLxD = decoder.Decoder(model.config).apply(
+        {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"]
+    )
+    head_DxV = decoder.head_kernel(params, model.config)
+    logits = np.asarray(hidden_BxLxD, np.float64) @ np.asarray(head_DxV, np.float64)
+    logits = logits[..., : cache.vocabulary_size]
+    logits -= logits.max(-1, keepdims=True)
+    return batch, logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_evaluation_equals_numpy(
+    slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path
+) -> None:
+    evaluate(
+        RunFolder(tmp_path, "evaluate"),
+        model=str(slm),
+        cache=str(cache.path),
+        split="validation",
+        batch_size=8,
+        compilation_cache="",
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    batch, log_p_BxLxV = log_p(slm, cache, "validation", None)
+    loss_BxL = -np.take_along_axis(log_p_BxLxV, batch["targets"][..., None], -1)[..., 0]
+    weights_BxL = batch["loss_weights"]
+    right_BxL = log_p_BxLxV.argmax(-1) == batch["targets"]
+    expected = (loss_BxL * weights_BxL).sum() / weights_BxL.sum()
+    assert summary["log_perplexity"] == pytest.approx(expected, rel=1e-5)
+    accuracy = (right_BxL * weights_BxL).sum() / weights_BxL.sum()
+    assert summary["next_token_accuracy"] == pytest.approx(accuracy)
+    for index, name in enumerate(cache.subsets):
+        mine_B = batch["subset"] == index
+        expected = (loss_BxL * weights_BxL)[mine_B].sum() / weights_BxL[mine_B].sum()
+        assert summary["by_subset"][name]["log_perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("unlearnable", ["drop", "zero"])
+def test_scores_equal_numpy_and_are_selected_from(
+    slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path, unlearnable: Any
+) -> None:
+    config = ScoreConfig(k=3, unlearnable=unlearnable)
+    score(
+        RunFolder(tmp_path / "scores", "score"),
+        scorer=str(slm),
+        scorer_step=4,
+        cache=str(cache.path),
+        score=config,
+        batch_size=9,
+        compilation_cache="",
+    )
+    scores = RowScores.open(tmp_path / "scores", cache_digest=cache.digest)
+    batch, log_p_BxLxV = log_p(slm, cache, "train", 4)
+    for row in range(len(cache.split("train"))):
+        losses = []
+        for t in range(1, cache.sequence_length):
+            if batch["loss_weights"][row, t] == 0:
+                continue
+            true = log_p_BxLxV[row, t, batch["targets"][row, t]]
+            if (log_p_BxLxV[row, t] > true).sum() < 3:
+                losses.append(-true)
+            elif unlearnable == "zero":
+                losses.append(0.0)
+        expected = np.median(losses) if losses else -np.inf
+        assert scores.scores[row] == pytest.approx(expected, rel=1e-4)
+    assert scores.manifest["scorer"] == find_model(slm, 4, "scorer").identity
+    assert scores.manifest["score"]["k"] == 3
+    select(
+        RunFolder(tmp_path / "top", "select"),
+        cache=str(cache.path),
+        rule=TopRows(m=7),
+        scores=str(tmp_path / "scores"),
+    )
+    chosen = Selection.open(tmp_path / "top", cache_digest=cache.digest)
+    order = np.lexsort((np.arange(48), -scores.scores))
+    assert chosen.row_ids.tolist() == sorted(order[:7].tolist())
+    assert chosen.manifest["scores_digest"] == scores.digest
+    summary = json.loads((tmp_path / "top" / "summary.json").read_text())
+    assert sum(summary["by_subset"].values()) == 7
+
+
+def test_scores_of_another_cache_are_refused(
+    slm: pathlib.Path,
+    cache: PackedCache,
+    make_cache: Callable[..., PackedCache],
+    tmp_path: pathlib.Path,
+) -> None:
+    other = make_cache(seed=5)
+    score(
+        RunFolder(tmp_path / "scores", "score"),
+        scorer=str(slm),
+        cache=str(other.path),
+        compilation_cache="",
+    )
+    with pytest.raises(InputError, match="belong to the cache"):
+        select(
+            RunFolder(tmp_path / "top", "select"),
+            cache=str(cache.path),
+            rule=TopRows(m=7),
+            scores=str(tmp_path / "scores"),
+        )
+
+
+def test_bigram_equals_counting(cache: PackedCache) -> None:
+    """Witten-Bell by dictionaries."""
+    size = cache.vocabulary_size
+
+    def pairs(split: str) -> list[tuple[int, int]]:
+        rows = cache.split(split)
+        batch = make_batch(rows.__getitems__(list(range(len(rows)))), cache.start_id)
+        mask = batch["loss_weights"] > 0
+        return list(
+            zip(batch["inputs"][mask].tolist(), batch["targets"][mask].tolist(), strict=True)
+        )
+
+    train = pairs("train")
+    both, after = Counter(train), Counter(a for a, _ in train)
+    single = Counter(b for _, b in train)
+    followers = Counter(a for a, _ in both)
+
+    def p(a: int, b: int) -> float:
+        unigram = (single[b] + len(single) / size) / (len(train) + len(single))
+        if not after[a]:
+            return unigram
+        return (both[a, b] + followers[a] * unigram) / (after[a] + followers[a])
+
+    held_out = pairs("test")
+    expected = -sum(math.log(p(a, b)) for a, b in held_out) / len(held_out)
+    actual = bigram_log_perplexity(cache.split("train"), cache.split("test"), size, cache.start_id)
+    assert actual == pytest.approx(expected)
+    assert sum(p(5, b) for b in range(size)) == pytest.approx(1.0)
+    assert sum(p(train[0][0], b) for b in range(size)) == pytest.approx(1.0)

@@ -1,0 +1,111 @@
+"""Real processes: killed, asked to stop, started again; the parameters must not know."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.training.checkpoints import find_model
+from salt_jax.training.partitioning import MeshConfig
+
+STEPS = 60
+
+
+def command(cache: PackedCache, slm: pathlib.Path, output: pathlib.Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "salt_jax", "train", "--gin_file=runs/pretrain.gin"),
+        *("--gin_file=methods/salt.gin", "--gin_file=hardware/single_device.gin"),
+        *(f"--cache={cache.path}", f"--teacher={slm}", f"--gin.N_KD={STEPS // 2}"),
+        *(f"--steps={STEPS}", "--batch_size=8", "--log_every=1", "--compilation_cache="),
+        *(
+            "--gin.LEARNING_RATE=3e-3",
+            "--gin.SAVE_EVERY=5",
+            "--gin.decoder.DecoderConfig.mlp_dim=64",
+        ),
+        *("--gin.decoder.DecoderConfig.embed_dim=32", "--gin.decoder.DecoderConfig.num_layers=2"),
+        *("--gin.decoder.DecoderConfig.num_heads=2", f"--output_dir={output}"),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(process: "subprocess.Popen[str]", output: pathlib.Path, step: int) -> None:
+    """Reads the process's output until its metrics have come to `step`."""
+    assert process.stdout is not None
+    metrics = output / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists():
+            lines = [json.loads(x) for x in metrics.read_text().splitlines() if x.endswith("}")]
+            if lines and lines[-1]["step"] >= step:
+                return
+    pytest.fail(f"the run ended before step {step}: {process.stdout.read()}")
+
+
+def params_of(run: pathlib.Path) -> list[np.ndarray]:
+    model = find_model(run, None, "model")
+    assert model.step == STEPS
+    mesh = MeshConfig(fsdp=1).make(jax.devices()[:1])
+    return [np.asarray(p) for p in jax.tree.leaves(model.load_params(mesh))]
+
+
+@pytest.fixture(scope="module")
+def straight(
+    cache: PackedCache, slm: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    output = tmp_path_factory.mktemp("straight")
+    process = start(command(cache, slm, output))
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    return output
+
+
+def test_killed_at_any_step_ends_with_the_same_parameters(
+    cache: PackedCache, slm: pathlib.Path, straight: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    rng = np.random.default_rng()
+    kills = sorted(int(step) for step in rng.integers(1, STEPS - 5, size=2))
+    for step in kills:
+        process = start(command(cache, slm, tmp_path))
+        wait_for_step(process, tmp_path, step)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    process = start(command(cache, slm, tmp_path))
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    for a, b in zip(params_of(tmp_path), params_of(straight), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=f"killed at steps {kills}")
+
+
+def test_sigterm_saves_and_exits_75(
+    cache: PackedCache, slm: pathlib.Path, straight: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    process = start(command(cache, slm, tmp_path))
+    wait_for_step(process, tmp_path, 7)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate()
+    assert process.returncode == 75, text
+    assert "run the same command again" in text
+    stopped = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert 7 <= stopped < STEPS
+    process = start(command(cache, slm, tmp_path))
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    assert f"continues at step {stopped}" in text
+    for a, b in zip(params_of(tmp_path), params_of(straight), strict=True):
+        np.testing.assert_array_equal(a, b)
