@@ -169,8 +169,8 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     _explained(gin.finalize)
     missing = list(_missing_settings(function, set()))
     if missing:
-        own = missing[0].removeprefix(f"{verb}.{verb}.")
-        flag = f"--{own}" if own != missing[0] else f"--gin.{missing[0]}"
+        setting = missing[0].removeprefix(f"{verb}.{verb}.")
+        flag = f"--{setting}" if setting != missing[0] else f"--gin.{missing[0]}"
         raise InputError(f"{missing[0]} is not set: add {flag}=VALUE, or a gin file that sets it.")
     return gin.get_configurable(function)
 
