@@ -27,10 +27,10 @@ from salt_jax.errors import InputError
 from salt_jax.models import layers
 from salt_jax.models.attention import BACKENDS, attention
 
-# Standard deviation of a fresh model's logits, at any width: its loss is about log V. An input's
-# embedding is then small beside what the blocks add to it, so that a model with a tied head does
-# not begin by expecting its input once more.
-_LOGIT_STD = 0.3
+# Standard deviation of a fresh model's logits and of its embedded inputs, at any width. The logits
+# must be small, for a loss of about log V; inputs 1/√D as large, which one unscaled table for both
+# would make them, are lost among what the blocks add, and training starts far slower.
+_INITIAL_STD = 0.3
 
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = types.MappingProxyType(
     {
@@ -64,6 +64,8 @@ class DecoderConfig:
         rope_fraction: share of each head's dimensions that rotary embedding turns, the first ones.
         rope_theta: base of the rotary wavelengths.
         tied_embeddings: the head is the embedding, transposed.
+        scale_embeddings: multiply embedded inputs by √D, as Gemma does and GPT-NeoX and Llama
+            don't: with it one table can serve as input and as head.
         scan_layers: one block scanned over stacked parameters (compiles fast), not num_layers.
         remat: what the backward pass recomputes: "none", "minimal" (all but the products with
             parameters) or "full".
@@ -90,6 +92,7 @@ class DecoderConfig:
     rope_fraction: float = 1.0
     rope_theta: float = 10_000.0
     tied_embeddings: bool = True
+    scale_embeddings: bool = True
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -247,6 +250,8 @@ class Decoder(nn.Module):
             # Declared here to be made and named with the rest; head_kernel alone uses it.
             self._table("head", ("embed", "vocab"))
         x_BxLxD = jnp.take(embedding_VxD, inputs_BxL, axis=0).astype(config.dtype)
+        if config.scale_embeddings:
+            x_BxLxD *= math.sqrt(config.embed_dim)
         x_BxLxD = _constrain(x_BxLxD, "activation_embed")
         rotation = layers.rotary_angles(positions_BxL, config.rotary_dim, config.rope_theta)
 
@@ -273,7 +278,10 @@ class Decoder(nn.Module):
 
     def _table(self, name: str, axes: tuple[str, str]) -> jax.Array:
         config = self.config
-        std = _LOGIT_STD / math.sqrt(config.embed_dim)
+        input_alone = name == "embedding" and not config.tied_embeddings
+        std = _INITIAL_STD
+        if config.scale_embeddings or not input_alone:
+            std /= math.sqrt(config.embed_dim)
         sizes = {"vocab": config.padded_vocab_size, "embed": config.embed_dim}
         init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
         shape = tuple(sizes[axis] for axis in axes)
