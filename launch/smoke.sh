@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
 output=${1:-$root/runs/smoke}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec salt smoke --output_dir="$output"
+exec salt smoke --output_dir="$output" ${SALT_TEXT:+--text="$SALT_TEXT"}

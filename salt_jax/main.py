@@ -6,7 +6,7 @@ Nothing else in the package knows gin.
 """
 
 import ast
-import difflib
+import copy
 import importlib
 import inspect
 import logging
@@ -14,42 +14,29 @@ import os
 import pathlib
 import re
 import sys
-import textwrap
 import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import gin
 from salt_jax import __version__
+from salt_jax.command_line import (
+    USAGE,
+    Arguments,
+    nearest,
+    parse_arguments,
+    require_known,
+    verb_help,
+    verb_table,
+    verbs,
+)
 from salt_jax.errors import InputError, Interrupted, RunFailed
 from salt_jax.run_folder import RunFolder
 
 PACKAGE = pathlib.Path(__file__).parent
 CONFIGS = PACKAGE / "configs"
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
-
-USAGE = """\
-usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]… --output_dir=FOLDER
-
-  --gin_file=FILE     a gin file, found from here or among the package's own (gin/); repeatable,
-                      a later file overrides an earlier one
-  --gin.NAME=VALUE    one setting (train.train.seed=1) or macro (STEPS=500), over the files
-  --SETTING=VALUE     a setting of the verb itself: --seed=1 is --gin.VERB.VERB.seed=1
-  --output_dir=FOLDER where the verb writes config.gin, run.json, summary.json and its results
-  --help, --version
-"""
-
-
-class Arguments(NamedTuple):
-    """A command line, taken apart."""
-
-    verb: str
-    gin_files: list[str]
-    bindings: list[str]
-    settings: dict[str, list[str]]
-    positional: list[str]
-    output_dir: str | None
-    help: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,15 +66,20 @@ def _run(argv: list[str]) -> int:
         print(f"salt_jax {__version__}")
         return 0
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(USAGE + "\nverbs:\n" + _verb_table(), end="")
+        print(USAGE + "\nverbs:\n" + verb_table(), end="")
         return 0 if argv else 2
     arguments = parse_arguments(argv)
-    _require_known("verb", arguments.verb, verbs())
+    require_known("verb", arguments.verb, verbs())
     if arguments.help:
-        print(_verb_help(arguments.verb), end="")
+        print(verb_help(arguments.verb), end="")
         return 0
     if arguments.output_dir is None:
         raise InputError("No output folder was given: add --output_dir=FOLDER.")
+    if "://" in arguments.output_dir:
+        raise InputError(
+            f"--output_dir={arguments.output_dir} is not on this machine's disk: mount the bucket "
+            "(gcsfuse, s3fs) and name the mounted folder."
+        )
     verb = configure(arguments)
     folder = RunFolder(
         path=pathlib.Path(arguments.output_dir),
@@ -97,44 +89,6 @@ def _run(argv: list[str]) -> int:
     )
     verb(folder)
     return 0
-
-
-def verbs() -> list[str]:
-    """The verbs: one a file in commands/."""
-    return sorted(
-        path.stem for path in (PACKAGE / "commands").glob("*.py") if not path.stem.startswith("_")
-    )
-
-
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Takes a command line apart.
-
-    Raises:
-      InputError: A flag without its value.
-    """
-    arguments = Arguments(argv[0], [], [], {}, [], None, False)
-    rest = iter(argv[1:])
-    for argument in rest:
-        if argument in ("--help", "-h"):
-            arguments = arguments._replace(help=True)
-            continue
-        if not argument.startswith("--"):
-            arguments.positional.append(argument)
-            continue
-        name, separator, value = argument[2:].partition("=")
-        if not separator:
-            value = next(rest, "")
-            if not value or value.startswith("--"):
-                raise InputError(f"--{name} needs a value: --{name}=VALUE.")
-        if name == "gin_file":
-            arguments.gin_files.append(value)
-        elif name.startswith("gin."):
-            arguments.bindings.append(f"{name.removeprefix('gin.')} = {value}")
-        elif name == "output_dir":
-            arguments = arguments._replace(output_dir=value)
-        else:
-            arguments.settings.setdefault(name, []).append(value)
-    return arguments
 
 
 def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
@@ -151,10 +105,9 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("salt_jax"):
             raise
-        extra = "prepare" if verb in ("prepare", "smoke") else verb
         raise InputError(
             f"`salt {verb}` needs the library {error.name}, which is not installed: "
-            f"pip install 'salt_jax[{extra}]'."
+            "pip install 'salt_jax[prepare]'."
         ) from error
     parsed = [_explained(gin.parse_config_file, _find_gin_file(f)) for f in arguments.gin_files]
     files, modules = _files_and_modules(parsed)
@@ -166,12 +119,13 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     # A reference registers the function with gin even when nothing is bound to it.
     register = [f"salt_verb = @{verb}.{verb}"]
     _explained(gin.parse_config, "\n".join([*imports, *arguments.bindings, *own, *register]))
-    _explained(gin.finalize)
+    _explained(gin.finalize, files=files)
     missing = list(_missing_settings(function, set()))
-    if missing:
-        setting = missing[0].removeprefix(f"{verb}.{verb}.")
-        flag = f"--{setting}" if setting != missing[0] else f"--gin.{missing[0]}"
-        raise InputError(f"{missing[0]} is not set: add {flag}=VALUE, or a gin file that sets it.")
+    if not missing:
+        _refuse_wrong_types(function, set())
+    else:
+        flag = _flag(missing[0])
+        raise InputError(f"{missing[0]} is not set: add {flag}, or a gin file that sets it.")
     return gin.get_configurable(function)
 
 
@@ -190,9 +144,11 @@ def _own_settings(function: Callable[..., None], arguments: Arguments) -> list[s
         settings[name] = [*settings.get(name, []), *arguments.positional]
     bindings = []
     for name, values in settings.items():
-        _require_known("setting", name, [*parameters, "gin_file", "output_dir"], prefix="--")
+        require_known("setting", name, [*parameters, "gin_file", "output_dir"], prefix="--")
         annotation = str(parameters[name].annotation)
         is_list = "Sequence" in annotation
+        if "bool" in annotation:
+            values = [v.capitalize() if v.lower() in ("true", "false") else v for v in values]
         literals = [repr(v) if _is_text(v, annotation) else v for v in values]
         literal = f"({', '.join(literals)},)" if is_list else literals[-1]
         bindings.append(f"{arguments.verb}.{arguments.verb}.{name} = {literal}")
@@ -228,15 +184,16 @@ def _find_gin_file(name: str) -> str:
     known = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin")]
     raise InputError(
         f"There is no gin file {name}, neither here nor in {CONFIGS}"
-        f"{_nearest(name.removeprefix('gin/'), known)}: correct --gin_file."
+        f"{nearest(name.removeprefix('gin/'), known)}: correct --gin_file."
     )
 
 
-def _files_and_modules(parsed: Iterable[Any]) -> tuple[list[str], list[str]]:
-    files: list[str] = []
+def _files_and_modules(parsed: Iterable[Any]) -> tuple[list[pathlib.Path], list[str]]:
+    files: list[pathlib.Path] = []
     modules: list[str] = []
     for file in parsed:
-        files.append(file.filename)
+        paths = (pathlib.Path(file.filename), CONFIGS / file.filename)
+        files.append(next(path for path in paths if path.is_file()))
         modules += file.imports
         more_files, more_modules = _files_and_modules(file.includes)
         files += more_files
@@ -244,32 +201,32 @@ def _files_and_modules(parsed: Iterable[Any]) -> tuple[list[str], list[str]]:
     return files, modules
 
 
-def _refuse_unknown_macros(bindings: Iterable[str], files: Iterable[str]) -> None:
-    """gin takes any NAME = value as a new macro; one that no file mentions is a slip of the pen."""
-    names = [binding.partition(" = ")[0] for binding in bindings]
-    paths = [next(p for p in (pathlib.Path(f), CONFIGS / f) if p.is_file()) for f in files]
-    text = "\n".join(path.read_text() for path in paths)
-    text = text.replace("%gin.REQUIRED", "")
-    known = set(re.findall(r"^(\w+)\s*=", text, re.M)) | set(re.findall(r"%(\w+)", text))
-    for name in names:
-        if "." not in name:
-            _require_known("macro", name, known, prefix="--gin.")
+def _refuse_unknown_macros(bindings: Iterable[str], files: Iterable[pathlib.Path]) -> None:
+    """gin takes any NAME = value as a macro; one that nothing refers to is a slip of the pen."""
+    texts = {str(file): file.read_text() for file in files}
+    used = set(re.findall(r"%(\w+)", "\n".join([*texts.values(), *bindings]))) - {"gin"}
+    texts[""] = "\n".join(bindings)
+    for file, text in texts.items():
+        where = f" of {file}" if file else ""
+        for name in re.findall(r"^(\w+)\s*=", text, re.M):
+            require_known(f"macro{where}", name, used, prefix="" if file else "--gin.")
 
 
 def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[str]:
     """Names of settings without a value, among all that calling `function` would need."""
     bindings = gin.get_bindings(function, resolve_references=False)
     selector = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-    if selector in seen:
+    scoped = "/".join([*gin.config.current_scope(), selector])
+    if scoped in seen:
         return
-    seen.add(selector)
+    seen.add(scoped)
     for name, parameter in inspect.signature(function).parameters.items():
         required = parameter.default is inspect.Parameter.empty and parameter.kind in (
             inspect.Parameter.KEYWORD_ONLY,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
         )
         if required and name not in bindings and parameter.annotation is not RunFolder:
-            yield f"{selector}.{name}"
+            yield f"{scoped}.{name}"
     for reference in _references(list(bindings.values())):
         target = reference.configurable.wrapped
         if reference.configurable.selector == "gin.macro":
@@ -281,7 +238,51 @@ def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[
             for inner in _references(list(value.values())):
                 yield from _missing_settings(inner.configurable.wrapped, seen)
         elif not isinstance(target, types.BuiltinFunctionType) and reference.evaluate:
-            yield from _missing_settings(target, seen)
+            with gin.config_scope(reference.scopes or None):
+                yield from _missing_settings(target, seen)
+
+
+def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
+    """Checks plain values against the annotations, of `function` and of all that it refers to."""
+    selector = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    if selector in seen:
+        return
+    seen.add(selector)
+    constructor = function.__init__ if inspect.isclass(function) else function
+    hints = typing.get_type_hints(constructor)
+    for name, value in gin.get_bindings(function, resolve_references=False).items():
+        for reference in _references([value]):
+            if reference.configurable.selector != "gin.macro" and reference.evaluate:
+                _refuse_wrong_types(reference.configurable.wrapped, seen)
+        macros = [r for r in _references([value]) if r.configurable.selector == "gin.macro"]
+        if list(_references([value])) == macros and name in hints:
+            plain = copy.deepcopy(value)
+            if not _is_a(plain, hints[name]):
+                kind = str(inspect.signature(function).parameters[name].annotation)
+                kind = hints[name].__name__ if isinstance(hints[name], type) else kind
+                raise InputError(f"{selector}.{name} is {plain!r}, and must be of type {kind}.")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of a type; of types unknown here, anything is."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if origin is typing.Literal:
+        return True  # the dataclass itself lists the choices
+    if origin in (Sequence, list, tuple):
+        inner = parts[0] if parts and len({*parts} - {...}) == 1 else Any
+        return isinstance(value, list | tuple) and all(_is_a(item, inner) for item in value)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    # A dataclass or protocol wants an object, which no plain value is.
+    return hint is Any or not isinstance(value, bool | int | float | str | list | tuple)
 
 
 def _references(value: Any) -> Iterator[Any]:
@@ -294,7 +295,9 @@ def _references(value: Any) -> Iterator[Any]:
             yield from _references(item)
 
 
-def _explained(parse: Callable[..., Any], *arguments: Any) -> Any:
+def _explained(
+    parse: Callable[..., Any], *arguments: Any, files: Sequence[pathlib.Path] = ()
+) -> Any:
     """Calls gin; its errors become one sentence with the name, the file and the nearest name."""
     logging.disable(logging.ERROR)  # gin logs every place where it looks for a file in vain
     try:
@@ -307,36 +310,41 @@ def _explained(parse: Callable[..., Any], *arguments: Any) -> Any:
         raise InputError(f"{where}: gin cannot read {text!r} ({error.msg}).") from error
     except (NameError, AttributeError, ValueError, ImportError, TypeError, OSError) as error:
         message, _, location = str(error).partition("\n")
-        raise InputError(_gin_sentence(message, location)) from error
+        raise InputError(_gin_sentence(message, location, files)) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _gin_sentence(message: str, location: str) -> str:
+def _gin_sentence(message: str, location: str, files: Sequence[pathlib.Path]) -> str:
     place = re.search(r'In file "([^"]*)", line (\d+)', location)
     where = f"{place[1]}, line {place[2]}" if place else "the command line"
     if match := re.match(r"'(\w+)' was not provided by an import statement", message):
         imported = re.findall(r"from [\w.]+ import (\w+)", _text_of(place)) + verbs()
         return (
-            f"{where}: {match[1]} is not imported there{_nearest(match[1], imported)}: correct "
+            f"{where}: {match[1]} is not imported there{nearest(match[1], imported)}: correct "
             "the name, or add the import of its module."
         )
     if match := re.match(
         r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* has no attribute (\w+)", message
     ):
         known = [n for n in vars(importlib.import_module(match[2])) if not n.startswith("_")]
-        return f"{where}: {match[1]} is unknown{_nearest(match[3], known)}: correct the name."
+        return f"{where}: {match[1]} is unknown{nearest(match[3], known)}: correct the name."
     if match := re.match(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
         known = _parameters_of(match[1])
         return (
-            f"{where}: {match[1]} has no setting {match[2]}{_nearest(match[2], known)}: "
+            f"{where}: {match[1]} has no setting {match[2]}{nearest(match[2], known)}: "
             "correct the name."
         )
     if match := re.match(r"(\S+) set to `%gin.REQUIRED`", message):
         name = match[1].removesuffix("/gin.macro.value").removesuffix("/macro.value")
-        return f"{name} must be set{_required_in(name)}: add --gin.{name}=VALUE."
+        # gin shortens the name; the file has it in full.
+        for file in files:
+            pattern = rf"^\s*((?:\w+[./])*{re.escape(name)})\s*=\s*%gin\.REQUIRED"
+            if found := re.search(pattern, file.read_text(), re.M):
+                return f"{found[1]} must be set ({file} leaves it open): add {_flag(found[1])}."
+        return f"{name} must be set: add {_flag(name)}."
     return f"{where}: {message.rstrip('.')}."
 
 
@@ -358,51 +366,16 @@ def _parameters_of(selector: str) -> list[str]:
     return []
 
 
-def _required_in(name: str) -> str:
-    """Where a configuration marks `name` as required: " (FILE marks it so)"."""
-    pattern = re.compile(rf"^\s*{re.escape(name)}\s*=\s*%gin\.REQUIRED", re.M)
-    for path in CONFIGS.rglob("*.gin"):
-        if pattern.search(path.read_text()):
-            return f" ({path.relative_to(CONFIGS)} leaves it open)"
-    return ""
-
-
-def _require_known(kind: str, name: str, known: Iterable[str], prefix: str = "") -> None:
-    known = sorted(known)
-    if name not in known:
-        listed = ", ".join(known) if known else "none"
-        raise InputError(
-            f"There is no {kind} {prefix}{name}{_nearest(name, known)}; the {kind}s are: {listed}."
-        )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (nearest: {matches[0]})" if matches else ""
+def _flag(name: str) -> str:
+    """The flag that sets a name: --SETTING for a verb's own, --gin.NAME for any other."""
+    verb, _, setting = name.rpartition(".")
+    own = verb.partition(".")[0] in verbs() and verb.partition(".")[2] in (
+        "",
+        verb.partition(".")[0],
+    )
+    return f"--{setting}=VALUE" if verb and own else f"--gin.{name}=VALUE"
 
 
 def _sentence(error: Exception) -> str:
     """An error's own text, without what gin appends to errors that pass through it."""
     return str(error).partition("\n  In call to configurable")[0]
-
-
-def _verb_table() -> str:
-    lines = []
-    for verb in verbs():
-        tree = ast.parse((PACKAGE / "commands" / f"{verb}.py").read_text())
-        first = (ast.get_docstring(tree) or "").partition("\n")[0]
-        lines.append(f"  {verb:10} {first.partition(': ')[2] or first}\n")
-    return "".join(lines) + "\n`salt VERB --help` lists a verb's settings.\n"
-
-
-def _verb_help(verb: str) -> str:
-    """The verb's docstrings and signature, read without importing its libraries."""
-    tree = ast.parse((PACKAGE / "commands" / f"{verb}.py").read_text())
-    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == verb)
-    lines = [f"salt {verb}: {(ast.get_docstring(function) or '').strip()}", "", "Settings:"]
-    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        kind = ast.unparse(argument.annotation) if argument.annotation else ""
-        value = "required" if default is None else f"default {ast.unparse(default)}"
-        lines.append(f"  --{argument.arg}: {kind} ({value})")
-    epilogue = ast.get_docstring(tree) or ""
-    return "\n".join([*lines, "", textwrap.dedent(epilogue), "", USAGE])

@@ -11,9 +11,11 @@ import datetime
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +77,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG_FILE, config)
-            write_atomically(self.path / RUN_FILE, _to_json(self._origin()))
+            write_atomically(self.path / RUN_FILE, to_json(self._origin(), indent=2))
         except OSError as error:
             raise InputError(
                 f"The output folder {self.path} cannot be written ({error.strerror}): "
@@ -84,7 +86,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the verb's results."""
-        write_atomically(self.path / SUMMARY_FILE, _to_json(summary))
+        write_atomically(self.path / SUMMARY_FILE, to_json(summary, indent=2))
 
     def require_space(self, needed_bytes: int, purpose: str) -> None:
         """Refuses to start when the disk has less than `needed_bytes` free.
@@ -108,7 +110,12 @@ class RunFolder:
         run_file = self.path / RUN_FILE
         if not run_file.exists():
             return
-        verb = json.loads(run_file.read_text()).get("verb")
+        try:
+            verb = json.loads(run_file.read_text())["verb"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{run_file} is damaged: choose another --output_dir, or delete {self.path}."
+            ) from error
         if verb != self.verb:
             raise InputError(
                 f"The output folder {self.path} holds a run of `salt {verb}`: "
@@ -184,14 +191,30 @@ def git_commit() -> str | None:
 
 def _settings(config: str) -> dict[str, str]:
     """Settings by name from a configuration's text, comments and line breaks aside."""
-    joined = config.replace("\\\n", " ")
-    settings = {}
-    for line in joined.splitlines():
-        name, separator, value = line.partition("=")
-        if separator and not line.lstrip().startswith("#"):
-            settings[name.strip()] = " ".join(value.split())
+    settings: dict[str, str] = {}
+    name = ""
+    for line in config.splitlines():
+        if line.startswith("#"):
+            continue
+        start = re.match(r"([\w./]+) = (.*)", line)
+        if start:
+            name = start[1]
+            settings[name] = start[2].strip(" \\")
+        elif name:
+            settings[name] = f"{settings[name]} {line.strip()}".strip()
     return settings
 
 
-def _to_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
+def to_json(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON text; what JSON has no word for, NaN and the infinities, is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,11 +1,14 @@
-"""Where the tasks of this package find their files: environment variables, read when a task is
-used.
+"""Where the tasks of this package find their files: environment variables.
+
+In: the variables, read when a task is used. Out: paths, and what they hold.
 
     SALT_PILE        folder of the Pile: train/*.jsonl.zst, val.jsonl.zst, test.jsonl.zst
-    SALT_TEXT        pattern of one's own text files (the Python standard library's sources without
-    it) SALT_VOCABULARY  .model of SentencePiece, tokenizer.json, or the vocabulary/ folder of a
-    cache (bytes without it) SALT_CACHE  SALT_SELECTION  SALT_SCORES    folders of `salt prepare`,
-    `salt select`, `salt score`
+    SALT_TEXT        pattern of one's own text files; unset: the Python library's sources
+    SALT_VOCABULARY  a SentencePiece .model, a tokenizer.json, or the vocabulary/ folder of a
+                     cache; unset: bytes
+    SALT_CACHE       folder of `salt prepare`
+    SALT_SELECTION   folder of `salt select`
+    SALT_SCORES      folder of `salt score`; unset: rows without scores
 """
 
 import os

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "salt_jax"
 
 # A part may import the parts named here, itself, and the leaves errors and run_folder.
 ALLOWED = {
-    "main": {"commands"},
+    "main": {"commands", "command_line"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"},
     "training": {"distill", "models", "data"},
     "preparation": {"distill", "models", "data"},
@@ -21,6 +21,7 @@ ALLOWED = {
     "distill": set(),
     "models": set(),
     "data": set(),
+    "command_line": set(),
     "errors": set(),
     "run_folder": set(),
     "__init__": set(),

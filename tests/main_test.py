@@ -1,17 +1,21 @@
 """The command: every slip of the pen is one sentence with the name and the nearest valid one."""
 
+import importlib
+import inspect
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 import gin
+from salt_jax.command_line import parse_arguments, verbs
 from salt_jax.commands.report import report
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.main import configure, main, parse_arguments
+from salt_jax.main import configure, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRETRAIN = ["train", "--gin_file=runs/pretrain.gin", "--gin.LEARNING_RATE=1e-3"]
@@ -37,8 +41,16 @@ FULL = [*BASELINE, "--cache=nowhere", "--steps=3", "--batch_size=8"]
         ([*PRETRAIN, "--gin.train.train.steps=[3"], ["cannot read"]),
         (BASELINE, ["must be set", "train.cache"]),
         ([*PRETRAIN, "--cache=x", "--steps=3", "--batch_size=8"], ["schedule is not set"]),
-        ([*FULL, "--gin_file=methods/salt.gin"], ["must be set", "--gin."]),
+        (
+            [*FULL, "--gin_file=methods/salt.gin"],
+            ["train.train.teacher must be set", "distillation.gin", "--teacher=VALUE"],
+        ),
         (FULL, ["nowhere does not exist"]),
+        ([*FULL, "--steps=2.5"], ["train.steps is 2.5", "type int"]),
+        ([*FULL, "--steps=many"], ["train.steps is 'many'", "type int"]),
+        ([*FULL, "--gin.LEARNING_RATE='fast'"], ["LearningRate.peak is 'fast'", "float"]),
+        ([*FULL, "--gin.train.train.optimizer=3"], ["train.optimizer is 3", "OptimizerConfig"]),
+        (["prepare", "--skip_broken_lines=maybe"], ["skip_broken_lines is 'maybe'", "bool"]),
     ],
 )
 def test_refuses_in_one_sentence(
@@ -69,6 +81,44 @@ def test_unknown_name_in_a_file_names_file_and_line(
     error = capsys.readouterr().err
     assert "mine.gin, line 3" in error
     assert "nearest: batch_size" in error
+
+
+def test_unused_macro_in_a_file(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.gin"
+    file.write_text("WARMUP_STEP = 3\n")
+    assert main([*FULL, f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert "mine.gin" in error
+    assert "nearest: WARMUP_STEPS" in error
+
+
+def test_required_names_the_users_own_file(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from salt_jax.commands import train\n"
+        "WIDTH = %gin.REQUIRED\n"
+        "train.train.seed = %WIDTH\n"
+    )
+    assert main([*FULL, f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert f"WIDTH must be set ({file} leaves it open)" in error
+
+
+def test_scopes_and_booleans() -> None:
+    scoped = "--gin.train.train.model=@big/decoder.DecoderConfig()"
+    arguments = [*FULL, scoped, "--gin.big/decoder.DecoderConfig.embed_dim=320"]
+    assert gin.get_bindings(configure(parse_arguments(arguments)))["model"].embed_dim == 320
+    for typed, value in (("false", False), ("True", True)):
+        configure(parse_arguments(["prepare", f"--skip_broken_lines={typed}"]))
+        assert gin.get_bindings("prepare.prepare")["skip_broken_lines"] is value
+
+
+def test_remote_output_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FULL, "--output_dir=gs://bucket/run"]) == 2
+    assert "mount the bucket" in capsys.readouterr().err
 
 
 def test_no_output_dir(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,13 +176,18 @@ def test_config_of_a_run_runs_again(tmp_path: pathlib.Path, cache: PackedCache) 
     ).read_bytes()
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "score", "select", "evaluate", "report"])
-def test_help_lists_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", verbs())
+def test_help_lists_and_explains_every_setting(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([verb, "--help"]) == 0
     text = capsys.readouterr().out
-    assert f"salt {verb}" in text
-    assert "Args:" in text
-    assert "--output_dir" in text
+    function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
+    settings = [n for n in inspect.signature(function).parameters if n != "run"]
+    assert settings
+    for name in settings:
+        assert f"  --{name}: " in text
+        assert re.search(rf"^ +{name}: \S", text, re.M), f"{name} is not explained"
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:

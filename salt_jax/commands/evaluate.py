@@ -6,11 +6,9 @@ import rich.table
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import flops, partitioning
+from salt_jax.training import compilation, flops, partitioning
 from salt_jax.training.checkpoints import find_model
-from salt_jax.training.compilation import use_compilation_cache
 from salt_jax.training.evaluation import Evaluation, Evaluator
-from salt_jax.training.teacher import require_same_vocabulary
 
 
 def evaluate(
@@ -24,7 +22,7 @@ def evaluate(
     batch_size: int = 64,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-    compilation_cache: str = "~/.cache/salt_jax/programs",
+    compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Evaluates a checkpoint, whole and by subset.
 
@@ -44,16 +42,13 @@ def evaluate(
       InputError: No such model, cache or split, or another vocabulary.
     """
     packed = PackedCache.open(cache)
-    saved = find_model(model, step, "model")
-    require_same_vocabulary(
-        saved, packed.vocabulary_fingerprint, f"the cache {packed.path}", role="model"
-    )
+    saved = find_model(model, step, "model", packed)
     if batch_size < 1 or (rows is not None and rows < 1):
         raise InputError(f"batch_size is {batch_size} and rows {rows}: both must be at least 1.")
     device_mesh = mesh.make()
     evaluator = Evaluator(saved.config, packed, split, batch_size, device_mesh, rules, rows)
     run.begin()
-    use_compilation_cache(compilation_cache)
+    compilation.use_compilation_cache(compilation_cache)
     evaluation = evaluator(saved.load_params(device_mesh, rules))
     _print(evaluation, f"{saved.path} at step {saved.step} on {split}")
     length = packed.sequence_length

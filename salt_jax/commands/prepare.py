@@ -1,11 +1,15 @@
 """`salt prepare`: text, by way of a SeqIO task, into a packed cache of fixed-length rows.
 
 In: a task (text files, or any registered SeqIO task), a vocabulary, a sequence length. Out: the
-packed cache in the output folder, summary.json with its counts, and a table of them.
+packed cache in the output folder, summary.json with its counts, and a table of them. TensorFlow is
+imported when text is to be read, not to look at a finished cache.
 """
 
 import dataclasses
+import json
+import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +21,11 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_text import row_as_text
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
-from salt_jax.preparation.cache_building import BuiltCache, PackingPlan, build_cache
+from salt_jax.preparation.packing import PackingPlan
 from salt_jax.preparation.registered_task import RegisteredTask
-from salt_jax.preparation.task_choice import choose_task
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.preparation.tokenized_documents import find_task
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
-from salt_jax.run_folder import RunFolder
+from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 
 
 def prepare(
@@ -37,11 +39,13 @@ def prepare(
     seed: int = 0,
     skip_broken_lines: bool = False,
     show: int = 0,
+    verify: bool = False,
 ) -> None:
     """Makes a packed cache: tokenized, packed, shuffled once, each row with a stable id.
 
     The same text and settings give the same bytes. A finished cache is not made again; --show=N on
-    one prints rows of it and needs no other setting.
+    one prints rows of it, --verify=True checks it, and neither needs another setting. The output
+    folder must be new, empty or a cache of this command's.
 
     Args:
       run: The folder of the cache.
@@ -56,38 +60,71 @@ def prepare(
       seed: Of the order of documents and of rows.
       skip_broken_lines: Pass over lines that are no JSON or have no text, and count them.
       show: Print so many rows of each split as text.
+      verify: Read every shard of a finished cache and compare its digest with the manifest's.
 
     Raises:
-      InputError: Bad settings, or bad text, named with its file and line.
+      InputError: Bad settings, or bad text, named with its file and line; an output folder that
+        holds anything else. Nothing is written then.
     """
-    if show < 0:
-        raise InputError(f"show is {show}, expected 0 or more rows.")
+    if isinstance(show, bool) or not isinstance(show, int) or show < 0:
+        raise InputError(f"show is {show!r}, expected a whole number of 0 or more rows.")
     finished = (run.path / COMPLETED_FILE).exists()
-    if finished and show:
-        print(f"{run.path} is finished: rows of it follow, nothing was prepared.")
-        _print_rows(PackedCache.open(run.path), show)
+    if verify or (finished and show):
+        _show_finished(PackedCache.open(run.path), show, verify)
         return
     plan = PackingPlan(sequence_length, packing, shards, seed)
     task = _checked(task, vocabulary, skip_broken_lines)
-    run.begin(replace=not finished)
+    _refuse_folder(run)
+    if isinstance(task, TextFiles):
+        _refuse_sources_inside(run, task)
     if finished:
-        _refuse_changed_sources(PackedCache.open(run.path), task)
+        cache = PackedCache.open(run.path)
+        _refuse_changed_sources(cache, task)
+        run.begin()
+        if not (run.path / SUMMARY_FILE).exists():
+            run.write_summary(_summary(cache, None))
         print(f"{run.path} is finished already: nothing was prepared.")
         return
     started = time.monotonic()
-    seqio_task, used_vocabulary = choose_task(task, vocabulary)
-    built = build_cache(
-        run.path,
-        seqio_task,
-        used_vocabulary,
-        plan,
-        before_writing=lambda needed: run.require_space(needed, "the rows of the packed cache"),
-    )
+    _make(run, task, vocabulary, plan)
     seconds = time.monotonic() - started
     cache = PackedCache.open(run.path)
-    run.write_summary(_summary(cache, built, seconds))
-    _print_counts(cache, built, seconds)
+    run.write_summary(_summary(cache, seconds))
+    _print_counts(cache, seconds)
     _print_rows(cache, show)
+
+
+def _make(
+    run: RunFolder,
+    task: TextFiles | RegisteredTask,
+    vocabulary: Vocabulary | TrainedVocabulary | None,
+    plan: PackingPlan,
+) -> None:
+    """Makes the cache; the run begins when the text has been read and found good."""
+    try:
+        from salt_jax.preparation.cache_building import build_cache
+        from salt_jax.preparation.task_choice import choose_task
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"`salt prepare` needs the library {error.name}, which is not installed: "
+            "pip install 'salt_jax[prepare]'."
+        ) from error
+
+    def before_writing(needed_bytes: int) -> None:
+        run.require_space(needed_bytes, "the rows of the packed cache")
+        run.begin(replace=True)
+
+    seqio_task, used_vocabulary = choose_task(task, vocabulary)
+    build_cache(run.path, seqio_task, used_vocabulary, plan, before_writing=before_writing)
+
+
+def _show_finished(cache: PackedCache, show: int, verify: bool) -> None:
+    if verify:
+        cache.verify()
+        print(f"{cache.path}: every shard has the digest that its manifest names.")
+    if show:
+        print(f"{cache.path} is finished: rows of it follow, nothing was prepared.")
+        _print_rows(cache, show)
 
 
 def _checked(
@@ -112,7 +149,6 @@ def _checked(
                 f"A vocabulary was to be trained, but SeqIO's task {task.name!r} brings its own: "
                 "leave prepare.prepare.vocabulary unset."
             )
-        find_task(task)
         return task
     if vocabulary is None:
         raise InputError(
@@ -124,22 +160,67 @@ def _checked(
     return dataclasses.replace(task, skip_broken_lines=True) if skip_broken_lines else task
 
 
-def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask) -> None:
-    if isinstance(task, RegisteredTask):
-        return
-    recorded = {source["file"]: source["digest"] for source in cache.manifest["sources"]}
-    now = {source["file"]: source["digest"] for source in task.sources()}
-    changed = sorted(
-        name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name)
-    )
-    if changed:
+def _refuse_folder(run: RunFolder) -> None:
+    """Refuses a folder that holds anything but a cache of `salt prepare`, or cannot be written."""
+    existing = run.path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file: --output_dir must name a folder.")
+    if not os.access(existing, os.W_OK):
         raise InputError(
-            f"The cache {cache.path} was made when {changed[0]} was another file: choose another "
-            "--output_dir, or remove the cache."
+            f"The output folder {run.path} cannot be written: choose another --output_dir."
+        )
+    if existing == run.path and any(run.path.iterdir()) and not _is_ours(run):
+        raise InputError(
+            f"The output folder {run.path} is not empty and holds no run of `salt {run.verb}`: "
+            "choose a new or empty --output_dir."
         )
 
 
-def _summary(cache: PackedCache, built: BuiltCache, seconds: float) -> dict[str, Any]:
+def _is_ours(run: RunFolder) -> bool:
+    try:
+        return json.loads((run.path / RUN_FILE).read_text())["verb"] == run.verb
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _refuse_sources_inside(run: RunFolder, task: TextFiles) -> None:
+    folder = run.path.resolve()
+    for file in task.all_files():
+        if file.resolve().is_relative_to(folder):
+            raise InputError(
+                f"{file} is text to prepare and lies in the output folder {run.path}: choose an "
+                "--output_dir apart from the text."
+            )
+
+
+def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask) -> None:
+    if isinstance(task, RegisteredTask):
+        return
+    # Names without their folders: two of a name may differ.
+    recorded, now = (
+        Counter((source["file"], source["digest"]) for source in sources)
+        for sources in (cache.manifest["sources"], task.sources())
+    )
+    changed = sorted((recorded - now) + (now - recorded))
+    if changed:
+        raise InputError(
+            f"The cache {cache.path} was made when {changed[0][0]} was another file: choose "
+            "another --output_dir, or remove the cache."
+        )
+
+
+def _broken_lines(cache: PackedCache) -> Mapping[str, int]:
+    """Lines passed over, by the name of the file."""
+    broken: Counter[str] = Counter()
+    for source in cache.manifest["sources"]:
+        broken[source["file"]] += source.get("broken_lines", 0)
+    return +broken
+
+
+def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
+    """What a cache holds; `seconds` is None where the process that made it is gone."""
     splits = {
         name: {key: value for key, value in cache.split(name).info.items() if key != "shards"}
         for name in cache.split_names
@@ -151,14 +232,13 @@ def _summary(cache: PackedCache, built: BuiltCache, seconds: float) -> dict[str,
         "packing": cache.manifest["packing"],
         "vocabulary": cache.manifest["vocabulary"],
         "splits": splits,
-        "broken_lines": built.broken_lines,
-        "texts_shared_with_train": built.shared_texts,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 1),
+        "broken_lines": _broken_lines(cache),
+        "seconds": None if seconds is None else round(seconds, 3),
+        "tokens_per_second": None if seconds is None else round(tokens / seconds, 1),
     }
 
 
-def _print_counts(cache: PackedCache, built: BuiltCache, seconds: float) -> None:
+def _print_counts(cache: PackedCache, seconds: float) -> None:
     table = Table(
         title=f"{cache.path}: rows of {cache.sequence_length} tokens", title_justify="left"
     )
@@ -174,11 +254,11 @@ def _print_counts(cache: PackedCache, built: BuiltCache, seconds: float) -> None
     Console().print(table)
     vocabulary = cache.manifest["vocabulary"]
     print(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
-    for file, count in built.broken_lines.items():
+    for file, count in _broken_lines(cache).items():
         print(f"Passed over {count:,} broken lines of {file}.")
-    for split, count in built.shared_texts.items():
-        if count:
-            print(f"Warning: {count:,} texts of the {split} split are in the train split too.")
+    for name in cache.split_names:
+        if count := cache.manifest["splits"][name]["shared_documents"]:
+            print(f"Left {count:,} documents out of {name}: another split has their text.")
 
 
 def _add_counts(

@@ -14,11 +14,9 @@ from salt_jax.data.row_scores import RowScores
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import flops, partitioning
+from salt_jax.training import compilation, flops, partitioning
 from salt_jax.training.checkpoints import find_model
-from salt_jax.training.compilation import use_compilation_cache
 from salt_jax.training.scoring import score_rows
-from salt_jax.training.teacher import require_same_vocabulary
 
 
 def score(
@@ -32,7 +30,7 @@ def score(
     batch_size: int = 64,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-    compilation_cache: str = "~/.cache/salt_jax/programs",
+    compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Scores every row of a split with a frozen model.
 
@@ -52,10 +50,7 @@ def score(
       InputError: No such model or cache, another vocabulary, or k over the vocabulary's size.
     """
     packed = PackedCache.open(cache)
-    model = find_model(scorer, scorer_step, "scorer")
-    require_same_vocabulary(
-        model, packed.vocabulary_fingerprint, f"the cache {packed.path}", role="scorer"
-    )
+    model = find_model(scorer, scorer_step, "scorer", packed)
     if score.k > packed.vocabulary_size:
         raise InputError(
             f"k is {score.k} and the vocabulary has {packed.vocabulary_size} ids: lower "
@@ -63,15 +58,10 @@ def score(
         )
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size} and must be at least 1.")
-    if packed.sequence_length > model.config.max_length:
-        raise InputError(
-            f"The cache {packed.path} has rows of {packed.sequence_length} tokens and the scorer "
-            f"takes {model.config.max_length}: prepare shorter rows."
-        )
     rows = len(packed.split(split))
     device_mesh = mesh.make()
     run.begin()
-    use_compilation_cache(compilation_cache)
+    compilation.use_compilation_cache(compilation_cache)
     params = model.load_params(device_mesh, rules)
     start = time.perf_counter()
     scores_N = score_rows(

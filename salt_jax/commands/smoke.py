@@ -5,12 +5,16 @@ LLM as baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out
 the report. Every step is the `salt` command that anyone would type; it is printed before it runs.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +24,9 @@ import rich.table
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError, Interrupted, RunFailed
 from salt_jax.run_folder import SUMMARY_FILE, RunFolder
-from salt_jax.training import partitioning
+from salt_jax.training import compilation, partitioning
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
-from salt_jax.training.compilation import use_compilation_cache
 from salt_jax.training.evaluation import Evaluation, Evaluator
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
@@ -33,6 +36,7 @@ SPLIT = "test"
 def smoke(
     run: RunFolder,
     *,
+    text: str = "",
     data: Sequence[str] = ("--gin_file=data/smoke.gin",),
     slm_gin: str = "runs/smoke_slm.gin",
     llm_gin: str = "runs/smoke_llm.gin",
@@ -48,8 +52,10 @@ def smoke(
 
     Args:
       run: The folder for everything; a folder that was interrupted goes on.
-      data: Arguments of `salt prepare`: which text, vocabulary and length. By default this
-        machine's own text, Python's library, or the files that the variable SALT_TEXT names.
+      text: A pattern of files to train on ("notes/**/*.md"); by default this machine's own text,
+        the Python library.
+      data: Arguments of `salt prepare`: which text, vocabulary and length; data/smoke.gin reads
+        what `text` says.
       slm_gin: Settings of the SLM's run.
       llm_gin: Settings of the LLM's runs.
       slm_steps: Steps of the SLM.
@@ -73,7 +79,7 @@ def smoke(
     folder = run.path
 
     def salt(verb: str, name: str, *arguments: str) -> None:
-        _salt(folder / name, verb, *arguments)
+        _salt(folder / name, verb, *arguments, text=text)
 
     salt("prepare", "cache", *data)
     cache = f"--cache={folder / 'cache'}"
@@ -106,25 +112,44 @@ def smoke(
     print(f"\nThe page: {(folder / 'report' / 'index.html').resolve()}")
 
 
-def _salt(output: pathlib.Path, verb: str, *arguments: str) -> None:
+def _salt(output: pathlib.Path, verb: str, *arguments: str, text: str) -> None:
     """Runs one verb as its own process, as a person would; does nothing where it has finished."""
-    if verb != "train" and verb != "report" and (output / SUMMARY_FILE).exists():
+    if verb not in ("train", "report") and (output / SUMMARY_FILE).exists():
         print(f"\n{output} is there already")
         return
     typed = [verb, *arguments, f"--output_dir={output}"]
     print(f"\n$ salt {shlex.join(typed)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "salt_jax", *typed], check=False).returncode
+    environment = {**os.environ, "SALT_TEXT": text}
+    process = subprocess.Popen([sys.executable, "-m", "salt_jax", *typed], env=environment)
+    with _passed_on(process):
+        code = process.wait()
     if code == 2:
         raise InputError(f"`salt {verb}` refused its input, as it says above.")
-    if code == 75:
+    if code == 75 or code == -signal.SIGTERM:
         raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to go on.")
     if code != 0:
         raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
 
 
+@contextlib.contextmanager
+def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Asks the process to stop when this one is asked, and lets it save before both end."""
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        del number, frame
+        process.terminate()
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _evaluate(folder: pathlib.Path) -> dict[str, Any]:
     """Every model and the bigram model on the test split; the summary of the whole run."""
-    use_compilation_cache("~/.cache/salt_jax/programs")
+    compilation.use_compilation_cache(compilation.DEFAULT_FOLDER)
     cache = PackedCache.open(folder / "cache")
     mesh = partitioning.MeshConfig().make()
     results = {}

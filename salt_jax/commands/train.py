@@ -15,13 +15,17 @@ from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import partitioning
-from salt_jax.training.checkpoints import CheckpointConfig, SavedModel, find_model, state_bytes
-from salt_jax.training.compilation import use_compilation_cache
+from salt_jax.training import compilation, partitioning
+from salt_jax.training.checkpoints import (
+    CheckpointConfig,
+    SavedModel,
+    complete_steps,
+    find_model,
+    state_bytes,
+)
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.loop import Loop, TrainingSetup
 from salt_jax.training.optimizers import OptimizerConfig
-from salt_jax.training.teacher import require_same_vocabulary
 from salt_jax.training.train_state import make_layout
 
 
@@ -53,7 +57,7 @@ def train(
     evaluation_rows: int | None = None,
     log_every: int = 10,
     max_skipped_updates: int = 10,
-    compilation_cache: str = "~/.cache/salt_jax/programs",
+    compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Trains a model on a packed cache, with or without a teacher.
 
@@ -92,11 +96,18 @@ def train(
     packed = PackedCache.open(cache)
     config = _student(model, packed)
     device_mesh = mesh.make()
-    _check_numbers(steps, batch_size, evaluate_every, log_every, max_skipped_updates)
+    _check_at_least(
+        1, steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, log_every=log_every
+    )
+    _check_at_least(1, evaluation_rows=1 if evaluation_rows is None else evaluation_rows)
+    _check_at_least(0, max_skipped_updates=max_skipped_updates)
     for parts in {microbatches, stage1_microbatches or microbatches}:
         _check_batch(batch_size, parts, device_mesh)
     stage1_steps = schedule.distill_steps(steps)
-    teacher_model = _teacher(schedule, teacher, teacher_step, packed)
+    teacher_model = None
+    # A run that goes on in stage 2 has no need of its teacher, which may be gone.
+    if max([0, *complete_steps(run.path)]) < stage1_steps:
+        teacher_model = _teacher(teacher, teacher_step, packed, schedule, loss)
     selected = _selection(selection, packed, stage1_steps)
     layout = make_layout(config, optimizer.make(steps), device_mesh, rules)
     setup = TrainingSetup(
@@ -143,18 +154,17 @@ def train(
     run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
     run.begin()
     _describe(setup, packed, batch_size, selected)
-    use_compilation_cache(compilation_cache)
+    compilation.use_compilation_cache(compilation_cache)
     run.write_summary(Loop(setup, run).run())
 
 
 def _student(model: DecoderConfig, cache: PackedCache) -> DecoderConfig:
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=cache.vocabulary_size)
-    if model.vocab_size is not None and model.vocab_size < cache.vocabulary_size:
+    if model.vocab_size not in (None, cache.vocabulary_size):
         raise InputError(
             f"DecoderConfig.vocab_size is {model.vocab_size} and the vocabulary of the cache "
-            f"{cache.path} has {cache.vocabulary_size} ids: leave vocab_size unset, or raise it."
+            f"{cache.path} has {cache.vocabulary_size} ids: leave vocab_size unset."
         )
+    model = dataclasses.replace(model, vocab_size=cache.vocabulary_size)
     if cache.sequence_length > model.max_length:
         raise InputError(
             f"The cache {cache.path} has rows of {cache.sequence_length} tokens and "
@@ -163,22 +173,10 @@ def _student(model: DecoderConfig, cache: PackedCache) -> DecoderConfig:
     return model
 
 
-def _check_numbers(
-    steps: int, batch_size: int, evaluate_every: int, log_every: int, max_skipped_updates: int
-) -> None:
-    at_least_one = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "evaluate_every": evaluate_every,
-        "log_every": log_every,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise InputError(
-                f"{name} is {value} and must be at least 1: change train.train.{name}."
-            )
-    if max_skipped_updates < 0:
-        raise InputError(f"max_skipped_updates is {max_skipped_updates} and can't be negative.")
+def _check_at_least(least: int, **settings: int) -> None:
+    for name, value in settings.items():
+        if value < least:
+            raise InputError(f"{name} is {value} and must be at least {least}: change --{name}.")
 
 
 def _check_batch(batch_size: int, microbatches: int, mesh: jax.sharding.Mesh) -> None:
@@ -192,23 +190,23 @@ def _check_batch(batch_size: int, microbatches: int, mesh: jax.sharding.Mesh) ->
 
 
 def _teacher(
-    schedule: schedules.Schedule, path: str | None, step: int | None, cache: PackedCache
-) -> SavedModel | None:
-    if not schedule.uses_teacher:
-        return None
+    path: str | None,
+    step: int | None,
+    cache: PackedCache,
+    schedule: schedules.Schedule,
+    loss: losses.LossConfig,
+) -> SavedModel:
+    if loss.teacher_top_k > cache.vocabulary_size:
+        raise InputError(
+            f"LossConfig.teacher_top_k is {loss.teacher_top_k} and the vocabulary has "
+            f"{cache.vocabulary_size} ids: lower it, or set it to 0 for all."
+        )
     if path is None:
         raise InputError(
             f"The schedule {type(schedule).__name__} needs a teacher and none is set: add "
             "--teacher=FOLDER, the output of a `salt train` run."
         )
-    model = find_model(path, step, "teacher")
-    require_same_vocabulary(model, cache.vocabulary_fingerprint, f"the cache {cache.path}")
-    if cache.sequence_length > model.config.max_length:
-        raise InputError(
-            f"The cache {cache.path} has rows of {cache.sequence_length} tokens and the teacher "
-            f"{path} takes {model.config.max_length}: prepare shorter rows."
-        )
-    return model
+    return find_model(path, step, "teacher", cache)
 
 
 def _selection(path: str | None, cache: PackedCache, stage1_steps: int) -> Selection | None:
@@ -233,10 +231,7 @@ def _initial(
 ) -> SavedModel | None:
     if path is None:
         return None
-    model = find_model(path, step, "initial")
-    require_same_vocabulary(
-        model, cache.vocabulary_fingerprint, f"the cache {cache.path}", role="initial model"
-    )
+    model = find_model(path, step, "initial", cache)
     shape = lambda c: dataclasses.replace(c, remat="none", dtype="float32", max_length=1)  # noqa: E731
     if shape(model.config) != shape(config):
         raise InputError(

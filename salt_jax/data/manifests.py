@@ -71,8 +71,8 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         )
     if not (path / COMPLETED_FILE).exists():
         raise InputError(
-            f"{path} is half-written (it has no {COMPLETED_FILE}): run its `{made_by}` again to "
-            "finish it."
+            f"{path} is half-written (it has no {COMPLETED_FILE}): run its `{made_by}` again "
+            "to finish it."
         )
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text())
@@ -125,9 +125,8 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     """
     if "://" in os.fspath(folder):
         raise InputError(
-            f"{os.fspath(folder)} is a URL, expected a local path: mount the bucket (for gs://, "
-            "with gcsfuse) "
-            "and name the folder below the mount point."
+            f"{os.fspath(folder)} is a URL, expected a local path: mount the bucket "
+            "(for gs://, with gcsfuse) and name the folder below the mount point."
         )
     return pathlib.Path(folder)
 

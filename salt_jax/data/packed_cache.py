@@ -16,7 +16,7 @@ import functools
 import operator
 import os
 import pathlib
-import shutil
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -33,12 +33,14 @@ from salt_jax.data.manifests import (
     write_manifest,
 )
 from salt_jax.data.row_records import RecordFormat
-from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
+from salt_jax.data.vocabularies import VOCABULARY_FILES, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
 
 KIND = "packed_cache"
 SPLITS = ("train", "validation", "test")
 VOCABULARY_FOLDER = "vocabulary"
+
+_ROWS_FILE = re.compile(r"rows-\d{5,}-of-\d{5,}\.array_record(\.tmp)?")
 
 # One record a group makes reading random; without compression equal rows give equal bytes whatever
 # the version of a compressor, and reading is about twice as fast for 16-bit tokens.
@@ -63,7 +65,8 @@ class PackedSplit:
 
     Attributes:
       name: "train", "validation" or "test".
-      info: The split's part of the manifest: rows, tokens, documents, bytes, by_subset, shards.
+      info: The split's part of the manifest: rows, tokens, documents, bytes, shared_documents,
+        by_subset, shards.
     """
 
     def __init__(
@@ -196,9 +199,9 @@ class PackedCache:
             digest = file_digest(self.path / shard["file"])
             if digest != shard["digest"]:
                 raise InputError(
-                    f"The shard {self.path / shard['file']} has the digest {digest[:12]}…, its "
-                    "manifest "
-                    f"says {shard['digest'][:12]}…: copy the cache again, or make it again."
+                    f"The shard {self.path / shard['file']} has the digest {digest[:12]}…, "
+                    f"its manifest says {shard['digest'][:12]}…: copy the cache again, "
+                    "or make it again."
                 )
 
     def _shards(self) -> list[dict[str, Any]]:
@@ -229,7 +232,8 @@ class PackedCacheWriter:
         """Begins a cache.
 
         Args:
-          folder: Where it will lie; other files there (config.gin) are left alone.
+          folder: Where it will lie. A cache begun there before is removed; files that a writer
+            doesn't make are left alone, whatever folder they are in.
           vocabulary: Saved beside the rows.
           sequence_length: L, tokens a row.
           subsets: Names; a row's subset is an index in them.
@@ -251,8 +255,7 @@ class PackedCacheWriter:
             sources=list(sources),
         )
         begin_writing(self._folder)
-        for leftover in (*SPLITS, VOCABULARY_FOLDER):
-            shutil.rmtree(self._folder / leftover, ignore_errors=True)
+        _remove_earlier_cache(self._folder)
         vocabulary.save(self._folder / VOCABULARY_FOLDER)
 
     def write_split(
@@ -263,6 +266,7 @@ class PackedCacheWriter:
         num_rows: int,
         documents: int = 0,
         text_bytes: int = 0,
+        shared_documents: int = 0,
     ) -> None:
         """Writes a split's rows in the order given, which numbers them.
 
@@ -272,6 +276,7 @@ class PackedCacheWriter:
           num_rows: Rows of the split, at least 1.
           documents: Documents the rows were made from.
           text_bytes: UTF-8 bytes of their text, for bits per byte.
+          shared_documents: Documents left out because another split has their text.
         """
         assert name in SPLITS, f"a split is one of {SPLITS}, got {name!r}"
         assert num_rows > 0, f"the {name} split has no rows"
@@ -306,6 +311,7 @@ class PackedCacheWriter:
             "tokens": int(tokens_of_subset.sum()),
             "documents": documents,
             "bytes": text_bytes,
+            "shared_documents": shared_documents,
             "by_subset": {
                 subset: {"rows": int(row_count), "tokens": int(token_count)}
                 for subset, row_count, token_count in zip(
@@ -321,6 +327,22 @@ class PackedCacheWriter:
         manifest = {**self._manifest, "splits": self._splits}
         write_manifest(self._folder, manifest)
         return manifest
+
+
+def _remove_earlier_cache(folder: pathlib.Path) -> None:
+    """Removes the files that an earlier writer left, known by their names, and nothing else."""
+    for name in (*SPLITS, VOCABULARY_FOLDER):
+        if not (folder / name).is_dir():
+            continue
+        files = list((folder / name).iterdir())
+        if name == VOCABULARY_FOLDER:
+            own = [file for file in files if file.name in VOCABULARY_FILES]
+        else:
+            own = [file for file in files if _ROWS_FILE.fullmatch(file.name)]
+        for file in own:
+            file.unlink()
+        if own == files and not (folder / name).is_symlink():
+            (folder / name).rmdir()
 
 
 class _ShardWriter:

@@ -17,6 +17,9 @@ from salt_jax.data.features import Row, make_row
 
 _LARGEST_U16 = 2**16 - 1
 
+# A row's subset is an index up to this.
+LARGEST_SUBSET = _LARGEST_U16
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordFormat:

@@ -94,12 +94,12 @@ class RowScores:
           cache_digest: The cache they must belong to; None takes any.
 
         Raises:
-          InputError: Not there, half-written, cut short, or of another cache.
+          InputError: Not there, half-written, cut short, changed, or of another cache.
         """
         manifest = read_manifest(folder, "row_scores")
         path = pathlib.Path(folder)
         _check_cache(path, "scores", manifest, cache_digest)
-        scores_N = _read_array(path / SCORES_FILE, manifest["rows"], np.float32, "salt score")
+        scores_N = _read_array(path / SCORES_FILE, manifest, np.float32, "salt score")
         return cls(path, scores_N, manifest, manifest_digest(manifest))
 
 
@@ -175,12 +175,12 @@ class Selection:
           cache_digest: The cache it must belong to; None takes any.
 
         Raises:
-          InputError: Not there, half-written, cut short, or of another cache.
+          InputError: Not there, half-written, cut short, changed, or of another cache.
         """
         manifest = read_manifest(folder, "selection")
         path = pathlib.Path(folder)
         _check_cache(path, "selection", manifest, cache_digest)
-        row_ids_m = _read_array(path / ROW_IDS_FILE, manifest["rows"], np.int64, "salt select")
+        row_ids_m = _read_array(path / ROW_IDS_FILE, manifest, np.int64, "salt select")
         return cls(path, row_ids_m, manifest, manifest_digest(manifest))
 
 
@@ -189,10 +189,9 @@ def _check_cache(
 ) -> None:
     if cache_digest is not None and manifest["cache_digest"] != cache_digest:
         raise InputError(
-            f"The {what} in {path} belong to the cache {manifest['cache_digest'][:12]}…, expected "
-            "the "
-            f"cache {cache_digest[:12]}…: name the cache they were made from, or make them again "
-            "from this one."
+            f"The {what} in {path} belong to the cache {manifest['cache_digest'][:12]}…, "
+            f"expected the cache {cache_digest[:12]}…: name the cache they were made from, "
+            "or make them again from this one."
         )
 
 
@@ -205,18 +204,27 @@ def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def _read_array(path: pathlib.Path, rows: int, dtype: type[np.generic], made_by: str) -> np.ndarray:
-    """The array, mapped from disk, after a check of its type and length."""
+def _read_array(
+    path: pathlib.Path, manifest: Mapping[str, Any], dtype: type[np.generic], made_by: str
+) -> np.ndarray:
+    """The array, mapped from disk, after a check of its type, its length and its digest."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read ({error}): copy the folder again, or run its `{made_by}` again."
         ) from error
+    rows = manifest["rows"]
     if array.dtype != dtype or array.shape != (rows,):
         raise InputError(
             f"{path} holds {array.dtype}{list(array.shape)}, its manifest says "
-            f"{np.dtype(dtype)}[{rows}]: "
-            f"copy the folder again, or run its `{made_by}` again."
+            f"{np.dtype(dtype)}[{rows}]: copy the folder again, or run its `{made_by}` again."
+        )
+    digest = file_digest(path)
+    if digest != manifest["array_digest"]:
+        raise InputError(
+            f"{path} has the digest {digest[:12]}…, its manifest says "
+            f"{manifest['array_digest'][:12]}…: copy the folder again, or run its `{made_by}` "
+            "again."
         )
     return array

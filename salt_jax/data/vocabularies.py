@@ -165,9 +165,8 @@ class SentencePieceVocabulary(Vocabulary):
             ) from error
         if self._processor.eos_id() < 0:
             raise InputError(
-                f"The SentencePiece model {os.fspath(path)} defines no end of document (eos_id is "
-                "-1): "
-                "train it with an eos_id."
+                f"The SentencePiece model {os.fspath(path)} defines no end of document "
+                "(eos_id is -1): train it with an eos_id."
             )
         self.base_size = self._processor.GetPieceSize()
         self.eos_id = self._processor.eos_id()
@@ -270,6 +269,9 @@ _CLASSES: dict[str, type[Vocabulary]] = {
     kind.__name__: kind for kind in (ByteVocabulary, SentencePieceVocabulary, HuggingFaceVocabulary)
 }
 
+# Every file that `save` may write.
+VOCABULARY_FILES = {SETTINGS_FILE, *(kind._model_file for kind in _CLASSES.values())} - {""}
+
 
 def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary saved in a folder.
@@ -291,9 +293,9 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     vocabulary = kind(**model, **saved["settings"])
     if vocabulary.fingerprint != saved["fingerprint"]:
         raise InputError(
-            f"The vocabulary in {path} has the fingerprint {vocabulary.fingerprint[:12]}…, it was "
-            "saved "
-            f"with {saved['fingerprint'][:12]}…: its files were changed, copy the folder again."
+            f"The vocabulary in {path} has the fingerprint {vocabulary.fingerprint[:12]}…, "
+            f"it was saved with {saved['fingerprint'][:12]}…: its files were changed, "
+            "copy the folder again."
         )
     return vocabulary
 

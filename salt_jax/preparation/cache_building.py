@@ -1,67 +1,25 @@
 """A SeqIO task into a packed cache.
 
-In: a task, its vocabulary, and how to pack. Out: the cache in a folder, and what the reading came
-across. Every split is tokenized and packed before a byte is written, so text that turns out bad
-leaves no cache behind.
+In: a task, its vocabulary, and how to pack. Out: the cache in a folder. Every split is tokenized
+and packed before a byte is written, so text that turns out bad leaves nothing behind.
+
+Splits stay apart: a text that stands in several is kept in the test split, else in validation, and
+left out of the others.
 """
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import seqio
+from collections.abc import Callable
 
 from salt_jax.data.packed_cache import SPLITS, PackedCacheWriter
+from salt_jax.data.row_records import LARGEST_SUBSET
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
-from salt_jax.preparation.packing import PACKINGS, PackedRows
+from salt_jax.preparation.packing import PackedRows, PackingPlan
+from salt_jax.preparation.quiet_tensorflow import seqio
 from salt_jax.preparation.text_tasks import TextFilesSource
 from salt_jax.preparation.tokenized_documents import read_documents, subset_names
 
 _RECORD_OVERHEAD_BYTES = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class PackingPlan:
-    """How documents become rows.
-
-    Attributes:
-      sequence_length: L, tokens a row.
-      packing: "concatenate_and_split" or "whole_documents" (packing.py).
-      shards: Files a split is cut into.
-      seed: Of the order of documents and rows.
-    """
-
-    sequence_length: int = 128
-    packing: str = "concatenate_and_split"
-    shards: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.packing not in PACKINGS:
-            raise InputError(f"packing is {self.packing!r}, expected one of {', '.join(PACKINGS)}.")
-        if self.sequence_length < 2:
-            raise InputError(
-                f"sequence_length is {self.sequence_length}, expected 2 tokens or more."
-            )
-        if self.shards < 1:
-            raise InputError(f"shards is {self.shards}, expected 1 or more.")
-
-
-@dataclasses.dataclass(frozen=True)
-class BuiltCache:
-    """What was built.
-
-    Attributes:
-      manifest: The cache's.
-      broken_lines: Lines passed over, by file.
-      shared_texts: Distinct texts of each held-out split that the train split has too.
-    """
-
-    manifest: Mapping[str, Any]
-    broken_lines: Mapping[str, int]
-    shared_texts: Mapping[str, int]
 
 
 def build_cache(
@@ -71,7 +29,7 @@ def build_cache(
     plan: PackingPlan,
     *,
     before_writing: Callable[[int], None] = lambda needed_bytes: None,
-) -> BuiltCache:
+) -> None:
     """Reads the task, packs it and writes the cache.
 
     Args:
@@ -82,14 +40,19 @@ def build_cache(
       before_writing: Called with the bytes about to be written.
 
     Raises:
-      InputError: What reading raises (tokenized_documents.py).
+      InputError: What reading raises (tokenized_documents.py); or too many subsets.
     """
     subsets = subset_names(task)
+    if len(subsets) > LARGEST_SUBSET + 1:
+        raise InputError(
+            f"The text has {len(subsets):,} subset names, a cache holds {LARGEST_SUBSET + 1:,}: "
+            "leave `subset` out of the rows, or give fewer names."
+        )
     packed: dict[str, PackedRows] = {}
     counts: dict[str, dict[str, int]] = {}
-    texts = {}
-    for split in [name for name in SPLITS if name in task.splits]:
-        documents = read_documents(task, split, vocabulary)
+    texts: set[bytes] = set()
+    for split in [name for name in reversed(SPLITS) if name in task.splits]:
+        documents = read_documents(task, split, vocabulary, texts)
         packed[split] = PackedRows(
             documents.tokens,
             documents.subsets,
@@ -99,11 +62,15 @@ def build_cache(
             seed=plan.seed,
             split=split,
         )
-        counts[split] = {"documents": len(documents.tokens), "text_bytes": documents.text_bytes}
-        texts[split] = documents.text_digests
+        counts[split] = {
+            "documents": len(documents.tokens),
+            "text_bytes": documents.text_bytes,
+            "shared_documents": documents.shared,
+        }
+        texts |= documents.text_digests
+    source = task.source if isinstance(task.source, TextFilesSource) else None
     row_bytes = 4 * plan.sequence_length + _RECORD_OVERHEAD_BYTES
     before_writing(row_bytes * sum(map(len, packed.values())))
-    files = task.source.files if isinstance(task.source, TextFilesSource) else None
     writer = PackedCacheWriter(
         folder,
         vocabulary=vocabulary,
@@ -111,16 +78,8 @@ def build_cache(
         subsets=subsets,
         shards=plan.shards,
         settings={"packing": plan.packing, "seed": plan.seed},
-        sources=files.sources() if files else (),
+        sources=source.files.sources(source.broken_lines) if source else (),
     )
     for split, rows in packed.items():
         writer.write_split(split, rows, num_rows=len(rows), **counts[split])
-    return BuiltCache(
-        manifest=writer.finish(),
-        broken_lines=dict(task.source.broken_lines) if files else {},
-        shared_texts={
-            split: len(texts[split] & texts["train"])
-            for split in texts
-            if split != "train" and "train" in texts
-        },
-    )
+    writer.finish()

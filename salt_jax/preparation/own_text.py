@@ -6,6 +6,7 @@ fractions. A file's subset is its suffix. Nothing is copied into this project: t
 where it lies, when it is asked for.
 """
 
+import dataclasses
 import glob
 import os
 import sysconfig
@@ -23,7 +24,7 @@ def own_text(
     max_bytes: int = 0,
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
-    piece_bytes: int = 20_000,
+    piece_bytes: int | None = None,
 ) -> TextFiles:
     """This machine's own text, or the files that SALT_TEXT names.
 
@@ -31,17 +32,23 @@ def own_text(
       max_bytes: See TextFiles.
       validation_fraction: See TextFiles.
       test_fraction: See TextFiles.
-      piece_bytes: See TextFiles; small enough that one long file can be held out in part.
+      piece_bytes: See TextFiles. None takes a two-hundredth of the text, 200 to 20,000 bytes, so
+        that a few long files can be held out in part.
     """
     library = sysconfig.get_path("stdlib")
     given = os.environ.get(TEXT_VARIABLE)
     # A minimal installation has sources and no text files.
     patterns = [f"{library}/**/*.{suffix}" for suffix in ("py", "txt", "rst")]
-    return TextFiles(
+    files = TextFiles(
         train=given or [pattern for pattern in patterns if glob.glob(pattern, recursive=True)],
         exclude=() if given else _EXCLUDED,
         max_bytes=max_bytes,
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
-        piece_bytes=piece_bytes,
+        piece_bytes=piece_bytes or 0,
     )
+    if piece_bytes is not None:
+        return files
+    text_bytes = sum(file.stat().st_size for file in files.files("train"))
+    piece_bytes = min(max(min(text_bytes, max_bytes or text_bytes) // 200, 200), 20_000)
+    return dataclasses.replace(files, piece_bytes=piece_bytes)

@@ -30,6 +30,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from salt_jax.data.features import Row, make_row
+from salt_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingPlan:
+    """How documents become rows.
+
+    Attributes:
+      sequence_length: L, tokens a row.
+      packing: "concatenate_and_split" or "whole_documents".
+      shards: Files a split is cut into.
+      seed: Of the order of documents and rows.
+    """
+
+    sequence_length: int = 128
+    packing: str = "concatenate_and_split"
+    shards: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            raise InputError(f"packing is {self.packing!r}, expected one of {', '.join(PACKINGS)}.")
+        for name, least in (("sequence_length", 2), ("shards", 1), ("seed", None)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or (least is not None and value < least):
+                least_words = "" if least is None else f" of {least} or more"
+                raise InputError(f"{name} is {value!r}, expected a whole number{least_words}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,18 +205,19 @@ def shuffled_order(size: int, seed: int, purpose: str) -> np.ndarray:
 
 
 def _subset_of_rows(pieces: Pieces, offsets_E: np.ndarray, subset_D: np.ndarray) -> np.ndarray:
-    """The subset with the most tokens in each row; of equals, the first by index."""
-    one_hot_DxS = np.eye(int(subset_D.max()) + 1, dtype=np.int64)[subset_D]
-    tokens_DxS = one_hot_DxS * np.diff(offsets_E)[:, None]
-    before_DxS = np.cumsum(tokens_DxS, axis=0) - tokens_DxS
+    """The subset with the most tokens in each row; of equals, the first by index.
 
-    def tokens_before(places_P: np.ndarray) -> np.ndarray:
-        document_P = np.searchsorted(offsets_E, places_P, side="right") - 1
-        document_P = np.minimum(document_P, len(subset_D) - 1)
-        inside_P = places_P - offsets_E[document_P]
-        return before_DxS[document_P] + one_hot_DxS[document_P] * inside_P[:, None]
-
-    tokens_PxS = tokens_before(pieces.starts + pieces.lengths) - tokens_before(pieces.starts)
-    tokens_NxS = np.zeros((int(pieces.rows[-1]) + 1, tokens_PxS.shape[1]), np.int64)
-    np.add.at(tokens_NxS, pieces.rows, tokens_PxS)
-    return np.argmax(tokens_NxS, axis=1)
+    The stream is cut where a piece or a document begins; each stretch has one row and one subset,
+    and the tokens of equal pairs are added up. Memory grows with stretches, not with subsets.
+    """
+    by_start = np.argsort(pieces.starts, kind="stable")
+    start_S = np.union1d(pieces.starts, offsets_E[:-1])
+    length_S = np.diff(np.append(start_S, offsets_E[-1]))
+    piece_S = by_start[np.searchsorted(pieces.starts[by_start], start_S, side="right") - 1]
+    document_S = np.searchsorted(offsets_E[:-1], start_S, side="right") - 1
+    pair_S = np.stack([pieces.rows[piece_S], subset_D[document_S]], axis=1)
+    pair_Q, index_S = np.unique(pair_S, axis=0, return_inverse=True)
+    tokens_Q = np.bincount(index_S.ravel(), weights=length_S)
+    best_first_Q = np.lexsort([pair_Q[:, 1], -tokens_Q, pair_Q[:, 0]])
+    rows_Q, subsets_Q = pair_Q[best_first_Q].T
+    return subsets_Q[np.unique(rows_Q, return_index=True)[1]]

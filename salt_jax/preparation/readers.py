@@ -6,6 +6,9 @@ holds one block of a file.
 
 A row's subset name is `meta.pile_set_name` (the Pile's), else `subset`; a plain file's is its
 suffix ("py").
+
+The libraries of compressed files are imported when one is read: what only describes a corpus needs
+no more than the package itself does.
 """
 
 import gzip
@@ -15,10 +18,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
-
-import pyarrow
-import pyarrow.parquet
-import zstandard
 
 from salt_jax.errors import InputError
 
@@ -78,12 +77,13 @@ def read_documents(
             yield Document(_valid_unicode(text), _subset_name(row), place)
         elif skip_broken_lines:
             skipped += 1
+            if broken_lines is not None:
+                # Now, since the reader may stop at any document; a second reading counts anew.
+                broken_lines[str(path)] = max(broken_lines[str(path)], skipped)
         elif isinstance(row, _Broken):
             raise InputError(f"{place}: this is not JSON ({row.reason}): {_REPAIR}.")
         else:
             raise InputError(f"{place}: this row has no `text` of type string: {_REPAIR}.")
-    if skipped and broken_lines is not None:
-        broken_lines[str(path)] = skipped
 
 
 class _Broken(NamedTuple):
@@ -119,10 +119,10 @@ def _lines(path: pathlib.Path) -> Iterator[bytes]:
             *lines, rest = (rest + block).split(b"\n")
             number += len(lines)
             yield from lines
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
-            f"{path} is cut short or damaged after line {number - 1} ({error}): fetch the file "
-            "again."
+            f"{path} is cut short or damaged after line {number - 1} ({error}): "
+            "fetch the file again."
         ) from error
     if rest:
         yield rest
@@ -140,13 +140,23 @@ def _blocks(path: pathlib.Path) -> Iterator[bytes]:
 
 def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
     """Decompresses frame by frame: the library's stream reader takes a truncated frame for a whole
-    one."""
+    one.
+
+    Raises:
+      EOFError: The file is cut short or damaged.
+    """
+    import zstandard
+
     frame = zstandard.ZstdDecompressor().decompressobj()
     inside_frame = False
     while compressed := file.read(_BLOCK_BYTES):
         while compressed:
             inside_frame = True
-            yield frame.decompress(compressed)
+            try:
+                block = frame.decompress(compressed)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            yield block
             if not frame.eof:
                 break
             compressed = frame.unused_data
@@ -157,6 +167,9 @@ def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
     with _opened(path) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)

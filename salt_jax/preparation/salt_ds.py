@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from salt_jax.data.packed_cache import SPLITS, PackedCache
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.quiet_tensorflow import seqio, tf
 from salt_jax.preparation.seqio_adapters import SeqIOVocabulary, SubsetVocabulary
 
 _BLOCK_ROWS = 64
@@ -38,7 +37,8 @@ class SelectedRows:
     Attributes:
       cache: Folder of the packed cache.
       selection: Folder of the selection.
-      scores: Folder of the scores; "" for a random control, whose rows have none.
+      scores: Folder of the scores that the selection was made from, for a random control any of
+        the cache; "" for none.
     """
 
     cache: str
@@ -50,7 +50,8 @@ class SelectedRows:
         """The cache, the selection, and the score of every row.
 
         Raises:
-          InputError: One of them is missing, half-written, or of another cache than `cache`.
+          InputError: One of them is missing, half-written, or of another cache than `cache`; or
+            the selection was made from other scores.
         """
         cache = PackedCache.open(self.cache)
         selection = Selection.open(self.selection, cache_digest=cache.digest)
@@ -62,6 +63,13 @@ class SelectedRows:
                 f"The scores in {self.scores} are of the {scores.manifest['split']} split, the "
                 f"selection in {self.selection} of {selection.manifest['split']}: name the scores "
                 "that the selection was made from."
+            )
+        made_from = selection.manifest["scores_digest"]
+        if made_from is not None and made_from != scores.digest:
+            raise InputError(
+                f"The selection in {self.selection} was made from the scores {made_from[:12]}…, "
+                f"{self.scores} holds the scores {scores.digest[:12]}…: name the scores that the "
+                "selection was made from."
             )
         return cache, selection, scores.scores
 

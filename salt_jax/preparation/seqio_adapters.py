@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from salt_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.quiet_tensorflow import seqio, tf
 
 
 class SeqIOVocabulary(seqio.Vocabulary):

@@ -4,10 +4,9 @@ In: TextFiles with a vocabulary or the wish to train one, or the name of a regis
 both, ready to be read.
 """
 
-import seqio
-
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.quiet_tensorflow import seqio
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.seqio_adapters import vocabulary_of
 from salt_jax.preparation.text_files import TextFiles
@@ -34,8 +33,7 @@ def choose_task(
         if vocabulary is not None and vocabulary != own:
             raise InputError(
                 f"The vocabulary given is {vocabulary}, SeqIO's task {task.name!r} has {own}: "
-                "leave "
-                "prepare.prepare.vocabulary unset, or change the task's."
+                "leave prepare.prepare.vocabulary unset, or change the task's."
             )
         return registered, own
     if isinstance(vocabulary, TrainedVocabulary):

@@ -3,12 +3,14 @@
 In: file patterns a split, or one pattern with held-out fractions. Out: documents by split, the
 subset names and the sources for the manifest. Held-out documents are picked by a hash of their
 text, so that equal texts always fall into the same split and a split never depends on the order or
-the number of files.
+the number of files. Only where a split would have no document at all, in the smallest of corpora,
+does it get one that the hash gives to another.
 """
 
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import glob
 import hashlib
 import os
@@ -135,12 +137,25 @@ class TextFiles:
         read = {split for split in SPLITS if getattr(self, split)}
         return tuple(sorted({document.subset for s in sorted(read) for document in self._read(s)}))
 
-    def sources(self) -> list[Mapping[str, Any]]:
-        """Each input file's name, bytes and digest, for the manifest; paths are left out of it."""
-        files = {file for split in self.splits for file in self.files(split)}
+    def all_files(self) -> list[pathlib.Path]:
+        """The files of all splits, sorted, each once."""
+        return sorted({file for split in self.splits for file in self.files(split)})
+
+    def sources(self, broken_lines: Mapping[str, int] | None = None) -> list[Mapping[str, Any]]:
+        """Each input file's name, bytes and digest, for the manifest; paths are left out of it.
+
+        Args:
+          broken_lines: Lines passed over, by file; recorded where there were any.
+        """
+        broken = broken_lines or {}
         return [
-            {"file": file.name, "bytes": file.stat().st_size, "digest": file_digest(file)}
-            for file in sorted(files)
+            {
+                "file": file.name,
+                "bytes": file.stat().st_size,
+                "digest": file_digest(file),
+                **({"broken_lines": broken[str(file)]} if broken.get(str(file)) else {}),
+            }
+            for file in self.all_files()
         ]
 
     def _expand(self, patterns: Sequence[str]) -> list[pathlib.Path]:
@@ -155,8 +170,8 @@ class TextFiles:
             }
             if not matches:
                 raise InputError(
-                    f"No file matches {pattern!r}: expected files of text; correct the task's "
-                    "patterns."
+                    f"No file matches {pattern!r}: expected files of text; "
+                    "correct the task's patterns."
                 )
             found |= matches
         return sorted(found)
@@ -188,8 +203,8 @@ class TextFiles:
             got = f"the subset name {document.subset!r}" if document.subset else "no subset name"
             raise InputError(
                 f"{document.place}: {got}, expected one of the {len(self.subsets)} of the "
-                f"task{hint}: "
-                "correct meta.pile_set_name, or use a task whose subset names are free."
+                f"task{hint}: correct meta.pile_set_name, or use a task whose subset names are "
+                "free."
             )
         return named
 
@@ -199,7 +214,40 @@ class TextFiles:
             return asked
         if not self.validation_fraction and not self.test_fraction:
             return "train"
-        place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
+        place = _place(text)
+        return self._moved.get(place) or self._split_at(place)
+
+    def _split_at(self, place: float) -> str:
         if place < self.validation_fraction:
             return "validation"
         return "test" if place < self.validation_fraction + self.test_fraction else "train"
+
+    @functools.cached_property
+    def _moved(self) -> Mapping[float, str]:
+        """The places of texts that go to a split which the fractions alone would leave empty.
+
+        It gets the lowest place of the split that has most. The train files are read until each
+        split has a text: to their end only where they hold hardly any.
+        """
+        places: dict[str, set[float]] = {
+            split: set() for split in self.splits if split == "train" or not getattr(self, split)
+        }
+        for document in self._read("train"):
+            place = _place(document.text)
+            places[self._split_at(place)].add(place)
+            if all(places.values()):
+                return {}
+        moved = {}
+        for split in [split for split, own in places.items() if not own]:
+            most = max(places.values(), key=len)
+            if len(most) > 1:
+                place = min(most)
+                most.remove(place)
+                places[split].add(place)
+                moved[place] = split
+        return moved
+
+
+def _place(text: str) -> float:
+    """Where a text stands between 0 and 1, by its hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64

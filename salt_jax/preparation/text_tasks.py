@@ -12,12 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import seqio
-import tensorflow as tf
-
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.quiet_tensorflow import seqio, tf
 from salt_jax.preparation.seqio_adapters import SeqIOVocabulary, SubsetVocabulary
 from salt_jax.preparation.text_files import TextFiles
 

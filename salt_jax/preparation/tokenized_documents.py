@@ -7,13 +7,13 @@ unshuffled order. Memory holds the ids (two bytes each for vocabularies up to 65
 import dataclasses
 import hashlib
 import importlib
+from collections.abc import Set
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.quiet_tensorflow import seqio, tf
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.seqio_adapters import SubsetVocabulary
 
@@ -26,13 +26,15 @@ class TokenizedDocuments:
       tokens: Ids of each document, its end included.
       subsets: int64[D], index of each document's subset.
       text_bytes: UTF-8 bytes of all the text.
-      text_digests: 16 bytes for each distinct text, to tell whether splits share any.
+      text_digests: 16 bytes for each distinct text.
+      shared: Documents left out because another split has their text.
     """
 
     tokens: list[np.ndarray]
     subsets: np.ndarray
     text_bytes: int
     text_digests: frozenset[bytes]
+    shared: int = 0
 
 
 def find_task(task: RegisteredTask) -> seqio.Task:
@@ -68,19 +70,22 @@ def subset_names(task: seqio.Task) -> tuple[str, ...]:
     return tuple(f"subset {index}" for index in range(feature.vocabulary.vocab_size))
 
 
-def read_documents(task: seqio.Task, split: str, vocabulary: Vocabulary) -> TokenizedDocuments:
-    """Tokenizes a split.
+def read_documents(
+    task: seqio.Task, split: str, vocabulary: Vocabulary, other_splits: Set[bytes] = frozenset()
+) -> TokenizedDocuments:
+    """Tokenizes a split. Documents without any token are left out.
 
     Args:
       task: The task.
       split: One of its splits.
       vocabulary: The vocabulary of its targets.
+      other_splits: Digests of texts to leave out, because other splits have them.
 
     Raises:
       InputError: What the files' readers raise; or a split without documents.
     """
     dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
-    tokens, subsets, digests, text_bytes = [], [], set(), 0
+    tokens, subsets, digests, text_bytes, shared = [], [], set(), 0, 0
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, try_in_mem_cache=False
     )
@@ -91,18 +96,29 @@ def read_documents(task: seqio.Task, split: str, vocabulary: Vocabulary) -> Toke
                 text = example["targets_pretokenized"]
             else:
                 text = vocabulary.decode(ids.tolist()).encode()
-            tokens.append(ids.astype(dtype))
-            subsets.append(int(example.get("subset", 0)))
-            text_bytes += len(text)
-            digests.add(hashlib.blake2b(text, digest_size=16).digest())
+            digest = hashlib.blake2b(text, digest_size=16).digest()
+            if digest in other_splits:
+                shared += 1
+            elif len(ids):
+                tokens.append(ids.astype(dtype))
+                subsets.append(int(example.get("subset", 0)))
+                text_bytes += len(text)
+                digests.add(digest)
     except tf.errors.OpError as error:
         failure = getattr(task.source, "failure", None)
         if failure is None:
             raise
         raise failure from error
+    if shared and not tokens:
+        raise InputError(
+            f"Every text of the {split} split of the task {task.name!r} is in another split too, "
+            "and splits are kept apart: correct the task's files."
+        )
     if not tokens:
         raise InputError(
             f"The {split} split of the task {task.name!r} is empty: give it more text, "
             "hold out a larger fraction, or cut plain text into smaller pieces (piece_bytes)."
         )
-    return TokenizedDocuments(tokens, np.array(subsets, np.int64), text_bytes, frozenset(digests))
+    return TokenizedDocuments(
+        tokens, np.array(subsets, np.int64), text_bytes, frozenset(digests), shared
+    )

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import CHECKPOINTS_FOLDER
@@ -162,42 +163,72 @@ class SavedModel:
             return checkpointer.restore(folder.absolute(), abstract)
 
 
-def find_model(path: str | pathlib.Path, step: int | None, setting: str) -> SavedModel:
+def find_model(
+    path: str | pathlib.Path, step: int | None, role: str, cache: PackedCache | None = None
+) -> SavedModel:
     """Looks a model up in a run's folder.
 
     Args:
       path: The run's folder.
       step: The checkpoint's step; None is the newest.
-      setting: What the caller calls this path, for the error.
+      role: What the caller wants it for ("teacher"), for the error.
+      cache: The rows it is to read; None leaves open whether it can.
 
     Raises:
-      InputError: No such folder, no checkpoint in it, or not that step.
+      InputError: No such folder, no checkpoint in it, not that step, another vocabulary than the
+        cache's, or rows longer than the model takes.
     """
     path = pathlib.Path(path)
     folder = path / CHECKPOINTS_FOLDER
     if not folder.is_dir():
         raise InputError(
-            f"{setting} is {path}, and there are no checkpoints in {folder}: name the output "
+            f"{role} is {path}, and there are no checkpoints in {folder}: name the output "
             "folder of a `salt train` run."
         )
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    steps = complete_steps(path)
     if not steps:
-        raise InputError(f"{setting} is {path}, which has no complete checkpoint yet.")
+        raise InputError(f"{role} is {path}, which has no complete checkpoint yet.")
     if step is None:
         step = steps[-1]
     if step not in steps:
         raise InputError(
-            f"{setting} asks for step {step} of {path}, which has {', '.join(map(str, steps))}."
+            f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}."
         )
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         progress = checkpointer.restore((folder / str(step) / "progress").absolute())
-    return SavedModel(
+    model = SavedModel(
         path=path,
         step=step,
         config=DecoderConfig.from_json(progress["model"]),
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
         digest=_folder_digest(folder / str(step) / "params"),
     )
+    if cache is not None:
+        _require_fit(model, cache, role)
+    return model
+
+
+def complete_steps(path: pathlib.Path) -> list[int]:
+    """Steps of a run's complete checkpoints, ascending."""
+    folder = path / CHECKPOINTS_FOLDER
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
+    """Soft labels, scores and evaluations mean something only over the same tokens."""
+    if cache.sequence_length > model.config.max_length:
+        raise InputError(
+            f"The cache {cache.path} has rows of {cache.sequence_length} tokens and the {role} "
+            f"{model.path} takes {model.config.max_length}: prepare shorter rows."
+        )
+    if model.vocabulary_fingerprint != cache.vocabulary_fingerprint:
+        raise InputError(
+            f"The {role} {model.path} was trained with the vocabulary "
+            f"{model.vocabulary_fingerprint[:12]} and the cache {cache.path} has "
+            f"{cache.vocabulary_fingerprint[:12]}: use a cache prepared with the same vocabulary, "
+            f"or another {role}."
+        )
 
 
 def state_bytes(layout: StateLayout) -> int:

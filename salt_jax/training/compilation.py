@@ -4,6 +4,8 @@ import pathlib
 
 import jax
 
+DEFAULT_FOLDER = "~/.cache/salt_jax/programs"
+
 
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` (~ is the home folder); an empty name keeps none."""

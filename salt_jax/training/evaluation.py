@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from salt_jax.data.input_pipeline import in_order
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import losses
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
-
-_FEATURES = ("inputs", "targets", "loss_weights", "segment_ids", "positions", "subset")
+from salt_jax.training.in_order import over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,27 +71,25 @@ class Evaluator:
         rules: partitioning.Rules = partitioning.DEFAULT_RULES,
         rows: int | None = None,
     ) -> None:
-        divisor = partitioning.batch_divisor(mesh)
-        self._batch_size = -(-batch_size // divisor) * divisor
-        self._cache, self._mesh, self._rules, self._rows = cache, mesh, rules, rows
-        self._split = cache.split(split)
+        self._cache, self._split, self._rows = cache, split, rows
+        self._batch_size, self._mesh, self._rules = batch_size, mesh, rules
         self._sums = jax.jit(_subset_sums(config, len(cache.subsets)))
+        cache.split(split)  # refuses a split that is not there
 
     def __call__(self, params: Any) -> Evaluation:
         """Evaluates; `params` lie on the mesh."""
         sums_3xS = np.zeros((3, len(self._cache.subsets)), np.float64)
-        with partitioning.partitioned(self._mesh, self._rules):
-            pending: jax.Array | None = None
-            for batch in in_order(self._split, self._batch_size, self._cache.start_id, self._rows):
-                on_device = partitioning.to_device(
-                    {name: batch[name] for name in _FEATURES}, self._mesh
-                )
-                dispatched = self._sums(params, on_device)
-                if pending is not None:
-                    sums_3xS += np.asarray(pending)
-                pending = dispatched
-            if pending is not None:
-                sums_3xS += np.asarray(pending)
+        for _, batch_sums_3xS in over_rows(
+            self._sums,
+            params,
+            self._cache,
+            self._split,
+            self._batch_size,
+            self._mesh,
+            self._rules,
+            self._rows,
+        ):
+            sums_3xS += batch_sums_3xS
         by_subset = {
             name: _quality(sums_3xS[:, i])
             for i, name in enumerate(self._cache.subsets)

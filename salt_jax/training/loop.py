@@ -17,7 +17,7 @@ import numpy as np
 
 from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.distill import losses, schedules
-from salt_jax.errors import Interrupted, RunFailed
+from salt_jax.errors import InputError, Interrupted, RunFailed
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
@@ -95,6 +95,8 @@ class Loop:
         self._checkpointer = Checkpointer(folder.path, setup.checkpoints)
         self._folder = folder
         self._teacher: Teacher | None = None
+        self._origin = dict(setup.origin)
+        self._skipped = 0
         self._ledger = Ledger(
             StepCost.of(
                 setup.pipeline.batch_size,
@@ -115,42 +117,57 @@ class Loop:
           RunFailed: More non-finite updates than allowed.
         """
         setup = self._setup
-        first_step, state = self._start()
-        programs = self._compile()
-        batches = setup.pipeline.batches(first_step, setup.steps)
-        with (
-            MetricWriter(self._folder.path) as writer,
-            ProgressBar(setup.arm, setup.steps, first_step) as bar,
-            contextlib.closing(self._checkpointer),
-            _stop_requests() as stop,
-        ):
-            if first_step:
-                bar.say(f"continues at step {first_step}")
+        with contextlib.closing(self._checkpointer), _stop_requests() as stop:
+            first_step, state = self._start()
+            programs = self._compile()
+            batches = setup.pipeline.batches(first_step, setup.steps)
+            with (
+                MetricWriter(self._folder.path) as writer,
+                ProgressBar(setup.arm, setup.steps, first_step) as bar,
+            ):
+                if first_step:
+                    bar.say(f"continues at step {first_step}")
+                return self._train(first_step, state, programs, batches, writer, bar, stop)
+
+    def _train(
+        self,
+        first_step: int,
+        state: TrainState,
+        programs: Programs,
+        batches: Iterator[Mapping[str, np.ndarray]],
+        writer: MetricWriter,
+        bar: ProgressBar,
+        stop: Sequence[str],
+    ) -> dict[str, Any]:
+        """The steps themselves; the run's results."""
+        setup = self._setup
+        evaluation: Evaluation | None = None
+        pending: tuple[int, Any] | None = None
+        self._ledger.start_clock()
+        for done in range(first_step + 1, setup.steps + 1):
+            state, metrics = self._step(done - 1, state, next(batches), programs)
+            # The previous step's numbers are fetched while this one runs.
+            self._note(pending, writer, bar)
+            pending = (done, metrics)
+            saves = setup.checkpoints.saves(done, setup.steps)
+            evaluates = done % setup.evaluate_every == 0 or done == setup.steps
+            if not (saves or evaluates or stop):
+                continue
+            self._note(pending, writer, bar)
+            pending = None
+            if saves or stop:
+                self._save(done, state)
+            if stop and done < setup.steps:
+                self._checkpointer.wait()
+                raise Interrupted(
+                    f"stopped by {stop[0]} after step {done} of {setup.steps}, which is saved in "
+                    f"{self._folder.path}: run the same command again to go on."
+                )
+            if evaluates:
+                evaluation = self._evaluate(done, state, writer, bar)
             self._ledger.start_clock()
-            pending: tuple[int, Any] | None = None
-            evaluation: Evaluation | None = None
-            for step in range(first_step, setup.steps):
-                state, metrics = self._step(step, state, next(batches), programs)
-                # The previous step's numbers are fetched while this one runs.
-                self._note(pending, writer, bar)
-                pending = (step + 1, metrics)
-                done = step + 1
-                if self._pauses_after(done) or stop:
-                    self._note(pending, writer, bar)
-                    pending = None
-                    if self._evaluates_after(done):
-                        evaluation = self._evaluate(done, state, writer, bar)
-                    if stop or setup.checkpoints.saves(done, setup.steps):
-                        self._save(done, state)
-                    if stop and done < setup.steps:
-                        self._checkpointer.wait()
-                        raise Interrupted(
-                            f"stopped by {stop[0]} after step {done} of {setup.steps}, which is "
-                            f"saved in {self._folder.path}: run the same command again to go on."
-                        )
-                    self._ledger.start_clock()
-            evaluation = evaluation or self._evaluate(setup.steps, state, writer, bar)
-            return self._summary(state, evaluation)
+        evaluation = evaluation or self._evaluate(setup.steps, state, writer, bar)
+        return self._summary(state, evaluation)
 
     def _start(self) -> tuple[int, TrainState]:
         """The newest checkpoint's state, or a fresh one; loads the teacher where it is needed."""
@@ -158,7 +175,10 @@ class Loop:
         latest = self._checkpointer.latest_step()
         if latest is not None:
             state, progress = self._checkpointer.restore(setup.layout, latest)
+            self._require_same_origin(progress, latest)
+            self._origin["teacher"] = progress["teacher"]
             self._ledger.counters = Counters(**progress["counters"])
+            self._skipped = int(state.skipped_updates)
         elif setup.initial is not None:
             params = setup.initial.load_params(setup.layout.mesh, setup.layout.rules)
             state = setup.layout.around(params)
@@ -170,6 +190,22 @@ class Loop:
                 setup.teacher, setup.layout.mesh, setup.layout.rules, setup.teacher_dtype
             )
         return first_step, state
+
+    def _require_same_origin(self, progress: Mapping[str, Any], step: int) -> None:
+        """A folder's name may stay while what is in it changes: resuming goes by digests."""
+        names = ["model", "vocabulary_fingerprint", "cache_digest", "selection_digest"]
+        if self._setup.teacher is not None:
+            names.append("teacher")
+        for name in names:
+            saved, now = progress[name], self._setup.origin[name]
+            if name == "teacher" and saved is not None:
+                saved, now = saved["digest"], now["digest"]
+            if saved != now:
+                raise InputError(
+                    f"The checkpoint of step {step} in {self._folder.path} was made with the "
+                    f"{name} {saved} and this run has {now}: bring back what it was started with, "
+                    "or choose another --output_dir."
+                )
 
     def _compile(self) -> Programs:
         """Both programs, or the plain one alone when stage 1 is over."""
@@ -212,11 +248,15 @@ class Loop:
         metrics = jax.device_get(metrics)
         stage = setup.stage_of(done - 1)
         self._ledger.add(metrics, stage)
-        if metrics["skipped_updates"] > setup.max_skipped_updates:
+        # The optimizer counts the updates that it applied, and so does its learning rate.
+        rate_step = done - 1 - self._skipped
+        self._skipped = int(metrics["skipped_updates"])
+        if self._skipped > setup.max_skipped_updates:
             raise RunFailed(
-                f"{metrics['skipped_updates']} updates were not finite, the last at step {done}, "
+                f"{self._skipped} updates were not finite, the last at step {done}, "
                 f"and max_skipped_updates is {setup.max_skipped_updates}: the parameters are still "
-                "finite; lower the learning rate, or raise the limit."
+                "finite; start again in another --output_dir with a lower learning rate or a "
+                "higher limit."
             )
         if done % setup.log_every == 0 or done == setup.steps:
             record = {
@@ -225,16 +265,10 @@ class Loop:
                 "stage": stage,
                 **self._ledger.close_window(),
                 "omega": setup.schedule.omega_at(done - 1),
-                "learning_rate": float(setup.learning_rate(done - 1)),
+                "learning_rate": float(setup.learning_rate(rate_step)),
             }
             writer.write(record)
             bar.update(record)
-
-    def _pauses_after(self, done: int) -> bool:
-        return self._evaluates_after(done) or self._setup.checkpoints.saves(done, self._setup.steps)
-
-    def _evaluates_after(self, done: int) -> bool:
-        return done % self._setup.evaluate_every == 0 or done == self._setup.steps
 
     def _evaluate(
         self, done: int, state: TrainState, writer: MetricWriter, bar: ProgressBar
@@ -262,7 +296,7 @@ class Loop:
             done,
             state,
             {
-                **self._setup.origin,
+                **self._origin,
                 "step": done,
                 "rows_consumed": {"stage1": in_stage1, "stage2": rows - in_stage1},
                 "counters": dataclasses.asdict(self._ledger.counters),
@@ -289,13 +323,13 @@ class Loop:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Sequence[str]]:
-    """Collects SIGTERM and SIGINT by name instead of dying of them; a second SIGINT is not held."""
+    """Collects SIGTERM and SIGINT by name instead of dying of them; a second one is not held."""
     received: list[str] = []
 
     def note(number: int, frame: types.FrameType | None) -> None:
         del frame
         received.append(signal.Signals(number).name)
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

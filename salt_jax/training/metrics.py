@@ -4,7 +4,6 @@ In: dictionaries of numbers. Out: one JSON line each, the same numbers as Tensor
 one line on the terminal that says where the run is.
 """
 
-import json
 import math
 import pathlib
 import types
@@ -15,7 +14,7 @@ import rich.console
 import rich.progress
 import tensorboardX
 
-from salt_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
+from salt_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
 
 
 class MetricWriter:
@@ -30,7 +29,7 @@ class MetricWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has at least `kind` and `step`."""
-        self._file.write(json.dumps(_finite(dict(record)), allow_nan=False) + "\n")
+        self._file.write(to_json(record) + "\n")
         kind = record["kind"]
         for name, value in _flat(record):
             self._events.add_scalar(f"{kind}/{name}", value, record["step"])
@@ -118,12 +117,3 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
         elif isinstance(value, int | float) and math.isfinite(value):
             numbers.append((prefix + name, float(value)))
     return numbers
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they are written as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    return value

@@ -7,13 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from salt_jax.data.input_pipeline import in_order
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import scores
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
-
-_FEATURES = ("inputs", "targets", "loss_weights", "segment_ids", "positions")
+from salt_jax.training.in_order import over_rows
 
 
 def score_rows(
@@ -25,7 +23,6 @@ def score_rows(
     batch_size: int,
     mesh: Mesh,
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-    on_batch: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray:
     """METHOD.md's S(x) of every row.
 
@@ -38,39 +35,19 @@ def score_rows(
       batch_size: Rows at once, rounded up to what the mesh needs.
       mesh: Where to compute.
       rules: From logical to mesh axes.
-      on_batch: Called with the number of rows scored so far.
 
     Returns:
       float32 [N], in nats; −inf where nothing was learnable.
     """
-    rows = cache.split(split)
-    divisor = partitioning.batch_divisor(mesh)
-    batch_size = -(-batch_size // divisor) * divisor
-    scores_N = np.full(len(rows), -np.inf, np.float32)
-    program = jax.jit(_score_program(config, score))
-    done = 0
-
-    def store(row_ids_B: np.ndarray, scores_B: jax.Array) -> None:
-        nonlocal done
-        real_B = row_ids_B >= 0
-        scores_N[row_ids_B[real_B]] = np.asarray(scores_B)[real_B]
-        done += int(real_B.sum())
-        on_batch(done)
-
-    with partitioning.partitioned(mesh, rules):
-        pending: tuple[np.ndarray, jax.Array] | None = None
-        for batch in in_order(rows, batch_size, cache.start_id):
-            on_device = partitioning.to_device({n: batch[n] for n in _FEATURES}, mesh)
-            dispatched = (batch["row_id"], program(params, on_device))
-            if pending is not None:
-                store(*pending)
-            pending = dispatched
-        if pending is not None:
-            store(*pending)
+    scores_N = np.full(len(cache.split(split)), -np.inf, np.float32)
+    program = jax.jit(_program(config, score))
+    for batch, scores_B in over_rows(program, params, cache, split, batch_size, mesh, rules):
+        real_B = batch["row_id"] >= 0
+        scores_N[batch["row_id"][real_B]] = scores_B[real_B]
     return scores_N
 
 
-def _score_program(config: decoder.DecoderConfig, score: scores.ScoreConfig) -> Callable[..., Any]:
+def _program(config: decoder.DecoderConfig, score: scores.ScoreConfig) -> Callable[..., Any]:
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         hidden_BxLxD = decoder.hidden_states(config, params, batch)

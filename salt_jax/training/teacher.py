@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from salt_jax.errors import InputError
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import SavedModel
 
@@ -38,26 +37,3 @@ class Teacher:
         for array in jax.tree.leaves(self.params):
             array.delete()
         self.params = None
-
-
-def require_same_vocabulary(
-    model: SavedModel, fingerprint: str, owner: str, role: str = "teacher"
-) -> None:
-    """Soft labels and scores mean something only over the same tokens.
-
-    Args:
-      model: The teacher or scorer.
-      fingerprint: The vocabulary that it must have been trained with.
-      owner: Whose fingerprint that is, for the error.
-      role: What the model is here.
-
-    Raises:
-      InputError: Another vocabulary.
-    """
-    if model.vocabulary_fingerprint != fingerprint:
-        raise InputError(
-            f"The {role} {model.path} was trained with the vocabulary "
-            f"{model.vocabulary_fingerprint[:12]} and {owner} has {fingerprint[:12]}: a {role} "
-            "must share the student's tokenizer; use a cache prepared with the same vocabulary, or "
-            f"another {role}."
-        )

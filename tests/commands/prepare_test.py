@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from salt_jax.data.manifests import COMPLETED_FILE, MANIFEST_FILE
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import ByteVocabulary, HuggingFaceVocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.own_text import own_text
 from salt_jax.preparation.pile import pile_files
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.text_files import TextFiles
@@ -149,15 +152,32 @@ def test_broken_lines_are_refused_or_counted(corpus, run):
     assert not (run.path / MANIFEST_FILE).exists()
     prepare(run, **settings, skip_broken_lines=True)
     summary = json.loads((run.path / "summary.json").read_text())
-    assert summary["broken_lines"] == {str(corpus.folder / "0.jsonl"): 1}
+    assert summary["broken_lines"] == {"0.jsonl": 1}
 
 
-def test_texts_in_two_splits_are_said(corpus, run, tmp_path, capsys):
-    validation = tmp_path / "val.jsonl"
-    validation.write_text(json.dumps({"text": TEXTS[0]}) + "\n" + json.dumps({"text": "new"}))
-    files = TextFiles(train=f"{corpus.folder}/*", validation=str(validation))
-    prepare(run, task=files, vocabulary=ByteVocabulary())
-    assert "Warning: 1 texts of the validation split" in capsys.readouterr().out
+def test_splits_of_separate_files_share_no_text(corpus, run, tmp_path, capsys):
+    held_out = {"validation": [TEXTS[0], TEXTS[1], "new"], "test": [TEXTS[1], "newer"]}
+    for split, texts in held_out.items():
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    corpus.add(json.dumps({"text": TEXTS[0]}))
+    patterns = {split: f"{tmp_path}/{split}.jsonl" for split in held_out}
+    files = TextFiles(train=f"{corpus.folder}/*", **patterns)
+    settings = {"vocabulary": ByteVocabulary(), "sequence_length": 512}
+    prepare(run, task=files, packing="whole_documents", **settings)
+    cache = PackedCache.open(run.path)
+    assert sorted(_text_of(cache, "test")) == sorted(held_out["test"])
+    assert sorted(_text_of(cache, "validation")) == sorted([TEXTS[0], "new"])
+    assert sorted(_text_of(cache, "train")) == sorted(TEXTS[2:])
+    summary = json.loads((run.path / "summary.json").read_text())
+    shared = {split: info["shared_documents"] for split, info in summary["splits"].items()}
+    assert shared == {"train": 3, "validation": 1, "test": 0}
+    assert summary["splits"]["train"]["documents"] == 78
+    assert "Left 3 documents out of train" in capsys.readouterr().out
+    everything = TextFiles(train=f"{tmp_path}/test.jsonl", test=f"{corpus.folder}/*")
+    corpus.add(json.dumps({"text": "newer"}))
+    with pytest.raises(InputError, match="Every text of the train split"):
+        prepare(RunFolder(tmp_path / "b", "prepare"), task=everything, **settings)
 
 
 def _bad_row(corpus):
@@ -182,29 +202,187 @@ def _unknown_subset(corpus):
 
 BAD_INPUT = {
     "no such file": (lambda _: {"task": TextFiles(train="none/*.zst")}, "No file matches"),
-    "empty corpus": (_empty_corpus, "train split .* is empty"),
+    "empty corpus": (_empty_corpus, "split .* is empty"),
     "no text": (_bad_row, r"0\.jsonl, line 81: this row has no `text`"),
     "truncated": (_truncated, r"1\.jsonl\.zst is cut short"),
     "unknown subset": (_unknown_subset, "line 1: the subset name 'code', expected one of the 2"),
     "no task": (lambda _: {"task": None}, "No task was given"),
     "no vocabulary": (lambda _: {"vocabulary": None}, "No vocabulary was given"),
     "packing": (lambda _: {"packing": "tight"}, "packing is 'tight', expected one of concat"),
-    "length": (lambda _: {"sequence_length": 1}, "sequence_length is 1"),
+    "length": (lambda _: {"sequence_length": 1}, "sequence_length is 1, expected .* of 2 or more"),
+    "length in words": (lambda _: {"sequence_length": "128"}, "sequence_length is '128'"),
+    "length in parts": (lambda _: {"sequence_length": 128.0}, "sequence_length is 128.0"),
     "shards": (lambda _: {"shards": 0}, "shards is 0"),
+    "shards as an answer": (lambda _: {"shards": True}, "shards is True"),
+    "seed": (lambda _: {"seed": 0.5}, "seed is 0.5, expected a whole number"),
     "show": (lambda _: {"show": -1}, "show is -1"),
+    "broken line": (lambda c: c.add("{") or {}, r"0\.jsonl, line 81: this is not JSON"),
+    "unknown task": (lambda _: {"task": RegisteredTask("none"), "vocabulary": None}, "no task"),
+    "verify": (lambda _: {"verify": True}, "cache does not exist"),
     "little text": (lambda _: {"vocabulary": TrainedVocabulary()}, "cannot be trained"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_INPUT)
-def test_bad_input_is_one_sentence_and_leaves_no_cache(corpus, run, what):
+def test_bad_input_is_one_sentence_and_leaves_nothing(corpus, run, what):
     spoil, words = BAD_INPUT[what]
     settings = {"task": corpus.files, "vocabulary": ByteVocabulary(), **spoil(corpus)}
     with pytest.raises(InputError, match=words) as caught:
         prepare(run, **settings)
     assert "\n" not in str(caught.value)
-    assert not list(run.path.glob("**/*.array_record"))
-    assert not (run.path / COMPLETED_FILE).exists()
+    assert not run.path.exists()
+
+
+def _tree(folder):
+    return {str(path): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("verb", [None, "train", "damaged"])
+def test_a_folder_of_something_else_is_left_as_it_is(corpus, tmp_path, verb):
+    for name in ("train/00.jsonl.zst", "validation/notes", "test/a", "vocabulary/words"):
+        (tmp_path / "pile" / name).parent.mkdir(parents=True)
+        (tmp_path / "pile" / name).write_text(name)
+    if verb is not None:
+        text = "{" if verb == "damaged" else json.dumps({"verb": verb})
+        (tmp_path / "pile" / "run.json").write_text(text)
+    before = _tree(tmp_path)
+    with pytest.raises(InputError, match="is not empty and holds no run of `salt prepare`"):
+        prepare(
+            RunFolder(tmp_path / "pile", "prepare"),
+            task=corpus.files,
+            vocabulary=ByteVocabulary(),
+        )
+    assert _tree(tmp_path) == before
+
+
+def test_the_text_is_never_in_the_output_folder(corpus, run):
+    prepare(run, task=corpus.files, vocabulary=ByteVocabulary())
+    (run.path / COMPLETED_FILE).unlink()
+    (run.path / "train" / "mine.jsonl").write_text(json.dumps({"text": "mine"}))
+    before = _tree(run.path)
+    files = TextFiles(train=(f"{corpus.folder}/*", f"{run.path}/train/*.jsonl"))
+    with pytest.raises(InputError, match=r"mine\.jsonl is text to prepare and lies in the output"):
+        prepare(run, task=files, vocabulary=ByteVocabulary())
+    assert _tree(run.path) == before
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_reading(corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    corpus.add("{")  # reading would fail
+    with pytest.raises(InputError, match="file is a file"):
+        prepare(
+            RunFolder(tmp_path / "file" / "cache", "prepare"),
+            task=corpus.files,
+            vocabulary=ByteVocabulary(),
+        )
+
+
+def test_a_half_written_cache_is_made_again_with_other_settings(corpus, tmp_path):
+    run = RunFolder(tmp_path / "cache", "prepare", config=lambda: "prepare.prepare.seed = 0\n")
+    prepare(run, task=corpus.files, vocabulary=ByteVocabulary())
+    (run.path / COMPLETED_FILE).unlink()
+    again = dataclasses.replace(run, config=lambda: "prepare.prepare.seed = 1\n")
+    prepare(again, task=corpus.files, vocabulary=ByteVocabulary(), seed=1)
+    assert PackedCache.open(run.path).manifest["seed"] == 1
+    assert "seed = 1" in (run.path / "config.gin").read_text()
+
+
+def test_a_summary_that_was_never_written_is_made_up_for(corpus, run):
+    corpus.add("{")
+    settings = {"task": corpus.files, "vocabulary": ByteVocabulary(), "skip_broken_lines": True}
+    prepare(run, **settings)
+    expected = json.loads((run.path / "summary.json").read_text())
+    (run.path / "summary.json").unlink()
+    prepare(run, **settings)
+    assert json.loads((run.path / "summary.json").read_text()) == {
+        **expected,
+        "seconds": None,
+        "tokens_per_second": None,
+    }
+
+
+def test_a_finished_cache_is_verified(corpus, run, capsys):
+    prepare(run, task=corpus.files, vocabulary=ByteVocabulary())
+    prepare(run, verify=True)
+    assert "every shard has the digest" in capsys.readouterr().out
+    shard = next(run.path.glob("train/*.array_record"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match="rows-00000-of-00001"):
+        prepare(run, verify=True)
+
+
+def test_two_files_of_one_name_are_no_change(corpus, run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "0.jsonl").write_text(json.dumps({"text": "held out"}))
+    files = TextFiles(train=f"{corpus.folder}/*", validation=f"{tmp_path}/other/*")
+    for _ in range(2):
+        prepare(run, task=files, vocabulary=ByteVocabulary())
+    corpus.add(json.dumps({"text": "changed"}))
+    with pytest.raises(InputError, match=r"made when 0\.jsonl was another file"):
+        prepare(run, task=files, vocabulary=ByteVocabulary())
+
+
+SHOWN_WITHOUT_THE_EXTRA = """
+import importlib.abc, pathlib, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in {"tensorflow", "seqio", "tensorflow_datasets", "pyarrow", "zstandard"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from salt_jax.commands.prepare import prepare
+from salt_jax.data.vocabularies import ByteVocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation import own_text, pile, readers, registered_task
+from salt_jax.preparation.text_files import TextFiles
+from salt_jax.run_folder import RunFolder
+
+prepare(RunFolder(pathlib.Path(sys.argv[1]), "prepare"), show=1, verify=True)
+files = TextFiles(train=sys.argv[2])
+try:
+    new = RunFolder(pathlib.Path(sys.argv[1]) / "new", "prepare")
+    prepare(new, task=files, vocabulary=ByteVocabulary())
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_finished_cache_is_shown_without_the_extra(cache, corpus):
+    arguments = [str(cache.path), f"{corpus.folder}/*"]
+    result = subprocess.run(
+        [sys.executable, "-c", SHOWN_WITHOUT_THE_EXTRA, *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "train row 0" in result.stdout
+    assert "not installed: pip install 'salt_jax[prepare]'" in result.stdout
+    assert not (cache.path / "new").exists()
+
+
+@pytest.mark.parametrize("text", ["lines", "one line"])
+def test_very_little_text_fills_every_split(run, tmp_path, monkeypatch, text):
+    (tmp_path / "notes").mkdir()
+    for number in range(5):
+        body = "\n".join(f"{number} and {line}: " + "words " * line for line in range(80))
+        if text == "one line":
+            body = f"note {number}"
+        (tmp_path / "notes" / f"{number}.md").write_text(body)
+    monkeypatch.setenv("SALT_TEXT", f"{tmp_path}/notes/*.md")
+    prepare(
+        run,
+        task=own_text(),
+        vocabulary=ByteVocabulary(),
+        packing="whole_documents",
+        sequence_length=4096,
+    )
+    cache = PackedCache.open(run.path)
+    assert cache.split_names == ("train", "validation", "test")
+    texts = {split: set(_text_of(cache, split)) for split in cache.split_names}
+    assert not texts["train"] & (texts["validation"] | texts["test"])
+    assert not texts["validation"] & texts["test"]
+    assert len(texts["train"]) >= 3
 
 
 def test_a_full_disk_is_noticed_before_writing(corpus, run, monkeypatch):

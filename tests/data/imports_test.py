@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from salt_jax.data.packed_cache import PackedCache
+
 READERS = ["features", "manifests", "packed_cache", "row_records", "row_scores", "row_text"]
 
 
@@ -17,6 +19,36 @@ def _loaded_by(*modules: str) -> set[str]:
 def test_data_imports_neither_tensorflow_nor_jax():
     loaded = _loaded_by(*(f"salt_jax.data.{name}" for name in [*READERS, "vocabularies"]))
     assert not loaded & {"tensorflow", "seqio", "tensorflow_datasets", "jax", "gin"}
+
+
+READING = """
+import sys
+from salt_jax.data.input_pipeline import InputPipeline, RowOrder, in_order
+from salt_jax.data.packed_cache import PackedCache
+
+cache = PackedCache.open(sys.argv[1])
+rows = cache.split("train")
+pipeline = InputPipeline(rows, 4, cache.start_id, RowOrder(None, len(rows), seed=0))
+assert [batch["targets"].shape for batch in pipeline.batches(0, 3)] == [(4, 16)] * 3
+assert len(list(in_order(cache.split("test"), 4, cache.start_id))) == 2
+assert cache.vocabulary.decode(rows[0]["targets"])
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def test_reading_batches_brings_no_tensorflow(cache: PackedCache):
+    command = [sys.executable, "-c", READING, str(cache.path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert "grain" in loaded
+    assert not loaded & {"tensorflow", "seqio", "tensorflow_datasets"}
+
+
+def test_what_describes_a_corpus_imports_no_tensorflow():
+    names = ["own_text", "packing", "pile", "readers", "registered_task", "text_files"]
+    loaded = _loaded_by(*(f"salt_jax.preparation.{name}" for name in names))
+    assert not loaded & {"tensorflow", "seqio", "pyarrow", "zstandard"}
 
 
 def test_the_pipeline_imports_no_tensorflow():

@@ -131,6 +131,25 @@ def test_a_cache_that_was_never_finished_is_refused(tmp_path):
     assert not (tmp_path / "validation").exists()
 
 
+def test_files_that_are_not_the_writers_are_left_alone(tmp_path):
+    _write(tmp_path, _rows(4), shards=2)
+    strangers = [
+        *(tmp_path / split / "00.jsonl.zst" for split in ("train", "validation", "test")),
+        tmp_path / "train" / "rows-of-mine.array_record",
+        tmp_path / "train" / "folder" / "rows-00000-of-00001.array_record",
+        tmp_path / "vocabulary" / "words.txt",
+    ]
+    for file in strangers:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(file.name)
+    (tmp_path / "train" / "rows-00000-of-00002.array_record.tmp").write_text("cut short")
+    _writer(tmp_path)
+    left = {file for file in tmp_path.rglob("*") if file.is_file()}
+    written = {tmp_path / "manifest.json", tmp_path / "vocabulary" / "vocabulary.json"}
+    assert left == {*strangers, *written}
+    assert [file.read_text() for file in strangers] == [file.name for file in strangers]
+
+
 def test_a_failed_shard_leaves_no_file(tmp_path):
     writer = _writer(tmp_path)
 

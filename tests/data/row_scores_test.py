@@ -90,6 +90,18 @@ def test_a_file_cut_short_is_refused(tmp_path):
         RowScores.open(tmp_path)
 
 
+def test_changed_arrays_are_refused_by_name(tmp_path):
+    scores = _scores(tmp_path / "scores")
+    common = {"cache_digest": "a" * 64, "split": "train", "how": {}, "scores": scores}
+    Selection.write(tmp_path / "selection", np.array([2, 3]), **common)
+    for kind, file in ((RowScores, "scores/scores.npy"), (Selection, "selection/row_ids.npy")):
+        data = bytearray((tmp_path / file).read_bytes())
+        data[-8] ^= 1
+        (tmp_path / file).write_bytes(data)
+        with pytest.raises(InputError, match=rf"{file} has the digest .*copy the folder again"):
+            kind.open((tmp_path / file).parent)
+
+
 def test_a_file_of_another_length_is_refused(tmp_path):
     _scores(tmp_path)
     np.save(tmp_path / "scores.npy", np.zeros(3, np.float32))

@@ -1,5 +1,7 @@
 """Packing: no token lost or doubled, weights and segments as documented, order by seed alone."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -122,6 +124,16 @@ def test_the_majority_wins_and_of_equals_the_first():
     assert row["subset"] == 0
     (row,) = _pack([documents[0], documents[0]], [2, 1], length=8)
     assert row["subset"] == 1
+
+
+def test_many_subsets_take_no_more_memory_than_few():
+    documents = _documents([7] * 40_000)
+    tracemalloc.start()
+    rows = _pack(documents, np.arange(40_000), length=16)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 100e6  # a table of documents by subsets would take 12.8 GB
+    assert len({int(row["subset"]) for row in rows}) > 10_000
 
 
 def test_order_depends_on_seed_and_split_alone():

@@ -11,6 +11,7 @@ import zstandard
 
 from salt_jax.errors import InputError
 from salt_jax.preparation.readers import read_documents
+from salt_jax.preparation.text_files import TextFiles
 
 TEXTS = ["plain", "zwei\nZeilen\r\nund 🙂", "", "x" * 3000]
 ROWS = [
@@ -103,6 +104,18 @@ def test_a_broken_line_is_named_or_skipped_and_counted(tmp_path, what):
         texts = [d.text for d in read_documents(path, skip_broken_lines=True, broken_lines=broken)]
         assert texts == TEXTS + TEXTS
         assert broken == {str(path): 1}
+
+
+def test_broken_lines_count_though_the_reader_stops_inside_the_file(tmp_path):
+    path = _write(tmp_path / "a.jsonl", b"{\n" + LINES + b"{\n" + LINES)
+    broken = Counter()
+    documents = read_documents(path, skip_broken_lines=True, broken_lines=broken)
+    next(documents)
+    assert broken == {str(path): 1}
+    files = TextFiles(train=str(path), max_documents=5, skip_broken_lines=True)
+    broken = Counter()
+    assert len(list(files.documents("train", broken))) == 5
+    assert broken == {str(path): 2}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])

@@ -117,6 +117,24 @@ def test_bad_folders_are_named(folders, tmp_path):
     _fails(folders, "belong to the cache bbbb", scores=str(other.path))
 
 
+def test_scores_must_be_those_selected_from(folders, tmp_path):
+    digest = PackedCache.open(folders / "cache").digest
+    common = {"cache_digest": digest, "split": "train"}
+    RowScores.write(tmp_path / "scores", np.zeros(ROWS), scorer={}, score={}, **common)
+    _fails(folders, "was made from the scores .*holds the scores", scores=f"{tmp_path}/scores")
+    Selection.write(tmp_path / "random", np.array(SELECTED), how={"rule": "RandomRows"}, **common)
+    register_salt_ds(
+        "random_salt_ds", str(folders / "cache"), f"{tmp_path}/random", f"{tmp_path}/scores"
+    )
+    try:
+        dataset = seqio.get_mixture_or_task("random_salt_ds").get_dataset(
+            None, "train", shuffle=False
+        )
+        assert [int(e["row_id"]) for e in dataset.as_numpy_iterator()] == SELECTED
+    finally:
+        seqio.TaskRegistry.remove("random_salt_ds")
+
+
 def test_a_random_control_has_no_score(folders):
     register_salt_ds("control", str(folders / "cache"), str(folders / "selection"))
     try:

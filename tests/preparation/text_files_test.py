@@ -50,6 +50,32 @@ def test_held_out_fractions(tmp_path):
     assert set(_texts(many, "test")) == set(parts["test"])
 
 
+def test_no_split_of_a_tiny_corpus_is_empty(tmp_path):
+    fractions = {"validation_fraction": 0.05, "test_fraction": 0.05}
+    for seed in range(20):
+        texts = [f"text {seed} {number}" for number in range(3)]
+        for order in (texts, texts[::-1]):
+            path = _write(tmp_path / f"{seed}.jsonl", [*order, *order])
+            files = TextFiles(train=path, **fractions)
+            parts = {split: set(_texts(files, split)) for split in files.splits}
+            assert [len(part) for part in parts.values()] == [1, 1, 1]
+            assert set.union(*parts.values()) == set(texts)
+            if order is texts:
+                first = parts
+        assert parts == first
+    one = TextFiles(train=_write(tmp_path / "one.jsonl", ["a"]), **fractions)
+    assert [len(_texts(one, split)) for split in one.splits] == [1, 0, 0]
+
+
+def test_a_full_split_is_not_read_to_its_end_to_find_empty_ones(tmp_path):
+    path = _write(tmp_path / "a.jsonl", [f"text {number}" for number in range(1000)])
+    files = TextFiles(train=path, validation_fraction=0.2, test_fraction=0.2)
+    with open(path, "a") as file:
+        file.write("{")
+    documents = files.documents("train")
+    assert next(documents).text.startswith("text ")
+
+
 def test_a_file_in_two_splits_is_refused(tmp_path):
     path = _write(tmp_path / "a.jsonl", ["a"])
     files = TextFiles(train=f"{tmp_path}/*.jsonl", validation=path)
@@ -147,5 +173,11 @@ def test_this_machines_own_text(monkeypatch, tmp_path):
     assert not any("site-packages" in str(file) for file in files.files("train"))
     (tmp_path / "a.md").write_text("# Mine\n")
     monkeypatch.setenv("SALT_TEXT", f"{tmp_path}/*.md")
+    assert own_text(piece_bytes=7).piece_bytes == 7
+    assert own_text().piece_bytes == 200
+    (tmp_path / "b.md").write_text("x" * 200_000)
+    assert own_text().piece_bytes == 1000
+    assert own_text(max_bytes=100_000).piece_bytes == 500
+    (tmp_path / "b.md").unlink()
     mine = own_text(validation_fraction=0, test_fraction=0)
     assert [(d.text, d.subset) for d in mine.documents("train")] == [("# Mine\n", "md")]

@@ -11,7 +11,6 @@ import pytest
 from salt_jax.commands.evaluate import evaluate
 from salt_jax.commands.score import score
 from salt_jax.commands.select import select
-from salt_jax.commands.train import train
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import schedules
 from salt_jax.distill.losses import LossConfig
@@ -34,6 +33,8 @@ SALT = schedules.Step(omega=0.6, n_kd=3)
         ({"steps": 0}, "steps is 0"),
         ({"evaluate_every": 0}, "evaluate_every is 0"),
         ({"max_skipped_updates": -1}, "max_skipped_updates is -1"),
+        ({"evaluation_rows": 0}, "evaluation_rows is 0"),
+        ({"log_every": 0}, "log_every is 0"),
         ({"batch_size": 9}, "batch_size 9 can't be split over 8 devices"),
         ({"microbatches": 3}, "8 devices in 3 microbatches"),
         ({"stage1_microbatches": 3}, "8 devices in 3 microbatches"),
@@ -42,7 +43,9 @@ SALT = schedules.Step(omega=0.6, n_kd=3)
         ({"mesh": MeshConfig(data=3, fsdp=1)}, "need 3 devices and there are 8"),
         ({"model": dataclasses.replace(STUDENT, max_length=8)}, "max_length is 8"),
         ({"model": dataclasses.replace(STUDENT, vocab_size=100)}, "has 259 ids"),
+        ({"model": dataclasses.replace(STUDENT, vocab_size=300)}, "has 259 ids"),
         ({"schedule": SALT}, "needs a teacher and none is set"),
+        ({"schedule": SALT, "loss": LossConfig(teacher_top_k=260)}, "teacher_top_k is 260"),
         ({"schedule": SALT, "teacher": "nowhere"}, "teacher is nowhere"),
         ({"cache": "nowhere"}, "nowhere does not exist"),
         ({"selection": "nowhere"}, "nowhere"),
@@ -99,7 +102,7 @@ def test_teacher_and_student_must_share_the_tokenizer(
         "score": lambda run: score(run, scorer=str(slm), cache=str(other.path)),
         "evaluate": lambda run: evaluate(run, model=str(slm), cache=str(other.path)),
     }.items():
-        with pytest.raises(InputError, match="must share the student's tokenizer"):
+        with pytest.raises(InputError, match=r"was trained with the vocabulary"):
             call(RunFolder(tmp_path / verb, verb))
     assert list(tmp_path.iterdir()) == []
 
@@ -169,23 +172,46 @@ def test_half_written_cache(run_train: Run, cache: PackedCache, tmp_path: pathli
     assert not (tmp_path / "out").exists()
 
 
-def test_another_configuration_is_refused(cache: PackedCache, tmp_path: pathlib.Path) -> None:
-    configuration = {"text": "train.train.steps = 3"}
-    run = RunFolder(tmp_path / "out", "train", lambda: configuration["text"])
-    run.begin()
-    run.begin()
-    configuration["text"] = "train.train.steps = 4"
-    with pytest.raises(InputError, match=r"train.train.steps was 3 and is now 4"):
-        run.begin()
-    del cache
-
-
-@pytest.mark.parametrize("verb", [train])
 def test_too_little_disk_before_the_first_step(
-    run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, verb: object
+    run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    del verb
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"MB free, and .* checkpoints need"):
         run_train(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["teacher", "selection", "cache"])
+def test_resuming_on_something_else_is_refused(
+    run_train: Run,
+    slm: pathlib.Path,
+    cache: PackedCache,
+    make_cache: Callable[..., PackedCache],
+    tmp_path: pathlib.Path,
+    what: str,
+) -> None:
+    """The folders keep their names; what is in them has changed."""
+    teacher, chosen, rows = tmp_path / "slm", tmp_path / "chosen", tmp_path / "cache"
+    shutil.copytree(slm, teacher)
+    shutil.copytree(cache.path, rows)
+    select(RunFolder(chosen, "select"), cache=str(rows), rule=RandomRows(m=12))
+    settings: dict[str, Any] = {
+        "cache": str(rows),
+        "schedule": schedules.Step(omega=0.5, n_kd=6),
+        "teacher": str(teacher),
+        "selection": str(chosen),
+    }
+    run_train(tmp_path / "out", **settings)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "6")
+    if what == "teacher":
+        shutil.rmtree(teacher / "checkpoints" / "12")
+    elif what == "selection":
+        shutil.rmtree(chosen)
+        select(RunFolder(chosen, "select"), cache=str(rows), rule=RandomRows(m=12, seed=1))
+    else:
+        shutil.rmtree(rows)
+        shutil.copytree(make_cache(seed=9).path, rows)
+        shutil.rmtree(chosen)
+        select(RunFolder(chosen, "select"), cache=str(rows), rule=RandomRows(m=12))
+    with pytest.raises(InputError, match=rf"checkpoint of step 4 .* was made with the {what}"):
+        run_train(tmp_path / "out", **settings)

@@ -1,0 +1,114 @@
+"""The command line: what was typed, taken apart; and what the command says of itself.
+
+In: argv. Out: Arguments, and the texts of --help, read from the verbs' docstrings without importing
+the libraries that they need.
+"""
+
+import ast
+import difflib
+import pathlib
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from salt_jax.errors import InputError
+
+COMMANDS = pathlib.Path(__file__).parent / "commands"
+
+USAGE = """\
+usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]… --output_dir=FOLDER
+
+  --gin_file=FILE     a gin file, found from here or among the package's own (gin/); repeatable,
+                      a later file overrides an earlier one
+  --gin.NAME=VALUE    one setting (train.train.seed=1) or macro (STEPS=500), over the files
+  --SETTING=VALUE     a setting of the verb itself: --seed=1 is --gin.VERB.VERB.seed=1
+  --output_dir=FOLDER where the verb writes config.gin, run.json, summary.json and its results
+  --help, --version
+"""
+
+
+class Arguments(NamedTuple):
+    """A command line, taken apart."""
+
+    verb: str
+    gin_files: list[str]
+    bindings: list[str]
+    settings: dict[str, list[str]]
+    positional: list[str]
+    output_dir: str | None
+    help: bool
+
+
+def verbs() -> list[str]:
+    """The verbs: one a file in commands/."""
+    return sorted(path.stem for path in COMMANDS.glob("*.py") if not path.stem.startswith("_"))
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Takes a command line apart.
+
+    Raises:
+      InputError: A flag without its value.
+    """
+    arguments = Arguments(argv[0], [], [], {}, [], None, False)
+    rest = iter(argv[1:])
+    for argument in rest:
+        if argument in ("--help", "-h"):
+            arguments = arguments._replace(help=True)
+            continue
+        if not argument.startswith("--"):
+            arguments.positional.append(argument)
+            continue
+        name, separator, value = argument[2:].partition("=")
+        if not separator:
+            value = next(rest, "")
+            if not value or value.startswith("--"):
+                raise InputError(f"--{name} needs a value: --{name}=VALUE.")
+        if name == "gin_file":
+            arguments.gin_files.append(value)
+        elif name.startswith("gin."):
+            arguments.bindings.append(f"{name.removeprefix('gin.')} = {value}")
+        elif name == "output_dir":
+            arguments = arguments._replace(output_dir=value)
+        else:
+            arguments.settings.setdefault(name, []).append(value)
+    return arguments
+
+
+def verb_table() -> str:
+    """A line for each verb."""
+    lines = []
+    for verb in verbs():
+        tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
+        first = (ast.get_docstring(tree) or "").partition("\n")[0]
+        lines.append(f"  {verb:10} {first.partition(': ')[2] or first}\n")
+    return "".join(lines) + "\n`salt VERB --help` lists a verb's settings.\n"
+
+
+def verb_help(verb: str) -> str:
+    """The verb's docstrings and signature, read without importing its libraries."""
+    tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == verb)
+    lines = [f"salt {verb}: {(ast.get_docstring(function) or '').strip()}", "", "Settings:"]
+    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        kind = ast.unparse(argument.annotation) if argument.annotation else ""
+        value = "required" if default is None else f"default {ast.unparse(default)}"
+        lines.append(f"  --{argument.arg}: {kind} ({value})")
+    epilogue = ast.get_docstring(tree) or ""
+    return "\n".join([*lines, "", textwrap.dedent(epilogue), "", USAGE])
+
+
+def require_known(kind: str, name: str, known: Iterable[str], prefix: str = "") -> None:
+    """Raises InputError, with the nearest valid name, unless `name` is known."""
+    known = sorted(known)
+    if name not in known:
+        listed = ", ".join(known) if known else "none"
+        raise InputError(
+            f"There is no {kind} {prefix}{name}{nearest(name, known)}; the {kind}s are: {listed}."
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (nearest: …)" where some known name is like `name`, else nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (nearest: {matches[0]})" if matches else ""

@@ -1,0 +1,30 @@
+"""TensorFlow and SeqIO, imported without what they say of their build and of missing GPUs.
+
+In: nothing. Out: the modules `seqio` and `tf`, for the files of this folder that need them.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def _silent_standard_error() -> Iterator[None]:
+    """TensorFlow's native code writes there directly and heeds no level before it is imported."""
+    standard_error = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
+        os.close(nowhere)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with _silent_standard_error():
+    import seqio
+    import tensorflow as tf
+
+__all__ = ["seqio", "tf"]
