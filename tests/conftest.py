@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -18,8 +19,12 @@ import pytest
 from salt_jax.data import features
 from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
 from salt_jax.data.vocabularies import ByteVocabulary
+from salt_jax.training.compilation import use_compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same small programs, and compiling is most of what they do.
+_programs = tempfile.TemporaryDirectory(prefix="salt_jax_programs_")
+use_compilation_cache(_programs.name)
 
 LENGTH = 16
 

@@ -75,4 +75,5 @@ def _print(evaluation: Evaluation, title: str) -> None:
             f"{quality.next_token_accuracy:.2%}",
             f"{quality.tokens:,}",
         )
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    console.print(table, width=max(console.width, 80))

@@ -31,6 +31,7 @@ from salt_jax.training.evaluation import Evaluation, Evaluator
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
 SPLIT = "test"
+WIDTH = 100  # of the table, where the terminal is narrower or is none
 
 
 def smoke(
@@ -180,8 +181,8 @@ def _result(path: pathlib.Path, evaluation: Evaluation) -> dict[str, Any]:
 
 def _print_table(summary: dict[str, Any]) -> None:
     table = rich.table.Table(title=f"On held-out text (the {summary['split']} split)")
-    columns = ("", "steps", "with teacher", "log-perplexity", "accuracy", "train FLOPs", "seconds")
-    for column in columns:
+    columns = ["", "steps", "with teacher", "log-perplexity", "next-token accuracy"]
+    for column in [*columns, "train FLOPs", "seconds"]:
         table.add_column(column, justify="right" if column else "left")
     table.add_row("bigram", "", "", f"{summary['bigram_log_perplexity']:.4f}", "", "", "")
     for name, result in [("slm", summary["slm"]), *((a["arm"], a) for a in summary["arms"])]:
@@ -194,11 +195,9 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"{result['train_flops']:.3g}",
             f"{result['seconds']:.0f}",
         )
-    rich.console.Console().print(table)
-    print(
-        "One seed an arm: differences this small say nothing about which arm is better; "
-        "docs/RESULTS.md has more."
-    )
+    console = rich.console.Console()
+    console.print(table, width=max(console.width, WIDTH))
+    print("One seed an arm says nothing about which arm is better; docs/RESULTS.md has more.")
 
 
 def _require_learning(summary: dict[str, Any]) -> None:

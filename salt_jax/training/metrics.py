@@ -87,7 +87,9 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
-        self._bar.console.print(f"[{self._title}] {text}", markup=False, highlight=False)
+        self._bar.console.print(
+            f"[{self._title}] {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def __enter__(self) -> "ProgressBar":
         self._bar.start()

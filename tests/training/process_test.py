@@ -24,7 +24,8 @@ def command(cache: PackedCache, slm: pathlib.Path, output: pathlib.Path) -> list
         *(sys.executable, "-m", "salt_jax", "train", "--gin_file=runs/pretrain.gin"),
         *("--gin_file=methods/salt.gin", "--gin_file=hardware/single_device.gin"),
         *(f"--cache={cache.path}", f"--teacher={slm}", f"--gin.N_KD={STEPS // 2}"),
-        *(f"--steps={STEPS}", "--batch_size=8", "--log_every=1", "--compilation_cache="),
+        *(f"--steps={STEPS}", "--batch_size=8", "--log_every=1"),
+        f"--compilation_cache={slm / 'programs'}",
         *(
             "--gin.LEARNING_RATE=3e-3",
             "--gin.SAVE_EVERY=5",
@@ -79,7 +80,8 @@ def test_killed_at_any_step_ends_with_the_same_parameters(
     cache: PackedCache, slm: pathlib.Path, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     rng = np.random.default_rng()
-    kills = sorted(int(step) for step in rng.integers(1, STEPS - 5, size=2))
+    # Far enough apart that the second kill comes after the first one's checkpoint.
+    kills = [int(rng.integers(1, STEPS // 2 - 5)), int(rng.integers(STEPS // 2, STEPS - 5))]
     for step in kills:
         process = start(command(cache, slm, tmp_path))
         wait_for_step(process, tmp_path, step)
