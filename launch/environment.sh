@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes .venv with everything the tests and the smoke run need, once.
 #
 #   PYTHON=python3.12 launch/test.sh     another Python (3.11 to 3.13; the newest one found by default)
@@ -34,7 +35,7 @@ make_environment() {
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing the exact versions of requirements/lock-$version.txt (some minutes the first time)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$lock"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$root"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$root"
     echo "$wanted" > "$stamp"
   fi
   export PATH=$venv/bin:$PATH

@@ -7,6 +7,7 @@ Nothing else in the package knows gin.
 
 import ast
 import copy
+import errno
 import importlib
 import inspect
 import logging
@@ -56,6 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `| head` for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(
+            f"salt: {error.filename or '--output_dir'} cannot be written ({error.strerror}): make "
+            "room, or choose another --output_dir.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("salt: interrupted before anything was to be saved.", file=sys.stderr)
         return 1
