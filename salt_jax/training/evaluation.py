@@ -30,10 +30,6 @@ class Quality:
     next_token_accuracy: float
     tokens: int
 
-    def to_json(self) -> dict[str, Any]:
-        """As metrics.jsonl and summary.json hold it."""
-        return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -44,8 +40,12 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As metrics.jsonl and summary.json hold it."""
-        subsets = {name: quality.to_json() for name, quality in self.by_subset.items()}
-        return {**self.whole.to_json(), "by_subset": subsets}
+        return {
+            "log_perplexity": self.whole.log_perplexity,
+            "next_token_accuracy": self.whole.next_token_accuracy,
+            "evaluated_tokens": self.whole.tokens,
+            "by_subset": {name: dataclasses.asdict(q) for name, q in self.by_subset.items()},
+        }
 
 
 class Evaluator:

@@ -305,15 +305,12 @@ class Loop:
 
     def _summary(self, state: TrainState, evaluation: Evaluation) -> dict[str, Any]:
         setup = self._setup
-        results = evaluation.to_json()
-        evaluated_tokens = results.pop("tokens")
         return {
             "arm": setup.arm,
             "steps": setup.steps,
             "distill_steps": setup.stage1_steps,
             "parameters": setup.layout.config.num_parameters,
-            **results,
-            "evaluated_tokens": evaluated_tokens,
+            **evaluation.to_json(),
             **dataclasses.asdict(self._ledger.counters),
             "skipped_updates": int(state.skipped_updates),
             "seed": setup.seed,

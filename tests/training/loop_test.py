@@ -214,7 +214,8 @@ def test_learns(slm: pathlib.Path) -> None:
     evaluation = metrics_of(slm, "eval")[-1]
     assert evaluation["by_subset"].keys() == {"prose", "code"}
     tokens = [q["tokens"] for q in evaluation["by_subset"].values()]
-    assert sum(tokens) == evaluation["tokens"] == 150
+    assert sum(tokens) == evaluation["evaluated_tokens"] == 150
+    assert evaluation["tokens"] == 12 * 8 * 16
 
 
 def test_reads_ahead_from_any_step(cache: PackedCache) -> None:
