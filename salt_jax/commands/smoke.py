@@ -106,11 +106,11 @@ def smoke(
         salt("train", arm, f"--gin_file={llm_gin}", *method, cache, f"--steps={llm_steps}", *seeds)
     summary = _evaluate(folder)
     run.write_summary(summary)
-    _print_table(summary)
     runs = [str(folder / name) for name in (*ARMS, "slm", "scores", "selection")]
     salt("report", "report", *runs, "--title=SALT on this machine")
+    _print_table(summary)
     _require_learning(summary)
-    print(f"\nThe page: {(folder / 'report' / 'index.html').resolve()}")
+    print(f"The page: {(folder / 'report' / 'index.html').resolve()}")
 
 
 def _salt(output: pathlib.Path, verb: str, *arguments: str, text: str) -> None:
