@@ -7,6 +7,7 @@ the libraries that they need.
 import ast
 import difflib
 import pathlib
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -89,7 +90,8 @@ def verb_help(verb: str) -> str:
     """The verb's docstrings and signature, read without importing its libraries."""
     tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == verb)
-    lines = [f"salt {verb}: {(ast.get_docstring(function) or '').strip()}", "", "Settings:"]
+    text = re.sub(r"\n  run: .*", "", ast.get_docstring(function) or "")
+    lines = [f"salt {verb}: {text.strip()}", "", "Settings:"]
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
         kind = ast.unparse(argument.annotation) if argument.annotation else ""
         value = "required" if default is None else f"default {ast.unparse(default)}"

@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"salt: {_sentence(error)}", file=sys.stderr)
         return 75
-    except BrokenPipeError:  # the reader of our output, `| head` for one, has gone
+    except BrokenPipeError:  # the reader of our output, `| head` for one, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
@@ -66,9 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print("salt: interrupted before anything was to be saved.", file=sys.stderr)
-        return 1
 
 
 def _run(argv: list[str]) -> int:
@@ -133,6 +130,10 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     missing = list(_missing_settings(function, set()))
     if not missing:
         _refuse_wrong_types(function, set())
+    elif missing[0].rpartition(".")[2] == getattr(
+        sys.modules[function.__module__], "POSITIONAL", 0
+    ):
+        raise InputError(f"Nothing to {verb} was named: `salt {verb} FOLDER…`.")
     else:
         flag = _flag(missing[0])
         raise InputError(f"{missing[0]} is not set: add {flag}, or a gin file that sets it.")
@@ -316,8 +317,13 @@ def _explained(
         raise
     except SyntaxError as error:
         where = f"{error.filename}, line {error.lineno}" if error.filename else "the command line"
-        text = str(error.text).strip()
-        raise InputError(f"{where}: gin cannot read {text!r} ({error.msg}).") from error
+        text, message = str(error.text).strip(), str(error.msg).partition("\n")[0]
+        reason = "a text needs quotes of its own" if "malformed node" in message else message
+        raise InputError(
+            f"{where}: gin cannot read {text!r}: {reason}, as in --gin.NAME=\"'text'\"."
+            if reason != message
+            else f"{where}: gin cannot read {text!r} ({message})."
+        ) from error
     except (NameError, AttributeError, ValueError, ImportError, TypeError, OSError) as error:
         message, _, location = str(error).partition("\n")
         raise InputError(_gin_sentence(message, location, files)) from error

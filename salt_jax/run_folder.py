@@ -84,6 +84,18 @@ class RunFolder:
                 "choose another --output_dir, or make room."
             ) from error
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run already."""
+        return (self.path / RUN_FILE).exists()
+
+    def withdraw(self) -> None:
+        """Takes back what `begin` wrote, for a run whose input turned out bad."""
+        for name in (CONFIG_FILE, RUN_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the verb's results."""
         write_atomically(self.path / SUMMARY_FILE, to_json(summary, indent=2))

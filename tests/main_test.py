@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -28,6 +29,10 @@ FULL = [*BASELINE, "--cache=nowhere", "--steps=3", "--batch_size=8"]
     [
         (["trian"], ["no verb trian", "nearest: train"]),
         (["train", "--steps"], ["--steps needs a value"]),
+        (["report"], ["salt report FOLDER…"]),
+        (["prepare", "--show=3"], ["holds no finished cache"]),
+        (["prepare", "--gin_file=data/text.gin", "--gin.TEXT=a/*.md"], ["quotes of its own"]),
+        (["score", "--scorer=x", "--cache=y", "--k=0"], ["k is 0"]),
         (["train", "--steps=3", "elsewhere"], ["takes no argument 'elsewhere'"]),
         (["train", "--gin_file=runs/pretrian.gin"], ["pretrian.gin", "nearest: runs/pretrain.gin"]),
         (["train", "--gin_file=runs/pretrain.gin"], ["LEARNING_RATE must be set", "pretrain.gin"]),
@@ -243,3 +248,24 @@ def test_plain_install_holds_configs_and_tasks(tmp_path: pathlib.Path) -> None:
 def test_gin_stays_importable_in_a_clone() -> None:
     code = "import gin; assert hasattr(gin, 'parse_config'), gin"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_start_ends_in_one_sentence(number: signal.Signals) -> None:
+    code = (
+        "import salt_jax.__main__ as m, salt_jax.main as n, time\n"
+        "n.main = lambda: (print('ready', flush=True), time.sleep(99))\n"
+        "m.run()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 75
+    assert error == f"salt: stopped by {number.name}: run the same command again.\n"

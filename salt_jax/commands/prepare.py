@@ -72,6 +72,8 @@ def prepare(
     if verify or (finished and show):
         _show_finished(PackedCache.open(run.path), show, verify)
         return
+    if show and task is None:
+        raise InputError(f"{run.path} holds no finished cache to show: correct --output_dir.")
     plan = PackingPlan(sequence_length, packing, shards, seed)
     task = _checked(task, vocabulary, skip_broken_lines)
     _refuse_folder(run)

@@ -26,7 +26,9 @@ def score(
     cache: str,
     scorer_step: int | None = None,
     split: str = "train",
-    score: ScoreConfig = ScoreConfig(),  # noqa: B008 (frozen)
+    k: int = 10,
+    unlearnable: str = "drop",
+    min_learnable_fraction: float = 0.0,
     batch_size: int = 64,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
@@ -40,7 +42,9 @@ def score(
       cache: A folder made by `salt prepare`, with the scorer's vocabulary.
       scorer_step: The scorer's checkpoint, an early one for SALT; the newest by default.
       split: Which rows.
-      score: k and the treatment of unlearnable tokens.
+      k: A token is learnable if it is among the scorer's k most likely ones.
+      unlearnable: What becomes of the others in the median: "drop", or "zero" to count them as 0.
+      min_learnable_fraction: Rows with a smaller share of learnable tokens are never selected.
       batch_size: Rows at once.
       mesh: How many devices along each mesh axis.
       rules: From the model's logical axes to the mesh's.
@@ -49,12 +53,12 @@ def score(
     Raises:
       InputError: No such model or cache, another vocabulary, or k over the vocabulary's size.
     """
+    config = ScoreConfig(k, unlearnable, min_learnable_fraction)
     packed = PackedCache.open(cache)
     model = find_model(scorer, scorer_step, "scorer", packed)
-    if score.k > packed.vocabulary_size:
+    if k > packed.vocabulary_size:
         raise InputError(
-            f"k is {score.k} and the vocabulary has {packed.vocabulary_size} ids: lower "
-            "scores.ScoreConfig.k."
+            f"k is {k} and the vocabulary has {packed.vocabulary_size} ids: lower --k."
         )
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size} and must be at least 1.")
@@ -65,7 +69,7 @@ def score(
     params = model.load_params(device_mesh, rules)
     start = time.perf_counter()
     scores_N = score_rows(
-        model.config, params, packed, split, score, batch_size, device_mesh, rules
+        model.config, params, packed, split, config, batch_size, device_mesh, rules
     )
     seconds = time.perf_counter() - start
     RowScores.write(
@@ -74,7 +78,7 @@ def score(
         cache_digest=packed.digest,
         split=split,
         scorer=model.identity,
-        score=dataclasses.asdict(score),
+        score=dataclasses.asdict(config),
     )
     learnable_N = np.isfinite(scores_N)
     print(
@@ -87,7 +91,7 @@ def score(
         {
             "rows": rows,
             "rows_without_score": int((~learnable_N).sum()),
-            "score": dataclasses.asdict(score),
+            "score": dataclasses.asdict(config),
             "scorer": model.identity,
             "quantiles": _quantiles(scores_N[learnable_N]),
             "seconds": seconds,

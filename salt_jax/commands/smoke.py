@@ -76,13 +76,24 @@ def smoke(
             f"scorer_step is {scorer_step} of {slm_steps} slm_steps and n_kd {n_kd} of {llm_steps} "
             "llm_steps: each must be at least 1 and at most the steps it is part of."
         )
-    run.begin()
     folder = run.path
+    fresh = not run.begun
+    if fresh and (folder / "cache").exists():
+        raise InputError(
+            f"{folder / 'cache'} is there and {folder} is no folder of `salt smoke`: choose "
+            "another --output_dir."
+        )
+    run.begin()
 
     def salt(verb: str, name: str, *arguments: str) -> None:
         _salt(folder / name, verb, *arguments, text=text)
 
-    salt("prepare", "cache", *data)
+    try:
+        salt("prepare", "cache", *data)
+    except InputError:
+        if fresh:
+            run.withdraw()
+        raise
     cache = f"--cache={folder / 'cache'}"
     seeds = (f"--seed={seed}", f"--data_seed={seed}")
     salt(

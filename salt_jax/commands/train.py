@@ -100,7 +100,8 @@ def train(
         1, steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, log_every=log_every
     )
     _check_at_least(1, evaluation_rows=1 if evaluation_rows is None else evaluation_rows)
-    _check_at_least(0, max_skipped_updates=max_skipped_updates)
+    _check_at_least(0, max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
+    _check_keep_steps(checkpoints, steps)
     for parts in {microbatches, stage1_microbatches or microbatches}:
         _check_batch(batch_size, parts, device_mesh)
     stage1_steps = schedule.distill_steps(steps)
@@ -177,6 +178,14 @@ def _check_at_least(least: int, **settings: int) -> None:
     for name, value in settings.items():
         if value < least:
             raise InputError(f"{name} is {value} and must be at least {least}: change --{name}.")
+
+
+def _check_keep_steps(checkpoints: CheckpointConfig, steps: int) -> None:
+    if any(not 0 < step <= steps for step in checkpoints.keep_steps):
+        raise InputError(
+            f"CheckpointConfig.keep_steps is {tuple(checkpoints.keep_steps)} and the run has "
+            f"{steps} steps: keep steps from 1 to {steps} (--gin.KEEP_STEPS), or raise --steps."
+        )
 
 
 def _check_batch(batch_size: int, microbatches: int, mesh: jax.sharding.Mesh) -> None:

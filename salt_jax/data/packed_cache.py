@@ -137,6 +137,11 @@ class PackedCache:
                     f"The shard {file} {found}, expected {shard['bytes']:,} bytes: "
                     "copy the cache again, or make it again with `salt prepare`."
                 )
+        if not (cache.path / VOCABULARY_FOLDER).is_dir():
+            raise InputError(
+                f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: copy it again, or make "
+                "it again with `salt prepare`."
+            )
         return cache
 
     @property

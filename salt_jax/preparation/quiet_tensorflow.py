@@ -27,4 +27,6 @@ with _silent_standard_error():
     import seqio
     import tensorflow as tf
 
+    tf.config.set_visible_devices([], "GPU")  # reading text needs none, and must not claim any
+
 __all__ = ["seqio", "tf"]

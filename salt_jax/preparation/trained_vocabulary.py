@@ -96,8 +96,9 @@ class TrainedVocabulary:
             )
         except RuntimeError as error:
             raise InputError(
-                f"A vocabulary of {self.size} cannot be trained on {len(sample):,} documents "
-                f"({str(error).strip()}): lower TrainedVocabulary.size, or give more text."
+                f"The text, {sum(map(len, sample)):,} characters sampled from its train split, is "
+                f"too little for a vocabulary of {self.size:,} ids: lower TrainedVocabulary.size "
+                "(--gin.VOCABULARY_SIZE in the files of gin/data), or give more text."
             ) from error
         with tempfile.NamedTemporaryFile(suffix=".model") as file:
             file.write(model.getvalue())

@@ -180,6 +180,10 @@ def find_model(
     """
     path = pathlib.Path(path)
     folder = path / CHECKPOINTS_FOLDER
+    if not path.exists():
+        raise InputError(
+            f"{role} is {path}, which does not exist: name the output folder of a `salt train` run."
+        )
     if not folder.is_dir():
         raise InputError(
             f"{role} is {path}, and there are no checkpoints in {folder}: name the output "

@@ -219,7 +219,7 @@ BAD_INPUT = {
     "broken line": (lambda c: c.add("{") or {}, r"0\.jsonl, line 81: this is not JSON"),
     "unknown task": (lambda _: {"task": RegisteredTask("none"), "vocabulary": None}, "no task"),
     "verify": (lambda _: {"verify": True}, "cache does not exist"),
-    "little text": (lambda _: {"vocabulary": TrainedVocabulary()}, "cannot be trained"),
+    "little text": (lambda _: {"vocabulary": TrainedVocabulary()}, "too little for a vocabulary"),
 }
 
 

@@ -68,3 +68,16 @@ def test_steps_must_fit(tmp_path: pathlib.Path, steps: dict[str, int]) -> None:
     with pytest.raises(InputError, match="each must be at least 1"):
         smoke.smoke(RunFolder(tmp_path / "out", "smoke"), **steps)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_another_folder_is_not_taken_over(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(InputError, match="no folder of `salt smoke`"):
+        smoke.smoke(RunFolder(tmp_path, "smoke"))
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_refused_text_leaves_the_folder_free(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InputError, match="refused its input"):
+        smoke.smoke(RunFolder(tmp_path / "out", "smoke"), text=f"{tmp_path}/nothing/*.md")
+    assert not (tmp_path / "out").exists()

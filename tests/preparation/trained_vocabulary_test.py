@@ -43,7 +43,7 @@ def test_the_sample_is_bounded_and_independent_of_order():
 def test_no_text_and_too_little_text():
     with pytest.raises(InputError, match="train split is empty"):
         TrainedVocabulary().train([])
-    with pytest.raises(InputError, match=r"vocabulary of 4096 cannot be trained on 1 documents"):
+    with pytest.raises(InputError, match=r"too little for a vocabulary of 4,096 ids"):
         TrainedVocabulary().train(["a few words are not enough"])
 
 

@@ -19,6 +19,7 @@ from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
+from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 from salt_jax.training.partitioning import MeshConfig
 
@@ -35,6 +36,8 @@ SALT = schedules.Step(omega=0.6, n_kd=3)
         ({"max_skipped_updates": -1}, "max_skipped_updates is -1"),
         ({"evaluation_rows": 0}, "evaluation_rows is 0"),
         ({"log_every": 0}, "log_every is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"checkpoints": CheckpointConfig(keep_steps=(7,))}, "keep_steps is (7,)"),
         ({"batch_size": 9}, "batch_size 9 can't be split over 8 devices"),
         ({"microbatches": 3}, "8 devices in 3 microbatches"),
         ({"stage1_microbatches": 3}, "8 devices in 3 microbatches"),
@@ -115,7 +118,7 @@ def test_k_over_the_vocabulary(
             RunFolder(tmp_path / "out", "score"),
             scorer=str(slm),
             cache=str(cache.path),
-            score=ScoreConfig(k=260),
+            k=260,
         )
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,6 @@ from salt_jax.commands.select import select
 from salt_jax.data.features import make_batch
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores, Selection
-from salt_jax.distill.scores import ScoreConfig
 from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError
 from salt_jax.models import decoder
@@ -73,13 +72,13 @@ def test_evaluation_equals_numpy(
 def test_scores_equal_numpy_and_are_selected_from(
     slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path, unlearnable: Any
 ) -> None:
-    config = ScoreConfig(k=3, unlearnable=unlearnable)
     score(
         RunFolder(tmp_path / "scores", "score"),
         scorer=str(slm),
         scorer_step=4,
         cache=str(cache.path),
-        score=config,
+        k=3,
+        unlearnable=unlearnable,
         batch_size=9,
         compilation_cache="",
     )
