@@ -75,5 +75,4 @@ def _print(evaluation: Evaluation, title: str) -> None:
             f"{quality.next_token_accuracy:.2%}",
             f"{quality.tokens:,}",
         )
-    console = rich.console.Console()
-    console.print(table, width=max(console.width, 80))
+    rich.console.Console().print(table)

@@ -206,8 +206,8 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"{result['train_flops']:.3g}",
             f"{result['seconds']:.0f}",
         )
-    console = rich.console.Console()
-    console.print(table, width=max(console.width, WIDTH))
+    width = max(rich.console.Console().width, WIDTH)
+    rich.console.Console(width=width).print(table)
     print("One seed an arm says nothing about which arm is better; docs/RESULTS.md has more.")
 
 

@@ -14,7 +14,7 @@ from salt_jax.commands.select import select
 from salt_jax.data.input_pipeline import InputPipeline, RowOrder
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
-from salt_jax.distill import schedules
+from salt_jax.distill import losses, schedules
 from salt_jax.distill.selection import RandomRows
 from salt_jax.errors import RunFailed
 from salt_jax.run_folder import RunFolder
@@ -109,6 +109,22 @@ def test_stage_2_equals_a_teacherless_run_from_the_same_checkpoint(
     assert_same(salt, tmp_path)
     assert [m["stage"] for m in metrics_of(salt)] == [1, 1, 1, 2, 2, 2]
     assert [m["omega"] for m in metrics_of(salt)] == [0.6] * 3 + [0.0] * 3
+
+
+def test_the_schedule_weighs_every_step(run_train: Run, slm: pathlib.Path) -> None:
+    schedule = schedules.LinearDecay(omega=0.9, start=1, n_kd=5)
+    run = run_train(
+        schedule=schedule, teacher=str(slm), loss=losses.LossConfig(teacher_temperature=0.5)
+    )
+    history = metrics_of(run)
+    omegas = [schedule.omega_at(step) for step in range(6)]
+    assert omegas[-1] == 0
+    assert len(set(omegas)) == 5
+    for omega, line in zip(omegas, history, strict=True):
+        soft = line.get("soft_loss", 0.0)
+        expected = (1 - omega) * line["log_perplexity"] + omega * soft
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert ["soft_loss" in line for line in history] == [True] * 5 + [False]
 
 
 def test_teacher_memory_is_freed_at_the_switch(
