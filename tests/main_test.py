@@ -21,6 +21,7 @@ from salt_jax.main import configure, main
 ROOT = pathlib.Path(__file__).parent.parent
 PRETRAIN = ["train", "--gin_file=runs/pretrain.gin", "--gin.LEARNING_RATE=1e-3"]
 BASELINE = [*PRETRAIN, "--gin_file=methods/baseline.gin", "--gin_file=models/slm_smoke.gin"]
+IMPORTS = "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
 FULL = [*BASELINE, "--cache=nowhere", "--steps=3", "--batch_size=8"]
 
 
@@ -73,26 +74,25 @@ def test_refuses_in_one_sentence(
     assert not folder.exists()
 
 
+def error_of(file: pathlib.Path, text: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `salt train` says of a gin file of one's own."""
+    file.write_text(text)
+    output = file.parent / "out"
+    assert main([*FULL, f"--gin_file={file}", f"--output_dir={output}"]) == 2
+    return capsys.readouterr().err
+
+
 def test_unknown_name_in_a_file_names_file_and_line(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.gin"
-    file.write_text(
-        "from __gin__ import dynamic_registration\n"
-        "from salt_jax.commands import train\n"
-        "train.train.batchsize = 8\n"
-    )
-    assert main([*FULL, f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
-    error = capsys.readouterr().err
+    error = error_of(file, IMPORTS + "train.train.batchsize = 8\n", capsys)
     assert "mine.gin, line 3" in error
     assert "nearest: batch_size" in error
 
 
 def test_unused_macro_in_a_file(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "mine.gin"
-    file.write_text("WARMUP_STEP = 3\n")
-    assert main([*FULL, f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
-    error = capsys.readouterr().err
+    error = error_of(tmp_path / "mine.gin", "WARMUP_STEP = 3\n", capsys)
     assert "mine.gin" in error
     assert "nearest: WARMUP_STEPS" in error
 
@@ -101,14 +101,7 @@ def test_required_names_the_users_own_file(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.gin"
-    file.write_text(
-        "from __gin__ import dynamic_registration\n"
-        "from salt_jax.commands import train\n"
-        "WIDTH = %gin.REQUIRED\n"
-        "train.train.seed = %WIDTH\n"
-    )
-    assert main([*FULL, f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
-    error = capsys.readouterr().err
+    error = error_of(file, IMPORTS + "WIDTH = %gin.REQUIRED\ntrain.train.seed = %WIDTH\n", capsys)
     assert f"WIDTH must be set ({file} leaves it open)" in error
 
 
@@ -247,7 +240,8 @@ def test_plain_install_holds_configs_and_tasks(tmp_path: pathlib.Path) -> None:
 
 def test_gin_stays_importable_in_a_clone() -> None:
     code = "import gin; assert hasattr(gin, 'parse_config'), gin"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -100,20 +100,13 @@ def smoke(
         *("train", "slm", f"--gin_file={slm_gin}", "--gin_file=methods/baseline.gin", cache),
         *(f"--steps={slm_steps}", f"--gin.KEEP_STEPS=({scorer_step},)", "--arm=slm", *seeds),
     )
-    slm = f"{folder / 'slm'}"
-    salt("score", "scores", f"--scorer={slm}", f"--scorer_step={scorer_step}", cache)
+    salt("score", "scores", f"--scorer={folder / 'slm'}", f"--scorer_step={scorer_step}", cache)
     salt(
         *("select", "selection", cache, f"--scores={folder / 'scores'}"),
         *("--gin_file=methods/top_fraction.gin", f"--gin.FRACTION={selected_fraction}"),
     )
     for arm in ARMS:
-        method = [f"--gin_file=methods/{arm}.gin"]
-        if arm != "baseline":
-            method += [f"--teacher={slm}", f"--gin.TEACHER_TEMPERATURE={temperature}"]
-        if arm in ("salt", "salt_ds"):
-            method += [f"--gin.N_KD={n_kd}"]
-        if arm == "salt_ds":
-            method += [f"--selection={folder / 'selection'}"]
+        method = _method(arm, folder, n_kd, temperature)
         salt("train", arm, f"--gin_file={llm_gin}", *method, cache, f"--steps={llm_steps}", *seeds)
     summary = _evaluate(folder)
     run.write_summary(summary)
@@ -122,6 +115,18 @@ def smoke(
     _print_table(summary)
     _require_learning(summary)
     print(f"The page: {(folder / 'report' / 'index.html').resolve()}")
+
+
+def _method(arm: str, folder: pathlib.Path, n_kd: int, temperature: float) -> list[str]:
+    """The arguments of `salt train` that make an arm what it is."""
+    arguments = [f"--gin_file=methods/{arm}.gin"]
+    if arm != "baseline":
+        arguments += [f"--teacher={folder / 'slm'}", f"--gin.TEACHER_TEMPERATURE={temperature}"]
+    if arm in ("salt", "salt_ds"):
+        arguments += [f"--gin.N_KD={n_kd}"]
+    if arm == "salt_ds":
+        arguments += [f"--selection={folder / 'selection'}"]
+    return arguments
 
 
 def _salt(output: pathlib.Path, verb: str, *arguments: str, text: str) -> None:
