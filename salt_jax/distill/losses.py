@@ -134,14 +134,14 @@ def token_losses(
 
 def loss_from_hidden(
     student_hidden_BxLxD: jax.Array,
-    student_head_DxV: jax.Array,
+    student_head_VxD: jax.Array,
     targets_BxL: jax.Array,
     weights_BxL: jax.Array,
     omega: jax.Array | float,
     config: LossConfig,
     vocab_size: int,
     teacher_hidden_BxLxD: jax.Array | None = None,
-    teacher_head_DxV: jax.Array | None = None,
+    teacher_head_VxD: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Weighted sums over a batch of token_losses, from hidden states and heads.
 
@@ -150,41 +150,41 @@ def loss_from_hidden(
 
     Args:
         student_hidden_BxLxD: after the final norm.
-        student_head_DxV: cast to the hidden states' dtype for the product; logits are float32.
+        student_head_VxD: cast to the hidden states' dtype for the product; logits are float32.
         targets_BxL: int32.
         weights_BxL: float32, 0 or more.
         omega: ω, a traced scalar.
         config: temperatures, divergence, z-loss.
         vocab_size: number of ids that mean something.
-        teacher_hidden_BxLxD: with teacher_head_DxV, the teacher's; both or neither. Width and V are
+        teacher_hidden_BxLxD: with teacher_head_VxD, the teacher's; both or neither. Width and V are
             the teacher's own.
-        teacher_head_DxV: see teacher_hidden_BxLxD.
+        teacher_head_VxD: see teacher_hidden_BxLxD.
 
     Returns:
         (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
         the names of token_losses but loss. Divide once, when microbatches and devices are added.
     """
-    if (teacher_hidden_BxLxD is None) != (teacher_head_DxV is None):
+    if (teacher_hidden_BxLxD is None) != (teacher_head_VxD is None):
         raise ValueError("The teacher's hidden states and head go together: give both or neither.")
     counts_BxL = weights_BxL > 0
 
-    def logits(hidden_BxLxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
+    def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
         # Zeroed here and not only in the sum: 0 · NaN in the backward pass would be NaN.
         hidden_BxLxD = jnp.where(counts_BxL[..., None], hidden_BxLxD, 0)
-        head_DxV = head_DxV.astype(hidden_BxLxD.dtype)
+        head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
         precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
         batch, length, width = hidden_BxLxD.shape
         # As two matrices: XLA's CPU backend is slower in the gradient of a product with more axes.
         product = jnp.matmul(
-            hidden_BxLxD.reshape(-1, width), head_DxV, preferred_element_type=precise
+            hidden_BxLxD.reshape(-1, width), head_VxD.T, preferred_element_type=precise
         )
         return product.reshape(batch, length, -1)
 
     teacher_logits_BxLxV = None
-    if teacher_hidden_BxLxD is not None and teacher_head_DxV is not None:
-        teacher_logits_BxLxV = jax.lax.stop_gradient(logits(teacher_hidden_BxLxD, teacher_head_DxV))
+    if teacher_hidden_BxLxD is not None and teacher_head_VxD is not None:
+        teacher_logits_BxLxV = jax.lax.stop_gradient(logits(teacher_hidden_BxLxD, teacher_head_VxD))
     token = token_losses(
-        logits(student_hidden_BxLxD, student_head_DxV),
+        logits(student_hidden_BxLxD, student_head_VxD),
         teacher_logits_BxLxV,
         jnp.where(counts_BxL, targets_BxL, 0),
         omega,

@@ -245,10 +245,10 @@ class Decoder(nn.Module):
                 f"Sequences of {inputs_BxL.shape[1]} tokens are longer than the model takes; "
                 f"set DecoderConfig.max_length, now {config.max_length}, to at least that."
             )
-        embedding_VxD = self._table("embedding", ("vocab", "embed"))
+        embedding_VxD = self._table("embedding")
         if not config.tied_embeddings:
             # Declared here to be made and named with the rest; head_kernel alone uses it.
-            self._table("head", ("embed", "vocab"))
+            self._table("head")
         x_BxLxD = jnp.take(embedding_VxD, inputs_BxL, axis=0).astype(config.dtype)
         if config.scale_embeddings:
             x_BxLxD *= math.sqrt(config.embed_dim)
@@ -276,15 +276,14 @@ class Decoder(nn.Module):
                 x_BxLxD, _ = apply_block(x_BxLxD, segment_ids_BxL, rotation)
         return _norm(config, "final_norm")(x_BxLxD)
 
-    def _table(self, name: str, axes: tuple[str, str]) -> jax.Array:
+    def _table(self, name: str) -> jax.Array:
         config = self.config
         input_alone = name == "embedding" and not config.tied_embeddings
         std = _INITIAL_STD
         if config.scale_embeddings or not input_alone:
             std /= math.sqrt(config.embed_dim)
-        sizes = {"vocab": config.padded_vocab_size, "embed": config.embed_dim}
-        init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-        shape = tuple(sizes[axis] for axis in axes)
+        init = nn.with_logical_partitioning(nn.initializers.normal(std), ("vocab", "embed"))
+        shape = (config.padded_vocab_size, config.embed_dim)
         table: Any = self.param(name, init, shape, jnp.dtype(config.param_dtype))
         return table
 
@@ -374,18 +373,17 @@ def hidden_states(config: DecoderConfig, params: Any, batch: Mapping[str, jax.Ar
 
 
 def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:
-    """The head's kernel [D, V] in param_dtype; the embedding, transposed, if the two are tied."""
-    params = nn.unbox(params)
-    head_DxV: jax.Array = params["embedding"].T if config.tied_embeddings else params["head"]
-    return head_DxV
+    """The head's kernel [V, D] in param_dtype; the embedding itself if the two are tied."""
+    head_VxD: jax.Array = nn.unbox(params)["embedding" if config.tied_embeddings else "head"]
+    return head_VxD
 
 
-def logits(hidden_BxLxD: jax.Array, head_DxV: jax.Array, config: DecoderConfig) -> jax.Array:
+def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array, config: DecoderConfig) -> jax.Array:
     """[B, L, V] in float32, of a product in config.dtype; V is the padded vocabulary."""
     logits_BxLxV = jnp.einsum(
-        "bld,dv->blv",
+        "bld,vd->blv",
         hidden_BxLxD.astype(config.dtype),
-        head_DxV.astype(config.dtype),
+        head_VxD.astype(config.dtype),
         preferred_element_type=jnp.float32,
     )
     return _constrain(logits_BxLxV, "activation_vocab")

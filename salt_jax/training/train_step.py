@@ -64,23 +64,49 @@ def compile_programs(
       teacher_params: Its parameters, or ShapeDtypeStructs that have their shardings.
       distill_microbatches: Like microbatches, for the distilling step; the same by default.
     """
-    batch = abstract_batch(batch_shape, layout)
-    plain = make_step(layout, loss_config, microbatches)
-    jit = lambda step: jax.jit(  # noqa: E731
-        step,
+    plain = lower_step(layout, loss_config, batch_shape, microbatches)
+    if teacher_config is None:
+        return Programs(plain.compile(), None)
+    distill = lower_step(
+        layout,
+        loss_config,
+        batch_shape,
+        distill_microbatches or microbatches,
+        teacher_config,
+        teacher_params,
+    )
+    return Programs(plain.compile(), distill.compile())
+
+
+def lower_step(
+    layout: StateLayout,
+    loss_config: losses.LossConfig,
+    batch_shape: tuple[int, int],
+    microbatches: int,
+    teacher_config: decoder.DecoderConfig | None = None,
+    teacher_params: Any = None,
+) -> jax.stages.Lowered:
+    """One step, traced for the layout's mesh and still to be compiled; see Programs.
+
+    Args:
+      layout: The student's state.
+      loss_config: The loss.
+      batch_shape: Rows and tokens of the global batch, [B, L].
+      microbatches: Parts of the batch computed one after the other.
+      teacher_config: The teacher's model for the distilling step, None for the plain one.
+      teacher_params: Its parameters, or ShapeDtypeStructs that have their shardings.
+    """
+    step = jax.jit(
+        make_step(layout, loss_config, microbatches, teacher_config),
         donate_argnums=0,
         out_shardings=(layout.shardings, partitioning.replicated(layout.mesh)),
     )
+    batch = abstract_batch(batch_shape, layout)
     with partitioning.partitioned(layout.mesh, layout.rules):
-        compiled_plain = jit(plain).lower(layout.abstract, batch).compile()
         if teacher_config is None:
-            return Programs(compiled_plain, None)
-        distill = make_step(
-            layout, loss_config, distill_microbatches or microbatches, teacher_config
-        )
+            return step.lower(layout.abstract, batch)
         omega = jax.ShapeDtypeStruct((), jnp.float32, sharding=partitioning.replicated(layout.mesh))
-        lowered = jit(distill).lower(layout.abstract, batch, teacher_params, omega)
-        return Programs(compiled_plain, lowered.compile())
+        return step.lower(layout.abstract, batch, teacher_params, omega)
 
 
 def abstract_batch(shape: tuple[int, int], layout: StateLayout) -> dict[str, jax.ShapeDtypeStruct]:
@@ -140,11 +166,11 @@ def _loss_sums(
     def sums(
         params: Any, batch: Batch, teacher_params: Any, omega: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        teacher_hidden_BxLxD = teacher_head_DxV = None
+        teacher_hidden_BxLxD = teacher_head_VxD = None
         if teacher_config is not None:
             frozen = jax.lax.stop_gradient(teacher_params)
             teacher_hidden_BxLxD = decoder.hidden_states(teacher_config, frozen, batch)
-            teacher_head_DxV = decoder.head_kernel(frozen, teacher_config)
+            teacher_head_VxD = decoder.head_kernel(frozen, teacher_config)
         loss, weight, metrics = losses.loss_from_hidden(
             decoder.hidden_states(config, params, batch),
             decoder.head_kernel(params, config),
@@ -154,7 +180,7 @@ def _loss_sums(
             loss_config,
             vocab_size,
             teacher_hidden_BxLxD=teacher_hidden_BxLxD,
-            teacher_head_DxV=teacher_head_DxV,
+            teacher_head_VxD=teacher_head_VxD,
         )
         return loss, {"loss": loss, "weight": weight, **metrics}
 

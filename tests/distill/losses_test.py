@@ -216,9 +216,9 @@ def hidden_case(seed: int = 8) -> dict[str, Any]:
 
     return {
         "student_hidden_BxLxD": normal(BATCH, LENGTH, 4),
-        "student_head_DxV": normal(4, VOCAB + 5),
+        "student_head_VxD": normal(VOCAB + 5, 4),
         "teacher_hidden_BxLxD": normal(BATCH, LENGTH, 3),
-        "teacher_head_DxV": normal(3, VOCAB + 2),
+        "teacher_head_VxD": normal(VOCAB + 2, 3),
         "targets_BxL": jnp.asarray(rng.integers(VOCAB, size=(BATCH, LENGTH)), jnp.int32),
         "weights_BxL": jnp.asarray([[0.0, 1.0, 1.0], [1.0, 0.0, 0.5]], jnp.float32),
         "omega": jnp.float32(0.4),
@@ -230,8 +230,8 @@ def hidden_case(seed: int = 8) -> dict[str, Any]:
 def test_loss_from_hidden_is_the_weighted_sum_of_token_losses() -> None:
     case = hidden_case()
     loss, weight, metrics = loss_from_hidden(**case)
-    student = case["student_hidden_BxLxD"] @ case["student_head_DxV"]
-    teacher = case["teacher_hidden_BxLxD"] @ case["teacher_head_DxV"]
+    student = case["student_hidden_BxLxD"] @ case["student_head_VxD"].T
+    teacher = case["teacher_hidden_BxLxD"] @ case["teacher_head_VxD"].T
     want = oracle(*map(np.asarray, (student, teacher, case["targets_BxL"])), 0.4, case["config"])
     sums = {name: (value * case["weights_BxL"]).sum() for name, value in want.items()}
     assert weight == 3.5
@@ -259,11 +259,11 @@ def test_nothing_at_weight_zero_reaches_sums_or_gradients(config: LossConfig) ->
     def results(case: dict[str, Any]) -> Any:
         def total(hidden: jax.Array, head: jax.Array) -> Any:
             sums = loss_from_hidden(
-                **{**case, "student_hidden_BxLxD": hidden, "student_head_DxV": head}
+                **{**case, "student_hidden_BxLxD": hidden, "student_head_VxD": head}
             )
             return sums[0], sums
 
-        arguments = case["student_hidden_BxLxD"], case["student_head_DxV"]
+        arguments = case["student_hidden_BxLxD"], case["student_head_VxD"]
         return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*arguments)
 
     jax.tree.map(np.testing.assert_array_equal, results(clean), results(poison))
@@ -271,7 +271,7 @@ def test_nothing_at_weight_zero_reaches_sums_or_gradients(config: LossConfig) ->
 
 def test_teacher_and_metrics_get_no_gradient() -> None:
     case = hidden_case()
-    names = ("teacher_hidden_BxLxD", "teacher_head_DxV")
+    names = ("teacher_hidden_BxLxD", "teacher_head_VxD")
 
     def total(*teacher: jax.Array) -> jax.Array:
         return loss_from_hidden(**{**case, **dict(zip(names, teacher, strict=True))})[0]

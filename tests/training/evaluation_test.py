@@ -35,8 +35,8 @@ def log_p(slm: pathlib.Path, cache: PackedCache, split: str, step: int | None) -
     hidden_BxLxD = decoder.Decoder(model.config).apply(
         {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"]
     )
-    head_DxV = decoder.head_kernel(params, model.config)
-    logits = np.asarray(hidden_BxLxD, np.float64) @ np.asarray(head_DxV, np.float64)
+    head_VxD = decoder.head_kernel(params, model.config)
+    logits = np.asarray(hidden_BxLxD, np.float64) @ np.asarray(head_VxD, np.float64).T
     logits = logits[..., : cache.vocabulary_size]
     logits -= logits.max(-1, keepdims=True)
     return batch, logits - np.log(np.exp(logits).sum(-1, keepdims=True))
