@@ -6,7 +6,7 @@
     soft = a divergence of p from q  forward_kl by default: -Σ q log p, KL(q ‖ p) plus a constant
     loss = (1 - ω) · hard + ω · soft + z_loss · log² Σ exp z_s
 
-These take whole [B, L, V] logits: the reference for every other way of computing them. Ids from
+These take whole [B, L, V] logits: the reference for `chunked_loss.py`, which trains. Ids from
 vocab_size on, which pad V up to a round size, have no part in any softmax and get gradients of
 exactly 0. All arithmetic is in float32 (float64 for float64 logits). A token's most likely ids are
 those no other id has a greater logit than: equal ones count alike.
@@ -23,7 +23,7 @@ from salt_jax.errors import InputError
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 # Stands for log 0. Finite, so that 0 · log 0 is 0 and not NaN, in values and in gradients.
-_LOG_ZERO = -1e30
+LOG_ZERO = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,9 @@ class LossConfig:
             Nothing is renormalised. With forward_kl, for one,
             soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 = the whole vocabulary.
         z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
+        chunk_tokens: tokens whose logits a device holds at once (`chunked_loss.py`): for each
+            model 4 · chunk_tokens · V bytes. Fewer tokens take less memory; matrix products want
+            several hundred on a GPU or a TPU, and 128 are enough on a CPU.
     """
 
     teacher_temperature: float = 0.25
@@ -54,6 +57,7 @@ class LossConfig:
     jsd_beta: float = 0.5
     teacher_top_k: int = 0
     z_loss: float = 0.0
+    chunk_tokens: int = 512
 
     def __post_init__(self) -> None:
         for name in ("teacher_temperature", "student_temperature"):
@@ -77,6 +81,11 @@ class LossConfig:
             )
         if not 0.0 <= self.z_loss < math.inf:
             raise InputError(f"LossConfig.z_loss is {self.z_loss}; set it to 0 or more.")
+        if not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1:
+            raise InputError(
+                f"LossConfig.chunk_tokens is {self.chunk_tokens!r}; "
+                "set it to a whole number of at least 1."
+            )
 
 
 def token_losses(
@@ -103,7 +112,8 @@ def token_losses(
         0); with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1) and
         agreement (1 where a most likely id of the student is one of the teacher's).
     """
-    _check_vocab_size(config, vocab_size, student_logits_BxLxV, teacher_logits_BxLxV)
+    teacher_ids = None if teacher_logits_BxLxV is None else teacher_logits_BxLxV.shape[-1]
+    check_vocab_size(config, vocab_size, student_logits_BxLxV.shape[-1], teacher_ids)
     z_BxLxV = _mask(_as_float(student_logits_BxLxV), vocab_size)
     log_z_BxL = jax.nn.logsumexp(z_BxLxV, axis=-1)
     log_p_BxLxV = z_BxLxV - log_z_BxL[..., None]
@@ -130,70 +140,6 @@ def token_losses(
         loss_BxL += config.z_loss * jnp.square(log_z_BxL)
     token["loss"] = loss_BxL
     return {name: value_BxL.astype(z_BxLxV.dtype) for name, value_BxL in token.items()}
-
-
-def loss_from_hidden(
-    student_hidden_BxLxD: jax.Array,
-    student_head_VxD: jax.Array,
-    targets_BxL: jax.Array,
-    weights_BxL: jax.Array,
-    omega: jax.Array | float,
-    config: LossConfig,
-    vocab_size: int,
-    teacher_hidden_BxLxD: jax.Array | None = None,
-    teacher_head_VxD: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Weighted sums over a batch of token_losses, from hidden states and heads.
-
-    A position of weight 0 has no part in anything, whatever stands there: neither its target nor a
-    NaN in its hidden states reaches a sum or a gradient. The teacher gets no gradient.
-
-    Args:
-        student_hidden_BxLxD: after the final norm.
-        student_head_VxD: cast to the hidden states' dtype for the product; logits are float32.
-        targets_BxL: int32.
-        weights_BxL: float32, 0 or more.
-        omega: ω, a traced scalar.
-        config: temperatures, divergence, z-loss.
-        vocab_size: number of ids that mean something.
-        teacher_hidden_BxLxD: with teacher_head_VxD, the teacher's; both or neither. Width and V are
-            the teacher's own.
-        teacher_head_VxD: see teacher_hidden_BxLxD.
-
-    Returns:
-        (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
-        the names of token_losses but loss. Divide once, when microbatches and devices are added.
-    """
-    if (teacher_hidden_BxLxD is None) != (teacher_head_VxD is None):
-        raise ValueError("The teacher's hidden states and head go together: give both or neither.")
-    counts_BxL = weights_BxL > 0
-
-    def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
-        # Zeroed here and not only in the sum: 0 · NaN in the backward pass would be NaN.
-        hidden_BxLxD = jnp.where(counts_BxL[..., None], hidden_BxLxD, 0)
-        head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
-        precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
-        batch, length, width = hidden_BxLxD.shape
-        # As two matrices: XLA's CPU backend is slower in the gradient of a product with more axes.
-        product = jnp.matmul(
-            hidden_BxLxD.reshape(-1, width), head_VxD.T, preferred_element_type=precise
-        )
-        return product.reshape(batch, length, -1)
-
-    teacher_logits_BxLxV = None
-    if teacher_hidden_BxLxD is not None and teacher_head_VxD is not None:
-        teacher_logits_BxLxV = jax.lax.stop_gradient(logits(teacher_hidden_BxLxD, teacher_head_VxD))
-    token = token_losses(
-        logits(student_hidden_BxLxD, student_head_VxD),
-        teacher_logits_BxLxV,
-        jnp.where(counts_BxL, targets_BxL, 0),
-        omega,
-        config,
-        vocab_size,
-    )
-    sums = {name: jnp.sum(weights_BxL * value_BxL) for name, value_BxL in token.items()}
-    loss_sum = sums.pop("loss")
-    return loss_sum, jnp.sum(weights_BxL), jax.lax.stop_gradient(sums)
 
 
 def _soft_loss(
@@ -226,7 +172,7 @@ def _top_k_and_rest(
     def bucketed(log_x_BxLxV: jax.Array) -> jax.Array:
         top_BxLxk = jnp.take_along_axis(log_x_BxLxV, ids_BxLxk, axis=-1)
         # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
-        others_BxLxV = jnp.put_along_axis(log_x_BxLxV, ids_BxLxk, _LOG_ZERO, axis=-1, inplace=False)
+        others_BxLxV = jnp.put_along_axis(log_x_BxLxV, ids_BxLxk, LOG_ZERO, axis=-1, inplace=False)
         rest_BxLx1 = jax.nn.logsumexp(others_BxLxV, axis=-1, keepdims=True)
         return jnp.concatenate([top_BxLxk, rest_BxLx1], axis=-1)
 
@@ -241,7 +187,7 @@ def _mask(logits_BxLxV: jax.Array, vocab_size: int) -> jax.Array:
     if logits_BxLxV.shape[-1] == vocab_size:
         return logits_BxLxV
     real_V = jnp.arange(logits_BxLxV.shape[-1]) < vocab_size
-    return jnp.where(real_V[None, None], logits_BxLxV, _LOG_ZERO)
+    return jnp.where(real_V[None, None], logits_BxLxV, LOG_ZERO)
 
 
 def _fit(logits_BxLxV: jax.Array, size: int, vocab_size: int) -> jax.Array:
@@ -260,14 +206,13 @@ def _at(values_BxLxV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
 
 
-def _check_vocab_size(
-    config: LossConfig, vocab_size: int, student_BxLxV: jax.Array, teacher_BxLxV: jax.Array | None
+def check_vocab_size(
+    config: LossConfig, vocab_size: int, student_ids: int, teacher_ids: int | None
 ) -> None:
-    sizes = [logits.shape[-1] for logits in (student_BxLxV, teacher_BxLxV) if logits is not None]
-    if min(sizes) < vocab_size:
-        raise ValueError(
-            f"Logits over {min(sizes)} ids are too few for a vocabulary of {vocab_size}."
-        )
+    """Refuses logits over fewer ids than the vocabulary has, and more top ids than there are."""
+    fewest = student_ids if teacher_ids is None else min(student_ids, teacher_ids)
+    if fewest < vocab_size:
+        raise ValueError(f"Logits over {fewest} ids are too few for a vocabulary of {vocab_size}.")
     if config.teacher_top_k > vocab_size:
         raise InputError(
             f"LossConfig.teacher_top_k is {config.teacher_top_k}, more than the vocabulary's "

@@ -1,10 +1,10 @@
-"""The score of a row: the scorer's logits on it in, how hard yet learnable it is out.
+"""The score of a row: how well the scorer predicts its tokens in, how hard yet learnable it is out.
 
     S(x) = median over { t : y_t is among the scorer's k most likely ids } of  -log P(y_t | y_<t)
 
 in nats (arXiv 2410.18779, section on data selection). "Among the k most likely" means that fewer
-than k ids have a strictly greater logit. Positions that count: weight above 0, and not the row's
-first, which may have no context.
+than k ids have a strictly greater logit; `chunked_loss.target_ranks` counts them. Positions that
+count: weight above 0, and not the row's first, which may have no context.
 """
 
 import dataclasses
@@ -51,47 +51,23 @@ class ScoreConfig:
 
 
 def row_scores(
-    logits_BxLxV: jax.Array,
-    targets_BxL: jax.Array,
-    weights_BxL: jax.Array,
-    *,
-    k: int,
-    vocab_size: int,
-    unlearnable: str = "drop",
-    min_learnable_fraction: float = 0.0,
+    loss_BxL: jax.Array, greater_BxL: jax.Array, weights_BxL: jax.Array, config: ScoreConfig
 ) -> jax.Array:
     """S of each row, float32 [B], in nats per token; higher is harder.
 
-    Can be jitted, with the keywords static.
-
     Args:
-        logits_BxLxV: the scorer's, compared and normalised in float32; ids from vocab_size on are
-            padding.
-        targets_BxL: int32, the truth; anything where the weight is 0.
+        loss_BxL: float32, -log P of the truth under the scorer; anything where the weight is 0.
+        greater_BxL: int, ids with a strictly greater logit than the truth's.
         weights_BxL: loss weights; above 0 counts.
-        k, unlearnable, min_learnable_fraction: see ScoreConfig.
-        vocab_size: number of ids that mean something; k may not be greater (InputError).
+        config: k and what becomes of other tokens.
 
     Returns:
         -inf for a row without a learnable token or with too small a share of them; NaN for one
-        where a token that counts has a NaN among its logits: the scorer is broken there. Neither
-        is ever selected.
+        where a token that counts has a NaN as its loss: the scorer is broken there. Neither is ever
+        selected.
     """
-    config = ScoreConfig(k, unlearnable, min_learnable_fraction)
-    if k > vocab_size:
-        raise InputError(
-            f"ScoreConfig.k is {k}, more than the vocabulary's {vocab_size} ids; "
-            "set it to at most that."
-        )
-    length = logits_BxLxV.shape[1]
+    length = loss_BxL.shape[1]
     counts_BxL = (weights_BxL > 0) & (jnp.arange(length) > 0)[None]
-    logits_BxLxV = logits_BxLxV[..., :vocab_size].astype(jnp.float32)
-    truth_BxLx1 = jnp.take_along_axis(
-        logits_BxLxV, jnp.where(counts_BxL, targets_BxL, 0)[..., None], axis=-1
-    )
-    greater_BxL = jnp.sum(logits_BxLxV > truth_BxLx1, axis=-1)
-    loss_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1) - truth_BxLx1[..., 0]
-
     learnable_BxL = counts_BxL & (greater_BxL < config.k)
     if config.unlearnable == "drop":
         score_B = masked_median(loss_BxL, learnable_BxL)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.distill import losses
+from salt_jax.distill import chunked_loss, losses
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.in_order import over_rows
@@ -59,6 +59,7 @@ class Evaluator:
       mesh: Where the parameters live.
       rules: From logical to mesh axes.
       rows: How many rows to read, from the first on; all by default.
+      chunk_tokens: Tokens whose logits a device holds at once.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Evaluator:
         mesh: Mesh,
         rules: partitioning.Rules = partitioning.DEFAULT_RULES,
         rows: int | None = None,
+        chunk_tokens: int = losses.LossConfig.chunk_tokens,
     ) -> None:
         self._cache, self._split, self._rows = cache, split, rows
         self._batch_size, self._mesh, self._rules = batch_size, mesh, rules
-        self._sums = jax.jit(_subset_sums(config, len(cache.subsets)))
+        self._sums = jax.jit(_subset_sums(config, len(cache.subsets), mesh, rules, chunk_tokens))
         cache.split(split)  # refuses a split that is not there
 
     def __call__(self, params: Any) -> Evaluation:
@@ -98,22 +100,31 @@ class Evaluator:
         return Evaluation(_quality(sums_3xS.sum(axis=1)), by_subset)
 
 
-def _subset_sums(config: decoder.DecoderConfig, subsets: int) -> Any:
+def _subset_sums(
+    config: decoder.DecoderConfig,
+    subsets: int,
+    mesh: Mesh,
+    rules: partitioning.Rules,
+    chunk_tokens: int,
+) -> Any:
     """(params, batch) → float32 [3, S]: loss, correct predictions and weight, summed by subset."""
-    loss_config = losses.LossConfig()
-    vocab_size = config.vocab_size or 0
+    sharding = partitioning.head_sharding(mesh, rules)
 
     def sums(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        hidden_BxLxD = decoder.hidden_states(config, params, batch)
-        logits_BxLxV = decoder.logits(hidden_BxLxD, decoder.head_kernel(params, config), config)
-        values = losses.token_losses(
-            logits_BxLxV, None, batch["targets"], jnp.float32(0), loss_config, vocab_size
-        )
         weights_BxL = batch["loss_weights"]
+        loss_BxL, greater_BxL = chunked_loss.target_ranks(
+            decoder.hidden_states(config, params, batch),
+            decoder.head_kernel(params, config),
+            batch["targets"],
+            weights_BxL,
+            config.vocab_size or 0,
+            chunk_tokens=chunk_tokens,
+            sharding=sharding,
+        )
         rows_3xB = jnp.stack(
             [
-                jnp.sum(jnp.where(weights_BxL > 0, values["hard"] * weights_BxL, 0), axis=1),
-                jnp.sum(values["correct"] * weights_BxL, axis=1),
+                jnp.sum(jnp.where(weights_BxL > 0, loss_BxL * weights_BxL, 0), axis=1),
+                jnp.sum((greater_BxL == 0) * weights_BxL, axis=1),
                 jnp.sum(weights_BxL, axis=1),
             ]
         )

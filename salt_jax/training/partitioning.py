@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from salt_jax.distill.chunked_loss import HeadSharding
 from salt_jax.errors import InputError
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -139,6 +140,21 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
         return NamedSharding(mesh, _slot_spec(slot.shape, owner))
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def head_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> HeadSharding | None:
+    """How the loss lays tokens and heads over the mesh; None on one device."""
+    if mesh.size == 1:
+        return None
+
+    def axes(name: str) -> tuple[str, ...]:
+        (found,) = nn.logical_to_mesh_axes((name,), rules) or (None,)
+        return found if isinstance(found, tuple) else () if found is None else (found,)
+
+    batch = axes("batch")
+    # An axis that splits the tokens can't split the same tokens' logits too.
+    vocab = tuple(axis for axis in axes("activation_vocab") if axis not in batch)
+    return HeadSharding(mesh, batch, vocab, axes("embed"))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

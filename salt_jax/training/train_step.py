@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from salt_jax.distill import losses
+from salt_jax.distill import chunked_loss, losses
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -125,7 +125,8 @@ def make_step(
     teacher_config: decoder.DecoderConfig | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step as a function still to be compiled; see Programs for its arguments."""
-    sums = _loss_sums(layout.config, loss_config, teacher_config)
+    sharding = partitioning.head_sharding(layout.mesh, layout.rules)
+    sums = _loss_sums(layout.config, loss_config, teacher_config, sharding)
     gradients_of = jax.value_and_grad(sums, has_aux=True)
 
     def step(
@@ -157,6 +158,7 @@ def _loss_sums(
     config: decoder.DecoderConfig,
     loss_config: losses.LossConfig,
     teacher_config: decoder.DecoderConfig | None,
+    sharding: chunked_loss.HeadSharding | None,
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """A function (params, batch, teacher_params, ω) → (loss sum, every sum by name)."""
     if config.vocab_size is None:
@@ -171,7 +173,7 @@ def _loss_sums(
             frozen = jax.lax.stop_gradient(teacher_params)
             teacher_hidden_BxLxD = decoder.hidden_states(teacher_config, frozen, batch)
             teacher_head_VxD = decoder.head_kernel(frozen, teacher_config)
-        loss, weight, metrics = losses.loss_from_hidden(
+        loss, weight, metrics = chunked_loss.loss_sums(
             decoder.hidden_states(config, params, batch),
             decoder.head_kernel(params, config),
             batch["targets"],
@@ -181,6 +183,7 @@ def _loss_sums(
             vocab_size,
             teacher_hidden_BxLxD=teacher_hidden_BxLxD,
             teacher_head_VxD=teacher_head_VxD,
+            sharding=sharding,
         )
         return loss, {"loss": loss, "weight": weight, **metrics}
 
