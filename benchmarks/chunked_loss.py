@@ -1,6 +1,6 @@
 """The chunked loss over whole logits: temporary memory, and time of value and gradients.
 
-    python benchmarks/chunked_loss.py                       V of 8K, 32K, 128K and 256K on this device
+    python benchmarks/chunked_loss.py                       V of 8K, 32K, 128K and 256K
     python benchmarks/chunked_loss.py --vocab 32768 --chunk_tokens 64 128 256
 
 Both sides: 2,048 tokens, student width 512, teacher width 384, SALT's loss (ω 2/3, τ 1/4) and its
@@ -13,10 +13,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 
-import common
 from salt_jax.distill import chunked_loss, losses
 
 TOKENS, STUDENT_WIDTH, TEACHER_WIDTH, LENGTH = 2048, 512, 384, 256

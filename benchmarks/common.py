@@ -1,4 +1,4 @@
-"""What all benchmarks share: paired timing of two sides in one run, and one JSON object as a result.
+"""What all benchmarks share: sides timed in turn in one run, and one JSON object as a result.
 
 Absolute times on a shared machine mean little, so every benchmark measures both sides of its ratio
 in turn, round by round, and reports the medians, the ratio of each round and their median.
@@ -32,26 +32,32 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def paired(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """Measures the sides in turn, after one call of each to warm up.
-
-    Returns:
-      {"seconds": {side: median}, "ratio": median over the rounds of first side / last side,
-      "ratios": of each round}.
-    """
+def rounds(sides: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
+    """Seconds of each side, `count` times in turn, after one call of each to warm up."""
     for run in sides.values():
         jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    for _ in range(count):
         for name, run in sides.items():
             times[name].append(seconds(run))
-    first, last = next(iter(times.values())), list(times.values())[-1]
-    ratios = [a / b for a, b in zip(first, last, strict=True)]
-    return {
-        "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-    }
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each side."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(first: list[float], last: list[float]) -> dict[str, Any]:
+    """The ratio of each round, and their median."""
+    each = [a / b for a, b in zip(first, last, strict=True)]
+    return {"ratio": statistics.median(each), "each_round": each}
+
+
+def paired(sides: Mapping[str, Callable[[], Any]], count: int) -> dict[str, Any]:
+    """Two sides in turn: median seconds of each, and the first one's over the second one's."""
+    times = rounds(sides, count)
+    return {"seconds": medians(times), **ratio(*times.values())}
 
 
 def report(name: str, results: Mapping[str, Any]) -> None:

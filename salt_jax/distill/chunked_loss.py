@@ -6,15 +6,7 @@ tokens' logits are made, turned into losses and, where a gradient is wanted, at 
 gradients of hidden states and head, then dropped. Nothing is computed twice: three matrix products
 a chunk for the student, one for the teacher, and the backward pass only scales what is there.
 
-With p = softmax(z / T), q the teacher's softmax and h = p · ∂soft/∂p, by the chain rule
-
-    ∂soft/∂z = (h - p · Σ h) / T
-    forward_kl      h = -q
-    reverse_kl      h = p (log p - log q)
-    jensen_shannon  h = (1 - β) p (log p - log m)
-
-Of teacher_top_k's k + 1 outcomes, h of the rest falls to its ids in proportion to their p. Plain
-cross-entropy is the same function without its teacher.
+`chunk_gradient.py` has the formulas. Plain cross-entropy is the same function without its teacher.
 
 Over a mesh every device keeps its own tokens; the head is gathered once, before the loop, along
 all but the vocabulary's axes, and its gradient is added up in float32 and scattered once, after it.
@@ -22,43 +14,22 @@ all but the vocabulary's axes, and its gradient is added up in float32 and scatt
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from salt_jax.distill.losses import LOG_ZERO, LossConfig, check_vocab_size
+from salt_jax.distill.chunk_gradient import ChunkLoss
+from salt_jax.distill.head_sharding import HeadSharding, VocabularyPart
+from salt_jax.distill.losses import LossConfig, check_vocab_size
 
 # About the size of a last-level cache; large enough for matrix products to be efficient.
 _HEAD_GRADIENT_BLOCK_BYTES = 16 * 2**20
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadSharding:
-    """How tokens and heads lie over a mesh while the loss is computed.
-
-    Attributes:
-        mesh: the mesh.
-        batch: its axes that split the batch.
-        vocab: its axes that split the vocabulary: each device has its part of every token's logits.
-        embed: its axes that split D of the student's head. Where they are among batch and divide D,
-            the head's gradient is scattered over them as it is summed.
-    """
-
-    mesh: Mesh
-    batch: tuple[str, ...]
-    vocab: tuple[str, ...] = ()
-    embed: tuple[str, ...] = ()
-
-    def devices(self, axes: tuple[str, ...]) -> int:
-        """The number of devices along some axes."""
-        return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
 def loss_sums(
@@ -140,7 +111,7 @@ def target_ranks(
     def body(
         hidden_BxLxD: jax.Array, head_VxD: jax.Array, targets_BxL: jax.Array, weights_BxL: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        vocabulary = _Vocabulary(sharding, head_VxD.shape[0], vocab_size)
+        vocabulary = VocabularyPart(sharding, head_VxD.shape[0], vocab_size)
 
         def one_chunk(_: None, chunk: Any) -> tuple[None, Any]:
             hidden_CxD, targets_C = chunk
@@ -159,7 +130,7 @@ def target_ranks(
     head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
     if sharding is None:
         return body(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL)
-    token, head = _specs(sharding, head_VxD)
+    token, head = sharding.specs(head_VxD)
     return jax.shard_map(
         body,
         mesh=sharding.mesh,
@@ -215,9 +186,9 @@ def _sums_and_gradients(
     sharding = static.sharding
     if sharding is None:
         return body(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, omega, teacher)
-    token, head = _specs(sharding, head_VxD)
+    token, head = sharding.specs(head_VxD)
     whole = PartitionSpec()
-    head_gradient = PartitionSpec(*head, _scattered(sharding, head_VxD) or None)
+    head_gradient = PartitionSpec(*head, sharding.scattered(head_VxD) or None)
     return jax.shard_map(
         body,
         mesh=sharding.mesh,
@@ -239,8 +210,8 @@ def _local_sums(
 ) -> tuple[Sums, Any]:
     """What one device does: B its rows, V its part of the vocabulary."""
     precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
-    vocabulary = _Vocabulary(static.sharding, head_VxD.shape[0], static.vocab_size)
-    loss = _Loss(static.config, omega, vocabulary)
+    vocabulary = VocabularyPart(static.sharding, head_VxD.shape[0], static.vocab_size)
+    loss = ChunkLoss(static.config, omega, vocabulary)
     counts_BxL = weights_BxL > 0
 
     def one_chunk(d_head_VxD: Any, chunk: Any) -> tuple[Any, Any]:
@@ -300,244 +271,6 @@ def _add_head_gradient(
     return lax.fori_loop(0, blocks, add, total_VxD)
 
 
-class _Norms(NamedTuple):
-    """What makes probabilities of a chunk's logits, [C] each; the last four with a teacher only.
-
-    Attributes:
-        log_z: log Σ exp z.
-        student: log Σ exp (z / T).
-        teacher: log Σ exp (t / τ).
-        h: Σ h over all outcomes.
-        rest: with teacher_top_k, log p of the rest and h of the rest.
-    """
-
-    log_z: jax.Array
-    student: jax.Array | None = None
-    teacher: jax.Array | None = None
-    h: jax.Array | None = None
-    rest: tuple[jax.Array, jax.Array] | None = None
-
-
-class _Loss:
-    """The loss of a chunk: z_CxV the student's logits, t_CxV the teacher's or None."""
-
-    def __init__(self, config: LossConfig, omega: jax.Array, vocabulary: "_Vocabulary") -> None:
-        self._config = config
-        self._omega = omega
-        self._vocabulary = vocabulary
-        top_k = config.teacher_top_k
-        self._top_k = top_k if top_k < vocabulary.vocab_size else 0
-        squared = config.scale_by_temperature_squared
-        self._scale = config.teacher_temperature**2 if squared else 1.0
-
-    def values(
-        self, z_CxV: jax.Array, t_CxV: jax.Array | None, targets_C: jax.Array
-    ) -> tuple[dict[str, jax.Array], _Norms]:
-        """`losses.token_losses` of the chunk, [C] each."""
-        vocabulary, omega = self._vocabulary, self._omega
-        largest_C = vocabulary.max(z_CxV)
-        log_z_C = vocabulary.log_sum_exp(z_CxV, largest_C)
-        truth_C = vocabulary.at(z_CxV, targets_C)
-        hard_C = log_z_C - truth_C
-        z_loss_C = self._config.z_loss * jnp.square(log_z_C)
-        values = {"hard": hard_C, "correct": truth_C >= largest_C}
-        if t_CxV is None:
-            return {**values, "loss": hard_C + z_loss_C}, _Norms(log_z_C)
-
-        most_C = vocabulary.max(t_CxV)
-        soft_C, norms = self._soft(z_CxV, t_CxV, _Norms(log_z_C), largest_C, most_C)
-        teacher_log_z_C = vocabulary.log_sum_exp(t_CxV, most_C)
-        largest_C, most_C = lax.optimization_barrier((largest_C, most_C))
-        both_CxV = (z_CxV >= largest_C[:, None]) & (t_CxV >= most_C[:, None])
-        values["soft"] = soft_C
-        values["teacher_hard"] = teacher_log_z_C - vocabulary.at(t_CxV, targets_C)
-        values["agreement"] = vocabulary.max(both_CxV.astype(z_CxV.dtype))
-        return {**values, "loss": (1.0 - omega) * hard_C + omega * soft_C + z_loss_C}, norms
-
-    def gradient(
-        self, z_CxV: jax.Array, t_CxV: jax.Array | None, targets_C: jax.Array, norms: _Norms
-    ) -> jax.Array:
-        """The loss's gradient by z, [C, V].
-
-        It makes all probabilities anew: XLA, which would keep those that `values` made, [C, V] each
-        and slower to write and read than to compute, is kept from seeing that they are the same.
-        """
-        norms = lax.optimization_barrier(norms)
-        hard_share = 1.0 if t_CxV is None else 1.0 - self._omega
-        p_CxV = jnp.exp(z_CxV - norms.log_z[:, None])
-        d_z_CxV = (hard_share + 2.0 * self._config.z_loss * norms.log_z)[:, None] * p_CxV
-        d_z_CxV -= jnp.where(self._vocabulary.is_id(targets_C), hard_share, 0.0)
-        if t_CxV is None or norms.h is None:
-            return d_z_CxV
-
-        log_p_CxV, log_q_CxV = self._log_probabilities(z_CxV, t_CxV, norms)
-        _, h_CxV = _divergence(log_p_CxV, log_q_CxV, self._config)
-        if norms.rest is not None:
-            rest_log_p_C, rest_h_C = norms.rest
-            share_CxV = jnp.exp(jnp.minimum(log_p_CxV - rest_log_p_C[:, None], 0.0))
-            top_CxV = self._vocabulary.top_k(log_q_CxV, self._top_k)
-            h_CxV = jnp.where(top_CxV, h_CxV, rest_h_C[:, None] * share_CxV)
-        d_soft_CxV = h_CxV - jnp.exp(log_p_CxV) * norms.h[:, None]
-        return d_z_CxV + self._omega * self._scale / self._config.student_temperature * d_soft_CxV
-
-    def _soft(
-        self,
-        z_CxV: jax.Array,
-        t_CxV: jax.Array,
-        norms: _Norms,
-        largest_C: jax.Array,
-        most_C: jax.Array,
-    ) -> tuple[jax.Array, _Norms]:
-        """soft [C], times τ² where that is asked for."""
-        config, vocabulary = self._config, self._vocabulary
-
-        def log_sum_exp(x_CxV: jax.Array, most_C: jax.Array, temperature: float) -> jax.Array:
-            cooled_CxV = vocabulary.mask(_divided(x_CxV, temperature))
-            return vocabulary.log_sum_exp(cooled_CxV, most_C / temperature)
-
-        one = config.student_temperature == 1.0
-        norms = norms._replace(
-            student=norms.log_z
-            if one
-            else log_sum_exp(z_CxV, largest_C, config.student_temperature),
-            teacher=log_sum_exp(t_CxV, most_C, config.teacher_temperature),
-        )
-        log_p_CxV, log_q_CxV = self._log_probabilities(z_CxV, t_CxV, norms)
-        value_CxV, h_CxV = _divergence(log_p_CxV, log_q_CxV, config)
-        if not self._top_k:
-            # Σ -q is known.
-            known = config.divergence == "forward_kl"
-            h_C = -jnp.ones_like(most_C) if known else vocabulary.sum(h_CxV)
-            return self._scale * vocabulary.sum(value_CxV), norms._replace(h=h_C)
-
-        top_CxV = vocabulary.top_k(log_q_CxV, self._top_k)
-        # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
-        rest_log_p_C, rest_log_q_C = (
-            vocabulary.log_sum_exp(jnp.where(top_CxV, LOG_ZERO, x)) for x in (log_p_CxV, log_q_CxV)
-        )
-        rest_value_C, rest_h_C = _divergence(rest_log_p_C, rest_log_q_C, config)
-        soft_C = vocabulary.sum(jnp.where(top_CxV, value_CxV, 0.0)) + rest_value_C
-        h_C = vocabulary.sum(jnp.where(top_CxV, h_CxV, 0.0)) + rest_h_C
-        return self._scale * soft_C, norms._replace(h=h_C, rest=(rest_log_p_C, rest_h_C))
-
-    def _log_probabilities(
-        self, z_CxV: jax.Array, t_CxV: jax.Array, norms: _Norms
-    ) -> tuple[jax.Array, jax.Array]:
-        """log p and log q, at their temperatures."""
-        assert norms.student is not None, "the teacher's norms are set"
-        assert norms.teacher is not None, "the teacher's norms are set"
-        config, mask = self._config, self._vocabulary.mask
-        # Masked anew: a temperature may have moved the padding's "log 0" out of range.
-        z_CxV = _divided(z_CxV, config.student_temperature)
-        t_CxV = _divided(t_CxV, config.teacher_temperature)
-        return mask(z_CxV - norms.student[:, None]), mask(t_CxV - norms.teacher[:, None])
-
-
-def _divided(logits_CxV: jax.Array, temperature: float) -> jax.Array:
-    """logits / temperature, to XLA another value at each use; see `_Loss.gradient`."""
-    if temperature == 1.0:
-        return logits_CxV
-    inverse = lax.optimization_barrier(jnp.asarray(1.0 / temperature, logits_CxV.dtype))
-    return logits_CxV * inverse
-
-
-def _divergence(
-    log_p: jax.Array, log_q: jax.Array, config: LossConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Each outcome's part of the divergence, and its h."""
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    if config.divergence == "forward_kl":
-        return -q * log_p, -q
-    if config.divergence == "reverse_kl":
-        value = p * (log_p - log_q)
-        return value, value
-    beta = config.jsd_beta
-    log_m = jnp.logaddexp(math.log(beta) + log_q, math.log1p(-beta) + log_p)
-    h = (1.0 - beta) * p * (log_p - log_m)
-    return beta * q * (log_q - log_m) + h, h
-
-
-class _Vocabulary:
-    """A device's part of the vocabulary, and reductions over the whole of it.
-
-    Attributes:
-        vocab_size: ids that mean something, on all devices together.
-    """
-
-    def __init__(self, sharding: HeadSharding | None, local_size: int, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self._axes = sharding.vocab if sharding is not None else ()
-        parts = sharding.devices(self._axes) if sharding is not None else 1
-        self._size = local_size
-        self._padded = local_size * parts != vocab_size
-        self._first = lax.axis_index(self._axes) * local_size if self._axes else 0
-
-    def logits(self, hidden_CxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
-        """[C, V] in float32 (or float64)."""
-        precise = jnp.promote_types(hidden_CxD.dtype, jnp.float32)
-        return self.mask(
-            lax.dot_general(
-                hidden_CxD, head_VxD, (((1,), (1,)), ((), ())), preferred_element_type=precise
-            )
-        )
-
-    def max(self, x_CxV: jax.Array) -> jax.Array:
-        """The largest over the vocabulary, [C]."""
-        x_C = jnp.max(x_CxV, axis=-1)
-        return lax.pmax(x_C, self._axes) if self._axes else x_C
-
-    def sum(self, x_CxV: jax.Array) -> jax.Array:
-        """The sum over the vocabulary, [C]."""
-        return self.across(jnp.sum(x_CxV, axis=-1))
-
-    def across(self, x: jax.Array) -> jax.Array:
-        """The sum over the devices that share the vocabulary."""
-        return lax.psum(x, self._axes) if self._axes else x
-
-    def log_sum_exp(self, x_CxV: jax.Array, largest_C: jax.Array | None = None) -> jax.Array:
-        """log Σ exp over the vocabulary, [C]."""
-        largest_C = self.max(x_CxV) if largest_C is None else largest_C
-        return largest_C + jnp.log(self.sum(jnp.exp(x_CxV - largest_C[:, None])))
-
-    def at(self, x_CxV: jax.Array, ids_C: jax.Array) -> jax.Array:
-        """The value of one id a token, [C]."""
-        local_C = ids_C - self._first
-        inside_C = (local_C >= 0) & (local_C < self._size)
-        local_C = jnp.where(inside_C, local_C, 0)
-        x_C = jnp.take_along_axis(x_CxV, local_C[:, None], axis=-1)[:, 0]
-        return self.across(jnp.where(inside_C, x_C, 0)) if self._axes else x_C
-
-    def is_id(self, ids_C: jax.Array) -> jax.Array:
-        """[C, V] bool: is it this id?"""
-        return ids_C[:, None] == self._ids()[None]
-
-    def top_k(self, x_CxV: jax.Array, k: int) -> jax.Array:
-        """[C, V] bool: is it among the k largest? The lower id first among equals."""
-        values_Cxk, ids_Cxk = lax.top_k(x_CxV, min(k, self._size))
-        ids_Cxk += self._first
-        if self._axes:
-            # In the order of the devices: among equals lax.top_k takes the first, the lower ids.
-            gather = functools.partial(lax.all_gather, axis_name=self._axes, axis=1, tiled=True)
-            values_Cxk, ids_Cxk = gather(values_Cxk), gather(ids_Cxk)
-            _, which_Cxk = lax.top_k(values_Cxk, k)
-            ids_Cxk = jnp.take_along_axis(ids_Cxk, which_Cxk, axis=1)
-        local_Cxk = ids_Cxk - self._first
-        outside = (local_Cxk < 0) | (local_Cxk >= self._size)
-        local_Cxk = jnp.where(outside, self._size, local_Cxk)
-        tokens_Cx1 = jnp.arange(x_CxV.shape[0])[:, None]
-        none_CxV = jnp.zeros(x_CxV.shape, bool)
-        return none_CxV.at[tokens_Cx1, local_Cxk].set(True, mode="drop")
-
-    def _ids(self) -> jax.Array:
-        return self._first + jnp.arange(self._size, dtype=jnp.int32)
-
-    def mask(self, x_CxV: jax.Array) -> jax.Array:
-        """[C, V] with padding's logits, or log probabilities, set to "log 0"."""
-        if not self._padded:
-            return x_CxV
-        return jnp.where(self._ids()[None] < self.vocab_size, x_CxV, LOG_ZERO)
-
-
 def _tokens(counts_BxL: jax.Array, hidden_BxLxD: jax.Array) -> jax.Array:
     """[B · L, D], zeros where nothing counts: 0 · NaN in a gradient would be NaN."""
     hidden_BxLxD = jnp.where(counts_BxL[..., None], hidden_BxLxD, 0)
@@ -563,24 +296,6 @@ def _unchunked(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return tokens[: shape[0] * shape[1]].reshape(shape)
 
 
-def _specs(sharding: HeadSharding, head_VxD: jax.Array) -> tuple[PartitionSpec, PartitionSpec]:
-    """Of arrays with a leading batch, and of heads."""
-    parts = sharding.devices(sharding.vocab)
-    if head_VxD.shape[0] % parts:
-        raise ValueError(
-            f"A vocabulary padded to {head_VxD.shape[0]} ids can't be split over {parts} devices: "
-            "set DecoderConfig.vocab_multiple to a multiple of the mesh's tensor axis."
-        )
-    return PartitionSpec(sharding.batch), PartitionSpec(sharding.vocab or None)
-
-
-def _scattered(sharding: HeadSharding, head_VxD: jax.Array) -> tuple[str, ...]:
-    """The axes over which the head's gradient is scattered, along D."""
-    embed = sharding.embed
-    divides = head_VxD.shape[1] % sharding.devices(embed) == 0
-    return embed if divides and set(embed) <= set(sharding.batch) else ()
-
-
 def _over_batch(sharding: HeadSharding | None) -> Callable[[jax.Array], jax.Array]:
     if sharding is None:
         return lambda x: x
@@ -591,7 +306,7 @@ def _summed_head_gradient(sharding: HeadSharding | None, d_head_VxD: jax.Array) 
     """Over all devices' tokens; each keeps the part of D that it holds of the head."""
     if sharding is None:
         return d_head_VxD
-    scattered = _scattered(sharding, d_head_VxD)
+    scattered = sharding.scattered(d_head_VxD)
     if scattered:
         d_head_VxD = lax.psum_scatter(d_head_VxD, scattered, scatter_dimension=1, tiled=True)
     rest = tuple(axis for axis in sharding.batch if axis not in scattered)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from salt_jax.distill.chunked_loss import HeadSharding
+from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.errors import InputError
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]

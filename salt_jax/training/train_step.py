@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from salt_jax.distill import chunked_loss, losses
+from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -158,7 +159,7 @@ def _loss_sums(
     config: decoder.DecoderConfig,
     loss_config: losses.LossConfig,
     teacher_config: decoder.DecoderConfig | None,
-    sharding: chunked_loss.HeadSharding | None,
+    sharding: HeadSharding | None,
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """A function (params, batch, teacher_params, ω) → (loss sum, every sum by name)."""
     if config.vocab_size is None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from salt_jax.distill.chunked_loss import HeadSharding, loss_sums, target_ranks
+from salt_jax.distill.chunked_loss import loss_sums, target_ranks
+from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.distill.losses import LossConfig, token_losses
 from salt_jax.errors import InputError
 from salt_jax.training.partitioning import MeshConfig

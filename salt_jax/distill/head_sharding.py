@@ -1,0 +1,130 @@
+"""Heads over a mesh: how they and the tokens lie in, a device's part of the vocabulary out."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from salt_jax.distill.losses import LOG_ZERO
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSharding:
+    """How tokens and heads lie over a mesh while the loss is computed.
+
+    Attributes:
+        mesh: the mesh.
+        batch: its axes that split the batch.
+        vocab: its axes that split the vocabulary: each device has its part of every token's logits.
+        embed: its axes that split D of the student's head. Where they are among batch and divide D,
+            the head's gradient is scattered over them as it is summed.
+    """
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    vocab: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
+
+    def devices(self, axes: tuple[str, ...]) -> int:
+        """The number of devices along some axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def specs(self, head_VxD: jax.Array) -> tuple[PartitionSpec, PartitionSpec]:
+        """Of arrays with a leading batch, and of heads."""
+        parts = self.devices(self.vocab)
+        if head_VxD.shape[0] % parts:
+            raise ValueError(
+                f"A vocabulary padded to {head_VxD.shape[0]} ids can't be split over {parts} "
+                "devices: set DecoderConfig.vocab_multiple to a multiple of the mesh's tensor axis."
+            )
+        return PartitionSpec(self.batch), PartitionSpec(self.vocab or None)
+
+    def scattered(self, head_VxD: jax.Array) -> tuple[str, ...]:
+        """The axes over which the head's gradient is scattered, along D."""
+        divides = head_VxD.shape[1] % self.devices(self.embed) == 0
+        return self.embed if divides and set(self.embed) <= set(self.batch) else ()
+
+
+class VocabularyPart:
+    """A device's part of the vocabulary, and reductions over the whole of it.
+
+    Attributes:
+        vocab_size: ids that mean something, on all devices together.
+    """
+
+    def __init__(self, sharding: HeadSharding | None, local_size: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._axes = sharding.vocab if sharding is not None else ()
+        parts = sharding.devices(self._axes) if sharding is not None else 1
+        self._size = local_size
+        self._padded = local_size * parts != vocab_size
+        self._first = lax.axis_index(self._axes) * local_size if self._axes else 0
+
+    def logits(self, hidden_CxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
+        """[C, V] in float32 (or float64)."""
+        precise = jnp.promote_types(hidden_CxD.dtype, jnp.float32)
+        return self.mask(
+            lax.dot_general(
+                hidden_CxD, head_VxD, (((1,), (1,)), ((), ())), preferred_element_type=precise
+            )
+        )
+
+    def max(self, x_CxV: jax.Array) -> jax.Array:
+        """The largest over the vocabulary, [C]."""
+        x_C = jnp.max(x_CxV, axis=-1)
+        return lax.pmax(x_C, self._axes) if self._axes else x_C
+
+    def sum(self, x_CxV: jax.Array) -> jax.Array:
+        """The sum over the vocabulary, [C]."""
+        return self.across(jnp.sum(x_CxV, axis=-1))
+
+    def across(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices that share the vocabulary."""
+        return lax.psum(x, self._axes) if self._axes else x
+
+    def log_sum_exp(self, x_CxV: jax.Array, largest_C: jax.Array | None = None) -> jax.Array:
+        """log Σ exp over the vocabulary, [C]."""
+        largest_C = self.max(x_CxV) if largest_C is None else largest_C
+        return largest_C + jnp.log(self.sum(jnp.exp(x_CxV - largest_C[:, None])))
+
+    def at(self, x_CxV: jax.Array, ids_C: jax.Array) -> jax.Array:
+        """The value of one id a token, [C]."""
+        local_C = ids_C - self._first
+        inside_C = (local_C >= 0) & (local_C < self._size)
+        local_C = jnp.where(inside_C, local_C, 0)
+        x_C = jnp.take_along_axis(x_CxV, local_C[:, None], axis=-1)[:, 0]
+        return self.across(jnp.where(inside_C, x_C, 0)) if self._axes else x_C
+
+    def is_id(self, ids_C: jax.Array) -> jax.Array:
+        """[C, V] bool: is it this id?"""
+        return ids_C[:, None] == self._ids()[None]
+
+    def top_k(self, x_CxV: jax.Array, k: int) -> jax.Array:
+        """[C, V] bool: is it among the k largest? The lower id first among equals."""
+        values_Cxk, ids_Cxk = lax.top_k(x_CxV, min(k, self._size))
+        ids_Cxk += self._first
+        if self._axes:
+            # In the order of the devices: among equals lax.top_k takes the first, the lower ids.
+            gather = functools.partial(lax.all_gather, axis_name=self._axes, axis=1, tiled=True)
+            values_Cxk, ids_Cxk = gather(values_Cxk), gather(ids_Cxk)
+            _, which_Cxk = lax.top_k(values_Cxk, k)
+            ids_Cxk = jnp.take_along_axis(ids_Cxk, which_Cxk, axis=1)
+        local_Cxk = ids_Cxk - self._first
+        outside = (local_Cxk < 0) | (local_Cxk >= self._size)
+        local_Cxk = jnp.where(outside, self._size, local_Cxk)
+        tokens_Cx1 = jnp.arange(x_CxV.shape[0])[:, None]
+        none_CxV = jnp.zeros(x_CxV.shape, bool)
+        return none_CxV.at[tokens_Cx1, local_Cxk].set(True, mode="drop")
+
+    def _ids(self) -> jax.Array:
+        return self._first + jnp.arange(self._size, dtype=jnp.int32)
+
+    def mask(self, x_CxV: jax.Array) -> jax.Array:
+        """[C, V] with padding's logits, or log probabilities, set to "log 0"."""
+        if not self._padded:
+            return x_CxV
+        return jnp.where(self._ids()[None] < self.vocab_size, x_CxV, LOG_ZERO)
