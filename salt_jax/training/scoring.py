@@ -42,20 +42,21 @@ def score_rows(
       float32 [N], in nats; −inf where nothing was learnable.
     """
     scores_N = np.full(len(cache.split(split)), -np.inf, np.float32)
-    program = jax.jit(_program(config, score, mesh, rules, chunk_tokens))
+    program = jax.jit(scoring_program(config, score, mesh, rules, chunk_tokens))
     for batch, scores_B in over_rows(program, params, cache, split, batch_size, mesh, rules):
         real_B = batch["row_id"] >= 0
         scores_N[batch["row_id"][real_B]] = scores_B[real_B]
     return scores_N
 
 
-def _program(
+def scoring_program(
     config: decoder.DecoderConfig,
     score: scores.ScoreConfig,
     mesh: Mesh,
     rules: partitioning.Rules,
     chunk_tokens: int,
 ) -> Callable[..., Any]:
+    """A function (params, batch) → scores, float32 [B], to be jitted for the mesh."""
     sharding = partitioning.head_sharding(mesh, rules)
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:

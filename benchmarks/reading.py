@@ -1,0 +1,101 @@
+"""Reading the packed cache: rows/s, and the first batch at step 1,000,000 over that at step 0.
+
+    python benchmarks/reading.py
+    python benchmarks/reading.py --rows 200000
+
+Writes a cache of random rows of 1,280 tokens to a temporary folder and reads it as `salt train`
+does. The bar is rows that training eats on one H200 at 1B parameters and 50% MFU, which is
+computed, not measured: 989 TFLOP/s · 50% / FLOPs of a token / 1,280. A start is the opening of the
+cache, the making of the order and the first batch, from a file cache that is warm for both sides.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import common
+import numpy as np
+
+from salt_jax.data import features
+from salt_jax.data.input_pipeline import InputPipeline, RowOrder
+from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.vocabularies import ByteVocabulary
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.training import flops
+
+LENGTH, BATCH = 1280, 64
+LATE_STEP = 1_000_000
+# 1.0B parameters with 32,000 ids.
+STUDENT = DecoderConfig(
+    embed_dim=2048, num_layers=18, num_heads=16, mlp_dim=5632, vocab_size=32_000, max_length=LENGTH
+)
+
+
+def write_cache(folder: pathlib.Path, rows: int) -> None:
+    """Random bytes, two documents a row."""
+    # 32,000 ids, so that a token takes two bytes as with a real vocabulary.
+    writer = PackedCacheWriter(
+        folder, vocabulary=ByteVocabulary(reserved=31_000), sequence_length=LENGTH, shards=8
+    )
+    rng = np.random.default_rng(0)
+    segments = np.where(np.arange(LENGTH) < LENGTH // 3, 1, 2)
+
+    def row() -> features.Row:
+        targets = rng.integers(3, 31_000, size=LENGTH).astype(np.int32)
+        return features.make_row(targets, np.ones(LENGTH, np.float32), segments, 0)
+
+    writer.write_split("train", (row() for _ in range(rows)), num_rows=rows)
+    writer.finish()
+
+
+def start(folder: pathlib.Path, first_step: int) -> tuple[InputPipeline, Any, Any]:
+    """Pipeline, iterator and first batch."""
+    cache = PackedCache.open(folder)
+    split = cache.split("train")
+    order = RowOrder(None, len(split), seed=0)
+    pipeline = InputPipeline(split, BATCH, cache.start_id, order)
+    batches = pipeline.batches(first_step, 2 * LATE_STEP)
+    return pipeline, batches, next(batches)
+
+
+def rows_per_second(folder: pathlib.Path, batches: int) -> float:
+    """Of the iterator that training reads, once it runs."""
+    _, iterator, _ = start(folder, 0)
+    begin = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    return batches * BATCH / (time.perf_counter() - begin)
+
+
+def measure(flags: argparse.Namespace) -> dict[str, Any]:
+    """The benchmark's results."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_cache(folder, flags.rows)
+        sides = {
+            "late": lambda: start(folder, LATE_STEP)[2]["targets"],
+            "first": lambda: start(folder, 0)[2]["targets"],
+        }
+        starts = common.paired(sides, flags.rounds)
+        read = sorted(rows_per_second(folder, 200) for _ in range(3))
+    eaten = 0.5 * 989e12 / flops.train_flops_per_token(STUDENT, LENGTH) / LENGTH
+    return {
+        "rows_per_second": read,
+        "rows_per_second_eaten_by_1b_on_h200": eaten,
+        "read_over_eaten": read[1] / eaten,
+        "first_batch_at_step_1000000_over_step_0": starts,
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = common.parser(__doc__, rounds=9)
+    parser.add_argument("--rows", type=int, default=20_000, help="rows of the cache")
+    flags = parser.parse_args()
+    common.report("reading", {"settings": vars(flags), **measure(flags)})
+
+
+if __name__ == "__main__":
+    main()
