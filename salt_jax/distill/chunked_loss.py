@@ -117,9 +117,10 @@ def target_ranks(
             hidden_CxD, targets_C = chunk
             z_CxV = vocabulary.logits(hidden_CxD, head_VxD)
             truth_C = vocabulary.at(z_CxV, targets_C)
-            greater_CxV = (z_CxV > truth_C[:, None]).astype(jnp.int32)
+            greater_CxV = (z_CxV > truth_C[:, None]).astype(jnp.float32)
             loss_C = vocabulary.log_sum_exp(z_CxV) - truth_C
-            return None, (loss_C.astype(jnp.float32), vocabulary.sum(greater_CxV))
+            greater_C = vocabulary.sum(greater_CxV).astype(jnp.int32)  # exact, up to 2²⁴ ids
+            return None, (loss_C.astype(jnp.float32), greater_C)
 
         counts_BxL = weights_BxL > 0
         tokens = _tokens(counts_BxL, hidden_BxLxD), jnp.where(counts_BxL, targets_BxL, 0).ravel()
