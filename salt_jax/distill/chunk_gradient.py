@@ -71,8 +71,10 @@ class ChunkLoss:
         teacher_log_z_C = vocabulary.log_sum_exp(t_CxV, most_C)
         values["soft"] = soft_C
         values["teacher_hard"] = teacher_log_z_C - vocabulary.at(t_CxV, targets_C)
-        # The sum is largest where both are; cheaper than to look for an id that both favour.
-        values["agreement"] = vocabulary.max(z_CxV + t_CxV) >= largest_C + most_C
+        # To rounding, the sum is largest where both are: cheaper than to look for such an id.
+        rounding_C = 4 * jnp.finfo(z_CxV.dtype).eps * (jnp.abs(largest_C) + jnp.abs(most_C))
+        sum_C = vocabulary.max(z_CxV + t_CxV)
+        values["agreement"] = sum_C >= largest_C + most_C - rounding_C
         return {**values, "loss": (1.0 - omega) * hard_C + omega * soft_C + z_loss_C}, norms
 
     def gradient(

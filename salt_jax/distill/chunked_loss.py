@@ -8,8 +8,8 @@ a chunk for the student, one for the teacher, and the backward pass only scales 
 
 `chunk_gradient.py` has the formulas. Plain cross-entropy is the same function without its teacher.
 
-Over a mesh every device keeps its own tokens; the head is gathered once, before the loop, along
-all but the vocabulary's axes, and its gradient is added up in float32 and scattered once, after it.
+Over a mesh every device keeps its own tokens; the head is gathered once, before the loop, and its
+gradient is added up in float32 and scattered once, after it (`head_sharding.py`).
 """
 
 import dataclasses
@@ -111,6 +111,7 @@ def target_ranks(
     def body(
         hidden_BxLxD: jax.Array, head_VxD: jax.Array, targets_BxL: jax.Array, weights_BxL: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
+        head_VxD = _gathered(sharding, head_VxD, shape)
         vocabulary = VocabularyPart(sharding, head_VxD.shape[0], vocab_size)
 
         def one_chunk(_: None, chunk: Any) -> tuple[None, Any]:
@@ -128,15 +129,16 @@ def target_ranks(
         loss_BxL, greater_BxL = (_unchunked(x, targets_BxL.shape) for x in values)
         return loss_BxL, greater_BxL
 
+    shape = head_VxD.shape
     head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
     if sharding is None:
         return body(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL)
-    token, head = sharding.specs(head_VxD)
+    tokens, head = sharding.tokens, sharding.head(head_VxD)
     return jax.shard_map(
         body,
         mesh=sharding.mesh,
-        in_specs=(token, head, token, token),
-        out_specs=token,
+        in_specs=(tokens, head, tokens, tokens),
+        out_specs=tokens,
         check_vma=False,
     )(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL)
 
@@ -183,18 +185,18 @@ def _sums_and_gradients(
     targets_BxL, weights_BxL, omega, teacher = batch
     if teacher is not None:
         teacher = teacher[0], teacher[1].astype(teacher[0].dtype)
-    body = functools.partial(_local_sums, static, gradients)
+    shapes = head_VxD.shape, None if teacher is None else teacher[1].shape
+    body = functools.partial(_local_sums, static, gradients, shapes)
     sharding = static.sharding
     if sharding is None:
         return body(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, omega, teacher)
-    token, head = sharding.specs(head_VxD)
-    whole = PartitionSpec()
-    head_gradient = PartitionSpec(*head, sharding.scattered(head_VxD) or None)
+    tokens, head, whole = sharding.tokens, sharding.head(head_VxD), PartitionSpec()
+    taught = None if teacher is None else (tokens, sharding.head(teacher[1]))
     return jax.shard_map(
         body,
         mesh=sharding.mesh,
-        in_specs=(token, head, token, token, whole, None if teacher is None else (token, head)),
-        out_specs=(whole, (token, head_gradient) if gradients else None),
+        in_specs=(tokens, head, tokens, tokens, whole, taught),
+        out_specs=(whole, (tokens, head) if gradients else None),
         check_vma=False,
     )(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, omega, teacher)
 
@@ -202,6 +204,7 @@ def _sums_and_gradients(
 def _local_sums(
     static: _Static,
     gradients: bool,
+    shapes: Any,
     hidden_BxLxD: jax.Array,
     head_VxD: jax.Array,
     targets_BxL: jax.Array,
@@ -209,8 +212,11 @@ def _local_sums(
     omega: jax.Array,
     teacher: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[Sums, Any]:
-    """What one device does: B its rows, V its part of the vocabulary."""
+    """What one device does: B its rows, V its part of the vocabulary; `shapes` are whole heads'."""
     precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
+    head_VxD = _gathered(static.sharding, head_VxD, shapes[0])
+    if teacher is not None:
+        teacher = teacher[0], _gathered(static.sharding, teacher[1], shapes[1])
     vocabulary = VocabularyPart(static.sharding, head_VxD.shape[0], static.vocab_size)
     loss = ChunkLoss(static.config, omega, vocabulary)
     counts_BxL = weights_BxL > 0
@@ -246,7 +252,11 @@ def _local_sums(
     if not gradients:
         return result, None
     d_hidden_BxLxD = _unchunked(d_hidden, hidden_BxLxD.shape)
-    return result, (d_hidden_BxLxD, _summed_head_gradient(static.sharding, d_head_VxD))
+    if static.sharding is not None:
+        d_head_VxD = static.sharding.sum_and_scatter(d_head_VxD, shapes[0])
+        # No gradient goes back into the model before: until then each device holds all of it.
+        d_hidden_BxLxD, d_head_VxD = lax.optimization_barrier((d_hidden_BxLxD, d_head_VxD))
+    return result, (d_hidden_BxLxD, d_head_VxD)
 
 
 def _add_head_gradient(
@@ -270,6 +280,10 @@ def _add_head_gradient(
         return lax.dynamic_update_slice_in_dim(total_VxD, part_PxD, start, axis=0)
 
     return lax.fori_loop(0, blocks, add, total_VxD)
+
+
+def _gathered(sharding: HeadSharding | None, head_VxD: jax.Array, shape: Any) -> jax.Array:
+    return head_VxD if sharding is None else sharding.gather(head_VxD, shape)
 
 
 def _tokens(counts_BxL: jax.Array, hidden_BxLxD: jax.Array) -> jax.Array:
@@ -301,14 +315,3 @@ def _over_batch(sharding: HeadSharding | None) -> Callable[[jax.Array], jax.Arra
     if sharding is None:
         return lambda x: x
     return lambda x: lax.psum(x, sharding.batch)
-
-
-def _summed_head_gradient(sharding: HeadSharding | None, d_head_VxD: jax.Array) -> jax.Array:
-    """Over all devices' tokens; each keeps the part of D that it holds of the head."""
-    if sharding is None:
-        return d_head_VxD
-    scattered = sharding.scattered(d_head_VxD)
-    if scattered:
-        d_head_VxD = lax.psum_scatter(d_head_VxD, scattered, scatter_dimension=1, tiled=True)
-    rest = tuple(axis for axis in sharding.batch if axis not in scattered)
-    return lax.psum(d_head_VxD, rest) if rest else d_head_VxD

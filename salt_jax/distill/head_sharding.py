@@ -20,8 +20,9 @@ class HeadSharding:
         mesh: the mesh.
         batch: its axes that split the batch.
         vocab: its axes that split the vocabulary: each device has its part of every token's logits.
-        embed: its axes that split D of the student's head. Where they are among batch and divide D,
-            the head's gradient is scattered over them as it is summed.
+        embed: its axes, some of batch's, that split D of heads where they are stored. A head is
+            gathered over them, and its gradient scattered, by way of parts of the vocabulary: those
+            are contiguous, and need no copy of the whole head in another layout.
     """
 
     mesh: Mesh
@@ -33,20 +34,45 @@ class HeadSharding:
         """The number of devices along some axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def specs(self, head_VxD: jax.Array) -> tuple[PartitionSpec, PartitionSpec]:
-        """Of arrays with a leading batch, and of heads."""
-        parts = self.devices(self.vocab)
-        if head_VxD.shape[0] % parts:
-            raise ValueError(
-                f"A vocabulary padded to {head_VxD.shape[0]} ids can't be split over {parts} "
-                "devices: set DecoderConfig.vocab_multiple to a multiple of the mesh's tensor axis."
-            )
-        return PartitionSpec(self.batch), PartitionSpec(self.vocab or None)
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of arrays [B, …]."""
+        return PartitionSpec(self.batch)
 
-    def scattered(self, head_VxD: jax.Array) -> tuple[str, ...]:
-        """The axes over which the head's gradient is scattered, along D."""
-        divides = head_VxD.shape[1] % self.devices(self.embed) == 0
-        return self.embed if divides and set(self.embed) <= set(self.batch) else ()
+    def head(self, head_VxD: jax.Array) -> PartitionSpec:
+        """Of a head as it is stored and of its gradient; ValueError if it can't be split."""
+        if head_VxD.shape[0] % self.devices(self.vocab):
+            raise ValueError(
+                f"A vocabulary padded to {head_VxD.shape[0]} ids can't be split over "
+                f"{self.devices(self.vocab)} devices: set DecoderConfig.vocab_multiple to a "
+                "multiple of the mesh's tensor axis."
+            )
+        return PartitionSpec(self.vocab or None, self._embed(*head_VxD.shape) or None)
+
+    def gather(self, head_Vxd: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """A device's part of the vocabulary, from what it stores of a head of `shape` [V, D]."""
+        axes = self._embed(*shape)
+        if not axes:
+            return head_Vxd
+        head_vxD = lax.all_to_all(head_Vxd, axes, split_axis=0, concat_axis=1, tiled=True)
+        return lax.all_gather(head_vxD, axes, axis=0, tiled=True)
+
+    def sum_and_scatter(self, gradient_VxD: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """The sum over all tokens of a head's gradient; each device keeps what it stores."""
+        axes = self._embed(*shape)
+        if axes:
+            gradient_vxD = lax.psum_scatter(gradient_VxD, axes, scatter_dimension=0, tiled=True)
+            gradient_VxD = lax.all_to_all(
+                gradient_vxD, axes, split_axis=1, concat_axis=0, tiled=True
+            )
+        rest = tuple(axis for axis in self.batch if axis not in axes)
+        return lax.psum(gradient_VxD, rest) if rest else gradient_VxD
+
+    def _embed(self, ids: int, width: int) -> tuple[str, ...]:
+        """Where they don't divide a head both ways, every device has all of it from the start."""
+        parts = self.devices(self.embed)
+        divided = width % parts == 0 and ids % (parts * self.devices(self.vocab)) == 0
+        return self.embed if divided else ()
 
 
 class VocabularyPart:

@@ -154,7 +154,8 @@ def head_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> HeadSharding | No
     batch = axes("batch")
     # An axis that splits the tokens can't split the same tokens' logits too.
     vocab = tuple(axis for axis in axes("activation_vocab") if axis not in batch)
-    return HeadSharding(mesh, batch, vocab, axes("embed"))
+    embed = tuple(axis for axis in axes("embed") if axis in batch)
+    return HeadSharding(mesh, batch, vocab, embed)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
