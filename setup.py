@@ -1,4 +1,4 @@
-"""Installs salt_jax: `pip install .` trains; `pip install .[prepare]` also makes caches."""
+"""Installs salt_jax: `pip install .` trains; .[prepare] also makes caches, .[plan] plans."""
 
 import pathlib
 import re
@@ -15,6 +15,8 @@ PREPARE = [
     "pyarrow>=18",
     "zstandard>=0.23",
 ]
+# libtpu, the compiler for TPUs, in the version that jax needs; other systems have none.
+PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -51,6 +53,6 @@ setuptools.setup(
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
     ],
-    extras_require={"prepare": PREPARE, "test": TEST + PREPARE},
+    extras_require={"plan": PLAN, "prepare": PREPARE, "test": TEST + PLAN + PREPARE},
     entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},
 )

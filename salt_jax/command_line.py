@@ -6,10 +6,12 @@ the libraries that they need.
 
 import ast
 import difflib
+import inspect
 import pathlib
 import re
+import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from salt_jax.errors import InputError
@@ -74,6 +76,54 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         else:
             arguments.settings.setdefault(name, []).append(value)
     return arguments
+
+
+def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[str]:
+    """The bindings that --SETTING=VALUE flags and positional arguments stand for."""
+    parameters = parameters_of(function)
+    settings = dict(arguments.settings)
+    if arguments.positional:
+        module = sys.modules[function.__module__]
+        name = getattr(module, "POSITIONAL", None)
+        if name is None:
+            raise InputError(
+                f"`salt {arguments.verb}` takes no argument {arguments.positional[0]!r}: "
+                "settings are written --NAME=VALUE."
+            )
+        settings[name] = [*settings.get(name, []), *arguments.positional]
+    bindings = []
+    for name, values in settings.items():
+        require_known("setting", name, [*parameters, "gin_file", "output_dir"], prefix="--")
+        annotation = str(parameters[name].annotation)
+        is_list = "Sequence" in annotation
+        if "bool" in annotation:
+            values = [v.capitalize() if v.lower() in ("true", "false") else v for v in values]
+        literals = [repr(v) if _is_text(v, annotation) else v for v in values]
+        literal = f"({', '.join(literals)},)" if is_list else literals[-1]
+        bindings.append(f"{arguments.verb}.{arguments.verb}.{name} = {literal}")
+    return bindings
+
+
+def _is_text(value: str, annotation: str) -> bool:
+    """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
+    if re.match(r"[@%][A-Za-z_]", value) or value == "None":
+        return False
+    if "str" in annotation:
+        return True
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return True
+    return False
+
+
+def parameters_of(function: Callable[..., None]) -> Mapping[str, inspect.Parameter]:
+    """The settings of a verb's function."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def verb_table() -> str:

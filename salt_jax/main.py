@@ -5,12 +5,10 @@ code: 0 finished, 1 the run failed, 2 bad input, 75 interrupted and saved (start
 Nothing else in the package knows gin.
 """
 
-import ast
 import copy
 import errno
 import importlib
 import inspect
-import logging
 import os
 import pathlib
 import re
@@ -26,18 +24,20 @@ from salt_jax.command_line import (
     USAGE,
     Arguments,
     nearest,
+    own_bindings,
+    parameters_of,
     parse_arguments,
     require_known,
     verb_help,
     verb_table,
     verbs,
 )
+from salt_jax.config_errors import CONFIGS, explained, flag_of
 from salt_jax.errors import InputError, Interrupted, RunFailed
 from salt_jax.run_folder import RunFolder
 
-PACKAGE = pathlib.Path(__file__).parent
-CONFIGS = PACKAGE / "configs"
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
+MODEL_CLASS = "DecoderConfig"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +88,7 @@ def _run(argv: list[str]) -> int:
             "(gcsfuse, s3fs) and name the mounted folder."
         )
     verb = configure(arguments)
+    _quiet_libtpu()
     folder = RunFolder(
         path=pathlib.Path(arguments.output_dir),
         verb=arguments.verb,
@@ -96,6 +97,14 @@ def _run(argv: list[str]) -> int:
     )
     verb(folder)
     return 0
+
+
+def _quiet_libtpu() -> None:
+    """Keeps libtpu, where it is installed and no TPU is, from asking what machine this is."""
+    # JAX sets this one where it finds no TPU.
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
@@ -116,17 +125,22 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
             f"`salt {verb}` needs the library {error.name}, which is not installed: "
             "pip install 'salt_jax[prepare]'."
         ) from error
-    parsed = [_explained(gin.parse_config_file, _find_gin_file(f)) for f in arguments.gin_files]
+    parsed = [explained(gin.parse_config_file, _find_gin_file(f)) for f in arguments.gin_files]
     files, modules = _files_and_modules(parsed)
     _refuse_unknown_macros(arguments.bindings, files)
-    modules = sorted({*modules, f"salt_jax.commands.{verb}"} - {"__gin__.dynamic_registration"})
-    imports = [DYNAMIC_REGISTRATION]
-    imports += [f"from {m.rpartition('.')[0]} import {m.rpartition('.')[2]}" for m in modules]
-    own = _own_settings(function, arguments)
+    lender = getattr(sys.modules[function.__module__], "SETTINGS_FROM", verb)
+    commands = {f"salt_jax.commands.{name}" for name in (verb, lender)}
+    own = own_bindings(function, arguments)
     # A reference registers the function with gin even when nothing is bound to it.
-    register = [f"salt_verb = @{verb}.{verb}"]
-    _explained(gin.parse_config, "\n".join([*imports, *arguments.bindings, *own, *register]))
-    _explained(gin.finalize, files=files)
+    register = [f"salt_{name} = @{name}.{name}" for name in (verb, lender)]
+    bindings = [*arguments.bindings, *own, *register]
+    explained(gin.parse_config, "\n".join([*_imports({*modules, *commands}), *bindings]))
+    if lender != verb:
+        _borrow_settings(function, verb, lender)
+    _read_model_files(function, verb)
+    if lender != verb:
+        _close_unused_settings(function, files, arguments.bindings, {*modules, *commands})
+    explained(gin.finalize, files=files)
     missing = list(_missing_settings(function, set()))
     if not missing:
         _refuse_wrong_types(function, set())
@@ -135,59 +149,134 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     ):
         raise InputError(f"Nothing to {verb} was named: `salt {verb} FOLDER…`.")
     else:
-        flag = _flag(missing[0])
+        flag = flag_of(missing[0])
         raise InputError(f"{missing[0]} is not set: add {flag}, or a gin file that sets it.")
     return gin.get_configurable(function)
 
 
-def _own_settings(function: Callable[..., None], arguments: Arguments) -> list[str]:
-    """The bindings that --SETTING=VALUE flags and positional arguments stand for."""
-    parameters = _parameters(function)
-    settings = dict(arguments.settings)
-    if arguments.positional:
-        module = sys.modules[function.__module__]
-        name = getattr(module, "POSITIONAL", None)
-        if name is None:
+def _imports(modules: Iterable[str]) -> list[str]:
+    """The lines that bring modules into a text for gin."""
+    split = [m.rpartition(".") for m in sorted({*modules} - {"__gin__.dynamic_registration"})]
+    return [DYNAMIC_REGISTRATION, *(f"from {package} import {name}" for package, _, name in split)]
+
+
+def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> None:
+    """Gives a verb's unbound settings what another verb's settings of the same name are bound to.
+
+    A verb asks for it by SETTINGS_FROM in its module. What the lender leaves open stays unbound.
+    """
+    mine = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
+    theirs = gin.get_bindings(f"{lender}.{lender}", resolve_references=False)
+    for name in theirs.keys() & parameters_of(function).keys() - mine.keys():
+        if not _is_open(theirs[name]):
+            gin.bind_parameter(f"{verb}.{verb}.{name}", theirs[name])
+
+
+def _close_unused_settings(
+    function: Callable[..., None],
+    files: Iterable[pathlib.Path],
+    bindings: Iterable[str],
+    modules: Iterable[str],
+) -> None:
+    """Lets what files leave REQUIRED be None where nothing that the verb calls refers to it."""
+    reached: set[str] = set()
+    list(_missing_settings(function, reached))
+    text = "\n".join([*(file.read_text() for file in files), *bindings])
+    names = set(re.findall(r"^\s*([\w./]+)\s*=\s*%gin\.REQUIRED", text, re.M))
+    # By the last name: a class may be reached through another module than it is bound through.
+    last_names = {name.rpartition(".")[2] for name in reached}
+    unused = [n for n in sorted(names) if _owner(n).rpartition(".")[2] not in last_names]
+    explained(gin.parse_config, "\n".join([*_imports(modules), *(f"{n} = None" for n in unused)]))
+
+
+def _owner(name: str) -> str:
+    """What a binding's name sets something of: train.train of train.train.seed, a macro itself."""
+    return name.rpartition(".")[0] or name
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a binding is %gin.REQUIRED."""
+    is_reference = isinstance(value, gin.config.ConfigurableReference)
+    return is_reference and value.configurable.selector == "gin.constant"
+
+
+def _read_model_files(function: Callable[..., None], verb: str) -> None:
+    """Makes a model of every setting for a DecoderConfig that names a gin file instead.
+
+    The file is read on its own: nothing that is bound elsewhere, to the student for one, reaches
+    the model. Its settings get a scope of the setting's name, so that config.gin has them too.
+    """
+    bound = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
+    for name, hint in typing.get_type_hints(function).items():
+        models = [t for t in (hint, *typing.get_args(hint)) if _name_of(t) == MODEL_CLASS]
+        if not models or not isinstance(bound.get(name), str):
+            continue
+        file = _find_gin_file(bound[name], f"{verb}.{verb}.{name}")
+        settings: dict[str, Any] = {}
+        imports = _read_model_file(file, settings)
+        fields = inspect.signature(models[0]).parameters
+        for setting in settings:
+            require_known(f"setting of {MODEL_CLASS} in {file}", setting, fields)
+        defaults = {f.name: f.default for f in fields.values() if f.default is not f.empty}
+        if unset := sorted(fields.keys() - defaults.keys() - settings.keys()):
             raise InputError(
-                f"`salt {arguments.verb}` takes no argument {arguments.positional[0]!r}: "
-                "settings are written --NAME=VALUE."
+                f"{file}, the model of {verb}.{verb}.{name}, does not set {', '.join(unset)} of "
+                f"{MODEL_CLASS}: name a file of gin/models."
             )
-        settings[name] = [*settings.get(name, []), *arguments.positional]
-    bindings = []
-    for name, values in settings.items():
-        require_known("setting", name, [*parameters, "gin_file", "output_dir"], prefix="--")
-        annotation = str(parameters[name].annotation)
-        is_list = "Sequence" in annotation
-        if "bool" in annotation:
-            values = [v.capitalize() if v.lower() in ("true", "false") else v for v in values]
-        literals = [repr(v) if _is_text(v, annotation) else v for v in values]
-        literal = f"({', '.join(literals)},)" if is_list else literals[-1]
-        bindings.append(f"{arguments.verb}.{arguments.verb}.{name} = {literal}")
-    return bindings
+        module = next(m for m in imports if hasattr(importlib.import_module(m), MODEL_CLASS))
+        model = f"{name}/{module.rpartition('.')[2]}.{MODEL_CLASS}"
+        lines = [f"{model}.{field} = {value!r}" for field, value in (defaults | settings).items()]
+        lines = [*_imports([module, function.__module__]), *lines]
+        explained(gin.parse_config, "\n".join([*lines, f"{verb}.{verb}.{name} = @{model}()"]))
 
 
-def _is_text(value: str, annotation: str) -> bool:
-    """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
-    if re.match(r"[@%][A-Za-z_]", value) or value == "None":
-        return False
-    if "str" in annotation:
-        return True
-    try:
-        ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return True
-    return False
+def _read_model_file(file: str, settings: dict[str, Any]) -> list[str]:
+    """Adds the settings that a model's file makes, its includes first; gives what it imports."""
+    modules = []
+    for statement in explained(_statements, file):
+        if isinstance(statement, gin.config_parser.ImportStatement):
+            modules += [m for m in [statement.module] if m.startswith("salt_jax.")]
+        elif isinstance(statement, gin.config_parser.IncludeStatement):
+            modules += _read_model_file(_find_gin_file(statement.filename, file), settings)
+        elif isinstance(statement, gin.config_parser.BindingStatement):
+            is_own = statement.selector.rpartition(".")[2] == MODEL_CLASS and not statement.scope
+            if not is_own or isinstance(statement.value, _Reference):
+                what = statement.value.name if is_own else statement.selector
+                raise InputError(
+                    f"{file}, line {statement.location.line_num}: {what} has no place in a model's "
+                    f"file that a setting names: it sets {MODEL_CLASS} alone, to plain values, and "
+                    "may include files that do."
+                )
+            settings[statement.arg_name] = statement.value
+    return modules
 
 
-def _parameters(function: Callable[..., None]) -> Mapping[str, inspect.Parameter]:
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+def _statements(file: str) -> list[Any]:
+    with open(file) as lines:
+        return list(gin.config_parser.ConfigParser(lines, _References()))
 
 
-def _find_gin_file(name: str) -> str:
+class _Reference(typing.NamedTuple):
+    """A value that comes from elsewhere."""
+
+    name: str
+
+
+class _References(gin.config_parser.ParserDelegate):
+    """Leaves references and macros what they are when a file is parsed."""
+
+    def configurable_reference(self, name: str, evaluate: bool) -> _Reference:
+        return _Reference(f"@{name}{'()' if evaluate else ''}")
+
+    def macro(self, name: str) -> _Reference:
+        return _Reference(f"%{name}")
+
+
+def _name_of(hint: Any) -> str:
+    return getattr(hint, "__name__", "")
+
+
+def _find_gin_file(name: str, setting: str = "--gin_file") -> str:
     candidates = [pathlib.Path(name), CONFIGS / name, CONFIGS / name.removeprefix("gin/")]
     for candidate in candidates:
         if candidate.is_file():
@@ -195,7 +284,7 @@ def _find_gin_file(name: str) -> str:
     known = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin")]
     raise InputError(
         f"There is no gin file {name}, neither here nor in {CONFIGS}"
-        f"{nearest(name.removeprefix('gin/'), known)}: correct --gin_file."
+        f"{nearest(name.removeprefix('gin/'), known)}: correct {setting}."
     )
 
 
@@ -242,6 +331,7 @@ def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[
         target = reference.configurable.wrapped
         if reference.configurable.selector == "gin.macro":
             macro = "/".join(reference.scopes)
+            seen.add(macro)
             with gin.config_scope(macro):
                 value = gin.get_bindings("gin.macro", resolve_references=False)
             if not value:
@@ -304,92 +394,6 @@ def _references(value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _references(item)
-
-
-def _explained(
-    parse: Callable[..., Any], *arguments: Any, files: Sequence[pathlib.Path] = ()
-) -> Any:
-    """Calls gin; its errors become one sentence with the name, the file and the nearest name."""
-    logging.disable(logging.ERROR)  # gin logs every place where it looks for a file in vain
-    try:
-        return parse(*arguments)
-    except InputError:
-        raise
-    except SyntaxError as error:
-        where = f"{error.filename}, line {error.lineno}" if error.filename else "the command line"
-        text, message = str(error.text).strip(), str(error.msg).partition("\n")[0]
-        reason = "a text needs quotes of its own" if "malformed node" in message else message
-        raise InputError(
-            f"{where}: gin cannot read {text!r}: {reason}, as in --gin.NAME=\"'text'\"."
-            if reason != message
-            else f"{where}: gin cannot read {text!r} ({message})."
-        ) from error
-    except (NameError, AttributeError, ValueError, ImportError, TypeError, OSError) as error:
-        message, _, location = str(error).partition("\n")
-        raise InputError(_gin_sentence(message, location, files)) from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _gin_sentence(message: str, location: str, files: Sequence[pathlib.Path]) -> str:
-    place = re.search(r'In file "([^"]*)", line (\d+)', location)
-    where = f"{place[1]}, line {place[2]}" if place else "the command line"
-    if match := re.match(r"'(\w+)' was not provided by an import statement", message):
-        imported = re.findall(r"from [\w.]+ import (\w+)", _text_of(place)) + verbs()
-        return (
-            f"{where}: {match[1]} is not imported there{nearest(match[1], imported)}: correct "
-            "the name, or add the import of its module."
-        )
-    if match := re.match(
-        r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* has no attribute (\w+)", message
-    ):
-        known = [n for n in vars(importlib.import_module(match[2])) if not n.startswith("_")]
-        return f"{where}: {match[1]} is unknown{nearest(match[3], known)}: correct the name."
-    if match := re.match(
-        r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
-    ):
-        known = _parameters_of(match[1])
-        return (
-            f"{where}: {match[1]} has no setting {match[2]}{nearest(match[2], known)}: "
-            "correct the name."
-        )
-    if match := re.match(r"(\S+) set to `%gin.REQUIRED`", message):
-        name = match[1].removesuffix("/gin.macro.value").removesuffix("/macro.value")
-        # gin shortens the name; the file has it in full.
-        for file in files:
-            pattern = rf"^\s*((?:\w+[./])*{re.escape(name)})\s*=\s*%gin\.REQUIRED"
-            if found := re.search(pattern, file.read_text(), re.M):
-                return f"{found[1]} must be set ({file} leaves it open): add {_flag(found[1])}."
-        return f"{name} must be set: add {_flag(name)}."
-    return f"{where}: {message.rstrip('.')}."
-
-
-def _text_of(place: re.Match[str] | None) -> str:
-    if place is None:
-        return ""
-    paths = [pathlib.Path(place[1]), CONFIGS / place[1]]
-    return next((p.read_text() for p in paths if p.is_file()), "")
-
-
-def _parameters_of(selector: str) -> list[str]:
-    """Parameter names of what a selector such as decoder.DecoderConfig names."""
-    module_name, _, name = selector.rpartition(".")
-    for module in list(sys.modules.values()):
-        full_name = getattr(module, "__name__", "")
-        is_it = full_name.startswith("salt_jax") and f".{full_name}".endswith(f".{module_name}")
-        if is_it and callable(target := getattr(module, name, None)):
-            return list(inspect.signature(target).parameters)
-    return []
-
-
-def _flag(name: str) -> str:
-    """The flag that sets a name: --SETTING for a verb's own, --gin.NAME for any other."""
-    verb, _, setting = name.rpartition(".")
-    own = verb.partition(".")[0] in verbs() and verb.partition(".")[2] in (
-        "",
-        verb.partition(".")[0],
-    )
-    return f"--{setting}=VALUE" if verb and own else f"--gin.{name}=VALUE"
 
 
 def _sentence(error: Exception) -> str:

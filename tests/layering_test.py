@@ -11,7 +11,7 @@ PACKAGE = ROOT / "salt_jax"
 
 # A part may import the parts named here, itself, and the leaves errors and run_folder.
 ALLOWED = {
-    "main": {"commands", "command_line"},
+    "main": {"commands", "command_line", "config_errors"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"},
     "training": {"distill", "models", "data"},
     "preparation": {"distill", "models", "data"},
@@ -22,6 +22,7 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "command_line": set(),
+    "config_errors": {"command_line"},
     "errors": set(),
     "run_folder": set(),
     "__init__": set(),

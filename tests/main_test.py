@@ -105,6 +105,13 @@ def test_required_names_the_users_own_file(
     assert f"WIDTH must be set ({file} leaves it open)" in error
 
 
+def test_an_open_bracket_names_file_and_line(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(tmp_path / "mine.gin", IMPORTS + "train.train.steps = [3\n", capsys)
+    assert "mine.gin, line 4: a bracket or a text is left open" in error
+
+
 def test_scopes_and_booleans() -> None:
     scoped = "--gin.train.train.model=@big/decoder.DecoderConfig()"
     arguments = [*FULL, scoped, "--gin.big/decoder.DecoderConfig.embed_dim=320"]
@@ -195,7 +202,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "verbs:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["train", "score", "select", "evaluate", "report"])
+@pytest.mark.parametrize("verb", ["train", "score", "select", "evaluate", "plan", "report"])
 def test_only_preparation_imports_tensorflow(verb: str) -> None:
     code = (
         "import sys; from salt_jax.main import configure, parse_arguments\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,10 +14,11 @@ from salt_jax.data.input_pipeline import InputPipeline, RowOrder
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill.losses import LossConfig
 from salt_jax.models.decoder import DecoderConfig
+from salt_jax.planning import hlo
 from salt_jax.training import partitioning
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
-from salt_jax.training.train_state import StateLayout, TrainState, make_layout
-from salt_jax.training.train_step import BATCH_FEATURES, Programs, compile_programs
+from salt_jax.training.train_state import StateLayout, TrainState, abstract_params, make_layout
+from salt_jax.training.train_step import BATCH_FEATURES, Programs, compile_programs, lower_step
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64, vocab_size=259)
 WIDE = dataclasses.replace(STUDENT, embed_dim=128, mlp_dim=256, num_layers=1)
@@ -200,3 +202,44 @@ def test_weights_are_divided_out_once(cache: PackedCache) -> None:
         norms.append(float(metrics["grad_norm"]))
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
     assert jnp.isfinite(norms[0])
+
+
+@functools.cache
+def distilling_hlo(fsdp: int) -> hlo.Module:
+    """The distilling step over 8 × 64 tokens of a vocabulary of 4,096, in chunks of 16 a device."""
+    mesh = partitioning.MeshConfig(fsdp=fsdp).make(jax.devices()[:fsdp])
+    student = dataclasses.replace(STUDENT, num_layers=1, vocab_size=4096)
+    teacher = dataclasses.replace(TEACHER, num_layers=1, vocab_size=4096)
+    lowered = lower_step(
+        make_layout(student, ADAMW.make(STEPS), mesh),
+        dataclasses.replace(LOSS, chunk_tokens=16),
+        (8, 64),
+        1,
+        teacher,
+        abstract_params(teacher, mesh, partitioning.DEFAULT_RULES),
+    )
+    return hlo.parse(lowered.compile().as_text())
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_no_logits_of_all_tokens_exist(fsdp: int) -> None:
+    module, tokens = distilling_hlo(fsdp), 8 * 64 // fsdp
+    arrays = {s.dims for e in hlo.executions(module) for s in e.instruction.shapes}
+    assert (16, 4096) in arrays  # a chunk's
+    largest = max(math.prod(dims) for dims in arrays)
+    assert largest < tokens * 4096
+
+
+def test_the_head_is_gathered_once_and_its_gradient_scattered_once() -> None:
+    module = distilling_hlo(8)
+    whole = [e for e in hlo.select(module, opcode="all-gather") if is_head(e, 32)]
+    assert [e.times for e in whole] == [1.0] * len(whole)
+    assert len(whole) in (1, 2)  # the embedding's look-up may have its own
+    assert not [e for e in whole if e.depth]
+    scattered = hlo.select(module, opcode="reduce-scatter", dims=(512, 32))
+    assert [e.times for e in scattered] == [1.0]
+    assert not hlo.select(module, opcode="all-reduce", dims=(4096, 32))
+
+
+def is_head(execution: hlo.Execution, width: int) -> bool:
+    return any(sorted(s.dims) == [width, 4096] for s in execution.instruction.shapes)

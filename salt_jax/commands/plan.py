@@ -1,0 +1,289 @@
+"""`salt plan`: whether both stages of a run fit a slice, and how long they take, before paying.
+
+Takes the gin files and flags of `salt train`, compiles the two programs that it would run, for TPU
+slices that need not be there (libtpu does it: `pip install 'salt_jax[plan]'`) or for the devices at
+hand, and says what a chip's memory holds at its peak, what a step computes and sends, and an
+estimate of the days and chip-hours of the run with and without its teacher. Where a stage does not
+fit, it tries what would make it fit. Neither cache nor teacher needs to exist.
+
+  salt plan --gin_file=paper/llm_2_8b_salt.gin --topology=v5e:16x16 --topology=v4:4x4x8 \\
+      --output_dir=PLAN
+
+A topology is local (the devices at hand), v5e:16x16, v6e:16x16, v4:4x4x8 or v5p:4x4x8 in any of
+their sizes; v5e:16x16*2 is two slices. docs/planning.md says how far the numbers go.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.distill import losses, schedules
+from salt_jax.errors import InputError
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.planning import buffers, changes, estimate, hlo, table, topologies
+from salt_jax.planning.compile import (
+    CompiledStage,
+    Job,
+    TooLarge,
+    check_batch,
+    compile_stage,
+    in_gib,
+)
+from salt_jax.run_folder import RunFolder
+from salt_jax.training import partitioning
+from salt_jax.training.optimizers import OptimizerConfig
+
+SETTINGS_FROM = "train"
+
+
+def plan(
+    run: RunFolder,
+    *,
+    model: DecoderConfig,
+    steps: int,
+    batch_size: int,
+    optimizer: OptimizerConfig,
+    schedule: schedules.Schedule,
+    loss: losses.LossConfig,
+    topology: Sequence[str] = (topologies.LOCAL,),
+    teacher_model: DecoderConfig | None = None,
+    teacher_dtype: str | None = None,
+    vocab_size: int = 256_000,
+    sequence_length: int = 1280,
+    cache: str | None = None,
+    mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
+    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    microbatches: int = 1,
+    stage1_microbatches: int | None = None,
+    arm: str = "",
+    hbm_gib: float | None = None,
+    try_changes: bool = True,
+) -> None:
+    """Compiles the stages of a run for one topology or many; `salt train`'s settings hold here too.
+
+    Args:
+      run: The folder for summary.json.
+      model: The student.
+      steps: Updates of the whole run.
+      batch_size: B, rows of the global batch.
+      optimizer: The optimizer.
+      schedule: ω by step: how many steps have a teacher.
+      loss: The loss; its chunk_tokens decides over memory.
+      topology: What to compile for; repeat the flag for more than one.
+      teacher_model: The teacher, or a gin file of gin/models; computes as the student does.
+      teacher_dtype: What to hold it in, "bfloat16" for one; its param_dtype by default.
+      vocab_size: Ids of the vocabulary, for models that don't set it.
+      sequence_length: L, tokens of a row.
+      cache: A folder made by `salt prepare`, to take both from.
+      mesh: How many devices along each mesh axis.
+      rules: From the model's logical axes to the mesh's.
+      microbatches: Parts of a batch computed one after the other.
+      stage1_microbatches: The same in stage 1; microbatches if None.
+      arm: The method's name.
+      hbm_gib: Memory of a chip, GiB, instead of what is known of it.
+      try_changes: Whether to look for settings that make a stage fit.
+
+    Raises:
+      InputError: Settings that don't fit each other, an unknown topology, or libtpu is missing.
+    """
+    if cache is not None:
+        packed = PackedCache.open(cache)
+        vocab_size, sequence_length = packed.vocabulary_size, packed.sequence_length
+    for name, value in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("sequence_length", sequence_length),
+    ):
+        if value < 1:
+            raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
+    stage1_steps = schedule.distill_steps(steps)
+    if stage1_steps and teacher_model is None:
+        raise InputError(
+            f"The schedule {type(schedule).__name__} has a stage 1 of {stage1_steps} steps and no "
+            "teacher_model is set: add --teacher_model=models/slm_1_5b.gin, or another model file."
+        )
+    student = _with_vocabulary(model, vocab_size)
+    job = Job(
+        model=student,
+        teacher=_teacher(teacher_model, student) if stage1_steps and teacher_model else None,
+        teacher_dtype=teacher_dtype,
+        optimizer=optimizer,
+        loss=loss,
+        steps=steps,
+        stage1_steps=stage1_steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        microbatches=microbatches,
+        stage1_microbatches=microbatches if stage1_microbatches is None else stage1_microbatches,
+        mesh=mesh,
+        rules=rules,
+    )
+    if sequence_length > student.max_length:
+        raise InputError(
+            f"sequence_length is {sequence_length} and DecoderConfig.max_length is "
+            f"{student.max_length}: raise it, or plan for shorter rows."
+        )
+    found = [topologies.find(name, hbm_gib) for name in topology]
+    for where in found:
+        for stage in _stages(job):
+            check_batch(job, where, stage)
+    run.begin(replace=True)
+    print(f"[{arm or 'plan'}] {_describe(job)}", flush=True)
+    plans = [_plan(job, where, try_changes) for where in found]
+    table.print_plans(plans)
+    run.write_summary(_summary(job, arm, plans))
+
+
+def _plan(job: Job, topology: topologies.Topology, try_changes: bool) -> dict[str, Any]:
+    """The plan of a run on one topology, as summary.json has it."""
+    chips = len(topology.devices)
+    stages = [_stage(job, topology, stage, try_changes) for stage in _stages(job)]
+    seconds = {s["stage"]: (s["change"] or s).get("step_seconds_estimate") for s in stages}
+    total = estimate.estimate_run(job, chips, seconds.get(1), seconds[2])
+    return {
+        "topology": topology.name,
+        "chips": chips,
+        "device_kind": topology.chip.kind,
+        "hbm_gib": topology.chip.hbm_gib,
+        "mesh": dict(job.mesh.make(topology.devices).shape),
+        "stages": stages,
+        "run": {
+            "steps": job.steps,
+            "stage1_steps": job.stage1_steps,
+            "flops": total.flops,
+            "baseline_flops": total.baseline_flops,
+            "days": _days(total.seconds),
+            "baseline_days": _days(total.baseline_seconds),
+            "chip_hours": total.chip_hours(total.seconds),
+            "baseline_chip_hours": total.chip_hours(total.baseline_seconds),
+            "teacher_overhead": total.overhead,
+        },
+    }
+
+
+def _stages(job: Job) -> tuple[int, ...]:
+    return (1, 2) if job.stage1_steps else (2,)
+
+
+def _stage(
+    job: Job, topology: topologies.Topology, stage: int, try_changes: bool
+) -> dict[str, Any]:
+    """A stage of a plan, and the first change that makes it fit where it does not."""
+    print(f"compiling stage {stage} for {topology.name} …", flush=True)
+    compiled = compile_stage(job, topology, stage)
+    result: dict[str, Any] = {
+        "stage": stage,
+        "microbatches": job.microbatches_of(stage),
+        "fits": changes.fits(compiled, topology),
+        "flops_per_step": estimate.flops_per_step(job, stage),
+        "change": None,
+        "tried": [],
+        **_measures(job, topology, stage, compiled),
+    }
+    if result["fits"] or not try_changes:
+        return result
+
+    def tried(change: changes.Change, outcome: CompiledStage | TooLarge) -> None:
+        result["tried"].append({"settings": change.settings, **_size(outcome)})
+        print(f"  with {change.flags}: {_size_text(outcome)}", flush=True)
+
+    print(f"  does not fit: {_size_text(compiled)}", flush=True)
+    fit = changes.find_change(job, topology, stage, compile_stage, tried)
+    if fit is not None:
+        result["change"] = {
+            "settings": fit.change.settings,
+            "flags": fit.change.flags,
+            **_measures(fit.change.job, topology, stage, fit.stage),
+        }
+    return result
+
+
+def _measures(
+    job: Job, topology: topologies.Topology, stage: int, compiled: CompiledStage | TooLarge
+) -> dict[str, Any]:
+    if isinstance(compiled, TooLarge):
+        return {**_size(compiled), "compile_seconds": compiled.seconds}
+    chips = len(topology.devices)
+    module = hlo.parse(compiled.hlo)
+    cost = estimate.estimate_stage(job, stage, topology.chip, chips, module)
+    seconds, peak = cost.step_seconds, topology.chip.peak_flops
+    return {
+        **_size(compiled),
+        "breakdown_gib": in_gib(compiled.parts),
+        "compile_seconds": compiled.seconds,
+        "hardware_flops_per_step": cost.hardware_flops,
+        "memory_bytes_per_step": cost.memory_bytes,
+        "collective_bytes_per_step": dict(cost.collective_bytes),
+        "step_seconds_estimate": seconds,
+        "roofline_seconds": None if cost.seconds is None else dict(cost.seconds),
+        "tokens_per_second_estimate": job.tokens / seconds if seconds else None,
+        "largest_temporaries": [buffer._asdict() for buffer in buffers.largest(module, 8)],
+        "mfu_estimate": cost.flops / (seconds * chips * peak) if seconds and peak else None,
+    }
+
+
+def _size(compiled: CompiledStage | TooLarge) -> dict[str, Any]:
+    if isinstance(compiled, TooLarge):
+        return {"peak_hbm_gib": None, "needed_gib": compiled.needed_gib}
+    memory = compiled.memory
+    sizes = {
+        name: getattr(memory, name)
+        for name in ("arguments", "temporaries", "outputs", "aliased", "bound")
+    }
+    gib = memory.peak / topologies.GIB
+    return {"peak_hbm_gib": gib, "needed_gib": gib, "memory_analysis_gib": in_gib(sizes)}
+
+
+def _size_text(compiled: CompiledStage | TooLarge) -> str:
+    gib = _size(compiled)["needed_gib"]
+    return "too large" if gib is None else f"{gib:.2f} GiB"
+
+
+def _with_vocabulary(model: DecoderConfig, vocab_size: int) -> DecoderConfig:
+    if model.vocab_size is not None:
+        return model
+    return dataclasses.replace(model, vocab_size=vocab_size)
+
+
+def _teacher(model: DecoderConfig, student: DecoderConfig) -> DecoderConfig:
+    """The teacher: trained as the student is, so it computes in its dtype, by its attention."""
+    return dataclasses.replace(
+        model,
+        vocab_size=student.vocab_size,
+        max_length=max(model.max_length, student.max_length),
+        dtype=student.dtype,
+        attention_backend=student.attention_backend,
+    )
+
+
+def _describe(job: Job) -> str:
+    text = (
+        f"{job.model.num_parameters:,} parameters, {job.steps:,} steps of {job.batch_size:,} × "
+        f"{job.sequence_length:,} tokens"
+    )
+    if job.teacher is None:
+        return f"{text}, no teacher"
+    return (
+        f"{text}, {job.stage1_steps:,} of them with a teacher of {job.teacher.num_parameters:,} "
+        "parameters"
+    )
+
+
+def _summary(job: Job, arm: str, plans: list[dict[str, Any]]) -> Mapping[str, Any]:
+    return {
+        "arm": arm,
+        "parameters": job.model.num_parameters,
+        "teacher_parameters": job.teacher.num_parameters if job.teacher else None,
+        "tokens_per_step": job.tokens,
+        "assumptions": {
+            "compute_fraction_of_peak": estimate.COMPUTE_FRACTION,
+            "memory_fraction_of_peak": estimate.MEMORY_FRACTION,
+            "link_fraction_of_peak": estimate.LINK_FRACTION,
+        },
+        "plans": plans,
+    }
+
+
+def _days(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds / 86_400

@@ -1,0 +1,53 @@
+"""A compiled program in; the largest arrays that it makes on the way, out: what to look at first
+where memory is short.
+
+Which of them live at the same time is the compiler's affair; the text doesn't say.
+"""
+
+from typing import NamedTuple
+
+from salt_jax.planning import hlo
+
+# Names for what another instruction made, or made in place.
+_NAMES = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+    *("call", "opt-barrier", "dynamic-update-slice", "custom-call-done"),
+}
+
+
+class Buffer(NamedTuple):
+    """An array in a device's main memory.
+
+    Attributes:
+      dtype: XLA's name for it.
+      dims: Sizes on one device.
+      bytes: Its size, without what a layout pads.
+      op_name: The JAX function that it came from; empty where XLA does not say.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    bytes: float
+    op_name: str
+
+
+def largest(module: hlo.Module, count: int) -> list[Buffer]:
+    """The largest arrays, one of each shape and dtype, the largest first.
+
+    Args:
+      module: The program.
+      count: At most so many.
+    """
+    found: dict[tuple[str, tuple[int, ...]], Buffer] = {}
+    for execution in hlo.executions(module):
+        instruction = execution.instruction
+        if execution.in_fusion or instruction.opcode in _NAMES:
+            continue
+        if instruction.opcode.endswith(("-done", "-update")):
+            continue
+        for shape in instruction.shapes:
+            known = found.get((shape.dtype, shape.dims))
+            if shape.memory_space == 0 and (known is None or not known.op_name):
+                buffer = Buffer(shape.dtype, shape.dims, shape.bytes, instruction.op_name)
+                found[shape.dtype, shape.dims] = buffer
+    return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:count]

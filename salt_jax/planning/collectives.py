@@ -1,0 +1,123 @@
+"""A compiled program in; the bytes that each of its devices sends to others in one step, out.
+
+Counted for the ring algorithms, which move the least (n devices in a group, S bytes of operands on
+each):
+
+    all-gather           S · (n - 1)          each device passes on all parts but one
+    reduce-scatter       S · (n - 1) / n
+    all-reduce           2 · S · (n - 1) / n  a reduce-scatter, then an all-gather
+    all-to-all           S · (n - 1) / n
+    collective-permute   S
+
+A transfer that the compiler lets run beside other work appears as a start and a done, or on TPUs in
+slices that are fused into the work beside it; it counts once.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from salt_jax.planning import hlo
+
+KINDS = (
+    *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A transfer between devices.
+
+    Attributes:
+      kind: One of KINDS.
+      sent_bytes: Bytes that one device sends each time.
+      times: How often a step does it.
+      group: Devices that take part.
+      overlaps: Whether other work runs meanwhile.
+      op_name: The JAX function it came from.
+    """
+
+    kind: str
+    sent_bytes: float
+    times: int
+    group: int
+    overlaps: bool
+    op_name: str
+
+
+def collectives(module: hlo.Module) -> list[Collective]:
+    """The transfers of one run of the program."""
+    return list(_collectives(module))
+
+
+def bytes_by_kind(transfers: list[Collective]) -> dict[str, float]:
+    """Bytes that a device sends in a step, by kind; kinds that do not occur are left out."""
+    total: dict[str, float] = {}
+    for transfer in transfers:
+        total[transfer.kind] = total.get(transfer.kind, 0.0) + transfer.sent_bytes * transfer.times
+    return total
+
+
+def group_size(attributes: str, num_partitions: int) -> int:
+    """How many devices exchange with one another, by any of the ways HLO has to write groups."""
+    match = re.search(r"replica_groups=(.*)", attributes)
+    if match is None or match[1].startswith("{}"):
+        return num_partitions
+    groups = match[1]
+    if mesh := re.match(r"mesh\[([^\]]*)\](?:, *device_ids=\S+)? *\{([^}]*)\}", groups):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        # A part of an axis is written 'axis':(before)size.
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    if rows := re.match(r"\[([\d,]+)\]<=", groups):
+        return int(rows[1].rpartition(",")[2])
+    if first := re.match(r"\{\{([\d,]*)\}", groups):
+        return first[1].count(",") + 1
+    raise ValueError(f"The groups {groups[:100]!r} of a transfer are written in an unknown way.")
+
+
+def _collectives(module: hlo.Module) -> Iterator[Collective]:
+    seen = set()
+    for execution in hlo.executions(module):
+        instruction = execution.instruction
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        if chain:
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            key = (execution.caller, chain[1], channel and channel[1])
+            if key in seen:
+                continue
+            seen.add(key)
+        size = group_size(instruction.attributes, module.num_partitions)
+        operand_bytes = sum(o.bytes for o in execution.computation.operands(instruction))
+        if kind == "all-reduce" and _is_scattered(execution):
+            kind = "reduce-scatter"
+        yield Collective(
+            kind=kind,
+            sent_bytes=operand_bytes * _sent(kind, size),
+            times=execution.times,
+            group=size,
+            overlaps=bool(chain) or execution.in_async or instruction.opcode.endswith("-start"),
+            op_name=instruction.op_name,
+        )
+
+
+def _sent(kind: str, size: int) -> float:
+    """Bytes sent for each byte of operands."""
+    factors: Mapping[str, float] = {
+        "all-gather": size - 1.0,
+        "all-reduce": 2.0 * (size - 1) / size,
+        "reduce-scatter": (size - 1) / size,
+        "all-to-all": (size - 1) / size,
+        "ragged-all-to-all": (size - 1) / size,
+    }
+    return factors.get(kind, 1.0)
+
+
+def _is_scattered(execution: hlo.Execution) -> bool:
+    """Whether a TPU's all-reduce keeps a part alone: it is then fused with the slice it keeps."""
+    return execution.in_fusion and "all-reduce-scatter" in execution.computation.name

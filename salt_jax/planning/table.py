@@ -1,0 +1,104 @@
+"""Plans in; a table for a terminal out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+
+WIDTH = 100  # of the tables, where the terminal is narrower or is none
+
+
+def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
+    """Prints summary.json's plans as tables, and what to change where a stage does not fit."""
+    stages = _table(
+        "A step, as compiled (seconds and MFU are estimates)",
+        *("topology", "stage", "fits", "peak GiB", "HBM GiB", "PFLOP", "sent GB", "s", "MFU"),
+    )
+    runs = _table(
+        "The run, estimated",
+        *("topology", "chips", "EFLOP", "days", "chip-hours", "without teacher", "teacher adds"),
+    )
+    for plan in plans:
+        for stage in plan["stages"]:
+            stages.add_row(plan["topology"], *_stage_row(plan, stage))
+        runs.add_row(plan["topology"], *_run_row(plan))
+    console = rich.console.Console(width=max(rich.console.Console().width, WIDTH))
+    console.print(stages)
+    console.print(runs)
+    for plan in plans:
+        for line in _notes(plan):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> rich.table.Table:
+    table = rich.table.Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "topology" else "right")
+    return table
+
+
+def _stage_row(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
+    change = stage["change"]
+    shown = change or stage
+    sent = shown.get("collective_bytes_per_step")
+    return [
+        f"{stage['stage']} {'distil' if stage['stage'] == 1 else 'plain'}",
+        "yes" if stage["fits"] else "no*" if change else "no",
+        _number(shown["peak_hbm_gib"], ".2f"),
+        _number(plan["hbm_gib"], ".2f"),
+        _count(stage["flops_per_step"] / 1e15),
+        _number(None if sent is None else sum(sent.values()) / 1e9, ",.1f"),
+        _number(shown.get("step_seconds_estimate"), ".3g"),
+        _number(shown.get("mfu_estimate"), ".0%"),
+    ]
+
+
+def _run_row(plan: Mapping[str, Any]) -> list[str]:
+    run = plan["run"]
+    return [
+        str(plan["chips"]),
+        _count(run["flops"] / 1e18),
+        _number(run["days"], ".2f"),
+        _number(run["chip_hours"], ",.0f"),
+        _number(run["baseline_days"], ".2f"),
+        _number(run["teacher_overhead"], "+.1%"),
+    ]
+
+
+def _notes(plan: Mapping[str, Any]) -> list[str]:
+    notes = []
+    for stage in plan["stages"]:
+        where = f"{plan['topology']}, stage {stage['stage']}"
+        if not stage["fits"]:
+            needs = stage.get("peak_hbm_gib") or stage["needed_gib"]
+            amount = "more" if needs is None else f"{needs:.2f} GiB"
+            notes.append(f"{where} needs {amount} and has {_number(plan['hbm_gib'], '.2f')} GiB.")
+            notes.append(_advice(stage))
+        parts = (stage["change"] or stage).get("breakdown_gib")
+        if parts:
+            listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib > 0.005)
+            notes.append(f"{where}, GiB: {listed}")
+    return notes
+
+
+def _advice(stage: Mapping[str, Any]) -> str:
+    change = stage["change"]
+    if change is not None:
+        return f"* It fits with {change['flags']}: {change['peak_hbm_gib']:.2f} GiB, as shown."
+    if stage["tried"]:
+        return (
+            f"  None of the {len(stage['tried'])} changes tried makes it fit: more chips, or a "
+            "smaller model."
+        )
+    return (
+        "  There is nothing to change that was not there already: more chips, or a smaller model."
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

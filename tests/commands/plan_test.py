@@ -1,0 +1,310 @@
+"""`salt plan` as a command: train's settings, a teacher of its own, what fits and what does not."""
+
+import importlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import pytest
+
+import gin
+from salt_jax.command_line import parse_arguments
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.main import configure, main
+from salt_jax.planning.compile import Job, TooLarge
+
+IMPORTS = "from __gin__ import dynamic_registration\n"
+TEACHER = (
+    IMPORTS
+    + "from salt_jax.models import decoder\n"
+    + "decoder.DecoderConfig.embed_dim = 16\n"
+    + "decoder.DecoderConfig.num_layers = 1\n"
+    + "decoder.DecoderConfig.num_heads = 2\n"
+    + "decoder.DecoderConfig.mlp_dim = 32\n"
+)
+STUDENT = (
+    IMPORTS
+    + "from salt_jax.commands import plan\n"
+    + "from salt_jax.models import decoder\n"
+    + "include 'runs/pretrain.gin'\ninclude 'hardware/fsdp.gin'\n"
+    + "LEARNING_RATE = 1e-3\n"
+    + "decoder.DecoderConfig.embed_dim = 64\n"
+    + "decoder.DecoderConfig.num_layers = 2\n"
+    + "decoder.DecoderConfig.num_heads = 4\n"
+    + "decoder.DecoderConfig.num_kv_heads = 2\n"
+    + "decoder.DecoderConfig.mlp_dim = 128\n"
+    + "decoder.DecoderConfig.dtype = 'bfloat16'\n"
+    + "plan.plan.vocab_size = 500\nplan.plan.sequence_length = 32\n"
+)
+SIZES = ["--steps=100", "--batch_size=32"]
+
+
+@pytest.fixture
+def files(tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """A student's run and a teacher's model, as gin files."""
+    written = {"run": tmp_path / "run.gin", "teacher": tmp_path / "teacher.gin"}
+    written["run"].write_text(STUDENT)
+    written["teacher"].write_text(TEACHER)
+    return written
+
+
+@pytest.fixture
+def salt(files: dict[str, pathlib.Path]) -> list[str]:
+    """The arguments of a plan of SALT on the devices at hand."""
+    return [
+        *("plan", f"--gin_file={files['run']}", "--gin_file=methods/salt.gin", "--gin.N_KD=25"),
+        *(f"--teacher_model={files['teacher']}", *SIZES),
+    ]
+
+
+def run(arguments: list[str], folder: pathlib.Path) -> dict[str, Any]:
+    assert main([*arguments, f"--output_dir={folder}"]) == 0
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def error_of(arguments: list[str], folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([*arguments, f"--output_dir={folder}"]) == 2
+    assert not folder.exists()
+    return capsys.readouterr().err
+
+
+def test_plans_both_stages(
+    salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No cache, no teacher's folder: train's required settings that a plan has no use for."""
+    summary = run(salt, tmp_path / "plan")
+    (plan,) = summary["plans"]
+    assert summary["arm"] == "salt"
+    assert plan["topology"] == "local"
+    assert plan["chips"] == len(jax.devices())
+    assert plan["mesh"]["fsdp"] == len(jax.devices())
+    assert [stage["stage"] for stage in plan["stages"]] == [1, 2]
+    first, second = plan["stages"]
+    assert first["fits"]
+    assert second["fits"]
+    assert first["peak_hbm_gib"] == pytest.approx(sum(first["breakdown_gib"].values()))
+    assert first["flops_per_step"] > second["flops_per_step"]
+    assert first["breakdown_gib"]["teacher"] > 0 == second["breakdown_gib"]["teacher"]
+    assert first["collective_bytes_per_step"]["all-gather"] > 0
+    assert plan["run"]["stage1_steps"] == 25
+    assert plan["run"]["flops"] == pytest.approx(
+        25 * first["flops_per_step"] + 75 * second["flops_per_step"]
+    )
+    printed = capsys.readouterr().out
+    assert "25 of them with a teacher" in printed
+    assert "1 distil" in printed
+    assert "2 plain" in printed
+
+
+def test_settings_come_from_train(salt: list[str]) -> None:
+    configure(
+        parse_arguments([*salt, "--gin.train.train.microbatches=2", "--stage1_microbatches=4"])
+    )
+    seen = gin.get_bindings("plan.plan")
+    assert seen["steps"] == 100
+    assert seen["microbatches"] == 2
+    assert seen["stage1_microbatches"] == 4
+    assert seen["schedule"].n_kd == 25
+    assert seen["arm"] == "salt"
+    assert "cache" not in seen
+
+
+def test_own_settings_come_first(salt: list[str]) -> None:
+    configure(parse_arguments([*salt, "--gin.train.train.steps=7", "--gin.train.train.arm='x'"]))
+    seen = gin.get_bindings("plan.plan")
+    assert seen["steps"] == 100
+    assert seen["arm"] == "x"
+
+
+def test_what_both_need_is_demanded(
+    salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = [argument for argument in salt if not argument.startswith("--steps")]
+    assert "plan.plan.steps is not set: add --steps=VALUE" in error_of(
+        without, tmp_path / "plan", capsys
+    )
+    without = [argument for argument in salt if "N_KD" not in argument]
+    assert "N_KD must be set" in error_of(without, tmp_path / "plan", capsys)
+    without = [argument for argument in salt if "teacher_model" not in argument]
+    assert "add --teacher_model=models/" in error_of(without, tmp_path / "plan", capsys)
+
+
+def test_the_teacher_is_read_in_isolation(salt: list[str], tmp_path: pathlib.Path) -> None:
+    configure(parse_arguments(salt))
+    seen = gin.get_bindings("plan.plan")
+    assert seen["model"].num_kv_heads == 2
+    assert seen["model"].dtype == "bfloat16"
+    teacher = seen["teacher_model"]
+    assert (teacher.embed_dim, teacher.num_layers) == (16, 1)
+    assert teacher.num_kv_heads is None
+    assert teacher.dtype == "float32"
+
+
+def test_the_teacher_computes_as_the_student(
+    salt: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Job] = []
+
+    def compile_stage(job: Job, topology: object, stage: int) -> TooLarge:
+        jobs.append(job)
+        return TooLarge(None, 0.0)
+
+    command = importlib.import_module("salt_jax.commands.plan")
+    monkeypatch.setattr(command, "compile_stage", compile_stage)
+    run([*salt, "--try_changes=false"], tmp_path / "plan")
+    teacher = jobs[0].teacher
+    assert teacher is not None
+    assert (teacher.embed_dim, teacher.vocab_size, teacher.dtype) == (16, 500, "bfloat16")
+
+
+def test_a_file_of_the_package_with_includes(salt: list[str]) -> None:
+    configure(parse_arguments([*salt, "--teacher_model=models/slm_1_5b.gin"]))
+    teacher = gin.get_bindings("plan.plan")["teacher_model"]
+    assert teacher.embed_dim == 2048
+    assert teacher.dtype == "bfloat16"  # of the file that it includes
+
+
+def test_any_model_setting_may_name_a_file(files: dict[str, pathlib.Path]) -> None:
+    arguments = ["train", "--gin_file=runs/pretrain.gin", "--gin_file=methods/baseline.gin", *SIZES]
+    arguments += ["--gin.LEARNING_RATE=1e-3", "--cache=x", f"--model={files['teacher']}"]
+    configure(parse_arguments(arguments))
+    assert gin.get_bindings("train.train")["model"].embed_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("decoder.DecoderConfig.mlp_dim = %MLP\n", "%MLP has no place in a model's file"),
+        ("decoder.DecoderConfig.mlp_dim = @x.y()\n", "@x.y() has no place in a model's file"),
+        ("train.train.steps = 3\n", "train.train has no place in a model's file"),
+        ("MLP = 3\n", "MLP has no place"),
+        ("decoder.DecoderConfig.mlp_dims = 3\n", "nearest: mlp_dim"),
+        ("decoder.DecoderConfig.mlp_dim = 0\n", "mlp_dim is 0"),
+        ("decoder.DecoderConfig.mlp_dim = [3\n", "teacher.gin"),
+        ("include 'models/none.gin'\n", "There is no gin file models/none.gin"),
+    ],
+)
+def test_a_teacher_that_cannot_be_read(
+    salt: list[str],
+    files: dict[str, pathlib.Path],
+    text: str,
+    expected: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files["teacher"].write_text(TEACHER + text)
+    error = error_of(salt, tmp_path / "plan", capsys)
+    assert expected in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_teacher_with_missing_settings(
+    salt: list[str],
+    files: dict[str, pathlib.Path],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files["teacher"].write_text(TEACHER.replace("decoder.DecoderConfig.mlp_dim = 32\n", ""))
+    assert "does not set mlp_dim" in error_of(salt, tmp_path / "plan", capsys)
+    missing = [*salt, "--teacher_model=models/slm_15b.gin"]
+    assert "nearest: models/slm_1_5b.gin" in error_of(missing, tmp_path / "plan", capsys)
+
+
+def test_config_of_a_plan_plans_again(salt: list[str], tmp_path: pathlib.Path) -> None:
+    first = run(salt, tmp_path / "a")
+    again = run(["plan", f"--gin_file={tmp_path / 'a' / 'config.gin'}"], tmp_path / "b")
+    for summary in (first, again):
+        for stage in summary["plans"][0]["stages"]:
+            del stage["compile_seconds"]
+    assert first == again
+
+
+def test_plain_training_has_one_stage(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    arguments = ["plan", f"--gin_file={files['run']}", "--gin_file=methods/baseline.gin", *SIZES]
+    summary = run([*arguments, "--hbm_gib=1"], tmp_path / "plan")
+    (plan,) = summary["plans"]
+    assert [stage["stage"] for stage in plan["stages"]] == [2]
+    assert summary["teacher_parameters"] is None
+    assert plan["hbm_gib"] == 1
+
+
+def test_what_does_not_fit_gets_a_change_that_does(
+    salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sized = [*salt, "--gin.losses.LossConfig.chunk_tokens=64", "--sequence_length=64"]
+    free = run(sized, tmp_path / "free")["plans"][0]["stages"]
+    limit = free[0]["peak_hbm_gib"] * 0.9
+    stages = run([*sized, f"--hbm_gib={limit}"], tmp_path / "plan")["plans"][0]["stages"]
+    first = stages[0]
+    assert not first["fits"]
+    assert first["needed_gib"] == first["peak_hbm_gib"] > limit
+    assert "train.train.stage1_microbatches" in first["change"]["settings"]
+    assert first["change"]["peak_hbm_gib"] <= limit
+    assert first["tried"][-1]["settings"] == first["change"]["settings"]
+    printed = capsys.readouterr().out
+    assert "It fits with --gin.train.train.stage1_microbatches=" in printed
+    # What it proposes does what it says.
+    flags = first["change"]["flags"].split()
+    after = run([*sized, f"--hbm_gib={limit}", *flags], tmp_path / "after")["plans"][0]["stages"][0]
+    assert after["fits"]
+    assert after["peak_hbm_gib"] == first["change"]["peak_hbm_gib"]
+
+
+def test_what_cannot_fit_says_so(
+    salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = [*salt, "--hbm_gib=1e-6", "--try_changes=false"]
+    stages = run(nothing, tmp_path / "plan")["plans"][0]["stages"]
+    assert [stage["fits"] for stage in stages] == [False, False]
+    assert all(stage["change"] is None and stage["tried"] == [] for stage in stages)
+    assert "local, stage 1 needs" in capsys.readouterr().out
+
+
+def test_cache_gives_vocabulary_and_length(
+    salt: list[str], cache: PackedCache, tmp_path: pathlib.Path
+) -> None:
+    summary = run([*salt, f"--cache={cache.path}"], tmp_path / "plan")
+    assert summary["tokens_per_step"] == 32 * cache.sequence_length
+    padded = -(-cache.vocabulary_size // 128) * 128
+    blocks = summary["parameters"] - 64 * padded
+    without = run(salt, tmp_path / "other")
+    assert without["tokens_per_step"] == 32 * 32
+    assert without["parameters"] == blocks + 64 * 512
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--topology=v9:4x4", "There is no topology 'v9:4x4'; known are local, v4:"),
+        ("--sequence_length=4096", "DecoderConfig.max_length is 2048"),
+        ("--batch_size=0", "batch_size is 0"),
+        ("--batch_size=12", "can't be split over"),
+        ("--gin.partitioning.MeshConfig.tensor=3", "MeshConfig"),
+        ("--cache=nowhere", "nowhere"),
+    ],
+)
+def test_bad_input(
+    salt: list[str],
+    flag: str,
+    expected: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert expected in error_of([*salt, flag], tmp_path / "plan", capsys)
+
+
+def test_slices_that_are_not_there(salt: list[str], tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("libtpu", reason="it is not installed: pip install 'salt_jax[plan]'")
+    plans = run([*salt, "--topology=v5e:2x2", "--topology=v4:2x2x1"], tmp_path / "plan")["plans"]
+    assert [plan["topology"] for plan in plans] == ["v5e:2x2", "v4:2x2x1"]
+    for plan in plans:
+        assert plan["chips"] == 4
+        for stage in plan["stages"]:
+            assert stage["fits"]
+            assert 0 < stage["mfu_estimate"] < 1
+        assert plan["run"]["chip_hours"] == pytest.approx(plan["run"]["days"] * 24 * 4)
+        assert plan["run"]["teacher_overhead"] > 0

@@ -1,0 +1,141 @@
+"""Compiled stages: memory as XLA reports it, its parts, and what does not fit."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from salt_jax.errors import InputError
+from salt_jax.planning import hlo, topologies
+from salt_jax.planning.collectives import collectives
+from salt_jax.planning.compile import (
+    CompiledStage,
+    Job,
+    TooLarge,
+    compile_stage,
+    loss_bytes,
+    needed_gib,
+)
+from salt_jax.training import partitioning
+from salt_jax.training.train_state import abstract_params, make_layout
+from salt_jax.training.train_step import lower_step
+
+LOCAL = topologies.find("local")
+
+
+def compiled(job: Job, stage: int) -> CompiledStage:
+    result = compile_stage(job, LOCAL, stage)
+    assert isinstance(result, CompiledStage)
+    return result
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_memory_is_that_of_the_step_that_trains(make_job: Callable[..., Job], stage: int) -> None:
+    job = make_job(stage1_microbatches=2)
+    mesh = partitioning.MeshConfig().make()
+    layout = make_layout(job.model, job.optimizer.make(job.steps), mesh)
+    assert job.teacher is not None
+    teacher = abstract_params(job.teacher, mesh, job.rules, "bfloat16")
+    arguments = (2, job.teacher, teacher) if stage == 1 else (1,)
+    program = lower_step(layout, job.loss, (32, 16), *arguments).compile()
+    expected = program.memory_analysis()
+    result = compiled(job, stage)
+    assert result.memory.arguments == expected.argument_size_in_bytes
+    assert result.memory.temporaries == expected.temp_size_in_bytes
+    assert result.memory.peak == (
+        expected.argument_size_in_bytes
+        + expected.temp_size_in_bytes
+        + expected.output_size_in_bytes
+        - expected.alias_size_in_bytes
+    )
+    transfers = [collectives(hlo.parse(text)) for text in (result.hlo, program.as_text())]
+    assert transfers[0] == transfers[1] != []
+
+
+def test_parts_add_up_to_the_peak(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    result, plain = compiled(job, 1), compiled(job, 2)
+    for stage in (result, plain):
+        assert sum(stage.parts.values()) == pytest.approx(stage.memory.peak)
+        assert all(value >= 0 for value in stage.parts.values())
+    # All parameters of these shapes are split over the eight devices.
+    assert result.parts["student"] == pytest.approx(job.model.num_parameters * 4 / 8, rel=0.02)
+    assert result.parts["optimizer"] == pytest.approx(2 * result.parts["student"], rel=0.01)
+    assert job.teacher is not None
+    assert result.parts["teacher"] == pytest.approx(job.teacher.num_parameters * 2 / 8, rel=0.02)
+    assert plain.parts["teacher"] == 0
+    assert result.parts["batch"] == 32 * 16 / 8 * 5 * 4
+
+
+def test_loss_bytes_follow_chunk_vocabulary_and_teacher(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    mesh = partitioning.MeshConfig().make()
+    assert loss_bytes(job, 2, mesh) == 1024 * (64 * 8 + 64 * 8)  # V · (D · (4 + 4) + C · (4 + 4))
+    assert loss_bytes(job, 1, mesh) == loss_bytes(job, 2, mesh) + 1024 * (32 * 4 + 64 * 4)
+    small = dataclasses.replace(job, loss=dataclasses.replace(job.loss, chunk_tokens=8))
+    assert loss_bytes(small, 2, mesh) == 1024 * (64 * 8 + 8 * 8)
+    # A device has 16 · 32 / 8 tokens, and a quarter of them in each of four microbatches.
+    parts = dataclasses.replace(job, microbatches=4)
+    assert loss_bytes(parts, 2, mesh) == 1024 * (64 * 8 + 16 * 8)
+    split = partitioning.MeshConfig(fsdp=4, tensor=2).make()
+    assert loss_bytes(job, 2, split) == 512 * (64 * 8 + 64 * 8)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (22.23G) exceeds available HBM (15.75G).",
+            22.23,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.48G of 15.75G hbm. "
+            "Exceeded hbm capacity by 1.73G.\n\nTotal hbm usage >= 17.98G:",
+            17.98,
+        ),
+        ("RESOURCE_EXHAUSTED: Used 512.0M of 256.0M hbm.", 0.5),
+        ("RESOURCE_EXHAUSTED: (1.06T)", None),
+    ],
+)
+def test_sizes_in_errors(message: str, expected: float | None) -> None:
+    assert needed_gib(message) == expected
+
+
+def test_a_batch_that_cannot_be_split(make_job: Callable[..., Job]) -> None:
+    with pytest.raises(InputError, match=r"batch_size 32 .* 8 devices of local in 3 microbatches"):
+        compile_stage(make_job(microbatches=3), LOCAL, 2)
+
+
+def test_other_errors_of_the_compiler_are_not_taken_for_too_large(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr("salt_jax.planning.compile.lower_step", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compile_stage(make_job(), LOCAL, 2)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_for_tpus_that_are_not_there(make_job: Callable[..., Job]) -> None:
+    topology = topologies.find("v5e:2x2")
+    results = [compile_stage(make_job(), topology, stage) for stage in (1, 2)]
+    for result in results:
+        assert isinstance(result, CompiledStage)
+        assert "T(8,128)" in result.hlo  # a TPU's tiles
+        assert 0 < result.memory.peak < 2**28
+        assert result.memory.arguments < result.memory.peak == result.memory.compiler_peak
+        assert sum(result.parts.values()) == pytest.approx(result.memory.peak)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_too_large_for_a_tpu(make_job: Callable[..., Job]) -> None:
+    huge = dataclasses.replace(make_job().model, vocab_size=2**20, embed_dim=4096, num_heads=32)
+    result = compile_stage(make_job(model=huge), topologies.find("v5e:2x2"), 2)
+    assert isinstance(result, TooLarge)
+    assert result.needed_gib is not None
+    # Parameters, AdamW's two moments and gradients over four chips, at the least.
+    assert result.needed_gib > 4 * 2**20 * 4096 * 4 / 4 / 2**30
