@@ -1,14 +1,19 @@
 """`salt evaluate`: log-perplexity and next-token accuracy of a checkpoint on held-out rows."""
 
+import dataclasses
+import time
+
 import rich.console
 import rich.table
 
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.distill import losses
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import compilation, flops, partitioning
+from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.evaluation import Evaluation, Evaluator
+from salt_jax.training.ledger import Cost
 
 
 def evaluate(
@@ -22,6 +27,7 @@ def evaluate(
     batch_size: int = 64,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    chunk_tokens: int = losses.LossConfig.chunk_tokens,
     compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Evaluates a checkpoint, whole and by subset.
@@ -36,6 +42,7 @@ def evaluate(
       batch_size: Rows at once.
       mesh: How many devices along each mesh axis.
       rules: From the model's logical axes to the mesh's.
+      chunk_tokens: Tokens whose logits a device holds at once.
       compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
@@ -45,13 +52,19 @@ def evaluate(
     saved = find_model(model, step, "model", packed)
     if batch_size < 1 or (rows is not None and rows < 1):
         raise InputError(f"batch_size is {batch_size} and rows {rows}: both must be at least 1.")
+    if chunk_tokens < 1:
+        raise InputError(f"chunk_tokens is {chunk_tokens} and must be at least 1.")
     device_mesh = mesh.make()
-    evaluator = Evaluator(saved.config, packed, split, batch_size, device_mesh, rules, rows)
+    evaluator = Evaluator(
+        saved.config, packed, split, batch_size, device_mesh, rules, rows, chunk_tokens
+    )
     run.begin()
     compilation.use_compilation_cache(compilation_cache)
-    evaluation = evaluator(saved.load_params(device_mesh, rules))
+    params = saved.load_params(device_mesh, rules)
+    start = time.perf_counter()
+    evaluation = evaluator(params)
+    seconds = time.perf_counter() - start
     _print(evaluation, f"{saved.path} at step {saved.step} on {split}")
-    length = packed.sequence_length
     read = min(rows or len(packed.split(split)), len(packed.split(split)))
     run.write_summary(
         {
@@ -59,7 +72,7 @@ def evaluate(
             "split": split,
             "rows": read,
             **evaluation.to_json(),
-            "flops": read * length * flops.forward_flops_per_token(saved.config, length),
+            **dataclasses.asdict(Cost.of(saved.config, read, packed.sequence_length, seconds)),
         }
     )
 

@@ -25,7 +25,13 @@ PAGE_FILE = "index.html"
 WIDTH_OFF_TERMINAL = 120
 
 
-def report(run: RunFolder, *, runs: Sequence[str], title: str = "SALT training runs") -> None:
+def report(
+    run: RunFolder,
+    *,
+    runs: Sequence[str],
+    title: str = "SALT training runs",
+    charge_teacher_training: bool = False,
+) -> None:
     """Turns runs into one page: at equal steps, at equal FLOPs, at equal time.
 
     Arms of one model size are set side by side; a run of another size, such as the SLM, is drawn
@@ -36,6 +42,8 @@ def report(run: RunFolder, *, runs: Sequence[str], title: str = "SALT training r
       run: The folder the page is written to.
       runs: Output folders of `salt train`, `salt score` and `salt select`, in any order.
       title: The page's head.
+      charge_teacher_training: Count what it took to train an arm's teacher as the arm's own cost;
+        by default it is shown beside the arms and not charged.
 
     Raises:
       InputError: A folder that is none of these, or is damaged.
@@ -43,7 +51,7 @@ def report(run: RunFolder, *, runs: Sequence[str], title: str = "SALT training r
     if isinstance(runs, str):
         raise InputError(f"runs is the text {runs!r}: give a list of folders, ({runs!r},).")
     material = read_folders(runs)
-    composed = compose(material)
+    composed = compose(material, charge_teacher_training)
     run.begin(replace=True)
     for plot in composed.plots:
         (run.path / f"{plot.name}.png").write_bytes(plot.png)
@@ -52,7 +60,15 @@ def report(run: RunFolder, *, runs: Sequence[str], title: str = "SALT training r
     path = run.path / PAGE_FILE
     write_atomically(path, page.render(title, composed, _origins(material), made))
     files = [f"{plot.name}.png" for plot in composed.plots]
-    run.write_summary({"title": title, "page": PAGE_FILE, "plots": files, **composed.numbers})
+    run.write_summary(
+        {
+            "title": title,
+            "page": PAGE_FILE,
+            "plots": files,
+            "charge_teacher_training": charge_teacher_training,
+            **composed.numbers,
+        }
+    )
     # Into a file or a pipe there is no width to keep to, and folded figures are hard to read.
     console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
     for table in composed.tables:

@@ -11,11 +11,13 @@ import numpy as np
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores
+from salt_jax.distill import losses
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import compilation, flops, partitioning
+from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.ledger import Cost
 from salt_jax.training.scoring import score_rows
 
 
@@ -32,6 +34,7 @@ def score(
     batch_size: int = 64,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    chunk_tokens: int = losses.LossConfig.chunk_tokens,
     compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Scores every row of a split with a frozen model.
@@ -48,6 +51,7 @@ def score(
       batch_size: Rows at once.
       mesh: How many devices along each mesh axis.
       rules: From the model's logical axes to the mesh's.
+      chunk_tokens: Tokens whose logits a device holds at once.
       compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
@@ -62,6 +66,8 @@ def score(
         )
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size} and must be at least 1.")
+    if chunk_tokens < 1:
+        raise InputError(f"chunk_tokens is {chunk_tokens} and must be at least 1.")
     rows = len(packed.split(split))
     device_mesh = mesh.make()
     run.begin()
@@ -69,9 +75,10 @@ def score(
     params = model.load_params(device_mesh, rules)
     start = time.perf_counter()
     scores_N = score_rows(
-        model.config, params, packed, split, config, batch_size, device_mesh, rules
+        model.config, params, packed, split, config, batch_size, device_mesh, rules, chunk_tokens
     )
     seconds = time.perf_counter() - start
+    cost = Cost.of(model.config, rows, packed.sequence_length, seconds)
     RowScores.write(
         run.path,
         scores_N,
@@ -79,6 +86,7 @@ def score(
         split=split,
         scorer=model.identity,
         score=dataclasses.asdict(config),
+        cost=dataclasses.asdict(cost),
     )
     learnable_N = np.isfinite(scores_N)
     print(
@@ -86,7 +94,6 @@ def score(
         f"median {np.median(scores_N[learnable_N]) if learnable_N.any() else -np.inf:.3f} nats, "
         f"{int((~learnable_N).sum()):,} rows without enough learnable tokens"
     )
-    length = packed.sequence_length
     run.write_summary(
         {
             "rows": rows,
@@ -94,8 +101,7 @@ def score(
             "score": dataclasses.asdict(config),
             "scorer": model.identity,
             "quantiles": _quantiles(scores_N[learnable_N]),
-            "seconds": seconds,
-            "flops": rows * length * flops.forward_flops_per_token(model.config, length),
+            **dataclasses.asdict(cost),
         }
     )
 

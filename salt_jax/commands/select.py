@@ -73,6 +73,7 @@ def select(
             "of_rows": len(scores_N),
             "cut": cut,
             "how": chosen.manifest["how"],
+            "scoring_cost": chosen.manifest["scoring_cost"],
             "by_subset": _by_subset(packed, split, row_ids_m),
         }
     )

@@ -5,6 +5,7 @@ a whole run (gin/runs). A run that was stopped goes on when the same command is 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -24,6 +25,7 @@ from salt_jax.training.checkpoints import (
     state_bytes,
 )
 from salt_jax.training.evaluation import Evaluator
+from salt_jax.training.ledger import Cost, known_cost
 from salt_jax.training.loop import Loop, TrainingSetup
 from salt_jax.training.optimizers import OptimizerConfig
 from salt_jax.training.train_state import make_layout
@@ -50,6 +52,7 @@ def train(
     initial_step: int | None = None,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    teacher_rules: partitioning.Rules | None = None,
     microbatches: int = 1,
     stage1_microbatches: int | None = None,
     checkpoints: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
@@ -81,6 +84,8 @@ def train(
       initial_step: Its checkpoint; the newest by default.
       mesh: How many devices along each mesh axis.
       rules: From the model's logical axes to the mesh's.
+      teacher_rules: The same for the teacher's parameters, which have no gradients and no optimizer
+        state and so may fit whole where the student's don't; rules by default.
       microbatches: Parts of a batch computed one after the other, to save memory.
       stage1_microbatches: The same in stage 1, where the teacher needs room; microbatches if None.
       checkpoints: When to save, what to keep.
@@ -110,6 +115,7 @@ def train(
     if max([0, *complete_steps(run.path)]) < stage1_steps:
         teacher_model = _teacher(teacher, teacher_step, packed, schedule, loss)
     selected = _selection(selection, packed, stage1_steps)
+    held_out = len(packed.split("validation"))
     layout = make_layout(config, optimizer.make(steps), device_mesh, rules)
     setup = TrainingSetup(
         arm=arm,
@@ -118,32 +124,26 @@ def train(
         layout=layout,
         loss=loss,
         schedule=schedule,
-        pipeline=InputPipeline(
-            split=packed.split("train"),
-            batch_size=batch_size,
-            start_id=packed.start_id,
-            all_rows=RowOrder(None, len(packed.split("train")), data_seed),
-            selected_rows=RowOrder(selected.row_ids, 0, data_seed) if selected else None,
-            stage1_steps=stage1_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        pipeline=_pipeline(packed, batch_size, data_seed, selected, stage1_steps),
         sequence_length=packed.sequence_length,
         evaluator=Evaluator(
-            config, packed, "validation", batch_size, device_mesh, rules, evaluation_rows
+            config,
+            packed,
+            "validation",
+            batch_size,
+            device_mesh,
+            rules,
+            evaluation_rows,
+            loss.chunk_tokens,
         ),
+        evaluation_rows=min(evaluation_rows or held_out, held_out),
         learning_rate=optimizer.learning_rate.schedule(steps),
         checkpoints=checkpoints,
-        origin={
-            "model": config.to_json(),
-            "vocabulary_fingerprint": packed.vocabulary_fingerprint,
-            "cache_digest": packed.digest,
-            "selection_digest": selected.digest if selected else None,
-            "schedule": {type(schedule).__name__: vars(schedule)},
-            "teacher": teacher_model.identity if teacher_model else None,
-        },
+        origin=_origin(config, packed, schedule, selected, teacher_model),
         teacher=teacher_model,
         teacher_dtype=teacher_dtype,
+        teacher_rules=teacher_rules,
+        scoring=_scoring_cost(selected, arm),
         initial=_initial(initial, initial_step, config, packed),
         microbatches=microbatches,
         stage1_microbatches=stage1_microbatches,
@@ -233,6 +233,59 @@ def _selection(path: str | None, cache: PackedCache, stage1_steps: int) -> Selec
             "scores of the train split."
         )
     return selection
+
+
+def _pipeline(
+    cache: PackedCache,
+    batch_size: int,
+    data_seed: int,
+    selected: Selection | None,
+    stage1_steps: int,
+) -> InputPipeline:
+    rows = cache.split("train")
+    return InputPipeline(
+        split=rows,
+        batch_size=batch_size,
+        start_id=cache.start_id,
+        all_rows=RowOrder(None, len(rows), data_seed),
+        selected_rows=RowOrder(selected.row_ids, 0, data_seed) if selected else None,
+        stage1_steps=stage1_steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _scoring_cost(selected: Selection | None, arm: str) -> Cost | None:
+    """What the scores behind a selection cost; a run that reads it begins with that spent."""
+    if selected is None:
+        return None
+    cost = selected.manifest.get("scoring_cost")
+    if cost is None:
+        print(
+            f"[{arm}] the selection {selected.path} doesn't say what its scores cost (another "
+            "version of salt_jax made them): this run is not charged for them"
+        )
+        return None
+    return Cost(**cost)
+
+
+def _origin(
+    config: DecoderConfig,
+    cache: PackedCache,
+    schedule: schedules.Schedule,
+    selected: Selection | None,
+    teacher: SavedModel | None,
+) -> dict[str, Any]:
+    """What checkpoints record of where a run comes from."""
+    cost = known_cost(teacher.counters) if teacher else None
+    return {
+        "model": config.to_json(),
+        "vocabulary_fingerprint": cache.vocabulary_fingerprint,
+        "cache_digest": cache.digest,
+        "selection_digest": selected.digest if selected else None,
+        "schedule": {type(schedule).__name__: vars(schedule)},
+        "teacher": {**teacher.identity, "training_cost": cost} if teacher else None,
+    }
 
 
 def _initial(

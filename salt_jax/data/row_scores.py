@@ -8,6 +8,7 @@ digest; another cache is refused.
 import dataclasses
 import os
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ from salt_jax.errors import InputError
 SCORES_FILE = "scores.npy"
 ROW_IDS_FILE = "row_ids.npy"
 
+_NO_COST = types.MappingProxyType({"flops": 0.0, "tokens": 0, "seconds": 0.0})
+
 
 @dataclasses.dataclass(frozen=True)
 class RowScores:
@@ -37,8 +40,10 @@ class RowScores:
       scores: float32[N], the score of row i at index i, in nats; −inf is a row never to be
         selected.
       manifest: cache_digest, split, rows, scorer {path, step, digest},
-        score {k, unlearnable, min_learnable_fraction}.
-      digest: What a selection names it by: the manifest's, which holds the digest of the scores.
+        score {k, unlearnable, min_learnable_fraction}, cost {flops, tokens, seconds} or None where
+        it is not known.
+      digest: What a selection names it by: the manifest's, which holds the digest of the scores;
+        without the cost, whose seconds are never the same twice.
     """
 
     path: pathlib.Path
@@ -56,6 +61,7 @@ class RowScores:
         split: str,
         scorer: Mapping[str, Any],
         score: Mapping[str, Any],
+        cost: Mapping[str, Any] | None = None,
     ) -> "RowScores":
         """Writes the scores and opens what was written.
 
@@ -66,6 +72,7 @@ class RowScores:
           split: The split scored.
           scorer: The scoring model: path, step, digest.
           score: How the score is defined: k, unlearnable, min_learnable_fraction.
+          cost: What scoring took: FLOPs, tokens, seconds.
         """
         assert np.ndim(scores_N) == 1, f"scores of shape {np.shape(scores_N)}, expected [N]"
         path = local_folder(folder)
@@ -79,6 +86,7 @@ class RowScores:
             array_digest=file_digest(path / SCORES_FILE),
             scorer=dict(scorer),
             score=dict(score),
+            cost=dict(cost) if cost else None,
         )
         write_manifest(path, manifest)
         return cls.open(path)
@@ -100,7 +108,7 @@ class RowScores:
         path = pathlib.Path(folder)
         _check_cache(path, "scores", manifest, cache_digest)
         scores_N = _read_array(path / SCORES_FILE, manifest, np.float32, "salt score")
-        return cls(path, scores_N, manifest, manifest_digest(manifest))
+        return cls(path, scores_N, manifest, _digest(manifest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +120,8 @@ class Selection:
       row_ids: int64[m], ascending, each once.
       manifest: cache_digest, split, rows, scores_digest (None: picked at random), how (the rule
         and its settings), cut (the lowest selected score, or None), scorer and score (of the
-        scores).
-      digest: The manifest's.
+        scores), scoring_cost (nothing where no scores were needed, None where it is not known).
+      digest: The manifest's, without the cost.
     """
 
     path: pathlib.Path
@@ -160,6 +168,7 @@ class Selection:
             cut=float(scores.scores[ids_m].min()) if scores else None,
             scorer=scores.manifest["scorer"] if scores else None,
             score=scores.manifest["score"] if scores else None,
+            scoring_cost=scores.manifest.get("cost") if scores else dict(_NO_COST),
         )
         write_manifest(path, manifest)
         return cls.open(path)
@@ -181,7 +190,13 @@ class Selection:
         path = pathlib.Path(folder)
         _check_cache(path, "selection", manifest, cache_digest)
         row_ids_m = _read_array(path / ROW_IDS_FILE, manifest, np.int64, "salt select")
-        return cls(path, row_ids_m, manifest, manifest_digest(manifest))
+        return cls(path, row_ids_m, manifest, _digest(manifest))
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of what was made, not of what it took to make it."""
+    costs = ("cost", "scoring_cost")
+    return manifest_digest({name: part for name, part in manifest.items() if name not in costs})
 
 
 def _check_cache(

@@ -6,9 +6,11 @@ In: training runs. Out: numbers only; how they are shown is the business of tabl
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from salt_jax.reporting.costs import Costs
 from salt_jax.reporting.runs import Evaluation, TrainingPoint, TrainRun
 
 
@@ -42,12 +44,17 @@ class Reading:
       log_perplexity: Nats per token.
       next_token_accuracy: A fraction of 1.
       interpolated: Whether it lies between two evaluations.
+      train_flops, seconds: What training had cost there.
+      costs: What that consisted of.
     """
 
     step: float
     log_perplexity: float
     next_token_accuracy: float
     interpolated: bool
+    train_flops: float = math.nan
+    seconds: float = math.nan
+    costs: Costs = Costs()  # noqa: RUF009 (frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +87,51 @@ def read_at(evaluations: Sequence[Evaluation], axis: Axis, value: float) -> Read
     after = int(np.searchsorted(values, value))
     right = evaluations[after]
     if values[after] == value:
-        return Reading(right.step, right.log_perplexity, right.next_token_accuracy, False)
+        return _reading(right, right, 0.0)
     left = evaluations[after - 1]
     part = float((value - values[after - 1]) / (values[after] - values[after - 1]))
+    return _reading(left, right, part)
 
-    def between(start: float, end: float) -> float:
-        return start + part * (end - start)
 
+def _reading(left: Evaluation, right: Evaluation, part: float) -> Reading:
+    """`part` of the way from one evaluation to the next."""
+    fields = ("step", "log_perplexity", "next_token_accuracy", "train_flops", "seconds")
+    starts = {name: getattr(left, name) for name in fields}
     return Reading(
-        step=between(left.step, right.step),
-        log_perplexity=between(left.log_perplexity, right.log_perplexity),
-        next_token_accuracy=between(left.next_token_accuracy, right.next_token_accuracy),
-        interpolated=True,
+        **{name: start + part * (getattr(right, name) - start) for name, start in starts.items()},
+        costs=left.costs.towards(right.costs, part),
+        interpolated=left is not right,
+    )
+
+
+def charged_for_their_teachers(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
+    """Runs whose costs include, from their first step on, what it took to train their teachers.
+
+    A run whose teacher's cost is not known, or that has no teacher, stays as it is.
+    """
+    return tuple(_charged(run) for run in runs)
+
+
+def _charged(run: TrainRun) -> TrainRun:
+    made = run.teacher_training
+    if made is None or not made.known:
+        return run
+    extra = {"train_flops": made.train_flops, "seconds": made.seconds}
+    parts = {
+        "teacher_training_flops": made.train_flops,
+        "teacher_training_seconds": made.seconds,
+    }
+
+    def more(point: Any) -> Any:
+        sums = {name: getattr(point, name) + value for name, value in extra.items()}
+        return dataclasses.replace(point, **sums, costs=dataclasses.replace(point.costs, **parts))
+
+    sums = {name: run.facts[name] + value for name, value in extra.items()}
+    return dataclasses.replace(
+        run,
+        facts={**run.facts, **sums, **parts},
+        evaluations=tuple(map(more, run.evaluations)),
+        training=tuple(map(more, run.training)),
     )
 
 
@@ -117,8 +157,16 @@ def cost_at_step(run: TrainRun, axis: Axis, step: int) -> float:
     points: list[TrainingPoint | Evaluation] = [*run.training, *run.evaluations]
     points.sort(key=lambda point: point.step)
     steps = [0.0, *(float(point.step) for point in points)]
-    values = np.maximum.accumulate([0.0, *(getattr(point, axis.field) for point in points)])
+    before = _before_step_0(points[0].costs, axis) if points else 0.0
+    values = np.maximum.accumulate([before, *(getattr(point, axis.field) for point in points)])
     return float(np.interp(step, steps, values))
+
+
+def _before_step_0(costs: Costs, axis: Axis) -> float:
+    """What was spent before a run began: scoring, and making its teacher if that is charged."""
+    parts = {FLOPS: costs.flops_parts, SECONDS: costs.seconds_parts}.get(axis, ())
+    spent = sum(parts[2:])
+    return spent if math.isfinite(spent) else 0.0
 
 
 def comparable_groups(runs: Sequence[TrainRun]) -> tuple[tuple[TrainRun, ...], ...]:

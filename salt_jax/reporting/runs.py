@@ -20,6 +20,7 @@ import numpy.typing as npt
 from salt_jax.data.manifests import MANIFEST_FILE
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.errors import InputError
+from salt_jax.reporting.costs import Costs, TeacherTraining
 from salt_jax.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
 
 CURVE_SPLIT = "validation"
@@ -43,6 +44,7 @@ class Evaluation:
       log_perplexity: Nats per token.
       next_token_accuracy: A fraction of 1.
       train_flops, tokens, seconds: Cumulative, of training, from step 0.
+      costs: What they consist of, and what is not in them.
       by_subset: The same by subset, empty where it was not measured.
     """
 
@@ -53,6 +55,7 @@ class Evaluation:
     tokens: float
     seconds: float
     by_subset: Mapping[str, SubsetResult] = dataclasses.field(default_factory=dict)
+    costs: Costs = Costs()  # noqa: RUF009 (frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class TrainingPoint:
     tokens: float
     seconds: float
     skipped_updates: int
+    costs: Costs = Costs()  # noqa: RUF009 (frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +152,19 @@ class TrainRun:
             where = str(self.origin.path / SUMMARY_FILE)
             return _evaluation({**self.facts, "step": self.facts.get("steps")}, where)
         return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def costs(self) -> Costs:
+        """What the run has cost, at its end or so far."""
+        if self.finished:
+            return Costs.of(self.facts)
+        measured = [points[-1] for points in (self.training, self.evaluations) if points]
+        return max(measured, key=lambda point: point.step).costs if measured else Costs()
+
+    @property
+    def teacher_training(self) -> TeacherTraining | None:
+        """What its teacher had cost; None without a teacher, or before the run has finished."""
+        return TeacherTraining.of(self.facts)
 
     @property
     def skipped_updates(self) -> int:
@@ -306,6 +323,7 @@ def _training_point(record: Mapping[str, Any], where: str) -> TrainingPoint:
         step=_step(record, where),
         stage=int(_number(record, "stage", where)),
         skipped_updates=int(_number(record, "skipped_updates", where)),
+        costs=Costs.of(record),
         **{
             name: _number(record, name, where)
             for name in ("loss", "log_perplexity", "train_flops", "tokens", "seconds")
@@ -326,6 +344,7 @@ def _evaluation(record: Mapping[str, Any], where: str) -> Evaluation:
             )
             for name, result in subsets.items()
         },
+        costs=Costs.of(record),
         **{name: _number(record, name, where) for name in names},
     )
 

@@ -9,10 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salt_jax.reporting import plots, tables
+from salt_jax.reporting import cost_tables, plots, tables
 from salt_jax.reporting.comparison import (
     AXES,
+    FLOPS,
+    SECONDS,
+    Axis,
     Matched,
+    Reading,
+    charged_for_their_teachers,
     comparable_groups,
     matched,
     seeds_sentence,
@@ -21,9 +26,14 @@ from salt_jax.reporting.plots import Plot, Style
 from salt_jax.reporting.runs import Material, ScoredRows, SelectedRows, TrainRun
 from salt_jax.reporting.tables import Table
 
+# {teachers} is what is added when the arms are charged for making their teachers.
 _FLOPS_SENTENCE = (
-    "Train FLOPs are a run's own: its student's and, in stage 1, the teacher's forward pass. What "
-    "it took to make the teacher, to score rows and to evaluate is not in them."
+    "Train FLOPs are the sum of the student's passes, the teacher's forward pass in stage 1, and "
+    "the scoring that a run's selection needed{teachers}. Evaluation is not in them."
+)
+_TIME_SENTENCE = (
+    "Training time is the sum of the steps of both stages and the scoring that a run's selection "
+    "needed{teachers}. Evaluation, compiling and checkpoints are not in it."
 )
 
 
@@ -62,8 +72,15 @@ class Report:
         return tuple(table for section in self.sections for table in section.tables)
 
 
-def compose(material: Material) -> Report:
-    """Makes the whole report from what the run folders hold."""
+def compose(material: Material, charge_teacher_training: bool = False) -> Report:
+    """Makes the whole report from what the run folders hold.
+
+    Args:
+      material: The runs, scores and selections.
+      charge_teacher_training: Whether an arm's costs include those of training its teacher.
+    """
+    if charge_teacher_training:
+        material = dataclasses.replace(material, runs=charged_for_their_teachers(material.runs))
     runs = material.runs
     groups = comparable_groups(runs)
     compared = [group for group in groups if len(group) > 1]
@@ -85,6 +102,8 @@ def compose(material: Material) -> Report:
         sections += _comparison_sections(group, alone, looks, matches, suffix)
     if alone and not compared:
         sections += _comparison_sections(alone, [], looks, [], "")
+    if runs:
+        sections.append(_cost_section(runs, charge_teacher_training))
     by_subset = tables.subset_table(runs)
     if by_subset:
         sections.append(Section("Results by subset", (), (by_subset,)))
@@ -116,7 +135,7 @@ def _comparison_sections(
             sections.append(
                 Section(
                     title=f"Against {axis.title}{of_size}",
-                    text=(_FLOPS_SENTENCE,) if axis.name == "train_flops" else (),
+                    text=_charged_sentences(axis, group),
                     tables=(tables.matched_table(match),) if match else (),
                     plots=tuple(
                         _renamed(plots.evaluation_plot(group, others, looks, axis, metric), suffix)
@@ -128,6 +147,27 @@ def _comparison_sections(
         plot = _renamed(plots.training_plot(group, looks), suffix)
         sections.append(Section(f"Training loss{of_size}", plots=(plot,)))
     return sections
+
+
+def _cost_section(runs: Sequence[TrainRun], charged: bool) -> Section:
+    teachers = cost_tables.TEACHERS_CHARGED if charged else cost_tables.TEACHERS_NOT_CHARGED
+    return Section(
+        "What the runs cost",
+        (*cost_tables.CHARGED, teachers),
+        (
+            cost_tables.flops_table(runs, charged),
+            cost_tables.time_table(runs, charged),
+            cost_tables.tokens_table(runs),
+        ),
+    )
+
+
+def _charged_sentences(axis: Axis, runs: Sequence[TrainRun]) -> tuple[str, ...]:
+    """What the costs on an axis consist of."""
+    sentence = {FLOPS: _FLOPS_SENTENCE, SECONDS: _TIME_SENTENCE}.get(axis)
+    charged = any(run.costs.teacher_training_flops for run in runs)
+    teachers = ", and the training of its teacher" if charged else ""
+    return (sentence.format(teachers=teachers),) if sentence else ()
 
 
 def _score_sections(
@@ -196,7 +236,7 @@ def _numbers(material: Material, found: Sequence[Matched]) -> dict[str, Any]:
                 "axis": match.axis.name,
                 "value": match.value,
                 "arms": [
-                    {"label": label, **_finite(dataclasses.asdict(reading) if reading else {})}
+                    {"label": label, **(_reading_numbers(reading) if reading else {})}
                     for label, reading in match.readings
                 ],
             }
@@ -217,8 +257,13 @@ def _numbers(material: Material, found: Sequence[Matched]) -> dict[str, Any]:
     }
 
 
+def _reading_numbers(reading: Reading) -> dict[str, Any]:
+    numbers = dataclasses.asdict(reading)
+    return {**_finite(numbers), "costs": _finite(numbers["costs"])}
+
+
 def _run_numbers(run: TrainRun) -> dict[str, Any]:
-    final = run.final
+    final, made = run.final, run.teacher_training
     return {
         "label": run.label,
         "arm": run.arm,
@@ -238,6 +283,13 @@ def _run_numbers(run: TrainRun) -> dict[str, Any]:
                 )
             }
         ),
+        "costs": _finite(dataclasses.asdict(run.costs)),
+        "teacher_training": _finite(
+            {"teacher": made.name, "train_flops": made.train_flops, "seconds": made.seconds}
+            if made
+            else {}
+        )
+        or None,
     }
 
 

@@ -52,23 +52,32 @@ def final_table(runs: Sequence[TrainRun]) -> Table:
 
 def matched_table(found: Matched) -> Table:
     """Runs at equal steps, equal train FLOPs or equal time."""
+    charged = any(one.costs.teacher_training_flops for _, one in found.readings if one)
     rows = []
     for label, reading in found.readings:
         if reading is None:
-            rows.append((label, NOTHING, NOTHING, NOTHING))
+            rows.append((label, *[NOTHING] * 6))
             continue
         sign = "≈ " if reading.interpolated else ""
+        parts = reading.costs.flops_parts
         rows.append(
             (
                 label,
                 format_nats(reading.log_perplexity),
                 format_share(reading.next_token_accuracy),
                 sign + format_count(reading.step),
+                format_power(reading.train_flops),
+                format_parts(parts if charged else parts[:3]),
+                format_seconds(reading.seconds),
             )
         )
+    made = " + making the teacher" if charged else ""
     return Table(
         title=f"At equal {found.axis.title}: {format_cost(found.axis, found.value)}",
-        columns=("arm", "log-perplexity", "next-token accuracy", "steps by then"),
+        columns=(
+            *("arm", "log-perplexity", "next-token accuracy", "steps by then"),
+            *("train FLOPs by then", f"student + teacher + scoring{made} (%)", "time by then"),
+        ),
         rows=tuple(rows),
         note=_MATCHED_NOTES[found.axis.name],
     )
@@ -169,6 +178,14 @@ def format_power(value: float) -> str:
         return "not finite"
     digits, exponent = f"{value:.3e}".split("e")
     return f"{digits} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}" if value else "0"
+
+
+def format_parts(values: Sequence[float]) -> str:
+    """The shares of a sum in percent: 97.1 + 2.9 + 0.0."""
+    total = sum(values)
+    if not math.isfinite(total) or not total:
+        return NOTHING
+    return " + ".join(f"{100 * value / total:.1f}" for value in values)
 
 
 def format_seconds(value: float) -> str:

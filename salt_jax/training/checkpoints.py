@@ -137,6 +137,8 @@ class SavedModel:
       config: The model.
       vocabulary_fingerprint: Of the tokenizer it was trained with.
       digest: SHA-256 of the checkpoint's parameter files.
+      counters: What its training had cost by then (`ledger.Counters`); empty where that is not
+        known.
     """
 
     path: pathlib.Path
@@ -144,6 +146,7 @@ class SavedModel:
     config: DecoderConfig
     vocabulary_fingerprint: str
     digest: str
+    counters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -206,6 +209,7 @@ def find_model(
         config=DecoderConfig.from_json(progress["model"]),
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
         digest=_folder_digest(folder / str(step) / "params"),
+        counters=progress.get("counters") or {},
     )
     if cache is not None:
         _require_fit(model, cache, role)

@@ -78,8 +78,8 @@ class Evaluator:
         self._sums = jax.jit(_subset_sums(config, len(cache.subsets), mesh, rules, chunk_tokens))
         cache.split(split)  # refuses a split that is not there
 
-    def __call__(self, params: Any) -> Evaluation:
-        """Evaluates; `params` lie on the mesh."""
+    def __call__(self, params: Any, rows: int | None = None) -> Evaluation:
+        """Evaluates `rows` rows, or as many as it was made for; `params` lie on the mesh."""
         sums_3xS = np.zeros((3, len(self._cache.subsets)), np.float64)
         for _, batch_sums_3xS in over_rows(
             self._sums,
@@ -89,7 +89,7 @@ class Evaluator:
             self._batch_size,
             self._mesh,
             self._rules,
-            self._rows,
+            rows or self._rows,
         ):
             sums_3xS += batch_sums_3xS
         by_subset = {

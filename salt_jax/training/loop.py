@@ -22,8 +22,8 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
 from salt_jax.training.evaluation import Evaluation, Evaluator
-from salt_jax.training.ledger import Counters, Ledger, StepCost
-from salt_jax.training.metrics import MetricWriter, ProgressBar
+from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
+from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
 from salt_jax.training.teacher import Teacher
 from salt_jax.training.train_state import StateLayout, TrainState
 from salt_jax.training.train_step import BATCH_FEATURES, Programs, compile_programs
@@ -43,11 +43,14 @@ class TrainingSetup:
       pipeline: The batches.
       sequence_length: L, tokens a row.
       evaluator: For the validation split.
+      evaluation_rows: Rows of it that an evaluation reads.
       learning_rate: The rate by step, for the metrics.
       checkpoints: When to save, what to keep.
       origin: What checkpoints record besides counters: model, vocabulary, cache, teacher.
       teacher: The frozen model of stage 1, or None.
       teacher_dtype: What to hold it in; None is as saved.
+      teacher_rules: From its logical axes to the mesh's; None is the student's rules.
+      scoring: What it cost to score the rows that the selection was made from.
       initial: A checkpoint to start the student from; None starts from `seed`.
       microbatches: Parts of a batch computed one after the other.
       stage1_microbatches: The same in stage 1; None is microbatches.
@@ -65,11 +68,14 @@ class TrainingSetup:
     pipeline: InputPipeline
     sequence_length: int
     evaluator: Evaluator
+    evaluation_rows: int
     learning_rate: Any
     checkpoints: CheckpointConfig
     origin: Mapping[str, Any]
     teacher: SavedModel | None = None
     teacher_dtype: Any = None
+    teacher_rules: partitioning.Rules | None = None
+    scoring: Cost | None = None
     initial: SavedModel | None = None
     microbatches: int = 1
     stage1_microbatches: int | None = None
@@ -97,13 +103,13 @@ class Loop:
         self._teacher: Teacher | None = None
         self._origin = dict(setup.origin)
         self._skipped = 0
+        self._learning_rates = np.zeros(0)
+        length, student = setup.sequence_length, setup.layout.config
+        teacher = setup.teacher.config if setup.teacher else None
         self._ledger = Ledger(
-            StepCost.of(
-                setup.pipeline.batch_size,
-                setup.sequence_length,
-                setup.layout.config,
-                setup.teacher.config if setup.teacher else None,
-            )
+            StepCost.of(setup.pipeline.batch_size, length, student, teacher),
+            evaluation=Cost.of(student, setup.evaluation_rows, length),
+            scoring=setup.scoring,
         )
 
     def run(self) -> dict[str, Any]:
@@ -119,7 +125,9 @@ class Loop:
         setup = self._setup
         with contextlib.closing(self._checkpointer), _stop_requests() as stop:
             first_step, state = self._start()
-            programs = self._compile()
+            with self._ledger.compiling():
+                programs = self._compile()
+                self._compile_the_rest(state)
             batches = setup.pipeline.batches(first_step, setup.steps)
             with (
                 MetricWriter(self._folder.path) as writer,
@@ -177,7 +185,7 @@ class Loop:
             state, progress = self._checkpointer.restore(setup.layout, latest)
             self._require_same_origin(progress, latest)
             self._origin["teacher"] = progress["teacher"]
-            self._ledger.counters = Counters(**progress["counters"])
+            self._ledger.counters = self._counters(progress, latest)
             self._skipped = int(state.skipped_updates)
         elif setup.initial is not None:
             params = setup.initial.load_params(setup.layout.mesh, setup.layout.rules)
@@ -186,10 +194,17 @@ class Loop:
             state = setup.layout.create(setup.seed)
         first_step = latest or 0
         if setup.teacher is not None and first_step < setup.stage1_steps:
-            self._teacher = Teacher(
-                setup.teacher, setup.layout.mesh, setup.layout.rules, setup.teacher_dtype
-            )
+            rules = setup.teacher_rules or setup.layout.rules
+            self._teacher = Teacher(setup.teacher, setup.layout.mesh, rules, setup.teacher_dtype)
         return first_step, state
+
+    def _counters(self, progress: Mapping[str, Any], step: int) -> Counters:
+        """A checkpoint's counters, with the evaluation that came after it at the same step."""
+        where = f"The checkpoint of step {step} in {self._folder.path}"
+        counters = Counters.from_json(progress["counters"], where)
+        later = recorded(self._folder.path, "eval", step) if step < self._setup.steps else None
+        names = ("evaluation_flops", "evaluation_tokens", "evaluation_seconds")
+        return dataclasses.replace(counters, **{name: later[name] for name in names if later})
 
     def _require_same_origin(self, progress: Mapping[str, Any], step: int) -> None:
         """A folder's name may stay while what is in it changes: resuming goes by digests."""
@@ -219,6 +234,14 @@ class Loop:
             teacher_params=teacher.params if teacher else None,
             distill_microbatches=setup.stage1_microbatches,
         )
+
+    def _compile_the_rest(self, state: TrainState) -> None:
+        """All that would else be compiled when it is first needed, while the devices wait."""
+        setup = self._setup
+        setup.evaluator(state.params, rows=1)
+        # Asked step by step, the schedule would run on the devices, behind the steps in flight.
+        rates = jax.jit(setup.learning_rate)(np.arange(setup.steps, dtype=np.int32))
+        self._learning_rates = np.broadcast_to(np.asarray(rates), (setup.steps,))
 
     def _step(
         self, step: int, state: TrainState, batch: Mapping[str, np.ndarray], programs: Programs
@@ -265,7 +288,7 @@ class Loop:
                 "stage": stage,
                 **self._ledger.close_window(),
                 "omega": setup.schedule.omega_at(done - 1),
-                "learning_rate": float(setup.learning_rate(rate_step)),
+                "learning_rate": float(self._learning_rates[rate_step]),
             }
             writer.write(record)
             bar.update(record)
@@ -273,14 +296,15 @@ class Loop:
     def _evaluate(
         self, done: int, state: TrainState, writer: MetricWriter, bar: ProgressBar
     ) -> Evaluation:
-        evaluation = self._setup.evaluator(state.params)
+        with self._ledger.evaluating():
+            evaluation = self._setup.evaluator(state.params)
         writer.write(
             {
                 "kind": "eval",
                 "step": done,
                 "split": "validation",
                 **evaluation.to_json(),
-                **dataclasses.asdict(self._ledger.counters),
+                **self._ledger.counters.to_json(),
             }
         )
         bar.say(
@@ -311,7 +335,8 @@ class Loop:
             "distill_steps": setup.stage1_steps,
             "parameters": setup.layout.config.num_parameters,
             **evaluation.to_json(),
-            **dataclasses.asdict(self._ledger.counters),
+            **self._ledger.counters.to_json(),
+            "teacher": self._origin["teacher"],
             "skipped_updates": int(state.skipped_updates),
             "seed": setup.seed,
             "cache_digest": setup.origin["cache_digest"],

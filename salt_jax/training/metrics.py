@@ -4,6 +4,7 @@ In: dictionaries of numbers. Out: one JSON line each, the same numbers as Tensor
 one line on the terminal that says where the run is.
 """
 
+import json
 import math
 import pathlib
 import types
@@ -102,6 +103,19 @@ class ProgressBar:
         traceback: types.TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+
+def recorded(run_path: pathlib.Path, kind: str, step: int) -> dict[str, Any] | None:
+    """The newest record of a kind at a step in RUN/metrics.jsonl; None if there is none."""
+    path = run_path / METRICS_FILE
+    text = path.read_text() if path.exists() else ""
+    found = None
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        if f'"{kind}"' in line:
+            record = json.loads(line)
+            if (record.get("kind"), record.get("step")) == (kind, step):
+                found = record
+    return found
 
 
 def _drop_half_a_line(path: pathlib.Path) -> None:

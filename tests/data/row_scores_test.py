@@ -15,6 +15,10 @@ def _scores(folder, **changes):
     return RowScores.write(folder, np.array([1.5, -np.inf, 3.0, 2.0]), **{**settings, **changes})
 
 
+def _cost(seconds):
+    return {"flops": 1e12, "tokens": 4096, "seconds": seconds}
+
+
 def test_scores_come_back(tmp_path):
     written = _scores(tmp_path)
     opened = RowScores.open(tmp_path, cache_digest="a" * 64)
@@ -36,6 +40,26 @@ def test_the_digest_tells_scores_apart(tmp_path):
         score=SCORE,
     )
     assert first.digest != second.digest
+
+
+def test_the_digest_is_of_the_scores_and_not_of_what_they_cost(tmp_path):
+    digests = [_scores(tmp_path, cost=_cost(seconds)).digest for seconds in (1.0, 2.0)]
+    assert digests == [_scores(tmp_path).digest] * 2
+
+
+def test_a_selection_carries_what_its_scores_cost(tmp_path):
+    common = {"cache_digest": "a" * 64, "split": "train", "how": {}}
+
+    def selected(scores):
+        return Selection.write(tmp_path / "selection", np.array([2, 3]), scores=scores, **common)
+
+    known = selected(_scores(tmp_path / "scores", cost=_cost(5.0)))
+    assert known.manifest["scoring_cost"] == _cost(5.0)
+    again = selected(_scores(tmp_path / "scores", cost=_cost(6.0)))
+    assert again.digest == known.digest
+    assert selected(_scores(tmp_path / "scores")).manifest["scoring_cost"] is None
+    at_random = selected(None).manifest["scoring_cost"]
+    assert at_random == {"flops": 0.0, "tokens": 0, "seconds": 0.0}
 
 
 def test_a_selection_carries_where_it_came_from(tmp_path):

@@ -71,6 +71,19 @@ def test_a_report_may_be_made_again_with_more_runs(tmp_path, folders):
     assert len(summary["runs"]) == 2
 
 
+def test_teachers_are_charged_when_asked(tmp_path, folders):
+    paths = [str(path) for path in folders.experiment(tmp_path / "runs")]
+    seconds = {}
+    for name, charge in (("plain", False), ("charged", True)):
+        report(output(tmp_path / name), runs=paths, charge_teacher_training=charge)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        seconds[name] = {run["label"]: run["seconds"] for run in summary["runs"]}
+        assert summary["charge_teacher_training"] is charge
+    slm = seconds["plain"]["slm"]
+    assert seconds["charged"]["salt"] == pytest.approx(seconds["plain"]["salt"] + slm)
+    assert seconds["charged"]["baseline"] == seconds["plain"]["baseline"]
+
+
 @pytest.mark.parametrize("runs", [[], ["nowhere"], "nowhere"])
 def test_bad_input_leaves_nothing_behind(tmp_path, runs):
     with pytest.raises(InputError):

@@ -15,6 +15,7 @@ from salt_jax.reporting.comparison import (
     read_at,
     seeds_sentence,
 )
+from salt_jax.reporting.costs import Costs
 from salt_jax.reporting.runs import Evaluation, Origin, TrainingPoint, TrainRun
 
 
@@ -95,6 +96,15 @@ def test_cost_at_step_uses_training_lines_too():
     assert cost_at_step(salt, FLOPS, 20) == pytest.approx(3.0)  # from nothing at step 0
     assert cost_at_step(salt, FLOPS, 70) == pytest.approx(10.5)
     assert cost_at_step(salt, STEPS, 70) == pytest.approx(70)
+
+
+def test_cost_at_step_begins_with_what_was_spent_before_the_run():
+    costs = Costs(student_flops=4.0, teacher_flops=2.0, scoring_flops=10.0)
+    lines = (TrainingPoint(40, 1, 4.0, 4.0, 16.0, 0.0, 20.0, 0, costs),)
+    salt_ds = run("salt_ds", (), lines)
+    assert cost_at_step(salt_ds, FLOPS, 0) == pytest.approx(10.0)
+    assert cost_at_step(salt_ds, FLOPS, 20) == pytest.approx(13.0)
+    assert cost_at_step(salt_ds, STEPS, 20) == pytest.approx(20)
 
 
 def test_groups_hold_models_of_one_size_on_one_cache():

@@ -54,6 +54,33 @@ def training(step: int, loss: float = 4.0, stage: int = 2, **values: Any) -> dic
     }
 
 
+def parts(
+    student: float,
+    teacher: float = 0.0,
+    scoring: float = 0.0,
+    evaluation: float = 0.0,
+    stage1: tuple[float, float] = (0.0, 0.0),
+    stage2: tuple[float, float] = (0.0, 0.0),
+    scored: tuple[float, float] = (0.0, 0.0),
+) -> dict[str, float]:
+    """All counters as the ledger writes them, from FLOPs and from (tokens, seconds)."""
+    return {
+        "train_flops": student + teacher + scoring,
+        "tokens": stage1[0] + stage2[0],
+        "seconds": stage1[1] + stage2[1] + scored[1],
+        "student_flops": student,
+        "teacher_flops": teacher,
+        "scoring_flops": scoring,
+        "evaluation_flops": evaluation,
+        **{"stage1_tokens": stage1[0], "stage1_seconds": stage1[1]},
+        **{"stage2_tokens": stage2[0], "stage2_seconds": stage2[1]},
+        **{"scoring_tokens": scored[0], "scoring_seconds": scored[1]},
+        "evaluation_tokens": evaluation / 1000,
+        "evaluation_seconds": 7.0,
+        "compile_seconds": 11.0,
+    }
+
+
 def write_run(
     folder: pathlib.Path,
     lines: Sequence[Mapping[str, Any]],
@@ -107,16 +134,29 @@ def write_arm(
     steps: int = 750,
     parameters: int = 2_200_000,
     noise_seed: int = 0,
+    scoring: float = 0.0,
+    **facts: Any,
 ) -> pathlib.Path:
-    """Writes a finished run whose losses fall like a real small run's towards `floor`."""
+    """Writes a finished run whose losses fall like a real small run's towards `floor`.
+
+    A step of stage 2 costs 6 · N FLOPs a token and 0.08 s, one of stage 1 9% and 15% more; what
+    was spent on scoring is so many FLOPs and 2 s.
+    """
     noise = np.random.default_rng(noise_seed)
     lines = []
-    flops = seconds = 0.0
+    per_step = 6 * parameters * 4096
     for step in range(1, steps + 1):
-        distils = step <= distill_steps
-        flops += 6 * parameters * 4096 * (1.09 if distils else 1.0)
-        seconds += 0.08 * (1.15 if distils else 1.0)
-        costs = {"train_flops": flops, "tokens": 4096 * step, "seconds": seconds}
+        stage1 = min(step, distill_steps)
+        distils = step == stage1
+        costs = parts(
+            per_step * step,
+            teacher=0.09 * per_step * stage1,
+            scoring=scoring,
+            evaluation=1e9 * (step // 50),
+            stage1=(4096 * stage1, 0.092 * stage1),
+            stage2=(4096 * (step - stage1), 0.08 * (step - stage1)),
+            scored=(5e6, 2.0) if scoring else (0.0, 0.0),
+        )
         hard = floor + 4.6 * math.exp(-step / 110) + 0.45 * (1 - step / steps)
         if step % 5 == 0:
             batch = hard + 0.06 * noise.normal()
@@ -136,7 +176,9 @@ def write_arm(
             accuracy = 0.34 - 0.09 * (hard - 3.65)
             lines.append(evaluation(step, hard, accuracy, by_subset=by_subset, **costs))
     last = lines[-1]
-    summary = summary_of(arm, last, distill_steps=distill_steps, parameters=parameters)
+    costs = {name: last[name] for name in parts(0.0)}
+    facts = {"distill_steps": distill_steps, "parameters": parameters, **costs, **facts}
+    summary = summary_of(arm, last, **facts)
     return write_run(folder, lines, summary)
 
 
@@ -172,12 +214,18 @@ def write_selection(folder: pathlib.Path, scores: RowScores, rows: int = 5_000) 
 def write_experiment(folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the folders of a whole small experiment: an SLM, four arms, scores and a selection."""
     scores = write_scores(folder / "scores")
+    slm = write_arm(folder / "slm", "baseline", floor=3.99, parameters=560_000)
+    last = json.loads((slm / "summary.json").read_text())
+    cost = {name: last[name] for name in parts(0.0)}
+    teacher = {"path": str(slm), "step": 750, "digest": "d" * 64, "training_cost": cost}
+    salt: dict[str, Any] = {"distill_steps": 187, "teacher": teacher}
+    rkd: dict[str, Any] = {"distill_steps": 750, "teacher": teacher}
     return [
-        write_arm(folder / "slm", "baseline", floor=3.99, parameters=560_000),
-        write_arm(folder / "baseline", "baseline", floor=3.671, noise_seed=1),
-        write_arm(folder / "rkd", "rkd", floor=3.778, distill_steps=750, noise_seed=2),
-        write_arm(folder / "salt", "salt", floor=3.632, distill_steps=187, noise_seed=3),
-        write_arm(folder / "salt_ds", "salt_ds", floor=3.645, distill_steps=187, noise_seed=4),
+        slm,
+        write_arm(folder / "baseline", "baseline", floor=3.671, noise_seed=1, teacher=None),
+        write_arm(folder / "rkd", "rkd", floor=3.778, noise_seed=2, **rkd),
+        write_arm(folder / "salt", "salt", floor=3.632, noise_seed=3, **salt),
+        write_arm(folder / "salt_ds", "salt_ds", floor=3.645, noise_seed=4, scoring=2e12, **salt),
         scores.path,
         write_selection(folder / "selected", scores).path,
     ]
@@ -188,6 +236,7 @@ class Folders:
 
     evaluation = staticmethod(evaluation)
     training = staticmethod(training)
+    parts = staticmethod(parts)
     run = staticmethod(write_run)
     origin = staticmethod(write_origin)
     summary_of = staticmethod(summary_of)

@@ -6,6 +6,7 @@ import pytest
 
 from salt_jax.reporting import tables
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Matched, Reading
+from salt_jax.reporting.costs import Costs
 from salt_jax.reporting.runs import read_folders
 
 
@@ -31,18 +32,20 @@ def test_final_table_says_which_runs_go_on(tmp_path, folders):
 
 
 def test_matched_table_marks_what_was_interpolated():
+    parts = Costs(student_flops=1.9e13, teacher_flops=0.1e13, scoring_flops=0.0)
     readings = (
-        ("baseline", Reading(200, 3.6, 0.34, False)),
-        ("salt", Reading(150.0, 3.5, 0.351, True)),
+        ("baseline", Reading(200, 3.6, 0.34, False, 2e13, 40.0)),
+        ("salt", Reading(150.0, 3.5, 0.351, True, 2e13, 30.0, parts)),
         ("late", None),
     )
     table = tables.matched_table(Matched(FLOPS, 2e13, readings))
     assert "2.000 × 10¹³" in table.title
     assert table.rows == (
-        ("baseline", "3.600", "34.00%", "200"),
-        ("salt", "3.500", "35.10%", "≈ 150"),
-        ("late", "–", "–", "–"),
+        ("baseline", "3.600", "34.00%", "200", "2.000 × 10¹³", "–", "40.0 s"),
+        ("salt", "3.500", "35.10%", "≈ 150", "2.000 × 10¹³", "95.0 + 5.0 + 0.0", "30.0 s"),
+        ("late", *["–"] * 6),
     )
+    assert "student + teacher + scoring (%)" in table.columns
     assert "interpolated linearly" in table.note
 
 

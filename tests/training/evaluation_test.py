@@ -23,6 +23,7 @@ from salt_jax.models import decoder
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.ledger import Cost
 from salt_jax.training.partitioning import MeshConfig
 
 
@@ -66,6 +67,9 @@ def test_evaluation_equals_numpy(
         mine_B = batch["subset"] == index
         expected = (loss_BxL * weights_BxL)[mine_B].sum() / weights_BxL[mine_B].sum()
         assert summary["by_subset"][name]["log_perplexity"] == pytest.approx(expected, rel=1e-5)
+    cost = Cost.of(find_model(slm, None, "model").config, 10, cache.sequence_length)
+    assert (summary["flops"], summary["tokens"]) == (cost.flops, cost.tokens)
+    assert summary["seconds"] > 0
 
 
 @pytest.mark.parametrize("unlearnable", ["drop", "zero"])

@@ -10,21 +10,25 @@ import jax
 import numpy as np
 import pytest
 
+from salt_jax.commands.score import score
 from salt_jax.commands.select import select
 from salt_jax.data.input_pipeline import InputPipeline, RowOrder
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.data.row_scores import Selection
+from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import losses, schedules
-from salt_jax.distill.selection import RandomRows
-from salt_jax.errors import RunFailed
+from salt_jax.distill.selection import RandomRows, TopRows
+from salt_jax.errors import InputError, RunFailed
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
+from salt_jax.training.ledger import Cost, Counters
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
 SALT = schedules.Step(omega=0.6, n_kd=3)
+# All of a run's costs that are the same on every machine, and however often it was killed.
+COUNTED = [name for name in Counters().to_json() if "seconds" not in name]
 
 
 def params_of(run: pathlib.Path, step: int | None = None) -> list[np.ndarray]:
@@ -92,8 +96,8 @@ def test_resumed_equals_straight(
     assert [m["step"] for m in metrics_of(tmp_path)][-1] == 6
     last = json.loads((tmp_path / "summary.json").read_text())
     expected = json.loads((straight / "summary.json").read_text())
-    for name in ("log_perplexity", "next_token_accuracy", "train_flops", "tokens", "by_subset"):
-        assert last[name] == expected[name]
+    for name in ("log_perplexity", "next_token_accuracy", "by_subset", *COUNTED):
+        assert last[name] == expected[name], name
 
 
 def test_stage_2_equals_a_teacherless_run_from_the_same_checkpoint(
@@ -205,6 +209,98 @@ def test_resumed_run_reads_the_rows_that_were_left(
     fed.clear()
     run_train(tmp_path)
     assert fed == straight[4:]
+
+
+def test_an_evaluation_after_the_save_of_its_step_is_counted_once(
+    run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is written first, so that its counters don't have that evaluation yet."""
+    straight = run_train(evaluate_every=2)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            run_train(tmp_path, evaluate_every=2)
+    run_train(tmp_path, evaluate_every=2)
+    for _ in range(2):
+        for kind in ("train", "eval"):
+            expected = {m["step"]: m["evaluation_flops"] for m in metrics_of(straight, kind)}
+            found = {m["step"]: m["evaluation_flops"] for m in metrics_of(tmp_path, kind)}
+            assert found == expected
+        run_train(tmp_path, evaluate_every=2)  # it has finished: nothing is trained
+
+
+def test_costs_by_stage(run_train: Run, slm: pathlib.Path, cache: PackedCache) -> None:
+    run = run_train(schedule=SALT, teacher=str(slm), teacher_step=4, evaluation_rows=7)
+    summary = json.loads((run / "summary.json").read_text())
+    models = {name: find_model(path, None, name) for name, path in (("run", run), ("slm", slm))}
+    assert (summary["stage1_tokens"], summary["stage2_tokens"]) == (3 * 8 * 16, 3 * 8 * 16)
+    assert summary["teacher_flops"] == 3 * Cost.of(models["slm"].config, 8, 16).flops
+    assert summary["student_flops"] == 6 * 3 * Cost.of(models["run"].config, 8, 16).flops
+    assert summary["evaluation_flops"] == 2 * Cost.of(models["run"].config, 7, 16).flops
+    assert summary["evaluation_tokens"] == 2 * 7 * 16
+    assert summary["scoring_flops"] == 0
+    assert all(summary[f"{part}_seconds"] > 0 for part in ("stage1", "evaluation", "compile"))
+    counted = metrics_of(run)[2]
+    assert counted["stage2_tokens"] == counted["stage2_seconds"] == 0
+    early = summary["teacher"]["training_cost"]
+    assert early["tokens"] == 4 * 8 * 16
+    assert early["train_flops"] == 4 * 3 * Cost.of(models["slm"].config, 8, 16).flops
+    assert summary["teacher"]["digest"] == find_model(slm, 4, "teacher").digest
+
+
+def test_salt_ds_is_charged_for_its_scoring(
+    run_train: Run, slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path
+) -> None:
+    shared = {"cache": str(cache.path)}
+    score(RunFolder(tmp_path / "scores", "score"), scorer=str(slm), compilation_cache="", **shared)
+    scored = {"scores": str(tmp_path / "scores"), **shared}
+    select(RunFolder(tmp_path / "top", "select"), rule=TopRows(m=24), **scored)
+    select(RunFolder(tmp_path / "random", "select"), rule=RandomRows(m=24), **shared)
+    summaries = {}
+    for name, selection in (("salt", None), ("top", "top"), ("random", "random")):
+        path = str(tmp_path / selection) if selection else None
+        run = run_train(schedule=SALT, teacher=str(slm), selection=path)
+        summaries[name] = json.loads((run / "summary.json").read_text())
+    cost = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert cost["flops"] == Cost.of(find_model(slm, None, "scorer").config, 48, 16).flops
+    assert cost["tokens"] == 48 * 16
+    salt, salt_ds = summaries["salt"], summaries["top"]
+    assert salt_ds["train_flops"] == salt["train_flops"] + cost["flops"]
+    assert salt_ds["scoring_tokens"] == cost["tokens"]
+    assert salt_ds["scoring_seconds"] == cost["seconds"] > 0
+    assert salt_ds["tokens"] == salt["tokens"]
+    assert {name: summaries["random"][name] for name in COUNTED} == {
+        name: salt[name] for name in COUNTED
+    }
+
+
+def test_scores_whose_cost_is_not_known_are_not_charged_and_that_is_said(
+    run_train: Run,
+    slm: pathlib.Path,
+    cache: PackedCache,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = {"cache_digest": cache.digest, "split": "train"}
+    scores = RowScores.write(tmp_path / "scores", np.ones(48), scorer={}, score={}, **common)
+    Selection.write(tmp_path / "top", np.arange(24), how={}, scores=scores, **common)
+    run = run_train(
+        schedule=SALT, teacher=str(slm), selection=str(tmp_path / "top"), steps=3, evaluate_every=3
+    )
+    assert json.loads((run / "summary.json").read_text())["scoring_flops"] == 0
+    assert "doesn't say what its scores cost" in capsys.readouterr().out
+
+
+def test_a_checkpoint_with_the_counters_of_another_version_is_refused(
+    run_train: Run, tmp_path: pathlib.Path
+) -> None:
+    run_train(tmp_path)
+    progress = tmp_path / "checkpoints" / "6" / "progress" / "metadata"
+    content = json.loads(progress.read_text())
+    content["counters"] = {"seconds": 1.0, "train_flops": 2.0, "tokens": 3}
+    progress.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"step 6 .* was saved by another version"):
+        run_train(tmp_path)
 
 
 def test_stops_at_the_limit_of_skipped_updates(run_train: Run) -> None:

@@ -22,7 +22,7 @@ STEPS = 60
 def command(cache: PackedCache, slm: pathlib.Path, output: pathlib.Path) -> list[str]:
     return [
         *(sys.executable, "-m", "salt_jax", "train", "--gin_file=runs/pretrain.gin"),
-        *("--gin_file=methods/salt.gin", "--gin_file=hardware/single_device.gin"),
+        *("--gin_file=methods/salt.gin", "--gin_file=hardware/cpu.gin"),
         *(f"--cache={cache.path}", f"--teacher={slm}", f"--gin.N_KD={STEPS // 2}"),
         *(f"--steps={STEPS}", "--batch_size=8", "--log_every=1"),
         f"--compilation_cache={slm / 'programs'}",
