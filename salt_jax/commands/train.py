@@ -288,14 +288,20 @@ def _origin(
     }
 
 
+def _shape(config: DecoderConfig) -> DecoderConfig:
+    """Without what says how to compute and not what."""
+    return dataclasses.replace(
+        config, remat="none", dtype="float32", max_length=1, attention_backend="xla"
+    )
+
+
 def _initial(
     path: str | None, step: int | None, config: DecoderConfig, cache: PackedCache
 ) -> SavedModel | None:
     if path is None:
         return None
     model = find_model(path, step, "initial", cache)
-    shape = lambda c: dataclasses.replace(c, remat="none", dtype="float32", max_length=1)  # noqa: E731
-    if shape(model.config) != shape(config):
+    if _shape(model.config) != _shape(config):
         raise InputError(
             f"The initial model {path} is a {model.config} and the student a {config}: give the "
             "student the same shape."

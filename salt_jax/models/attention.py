@@ -1,18 +1,28 @@
 """Causal self-attention over packed rows: queries, keys, values, segment ids in, mixtures out.
 
-Every backend computes what `_xla_attention`, the reference, computes; they differ in speed and
-memory only.
+Every backend computes what the reference, "xla", computes; they differ in speed and memory only.
 """
 
-import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-# Far below every score, and finite: no row of scores, whatever it masks, makes a NaN.
-_MASKED_SCORE = -1e30
+from salt_jax.errors import InputError
+from salt_jax.models.flash_attention import (
+    Kernel,
+    cudnn_attention,
+    cudnn_obstacle,
+    splash_attention,
+    splash_obstacle,
+)
+from salt_jax.models.reference_attention import reference_attention
+
+BACKENDS: Mapping[str, Kernel] = types.MappingProxyType(
+    {"xla": reference_attention, "cudnn": cudnn_attention, "splash": splash_attention}
+)
+_OBSTACLES = types.MappingProxyType({"cudnn": cudnn_obstacle, "splash": splash_obstacle})
 
 
 def attention(
@@ -21,7 +31,7 @@ def attention(
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
     *,
-    backend: str = "xla",
+    backend: str = "auto",
 ) -> jax.Array:
     """Softmax attention, softmax(q·k / √K)·v, within one's own segment and not ahead of oneself.
 
@@ -34,50 +44,48 @@ def attention(
         key_BxLxGxK: keys, after rotary embedding.
         value_BxLxGxK: values.
         segment_ids_BxL: int32, 0 = padding, equal within a document.
-        backend: one of BACKENDS.
+        backend: see choose_backend.
 
     Returns:
         [B, L, H, K] in the dtype of the queries. The softmax itself is in float32.
+
+    Raises:
+        InputError: The backend can't do this here.
     """
-    return BACKENDS[backend](query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
+    length, width = query_BxLxHxK.shape[1], query_BxLxHxK.shape[3]
+    chosen = choose_backend(backend, platform_in_context(), length, width, query_BxLxHxK.dtype)
+    return BACKENDS[chosen](query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
 
 
-def _xla_attention(
-    query_BxLxHxK: jax.Array,
-    key_BxLxGxK: jax.Array,
-    value_BxLxGxK: jax.Array,
-    segment_ids_BxL: jax.Array,
-) -> jax.Array:
-    """The reference: whole [L, L] scores, by batched products of plain matrices.
+def choose_backend(backend: str, platform: str, length: int, width: int, dtype: Any) -> str:
+    """The name in BACKENDS of what a program will use.
 
-    R = H / G query heads share a group's keys: RL is their R · L queries, one head after the other;
-    the L after it counts keys. Four axes and no more: a fifth halves the softmax's speed on CPU.
+    Args:
+        backend: one of BACKENDS, or "auto": "splash" on a TPU and "cudnn" on an NVIDIA GPU where
+            they can do it, "xla" everywhere else.
+        platform: what the program is compiled for, "cpu", "gpu" or "tpu".
+        length: L, of a row.
+        width: K, of a head.
+        dtype: of the queries.
+
+    Raises:
+        InputError: A backend asked for by name that can't do it, with the reason.
     """
-    batch, length, heads, width = query_BxLxHxK.shape
-    groups = key_BxLxGxK.shape[2]
-    query_BxHxLxK = (query_BxLxHxK * (1.0 / math.sqrt(width))).transpose(0, 2, 1, 3)
-    query_BxGxRLxK = query_BxHxLxK.reshape(batch, groups, -1, width)
-    key_BxGxLxK = key_BxLxGxK.transpose(0, 2, 1, 3)
-    value_BxGxLxK = value_BxLxGxK.transpose(0, 2, 1, 3)
-
-    scores_BxGxRLxL = jnp.einsum(
-        "bgqk,bgmk->bgqm", query_BxGxRLxK, key_BxGxLxK, preferred_element_type=jnp.float32
-    )
-    visible_BxRLxL = jnp.tile(causal_segment_mask(segment_ids_BxL), (1, heads // groups, 1))
-    scores_BxGxRLxL = jnp.where(visible_BxRLxL[:, None], scores_BxGxRLxL, _MASKED_SCORE)
-    shares_BxGxRLxL = jax.nn.softmax(scores_BxGxRLxL, axis=-1).astype(value_BxLxGxK.dtype)
-    mixed_BxGxRLxK = jnp.einsum("bgqm,bgmk->bgqk", shares_BxGxRLxL, value_BxGxLxK)
-    return mixed_BxGxRLxK.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+    obstacles = {name: why(platform, length, width, dtype) for name, why in _OBSTACLES.items()}
+    if backend == "auto":
+        return next((name for name, obstacle in obstacles.items() if not obstacle), "xla")
+    if obstacle := obstacles.get(backend):
+        raise InputError(
+            f"DecoderConfig.attention_backend is {backend!r}, but {obstacle}: set it to 'auto'."
+        )
+    return backend
 
 
-def causal_segment_mask(segment_ids_BxL: jax.Array) -> jax.Array:
-    """[B, L, L] bool: may the query at the second index see the key at the third?"""
-    length = segment_ids_BxL.shape[1]
-    causal_LxL = jnp.tril(jnp.ones((length, length), dtype=bool))
-    same_segment_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
-    return same_segment_BxLxL & causal_LxL[None]
+def platform_in_context() -> str:
+    """What the program being traced is for: the platform of the mesh in context (jax.set_mesh).
 
-
-BACKENDS: Mapping[str, Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]] = (
-    types.MappingProxyType({"xla": _xla_attention})
-)
+    Without a mesh it is the default device's. A mesh may be of devices that this machine hasn't
+    (jax.experimental.topologies), which is how `salt plan` compiles for them.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -15,205 +15,26 @@ activation_mlp, activation_vocab.
 import dataclasses
 import functools
 import math
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from salt_jax.errors import InputError
-from salt_jax.models import layers
-from salt_jax.models.attention import BACKENDS, attention
+from salt_jax.models import layers, remat
+from salt_jax.models.attention import attention
+from salt_jax.models.decoder_config import DecoderConfig
 
 # Standard deviation of a fresh model's logits and of its embedded inputs, at any width. The logits
 # must be small, for a loss of about log V; inputs 1/√D as large, which one unscaled table for both
 # would make them, are lost among what the blocks add, and training starts far slower.
 _INITIAL_STD = 0.3
 
-REMAT_POLICIES: Mapping[str, Callable[..., Any]] = types.MappingProxyType(
-    {
-        "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder and how it computes.
-
-    Attributes:
-        embed_dim: D, the model width.
-        num_layers: number of blocks.
-        num_heads: H, query heads.
-        mlp_dim: F, hidden width of the MLP.
-        vocab_size: ids that mean something; None = those of the packed cache, filled in later.
-        vocab_multiple: embedding and head are padded up to a multiple of this many ids.
-        max_length: longest sequence, in tokens.
-        num_kv_heads: G, key-value heads; None = num_heads.
-        head_dim: K; None = embed_dim // num_heads.
-        mlp_activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
-        gated_mlp: act(gate(x)) · up(x) (arXiv 2002.05202) instead of act(up(x)).
-        norm: "rmsnorm" or "layernorm".
-        norm_epsilon: added to the mean square, or the variance, before its root.
-        parallel_residual: x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX, instead of one
-            after the other.
-        use_bias: biases on every projection and LayerNorm, never on the head.
-        rope_fraction: share of each head's dimensions that rotary embedding turns, the first ones.
-        rope_theta: base of the rotary wavelengths.
-        tied_embeddings: the head is the embedding, transposed.
-        scale_embeddings: multiply embedded inputs by √D, as Gemma does and GPT-NeoX and Llama
-            don't: with it one table can serve as input and as head.
-        scan_layers: one block scanned over stacked parameters (compiles fast), not num_layers.
-        remat: what the backward pass recomputes: "none", "minimal" (all but the products with
-            parameters) or "full".
-        dtype: of activations and products, "float32" or "bfloat16".
-        param_dtype: of parameters.
-        attention_backend: which implementation of attention.
-    """
-
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    vocab_size: int | None = None
-    vocab_multiple: int = 128
-    max_length: int = 2048
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_activation: str = "silu"
-    gated_mlp: bool = True
-    norm: str = "rmsnorm"
-    norm_epsilon: float = 1e-6
-    parallel_residual: bool = False
-    use_bias: bool = False
-    rope_fraction: float = 1.0
-    rope_theta: float = 10_000.0
-    tied_embeddings: bool = True
-    scale_embeddings: bool = True
-    scan_layers: bool = True
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    attention_backend: str = "xla"
-
-    def __post_init__(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL_SIZES:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(
-                    f"DecoderConfig.{name} is {value!r}; set it to a whole number of at least 1."
-                )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"DecoderConfig.{name} is {getattr(self, name)!r}; "
-                    f"set it to one of {', '.join(choices)}."
-                )
-        if self.head_dim is None and self.embed_dim % self.num_heads:
-            raise InputError(
-                f"DecoderConfig.embed_dim {self.embed_dim} is not a multiple of num_heads "
-                f"{self.num_heads}; change one of them or set head_dim."
-            )
-        if self.num_heads % self.kv_heads:
-            raise InputError(
-                f"DecoderConfig.num_heads {self.num_heads} is not a multiple of num_kv_heads "
-                f"{self.kv_heads}; change num_kv_heads."
-            )
-        if not 0.0 <= self.rope_fraction <= 1.0:
-            raise InputError(
-                f"DecoderConfig.rope_fraction is {self.rope_fraction}; set it within [0, 1]."
-            )
-        if self.rotary_dim % 2:
-            raise InputError(
-                f"DecoderConfig.rope_fraction {self.rope_fraction} of a head of {self.head_width} "
-                f"is {self.rotary_dim} dimensions, an odd number; change it or head_dim."
-            )
-        for name in ("rope_theta", "norm_epsilon"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise InputError(
-                    f"DecoderConfig.{name} is {getattr(self, name)}; set it to a number above 0."
-                )
-
-    @property
-    def kv_heads(self) -> int:
-        """G, key-value heads."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        """K, dimensions of a head."""
-        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def rotary_dim(self) -> int:
-        """Dimensions of a head that rotary embedding turns."""
-        return int(self.head_width * self.rope_fraction)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """V, rows of the embedding: vocab_size rounded up; an InputError while that is not set."""
-        if self.vocab_size is None:
-            raise InputError(
-                "DecoderConfig.vocab_size is not set; set it to the vocabulary's number of ids."
-            )
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
-
-    @property
-    def num_matmul_parameters(self) -> int:
-        """Parameters in matrix products: all kernels and the head, not the embedding look-up."""
-        attention_kernels = 2 * self.embed_dim * self.head_width * (self.num_heads + self.kv_heads)
-        mlp_kernels = (3 if self.gated_mlp else 2) * self.embed_dim * self.mlp_dim
-        head = self.embed_dim * self.padded_vocab_size
-        return self.num_layers * (attention_kernels + mlp_kernels) + head
-
-    @property
-    def num_parameters(self) -> int:
-        """All parameters, a tied embedding once, the padding of the vocabulary included."""
-        norm = self.embed_dim * (2 if self.norm == "layernorm" and self.use_bias else 1)
-        biases = 0
-        if self.use_bias:
-            biases += self.head_width * (self.num_heads + 2 * self.kv_heads) + self.embed_dim
-            biases += (2 if self.gated_mlp else 1) * self.mlp_dim + self.embed_dim
-        embedding = 0 if self.tied_embeddings else self.embed_dim * self.padded_vocab_size
-        blocks = self.num_layers * (2 * norm + biases)
-        return self.num_matmul_parameters + embedding + blocks + norm
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as a JSON object, for the checkpoint."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> "DecoderConfig":
-        """The config that to_json wrote; an unknown or a missing setting is an InputError."""
-        try:
-            return cls(**settings)
-        except TypeError as error:
-            raise InputError(
-                f"The decoder settings {dict(settings)} are not a DecoderConfig ({error}); "
-                "read them with the version that wrote them."
-            ) from error
-
-
-_OPTIONAL_SIZES = ("vocab_size", "num_kv_heads", "head_dim")
-_SIZES = (
-    *("embed_dim", "num_layers", "num_heads", "mlp_dim", "vocab_multiple", "max_length"),
-    *_OPTIONAL_SIZES,
-)
-_CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
-    {
-        "mlp_activation": tuple(layers.ACTIVATIONS),
-        "norm": ("rmsnorm", "layernorm"),
-        "remat": ("none", *REMAT_POLICIES),
-        "dtype": ("float32", "bfloat16"),
-        "param_dtype": ("float32", "bfloat16"),
-        "attention_backend": tuple(BACKENDS),
-    }
-)
+# Its public name is decoder.DecoderConfig: to gin files, and in the sentences that name a setting.
+DecoderConfig.__module__ = __name__
 
 
 class Decoder(nn.Module):
@@ -258,7 +79,7 @@ class Decoder(nn.Module):
         block: Any = Block
         if config.remat != "none":
             # In a scan the loop itself keeps XLA from merging the recomputation away.
-            policy = REMAT_POLICIES[config.remat]
+            policy = remat.POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers)
         if config.scan_layers:
             blocks = nn.scan(
@@ -298,6 +119,7 @@ class Block(nn.Module):
         self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, rotation: layers.Rotation
     ) -> tuple[jax.Array, None]:
         config = self.config
+        x_BxLxD = checkpoint_name(x_BxLxD, remat.BLOCK_INPUT)
         normed_BxLxD = _norm(config, "attention_norm")(x_BxLxD)
         self_attention = SelfAttention(config, name="attention")
         attended_BxLxD = x_BxLxD + self_attention(normed_BxLxD, segment_ids_BxL, rotation)
@@ -323,14 +145,18 @@ class SelfAttention(nn.Module):
         query_BxLxHxK = layers.rotate(_projection(config, "query", embed, heads)(x_BxLxD), rotation)
         key_BxLxGxK = layers.rotate(_projection(config, "key", embed, kv_heads)(x_BxLxD), rotation)
         value_BxLxGxK = _projection(config, "value", embed, kv_heads)(x_BxLxD)
+        query_BxLxHxK = _constrain(query_BxLxHxK, "activation_heads", None)
+        key_BxLxGxK = _constrain(key_BxLxGxK, "activation_kv_heads", None)
+        value_BxLxGxK = _constrain(value_BxLxGxK, "activation_kv_heads", None)
         mixed_BxLxHxK = attention(
-            _constrain(query_BxLxHxK, "activation_heads", None),
-            _constrain(key_BxLxGxK, "activation_kv_heads", None),
-            _constrain(value_BxLxGxK, "activation_kv_heads", None),
+            checkpoint_name(query_BxLxHxK, remat.QUERY),
+            checkpoint_name(key_BxLxGxK, remat.KEY),
+            checkpoint_name(value_BxLxGxK, remat.VALUE),
             segment_ids_BxL,
             backend=config.attention_backend,
         )
-        return _projection(config, "out", heads, embed, into_residual=True)(mixed_BxLxHxK)
+        attended_BxLxD = _projection(config, "out", heads, embed, into_residual=True)(mixed_BxLxHxK)
+        return checkpoint_name(attended_BxLxD, remat.ATTENDED)
 
 
 class Mlp(nn.Module):
@@ -356,6 +182,8 @@ class Mlp(nn.Module):
 
 def init_params(config: DecoderConfig, rng: jax.Array) -> Any:
     """Fresh parameters, each boxed with its logical axes; nn.unbox takes the arrays out."""
+    # The one token that Flax makes them with suits no kernel.
+    config = dataclasses.replace(config, attention_backend="xla")
     token_1x1 = jnp.zeros((1, 1), dtype=jnp.int32)
     return Decoder(config).init(rng, token_1x1, token_1x1, token_1x1)["params"]
 

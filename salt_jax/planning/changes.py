@@ -19,7 +19,8 @@ from salt_jax.training import partitioning
 
 Compile = Callable[[Job, Topology, int], CompiledStage | TooLarge]
 _LEAST_CHUNK = 64
-_REMAT = ("none", "minimal", "full")
+# From what keeps most to what keeps least (models/remat.py).
+_REMAT = ("none", "minimal", "attention", "attention_output", "full")
 
 
 class Change(NamedTuple):

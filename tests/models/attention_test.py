@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.models.attention import attention, causal_segment_mask
+from salt_jax.models.attention import attention
+from salt_jax.models.reference_attention import causal_segment_mask
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 3, 3, 3]], np.int32)
 

@@ -1,0 +1,188 @@
+"""The shape of a decoder and how it computes: the one dataclass that teacher and student are of."""
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from salt_jax.errors import InputError
+from salt_jax.models import layers, remat
+from salt_jax.models.attention import BACKENDS
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder and how it computes.
+
+    Attributes:
+        embed_dim: D, the model width.
+        num_layers: number of blocks.
+        num_heads: H, query heads.
+        mlp_dim: F, hidden width of the MLP.
+        vocab_size: ids that mean something; None = those of the packed cache, filled in later.
+        vocab_multiple: embedding and head are padded up to a multiple of this many ids.
+        max_length: longest sequence, in tokens.
+        num_kv_heads: G, key-value heads; None = num_heads.
+        head_dim: K; None = embed_dim // num_heads.
+        mlp_activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
+        gated_mlp: act(gate(x)) · up(x) (arXiv 2002.05202) instead of act(up(x)).
+        norm: "rmsnorm" or "layernorm".
+        norm_epsilon: added to the mean square, or the variance, before its root.
+        parallel_residual: x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX, instead of one
+            after the other.
+        use_bias: biases on every projection and LayerNorm, never on the head.
+        rope_fraction: share of each head's dimensions that rotary embedding turns, the first ones.
+        rope_theta: base of the rotary wavelengths.
+        tied_embeddings: the head is the embedding, transposed.
+        scale_embeddings: multiply embedded inputs by √D, as Gemma does and GPT-NeoX and Llama
+            don't: with it one table can serve as input and as head.
+        scan_layers: one block scanned over stacked parameters (compiles fast), not num_layers.
+        remat: what the backward pass computes again, from nothing to all of a block: "none",
+            "minimal", "attention", "attention_output", "full" or "offload"; see remat.py.
+        dtype: of activations and products, "float32" or "bfloat16".
+        param_dtype: of parameters.
+        attention_backend: which implementation of attention: "xla" anywhere, "splash" on a TPU,
+            "cudnn" on an NVIDIA GPU, or "auto": the one of those that can do it here.
+    """
+
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    vocab_size: int | None = None
+    vocab_multiple: int = 128
+    max_length: int = 2048
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_activation: str = "silu"
+    gated_mlp: bool = True
+    norm: str = "rmsnorm"
+    norm_epsilon: float = 1e-6
+    parallel_residual: bool = False
+    use_bias: bool = False
+    rope_fraction: float = 1.0
+    rope_theta: float = 10_000.0
+    tied_embeddings: bool = True
+    scale_embeddings: bool = True
+    scan_layers: bool = True
+    remat: str = "none"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL_SIZES:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(
+                    f"DecoderConfig.{name} is {value!r}; set it to a whole number of at least 1."
+                )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"DecoderConfig.{name} is {getattr(self, name)!r}; "
+                    f"set it to one of {', '.join(choices)}."
+                )
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise InputError(
+                f"DecoderConfig.embed_dim {self.embed_dim} is not a multiple of num_heads "
+                f"{self.num_heads}; change one of them or set head_dim."
+            )
+        if self.num_heads % self.kv_heads:
+            raise InputError(
+                f"DecoderConfig.num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.kv_heads}; change num_kv_heads."
+            )
+        if not 0.0 <= self.rope_fraction <= 1.0:
+            raise InputError(
+                f"DecoderConfig.rope_fraction is {self.rope_fraction}; set it within [0, 1]."
+            )
+        if self.rotary_dim % 2:
+            raise InputError(
+                f"DecoderConfig.rope_fraction {self.rope_fraction} of a head of {self.head_width} "
+                f"is {self.rotary_dim} dimensions, an odd number; change it or head_dim."
+            )
+        for name in ("rope_theta", "norm_epsilon"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise InputError(
+                    f"DecoderConfig.{name} is {getattr(self, name)}; set it to a number above 0."
+                )
+
+    @property
+    def kv_heads(self) -> int:
+        """G, key-value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """K, dimensions of a head."""
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that rotary embedding turns."""
+        return int(self.head_width * self.rope_fraction)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V, rows of the embedding: vocab_size rounded up; an InputError while that is not set."""
+        if self.vocab_size is None:
+            raise InputError(
+                "DecoderConfig.vocab_size is not set; set it to the vocabulary's number of ids."
+            )
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def num_matmul_parameters(self) -> int:
+        """Parameters in matrix products: all kernels and the head, not the embedding look-up."""
+        attention_kernels = 2 * self.embed_dim * self.head_width * (self.num_heads + self.kv_heads)
+        mlp_kernels = (3 if self.gated_mlp else 2) * self.embed_dim * self.mlp_dim
+        head = self.embed_dim * self.padded_vocab_size
+        return self.num_layers * (attention_kernels + mlp_kernels) + head
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, a tied embedding once, the padding of the vocabulary included."""
+        norm = self.embed_dim * (2 if self.norm == "layernorm" and self.use_bias else 1)
+        biases = 0
+        if self.use_bias:
+            biases += self.head_width * (self.num_heads + 2 * self.kv_heads) + self.embed_dim
+            biases += (2 if self.gated_mlp else 1) * self.mlp_dim + self.embed_dim
+        embedding = 0 if self.tied_embeddings else self.embed_dim * self.padded_vocab_size
+        blocks = self.num_layers * (2 * norm + biases)
+        return self.num_matmul_parameters + embedding + blocks + norm
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a JSON object, for the checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> "DecoderConfig":
+        """The config that to_json wrote; an unknown or a missing setting is an InputError."""
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise InputError(
+                f"The decoder settings {dict(settings)} are not a DecoderConfig ({error}); "
+                "read them with the version that wrote them."
+            ) from error
+
+
+_OPTIONAL_SIZES = ("vocab_size", "num_kv_heads", "head_dim")
+_SIZES = (
+    *("embed_dim", "num_layers", "num_heads", "mlp_dim", "vocab_multiple", "max_length"),
+    *_OPTIONAL_SIZES,
+)
+_CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "mlp_activation": tuple(layers.ACTIVATIONS),
+        "norm": ("rmsnorm", "layernorm"),
+        "remat": ("none", *remat.POLICIES),
+        "dtype": ("float32", "bfloat16"),
+        "param_dtype": ("float32", "bfloat16"),
+        "attention_backend": ("auto", *BACKENDS),
+    }
+)

@@ -1,0 +1,50 @@
+"""Attention by plain XLA products, on any device: what the other backends must agree with."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# The mixture's name for remat policies.
+OUTPUT_NAME = "attention_output"
+
+# Far below every score, and finite: no row of scores, whatever it masks, makes a NaN.
+_MASKED_SCORE = -1e30
+
+
+def reference_attention(
+    query_BxLxHxK: jax.Array,
+    key_BxLxGxK: jax.Array,
+    value_BxLxGxK: jax.Array,
+    segment_ids_BxL: jax.Array,
+) -> jax.Array:
+    """See attention.attention. Whole [L, L] scores, by batched products of plain matrices.
+
+    R = H / G query heads share a group's keys: RL is their R · L queries, one head after the other;
+    the L after it counts keys. Four axes and no more: a fifth halves the softmax's speed on CPU.
+    """
+    batch, length, heads, width = query_BxLxHxK.shape
+    groups = key_BxLxGxK.shape[2]
+    query_BxHxLxK = (query_BxLxHxK * (1.0 / math.sqrt(width))).transpose(0, 2, 1, 3)
+    query_BxGxRLxK = query_BxHxLxK.reshape(batch, groups, -1, width)
+    key_BxGxLxK = key_BxLxGxK.transpose(0, 2, 1, 3)
+    value_BxGxLxK = value_BxLxGxK.transpose(0, 2, 1, 3)
+
+    scores_BxGxRLxL = jnp.einsum(
+        "bgqk,bgmk->bgqm", query_BxGxRLxK, key_BxGxLxK, preferred_element_type=jnp.float32
+    )
+    visible_BxRLxL = jnp.tile(causal_segment_mask(segment_ids_BxL), (1, heads // groups, 1))
+    scores_BxGxRLxL = jnp.where(visible_BxRLxL[:, None], scores_BxGxRLxL, _MASKED_SCORE)
+    shares_BxGxRLxL = jax.nn.softmax(scores_BxGxRLxL, axis=-1).astype(value_BxLxGxK.dtype)
+    mixed_BxGxRLxK = jnp.einsum("bgqm,bgmk->bgqk", shares_BxGxRLxL, value_BxGxLxK)
+    mixed_BxHxLxK = mixed_BxGxRLxK.reshape(batch, heads, length, width)
+    return checkpoint_name(mixed_BxHxLxK.transpose(0, 2, 1, 3), OUTPUT_NAME)
+
+
+def causal_segment_mask(segment_ids_BxL: jax.Array) -> jax.Array:
+    """[B, L, L] bool: may the query at the second index see the key at the third?"""
+    length = segment_ids_BxL.shape[1]
+    causal_LxL = jnp.tril(jnp.ones((length, length), dtype=bool))
+    same_segment_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
+    return same_segment_BxLxL & causal_LxL[None]

@@ -1,0 +1,216 @@
+"""The gin files of models, hardware and the paper's runs: each says what its name promises."""
+
+import pathlib
+import re
+from typing import Any
+
+import pytest
+
+import gin
+from salt_jax.command_line import parse_arguments
+from salt_jax.distill import schedules
+from salt_jax.errors import InputError
+from salt_jax.main import CONFIGS, configure
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.training import flops
+from salt_jax.training.partitioning import MeshConfig
+
+VOCABULARY = 256_256  # SentencePiece's 256,000 and the 256 reserved of data/pile.gin
+PAPER_TOKENS = 208_000 * 2048 * 1280
+SIZES = {"slm_0_5b": 0.5e9, "slm_1_5b": 1.5e9, "llm_2_8b": 2.8e9, "llm_8_6b": 8.6e9}
+TEACHERS = {"llm_2_8b": "slm_1_5b", "llm_8_6b": "llm_2_8b"}
+METHODS = ("baseline", "rkd", "salt", "salt_ds")
+CHIPS = {"v4_256": 128, "v4_512": 256, "v5p_256": 128, "v5e_256": 256, "v6e_256": 256}
+GPUS = {"h100x8": 8, "h200": 1}
+RUNS = [f"{model}_{method}" for model in TEACHERS for method in METHODS]
+SLMS = ["slm_0_5b", "slm_1_5b"]
+
+
+def names(folder: str) -> set[str]:
+    return {path.stem for path in (CONFIGS / folder).glob("*.gin")}
+
+
+def text(name: str) -> str:
+    return pathlib.Path(CONFIGS / name).read_text()
+
+
+def settings(verb: str, *flags: str) -> dict[str, Any]:
+    """What `salt VERB` would be called with."""
+    return gin.get_bindings(configure(parse_arguments([verb, *flags])))
+
+
+def model(name: str) -> DecoderConfig:
+    configure(parse_arguments([*PRETRAIN, f"--gin_file=models/{name}.gin"]))
+    with gin.unlock_config():
+        gin.bind_parameter("decoder.DecoderConfig.vocab_size", VOCABULARY)
+    return gin.get_configurable(DecoderConfig)()
+
+
+PRETRAIN = [
+    *("train", "--gin_file=runs/pretrain.gin", "--gin_file=methods/baseline.gin"),
+    *("--gin.LEARNING_RATE=1e-3", "--cache=CACHE", "--steps=10", "--batch_size=2048"),
+]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_model_is_as_large_as_its_name(name: str) -> None:
+    assert model(name).num_parameters == pytest.approx(SIZES[name], rel=0.02)
+    assert "vocab_size" not in text(f"models/{name}.gin")
+
+
+def test_what_a_model_lacks_is_named_as_gin_files_name_it() -> None:
+    with pytest.raises(InputError, match=r"^decoder\.DecoderConfig\.embed_dim is not set"):
+        settings(*PRETRAIN)
+    flag = "--gin.decoder.DecoderConfig.embed_dim='wide'"
+    with pytest.raises(InputError, match=r"^decoder\.DecoderConfig\.embed_dim is 'wide'"):
+        settings(*PRETRAIN, "--gin_file=models/llm_2_8b.gin", flag)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_models_dimensions_suit_accelerators(name: str) -> None:
+    config = model(name)
+    assert (config.dtype, config.param_dtype, config.remat) == ("bfloat16", "float32", "full")
+    assert config.head_width == 128
+    assert config.max_length >= 1280
+    for size in (config.embed_dim, config.mlp_dim, config.padded_vocab_size):
+        assert size % 128 == 0
+    assert config.embed_dim % 256 == 0  # FSDP over 256 devices
+    for size in (config.num_heads, config.kv_heads, config.mlp_dim, config.padded_vocab_size):
+        assert size % 8 == 0  # tensor parallelism over 8
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_models_header_has_its_figures(name: str) -> None:
+    config, header = model(name), text(f"models/{name}.gin")
+    assert f"{config.num_parameters / 1e9:.3f}B parameters" in header
+    assert f"{flops.forward_flops_per_token(config, 1280) / 1e9:.2f}G; trained" in header
+    assert f"{flops.train_flops_per_token(config, 1280) / 1e9:.2f}G.\n" in header
+
+
+def test_all_files_are_tested() -> None:
+    assert names("hardware") == {*CHIPS, *GPUS, "cpu", "fsdp"}
+    assert names("paper") == {*RUNS, *SLMS, "common", "score", "select"}
+    assert {name for name in names("models") if name.endswith("b")} == set(SIZES)
+
+
+@pytest.mark.parametrize("run", [*RUNS, *SLMS])
+def test_a_run_of_the_paper_is_whole(run: str) -> None:
+    """The launch command in its header has all that is needed."""
+    seen = settings(*launch_command(run))
+    assert seen["steps"] * seen["batch_size"] * 1280 == PAPER_TOKENS
+    assert seen["batch_size"] == 2048
+    name = next(name for name in SIZES if run.startswith(name))
+    method = run.removeprefix(name).strip("_") or "baseline"
+    assert seen["arm"] == method
+    assert seen["model"] == settings(*PRETRAIN, f"--gin_file=models/{name}.gin")["model"]
+    # The same optimizer for all arms of a size: nothing but the method tells them apart.
+    slm = "" if name.startswith("slm") else "_baseline"
+    assert seen["optimizer"] == settings(*launch_command(f"{name}{slm}"))["optimizer"]
+    assert seen["loss"].z_loss == 1e-4
+    if method == "baseline":
+        assert isinstance(seen["schedule"], schedules.NoDistillation)
+        assert tuple(seen["checkpoints"].keep_steps) == (26_000,)
+    else:
+        assert seen["teacher"] == "SLM_RUN"
+        assert seen["loss"].teacher_temperature == 0.25
+        assert seen["schedule"].omega == pytest.approx(2 / 3)
+        kind = schedules.Constant if method == "rkd" else schedules.Step
+        assert isinstance(seen["schedule"], kind)
+        assert seen["schedule"].distill_steps(208_000) == (208_000 if method == "rkd" else 36_000)
+        assert f"paper/{teachers_run(name)}.gin" in text(f"paper/{run}.gin").replace("\n# ", " ")
+    assert seen.get("selection") == ("SELECTION" if method == "salt_ds" else None)
+
+
+@pytest.mark.parametrize("run", [*RUNS, *SLMS])
+def test_a_runs_header_has_its_cost(run: str) -> None:
+    """FLOPs of the student's tokens, and the teacher's forward pass in stage 1."""
+    name = next(name for name in SIZES if run.startswith(name))
+    total = flops.train_flops_per_token(model(name), 1280) * PAPER_TOKENS
+    seen = settings(*launch_command(run))
+    if "teacher" in seen:
+        taught = seen["schedule"].distill_steps(208_000) / 208_000 * PAPER_TOKENS
+        total += flops.forward_flops_per_token(model(TEACHERS[name]), 1280) * taught
+    mantissa, exponent = f"{total:.2e}".split("e+")
+    assert f"{mantissa}e{exponent} FLOP" in text(f"paper/{run}.gin")
+    hardware = str(re.search(r"--gin_file=hardware/(\w+).gin", text(f"paper/{run}.gin"))[1])
+    kind = {"v5e_256": "TPU v5e", "v5p_256": "TPU v5p"}[hardware]
+    seconds = total / (0.4 * CHIPS[hardware] * (flops.device_peak_flops(kind) or 0))
+    header = text(f"paper/{run}.gin").replace("\n# ", " ")
+    assert f"{seconds / 86_400:.1f} days of {CHIPS[hardware]} " in header
+    assert f"{seconds / 3600 * CHIPS[hardware] / 1000:.1f}K chip-hours" in header
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if not run.endswith("baseline")])
+def test_a_run_with_a_teacher_asks_for_it(run: str) -> None:
+    with pytest.raises(ValueError, match=r"teacher must be set"):
+        settings("train", f"--gin_file=paper/{run}.gin", "--cache=CACHE", "--selection=SELECTION")
+
+
+@pytest.mark.parametrize("run", [*RUNS, *SLMS])
+def test_a_run_of_the_paper_can_be_planned(run: str) -> None:
+    """Without cache and teacher, by the same files."""
+    files = [word for word in launch_command(run) if word.startswith("--gin_file=")]
+    assert settings("plan", files[0])["mesh"] == MeshConfig()
+    seen = settings("plan", *files)
+    assert (seen["sequence_length"], seen["vocab_size"]) == (1280, VOCABULARY)
+    trained = settings(*launch_command(run))
+    for name in ("model", "schedule", "optimizer", "loss", "steps", "batch_size", "mesh"):
+        assert seen[name] == trained[name]
+    assert seen.get("teacher_dtype") == trained.get("teacher_dtype")
+    if "teacher" in trained:
+        slm = TEACHERS[run[: len("llm_2_8b")]]
+        shape = {**vars(seen["teacher_model"]), "vocab_size": VOCABULARY}
+        assert shape == vars(model(slm))
+
+
+def test_scores_and_selection_of_the_paper() -> None:
+    inputs = ("--cache=CACHE", "--gin_file=hardware/v5e_256.gin")
+    seen = settings("score", "--gin_file=paper/score.gin", "--scorer=SLM_RUN", *inputs)
+    assert (seen["scorer_step"], seen["k"]) == (26_000, 10)
+    assert seen["mesh"] == MeshConfig(slice=-1, fsdp=256)
+    seen = settings("select", "--gin_file=paper/select.gin", "--scores=SCORES", "--cache=CACHE")
+    assert seen["rule"].m == 36_000 * 2048
+
+
+@pytest.mark.parametrize("hardware", sorted(names("hardware")))
+def test_hardware_fits_under_every_verb(hardware: str) -> None:
+    """The mesh has the devices that the name says, in training, scoring and evaluation alike."""
+    file, devices = f"--gin_file=hardware/{hardware}.gin", {**CHIPS, **GPUS, "cpu": 1}
+    seen = settings(*PRETRAIN, "--gin_file=models/slm_smoke.gin", file)
+    mesh = seen["mesh"]
+    assert mesh.fsdp == devices.get(hardware, -1)
+    assert mesh.slice == (-1 if hardware in CHIPS else 1)
+    assert (mesh.data, mesh.tensor) == (1, 1)
+    assert 2048 % (devices.get(hardware, 1) * seen.get("microbatches", 1)) == 0
+    if hardware != "fsdp":
+        chunk_tokens = {"cpu": 128, "v5e_256": 512}.get(hardware, 1024)
+        assert seen["loss"].chunk_tokens == chunk_tokens
+    assert settings("score", file, "--scorer=RUN", "--cache=CACHE")["mesh"] == mesh
+    assert settings("evaluate", file, "--model=RUN", "--cache=CACHE")["mesh"] == mesh
+
+
+@pytest.mark.parametrize("hardware", CHIPS)
+def test_hardware_names_its_topology(hardware: str) -> None:
+    header = text(f"hardware/{hardware}.gin")
+    topology = re.search(r"--topology=(\w+):([\dx]+)", header)
+    assert topology
+    assert topology[1] == hardware.partition("_")[0]
+    chips = 1
+    for side in topology[2].split("x"):
+        chips *= int(side)
+    assert chips == CHIPS[hardware]
+    assert f"{chips} chips" in header
+
+
+def teachers_run(name: str) -> str:
+    slm = TEACHERS[name]
+    return slm if slm.startswith("slm") else f"{slm}_baseline"
+
+
+def launch_command(run: str) -> list[str]:
+    """`salt train …` of a run's header, as it would be typed."""
+    lines = re.findall(r"^#   +(.*?)\\?$", text(f"paper/{run}.gin"), re.M)
+    command = "".join(lines)
+    words = command[command.index("salt train") :].split()
+    assert words[:2] == ["salt", "train"]
+    return [word for word in words[1:] if not word.startswith("--output_dir")]
