@@ -54,6 +54,7 @@ def plan(
     cache: str | None = None,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    teacher_rules: partitioning.Rules | None = None,
     microbatches: int = 1,
     stage1_microbatches: int | None = None,
     arm: str = "",
@@ -78,6 +79,7 @@ def plan(
       cache: A folder made by `salt prepare`, to take both from.
       mesh: How many devices along each mesh axis.
       rules: From the model's logical axes to the mesh's.
+      teacher_rules: The same for the teacher; rules if None.
       microbatches: Parts of a batch computed one after the other.
       stage1_microbatches: The same in stage 1; microbatches if None.
       arm: The method's name.
@@ -118,6 +120,7 @@ def plan(
         stage1_microbatches=microbatches if stage1_microbatches is None else stage1_microbatches,
         mesh=mesh,
         rules=rules,
+        teacher_rules=teacher_rules,
     )
     if sequence_length > student.max_length:
         raise InputError(

@@ -130,7 +130,8 @@ def train(
             config,
             packed,
             "validation",
-            batch_size,
+            # No more rows at once than a step has room for.
+            batch_size // max(microbatches, stage1_microbatches or microbatches),
             device_mesh,
             rules,
             evaluation_rows,

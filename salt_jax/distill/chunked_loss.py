@@ -267,11 +267,9 @@ def _add_head_gradient(
     At once it would take a second array of the head's size to hold the product before it is added.
     """
     ids = total_VxD.shape[0]
-    fewest = -(-total_VxD.nbytes // _HEAD_GRADIENT_BLOCK_BYTES)
-    blocks = next(n for n in range(fewest, ids + 1) if ids % n == 0)
+    size = -(-ids // -(-total_VxD.nbytes // _HEAD_GRADIENT_BLOCK_BYTES))
 
-    def add(block: jax.Array, total_VxD: jax.Array) -> jax.Array:
-        start, size = block * (ids // blocks), ids // blocks
+    def add(start: jax.Array | int, size: int, total_VxD: jax.Array) -> jax.Array:
         d_z_CxP = lax.dynamic_slice_in_dim(d_z_CxV, start, size, axis=1)
         part_PxD = lax.dot_general(
             d_z_CxP, hidden_CxD, (((0,), (0,)), ((), ())), preferred_element_type=total_VxD.dtype
@@ -279,7 +277,8 @@ def _add_head_gradient(
         part_PxD += lax.dynamic_slice_in_dim(total_VxD, start, size, axis=0)
         return lax.dynamic_update_slice_in_dim(total_VxD, part_PxD, start, axis=0)
 
-    return lax.fori_loop(0, blocks, add, total_VxD)
+    total_VxD = lax.fori_loop(0, ids // size, lambda i, x: add(i * size, size, x), total_VxD)
+    return add(ids - ids % size, ids % size, total_VxD) if ids % size else total_VxD
 
 
 def _gathered(sharding: HeadSharding | None, head_VxD: jax.Array, shape: Any) -> jax.Array:

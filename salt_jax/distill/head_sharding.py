@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from salt_jax.distill.losses import LOG_ZERO
+from salt_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class HeadSharding:
         return PartitionSpec(self.batch)
 
     def head(self, head_VxD: jax.Array) -> PartitionSpec:
-        """Of a head as it is stored and of its gradient; ValueError if it can't be split."""
+        """Of a head as it is stored and of its gradient; InputError if it can't be split."""
         if head_VxD.shape[0] % self.devices(self.vocab):
-            raise ValueError(
+            raise InputError(
                 f"A vocabulary padded to {head_VxD.shape[0]} ids can't be split over "
                 f"{self.devices(self.vocab)} devices: set DecoderConfig.vocab_multiple to a "
                 "multiple of the mesh's tensor axis."

@@ -212,7 +212,7 @@ def check_vocab_size(
     """Refuses logits over fewer ids than the vocabulary has, and more top ids than there are."""
     fewest = student_ids if teacher_ids is None else min(student_ids, teacher_ids)
     if fewest < vocab_size:
-        raise ValueError(f"Logits over {fewest} ids are too few for a vocabulary of {vocab_size}.")
+        raise InputError(f"Logits over {fewest} ids are too few for a vocabulary of {vocab_size}.")
     if config.teacher_top_k > vocab_size:
         raise InputError(
             f"LossConfig.teacher_top_k is {config.teacher_top_k}, more than the vocabulary's "

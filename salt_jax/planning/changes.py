@@ -5,11 +5,12 @@ Tried in this order, each alone and then all together, until one fits:
     microbatches            twice as many, and again, while the batch can be split so; gradients are
                             the same, matrix products get smaller
     LossConfig.chunk_tokens a half, a quarter, an eighth
-    DecoderConfig.remat     minimal, then full: the backward pass computes more again
+    DecoderConfig.remat     minimal to full (models/remat.py): the backward pass computes more again
     MeshConfig              all devices along fsdp: parameters and optimizer over all of them
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class Change(NamedTuple):
     @property
     def flags(self) -> str:
         """The settings as flags of `salt train`."""
-        return " ".join(f"--gin.{name}={value!r}" for name, value in self.settings.items())
+        flags = (f"--gin.{name}={value!r}" for name, value in self.settings.items())
+        return shlex.join(flags)
 
 
 class Fit(NamedTuple):
@@ -131,7 +133,8 @@ def _mesh(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
     if dict(before) == dict(mesh.make(topology.devices).shape):
         return
     job = dataclasses.replace(change.job, mesh=mesh)
-    if job.microbatches_of(stage) > largest_microbatches(job, topology):
+    divisor = partitioning.batch_divisor(mesh.make(topology.devices))
+    if job.batch_size % (divisor * job.microbatches_of(stage)):
         return
     names = zip(partitioning.MESH_AXES, mesh.sizes(), strict=True)
     settings = {f"partitioning.MeshConfig.{axis}": size for axis, size in names}

@@ -51,6 +51,7 @@ class Job:
       stage1_microbatches: The same in stage 1.
       mesh: How the devices are laid out.
       rules: From logical axes to the mesh's.
+      teacher_rules: The same for the teacher; None is rules.
     """
 
     model: DecoderConfig
@@ -66,6 +67,7 @@ class Job:
     stage1_microbatches: int
     mesh: partitioning.MeshConfig
     rules: partitioning.Rules
+    teacher_rules: partitioning.Rules | None = None
 
     @property
     def tokens(self) -> int:
@@ -240,7 +242,8 @@ def _lay_out(job: Job, topology: Topology, stage: int) -> tuple[StateLayout, Any
     layout = make_layout(job.model, job.optimizer.make(job.steps), mesh, job.rules)
     if stage != 1 or job.teacher is None:
         return layout, None
-    return layout, abstract_params(job.teacher, mesh, job.rules, job.teacher_dtype)
+    rules = job.teacher_rules or job.rules
+    return layout, abstract_params(job.teacher, mesh, rules, job.teacher_dtype)
 
 
 def _parts(

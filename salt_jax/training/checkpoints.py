@@ -206,7 +206,10 @@ def find_model(
     model = SavedModel(
         path=path,
         step=step,
-        config=DecoderConfig.from_json(progress["model"]),
+        # Attention as it suits the devices at hand, not those that it was trained on.
+        config=dataclasses.replace(
+            DecoderConfig.from_json(progress["model"]), attention_backend="auto"
+        ),
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
         digest=_folder_digest(folder / str(step) / "params"),
         counters=progress.get("counters") or {},

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import shlex
 from typing import Any
 
 import jax
@@ -248,7 +249,7 @@ def test_what_does_not_fit_gets_a_change_that_does(
     printed = capsys.readouterr().out
     assert "It fits with --gin.train.train.stage1_microbatches=" in printed
     # What it proposes does what it says.
-    flags = first["change"]["flags"].split()
+    flags = shlex.split(first["change"]["flags"])
     after = run([*sized, f"--hbm_gib={limit}", *flags], tmp_path / "after")["plans"][0]["stages"][0]
     assert after["fits"]
     assert after["peak_hbm_gib"] == first["change"]["peak_hbm_gib"]

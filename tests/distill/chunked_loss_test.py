@@ -134,6 +134,15 @@ def test_equals_whole_logits_in_float64(config: LossConfig) -> None:
     assert_equal_in_float64(config, 1000, case(with_teacher=False))
 
 
+@pytest.mark.parametrize("block_bytes", [64, 300, 1000])
+def test_the_head_gradient_in_blocks_of_ids(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    """16 ids of 16 numbers in float64: blocks that divide them, and a smaller one at the end."""
+    monkeypatch.setattr("salt_jax.distill.chunked_loss._HEAD_GRADIENT_BLOCK_BYTES", block_bytes)
+    assert_equal_in_float64(LossConfig(), 7, case())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     config=st.sampled_from(CONFIGS),
