@@ -239,6 +239,9 @@ def test_the_head_is_gathered_once_and_its_gradient_scattered_once() -> None:
     scattered = hlo.select(module, opcode="reduce-scatter", dims=(512, 32))
     assert [e.times for e in scattered] == [1.0]
     assert not hlo.select(module, opcode="all-reduce", dims=(4096, 32))
+    teachers = [e for e in hlo.select(module, opcode="all-gather") if is_head(e, 16)]
+    assert teachers
+    assert not [e for e in teachers if e.depth]
 
 
 def is_head(execution: hlo.Execution, width: int) -> bool:
