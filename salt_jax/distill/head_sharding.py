@@ -48,20 +48,24 @@ class HeadSharding:
                 f"{self.devices(self.vocab)} devices: set DecoderConfig.vocab_multiple to a "
                 "multiple of the mesh's tensor axis."
             )
-        return PartitionSpec(self.vocab or None, self._embed(*head_VxD.shape) or None)
+        return PartitionSpec(self.vocab or None, self._embed(head_VxD.shape[1]) or None)
 
     def gather(self, head_Vxd: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """A device's part of the vocabulary, from what it stores of a head of `shape` [V, D]."""
-        axes = self._embed(*shape)
+        axes = self._embed(shape[1])
         if not axes:
             return head_Vxd
+        if not self._divides_vocabulary(shape[0]):
+            return lax.all_gather(head_Vxd, axes, axis=1, tiled=True)
         head_vxD = lax.all_to_all(head_Vxd, axes, split_axis=0, concat_axis=1, tiled=True)
         return lax.all_gather(head_vxD, axes, axis=0, tiled=True)
 
     def sum_and_scatter(self, gradient_VxD: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """The sum over all tokens of a head's gradient; each device keeps what it stores."""
-        axes = self._embed(*shape)
-        if axes:
+        axes = self._embed(shape[1])
+        if axes and not self._divides_vocabulary(shape[0]):
+            gradient_VxD = lax.psum_scatter(gradient_VxD, axes, scatter_dimension=1, tiled=True)
+        elif axes:
             gradient_vxD = lax.psum_scatter(gradient_VxD, axes, scatter_dimension=0, tiled=True)
             gradient_VxD = lax.all_to_all(
                 gradient_vxD, axes, split_axis=1, concat_axis=0, tiled=True
@@ -69,11 +73,13 @@ class HeadSharding:
         rest = tuple(axis for axis in self.batch if axis not in axes)
         return lax.psum(gradient_VxD, rest) if rest else gradient_VxD
 
-    def _embed(self, ids: int, width: int) -> tuple[str, ...]:
-        """Where they don't divide a head both ways, every device has all of it from the start."""
-        parts = self.devices(self.embed)
-        divided = width % parts == 0 and ids % (parts * self.devices(self.vocab)) == 0
-        return self.embed if divided else ()
+    def _embed(self, width: int) -> tuple[str, ...]:
+        """Where they don't divide D, every device stores all of it."""
+        return self.embed if width % self.devices(self.embed) == 0 else ()
+
+    def _divides_vocabulary(self, ids: int) -> bool:
+        """Else a head goes the direct way, in parts of D, which costs copies."""
+        return ids % self.devices((*self.vocab, *self.embed)) == 0
 
 
 class VocabularyPart:

@@ -197,8 +197,25 @@ def test_gradients_equal_finite_differences() -> None:
 def test_equal_on_one_device_and_on_eight(
     config: LossConfig, sizes: tuple[int, ...], embed: tuple[str, ...]
 ) -> None:
+    assert_equal_on_a_mesh(config, sizes, embed, case())
+
+
+@pytest.mark.parametrize(
+    ("padding", "width"), [((7, 5), 16), ((5, 13), 12)], ids=("vocabulary", "width")
+)
+def test_equal_where_the_mesh_does_not_divide_the_head(
+    padding: tuple[int, int], width: int
+) -> None:
+    arguments = case(padding=padding, width=width)
+    assert_equal_on_a_mesh(CONFIGS[1], (1, 1, 8, 1), ("fsdp",), arguments)
+    assert_equal_on_a_mesh(CONFIGS[1], (1, 1, 4, 2), ("fsdp",), arguments)
+
+
+def assert_equal_on_a_mesh(
+    config: LossConfig, sizes: tuple[int, ...], embed: tuple[str, ...], arguments: Any
+) -> None:
     with jax.enable_x64(True):
-        arguments = to_dtype(case(), jnp.float64)
+        arguments = to_dtype(arguments, jnp.float64)
         want = with_gradients(chunked(config, 7), arguments)
         with jax.set_mesh(MeshConfig(*sizes).make()) as _:
             sharding = HeadSharding(
