@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
+import measurement
 
 from salt_jax.distill import chunked_loss, losses
 
@@ -70,7 +70,7 @@ def make_arguments(vocab: int, dtype: str, teacher: bool) -> Any:
 
 def main() -> None:
     """Measures and prints."""
-    parser = common.parser(__doc__)
+    parser = measurement.parser(__doc__)
     parser.add_argument("--vocab", type=int, nargs="+", default=[8192, 32768, 131072, 262144])
     parser.add_argument("--chunk_tokens", type=int, nargs="+", default=[128])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -97,9 +97,9 @@ def main() -> None:
                     "chunked": functools.partial(ours, *arguments),
                     "whole": functools.partial(whole, *arguments),
                 }
-                line["time"] = common.paired(sides, flags.rounds)
+                line["time"] = measurement.paired(sides, flags.rounds)
             results.append(line)
-    common.report("chunked_loss", {"lines": results})
+    measurement.report("chunked_loss", {"lines": results})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import Any
 
-import common
+import measurement
 import numpy as np
 
 from salt_jax.data import features
@@ -78,7 +78,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
             "late": lambda: start(folder, LATE_STEP)[2]["targets"],
             "first": lambda: start(folder, 0)[2]["targets"],
         }
-        starts = common.paired(sides, flags.rounds)
+        starts = measurement.paired(sides, flags.rounds)
         read = sorted(rows_per_second(folder, 200) for _ in range(3))
     eaten = 0.5 * 989e12 / flops.train_flops_per_token(STUDENT, LENGTH) / LENGTH
     return {
@@ -91,10 +91,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = common.parser(__doc__, rounds=9)
+    parser = measurement.parser(__doc__, rounds=9)
     parser.add_argument("--rows", type=int, default=20_000, help="rows of the cache")
     flags = parser.parse_args()
-    common.report("reading", {"settings": vars(flags), **measure(flags)})
+    measurement.report("reading", {"settings": vars(flags), **measure(flags)})
 
 
 if __name__ == "__main__":

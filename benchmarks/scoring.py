@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-import common
 import jax
+import measurement
 from flax import linen as nn
 from train_step import make_batch
 
@@ -70,7 +70,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         return lambda: compiled(params, batch)
 
     # Forward over scoring in seconds is scoring over forward in throughput.
-    paired = common.paired(
+    paired = measurement.paired(
         {name: side(program) for name, program in programs.items()}, flags.rounds
     )
     tokens = flags.batch * flags.length
@@ -85,7 +85,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = common.parser(__doc__, rounds=15)
+    parser = measurement.parser(__doc__, rounds=15)
     for name, default in {
         **{"embed_dim": 256, "layers": 4, "heads": 4, "mlp_dim": 1024, "vocab": 32_000},
         **{"batch": 8, "length": 512, "chunk_tokens": 128},
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--attention", default="xla")
     flags = parser.parse_args()
-    common.report("scoring", {"settings": vars(flags), **measure(flags)})
+    measurement.report("scoring", {"settings": vars(flags), **measure(flags)})
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import common
 import jax
+import measurement
 import numpy as np
 
 from salt_jax.commands.train import train
@@ -176,7 +176,7 @@ def main() -> None:
     # The run's own lines go where they don't mix with the result.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         seconds, programs_made = run(flags, pathlib.Path(folder))
-    common.report(
+    measurement.report(
         "switch",
         {
             "settings": vars(flags),

@@ -15,9 +15,9 @@ import argparse
 import itertools
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
+import measurement
 
 from salt_jax.distill import losses
 from salt_jax.models import decoder
@@ -108,18 +108,18 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     }
     if flags.only:
         sides = {name: sides[name] for name in flags.only}
-    seconds = common.rounds(sides, flags.rounds)
+    seconds = measurement.rounds(sides, flags.rounds)
     results: dict[str, Any] = {
         "student_parameters": student.num_parameters,
         "teacher_parameters": teacher.num_parameters,
         "tokens_per_step": flags.batch * flags.length,
-        "seconds": common.medians(seconds),
+        "seconds": measurement.medians(seconds),
         "tokens_per_second": {
             name: flags.batch * flags.length / median
-            for name, median in common.medians(seconds).items()
+            for name, median in measurement.medians(seconds).items()
         },
         "all_seconds": seconds,
-        "mfu": mfu(student, teacher, flags, common.medians(seconds)),
+        "mfu": mfu(student, teacher, flags, measurement.medians(seconds)),
         "temporary_gib": {
             "stage1": salt.distill.memory_analysis().temp_size_in_bytes / 2**30,
             "stage2": salt.plain.memory_analysis().temp_size_in_bytes / 2**30,
@@ -127,7 +127,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": peak_gib(),
     }
     for first, last in itertools.pairwise(sides):
-        results[f"{first}_over_{last}"] = common.ratio(seconds[first], seconds[last])
+        results[f"{first}_over_{last}"] = measurement.ratio(seconds[first], seconds[last])
     results["arithmetic"] = arithmetic(student, teacher, flags.length)
     return results
 
@@ -170,7 +170,7 @@ def peak_gib() -> float | None:
 
 def main() -> None:
     """Measures and prints."""
-    parser = common.parser(__doc__)
+    parser = measurement.parser(__doc__)
     for name, default in {
         **{"embed_dim": 256, "layers": 4, "heads": 4, "mlp_dim": 1024, "vocab": 32_000},
         **{"batch": 8, "length": 512, "chunk_tokens": 128, "microbatches": 1},
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--unroll", action="store_true", help="no scan over layers")
     parser.add_argument("--only", nargs="+", choices=("stage1", "stage2", "plain"))
     flags = parser.parse_args()
-    common.report("train_step", {"settings": vars(flags), **measure(flags)})
+    measurement.report("train_step", {"settings": vars(flags), **measure(flags)})
 
 
 if __name__ == "__main__":
