@@ -79,16 +79,15 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         teacher_params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), teacher_params)
     shape = (flags.batch, flags.length)
     loss = losses.LossConfig(chunk_tokens=flags.chunk_tokens)
-    common_settings = {"microbatches": flags.microbatches}
     salt = compile_programs(
         layout,
         loss,
         shape,
         teacher_config=teacher,
         teacher_params=teacher_params,
-        **common_settings,
+        microbatches=flags.microbatches,
     )
-    plain = compile_programs(layout, loss, shape, **common_settings)
+    plain = compile_programs(layout, loss, shape, microbatches=flags.microbatches)
     assert salt.distill is not None, "a teacher was given"
     batch, omega = make_batch(shape, flags.vocab, mesh), jnp.float32(2 / 3)
     state = layout.create(seed=0)
