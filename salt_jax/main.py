@@ -114,7 +114,10 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
       InputError: An unknown name, a missing setting or file, or a value gin cannot read.
     """
     gin.clear_config()
-    gin.config._LOCATION_PREFIXES[:] = ["", str(CONFIGS)]  # no public call empties the list
+    # No public call empties these lists. gin's other reader looks into Python packages, for which
+    # it takes any folder of a gin file's name in the working directory.
+    gin.config._LOCATION_PREFIXES[:] = ["", str(CONFIGS)]
+    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
     verb = arguments.verb
     try:
         function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)

@@ -142,6 +142,19 @@ def test_later_files_and_flags_override(tmp_path: pathlib.Path) -> None:
     assert seen["teacher"] == "here"
 
 
+def test_a_folder_of_results_named_like_a_folder_of_configurations_is_no_package(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "smoke").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m salt_jax` does
+    includes = ["train", "--gin_file=runs/smoke_slm.gin", "--gin_file=methods/baseline.gin"]
+    function = configure(
+        parse_arguments([*includes, "--cache=here", "--steps=3", "--gin.KEEP_STEPS=(2,)"])
+    )
+    assert gin.get_bindings(function)["batch_size"] == 16
+
+
 def test_text_flags_stay_text() -> None:
     configure(parse_arguments(["report", "1", "2e3", "--title=3"]))
     assert gin.get_bindings(report) == {"runs": ("1", "2e3"), "title": "3"}
