@@ -95,8 +95,22 @@ def _run(argv: list[str]) -> int:
         config=gin.operative_config_str,
         command_line=["salt", *argv],
     )
-    verb(folder)
+    try:
+        verb(folder)
+    except RuntimeError as error:  # jax's own for this is one, and has no narrower name
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunFailed(_out_of_memory(arguments.verb, str(error))) from error
     return 0
+
+
+def _out_of_memory(verb: str, message: str) -> str:
+    reason = message.partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].rstrip(".")
+    smaller = "raise --microbatches" if verb == "train" else "lower --batch_size"
+    return (
+        f"The devices' memory is too small for this run ({reason}): "
+        f"{smaller}, lower chunk_tokens, or use more devices; `salt plan` says what fits."
+    )
 
 
 def _quiet_libtpu() -> None:

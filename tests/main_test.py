@@ -155,6 +155,24 @@ def test_a_folder_of_results_named_like_a_folder_of_configurations_is_no_package
     assert gin.get_bindings(function)["batch_size"] == 16
 
 
+@pytest.mark.parametrize(("verb", "advice"), [("train", "microbatches"), ("score", "batch_size")])
+def test_too_little_memory_is_one_sentence(
+    verb: str,
+    advice: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import jax.numpy as jnp
+
+    monkeypatch.setattr("salt_jax.main.configure", lambda _: lambda _: jnp.zeros(2**50))
+    assert main([verb, f"--output_dir={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("salt: The devices' memory is too small for this run (Out of memory")
+    assert f"--{advice}" in error
+    assert "`salt plan`" in error
+
+
 def test_text_flags_stay_text() -> None:
     configure(parse_arguments(["report", "1", "2e3", "--title=3"]))
     assert gin.get_bindings(report) == {"runs": ("1", "2e3"), "title": "3"}

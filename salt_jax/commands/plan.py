@@ -141,7 +141,10 @@ def plan(
 def _plan(job: Job, topology: topologies.Topology, try_changes: bool) -> dict[str, Any]:
     """The plan of a run on one topology, as summary.json has it."""
     chips = len(topology.devices)
-    stages = [_stage(job, topology, stage, try_changes) for stage in _stages(job)]
+    compiled = {stage: _compile(job, topology, stage) for stage in _stages(job)}
+    stages = [_stage(job, topology, stage, compiled[stage]) for stage in compiled]
+    if try_changes and any(stage["fits"] is False for stage in stages):
+        _add_change(job, topology, compiled, stages)
     seconds = {s["stage"]: (s["change"] or s).get("step_seconds_estimate") for s in stages}
     total = estimate.estimate_run(job, chips, seconds.get(1), seconds[2])
     return {
@@ -169,13 +172,16 @@ def _stages(job: Job) -> tuple[int, ...]:
     return (1, 2) if job.stage1_steps else (2,)
 
 
-def _stage(
-    job: Job, topology: topologies.Topology, stage: int, try_changes: bool
-) -> dict[str, Any]:
-    """A stage of a plan, and the first change that makes it fit where it does not."""
+def _compile(job: Job, topology: topologies.Topology, stage: int) -> CompiledStage | TooLarge:
     print(f"compiling stage {stage} for {topology.name} …", flush=True)
-    compiled = compile_stage(job, topology, stage)
-    result: dict[str, Any] = {
+    return compile_stage(job, topology, stage)
+
+
+def _stage(
+    job: Job, topology: topologies.Topology, stage: int, compiled: CompiledStage | TooLarge
+) -> dict[str, Any]:
+    """A stage of a plan with the settings as they were given."""
+    return {
         "stage": stage,
         "microbatches": job.microbatches_of(stage),
         "fits": changes.fits(compiled, topology),
@@ -184,22 +190,33 @@ def _stage(
         "tried": [],
         **_measures(job, topology, stage, compiled),
     }
-    if result["fits"] or not try_changes:
-        return result
 
-    def tried(change: changes.Change, outcome: CompiledStage | TooLarge) -> None:
-        result["tried"].append({"settings": change.settings, **_size(outcome)})
-        print(f"  with {change.flags}: {_size_text(outcome)}", flush=True)
 
-    print(f"  does not fit: {_size_text(compiled)}", flush=True)
-    fit = changes.find_change(job, topology, stage, compile_stage, tried)
-    if fit is not None:
-        result["change"] = {
+def _add_change(
+    job: Job,
+    topology: topologies.Topology,
+    compiled: Mapping[int, CompiledStage | TooLarge],
+    stages: Sequence[dict[str, Any]],
+) -> None:
+    """Looks for settings with which all stages fit, and adds to each stage what it is with them."""
+    by_number = {stage["stage"]: stage for stage in stages}
+    for number, stage in by_number.items():
+        if not stage["fits"]:
+            print(f"  stage {number} does not fit: {_size_text(compiled[number])}", flush=True)
+
+    def tried(number: int, change: changes.Change, outcome: CompiledStage | TooLarge) -> None:
+        by_number[number]["tried"].append({"settings": change.settings, **_size(outcome)})
+        print(f"  stage {number} with {change.flags}: {_size_text(outcome)}", flush=True)
+
+    fit = changes.find_change(job, topology, compiled, compile_stage, tried)
+    if fit is None:
+        return
+    for number, stage in by_number.items():
+        stage["change"] = {
             "settings": fit.change.settings,
             "flags": fit.change.flags,
-            **_measures(fit.change.job, topology, stage, fit.stage),
+            **_measures(fit.change.job, topology, number, fit.stages[number]),
         }
-    return result
 
 
 def _measures(

@@ -1,18 +1,21 @@
-"""A stage that does not fit in; the settings that make it fit, tried by compiling, out.
+"""A run that does not fit in; the settings that make it fit, tried by compiling, out.
 
-Tried in this order, each alone and then all together, until one fits:
+Tried in this order for a stage that does not fit, each alone and then all together, until it does:
 
     microbatches            twice as many, and again, while the batch can be split so; gradients are
                             the same, matrix products get smaller
     LossConfig.chunk_tokens a half, a quarter, an eighth
     DecoderConfig.remat     minimal to full (models/remat.py): the backward pass computes more again
     MeshConfig              all devices along fsdp: parameters and optimizer over all of them
+
+Microbatches are a stage's own; the others hold for the run, so what one stage takes of them the
+other is compiled with too.
 """
 
 import dataclasses
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from salt_jax.planning.compile import CompiledStage, Job, TooLarge, largest_microbatches
 from salt_jax.planning.topologies import GIB, Topology
@@ -43,64 +46,90 @@ class Change(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A change that makes a stage fit."""
+    """A change with which every stage fits.
+
+    Attributes:
+      change: What to change.
+      stages: The stages with it, by number.
+    """
 
     change: Change
-    stage: CompiledStage
+    stages: Mapping[int, CompiledStage | TooLarge]
 
 
-def fits(compiled: CompiledStage | TooLarge, topology: Topology) -> bool:
-    """Whether a stage compiled and its peak is within the device's memory, where that is known."""
+def fits(compiled: CompiledStage | TooLarge, topology: Topology) -> bool | None:
+    """Whether a stage compiled and its peak is within the device's memory; None: not known."""
     if isinstance(compiled, TooLarge):
         return False
     limit = topology.chip.hbm_gib
-    return limit is None or compiled.memory.peak <= limit * GIB
+    return None if limit is None else compiled.memory.peak <= limit * GIB
 
 
 def find_change(
     job: Job,
     topology: Topology,
-    stage: int,
+    stages: Mapping[int, CompiledStage | TooLarge],
     compile_stage: Compile,
-    tried: Callable[[Change, CompiledStage | TooLarge], None],
+    tried: Callable[[int, Change, CompiledStage | TooLarge], None],
 ) -> Fit | None:
-    """The first change that makes a stage fit, None where none of them does.
+    """The first settings with which all stages fit, None where none of those tried do.
 
     Args:
       job: What does not fit.
       topology: The devices.
-      stage: 1 or 2.
+      stages: Its stages by number, as they compiled.
       compile_stage: What compiles a stage.
-      tried: Told of every attempt.
+      tried: Told of every attempt: the stage, the change, what came of it.
     """
-    for change in candidates(job, topology, stage):
-        compiled = compile_stage(change.job, topology, stage)
-        tried(change, compiled)
-        if not isinstance(compiled, TooLarge) and fits(compiled, topology):
-            return Fit(change, compiled)
-    return None
+    change, compiled = Change({}, job), dict(stages)
+    while failing := [stage for stage in compiled if fits(compiled[stage], topology) is False]:
+        stage = failing[0]
+        for candidate in candidates(change, topology, stage):
+            outcome = compile_stage(candidate.job, topology, stage)
+            tried(stage, candidate, outcome)
+            if fits(outcome, topology):
+                break
+        else:
+            return None
+        for other in compiled.keys() - {stage}:
+            if _shared(candidate) != _shared(change):
+                compiled[other] = compile_stage(candidate.job, topology, other)
+        change, compiled[stage] = candidate, outcome
+    return Fit(change, compiled)
 
 
-def candidates(job: Job, topology: Topology, stage: int) -> Iterator[Change]:
-    """The changes to try for a stage, 1 or 2, in order."""
+def candidates(start: Change, topology: Topology, stage: int) -> Iterator[Change]:
+    """The changes to try for a stage, 1 or 2, on top of those already made, in order."""
     kinds = (_microbatches, _chunks, _remat, _mesh)
     for options in kinds:
-        yield from options(Change({}, job), topology, stage)
-    together = Change({}, job)
+        yield from options(start, topology, stage)
+    together, combined = start, 0
     for options in kinds:
-        for stronger in options(together, topology, stage):
-            together = stronger
-        if len(together.settings) > 1:
-            yield together
+        stronger = list(options(together, topology, stage))
+        if stronger:
+            together, combined = stronger[-1], combined + 1
+            if combined > 1:
+                yield together
+
+
+def _shared(change: Change) -> dict[str, Any]:
+    """The settings that hold for both stages."""
+    return {name: v for name, v in change.settings.items() if not name.endswith("microbatches")}
 
 
 def _microbatches(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
-    name = "stage1_microbatches" if stage == 1 else "microbatches"
-    most = largest_microbatches(change.job, topology)
-    parts = 2 * change.job.microbatches_of(stage)
+    job = change.job
+    most = largest_microbatches(job, topology)
+    parts = 2 * job.microbatches_of(stage)
     while parts <= most:
         if most % parts == 0:
-            yield _changed(change, f"train.train.{name}", parts, **{name: parts})
+            fields = {"stage1_microbatches" if stage == 1 else "microbatches": parts}
+            if stage == 2 and job.teacher is not None:
+                # Not set, it would follow.
+                fields = {"stage1_microbatches": job.stage1_microbatches, **fields}
+            settings = {f"train.train.{name}": value for name, value in fields.items()}
+            split: Job = dataclasses.replace(job, **cast(Any, fields))
+            yield Change({**change.settings, **settings}, split)
         parts *= 2
 
 
@@ -127,6 +156,7 @@ def _remat(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
 
 
 def _mesh(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
+    del stage
     slices = topology.slices
     mesh = partitioning.MeshConfig(slice=slices, data=1, fsdp=-1, tensor=1)
     before = change.job.mesh.make(topology.devices).shape
@@ -134,7 +164,7 @@ def _mesh(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
         return
     job = dataclasses.replace(change.job, mesh=mesh)
     divisor = partitioning.batch_divisor(mesh.make(topology.devices))
-    if job.batch_size % (divisor * job.microbatches_of(stage)):
+    if any(job.batch_size % (divisor * job.microbatches_of(stage)) for stage in (1, 2)):
         return
     names = zip(partitioning.MESH_AXES, mesh.sizes(), strict=True)
     settings = {f"partitioning.MeshConfig.{axis}": size for axis, size in names}

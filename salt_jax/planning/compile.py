@@ -187,7 +187,14 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage | T
 
 def check_batch(job: Job, topology: Topology, stage: int) -> None:
     """Raises InputError unless a stage's batch can be split over a topology's devices."""
-    divisor = partitioning.batch_divisor(job.mesh.make(topology.devices))
+    mesh = job.mesh.make(topology.devices)
+    if mesh.shape["slice"] % topology.slices:
+        raise InputError(
+            f"{topology.name} has {topology.slices} slices and MeshConfig.slice is "
+            f"{mesh.shape['slice']}, so that parameters would be gathered over the slow network "
+            f"between slices: add --gin.partitioning.MeshConfig.slice={topology.slices}."
+        )
+    divisor = partitioning.batch_divisor(mesh)
     parts = job.microbatches_of(stage)
     if parts < 1 or job.batch_size % (divisor * parts):
         raise InputError(

@@ -44,7 +44,7 @@ def _stage_row(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
     sent = shown.get("collective_bytes_per_step")
     return [
         f"{stage['stage']} {'distil' if stage['stage'] == 1 else 'plain'}",
-        "yes" if stage["fits"] else "no*" if change else "no",
+        _verdict(stage),
         _number(shown["peak_hbm_gib"], ".2f"),
         _number(plan["hbm_gib"], ".2f"),
         _count(stage["flops_per_step"] / 1e15),
@@ -66,34 +66,46 @@ def _run_row(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _verdict(stage: Mapping[str, Any]) -> str:
+    if stage["fits"] is None:
+        return "?"
+    return ("yes" if stage["fits"] else "no") + ("*" if stage["change"] else "")
+
+
 def _notes(plan: Mapping[str, Any]) -> list[str]:
     notes = []
     for stage in plan["stages"]:
         where = f"{plan['topology']}, stage {stage['stage']}"
-        if not stage["fits"]:
+        if stage["fits"] is False:
             needs = stage.get("peak_hbm_gib") or stage["needed_gib"]
             amount = "more" if needs is None else f"{needs:.2f} GiB"
             notes.append(f"{where} needs {amount} and has {_number(plan['hbm_gib'], '.2f')} GiB.")
-            notes.append(_advice(stage))
+        elif stage["fits"] is None:
+            notes.append(
+                f"{where}: the memory of {plan['device_kind']} is not known; say it with --hbm_gib."
+            )
         parts = (stage["change"] or stage).get("breakdown_gib")
         if parts:
             listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib > 0.005)
             notes.append(f"{where}, GiB: {listed}")
-    return notes
+    return [*notes, *_advice(plan)]
 
 
-def _advice(stage: Mapping[str, Any]) -> str:
-    change = stage["change"]
+def _advice(plan: Mapping[str, Any]) -> list[str]:
+    stages = plan["stages"]
+    if all(stage["fits"] is not False for stage in stages):
+        return []
+    change = stages[0]["change"]
     if change is not None:
-        return f"* It fits with {change['flags']}: {change['peak_hbm_gib']:.2f} GiB, as shown."
-    if stage["tried"]:
-        return (
-            f"  None of the {len(stage['tried'])} changes tried makes it fit: more chips, or a "
-            "smaller model."
-        )
-    return (
+        return [f"* It fits, as shown, with {change['flags']}"]
+    tried = sum(len(stage["tried"]) for stage in stages)
+    if tried:
+        return [
+            f"  None of the {tried} changes tried makes it fit: more chips, or a smaller model."
+        ]
+    return [
         "  There is nothing to change that was not there already: more chips, or a smaller model."
-    )
+    ]
 
 
 def _number(value: float | None, form: str) -> str:

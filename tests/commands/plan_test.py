@@ -83,8 +83,7 @@ def test_plans_both_stages(
     assert plan["mesh"]["fsdp"] == len(jax.devices())
     assert [stage["stage"] for stage in plan["stages"]] == [1, 2]
     first, second = plan["stages"]
-    assert first["fits"]
-    assert second["fits"]
+    assert first["fits"] is second["fits"] is None  # a CPU's memory is not known
     assert first["peak_hbm_gib"] == pytest.approx(sum(first["breakdown_gib"].values()))
     assert first["flops_per_step"] > second["flops_per_step"]
     assert first["breakdown_gib"]["teacher"] > 0 == second["breakdown_gib"]["teacher"]
@@ -245,9 +244,9 @@ def test_what_does_not_fit_gets_a_change_that_does(
     assert first["needed_gib"] == first["peak_hbm_gib"] > limit
     assert "train.train.stage1_microbatches" in first["change"]["settings"]
     assert first["change"]["peak_hbm_gib"] <= limit
-    assert first["tried"][-1]["settings"] == first["change"]["settings"]
+    assert first["tried"][-1]["settings"].items() <= first["change"]["settings"].items()
     printed = capsys.readouterr().out
-    assert "It fits with --gin.train.train.stage1_microbatches=" in printed
+    assert "It fits, as shown, with --gin.train.train.stage1_microbatches=" in printed
     # What it proposes does what it says.
     flags = shlex.split(first["change"]["flags"])
     after = run([*sized, f"--hbm_gib={limit}", *flags], tmp_path / "after")["plans"][0]["stages"][0]

@@ -19,7 +19,9 @@ def of_gib(gib: float) -> CompiledStage:
 def test_order(make_job: Callable[..., Job]) -> None:
     loss = dataclasses.replace(make_job().loss, chunk_tokens=256)
     job = make_job(loss=loss, mesh=partitioning.MeshConfig(data=2))
-    tried = [dict(change.settings) for change in changes.candidates(job, LOCAL, 1)]
+    tried = [
+        dict(change.settings) for change in changes.candidates(changes.Change({}, job), LOCAL, 1)
+    ]
     parts, chunk = "train.train.stage1_microbatches", "losses.LossConfig.chunk_tokens"
     remat = "decoder.DecoderConfig.remat"
     mesh = {f"partitioning.MeshConfig.{axis}": 1 for axis in ("slice", "data", "tensor")}
@@ -42,12 +44,15 @@ def test_order(make_job: Callable[..., Job]) -> None:
 
 def test_jobs_have_the_settings(make_job: Callable[..., Job]) -> None:
     job = make_job(mesh=partitioning.MeshConfig(data=2))
-    *_, strongest = changes.candidates(job, LOCAL, 2)
+    *_, strongest = changes.candidates(changes.Change({}, job), LOCAL, 2)
     assert strongest.job.microbatches == 4
     assert strongest.job.stage1_microbatches == 1
     assert strongest.job.model.remat == "full"
     assert strongest.job.mesh.make().shape["fsdp"] == 8
-    assert strongest.flags.startswith("--gin.train.train.microbatches=4 ")
+    # Without the second flag stage 1 would be split as stage 2 is.
+    assert strongest.flags.startswith(
+        "--gin.train.train.stage1_microbatches=1 --gin.train.train.microbatches=4 "
+    )
     # As a shell reads them, with quotes left for gin.
     assert "--gin.decoder.DecoderConfig.remat='full'" in shlex.split(strongest.flags)
 
@@ -55,40 +60,76 @@ def test_jobs_have_the_settings(make_job: Callable[..., Job]) -> None:
 def test_nothing_left_to_change(make_job: Callable[..., Job]) -> None:
     model = dataclasses.replace(make_job().model, remat="full")
     job = make_job(model=model, microbatches=4)
-    assert list(changes.candidates(job, LOCAL, 2)) == []
+    assert list(changes.candidates(changes.Change({}, job), LOCAL, 2)) == []
 
 
 def test_the_first_that_fits_is_chosen(make_job: Callable[..., Job]) -> None:
-    told: list[tuple[Any, float | None]] = []
+    told: list[tuple[int, Any, float | None]] = []
 
     def compile_stage(job: Job, topology: object, stage: int) -> CompiledStage | TooLarge:
         if job.microbatches == 1:
             return TooLarge(9.0, 0.1)
         return of_gib(4.0 / job.microbatches)
 
-    def tried(change: changes.Change, outcome: CompiledStage | TooLarge) -> None:
-        told.append((change.settings, getattr(outcome, "needed_gib", None)))
+    def tried(stage: int, change: changes.Change, outcome: CompiledStage | TooLarge) -> None:
+        told.append((stage, change.settings, getattr(outcome, "needed_gib", None)))
 
-    fit = changes.find_change(make_job(), LOCAL, 2, compile_stage, tried)
+    job = make_job(teacher=None)
+    stages = {2: compile_stage(job, LOCAL, 2)}
+    fit = changes.find_change(job, LOCAL, stages, compile_stage, tried)
     assert fit is not None
     assert fit.change.settings == {"train.train.microbatches": 4}
-    assert [settings for settings, _ in told] == [
-        {"train.train.microbatches": 2},
-        {"train.train.microbatches": 4},
+    assert fit.stages == {2: of_gib(1.0)}
+    assert told == [
+        (2, {"train.train.microbatches": 2}, None),
+        (2, {"train.train.microbatches": 4}, None),
     ]
+
+
+def test_what_one_stage_takes_holds_for_the_other(make_job: Callable[..., Job]) -> None:
+    """Stage 1 needs full recomputation; stage 2, which would fit without, is compiled with it."""
+
+    def compile_stage(job: Job, topology: object, stage: int) -> CompiledStage | TooLarge:
+        if stage == 1:
+            return of_gib(0.9 if job.model.remat == "full" else 2.0)
+        return of_gib({"none": 0.5, "full": 0.2}[job.model.remat])
+
+    job = make_job()
+    stages = {stage: compile_stage(job, LOCAL, stage) for stage in (1, 2)}
+    fit = changes.find_change(job, LOCAL, stages, compile_stage, lambda *_: None)
+    assert fit is not None
+    assert fit.change.settings == {"decoder.DecoderConfig.remat": "full"}
+    assert fit.stages == {1: of_gib(0.9), 2: of_gib(0.2)}
+
+
+def test_changes_for_both_stages_add_up(make_job: Callable[..., Job]) -> None:
+    def compile_stage(job: Job, topology: object, stage: int) -> CompiledStage | TooLarge:
+        return of_gib(2.0 / job.microbatches_of(stage))
+
+    job = make_job()
+    stages = {stage: compile_stage(job, LOCAL, stage) for stage in (1, 2)}
+    fit = changes.find_change(job, LOCAL, stages, compile_stage, lambda *_: None)
+    assert fit is not None
+    assert fit.change.settings == {
+        "train.train.stage1_microbatches": 2,
+        "train.train.microbatches": 2,
+    }
+    assert (fit.change.job.stage1_microbatches, fit.change.job.microbatches) == (2, 2)
 
 
 def test_none_fits(make_job: Callable[..., Job]) -> None:
     tried: list[changes.Change] = []
+    job = make_job()
     fit = changes.find_change(
-        make_job(), LOCAL, 2, lambda *_: of_gib(2.0), lambda change, _: tried.append(change)
+        job, LOCAL, {2: of_gib(2.0)}, lambda *_: of_gib(2.0), lambda _, c, __: tried.append(c)
     )
     assert fit is None
-    assert tried == list(changes.candidates(make_job(), LOCAL, 2))
+    assert tried == list(changes.candidates(changes.Change({}, job), LOCAL, 2))
 
 
 def test_fits() -> None:
     assert changes.fits(of_gib(1.0), LOCAL)
     assert not changes.fits(of_gib(1.001), LOCAL)
-    assert changes.fits(of_gib(99.0), topologies.find("local"))  # nothing is known of a CPU's
-    assert not changes.fits(TooLarge(None, 0.0), topologies.find("local"))
+    # Nothing is known of a CPU's memory.
+    assert changes.fits(of_gib(99.0), topologies.find("local")) is None
+    assert changes.fits(TooLarge(None, 0.0), topologies.find("local")) is False

@@ -45,7 +45,17 @@ def test_a_stage_that_fits_with_a_change(capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert "no*" in printed
     assert "needs 22.25 GiB and has 15.75 GiB" in printed
-    assert "It fits with --gin.train.train.microbatches=2: 8.50 GiB" in printed
+    assert "8.50" in printed
+    assert "It fits, as shown, with --gin.train.train.microbatches=2\n" in printed
+
+
+def test_memory_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {**plan_of(fits=None), "hbm_gib": None, "device_kind": "cpu"}
+    print_plans([plan])
+    printed = capsys.readouterr().out
+    assert "│   ? │" in printed.replace("│    ?", "│   ?")
+    assert "the memory of cpu is not known; say it with --hbm_gib" in printed
+    assert "It fits" not in printed
 
 
 def test_a_stage_that_nothing_helps(capsys: pytest.CaptureFixture[str]) -> None:
