@@ -5,7 +5,6 @@ the libraries that they need.
 """
 
 import ast
-import difflib
 import inspect
 import pathlib
 import re
@@ -14,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, nearest
 
 COMMANDS = pathlib.Path(__file__).parent / "commands"
 
@@ -158,9 +157,3 @@ def require_known(kind: str, name: str, known: Iterable[str], prefix: str = "") 
         raise InputError(
             f"There is no {kind} {prefix}{name}{nearest(name, known)}; the {kind}s are: {listed}."
         )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (nearest: …)" where some known name is like `name`, else nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (nearest: {matches[0]})" if matches else ""

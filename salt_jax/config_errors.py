@@ -13,8 +13,8 @@ import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from salt_jax.command_line import nearest, verbs
-from salt_jax.errors import InputError
+from salt_jax.command_line import verbs
+from salt_jax.errors import InputError, nearest
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 

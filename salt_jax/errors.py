@@ -1,4 +1,7 @@
-"""The exceptions that main.py turns into a sentence and an exit code."""
+"""The exceptions that main.py turns into a sentence and an exit code, and a part of sentences."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -11,3 +14,9 @@ class RunFailed(RuntimeError):  # noqa: N818 (says what happened, as KeyboardInt
 
 class Interrupted(RuntimeError):  # noqa: N818
     """The run was asked to stop and has saved its state: exit code 75, start it again."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (nearest: …)" where some known name is like `name`, else nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (nearest: {matches[0]})" if matches else ""

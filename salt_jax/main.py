@@ -23,7 +23,6 @@ from salt_jax import __version__
 from salt_jax.command_line import (
     USAGE,
     Arguments,
-    nearest,
     own_bindings,
     parameters_of,
     parse_arguments,
@@ -33,7 +32,7 @@ from salt_jax.command_line import (
     verbs,
 )
 from salt_jax.config_errors import CONFIGS, explained, flag_of
-from salt_jax.errors import InputError, Interrupted, RunFailed
+from salt_jax.errors import InputError, Interrupted, RunFailed, nearest
 from salt_jax.run_folder import RunFolder
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"

@@ -17,6 +17,7 @@ from salt_jax.errors import InputError
 from salt_jax.reporting import page
 from salt_jax.reporting.runs import Material, Origin, read_folders
 from salt_jax.reporting.sections import compose
+from salt_jax.reporting.seeds import REFERENCE
 from salt_jax.reporting.tables import Table
 from salt_jax.run_folder import RunFolder, write_atomically
 
@@ -31,6 +32,7 @@ def report(
     runs: Sequence[str],
     title: str = "SALT training runs",
     charge_teacher_training: bool = False,
+    reference: str = REFERENCE,
 ) -> None:
     """Turns runs into one page: at equal steps, at equal FLOPs, at equal time.
 
@@ -44,6 +46,7 @@ def report(
       title: The page's head.
       charge_teacher_training: Count what it took to train an arm's teacher as the arm's own cost;
         by default it is shown beside the arms and not charged.
+      reference: The arm that the others are compared with, where arms have several seeds.
 
     Raises:
       InputError: A folder that is none of these, or is damaged.
@@ -51,7 +54,7 @@ def report(
     if isinstance(runs, str):
         raise InputError(f"runs is the text {runs!r}: give a list of folders, ({runs!r},).")
     material = read_folders(runs)
-    composed = compose(material, charge_teacher_training)
+    composed = compose(material, charge_teacher_training, reference)
     run.begin(replace=True)
     for plot in composed.plots:
         (run.path / f"{plot.name}.png").write_bytes(plot.png)

@@ -5,16 +5,9 @@ LLM as baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out
 the report. Every step is the `salt` command that anyone would type; it is printed before it runs.
 """
 
-import contextlib
 import json
-import os
 import pathlib
-import shlex
-import signal
-import subprocess
-import sys
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,12 +15,13 @@ import rich.console
 import rich.table
 
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.errors import InputError, Interrupted, RunFailed
+from salt_jax.errors import InputError, RunFailed
 from salt_jax.run_folder import SUMMARY_FILE, RunFolder
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.evaluation import Evaluation, Evaluator
+from salt_jax.verb_process import run_verb
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
 SPLIT = "test"
@@ -130,38 +124,11 @@ def _method(arm: str, folder: pathlib.Path, n_kd: int, temperature: float) -> li
 
 
 def _salt(output: pathlib.Path, verb: str, *arguments: str, text: str) -> None:
-    """Runs one verb as its own process, as a person would; does nothing where it has finished."""
+    """Runs one verb as its own process; does nothing where it has finished."""
     if verb not in ("train", "report") and (output / SUMMARY_FILE).exists():
         print(f"\n{output} is there already")
         return
-    typed = [verb, *arguments, f"--output_dir={output}"]
-    print(f"\n$ salt {shlex.join(typed)}", flush=True)
-    environment = {**os.environ, "SALT_TEXT": text}
-    process = subprocess.Popen([sys.executable, "-m", "salt_jax", *typed], env=environment)
-    with _passed_on(process):
-        code = process.wait()
-    if code == 2:
-        raise InputError(f"`salt {verb}` refused its input, as it says above.")
-    if code == 75 or code == -signal.SIGTERM:
-        raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to go on.")
-    if code != 0:
-        raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
-
-
-@contextlib.contextmanager
-def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Asks the process to stop when this one is asked, and lets it save before both end."""
-
-    def stop(number: int, frame: types.FrameType | None) -> None:
-        del number, frame
-        process.terminate()
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    run_verb(verb, arguments, output, {"SALT_TEXT": text})
 
 
 def _evaluate(folder: pathlib.Path) -> dict[str, Any]:

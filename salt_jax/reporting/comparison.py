@@ -197,7 +197,9 @@ def seeds_sentence(runs: Sequence[TrainRun]) -> str:
             f"This is one seed per arm{named}: differences between arms may be chance, and this "
             "page says nothing about which arm is better: that takes several seeds per arm."
         )
+    least, most = min(map(len, by_arm.values())), max(map(len, by_arm.values()))
+    count = str(most) if least == most else f"{least} to {most}"
     return (
-        "Some arms were run more than once: each run is shown by itself, and no mean or interval "
-        "is computed."
+        f"Each arm was run with {count} seeds, which vary the initialisation and the order of rows "
+        "and not the teacher or the selection: arms are shown as means with 95% intervals."
     )

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, cost_at_step, costs
 from salt_jax.reporting.runs import ScoredRows, SelectedRows, TrainRun
+from salt_jax.reporting.seeds import band
 from salt_jax.reporting.tables import SUPERSCRIPTS, time_unit
 
 INK, FAINT, PALE = "#222222", "#8a8a8a", "#c9ced6"
@@ -150,10 +151,61 @@ def evaluation_plot(
         end = max((float(x[-1]) for x, _ in curves.values() if x.size), default=1.0)
         for panel in (whole, half):
             _scale_cost_axis(panel, axis, end)
-        _legend(figure, runs, others, looks)
+        shown, switches = _looks_of(runs, looks)
+        _legend(figure, shown, others, switches)
         caption = (
             f"Held-out {metric.title} against {axis.title}, the whole run and its second half. "
             f"Arms: {', '.join(run.label for run in runs)}.{_switch_sentence(runs)}"
+        )
+        return Plot(f"{metric.name}_by_{axis.name}", caption, figure, _png(figure))
+
+
+def band_plot(
+    arms: Mapping[str, Sequence[TrainRun]],
+    looks: Mapping[str, Style],
+    axis: Axis,
+    metric: Metric,
+) -> Plot:
+    """Means over seeds with their 95% intervals: the whole run above, its second half below.
+
+    Args:
+      arms: Each arm's runs, one a seed.
+      looks: A style for each arm.
+      axis: What to draw them against.
+      metric: What to draw.
+    """
+    percent = 100.0 if metric is ACCURACY else 1.0
+    bands = {arm: band(runs, axis, metric.field) for arm, runs in arms.items()}
+    with matplotlib.rc_context(_LOOK):
+        figure, (whole, half) = _two_panels()
+        for panel in (whole, half):
+            for arm, curve in bands.items():
+                look = looks[arm]
+                low, high = (
+                    percent * (curve.mean + sign * curve.half_width) for sign in (-1.0, 1.0)
+                )
+                panel.fill_between(curve.values, low, high, color=look.colour, alpha=0.15, lw=0)
+                panel.plot(
+                    curve.values,
+                    percent * curve.mean,
+                    color=look.colour,
+                    linestyle=look.dash,
+                    linewidth=1.6,
+                    marker=look.marker if curve.values.size <= MOST_MARKERS else None,
+                    markersize=3.5,
+                )
+        curves = [(curve.values, percent * curve.mean) for curve in bands.values()]
+        _enlarge_second_half(half, curves)
+        whole.set_title(f"{metric.title}, held-out text")
+        half.set_title("the second half, enlarged")
+        end = max((float(x[-1]) for x, _ in curves if x.size), default=1.0)
+        for panel in (whole, half):
+            _scale_cost_axis(panel, axis, end)
+        _legend(figure, {arm: looks[arm] for arm in arms}, [], switches=False)
+        seeds = ", ".join(f"{arm} ({len(runs)})" for arm, runs in arms.items())
+        caption = (
+            f"Held-out {metric.title} against {axis.title}: means over seeds with 95% intervals, "
+            f"the whole run and its second half. Arms (seeds): {seeds}."
         )
         return Plot(f"{metric.name}_by_{axis.name}", caption, figure, _png(figure))
 
@@ -185,7 +237,8 @@ def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
         hard.set_title("training log-perplexity, second half enlarged")
         for panel in (objective, hard):
             _scale_cost_axis(panel, STEPS, 1.0)
-        _legend(figure, runs, [], looks)
+        shown, switches = _looks_of(runs, looks)
+        _legend(figure, shown, [], switches)
         lines = "1 line of metrics" if window == 1 else f"{window} lines of metrics"
         caption = (
             f"Training loss against steps, averaged over {lines}. In stage 1 the objective blends "
@@ -339,29 +392,32 @@ class _ScaledLocator(MaxNLocator):
 
 
 def _legend(
-    figure: Figure,
-    runs: Sequence[TrainRun],
-    others: Sequence[TrainRun],
-    looks: Mapping[str, Style],
+    figure: Figure, shown: Mapping[str, Style], others: Sequence[TrainRun], switches: bool
 ) -> None:
     handles = []
-    names = []
-    for run in runs:
-        look = looks[run.label]
+    for look in shown.values():
         line = Line2D([], [], color=look.colour, linestyle=look.dash, marker=look.marker)
         line.set_markersize(4)
         handles.append(line)
-        names.append(run.label)
+    names = list(shown)
     if others:
         look = IN_THE_BACKGROUND
         handles.append(Line2D([], [], color=look.colour, linestyle=look.dash, linewidth=1.2))
         names.append("not compared: " + ", ".join(run.label for run in others))
-    if any(run.switch_step is not None for run in runs):
+    if switches:
         marker = Line2D([], [], color=FAINT, linestyle=":", marker="D", markerfacecolor="white")
         handles.append(marker)
         names.append("switch to stage 2")
     columns = 3 if max(map(len, names), default=0) < 18 else 2
     figure.legend(handles, names, loc="outside upper left", ncols=columns)
+
+
+def _looks_of(
+    runs: Sequence[TrainRun], looks: Mapping[str, Style]
+) -> tuple[dict[str, Style], bool]:
+    """Each run's look for the legend, and whether any of them has a switch."""
+    switches = any(run.switch_step is not None for run in runs)
+    return {run.label: looks[run.label] for run in runs}, switches
 
 
 def _png(figure: Figure) -> bytes:

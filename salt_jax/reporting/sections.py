@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salt_jax.reporting import cost_tables, plots, tables
+from salt_jax.errors import InputError, nearest
+from salt_jax.reporting import cost_tables, plots, seed_tables, seeds, tables
 from salt_jax.reporting.comparison import (
     AXES,
     FLOPS,
@@ -72,12 +73,15 @@ class Report:
         return tuple(table for section in self.sections for table in section.tables)
 
 
-def compose(material: Material, charge_teacher_training: bool = False) -> Report:
+def compose(
+    material: Material, charge_teacher_training: bool = False, reference: str = seeds.REFERENCE
+) -> Report:
     """Makes the whole report from what the run folders hold.
 
     Args:
       material: The runs, scores and selections.
       charge_teacher_training: Whether an arm's costs include those of training its teacher.
+      reference: The arm that others are compared with over seeds.
     """
     if charge_teacher_training:
         material = dataclasses.replace(material, runs=charged_for_their_teachers(material.runs))
@@ -89,9 +93,11 @@ def compose(material: Material, charge_teacher_training: bool = False) -> Report
     looks = {
         **{run.label: plots.IN_THE_BACKGROUND for run in alone},
         **plots.styles({run.label: run.arm for run in foreground}),
+        **plots.styles({run.arm: run.arm for run in foreground}),
     }
     sections: list[Section] = []
     found: list[Matched] = []
+    over_seeds: list[seeds.ArmOverSeeds] = []
     if runs:
         notes = [f"{run.label}: {_unreadable(run)}" for run in runs if run.unreadable_lines]
         sections.append(Section("Results", tuple(notes), (tables.final_table(runs),)))
@@ -99,7 +105,13 @@ def compose(material: Material, charge_teacher_training: bool = False) -> Report
         suffix = f"_{number}" if len(compared) > 1 else ""
         matches = [match for axis in AXES if (match := matched(group, axis))]
         found += matches
-        sections += _comparison_sections(group, alone, looks, matches, suffix)
+        if seeds.arms_repeat(group):
+            _require_reference(reference, group)
+            arms = seeds.over_seeds(group, reference)
+            over_seeds += arms
+            sections += _seed_sections(group, arms, looks, suffix, reference)
+        else:
+            sections += _comparison_sections(group, alone, looks, matches, suffix)
     if alone and not compared:
         sections += _comparison_sections(alone, [], looks, [], "")
     if runs:
@@ -112,8 +124,44 @@ def compose(material: Material, charge_teacher_training: bool = False) -> Report
         summary_sentences=_summary_sentences(material),
         sections=tuple(sections),
         looks=looks,
-        numbers=_numbers(material, found),
+        numbers={
+            **_numbers(material, found),
+            "over_seeds": [_without_nan(dataclasses.asdict(one)) for one in over_seeds],
+        },
     )
+
+
+def _require_reference(reference: str, group: Sequence[TrainRun]) -> None:
+    """The default may be missing; one that was asked for may not."""
+    arms = sorted({run.arm for run in group})
+    if reference != seeds.REFERENCE and reference not in arms:
+        raise InputError(
+            f"reference is {reference!r}{nearest(reference, arms)}, and the arms are "
+            f"{', '.join(arms)}: name one of them."
+        )
+
+
+def _seed_sections(
+    group: Sequence[TrainRun],
+    arms: Sequence[seeds.ArmOverSeeds],
+    looks: Mapping[str, Style],
+    suffix: str,
+    reference: str,
+) -> list[Section]:
+    """Arms over their seeds: at the end, then against each cost."""
+    shown = {arm: list(runs.values()) for arm, runs in seeds.by_arm(group).items()}
+    sections = [
+        Section("Over seeds", tables=(seed_tables.final_seeds_table(arms, reference),)),
+    ]
+    for axis, value in seeds.common_values(group).items():
+        table = seed_tables.equal_cost_table(arms, axis, value, reference)
+        images = tuple(
+            _renamed(plots.band_plot(shown, looks, axis, metric), suffix)
+            for metric in (plots.LOG_PERPLEXITY, plots.ACCURACY)
+        )
+        text = _charged_sentences(axis, group)
+        sections.append(Section(f"Against {axis.title}", text, (table,), images))
+    return sections
 
 
 def _comparison_sections(
@@ -291,6 +339,13 @@ def _run_numbers(run: TrainRun) -> dict[str, Any]:
         )
         or None,
     }
+
+
+def _without_nan(value: Any) -> Any:
+    """The same, all the way down, with None for what strict JSON cannot say."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

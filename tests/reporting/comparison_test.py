@@ -122,7 +122,7 @@ def test_one_seed_is_said_to_be_one_seed():
     assert "one seed per arm (seed 0)" in sentence
     assert "nothing about which arm is better" in sentence
     again = run("again", arm="salt", parameters=5, seed=1)
-    assert "more than once" in seeds_sentence([*arms, again])
+    assert "Each arm was run with 1 to 2 seeds" in seeds_sentence([*arms, again])
 
 
 def test_steps_must_ascend():

@@ -1,0 +1,199 @@
+"""`salt study`: arms × seeds, each a `salt train` of its own, and a page with means and intervals.
+
+A study is a gin file (gin/studies): what is made once (the cache, the SLM, scores, selections), the
+arms, and the seeds. Every step is a `salt` command that is printed before it runs. A study that
+was stopped goes on when the same command is given again; arms and seeds may be added to it.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from salt_jax.errors import InputError, nearest
+from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
+from salt_jax.verb_process import run_verb
+
+MAKERS = ("prepare", "train", "score", "select")
+REPORT = "report"
+_OWN_FLAGS = ("--output_dir",)
+_OWN_FLAGS_OF_ARMS = (*_OWN_FLAGS, "--arm", "--seed", "--data_seed")
+
+
+class Step(NamedTuple):
+    """One command of a study.
+
+    Attributes:
+      output: Its output folder.
+      verb: "train".
+      arguments: Its flags, placeholders filled in.
+    """
+
+    output: pathlib.Path
+    verb: str
+    arguments: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has written its results."""
+        return (self.output / SUMMARY_FILE).exists()
+
+
+def study(
+    run: RunFolder,
+    *,
+    arms: Mapping[str, Sequence[str]],
+    common: Sequence[str] = (),
+    inputs: Mapping[str, Sequence[str]] = {},
+    given: Mapping[str, str] = {},
+    seeds: Sequence[int] = (0, 1, 2),
+    reference: str = "baseline",
+    title: str = "A study",
+) -> None:
+    """Trains every arm with every seed, one after another, and reports on them.
+
+    In flags, {NAME} stands for a folder: what `given` says, an input's output, or in an arm another
+    arm's run of the same seed. A seed is that of the initialisation and of the order of rows; the
+    inputs, so the SLM and the selections, are made once and are the same for all seeds.
+
+    Args:
+      run: The folder of the study: INPUT/ for each input, ARM/seed-N/ for each run, report/.
+      arms: The flags of `salt train` that make each arm what it is, by name.
+      common: Flags of `salt train` for all arms; an arm's own come after them and so prevail.
+      inputs: What the arms need, in the order in which it is made: name → (verb, flag, flag, …).
+      given: Folders that are there already: name → path.
+      seeds: The seeds, all arms of one seed before the next.
+      reference: The arm that the others are compared with, seed by seed.
+      title: The page's head.
+
+    Raises:
+      InputError: A name twice, a placeholder that nothing fills, or a finished run that was made
+        with other flags.
+      RunFailed: A step failed.
+    """
+    _check_names(arms, inputs, given)
+    _check_seeds(seeds)
+    if reference not in arms:
+        raise InputError(
+            f"reference is {reference!r}, and the arms are {', '.join(arms)}: name one of them."
+        )
+    made = list(_input_steps(run.path, inputs, given))
+    runs = list(_runs(run.path, arms, common, inputs, given, seeds))
+    for step in (*made, *runs):
+        _refuse_other_flags(step)
+    run.begin(replace=True)
+    for number, step in enumerate((*made, *runs), start=1):
+        if not step.finished:
+            print(f"\n── step {number} of {len(made) + len(runs)}", flush=True)
+            run_verb(step.verb, step.arguments, step.output)
+    shown = [str(step.output) for step in (*runs, *made) if step.verb in ("train", "select")]
+    shown += [str(step.output) for step in made if step.verb == "score"]
+    report = run.path / REPORT
+    run_verb(REPORT, [*shown, f"--reference={reference}", f"--title={title}"], report)
+    numbers = json.loads((report / SUMMARY_FILE).read_text())
+    run.write_summary(
+        {"seeds": list(seeds), "arms": list(arms), "over_seeds": numbers["over_seeds"]}
+    )
+
+
+def _check_names(
+    arms: Mapping[str, Sequence[str]],
+    inputs: Mapping[str, Sequence[str]],
+    given: Mapping[str, str],
+) -> None:
+    names = [*given, *inputs, *arms]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name == REPORT:
+            raise InputError(
+                f"The study has the name {name!r}: use letters, digits and _, and not {REPORT!r}, "
+                "which is the report's folder."
+            )
+        if names.count(name) > 1:
+            raise InputError(
+                f"The study has the name {name!r} twice among given, inputs and arms: rename one."
+            )
+    if not arms:
+        raise InputError("The study has no arms: set study.study.arms, as gin/studies does.")
+    for name, command in inputs.items():
+        _check_flags(f"inputs[{name!r}]", command)
+        if not command or command[0] not in MAKERS:
+            raise InputError(
+                f"inputs[{name!r}] begins with {command[0] if command else 'nothing'!r}, and must "
+                f"begin with one of the verbs {', '.join(MAKERS)}."
+            )
+    for name, flags in arms.items():
+        _check_flags(f"arms[{name!r}]", flags, _OWN_FLAGS_OF_ARMS)
+
+
+def _check_flags(where: str, flags: Sequence[str], own: Sequence[str] = _OWN_FLAGS) -> None:
+    if isinstance(flags, str) or not all(isinstance(flag, str) for flag in flags):
+        raise InputError(f"{where} is {flags!r}, and must be a list of flags: ('--steps=3',).")
+    for flag in flags:
+        if flag.partition("=")[0] in own:
+            raise InputError(f"{where} sets {flag}, which the study sets itself: leave it out.")
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    whole = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not seeds or not whole or len({*seeds}) < len(seeds):
+        raise InputError(
+            f"seeds is {seeds!r}: give whole numbers of 0 or more, each once, as in --seeds=0 "
+            "--seeds=1."
+        )
+
+
+def _input_steps(
+    root: pathlib.Path, inputs: Mapping[str, Sequence[str]], given: Mapping[str, str]
+) -> Iterator[Step]:
+    folders = dict(given)
+    for name, (verb, *flags) in inputs.items():
+        yield Step(root / name, verb, _filled(f"inputs[{name!r}]", flags, folders))
+        folders[name] = str(root / name)
+
+
+def _runs(
+    root: pathlib.Path,
+    arms: Mapping[str, Sequence[str]],
+    common: Sequence[str],
+    inputs: Mapping[str, Sequence[str]],
+    given: Mapping[str, str],
+    seeds: Sequence[int],
+) -> Iterator[Step]:
+    _check_flags("common", common, _OWN_FLAGS_OF_ARMS)
+    for seed in seeds:
+        folders = {**given, **{name: str(root / name) for name in inputs}}
+        for arm, flags in arms.items():
+            output = root / arm / f"seed-{seed}"
+            filled = _filled(f"arms[{arm!r}]", [*common, *flags], folders)
+            own = (f"--arm={arm}", f"--seed={seed}", f"--data_seed={seed}")
+            yield Step(output, "train", (*filled, *own))
+            folders[arm] = str(output)
+
+
+def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tuple[str, ...]:
+    """The flags with folders in place of {names}."""
+
+    def folder(match: re.Match[str]) -> str:
+        if match[1] not in folders:
+            raise InputError(
+                f"{where} needs {{{match[1]}}}, which is neither given nor made before it"
+                f"{nearest(match[1], folders)}: correct the name, or the order."
+            )
+        return folders[match[1]]
+
+    return tuple(re.sub(r"\{(\w+)\}", folder, flag) for flag in flags)
+
+
+def _refuse_other_flags(step: Step) -> None:
+    """A finished run is not made again, so it must be the one that is asked for now."""
+    if not step.finished:
+        return
+    typed = json.loads((step.output / RUN_FILE).read_text())["command_line"]
+    before = [part for part in typed[2:] if not part.startswith("--output_dir=")]
+    if typed[1] != step.verb or before != list(step.arguments):
+        changed = sorted({*before} ^ {*step.arguments}) or ["their order"]
+        raise InputError(
+            f"{step.output} was finished with other flags (they differ in {', '.join(changed)}): "
+            "give the arm or input another name, or choose another --output_dir."
+        )

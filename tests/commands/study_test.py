@@ -1,0 +1,137 @@
+"""A study: what is run, in which order, with which flags, and what is not run twice."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from salt_jax.commands import study
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.errors import InputError
+from salt_jax.main import main
+from salt_jax.run_folder import RunFolder
+
+ROOT = pathlib.Path("study")
+INPUTS = {"slm": ("train", "--cache={cache}"), "scores": ("score", "--scorer={slm}")}
+ARMS = {"baseline": ("--steps=3",), "salt": ("--teacher={slm}", "--flops_of={baseline}")}
+GIVEN = {"cache": "somewhere"}
+
+
+def test_inputs_are_made_in_order_from_what_is_there() -> None:
+    slm, scores = study._input_steps(ROOT, INPUTS, GIVEN)
+    assert slm == study.Step(ROOT / "slm", "train", ("--cache=somewhere",))
+    assert scores == study.Step(ROOT / "scores", "score", ("--scorer=study/slm",))
+
+
+def test_arms_by_seed_with_their_own_flags_last() -> None:
+    common = ("--cache={cache}", "--steps=9")
+    steps = list(study._runs(ROOT, ARMS, common, INPUTS, GIVEN, (0, 4)))
+    assert [str(step.output) for step in steps] == [
+        *("study/baseline/seed-0", "study/salt/seed-0"),
+        *("study/baseline/seed-4", "study/salt/seed-4"),
+    ]
+    assert steps[2].arguments == (
+        *("--cache=somewhere", "--steps=9", "--steps=3"),
+        *("--arm=baseline", "--seed=4", "--data_seed=4"),
+    )
+    assert "--flops_of=study/baseline/seed-4" in steps[3].arguments
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"arms": {}}, "no arms"),
+        ({"arms": {**ARMS, "a b": ()}}, "the name 'a b'"),
+        ({"arms": {**ARMS, "report": ()}}, "the name 'report'"),
+        ({"arms": {**ARMS, "slm": ()}}, "the name 'slm' twice"),
+        ({"arms": {"baseline": "--steps=3"}}, "must be a list of flags"),
+        ({"arms": {"baseline": ("--seed=3",)}}, "sets --seed=3, which the study sets itself"),
+        ({"arms": {"baseline": ("--cache={cahce}",)}}, r"needs \{cahce\}.*nearest: cache"),
+        ({"arms": {"baseline": ("--flops_of={salt}",), "salt": ()}}, r"needs \{salt\}"),
+        ({"common": ("--arm=x",)}, "common sets --arm=x"),
+        ({"inputs": {"slm": ("plan",)}}, r"inputs\['slm'\] begins with 'plan'"),
+        ({"inputs": {"slm": ()}}, "begins with 'nothing'"),
+        ({"seeds": ()}, "seeds is"),
+        ({"seeds": (0, 0)}, "each once"),
+        ({"seeds": (-1,)}, "0 or more"),
+        ({"reference": "salt_ds"}, "reference is 'salt_ds', and the arms are baseline, salt"),
+    ],
+)
+def test_bad_settings_are_one_sentence_and_write_nothing(
+    changed: dict[str, Any], message: str, tmp_path: pathlib.Path
+) -> None:
+    settings: dict[str, Any] = {"arms": ARMS, "inputs": INPUTS, "given": GIVEN, **changed}
+    with pytest.raises(InputError, match=message):
+        study.study(RunFolder(tmp_path / "out", "study"), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def finished_run(folder: pathlib.Path, arguments: list[str]) -> pathlib.Path:
+    folder.mkdir(parents=True)
+    typed = ["salt", "train", *arguments, f"--output_dir={folder}"]
+    (folder / "run.json").write_text(json.dumps({"verb": "train", "command_line": typed}))
+    (folder / "summary.json").write_text("{}")
+    return folder
+
+
+def test_a_finished_run_must_be_the_one_that_is_asked_for(tmp_path: pathlib.Path) -> None:
+    folder = finished_run(tmp_path / "salt" / "seed-0", ["--steps=3", "--seed=0"])
+    step = study.Step(folder, "train", ("--steps=3", "--seed=0"))
+    assert step.finished
+    study._refuse_other_flags(step)
+    with pytest.raises(InputError, match=r"other flags \(they differ in --steps=3, --steps=4\)"):
+        study._refuse_other_flags(step._replace(arguments=("--steps=4", "--seed=0")))
+    with pytest.raises(InputError, match="their order"):
+        study._refuse_other_flags(step._replace(arguments=("--seed=0", "--steps=3")))
+    with pytest.raises(InputError):
+        study._refuse_other_flags(step._replace(verb="score"))
+    study._refuse_other_flags(step._replace(output=tmp_path / "elsewhere"))
+
+
+@pytest.mark.slow
+def test_arms_and_seeds_to_a_page_with_intervals(
+    cache: PackedCache, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gin = tmp_path / "study.gin"
+    gin.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from salt_jax.commands import study\n"
+        f"study.study.given = {{'cache': '{cache.path}'}}\n"
+        "study.study.inputs = {'slm': ('train', '--gin_file=runs/smoke_llm.gin',\n"
+        "    '--gin_file=models/slm_smoke.gin', '--gin_file=methods/baseline.gin',\n"
+        "    '--cache={cache}', '--steps=2', '--arm=slm')}\n"
+        "study.study.common = ('--gin_file=runs/smoke_llm.gin',\n"
+        "    '--gin_file=models/slm_smoke.gin', '--cache={cache}', '--steps=2')\n"
+        "study.study.arms = {'baseline': ('--gin_file=methods/baseline.gin',),\n"
+        "    'salt': ('--gin_file=methods/salt.gin', '--teacher={slm}', '--gin.N_KD=1')}\n"
+    )
+    output = tmp_path / "out"
+    command = ["study", f"--gin_file={gin}", "--seeds=0", f"--output_dir={output}"]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    first = subprocess.run([sys.executable, "-m", "salt_jax", *command], env=environment)
+    assert first.returncode == 0
+    before = (output / "salt" / "seed-0" / "run.json").read_bytes()
+    capfd.readouterr()
+    # Seeds may be added to it, and what is there is not made again.
+    again = subprocess.run(
+        [sys.executable, "-m", "salt_jax", *command, "--seeds=1"], env=environment
+    )
+    assert again.returncode == 0
+    printed = capfd.readouterr().out
+    assert printed.count("$ salt train") == 2
+    assert (output / "salt" / "seed-0" / "run.json").read_bytes() == before
+    summary = json.loads((output / "summary.json").read_text())
+    arms = {one["arm"]: one for one in summary["over_seeds"]}
+    assert arms["baseline"]["seeds"] == [0, 1]
+    salt = arms["salt"]
+    assert salt["final"]["log_perplexity"]["difference"]["count"] == 2
+    assert salt["final"]["log_perplexity"]["level"]["half_width"] > 0
+    # Another step count under a finished arm's name is refused before anything runs.
+    gin.write_text(gin.read_text().replace("'--gin.N_KD=1'", "'--gin.N_KD=2'"))
+    assert main([*command, "--seeds=2"]) == 2
+    assert "other flags (they differ in --gin.N_KD=1, --gin.N_KD=2)" in capfd.readouterr().err
+    assert not (output / "baseline" / "seed-2").exists()

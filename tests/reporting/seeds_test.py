@@ -1,0 +1,190 @@
+"""Means, intervals and paired differences against SciPy's own, and what the page says of them."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from salt_jax.errors import InputError
+from salt_jax.main import main
+from salt_jax.reporting.comparison import FLOPS, STEPS
+from salt_jax.reporting.runs import TrainRun, read_folders
+from salt_jax.reporting.sections import compose
+from salt_jax.reporting.seed_tables import final_seeds_table
+from salt_jax.reporting.seeds import (
+    Estimate,
+    arms_repeat,
+    band,
+    by_arm,
+    first_step_at,
+    over_seeds,
+)
+from tests.reporting.conftest import evaluation, summary_of, training, write_run
+
+# Log-perplexity at steps 250, 500 and 750, by arm and seed.
+CURVES = {
+    ("baseline", 0): (4.2, 3.9, 3.70),
+    ("baseline", 1): (4.3, 4.0, 3.78),
+    ("baseline", 2): (4.1, 3.8, 3.64),
+    ("salt", 0): (4.1, 3.8, 3.66),
+    ("salt", 1): (4.2, 3.9, 3.75),
+    ("salt", 2): (4.0, 3.7, 3.62),
+}
+
+
+@pytest.fixture
+def folders(tmp_path: pathlib.Path) -> list[pathlib.Path]:
+    """Six finished runs; a step of SALT costs a tenth more."""
+    return [
+        write_study_run(tmp_path / arm / f"seed-{seed}", arm, seed, curve)
+        for (arm, seed), curve in CURVES.items()
+    ]
+
+
+def write_study_run(
+    folder: pathlib.Path, arm: str, seed: int, curve: tuple[float, ...]
+) -> pathlib.Path:
+    flops = 1.1e9 if arm == "salt" else 1e9
+    steps = (250, 500, 750)
+    lines = [
+        evaluation(step, nats, accuracy=1 / nats, train_flops=flops * step)
+        for step, nats in zip(steps, curve, strict=True)
+    ]
+    return write_run(folder, [training(750), *lines], summary_of(arm, lines[-1], seed=seed))
+
+
+@pytest.fixture
+def runs(folders: list[pathlib.Path]) -> tuple[TrainRun, ...]:
+    return read_folders(folders).runs
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [0.5, -0.25], [3.0] * 4])
+def test_intervals_are_students(values: list[float]) -> None:
+    found = Estimate.of(values)
+    standard_error = np.std(values, ddof=1) / math.sqrt(len(values))
+    expected = scipy.stats.t.ppf(0.975, len(values) - 1) * standard_error
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.half_width == pytest.approx(expected)
+    assert found.count == len(values)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    draws = np.random.default_rng(0).normal(5.0, 2.0, size=(4000, 3))
+    estimates = [Estimate.of(row.tolist()) for row in draws]
+    held = np.mean([abs(one.mean - 5.0) <= one.half_width for one in estimates])
+    assert abs(held - 0.95) < 0.02
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert Estimate.of([2.0]).mean == 2.0
+    assert math.isnan(Estimate.of([2.0]).half_width)
+    assert Estimate.of([math.nan, math.inf]).count == 0
+
+
+def test_differences_are_paired_by_seed(runs: tuple[TrainRun, ...]) -> None:
+    # In another order: pairs go by seed, not by place.
+    baseline, salt = over_seeds([runs[2], runs[0], runs[1], *reversed(runs[3:])])
+    assert (baseline.arm, baseline.seeds) == ("baseline", (0, 1, 2))
+    assert baseline.final["log_perplexity"].difference is None
+    ends = {arm: [CURVES[arm, seed][-1] for seed in range(3)] for arm in ("baseline", "salt")}
+    found = salt.final["log_perplexity"]
+    assert found.level.mean == pytest.approx(np.mean(ends["salt"]))
+    assert found.difference is not None
+    test = scipy.stats.ttest_rel(ends["salt"], ends["baseline"])
+    low, high = test.confidence_interval(0.95)
+    assert found.difference.mean == pytest.approx((low + high) / 2)
+    assert found.difference.half_width == pytest.approx((high - low) / 2)
+    # Unpaired, three seeds would tell nothing.
+    assert found.difference.half_width < 0.03 < 0.1 < found.level.half_width
+
+
+def test_only_shared_seeds_are_paired(runs: tuple[TrainRun, ...]) -> None:
+    _, salt = over_seeds([*runs[:2], *runs[4:]])
+    difference = salt.final["log_perplexity"].difference
+    assert difference is not None
+    assert (difference.count, salt.seeds) == (1, (1, 2))
+    assert difference.mean == pytest.approx(3.75 - 3.78)
+
+
+def test_at_equal_cost(runs: tuple[TrainRun, ...]) -> None:
+    _, salt = over_seeds(runs)
+    at_steps, at_flops = (salt.at_equal[axis.name]["log_perplexity"] for axis in (STEPS, FLOPS))
+    assert at_steps.level.mean == pytest.approx(np.mean([3.66, 3.75, 3.62]))
+    # 7.5e11 FLOPs are the baseline's end and 8/11 of the way between SALT's last evaluations.
+    part = (7.5e11 / 1.1e9 - 500) / 250
+    expected = [a + part * (b - a) for a, b in [(3.8, 3.66), (3.9, 3.75), (3.7, 3.62)]]
+    assert at_flops.level.mean == pytest.approx(np.mean(expected))
+
+
+def test_steps_to_the_reference(runs: tuple[TrainRun, ...]) -> None:
+    baseline, salt = over_seeds(runs)
+    shares = []
+    for seed in range(3):
+        _, left, right = CURVES["salt", seed]
+        shares.append((500 + 250 * (left - CURVES["baseline", seed][-1]) / (left - right)) / 750)
+    assert salt.seeds_that_got_there == 3
+    assert salt.steps_to_reference.mean == pytest.approx(np.mean(shares))
+    assert baseline.steps_to_reference.mean == pytest.approx(1.0)
+
+
+def test_a_curve_that_never_gets_there(runs: tuple[TrainRun, ...]) -> None:
+    assert first_step_at(runs[0].evaluations, 3.0) is None
+    assert first_step_at(runs[0].evaluations, 9.0) == 250
+
+
+def test_band_is_the_mean_at_the_steps_that_all_have(runs: tuple[TrainRun, ...]) -> None:
+    shorter = dataclasses.replace(runs[4], evaluations=runs[4].evaluations[1:])
+    found = band([runs[3], shorter, runs[5]], FLOPS, "log_perplexity")
+    assert found.values.tolist() == [5.5e11, 8.25e11]
+    np.testing.assert_allclose(found.mean, [3.8, (3.66 + 3.75 + 3.62) / 3])
+    assert np.all(found.half_width > 0)
+
+
+def test_unfinished_runs_and_single_seeds(runs: tuple[TrainRun, ...]) -> None:
+    assert arms_repeat(runs)
+    assert not arms_repeat([runs[0], runs[3]])
+    unfinished = dataclasses.replace(runs[1], facts={})
+    assert list(by_arm([runs[0], unfinished])["baseline"]) == [0]
+
+
+def test_table_marks_what_is_clear(runs: tuple[TrainRun, ...]) -> None:
+    table = final_seeds_table(over_seeds(runs), "baseline")
+    baseline, salt = table.rows
+    assert baseline[3] == "–"
+    assert salt[2].startswith("3.6767 ± ")
+    assert salt[3].startswith("-0.0300 ± ")
+    assert salt[3].endswith(" *")
+    assert salt[-1].endswith("(3 of 3)")
+    noisy = [dataclasses.replace(run) for run in runs]
+    noisy[3] = dataclasses.replace(runs[3], facts={**runs[3].facts, "log_perplexity": 3.9})
+    assert not final_seeds_table(over_seeds(noisy), "baseline").rows[1][3].endswith("*")
+
+
+def test_the_page_shows_arms_instead_of_runs(
+    folders: list[pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report"
+    assert main(["report", *map(str, folders), f"--output_dir={output}"]) == 0
+    printed = capsys.readouterr().out
+    assert "Over seeds, at the end of each run" in printed
+    assert "Over seeds, at equal train FLOPs" in printed
+    numbers = json.loads((output / "summary.json").read_text())
+    assert [one["arm"] for one in numbers["over_seeds"]] == ["baseline", "salt"]
+    assert "log_perplexity_by_steps.png" in numbers["plots"]
+    assert "with 3 seeds" in (output / "index.html").read_text()
+
+
+def test_another_reference(folders: list[pathlib.Path]) -> None:
+    report = compose(read_folders(folders), reference="salt")
+    arms = {one["arm"]: one for one in report.numbers["over_seeds"]}
+    assert arms["salt"]["final"]["log_perplexity"]["difference"] is None
+    assert arms["baseline"]["final"]["log_perplexity"]["difference"]["mean"] > 0
+
+
+def test_an_unknown_reference_is_refused(folders: list[pathlib.Path]) -> None:
+    with pytest.raises(InputError, match=r"reference is 'slat'.*nearest: salt"):
+        compose(read_folders(folders), reference="slat")
