@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from salt_jax.data.label_format import ENCODINGS, LabelFormat
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
@@ -30,6 +31,7 @@ from salt_jax.planning.compile import (
     compile_stage,
     in_gib,
 )
+from salt_jax.planning.stored_labels import sentence, stored_labels
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
 from salt_jax.training.optimizers import OptimizerConfig
@@ -60,6 +62,7 @@ def plan(
     arm: str = "",
     hbm_gib: float | None = None,
     try_changes: bool = True,
+    soft_labels: int = 64,
 ) -> None:
     """Compiles the stages of a run for one topology or many; `salt train`'s settings hold here too.
 
@@ -85,6 +88,7 @@ def plan(
       arm: The method's name.
       hbm_gib: Memory of a chip, GiB, instead of what is known of it.
       try_changes: Whether to look for settings that make a stage fit.
+      soft_labels: Ids a token of stored soft labels, to say what storing them would take.
 
     Raises:
       InputError: Settings that don't fit each other, an unknown topology, or libtpu is missing.
@@ -128,17 +132,21 @@ def plan(
             f"{student.max_length}: raise it, or plan for shorter rows."
         )
     found = [topologies.find(name, hbm_gib) for name in topology]
+    if job.teacher is not None:
+        LabelFormat(sequence_length, student.vocab_size or 0, soft_labels)  # or it is refused
     for where in found:
         for stage in _stages(job):
             check_batch(job, where, stage)
     run.begin(replace=True)
     print(f"[{arm or 'plan'}] {_describe(job)}", flush=True)
-    plans = [_plan(job, where, try_changes) for where in found]
+    plans = [_plan(job, where, try_changes, soft_labels) for where in found]
     table.print_plans(plans)
     run.write_summary(_summary(job, arm, plans))
 
 
-def _plan(job: Job, topology: topologies.Topology, try_changes: bool) -> dict[str, Any]:
+def _plan(
+    job: Job, topology: topologies.Topology, try_changes: bool, soft_labels: int
+) -> dict[str, Any]:
     """The plan of a run on one topology, as summary.json has it."""
     chips = len(topology.devices)
     compiled = {stage: _compile(job, topology, stage) for stage in _stages(job)}
@@ -147,6 +155,7 @@ def _plan(job: Job, topology: topologies.Topology, try_changes: bool) -> dict[st
         _add_change(job, topology, compiled, stages)
     seconds = {s["stage"]: (s["change"] or s).get("step_seconds_estimate") for s in stages}
     total = estimate.estimate_run(job, chips, seconds.get(1), seconds[2])
+    stored = stored_labels(job, soft_labels, chips, seconds.get(1), seconds[2], ENCODINGS)
     return {
         "topology": topology.name,
         "chips": chips,
@@ -165,6 +174,9 @@ def _plan(job: Job, topology: topologies.Topology, try_changes: bool) -> dict[st
             "baseline_chip_hours": total.chip_hours(total.baseline_seconds),
             "teacher_overhead": total.overhead,
         },
+        "stored_labels": None
+        if stored is None
+        else {**dataclasses.asdict(stored), "advice": sentence(stored)},
     }
 
 

@@ -88,6 +88,8 @@ def _notes(plan: Mapping[str, Any]) -> list[str]:
         if parts:
             listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib > 0.005)
             notes.append(f"{where}, GiB: {listed}")
+    if stored := plan.get("stored_labels"):
+        notes.append(f"{plan['topology']}: {stored['advice']}")
     return [*notes, *_advice(plan)]
 
 

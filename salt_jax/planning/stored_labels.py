@@ -1,0 +1,92 @@
+"""A job with a teacher in; what storing its soft labels takes and what each run saves by it, out.
+
+A pass over stage 1's tokens costs what the teacher costs one run. The labels then serve every run
+on the same rows with the same teacher and temperature, so from the second run on each saves that
+pass, and pays for the bytes: stored once, read at the pace of the steps.
+"""
+
+import dataclasses
+
+from salt_jax.data.label_format import LabelFormat
+from salt_jax.planning.compile import Job
+from salt_jax.training import flops
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLabels:
+    """Soft labels of stage 1, each of its tokens once.
+
+    Attributes:
+      k: Ids a token.
+      bytes_per_token: On disk, in each encoding.
+      terabytes: Of all tokens of stage 1, in each encoding.
+      read_gigabytes_per_second: While stage 1 runs at stage 2's pace, in each encoding; None where
+        that pace is not known.
+      flops: Model FLOPs of the teacher's pass.
+      chip_hours: What that pass costs, and what each further run saves; None where not known.
+    """
+
+    k: int
+    bytes_per_token: dict[str, float]
+    terabytes: dict[str, float]
+    read_gigabytes_per_second: dict[str, float] | None
+    flops: float
+    chip_hours: float | None
+
+
+def stored_labels(
+    job: Job,
+    k: int,
+    chips: int,
+    stage1_seconds: float | None,
+    stage2_seconds: float | None,
+    encodings: tuple[str, ...],
+) -> StoredLabels | None:
+    """What storing takes; None for a run without a teacher.
+
+    Args:
+      job: What the run computes.
+      k: Ids a token.
+      chips: How many devices.
+      stage1_seconds: A distilling step's.
+      stage2_seconds: A plain step's: what stage 1's take with stored labels.
+      encodings: Of label_format.ENCODINGS.
+    """
+    if job.teacher is None or not job.stage1_steps:
+        return None
+    vocab_size = job.model.vocab_size or 0
+    forms = {e: LabelFormat(job.sequence_length, vocab_size, k, e) for e in encodings}
+    tokens = job.stage1_steps * job.tokens
+    per_token = {encoding: form.bytes_per_token for encoding, form in forms.items()}
+    pace = hours = None
+    if stage2_seconds:
+        pace = {e: size * job.tokens / stage2_seconds / 1e9 for e, size in per_token.items()}
+    if stage1_seconds is not None and stage2_seconds is not None:
+        more = max(0.0, stage1_seconds - stage2_seconds)
+        hours = more * job.stage1_steps * chips / 3600
+    return StoredLabels(
+        k=k,
+        bytes_per_token=per_token,
+        terabytes={encoding: size * tokens / 1e12 for encoding, size in per_token.items()},
+        read_gigabytes_per_second=pace,
+        flops=tokens * flops.forward_flops_per_token(job.teacher, job.sequence_length),
+        chip_hours=hours,
+    )
+
+
+def sentence(stored: StoredLabels) -> str:
+    """When storing is cheaper than the teacher in every run."""
+    sizes = " or ".join(f"{size:,.3g} TB ({name})" for name, size in stored.terabytes.items())
+    pace = stored.read_gigabytes_per_second
+    read = f", read at {' or '.join(f'{x:,.3g}' for x in pace.values())} GB/s" if pace else ""
+    cost = (
+        f"{stored.flops:.3g} FLOPs"
+        if stored.chip_hours is None
+        else f"{stored.chip_hours:,.0f} chip-hours"
+    )
+    return (
+        f"Soft labels of {stored.k} ids a token for all of stage 1: {sizes}{read}. Making them "
+        f"costs {cost}, as much as the teacher costs one run; each further run on the same rows "
+        "saves that. For one run storing is never cheaper; for N runs it is where the storage "
+        "costs less than N - 1 times as much."
+    )
