@@ -1,4 +1,4 @@
-"""Installs salt_jax: `pip install .` trains; .[prepare] also makes caches, .[plan] plans."""
+"""Installs salt_jax: `pip install .` trains; .[prepare] reads all text, .[plan] plans."""
 
 import pathlib
 import re
@@ -12,9 +12,12 @@ PREPARE = [
     "seqio>=0.0.20",
     "tensorflow>=2.20",
     "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6",  # which tensorflow-datasets imports and doesn't ask for
     "pyarrow>=18",
     "zstandard>=0.23",
 ]
+# Apart from the others: it holds protobuf back, with which SeqIO's import of sentencepiece fails.
+BEAM = ["apache-beam>=2.77", "pyarrow>=18", "zstandard>=0.23"]
 # libtpu, the compiler for TPUs, in the version that jax needs; other systems have none.
 PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TEST = [
@@ -53,6 +56,6 @@ setuptools.setup(
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
     ],
-    extras_require={"plan": PLAN, "prepare": PREPARE, "test": TEST + PLAN + PREPARE},
+    extras_require={"beam": BEAM, "plan": PLAN, "prepare": PREPARE, "test": TEST + PLAN + PREPARE},
     entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},
 )

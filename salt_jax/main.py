@@ -57,11 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        raised = _as_raised(error)
+        if raised.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         print(
-            f"salt: {error.filename or '--output_dir'} cannot be written ({error.strerror}): make "
-            "room, or choose another --output_dir.",
+            f"salt: {raised.filename or '--output_dir'} cannot be written ({raised.strerror}): "
+            "make room, or choose another --output_dir.",
             file=sys.stderr,
         )
         return 2
@@ -410,6 +411,13 @@ def _references(value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _references(item)
+
+
+def _as_raised(error: OSError) -> OSError:
+    """The error that gin passes on as another one of the same class, without number and file."""
+    while error.errno is None and isinstance(error.__context__, OSError):
+        error = error.__context__
+    return error
 
 
 def _sentence(error: Exception) -> str:

@@ -2,13 +2,13 @@
 
 In: the variables, read when a task is used. Out: paths, and what they hold.
 
-    SALT_PILE        folder of the Pile: train/*.jsonl.zst, val.jsonl.zst, test.jsonl.zst
     SALT_TEXT        pattern of one's own text files; unset: the Python library's sources
     SALT_VOCABULARY  a SentencePiece .model, a tokenizer.json, or the vocabulary/ folder of a
                      cache; unset: bytes
     SALT_CACHE       folder of `salt prepare`
     SALT_SELECTION   folder of `salt select`
     SALT_SCORES      folder of `salt score`; unset: rows without scores
+    SALT_SCORE_K     which k of it, where it has several and no selection says
 """
 
 import os
@@ -21,8 +21,9 @@ from salt_jax.data.vocabularies import (
     Vocabulary,
     load_vocabulary,
 )
+from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
-from salt_jax.preparation.salt_ds import SelectedRows
+from salt_jax.preparation.salt_ds import ScoredRows, SelectedRows
 
 
 def required(variable: str, what: str) -> str:
@@ -55,4 +56,21 @@ def selected_rows() -> SelectedRows:
         cache=required("SALT_CACHE", "the folder of a packed cache"),
         selection=required("SALT_SELECTION", "the folder of a selection"),
         scores=os.environ.get("SALT_SCORES", ""),
+        score=_score(),
     )
+
+
+def scored_rows() -> ScoredRows:
+    """All rows of SALT_CACHE with the scores that SALT_SCORES names."""
+    return ScoredRows(
+        cache=required("SALT_CACHE", "the folder of a packed cache"),
+        scores=required("SALT_SCORES", "the folder of its scores"),
+        score=_score(),
+    )
+
+
+def _score() -> ScoreConfig:
+    given = os.environ.get("SALT_SCORE_K", "")
+    if given and not given.isdigit():
+        raise InputError(f"The environment variable SALT_SCORE_K is {given!r}: set it to a number.")
+    return ScoreConfig(k=int(given) if given else None)

@@ -1,18 +1,39 @@
-"""SeqIO tasks over the Pile: `pile`, and its selected rows `pile_salt_ds`.
+"""SeqIO tasks over the Pile, from the TFDS dataset `the_pile` (preparation/the_pile): `pile`, one
+for each subset (`pile_arxiv`, `pile_wikipedia_en` …), the mixture `pile_mixture`; and over a cache
+of it, the scored rows `pile_scored` and the selected ones `pile_salt_ds`.
 
-In: the environment variables of environment.py. Out: two registered tasks; a subset name that the
-Pile doesn't have is refused. The release's train files are understood to hold its upsampled text,
-so no mixture weights are applied.
+In: the dataset where TFDS finds it (TFDS_DATA_DIR), the environment variables of environment.py.
+Out: registered tasks.
+
+`pile` is the release as it is: its train files are understood to hold the upsampled text, so no
+weights are applied. `pile_mixture` draws documents of the subsets' own tasks at rates that give the
+Pile's published shares of text; it is for sources without that upsampling, whose documents the
+release would repeat.
 """
 
-from salt_jax.preparation.pile import pile_files
-from salt_jax.preparation.salt_ds import register_selected_rows
-from salt_jax.preparation.text_tasks import register_text_task
+import seqio
+
+from salt_jax.preparation.pile import PILE_DOCUMENT_RATES, PILE_SUBSETS, pile_slug
+from salt_jax.preparation.salt_ds import register_rows
+from salt_jax.preparation.text_tasks import register_dataset_task
+from salt_jax.preparation.the_pile import the_pile as _the_pile  # noqa: F401 (TFDS must know it)
 from salt_jax.tasks import environment
 
-PILE = register_text_task(
-    "pile",
-    lambda: pile_files(environment.required("SALT_PILE", "the folder of the Pile")),
-    environment.vocabulary,
+_DATASET = "the_pile/{config}:1.0.0"
+
+PILE = register_dataset_task(
+    "pile", _DATASET.format(config="all"), PILE_SUBSETS, environment.vocabulary
 )
-PILE_SALT_DS = register_selected_rows("pile_salt_ds", environment.selected_rows)
+for _subset in PILE_SUBSETS:
+    register_dataset_task(
+        f"pile_{pile_slug(_subset)}",
+        _DATASET.format(config=pile_slug(_subset)),
+        PILE_SUBSETS,
+        environment.vocabulary,
+    )
+PILE_MIXTURE = seqio.MixtureRegistry.add(
+    "pile_mixture",
+    [(f"pile_{pile_slug(subset)}", rate) for subset, rate in PILE_DOCUMENT_RATES.items()],
+)
+PILE_SCORED = register_rows("pile_scored", environment.scored_rows)
+PILE_SALT_DS = register_rows("pile_salt_ds", environment.selected_rows)

@@ -1,5 +1,6 @@
 """A disk that is full, for real: a memory file system of a few kilobytes."""
 
+import json
 import pathlib
 import subprocess
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.errors import InputError
 from salt_jax.main import main
 
 BASELINE = [
@@ -50,3 +52,47 @@ def test_select_says_so(
     assert "o space left" in error
     assert error.count("\n") == 1
     assert not (output / "COMPLETED").exists()
+
+
+def _corpus(folder: pathlib.Path, documents: int) -> pathlib.Path:
+    folder.mkdir()
+    for number in range(4):
+        texts = [f"{number} {index} " * 20 for index in range(documents)]
+        (folder / f"{number}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kilobytes", [300, 800])  # full while mapping, and while merging
+def test_prepare_keeps_what_is_whole_and_goes_on(
+    small_disk: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    workers: int,
+    kilobytes: int,
+) -> None:
+    corpus = _corpus(tmp_path_factory.mktemp("text") / "corpus", 500)
+    monkeypatch.setattr("salt_jax.preparation.corpora._UNIT_TEXT_BYTES", 1)
+    remount = ["mount", "-o", f"remount,size={kilobytes}k", str(small_disk)]
+    subprocess.run(remount, check=True)
+    # The disk has less than it says: the check beforehand is passed.
+    usage = type("Usage", (), {"free": 10**12})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    output = small_disk / "out"
+    command = ["prepare", "--gin_file=data/text.gin", f"--gin.TEXT='{corpus}/*'"]
+    command += [f"--workers={workers}", "--shards=3", "--gin.VOCABULARY_SIZE=300"]
+    assert main([*command, f"--output_dir={output}"]) == 2
+    error = capsys.readouterr().err
+    assert "o space left" in error
+    assert error.count("\n") == 1
+    with pytest.raises(InputError):
+        PackedCache.open(output)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    assert main([*command, f"--output_dir={output}"]) == 0
+    assert "are finished" in capsys.readouterr().out
+    assert not (output / "work").exists()
+    assert main([*command, f"--output_dir={small_disk / 'straight'}"]) == 0
+    assert PackedCache.open(output).digest == PackedCache.open(small_disk / "straight").digest

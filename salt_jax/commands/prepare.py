@@ -1,8 +1,8 @@
-"""`salt prepare`: text, by way of a SeqIO task, into a packed cache of fixed-length rows.
+"""`salt prepare`: text into a packed cache of fixed-length rows.
 
-In: a task (text files, or any registered SeqIO task), a vocabulary, a sequence length. Out: the
-packed cache in the output folder, summary.json with its counts, and a table of them. TensorFlow is
-imported when text is to be read, not to look at a finished cache.
+In: a task (text files, or any registered SeqIO task), a vocabulary, a sequence length, and who does
+the work. Out: the packed cache in the output folder, summary.json with its counts, and a table of
+them. TensorFlow is imported for a registered task alone.
 """
 
 import dataclasses
@@ -10,21 +10,27 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from salt_jax.data.manifests import COMPLETED_FILE
-from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
-from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.cache_building import Building, EmptySplit
+from salt_jax.preparation.corpora import Corpus, text_corpus
+from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.packing import PackingPlan
+from salt_jax.preparation.reading_log import state_of
 from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.runners import LOCAL, JobRunner
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
+from salt_jax.preparation.work_folder import WorkFolder, digest_of
 from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 
 
@@ -37,15 +43,20 @@ def prepare(
     packing: str = "concatenate_and_split",
     shards: int = 1,
     seed: int = 0,
+    drop_duplicates: bool = False,
     skip_broken_lines: bool = False,
+    runner: str = "local",
+    workers: int | None = None,
+    beam_options: Sequence[str] = (),
     show: int = 0,
     verify: bool = False,
 ) -> None:
     """Makes a packed cache: tokenized, packed, shuffled once, each row with a stable id.
 
-    The same text and settings give the same bytes. A finished cache is not made again; --show=N on
-    one prints rows of it, --verify=True checks it, and neither needs another setting. The output
-    folder must be new, empty or a cache of this command's.
+    The same text and settings give the same bytes, on any number of workers and any runner. What is
+    finished when the command is stopped is not made again when it is given again. Nor is a finished
+    cache; --show=N on one prints rows of it, --verify=True checks it, and neither needs another
+    setting. The output folder must be new, empty or a cache of this command's.
 
     Args:
       run: The folder of the cache.
@@ -56,15 +67,24 @@ def prepare(
         brings its own.
       sequence_length: Tokens a row.
       packing: "concatenate_and_split" or "whole_documents".
-      shards: Files a split is cut into.
+      shards: Files the train split is cut into, the others in proportion to their text. A worker
+        holds one of them in memory while it packs it.
       seed: Of the order of documents and of rows.
+      drop_duplicates: Of documents of a split with equal texts keep the first. They are counted in
+        either case.
       skip_broken_lines: Pass over lines that are no JSON or have no text, and count them.
+      runner: "local", or one of Apache Beam's: "DataflowRunner", "FlinkRunner", "SparkRunner",
+        "PrismRunner", "DirectRunner".
+      workers: Processes on this machine; all cores unless set.
+      beam_options: Options of Beam's, each "--name=value".
       show: Print so many rows of each split as text.
       verify: Read every shard of a finished cache and compare its digest with the manifest's.
 
     Raises:
       InputError: Bad settings, or bad text, named with its file and line; an output folder that
-        holds anything else. Nothing is written then.
+        holds anything else. Nothing is left then but parts of the text that were finished before.
+      Interrupted: Stopped while several processes worked.
+      RunFailed: A worker process, or Beam's pipeline, failed.
     """
     if isinstance(show, bool) or not isinstance(show, int) or show < 0:
         raise InputError(f"show is {show!r}, expected a whole number of 0 or more rows.")
@@ -75,6 +95,10 @@ def prepare(
     if show and task is None:
         raise InputError(f"{run.path} holds no finished cache to show: correct --output_dir.")
     plan = PackingPlan(sequence_length, packing, shards, seed)
+    jobs = JobRunner(runner, workers, beam_options)
+    if isinstance(task, RegisteredTask) and not task.module and runner == LOCAL:
+        # Registered in this process alone.
+        jobs = dataclasses.replace(jobs, workers=1)
     task = _checked(task, vocabulary, skip_broken_lines)
     _refuse_folder(run)
     if isinstance(task, TextFiles):
@@ -83,12 +107,13 @@ def prepare(
         cache = PackedCache.open(run.path)
         _refuse_changed_sources(cache, task)
         run.begin()
+        WorkFolder.of_cache(run.path).discard()
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
         print(f"{run.path} is finished already: nothing was prepared.")
         return
     started = time.monotonic()
-    _make(run, task, vocabulary, plan)
+    _make(run, task, vocabulary, plan, drop_duplicates, jobs)
     seconds = time.monotonic() - started
     cache = PackedCache.open(run.path)
     run.write_summary(_summary(cache, seconds))
@@ -101,23 +126,71 @@ def _make(
     task: TextFiles | RegisteredTask,
     vocabulary: Vocabulary | TrainedVocabulary | None,
     plan: PackingPlan,
+    drop_duplicates: bool,
+    jobs: JobRunner,
 ) -> None:
-    """Makes the cache; the run begins when the text has been read and found good."""
+    """Makes the cache. Where its input turns out bad before any part of it is finished, nothing is
+    left of it."""
+    work = WorkFolder.of_cache(run.path)
+    corpus, used, trained = _corpus_and_vocabulary(task, vocabulary, work)
+    building = Building(run.path, corpus, used, plan, drop_duplicates, trained)
+    run.require_space(building.estimated_bytes(), "the tokens and rows of the packed cache")
+    fresh = not run.begun
+    run.begin(replace=True)
     try:
-        from salt_jax.preparation.cache_building import build_cache
-        from salt_jax.preparation.task_choice import choose_task
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"`salt prepare` needs the library {error.name}, which is not installed: "
-            "pip install 'salt_jax[prepare]'."
-        ) from error
+        building.begin()
+        building.build(
+            jobs.on(work),
+            lambda needed: run.require_space(needed, "the rows of the packed cache"),
+        )
+    except InputError as error:
+        finished = 0 if isinstance(error, EmptySplit) else len(building.finished_units())
+        if finished:
+            raise InputError(
+                f"{str(error).removesuffix('.')}; {finished} of {len(corpus.units)} parts of the "
+                "text are finished and kept, and the same command goes on from there."
+            ) from error
+        work.discard()
+        if fresh:
+            begin_cache(run.path)
+            run.withdraw()
+        raise
 
-    def before_writing(needed_bytes: int) -> None:
-        run.require_space(needed_bytes, "the rows of the packed cache")
-        run.begin(replace=True)
 
-    seqio_task, used_vocabulary = choose_task(task, vocabulary)
-    build_cache(run.path, seqio_task, used_vocabulary, plan, before_writing=before_writing)
+def _corpus_and_vocabulary(
+    task: TextFiles | RegisteredTask,
+    vocabulary: Vocabulary | TrainedVocabulary | None,
+    work: WorkFolder,
+) -> tuple[Corpus, Vocabulary, str | None]:
+    """The corpus cut up, its vocabulary, and what that was trained on if it was."""
+    if isinstance(task, RegisteredTask):
+        assert not isinstance(vocabulary, TrainedVocabulary), "refused before"
+        try:
+            from salt_jax.preparation.seqio_documents import task_corpus, task_vocabulary
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"A registered task needs the library {error.name}, which is not installed: "
+                "pip install 'salt_jax[prepare]'."
+            ) from error
+        return task_corpus(task), task_vocabulary(task, vocabulary), None
+    assert vocabulary is not None, "text files need a vocabulary"
+    task.refuse_equal_shards()
+    with needed_libraries():
+        corpus = text_corpus(task)
+        if isinstance(vocabulary, Vocabulary):
+            return corpus, vocabulary, None
+        trained = digest_of(
+            [
+                dataclasses.asdict(vocabulary),
+                [(str(file), *state_of(file)) for file in task.files("train")],
+            ]
+        )
+        before = work.plan()
+        if before and before.trained == trained:
+            return corpus, load_vocabulary(work.vocabulary), trained
+        print(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …", flush=True)
+        made = vocabulary.train(document.text for document in task.documents("train"))
+        return corpus, made, trained
 
 
 def _show_finished(cache: PackedCache, show: int, verify: bool) -> None:
@@ -252,15 +325,19 @@ def _print_counts(cache: PackedCache, seconds: float) -> None:
         _add_counts(table, name, info, f"{info['documents']:,}", info["bytes"] / info["tokens"])
         if len(info["by_subset"]) > 1:
             for subset, counts in info["by_subset"].items():
-                _add_counts(table, f"  {subset}", counts)
+                _add_counts(table, f"  {subset}", counts, f"{counts['documents']:,}")
     Console().print(table)
     vocabulary = cache.manifest["vocabulary"]
     print(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
     for file, count in _broken_lines(cache).items():
         print(f"Passed over {count:,} broken lines of {file}.")
     for name in cache.split_names:
-        if count := cache.manifest["splits"][name]["shared_documents"]:
+        info = cache.manifest["splits"][name]
+        if count := info["shared_documents"]:
             print(f"Left {count:,} documents out of {name}: another split has their text.")
+        if count := info["duplicate_documents"]:
+            done = "Left out" if cache.manifest["drop_duplicates"] else "Kept"
+            print(f"{done} {count:,} documents of {name} whose text an earlier one has.")
 
 
 def _add_counts(

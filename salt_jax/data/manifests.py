@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError
 
 MANIFEST_FILE = "manifest.json"
@@ -19,9 +20,14 @@ COMPLETED_FILE = "COMPLETED"
 
 # The version of each kind's layout on disk, raised whenever an older reader would misread a newer
 # folder.
-FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 1, "selection": 1}
+FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 2, "selection": 1, "soft_labels": 1}
 
-_MADE_BY = {"packed_cache": "salt prepare", "row_scores": "salt score", "selection": "salt select"}
+_MADE_BY = {
+    "packed_cache": "salt prepare",
+    "row_scores": "salt score",
+    "selection": "salt select",
+    "soft_labels": "salt score --soft_labels",
+}
 
 
 def begin_writing(folder: pathlib.Path) -> None:
@@ -34,17 +40,20 @@ def begin_writing(folder: pathlib.Path) -> None:
 def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Writes manifest.json, then COMPLETED. Everything the manifest names must be on disk already.
 
+    Two processes may write the same manifest at once. COMPLETED names its manifest by digest, so
+    one that is left of an earlier manifest completes nothing.
+
     Args:
-      folder: An existing folder.
+      folder: Made if need be.
       manifest: JSON-serialisable; holds "kind" and "format_version" (`new_manifest` adds both).
     """
     assert manifest.get("format_version") == FORMAT_VERSIONS.get(manifest.get("kind", "")), (
         f"a manifest needs its kind and format version, got {dict(manifest)}"
     )
-    begin_writing(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    _write_durably(folder / MANIFEST_FILE, text)
-    _write_durably(folder / COMPLETED_FILE, manifest_digest(manifest) + "\n")
+    write_text(folder / MANIFEST_FILE, text)
+    write_text(folder / COMPLETED_FILE, manifest_digest(manifest) + "\n")
 
 
 def new_manifest(kind: str, **parts: Any) -> dict[str, Any]:
@@ -129,13 +138,3 @@ def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
             "(for gs://, with gcsfuse) and name the folder below the mount point."
         )
     return pathlib.Path(folder)
-
-
-def _write_durably(path: pathlib.Path, text: str) -> None:
-    """Writes so that after a crash the file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -13,16 +13,23 @@ its index in its split: row 0 is the first record of the first shard.
 
 import dataclasses
 import functools
+import itertools
 import operator
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
-import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_data_source
 
+from salt_jax.data.cache_shards import (
+    SHARD_FILE,
+    DocumentCounts,
+    ShardCounts,
+    shard_path,
+    split_info,
+    write_shard,
+)
 from salt_jax.data.features import Row
 from salt_jax.data.manifests import (
     begin_writing,
@@ -39,12 +46,6 @@ from salt_jax.errors import InputError
 KIND = "packed_cache"
 SPLITS = ("train", "validation", "test")
 VOCABULARY_FOLDER = "vocabulary"
-
-_ROWS_FILE = re.compile(r"rows-\d{5,}-of-\d{5,}\.array_record(\.tmp)?")
-
-# One record a group makes reading random; without compression equal rows give equal bytes whatever
-# the version of a compressor, and reading is about twice as fast for 16-bit tokens.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class PackedSplit:
     Attributes:
       name: "train", "validation" or "test".
       info: The split's part of the manifest: rows, tokens, documents, bytes, shared_documents,
-        by_subset, shards.
+        duplicate_documents, by_subset, shards.
     """
 
     def __init__(
@@ -233,6 +234,7 @@ class PackedCacheWriter:
         shards: int = 1,
         settings: Mapping[str, Any] | None = None,
         sources: Sequence[Mapping[str, Any]] = (),
+        begun: bool = False,
     ):
         """Begins a cache.
 
@@ -242,9 +244,11 @@ class PackedCacheWriter:
           vocabulary: Saved beside the rows.
           sequence_length: L, tokens a row.
           subsets: Names; a row's subset is an index in them.
-          shards: Files the train split is cut into; the others are cut in proportion.
+          shards: Files a split is cut into, where it has so many rows.
           settings: What else the manifest records (packing, seed); part of the cache's digest.
           sources: The input files, each {"file", "bytes", "digest"}.
+          begun: Whether shards of this cache are there already, written by `write_shard` after
+            `begin_cache`.
         """
         self._folder = pathlib.Path(folder)
         self._format = RecordFormat(sequence_length, vocabulary.size)
@@ -259,8 +263,8 @@ class PackedCacheWriter:
             vocabulary=vocabulary.describe(),
             sources=list(sources),
         )
-        begin_writing(self._folder)
-        _remove_earlier_cache(self._folder)
+        if not begun:
+            begin_cache(self._folder)
         vocabulary.save(self._folder / VOCABULARY_FOLDER)
 
     def write_split(
@@ -269,9 +273,7 @@ class PackedCacheWriter:
         rows: Iterable[Row],
         *,
         num_rows: int,
-        documents: int = 0,
-        text_bytes: int = 0,
-        shared_documents: int = 0,
+        documents: Mapping[str, DocumentCounts] | None = None,
     ) -> None:
         """Writes a split's rows in the order given, which numbers them.
 
@@ -279,53 +281,36 @@ class PackedCacheWriter:
           name: "train", "validation" or "test".
           rows: Exactly `num_rows` rows; their row_id is ignored.
           num_rows: Rows of the split, at least 1.
-          documents: Documents the rows were made from.
-          text_bytes: UTF-8 bytes of their text, for bits per byte.
-          shared_documents: Documents left out because another split has their text.
+          documents: What they were made from, by the subset's name.
         """
         assert name in SPLITS, f"a split is one of {SPLITS}, got {name!r}"
         assert num_rows > 0, f"the {name} split has no rows"
-        folder = self._folder / name
-        folder.mkdir(parents=True, exist_ok=True)
         shards = min(self._shards, num_rows)
         bounds = [num_rows * shard // shards for shard in range(shards + 1)]
-        rows_of_subset = np.zeros(len(self._subsets), np.int64)
-        tokens_of_subset = np.zeros(len(self._subsets), np.int64)
         iterator = iter(rows)
-        written = []
-        for shard in range(shards):
-            file = folder / f"rows-{shard:05d}-of-{shards:05d}.array_record"
-            count = bounds[shard + 1] - bounds[shard]
-            with _ShardWriter(file) as writer:
-                for _ in range(count):
-                    row = next(iterator)
-                    writer.write(self._format.encode(row))
-                    rows_of_subset[row["subset"]] += 1
-                    tokens_of_subset[row["subset"]] += np.count_nonzero(row["loss_weights"])
-            written.append(
-                {
-                    "file": f"{name}/{file.name}",
-                    "rows": count,
-                    "bytes": file.stat().st_size,
-                    "digest": file_digest(file),
-                }
-            )
+        written = {}
+        for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
+            file = shard_path(self._folder, name, shard, shards)
+            own = itertools.islice(iterator, end - start)
+            written[f"{name}/{file.name}"] = write_shard(file, own, self._format, self._subsets)
         assert next(iterator, None) is None, f"more than {num_rows} rows for the {name} split"
-        self._splits[name] = {
-            "rows": num_rows,
-            "tokens": int(tokens_of_subset.sum()),
-            "documents": documents,
-            "bytes": text_bytes,
-            "shared_documents": shared_documents,
-            "by_subset": {
-                subset: {"rows": int(row_count), "tokens": int(token_count)}
-                for subset, row_count, token_count in zip(
-                    self._subsets, rows_of_subset, tokens_of_subset, strict=True
-                )
-                if row_count
-            },
-            "shards": written,
-        }
+        assert sum(shard.rows for shard in written.values()) == num_rows, f"too few rows for {name}"
+        self.add_split(name, written, documents or {})
+
+    def add_split(
+        self,
+        name: str,
+        shards: Mapping[str, ShardCounts],
+        documents: Mapping[str, DocumentCounts],
+    ) -> None:
+        """Adds a split whose shards are written.
+
+        Args:
+          name: "train", "validation" or "test".
+          shards: By their path in the cache, in the order of their rows.
+          documents: What they were made from, by the subset's name.
+        """
+        self._splits[name] = split_info(shards, documents)
 
     def finish(self) -> dict[str, Any]:
         """Writes the manifest and COMPLETED, and gives the manifest."""
@@ -334,8 +319,10 @@ class PackedCacheWriter:
         return manifest
 
 
-def _remove_earlier_cache(folder: pathlib.Path) -> None:
-    """Removes the files that an earlier writer left, known by their names, and nothing else."""
+def begin_cache(folder: pathlib.Path) -> None:
+    """Begins a cache: one begun there before is removed, known by its files' names; nothing else
+    is."""
+    begin_writing(folder)
     for name in (*SPLITS, VOCABULARY_FOLDER):
         if not (folder / name).is_dir():
             continue
@@ -343,27 +330,8 @@ def _remove_earlier_cache(folder: pathlib.Path) -> None:
         if name == VOCABULARY_FOLDER:
             own = [file for file in files if file.name in VOCABULARY_FILES]
         else:
-            own = [file for file in files if _ROWS_FILE.fullmatch(file.name)]
+            own = [file for file in files if SHARD_FILE.fullmatch(file.name)]
         for file in own:
             file.unlink()
         if own == files and not (folder / name).is_symlink():
             (folder / name).rmdir()
-
-
-class _ShardWriter:
-    """An ArrayRecord file that appears under its name only when it is whole."""
-
-    def __init__(self, file: pathlib.Path):
-        self._file = file
-        self._temporary = file.with_name(file.name + ".tmp")
-
-    def __enter__(self) -> Any:
-        self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITER_OPTIONS)
-        return self._writer
-
-    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
-        self._writer.close()
-        if exception_type is None:
-            os.replace(self._temporary, self._file)
-        else:
-            self._temporary.unlink(missing_ok=True)

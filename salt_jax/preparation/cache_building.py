@@ -1,85 +1,285 @@
-"""A SeqIO task into a packed cache.
+"""A corpus into a packed cache, in two rounds of jobs that any runner can do.
 
-In: a task, its vocabulary, and how to pack. Out: the cache in a folder. Every split is tokenized
-and packed before a byte is written, so text that turns out bad leaves nothing behind.
+In: a corpus, its vocabulary, how to pack, and something that runs jobs. Out: the cache in a
+folder. Map: each unit's documents are tokenized and laid down by bucket (mapping.py). Merge: each
+bucket becomes one shard of rows (merging.py). A document's bucket is a hash of its text, the order
+inside a bucket one of the seed, so the same text, settings and seed give the same bytes whoever
+does the jobs. What is finished lies in FOLDER/work until the cache is complete, and is not made
+again.
 
 Splits stay apart: a text that stands in several is kept in the test split, else in validation, and
 left out of the others.
 """
 
+import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from salt_jax.data.packed_cache import SPLITS, PackedCacheWriter
+from salt_jax import __version__
+from salt_jax.data.cache_shards import DocumentCounts, ShardCounts
+from salt_jax.data.packed_cache import SPLITS, PackedCacheWriter, begin_cache
 from salt_jax.data.row_records import LARGEST_SUBSET
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
-from salt_jax.preparation.packing import PackedRows, PackingPlan
-from salt_jax.preparation.quiet_tensorflow import seqio
-from salt_jax.preparation.text_tasks import TextFilesSource
-from salt_jax.preparation.tokenized_documents import read_documents, subset_names
+from salt_jax.preparation.corpora import Corpus, TextUnit, Unit
+from salt_jax.preparation.mapping import (
+    MapJob,
+    MappedUnit,
+    RunJobs,
+    first_buckets,
+    map_unit,
+    mapped_unit,
+)
+from salt_jax.preparation.merging import (
+    MergeJob,
+    MergeSettings,
+    merge_bucket,
+    merged_bucket,
+    write_shared_texts,
+)
+from salt_jax.preparation.packing import PackingPlan
+from salt_jax.preparation.part_files import token_dtype
+from salt_jax.preparation.work_folder import Plan, WorkFolder, digest_of
 
-_RECORD_OVERHEAD_BYTES = 256
+# Of an ArrayRecord file, and of a row in it beside its tokens.
+_SHARD_BYTES = 128 * 1024
+_ROW_BYTES = 64
+# Text to estimate tokens from.
+_SAMPLE_BYTES = 64 * 1024
 
 
-def build_cache(
-    folder: pathlib.Path,
-    task: seqio.Task,
-    vocabulary: Vocabulary,
-    plan: PackingPlan,
-    *,
-    before_writing: Callable[[int], None] = lambda needed_bytes: None,
-) -> None:
-    """Reads the task, packs it and writes the cache.
+@dataclasses.dataclass(frozen=True)
+class Building:
+    """A cache in the making.
 
-    Args:
+    Attributes:
       folder: Where the cache will lie.
-      task: A SeqIO task with `targets` and perhaps `subset`.
-      vocabulary: The vocabulary of its targets.
+      corpus: What is prepared.
+      vocabulary: Its vocabulary.
       plan: How to pack.
-      before_writing: Called with the bytes about to be written.
-
-    Raises:
-      InputError: What reading raises (tokenized_documents.py); or too many subsets.
+      drop_duplicates: Whether of equal texts of a split only the first is kept.
+      trained: Digest of what the vocabulary was trained on, if it was.
     """
-    subsets = subset_names(task)
-    if len(subsets) > LARGEST_SUBSET + 1:
-        raise InputError(
-            f"The text has {len(subsets):,} subset names, a cache holds {LARGEST_SUBSET + 1:,}: "
-            "leave `subset` out of the rows, or give fewer names."
+
+    folder: pathlib.Path
+    corpus: Corpus
+    vocabulary: Vocabulary
+    plan: PackingPlan
+    drop_duplicates: bool = False
+    trained: str | None = None
+
+    @property
+    def work(self) -> WorkFolder:
+        """Its intermediate files."""
+        return WorkFolder.of_cache(self.folder)
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        """Buckets of each split."""
+        return self.corpus.buckets(self.plan.shards)
+
+    @functools.cached_property
+    def work_plan(self) -> Plan:
+        """What the intermediate files depend on."""
+        units = digest_of(
+            {
+                "version": __version__,
+                "units": [unit.identity() for unit in self.corpus.units],
+                "subsets": self.corpus.subsets,
+                "buckets": self.buckets,
+                "vocabulary": self.vocabulary.fingerprint,
+            }
         )
-    packed: dict[str, PackedRows] = {}
-    counts: dict[str, dict[str, int]] = {}
-    texts: set[bytes] = set()
-    for split in [name for name in reversed(SPLITS) if name in task.splits]:
-        documents = read_documents(task, split, vocabulary, texts)
-        packed[split] = PackedRows(
-            documents.tokens,
-            documents.subsets,
-            packing=plan.packing,
-            sequence_length=plan.sequence_length,
-            pad_id=vocabulary.pad_id,
-            seed=plan.seed,
-            split=split,
-        )
-        counts[split] = {
-            "documents": len(documents.tokens),
-            "text_bytes": documents.text_bytes,
-            "shared_documents": documents.shared,
+        buckets = digest_of([dataclasses.asdict(self.plan), self.drop_duplicates])
+        return Plan(units, buckets, self.trained)
+
+    def finished_units(self) -> dict[str, MappedUnit]:
+        """The units that are done and whose files are still the same, by name."""
+        found = {unit.name: mapped_unit(self.work, unit) for unit in self.corpus.units}
+        return {
+            name: unit
+            for name, unit in found.items()
+            if unit and all(source.unchanged for source in unit.sources)
         }
-        texts |= documents.text_digests
-    source = task.source if isinstance(task.source, TextFilesSource) else None
-    row_bytes = 4 * plan.sequence_length + _RECORD_OVERHEAD_BYTES
-    before_writing(row_bytes * sum(map(len, packed.values())))
-    writer = PackedCacheWriter(
-        folder,
-        vocabulary=vocabulary,
-        sequence_length=plan.sequence_length,
-        subsets=subsets,
-        shards=plan.shards,
-        settings={"packing": plan.packing, "seed": plan.seed},
-        sources=source.files.sources(source.broken_lines) if source else (),
-    )
-    for split, rows in packed.items():
-        writer.write_split(split, rows, num_rows=len(rows), **counts[split])
-    writer.finish()
+
+    def estimated_bytes(self) -> int:
+        """Roughly what the part files that are left and the rows will take, by the first unit's
+        first documents; 0 where the corpus's size isn't known, or all of it is mapped."""
+        unit, units = self.corpus.units[0], len(self.corpus.units)
+        going_on = self.work.plan() == self.work_plan
+        left = units - len(self.finished_units()) if going_on else units
+        if not self.corpus.text_bytes or not left or not isinstance(unit, TextUnit):
+            return 0
+        text_bytes, tokens = 0, 0
+        for document in unit.text.read(unit.files):
+            text = document.text[: _SAMPLE_BYTES // 4]
+            text_bytes += len(text.encode())
+            tokens += len(self.vocabulary.encode(text)) + 1
+            if text_bytes >= _SAMPLE_BYTES:
+                break
+        expected = int(self.corpus.text_bytes * tokens / max(text_bytes, 1))
+        part_bytes = expected * token_dtype(self.vocabulary.size).itemsize
+        return part_bytes * left // units + self._rows_bytes(expected, sum(self.buckets.values()))
+
+    def begin(self) -> None:
+        """Makes the work folder ready; what is there of other settings or files is removed, and
+        changed files are named."""
+        self.work.begin(self.work_plan, self.vocabulary)
+        finished = self.finished_units()
+        if len(finished) < len(self.corpus.units):
+            self.work.discard_buckets()
+        for unit in self.corpus.units:
+            mapped = mapped_unit(self.work, unit)
+            if mapped and unit.name not in finished:
+                changed = [source.path for source in mapped.sources if not source.unchanged]
+                print(f"{', '.join(changed)} changed since it was read: it is read again.")
+                self.work.unit_record(unit.name).unlink()
+
+    def build(self, run: RunJobs, require_space: Callable[[int], None]) -> None:
+        """Does what is left to do; `begin` comes first.
+
+        Args:
+          run: Runs the jobs.
+          require_space: Called with the bytes about to be written, once they are known.
+
+        Raises:
+          InputError: Bad text; a split without documents; too many subsets; a changed file.
+        """
+        units = self._map(run)
+        settings = self._merge_settings(units)
+        self._refuse_empty_splits(units)
+        jobs = self._merge_jobs(settings)
+        left = [job for job in jobs if not merged_bucket(job)]
+        if len(left) == len(jobs):
+            tokens = sum(sum(unit.tokens.values()) for unit in units.values())
+            require_space(self._rows_bytes(tokens, len(jobs)))
+            begin_cache(self.folder)
+            self._write_shared_texts(units)
+        run(merge_bucket, left, "shards", len(jobs) - len(left))
+        self._finish(units, settings, jobs)
+
+    def _map(self, run: RunJobs) -> dict[str, MappedUnit]:
+        finished = self.finished_units()
+        left = [unit for unit in self.corpus.units if unit.name not in finished]
+        fingerprint = self.vocabulary.fingerprint
+        jobs = [MapJob(unit, self.work, self.buckets, fingerprint) for unit in left]
+        run(map_unit, jobs, "parts of the text", len(finished))
+        finished = self.finished_units()
+        for unit in self.corpus.units:
+            if unit.name not in finished:
+                raise InputError(
+                    f"The files of {_described(unit)} changed while others were read: run the same "
+                    "command again."
+                )
+        return finished
+
+    def _refuse_empty_splits(self, units: Mapping[str, MappedUnit]) -> None:
+        for split in self.buckets:
+            if not any(unit.documents.get(split) for unit in units.values()):
+                raise EmptySplit(
+                    f"The {split} split of the text is empty: give it more, hold out a larger "
+                    "fraction, or cut plain text into smaller pieces (piece_bytes)."
+                )
+
+    def _merge_settings(self, units: Mapping[str, MappedUnit]) -> MergeSettings:
+        found = {name for unit in units.values() for name in unit.subsets}
+        subsets = self.corpus.subsets or tuple(sorted(found))
+        if len(subsets) > LARGEST_SUBSET + 1:
+            raise InputError(
+                f"The text has {len(subsets):,} subset names, a cache holds "
+                f"{LARGEST_SUBSET + 1:,}: leave `subset` out of the rows, or give fewer names."
+            )
+        return MergeSettings(
+            folder=self.folder,
+            work=self.work,
+            units={name: unit.subsets for name, unit in units.items()},
+            subsets=subsets,
+            buckets=sum(self.buckets.values()),
+            packing=self.plan,
+            drop_duplicates=self.drop_duplicates,
+            vocabulary_size=self.vocabulary.size,
+            pad_id=self.vocabulary.pad_id,
+        )
+
+    def _merge_jobs(self, settings: MergeSettings) -> list[MergeJob]:
+        first = first_buckets(self.buckets)
+        return [
+            MergeJob(settings, split, index, count, first[split] + index)
+            for split, count in self.buckets.items()
+            for index in range(count)
+        ]
+
+    def _rows_bytes(self, tokens: int, shards: int) -> int:
+        length = self.plan.sequence_length
+        row = length * token_dtype(self.vocabulary.size).itemsize + length // 8 + _ROW_BYTES
+        return tokens // length * row + shards * _SHARD_BYTES
+
+    def _write_shared_texts(self, units: Mapping[str, MappedUnit]) -> None:
+        """For every split, the texts that later splits keep. A fraction is held out by text and
+        shares none with what it is held out of."""
+        first = first_buckets(self.buckets)
+        for split in self.buckets:
+            others = [
+                unit
+                for unit in self.corpus.units
+                if SPLITS.index(unit.split) > SPLITS.index(split) and split not in unit.splits
+            ]
+            columns = {
+                first[unit.split] + index
+                for unit in others
+                for index in range(self.buckets[unit.split])
+            }
+            names = [unit.name for unit in others]
+            total = sum(self.buckets.values())
+            dtype = token_dtype(self.vocabulary.size)
+            write_shared_texts(self.work, split, names, sorted(columns), total, dtype)
+
+    def _finish(
+        self,
+        units: Mapping[str, MappedUnit],
+        settings: MergeSettings,
+        jobs: Sequence[MergeJob],
+    ) -> None:
+        sources = {source.path: source for unit in units.values() for source in unit.sources}
+        shards: dict[str, dict[str, ShardCounts]] = {split: {} for split in self.buckets}
+        documents: dict[str, dict[str, DocumentCounts]] = {split: {} for split in self.buckets}
+        for job in jobs:
+            bucket = merged_bucket(job)
+            assert bucket is not None, f"{job.file} isn't merged"
+            if bucket.shard:
+                shards[job.split][str(job.file.relative_to(self.folder))] = bucket.shard
+            counts = documents[job.split]
+            for name, count in bucket.documents.items():
+                counts[name] = counts.get(name, DocumentCounts()) + count
+        for split, written in shards.items():
+            if not written:
+                raise EmptySplit(
+                    f"Every text of the {split} split is in another split too, and splits are "
+                    "kept apart: correct the task's files."
+                )
+        writer = PackedCacheWriter(
+            self.folder,
+            vocabulary=self.vocabulary,
+            sequence_length=self.plan.sequence_length,
+            subsets=settings.subsets,
+            settings={
+                "packing": self.plan.packing,
+                "seed": self.plan.seed,
+                "drop_duplicates": self.drop_duplicates,
+            },
+            sources=[sources[path].as_source() for path in sorted(sources)],
+            begun=True,
+        )
+        for split, written in shards.items():
+            writer.add_split(split, written, documents[split])
+        writer.finish()
+        self.work.discard()
+
+
+class EmptySplit(InputError):  # noqa: N818 (says what was found)
+    """A split has no documents: no other start with the same text can go on from here."""
+
+
+def _described(unit: Unit) -> str:
+    return f"{unit.name} ({', '.join(map(str, getattr(unit, 'paths', ())[:3]))})"

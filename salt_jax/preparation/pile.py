@@ -1,36 +1,49 @@
-"""The Pile's layout and the names of its 22 subsets.
+"""The Pile's layout, the names of its 22 subsets and their weights.
 
 In: the folder that holds train/00…29.jsonl.zst, val.jsonl.zst and test.jsonl.zst. Out: its
-TextFiles. Another name than these 22 is refused. The released train files are understood to hold
+TextFiles. Another name than these 22 is refused, and so is a train shard that is missing or stands
+there twice. The released train files are understood to hold
 the upsampled text already.
 """
 
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+
 from salt_jax.preparation.text_files import TextFiles
 
-PILE_SUBSETS = (
-    "ArXiv",
-    "BookCorpus2",
-    "Books3",
-    "DM Mathematics",
-    "Enron Emails",
-    "EuroParl",
-    "FreeLaw",
-    "Github",
-    "Gutenberg (PG-19)",
-    "HackerNews",
-    "NIH ExPorter",
-    "OpenSubtitles",
-    "OpenWebText2",
-    "PhilPapers",
-    "Pile-CC",
-    "PubMed Abstracts",
-    "PubMed Central",
-    "StackExchange",
-    "USPTO Backgrounds",
-    "Ubuntu IRC",
-    "Wikipedia (en)",
-    "YoutubeSubtitles",
-)
+# Of the Pile's paper (arXiv 2101.00027, table 1): a subset's share of the training text in percent,
+# upsampling included, and the mean size of its documents in KiB.
+_TABLE: Mapping[str, tuple[float, float]] = {
+    "ArXiv": (8.96, 46.61),
+    "BookCorpus2": (0.75, 369.87),
+    "Books3": (12.07, 538.36),
+    "DM Mathematics": (1.24, 8.00),
+    "Enron Emails": (0.14, 1.78),
+    "EuroParl": (0.73, 68.87),
+    "FreeLaw": (6.12, 15.06),
+    "Github": (7.59, 5.25),
+    "Gutenberg (PG-19)": (2.17, 398.73),
+    "HackerNews": (0.62, 4.92),
+    "NIH ExPorter": (0.30, 2.11),
+    "OpenSubtitles": (1.55, 30.48),
+    "OpenWebText2": (10.01, 3.85),
+    "PhilPapers": (0.38, 73.37),
+    "Pile-CC": (18.11, 4.33),
+    "PubMed Abstracts": (3.07, 1.30),
+    "PubMed Central": (14.40, 30.55),
+    "StackExchange": (5.13, 2.16),
+    "USPTO Backgrounds": (3.65, 4.08),
+    "Ubuntu IRC": (0.88, 545.48),
+    "Wikipedia (en)": (1.53, 1.11),
+    "YoutubeSubtitles": (0.60, 22.55),
+}
+PILE_SUBSETS = tuple(_TABLE)
+
+# The same shares in documents, for a mixture that draws documents: they add up to 1 / 5.91 KiB.
+PILE_DOCUMENT_RATES: Mapping[str, float] = {
+    subset: percent / 100 / size for subset, (percent, size) in _TABLE.items()
+}
 
 
 def pile_files(
@@ -56,4 +69,25 @@ def pile_files(
         max_documents=max_documents,
         max_bytes=max_bytes,
         skip_broken_lines=skip_broken_lines,
+        numbered=True,
     )
+
+
+def pile_slug(subset: str) -> str:
+    """A subset's name in lower case and without signs: "Gutenberg (PG-19)" is gutenberg_pg_19."""
+    return re.sub(r"[^a-z0-9]+", "_", subset.lower()).strip("_")
+
+
+def pile_examples(
+    files: TextFiles, path: pathlib.Path, only: str | None = None
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """One file's documents, as TFDS takes examples.
+
+    Args:
+      files: The release.
+      path: One of its files.
+      only: A subset's name, to leave the others out.
+    """
+    for number, document in enumerate(files.read([path])):
+        if only is None or document.subset == only:
+            yield f"{path.name}-{number}", {"text": document.text, "subset": document.subset}

@@ -15,11 +15,11 @@ import gzip
 import json
 import pathlib
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from salt_jax.errors import InputError
+from salt_jax.preparation.reading_log import ReadingLog
 
 _BLOCK_BYTES = 1 << 20
 _REPAIR = "mend the file, or skip such rows with skip_broken_lines=True"
@@ -43,7 +43,7 @@ def read_documents(
     path: pathlib.Path,
     *,
     skip_broken_lines: bool = False,
-    broken_lines: Counter[str] | None = None,
+    log: ReadingLog | None = None,
     piece_bytes: int = 0,
 ) -> Iterator[Document]:
     """The documents of a file, empty ones included.
@@ -51,7 +51,7 @@ def read_documents(
     Args:
       path: The file; its suffix says what it is.
       skip_broken_lines: Whether a line that is no JSON object with a `text` is passed over.
-      broken_lines: Where to count the lines passed over, by file.
+      log: Where to note the file's digest and the lines passed over.
       piece_bytes: Plain text is cut at line ends into documents of about this size; 0 doesn't cut.
 
     Raises:
@@ -59,16 +59,17 @@ def read_documents(
         named.
     """
     name = path.name.lower()
+    log = log or ReadingLog()
     if name.endswith(".parquet"):
         rows = _parquet_rows(path)
     elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        rows = _json_rows(path)
+        rows = _json_rows(path, log)
     elif name.endswith((".gz", ".zst")):
         raise InputError(
             f"{path} is compressed, but is no .jsonl.gz and no .jsonl.zst: decompress it first."
         )
     else:
-        yield from _plain_documents(path, piece_bytes)
+        yield from _plain_documents(path, piece_bytes, log)
         return
     skipped = 0
     for place, row in rows:
@@ -77,9 +78,8 @@ def read_documents(
             yield Document(_valid_unicode(text), _subset_name(row), place)
         elif skip_broken_lines:
             skipped += 1
-            if broken_lines is not None:
-                # Now, since the reader may stop at any document; a second reading counts anew.
-                broken_lines[str(path)] = max(broken_lines[str(path)], skipped)
+            # Now, since the reader may stop at any document; a second reading counts anew.
+            log.broken_lines[str(path)] = max(log.broken_lines[str(path)], skipped)
         elif isinstance(row, _Broken):
             raise InputError(f"{place}: this is not JSON ({row.reason}): {_REPAIR}.")
         else:
@@ -99,9 +99,9 @@ def _subset_name(row: Mapping[str, Any]) -> str:
     return "" if name is None else str(name)
 
 
-def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: pathlib.Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
     """Each non-blank line's place and value; a line that is no JSON gives _Broken."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(_lines(path, log), start=1):
         if line.isspace() or not line:
             continue
         place = f"{path}, line {number}"
@@ -111,11 +111,11 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             yield place, _Broken(str(error))
 
 
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
+def _lines(path: pathlib.Path, log: ReadingLog) -> Iterator[bytes]:
     """The file's lines, without their line feeds."""
     number, rest = 1, b""
     try:
-        for block in _blocks(path):
+        for block in _blocks(path, log):
             *lines, rest = (rest + block).split(b"\n")
             number += len(lines)
             yield from lines
@@ -128,8 +128,8 @@ def _lines(path: pathlib.Path) -> Iterator[bytes]:
         yield rest
 
 
-def _blocks(path: pathlib.Path) -> Iterator[bytes]:
-    with _opened(path) as file:
+def _blocks(path: pathlib.Path, log: ReadingLog) -> Iterator[bytes]:
+    with _opened(path, log) as file:
         if path.name.lower().endswith(".zst"):
             yield from _zstandard_blocks(file)
             return
@@ -191,10 +191,10 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-def _plain_documents(path: pathlib.Path, piece_bytes: int) -> Iterator[Document]:
+def _plain_documents(path: pathlib.Path, piece_bytes: int, log: ReadingLog) -> Iterator[Document]:
     """The file as one document, or as pieces; bytes that are no UTF-8 become U+FFFD."""
     subset = path.suffix.removeprefix(".").lower() or "text"
-    with _opened(path) as file:
+    with _opened(path, log) as file:
         if not piece_bytes:
             yield Document(file.read().decode(errors="replace"), subset, str(path))
             return
@@ -202,9 +202,9 @@ def _plain_documents(path: pathlib.Path, piece_bytes: int) -> Iterator[Document]
             yield Document(b"".join(lines).decode(errors="replace"), subset, str(path))
 
 
-def _opened(path: pathlib.Path) -> BinaryIO:
+def _opened(path: pathlib.Path, log: ReadingLog | None = None) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return log.open(path) if log else open(path, "rb")
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): correct the task's files."

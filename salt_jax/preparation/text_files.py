@@ -15,14 +15,14 @@ import glob
 import hashlib
 import os
 import pathlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from salt_jax.data.manifests import file_digest
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.errors import InputError
 from salt_jax.preparation.readers import Document, read_documents
+from salt_jax.preparation.reading_log import ReadingLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class TextFiles:
         is read is a sample and not the beginning of the alphabet.
       piece_bytes: Cut plain text files at line ends into documents of about this size; 0 doesn't.
       skip_broken_lines: Whether broken lines are passed over, and counted, instead of refused.
+      numbered: Whether the train files are numbered shards (00.jsonl.zst, 01.jsonl.zst, …), of
+        which none may be missing or stand there twice.
     """
 
     train: str | Sequence[str]
@@ -59,6 +61,7 @@ class TextFiles:
     max_bytes: int = 0
     piece_bytes: int = 0
     skip_broken_lines: bool = False
+    numbered: bool = False
 
     def __post_init__(self) -> None:
         for field in (*SPLITS, "exclude"):
@@ -97,13 +100,26 @@ class TextFiles:
             if getattr(self, split) or getattr(self, f"{split}_fraction", 0)
         )
 
+    @property
+    def splits_with_files(self) -> tuple[str, ...]:
+        """The splits that have files of their own, train first."""
+        return tuple(split for split in SPLITS if getattr(self, split))
+
+    def splits_from(self, split: str) -> tuple[str, ...]:
+        """The splits whose documents stand in a split's own files."""
+        held_out = [other for other in self.splits if not getattr(self, other)]
+        return ("train", *held_out) if split == "train" else (split,)
+
     def files(self, split: str) -> list[pathlib.Path]:
         """The files a split is read from, in reading order.
 
         Raises:
-          InputError: A pattern that matches no file, or a file that is in another split too.
+          InputError: A pattern that matches no file, a file that is in another split too, or a
+            missing shard.
         """
         files = self._expand(getattr(self, split) or self.train)
+        if self.numbered and not (split != "train" and getattr(self, split)):
+            _refuse_missing_shard(files)
         for other in SPLITS[: SPLITS.index(split)]:
             if getattr(self, split) and getattr(self, other):
                 shared = set(files) & set(self._expand(getattr(self, other)))
@@ -116,47 +132,98 @@ class TextFiles:
             files.sort(key=lambda file: hashlib.sha256(str(file).encode()).digest())
         return files
 
-    def documents(self, split: str, broken_lines: Counter[str] | None = None) -> Iterator[Document]:
+    def documents(self, split: str, log: ReadingLog | None = None) -> Iterator[Document]:
         """The split's documents that hold any text, in a fixed order.
 
         Args:
           split: One of `splits`.
-          broken_lines: Where to count the lines passed over, by file.
+          log: Where to note files' digests and the lines passed over.
 
         Raises:
           InputError: See `files` and `read_documents`; or a subset name that is not allowed.
         """
-        for document in self._read(split, broken_lines):
-            if self._split_of(document.text, split) == split:
+        for document in self.read(self.files(split), log):
+            if self.split_of(document.text, split) == split:
                 yield document
+
+    def read(
+        self, files: Iterable[pathlib.Path], log: ReadingLog | None = None
+    ) -> Iterator[Document]:
+        """The documents of some of the files that hold any text, as many as the limits allow.
+
+        Args and errors: see `documents`.
+        """
+        documents, text_bytes = 0, 0
+        for file in files:
+            for document in read_documents(
+                file,
+                skip_broken_lines=self.skip_broken_lines,
+                log=log,
+                piece_bytes=self.piece_bytes,
+            ):
+                if not document.text:
+                    continue
+                documents += 1
+                text_bytes += len(document.text.encode())
+                if (self.max_documents and documents > self.max_documents) or (
+                    self.max_bytes and text_bytes > self.max_bytes
+                ):
+                    return
+                yield self._named(document)
+
+    def split_of(self, text: str, asked: str) -> str:
+        """The split that a text of the asked split's files belongs to."""
+        if getattr(self, asked) and asked != "train":
+            return asked
+        if not self.validation_fraction and not self.test_fraction:
+            return "train"
+        place = _place(text)
+        return self._moved.get(place) or self._split_at(place)
+
+    def settled(self) -> "TextFiles":
+        """The same, with what `split_of` must read the corpus for found already: a copy in another
+        process doesn't read it again."""
+        if self.validation_fraction or self.test_fraction:
+            _ = self._moved  # kept in the object, and sent along with it
+        return self
 
     def subset_names(self) -> tuple[str, ...]:
         """The subsets' names, sorted: those allowed, or those found in the files of any split."""
         if self.subsets:
             return tuple(self.subsets)
-        read = {split for split in SPLITS if getattr(self, split)}
-        return tuple(sorted({document.subset for s in sorted(read) for document in self._read(s)}))
+        names = {
+            document.subset
+            for split in self.splits_with_files
+            for document in self.read(self.files(split))
+        }
+        return tuple(sorted(names))
 
     def all_files(self) -> list[pathlib.Path]:
         """The files of all splits, sorted, each once."""
         return sorted({file for split in self.splits for file in self.files(split)})
 
-    def sources(self, broken_lines: Mapping[str, int] | None = None) -> list[Mapping[str, Any]]:
-        """Each input file's name, bytes and digest, for the manifest; paths are left out of it.
+    def sources(self) -> list[dict[str, Any]]:
+        """Each input file's name, bytes and digest, as in a manifest."""
+        return [source.as_source() for source in ReadingLog().sources(self.all_files())]
 
-        Args:
-          broken_lines: Lines passed over, by file; recorded where there were any.
+    def refuse_equal_shards(self) -> None:
+        """Where shards are numbered, refuses two of equal content.
+
+        Raises:
+          InputError: Two equal files, named. Only files of equal size are read.
         """
-        broken = broken_lines or {}
-        return [
-            {
-                "file": file.name,
-                "bytes": file.stat().st_size,
-                "digest": file_digest(file),
-                **({"broken_lines": broken[str(file)]} if broken.get(str(file)) else {}),
-            }
-            for file in self.all_files()
-        ]
+        by_size: dict[int, list[pathlib.Path]] = {}
+        for file in self.all_files() if self.numbered else ():
+            by_size.setdefault(file.stat().st_size, []).append(file)
+        for files in by_size.values():
+            seen: dict[str, pathlib.Path] = {}
+            for file in files if len(files) > 1 else ():
+                other = seen.setdefault(file_digest(file), file)
+                if other is not file:
+                    raise InputError(
+                        f"{file} has the same content as {other}, so one of them stands in for "
+                        "another shard: fetch it again."
+                    )
 
     def _expand(self, patterns: Sequence[str]) -> list[pathlib.Path]:
         found: set[pathlib.Path] = set()
@@ -176,25 +243,6 @@ class TextFiles:
             found |= matches
         return sorted(found)
 
-    def _read(self, split: str, broken_lines: Counter[str] | None = None) -> Iterator[Document]:
-        documents, text_bytes = 0, 0
-        for file in self.files(split):
-            for document in read_documents(
-                file,
-                skip_broken_lines=self.skip_broken_lines,
-                broken_lines=broken_lines,
-                piece_bytes=self.piece_bytes,
-            ):
-                if not document.text:
-                    continue
-                documents += 1
-                text_bytes += len(document.text.encode())
-                if (self.max_documents and documents > self.max_documents) or (
-                    self.max_bytes and text_bytes > self.max_bytes
-                ):
-                    return
-                yield self._named(document)
-
     def _named(self, document: Document) -> Document:
         named = document if document.subset else document._replace(subset=self.default_subset)
         if self.subsets and named.subset not in self.subsets:
@@ -207,15 +255,6 @@ class TextFiles:
                 "free."
             )
         return named
-
-    def _split_of(self, text: str, asked: str) -> str:
-        """The split a text of the asked split's files belongs to."""
-        if getattr(self, asked) and asked != "train":
-            return asked
-        if not self.validation_fraction and not self.test_fraction:
-            return "train"
-        place = _place(text)
-        return self._moved.get(place) or self._split_at(place)
 
     def _split_at(self, place: float) -> str:
         if place < self.validation_fraction:
@@ -232,7 +271,7 @@ class TextFiles:
         places: dict[str, set[float]] = {
             split: set() for split in self.splits if split == "train" or not getattr(self, split)
         }
-        for document in self._read("train"):
+        for document in self.read(self.files("train")):
             place = _place(document.text)
             places[self._split_at(place)].add(place)
             if all(places.values()):
@@ -246,6 +285,19 @@ class TextFiles:
                 places[split].add(place)
                 moved[place] = split
         return moved
+
+
+def _refuse_missing_shard(files: Sequence[pathlib.Path]) -> None:
+    """Refuses a gap in the shards' numbers; files whose names are no numbers don't count."""
+    stems = [file.name.partition(".")[0] for file in files]
+    numbers = {int(stem): stem for stem in stems if stem.isdecimal()}
+    for number in range(max(numbers, default=-1)):
+        if number not in numbers:
+            name = f"{number:0{len(numbers[max(numbers)])}d}"
+            raise InputError(
+                f"The shard {name} is missing in {files[0].parent}, which has shards up to "
+                f"{numbers[max(numbers)]}: fetch it."
+            )
 
 
 def _place(text: str) -> float:

@@ -1,26 +1,24 @@
-"""SeqIO tasks over text files: tokenize, append the end of document.
+"""SeqIO tasks over text files or a TFDS dataset: tokenize, append the end of document.
 
-In: TextFiles and a vocabulary. Out: a seqio.Task with features `targets` (int32 ids, the end of
-document last) and `subset` (int64, index of the subset's name). One example is one document; before
-and after:
+In: TextFiles, or a dataset's name, and a vocabulary. Out: a seqio.Task with features `targets`
+(int32 ids, the end of document last) and `subset` (int64, index of the subset's name). One example
+is one document; before and after:
 
     {"targets": "ab", "subset": 3}
     {"targets": [100, 101, 1], "subset": 3}                      with ByteVocabulary
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.quiet_tensorflow import seqio, tf
+from salt_jax.preparation.reading_log import ReadingLog
 from salt_jax.preparation.seqio_adapters import SeqIOVocabulary, SubsetVocabulary
 from salt_jax.preparation.text_files import TextFiles
-
-# Reading text needs no accelerator, and must not take its memory from the process that trains.
-tf.config.set_visible_devices([], "GPU")
 
 
 class TextFilesSource(seqio.FunctionDataSource):
@@ -28,14 +26,14 @@ class TextFilesSource(seqio.FunctionDataSource):
 
     Attributes:
       failure: The error that ended the last reading; TensorFlow passes on no more than its text.
-      broken_lines: Lines passed over, by file.
+      log: What reading found out about the files.
     """
 
     def __init__(self, files: TextFiles | Callable[[], TextFiles]):
         """Takes the files, or a function that gives them when they are first read."""
         self._given = files
         self.failure: InputError | None = None
-        self.broken_lines: Counter[str] = Counter()
+        self.log = ReadingLog()
         splits = files.splits if isinstance(files, TextFiles) else SPLITS
         super().__init__(dataset_fn=self._dataset, splits=splits)
 
@@ -57,7 +55,7 @@ class TextFilesSource(seqio.FunctionDataSource):
 
         def examples() -> Iterator[Mapping[str, Any]]:
             try:
-                for document in self.files.documents(split, self.broken_lines):
+                for document in self.files.documents(split, self.log):
                     yield {"targets": document.text, "subset": index[document.subset]}
             except InputError as error:
                 self.failure = error
@@ -70,42 +68,58 @@ class TextFilesSource(seqio.FunctionDataSource):
         return tf.data.Dataset.from_generator(examples, output_signature=signature)
 
 
-def text_task(
-    name: str,
-    files: TextFiles | Callable[[], TextFiles],
-    vocabulary: Vocabulary | Callable[[], Vocabulary],
-) -> seqio.Task:
-    """A task over text files, not registered.
-
-    Args:
-      name: The task's name.
-      files: The files, or a function that gives them.
-      vocabulary: The vocabulary, or a function that gives it.
-    """
-    return seqio.Task(name, **_parts(files, vocabulary))
-
-
 def register_text_task(
     name: str,
     files: TextFiles | Callable[[], TextFiles],
     vocabulary: Vocabulary | Callable[[], Vocabulary],
 ) -> seqio.Task:
-    """The same, in SeqIO's registry. Given functions, it reads nothing until the task is used."""
-    return seqio.TaskRegistry.add(name, **_parts(files, vocabulary))
+    """A task over text files, in SeqIO's registry.
 
-
-def _parts(
-    files: TextFiles | Callable[[], TextFiles],
-    vocabulary: Vocabulary | Callable[[], Vocabulary],
-) -> dict[str, Any]:
+    Args:
+      name: The task's name.
+      files: The files, or a function that gives them when the task is first used.
+      vocabulary: The vocabulary, or a function that gives it.
+    """
     source = TextFilesSource(files)
+    return seqio.TaskRegistry.add(
+        name,
+        source=source,
+        output_features=_features(vocabulary, source.subset_names),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    )
+
+
+def register_dataset_task(
+    name: str,
+    dataset: str,
+    subsets: Sequence[str],
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+) -> seqio.Task:
+    """The same over a TFDS dataset of {"text", "subset"}, where TFDS finds it (TFDS_DATA_DIR).
+
+    Args:
+      name: The task's name.
+      dataset: With configuration and version, "the_pile/all:1.0.0".
+      subsets: The names that `subset` indexes.
+      vocabulary: The vocabulary, or a function that gives it.
+    """
+    rekey = functools.partial(
+        seqio.preprocessors.rekey, key_map={"targets": "text", "subset": "subset"}
+    )
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.TfdsDataSource(dataset),
+        output_features=_features(vocabulary, subsets),
+        preprocessors=[rekey, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    )
+
+
+def _features(
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+    subsets: Sequence[str] | Callable[[], Sequence[str]],
+) -> dict[str, seqio.Feature]:
+    names = SubsetVocabulary(subsets)
     return {
-        "source": source,
-        "output_features": {
-            "targets": seqio.Feature(SeqIOVocabulary(vocabulary), add_eos=True),
-            "subset": seqio.Feature(
-                SubsetVocabulary(source.subset_names), add_eos=False, dtype=tf.int64, rank=0
-            ),
-        },
-        "preprocessors": [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        "targets": seqio.Feature(SeqIOVocabulary(vocabulary), add_eos=True),
+        "subset": seqio.Feature(names, add_eos=False, dtype=tf.int64, rank=0),
     }

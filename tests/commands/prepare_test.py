@@ -218,6 +218,8 @@ BAD_INPUT = {
     "show": (lambda _: {"show": -1}, "show is -1"),
     "broken line": (lambda c: c.add("{") or {}, r"0\.jsonl, line 81: this is not JSON"),
     "unknown task": (lambda _: {"task": RegisteredTask("none"), "vocabulary": None}, "no task"),
+    "runner": (lambda _: {"runner": "cloud"}, "runner is 'cloud', expected one of local"),
+    "workers": (lambda _: {"workers": 0}, "workers is 0"),
     "verify": (lambda _: {"verify": True}, "cache does not exist"),
     "little text": (lambda _: {"vocabulary": TrainedVocabulary()}, "too little for a vocabulary"),
 }
@@ -324,7 +326,7 @@ def test_two_files_of_one_name_are_no_change(corpus, run, tmp_path):
         prepare(run, task=files, vocabulary=ByteVocabulary())
 
 
-SHOWN_WITHOUT_THE_EXTRA = """
+WITHOUT_THE_EXTRA = """
 import importlib.abc, pathlib, sys
 
 class Missing(importlib.abc.MetaPathFinder):
@@ -341,24 +343,31 @@ from salt_jax.preparation.text_files import TextFiles
 from salt_jax.run_folder import RunFolder
 
 prepare(RunFolder(pathlib.Path(sys.argv[1]), "prepare"), show=1, verify=True)
-files = TextFiles(train=sys.argv[2])
-try:
-    new = RunFolder(pathlib.Path(sys.argv[1]) / "new", "prepare")
-    prepare(new, task=files, vocabulary=ByteVocabulary())
-except InputError as error:
-    print(error)
+new = pathlib.Path(sys.argv[2])
+tasks = [TextFiles(train=pattern) for pattern in sys.argv[3:]]
+for task in [*tasks, registered_task.RegisteredTask("pile", module="salt_jax.tasks.pile")]:
+    vocabulary = ByteVocabulary() if isinstance(task, TextFiles) else None
+    try:
+        prepare(RunFolder(new, "prepare"), task=task, vocabulary=vocabulary, workers=1)
+        print("prepared")
+        (new / "COMPLETED").unlink()
+    except InputError as error:
+        print(error)
 """
 
 
-def test_a_finished_cache_is_shown_without_the_extra(cache, corpus):
-    arguments = [str(cache.path), f"{corpus.folder}/*"]
-    result = subprocess.run(
-        [sys.executable, "-c", SHOWN_WITHOUT_THE_EXTRA, *arguments], capture_output=True, text=True
-    )
+def test_text_and_finished_caches_need_no_extra(cache, corpus, tmp_path):
+    (corpus.folder / "1.jsonl.zst").write_bytes(b"")
+    patterns = [f"{corpus.folder}/{name}" for name in ("*.jsonl", "*.zst")]
+    command = [sys.executable, "-c", WITHOUT_THE_EXTRA, str(cache.path), str(tmp_path / "new")]
+    result = subprocess.run([*command, *patterns], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "train row 0" in result.stdout
-    assert "not installed: pip install 'salt_jax[prepare]'" in result.stdout
-    assert not (cache.path / "new").exists()
+    assert "prepared" in result.stdout
+    for library in ("zstandard for this text", "seqio"):
+        words = f"library {library}, which is not installed: pip install 'salt_jax[prepare]'"
+        assert words in result.stdout
+    assert result.stdout.count("prepared") == 1 + result.stdout.count("nothing was prepared")
 
 
 @pytest.mark.parametrize("text", ["lines", "one line"])

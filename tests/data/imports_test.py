@@ -23,12 +23,13 @@ def test_data_imports_neither_tensorflow_nor_jax():
 
 READING = """
 import sys
-from salt_jax.data.input_pipeline import InputPipeline, RowOrder, in_order
+from salt_jax.data.input_pipeline import InputPipeline, in_order
+from salt_jax.data.row_order import RowOrder
 from salt_jax.data.packed_cache import PackedCache
 
 cache = PackedCache.open(sys.argv[1])
 rows = cache.split("train")
-pipeline = InputPipeline(rows, 4, cache.start_id, RowOrder(None, len(rows), seed=0))
+pipeline = InputPipeline({"cache": rows}, 4, cache.start_id, RowOrder(None, len(rows), seed=0))
 assert [batch["targets"].shape for batch in pipeline.batches(0, 3)] == [(4, 16)] * 3
 assert len(list(in_order(cache.split("test"), 4, cache.start_id))) == 2
 assert cache.vocabulary.decode(rows[0]["targets"])
@@ -46,7 +47,7 @@ def test_reading_batches_brings_no_tensorflow(cache: PackedCache):
 
 
 def test_what_describes_a_corpus_imports_no_tensorflow():
-    names = ["own_text", "packing", "pile", "readers", "registered_task", "text_files"]
+    names = ["cache_building", "own_text", "pile", "registered_task", "runners", "text_files"]
     loaded = _loaded_by(*(f"salt_jax.preparation.{name}" for name in names))
     assert not loaded & {"tensorflow", "seqio", "pyarrow", "zstandard"}
 

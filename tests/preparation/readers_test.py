@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +10,7 @@ import zstandard
 
 from salt_jax.errors import InputError
 from salt_jax.preparation.readers import read_documents
+from salt_jax.preparation.reading_log import ReadingLog
 from salt_jax.preparation.text_files import TextFiles
 
 TEXTS = ["plain", "zwei\nZeilen\r\nund 🙂", "", "x" * 3000]
@@ -99,23 +99,23 @@ def test_a_broken_line_is_named_or_skipped_and_counted(tmp_path, what):
     path = _write(tmp_path / "a.jsonl.zst", LINES + b"\n" + BAD_LINES[what] + b"\n" + LINES)
     with pytest.raises(InputError, match=rf"a\.jsonl\.zst, line 6: .*{what}.*skip_broken_lines"):
         list(read_documents(path))
+    log = ReadingLog()
     for _ in range(2):  # a second reading doesn't count twice
-        broken = Counter()
-        texts = [d.text for d in read_documents(path, skip_broken_lines=True, broken_lines=broken)]
+        texts = [d.text for d in read_documents(path, skip_broken_lines=True, log=log)]
         assert texts == TEXTS + TEXTS
-        assert broken == {str(path): 1}
+        assert log.broken_lines == {str(path): 1}
 
 
 def test_broken_lines_count_though_the_reader_stops_inside_the_file(tmp_path):
     path = _write(tmp_path / "a.jsonl", b"{\n" + LINES + b"{\n" + LINES)
-    broken = Counter()
-    documents = read_documents(path, skip_broken_lines=True, broken_lines=broken)
+    log = ReadingLog()
+    documents = read_documents(path, skip_broken_lines=True, log=log)
     next(documents)
-    assert broken == {str(path): 1}
+    assert log.broken_lines == {str(path): 1}
     files = TextFiles(train=str(path), max_documents=5, skip_broken_lines=True)
-    broken = Counter()
-    assert len(list(files.documents("train", broken))) == 5
-    assert broken == {str(path): 2}
+    log = ReadingLog()
+    assert len(list(files.documents("train", log))) == 5
+    assert log.broken_lines == {str(path): 2}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])

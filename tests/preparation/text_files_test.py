@@ -181,3 +181,37 @@ def test_this_machines_own_text(monkeypatch, tmp_path):
     (tmp_path / "b.md").unlink()
     mine = own_text(validation_fraction=0, test_fraction=0)
     assert [(d.text, d.subset) for d in mine.documents("train")] == [("# Mine\n", "md")]
+
+
+def _pile(folder, *numbers):
+    for number in numbers:
+        path = _write(folder / f"train/{number}.jsonl", [f"shard {number}"], "Github")
+        (folder / f"train/{number}.jsonl.zst").write_bytes(_zstandard(path))
+    for name in ("val", "test"):
+        path = _write(folder / f"{name}.jsonl", [name], "Github")
+        (folder / f"{name}.jsonl.zst").write_bytes(_zstandard(path))
+    return pile_files(str(folder))
+
+
+def test_a_missing_shard_of_the_pile_is_named(tmp_path):
+    files = _pile(tmp_path, "00", "01", "04", "03")
+    with pytest.raises(InputError, match=r"shard 02 is missing in .*train.*shards up to 04"):
+        files.files("train")
+    assert len(files.files("validation")) == 1
+    _pile(tmp_path, "02")
+    assert len(files.files("train")) == 5
+    (tmp_path / "train" / "00.jsonl.zst").unlink()
+    with pytest.raises(InputError, match="shard 00 is missing"):
+        files.files("train")
+
+
+def test_a_shard_that_is_there_twice_is_named(tmp_path):
+    files = _pile(tmp_path, "00", "01", "02")
+    files.refuse_equal_shards()
+    (tmp_path / "train" / "01.jsonl.zst").write_bytes(
+        (tmp_path / "train" / "00.jsonl.zst").read_bytes()
+    )
+    with pytest.raises(InputError, match=r"01\.jsonl\.zst has the same content as .*00\.jsonl"):
+        files.refuse_equal_shards()
+    anything = TextFiles(train=f"{tmp_path}/train/*.zst")
+    anything.refuse_equal_shards()  # files of one's own may well be equal

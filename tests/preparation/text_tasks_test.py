@@ -1,4 +1,4 @@
-"""SeqIO tasks over text: what any SeqIO user gets, and how errors come through TensorFlow."""
+"""SeqIO tasks over text: what any SeqIO user gets."""
 
 import json
 import pathlib
@@ -9,11 +9,9 @@ import seqio
 
 from salt_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
 from salt_jax.errors import InputError
-from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.seqio_adapters import SeqIOVocabulary, vocabulary_of
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.preparation.text_tasks import register_text_task, text_task
-from salt_jax.preparation.tokenized_documents import find_task, read_documents, subset_names
+from salt_jax.preparation.text_tasks import register_text_task
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 
 TEXTS = ["ab", "zwei\n\tZeilen", "né 🙂"]
@@ -38,15 +36,15 @@ def registered():
         seqio.TaskRegistry.remove(name)
 
 
-def test_examples_are_tokens_with_their_end_and_a_subset(path):
-    task = text_task("mine", TextFiles(train=str(path)), VOCABULARY)
+def test_examples_are_tokens_with_their_end_and_a_subset(path, registered):
+    task = register_text_task("mine", TextFiles(train=str(path)), VOCABULARY)
     examples = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
     assert [example["targets"].tolist() for example in examples] == [
         [*VOCABULARY.encode(text), VOCABULARY.eos_id] for text in TEXTS
     ]
     names = task.output_features["subset"].vocabulary.names
     assert [names[example["subset"]] for example in examples] == ["y", "x", "y"]
-    assert subset_names(task) == names == ("x", "y")
+    assert names == ("x", "y")
 
 
 def test_registered_tasks_read_nothing_until_used(path, registered):
@@ -98,51 +96,3 @@ def test_seqios_own_vocabularies_have_counterparts(tmp_path):
         assert ours.encode("a b\n") == list(theirs.encode("a b\n"))
     with pytest.raises(InputError, match="PassThroughVocabulary"):
         vocabulary_of(seqio.PassThroughVocabulary(10), "task")
-
-
-def test_documents_of_a_split(path):
-    task = text_task("mine", TextFiles(train=str(path)), VOCABULARY)
-    documents = read_documents(task, "train", VOCABULARY)
-    assert [tokens.dtype for tokens in documents.tokens] == [np.uint16] * 3
-    assert documents.subsets.tolist() == [1, 0, 1]
-    assert documents.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert len(documents.text_digests) == 3
-
-
-def test_a_task_without_subsets_or_pretokenized_text(registered):
-    import tensorflow as tf
-
-    seqio.TaskRegistry.add(
-        "theirs",
-        source=seqio.FunctionDataSource(
-            lambda split, shuffle_files: tf.data.Dataset.from_tensors({"targets": [100, 101, 1]}),
-            splits=["train"],
-        ),
-        preprocessors=[],
-        output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
-    )
-    task = find_task(RegisteredTask("theirs"))
-    documents = read_documents(task, "train", ByteVocabulary())
-    assert (documents.text_bytes, documents.subsets.tolist()) == (2, [0])
-    assert subset_names(task) == ("theirs",)
-
-
-def test_errors_keep_file_and_line_through_tensorflow(path):
-    path.write_text(path.read_text() + '\n{"text": ')
-    task = text_task("mine", TextFiles(train=str(path), subsets=("x", "y")), VOCABULARY)
-    with pytest.raises(InputError, match=r"a\.jsonl, line 4: this is not JSON"):
-        read_documents(task, "train", VOCABULARY)
-
-
-def test_an_empty_split(path):
-    path.write_text("")
-    task = text_task("mine", TextFiles(train=str(path)), VOCABULARY)
-    with pytest.raises(InputError, match="train split of the task 'mine' is empty"):
-        read_documents(task, "train", VOCABULARY)
-
-
-def test_a_task_that_nobody_registered():
-    with pytest.raises(InputError, match="knows no task 'none'"):
-        find_task(RegisteredTask("none"))
-    with pytest.raises(InputError, match=r"module no_such_module.*cannot be imported"):
-        find_task(RegisteredTask("none", module="no_such_module"))

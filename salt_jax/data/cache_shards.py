@@ -1,0 +1,164 @@
+"""One shard of a packed cache: an ArrayRecord file of rows, written whole or not at all, counted.
+
+In: rows in their order. Out: the file, and what the manifest says of it (ShardCounts). Shards of
+one cache may be written by different processes; `split_info` adds up what they counted.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from salt_jax.data.features import Row
+from salt_jax.data.manifests import file_digest
+from salt_jax.data.row_records import RecordFormat
+
+# The names that `shard_path` gives, and those of shards being written.
+SHARD_FILE = re.compile(r"rows-\d{5,}-of-\d{5,}\.array_record(\.tmp)?")
+
+# One record a group makes reading random; without compression equal rows give equal bytes whatever
+# the version of a compressor, and reading is about twice as fast for 16-bit tokens.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCounts:
+    """A written shard.
+
+    Attributes:
+      rows: Its rows.
+      bytes: Its size.
+      digest: SHA-256 (hex).
+      rows_by_subset: Rows by the subset's name.
+      tokens_by_subset: Tokens with loss weight of those rows.
+    """
+
+    rows: int
+    bytes: int
+    digest: str
+    rows_by_subset: Mapping[str, int]
+    tokens_by_subset: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentCounts:
+    """Documents of one subset of one split.
+
+    Attributes:
+      documents: Those the rows were made from.
+      bytes: UTF-8 bytes of their text, for bits per byte.
+      shared_documents: Left out because another split has their text.
+      duplicate_documents: Whose text an earlier document of the split has; left out where that was
+        asked for.
+    """
+
+    documents: int = 0
+    bytes: int = 0
+    shared_documents: int = 0
+    duplicate_documents: int = 0
+
+    def __add__(self, other: "DocumentCounts") -> "DocumentCounts":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return DocumentCounts(*(own + others for own, others in pairs))
+
+
+def shard_path(folder: pathlib.Path, split: str, index: int, shards: int) -> pathlib.Path:
+    """Where a cache keeps a shard: FOLDER/train/rows-00000-of-00004.array_record."""
+    return folder / split / f"rows-{index:05d}-of-{shards:05d}.array_record"
+
+
+def write_shard(
+    file: pathlib.Path,
+    rows: Iterable[Row],
+    record_format: RecordFormat,
+    subsets: Sequence[str],
+    temporary: pathlib.Path | None = None,
+) -> ShardCounts:
+    """Writes rows in the order given; the file appears under its name only when it is whole.
+
+    Args:
+      file: Where; its folder is made.
+      rows: At least one row.
+      record_format: How a row becomes a record.
+      subsets: Names; a row's subset is an index in them.
+      temporary: Where it lies while it is written, on the same disk; beside `file` unless given.
+
+    Raises:
+      OSError: The disk is full.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary or file.with_name(file.name + ".tmp")
+    row_count: Counter[int] = Counter()
+    token_count: Counter[int] = Counter()
+    with _array_record(temporary) as writer:
+        for row in rows:
+            writer.write(record_format.encode(row))
+            subset = int(row["subset"])
+            row_count[subset] += 1
+            token_count[subset] += int(np.count_nonzero(row["loss_weights"]))
+    assert row_count, f"no rows for {file}"
+    counts = ShardCounts(
+        rows=row_count.total(),
+        bytes=temporary.stat().st_size,
+        digest=file_digest(temporary),
+        rows_by_subset={subsets[index]: count for index, count in row_count.items()},
+        tokens_by_subset={subsets[index]: count for index, count in token_count.items()},
+    )
+    os.replace(temporary, file)
+    return counts
+
+
+def split_info(
+    shards: Mapping[str, ShardCounts], documents: Mapping[str, DocumentCounts]
+) -> dict[str, Any]:
+    """A split's part of the manifest.
+
+    Args:
+      shards: The split's shards by their path in the cache, in the order of their rows.
+      documents: By the subset's name.
+    """
+    names = {*documents, *(name for shard in shards.values() for name in shard.rows_by_subset)}
+
+    def of_subset(name: str) -> dict[str, int]:
+        return {
+            "rows": sum(shard.rows_by_subset.get(name, 0) for shard in shards.values()),
+            "tokens": sum(shard.tokens_by_subset.get(name, 0) for shard in shards.values()),
+            **dataclasses.asdict(documents.get(name, DocumentCounts())),
+        }
+
+    by_subset = {name: of_subset(name) for name in sorted(names)}
+    totals = {key: sum(of[key] for of in by_subset.values()) for key in of_subset("")}
+    return {
+        **totals,
+        "by_subset": by_subset,
+        "shards": [
+            {"file": file, "rows": shard.rows, "bytes": shard.bytes, "digest": shard.digest}
+            for file, shard in shards.items()
+        ],
+    }
+
+
+@contextlib.contextmanager
+def _array_record(file: pathlib.Path) -> Iterator[Any]:
+    """An ArrayRecord file, removed if writing it fails."""
+    writer = array_record_module.ArrayRecordWriter(str(file), _WRITER_OPTIONS)
+    try:
+        try:
+            yield writer
+        finally:
+            writer.close()
+    except BaseException as error:
+        file.unlink(missing_ok=True)
+        # The library says a full disk in words of its own.
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, RuntimeError) and os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(file)) from error
+        raise

@@ -1,0 +1,102 @@
+"""Jobs on Apache Beam: Dataflow, Flink, Spark, or Beam on this machine.
+
+In: a function of a module, jobs that can be pickled, a Beam runner and its options. Out: every job
+done, or the first error among them. The machines must see the input files and the output folder
+under the same paths (a shared disk, a mounted bucket) and have salt_jax installed.
+
+An error that retrying doesn't mend is laid down in a file and raised when the pipeline has ended:
+no runner's own report of it would come back as one sentence.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import apache_beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.dataflow.dataflow_runner import DataflowRuntimeException
+from apache_beam.runners.runner import PipelineState
+
+from salt_jax.errors import InputError, RunFailed
+from salt_jax.preparation.mapping import Progress
+from salt_jax.preparation.work_folder import WorkFolder, digest_of
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guarded:
+    """The function, its errors laid down in files."""
+
+    function: Callable[[Any], Progress]
+    work: WorkFolder
+
+    def __call__(self, job: Any) -> None:
+        try:
+            self.function(job)
+        except (InputError, OSError) as error:
+            failure: list[Any] = [str(error)]
+            if isinstance(error, OSError):
+                failure = [error.errno, error.strerror, error.filename]
+            name = f"failure-{digest_of(failure)[:16]}.json"
+            self.work.write_json(self.work.path / name, {"arguments": failure})
+
+
+def run_on_beam(
+    function: Callable[[Any], Progress],
+    jobs: Sequence[Any],
+    title: str,
+    *,
+    work: WorkFolder,
+    runner: str,
+    options: Sequence[str],
+) -> None:
+    """Calls the function with every job, in one pipeline.
+
+    Args:
+      function: Of a module that the workers have.
+      jobs: Its arguments.
+      title: What they are.
+      work: Where errors are laid down.
+      runner: Beam's name of a runner.
+      options: Beam's own, each "--name=value".
+
+    Raises:
+      InputError: What the function raised, or a runner that Beam cannot start.
+      OSError: What the function raised.
+      RunFailed: The pipeline failed.
+    """
+    print(f"[{runner}] {title}", flush=True)
+    if not jobs:
+        return
+    for failure in work.failures():
+        failure.unlink()
+    try:
+        pipeline = apache_beam.Pipeline(runner, PipelineOptions(list(options)))
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(
+            f"Beam cannot start the runner {runner!r} ({_first_line(error)}): correct "
+            "prepare.prepare.runner or its beam_options."
+        ) from error
+    _ = (
+        pipeline
+        | apache_beam.Create(list(jobs), reshuffle=False)
+        # So that no two jobs are fused into one piece of work.
+        | apache_beam.Reshuffle()
+        | apache_beam.Map(_Guarded(function, work))
+    )
+    try:
+        state = pipeline.run().wait_until_finish()
+    except (RuntimeError, DataflowRuntimeException) as error:
+        raise _failed(_first_line(error)) from error
+    if state != PipelineState.DONE:
+        raise _failed(f"it ended as {state}")
+    for failure in work.failures():
+        arguments = (work.read_json(failure) or {})["arguments"]
+        raise InputError(*arguments) if len(arguments) == 1 else OSError(*arguments)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _failed(why: str) -> RunFailed:
+    return RunFailed(f"Beam's pipeline failed ({why}): run the same command again to go on.")

@@ -1,0 +1,205 @@
+"""What is to be prepared, cut into units of work that don't depend on who does it.
+
+In: text files, or a registered SeqIO task. Out: units, each with documents of its own, in the
+corpus's order; how many buckets each split gets. A unit is a file, several small ones, or a shard
+of a SeqIO source; where the text is limited (max_documents, max_bytes) a split's files are one
+unit.
+
+SeqIO is the definition of what a document's ids are; a unit of text files gives the same ids
+without it, so that preparing text needs no TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from salt_jax.data.packed_cache import SPLITS
+from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.preparation.part_files import TokenizedDocument, token_dtype
+from salt_jax.preparation.reading_log import ReadingLog, SourceFile
+from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.text_files import TextFiles
+
+# Files are put together up to about so much text.
+_UNIT_TEXT_BYTES = 8_000_000
+# Text in a byte of a compressed file, roughly.
+_EXPANSION = {".zst": 4.0, ".gz": 3.0, ".parquet": 3.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextUnit:
+    """Some files of one split.
+
+    Attributes:
+      name: Names its part file.
+      split: Whose own files these are; held-out fractions' documents stand among train's.
+      text: The corpus.
+      paths: The files, in order.
+    """
+
+    name: str
+    split: str
+    text: TextFiles
+    paths: tuple[str, ...]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits its documents may belong to."""
+        return self.text.splits_from(self.split)
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """Its files."""
+        return list(map(pathlib.Path, self.paths))
+
+    def identity(self) -> dict[str, Any]:
+        """What its documents depend on, apart from what stands in the files.
+
+        Whether broken lines are passed over isn't part of it: a file without any gives the same.
+        """
+        identity = dataclasses.asdict(self)
+        del identity["text"]["skip_broken_lines"]
+        return identity
+
+    def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
+        """Its documents, tokenized.
+
+        Raises:
+          InputError: Bad text, with its file and line.
+        """
+        dtype = token_dtype(vocabulary.size)
+        for document in self.text.read(self.files, log):
+            encoded = document.text.encode()
+            yield TokenizedDocument(
+                np.array([*vocabulary.encode(document.text), vocabulary.eos_id], dtype),
+                self.text.split_of(document.text, self.split),
+                document.subset,
+                hashlib.blake2b(encoded, digest_size=16).digest(),
+                len(encoded),
+            )
+
+    def sources(self, log: ReadingLog) -> list[SourceFile]:
+        """Its files as they were read."""
+        return log.sources(self.files)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskUnit:
+    """A shard of a SeqIO task's source.
+
+    Attributes:
+      name: Names its part file.
+      split: The split it is of.
+      task: The task.
+      shard: Which shard.
+      shards: Of how many.
+    """
+
+    name: str
+    split: str
+    task: RegisteredTask
+    shard: int
+    shards: int
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits its documents may belong to."""
+        return (self.split,)
+
+    def identity(self) -> dict[str, Any]:
+        """What its documents depend on, apart from the task itself."""
+        return dataclasses.asdict(self)
+
+    def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
+        """Its documents.
+
+        Raises:
+          InputError: What the task's readers raise, or no such task.
+        """
+        from salt_jax.preparation import seqio_documents
+
+        del log  # the task's own source keeps one
+        task = seqio_documents.find_task(self.task)
+        return seqio_documents.read_documents(task, self.split, vocabulary, self.shard, self.shards)
+
+    def sources(self, log: ReadingLog) -> list[SourceFile]:
+        """The files of the shard, where the task is one of text files."""
+        from salt_jax.preparation import seqio_documents
+
+        del log
+        return seqio_documents.sources(seqio_documents.find_task(self.task), self.split)
+
+
+Unit = TextUnit | TaskUnit
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A corpus, cut up.
+
+    Attributes:
+      units: In the corpus's order.
+      sizes: How large each split is compared to the others, in bytes or shards, test first.
+      subsets: The subsets' names where they are known beforehand.
+      text_bytes: Roughly the bytes of text; 0 where that isn't known.
+    """
+
+    units: tuple[Unit, ...]
+    sizes: Mapping[str, float]
+    subsets: tuple[str, ...] | None = None
+    text_bytes: float = 0
+
+    def buckets(self, shards: int) -> dict[str, int]:
+        """How many shards each split gets: `shards` for train, others in proportion, at least 1."""
+        train = self.sizes["train"] if "train" in self.sizes else max(self.sizes.values())
+        share = {split: round(shards * size / max(train, 1)) for split, size in self.sizes.items()}
+        return {split: max(1, share[split]) for split in SPLITS if split in share}
+
+
+def text_corpus(text: TextFiles) -> Corpus:
+    """The corpus of text files.
+
+    Raises:
+      InputError: What TextFiles raises of its files.
+    """
+    text = text.settled()
+    limited = bool(text.max_documents or text.max_bytes)
+    units: list[Unit] = []
+    sizes: dict[str, float] = {}
+    for split in text.splits_with_files:
+        files = text.files(split)
+        size = sum(map(_text_bytes, files))
+        if text.max_bytes:
+            size = min(size, text.max_bytes)
+        fractions = {"validation": text.validation_fraction, "test": text.test_fraction}
+        held_out = {s: fractions[s] for s in text.splits_from(split) if s != split}
+        sizes |= {s: size * fraction for s, fraction in held_out.items()}
+        sizes[split] = size * (1 - sum(held_out.values()))
+        groups = [files] if limited else _grouped(files)
+        units += [
+            TextUnit(f"{split}-{number:05d}", split, text, tuple(map(str, group)))
+            for number, group in enumerate(groups)
+        ]
+    known = 0.0 if text.max_documents else sum(sizes.values())
+    return Corpus(tuple(units), sizes, tuple(text.subsets) or None, known)
+
+
+def _grouped(files: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
+    """Neighbours put together until they hold enough text for a unit."""
+    groups: list[list[pathlib.Path]] = []
+    held = 0.0
+    for file in files:
+        if not groups or held + _text_bytes(file) > _UNIT_TEXT_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(file)
+        held += _text_bytes(file)
+    return groups
+
+
+def _text_bytes(file: pathlib.Path) -> float:
+    return file.stat().st_size * _EXPANSION.get(file.suffix.lower(), 1.0)

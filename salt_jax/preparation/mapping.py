@@ -1,0 +1,153 @@
+"""The first half of a preparation: a unit's documents, tokenized, into its part file.
+
+In: a MapJob. Out: the part file and its record in the work folder. Jobs share nothing and can run
+anywhere that sees the input files and the work folder, twice too; memory holds a block of a file
+and a block of tokens.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from salt_jax.data.durable_files import whole_file
+from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.corpora import TextUnit, Unit
+from salt_jax.preparation.part_files import PartWriter, token_dtype
+from salt_jax.preparation.reading_log import ReadingLog, SourceFile
+from salt_jax.preparation.work_folder import WorkFolder
+
+
+class Progress(NamedTuple):
+    """What a finished job has done.
+
+    Attributes:
+      documents: It read so many.
+      tokens: Of so many tokens.
+    """
+
+    documents: int
+    tokens: int
+
+
+# Calls a function with every one of its jobs, which share nothing, in any order and anywhere, more
+# than once perhaps; jobs are given with a title and the number of those finished before.
+RunJobs = Callable[[Callable[[Any], Progress], Sequence[Any], str, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class MapJob:
+    """A unit to map.
+
+    Attributes:
+      unit: The unit.
+      work: Where its part file goes, and where the vocabulary is.
+      buckets: Buckets of each split.
+      fingerprint: The vocabulary's.
+    """
+
+    unit: Unit
+    work: WorkFolder
+    buckets: Mapping[str, int]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedUnit:
+    """The record of a finished unit.
+
+    Attributes:
+      part_bytes: Size of its part file.
+      subsets: Subsets' names, in the order in which they appeared.
+      documents: Documents by split.
+      tokens: Tokens by split.
+      sources: Its input files as they were read.
+    """
+
+    part_bytes: int
+    subsets: tuple[str, ...]
+    documents: Mapping[str, int]
+    tokens: Mapping[str, int]
+    sources: tuple[SourceFile, ...]
+
+
+def map_unit(job: MapJob) -> Progress:
+    """Tokenizes a unit's documents into its part file, then writes its record.
+
+    A document goes to a bucket of its split by the digest of its text, so that equal texts meet.
+
+    Raises:
+      InputError: Bad text, with its file and line; a library that the file's format needs is
+        missing; a file that changed while it was read.
+      OSError: The disk is full.
+    """
+    vocabulary = _vocabulary(job.work.vocabulary, job.fingerprint)
+    first = first_buckets(job.buckets)
+    log = ReadingLog()
+    subsets: dict[str, int] = {}
+    documents: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    with (
+        whole_file(job.work.part(job.unit.name)) as file,
+        needed_libraries(),
+    ):
+        part = PartWriter(file, sum(job.buckets.values()), token_dtype(vocabulary.size))
+        for document in job.unit.documents(vocabulary, log):
+            split = document.split
+            bucket = int.from_bytes(document.digest[:8]) % job.buckets[split]
+            subset = subsets.setdefault(document.subset, len(subsets))
+            part.add(first[split] + bucket, document, subset)
+            documents[split] += 1
+            tokens[split] += len(document.tokens)
+        part.finish()
+        part_bytes = file.tell()
+    sources = tuple(job.unit.sources(log))
+    record = MappedUnit(part_bytes, tuple(subsets), dict(documents), dict(tokens), sources)
+    job.work.write_json(job.work.unit_record(job.unit.name), dataclasses.asdict(record))
+    return Progress(documents.total(), tokens.total())
+
+
+def first_buckets(buckets: Mapping[str, int]) -> dict[str, int]:
+    """The number of each split's first bucket among those of all splits."""
+    names = list(buckets)
+    return {name: sum(buckets[other] for other in names[:at]) for at, name in enumerate(names)}
+
+
+def mapped_unit(work: WorkFolder, unit: Unit) -> MappedUnit | None:
+    """The record of a unit, None where it isn't finished."""
+    record = work.read_json(work.unit_record(unit.name))
+    part = work.part(unit.name)
+    if record is None or not part.exists() or part.stat().st_size != record["part_bytes"]:
+        return None
+    sources = tuple(SourceFile(**source) for source in record.pop("sources"))
+    mapped = MappedUnit(sources=sources, **record)
+    refused = isinstance(unit, TextUnit) and not unit.text.skip_broken_lines
+    return None if refused and any(source.broken_lines for source in sources) else mapped
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(folder: pathlib.Path, fingerprint: str) -> Vocabulary:
+    """Kept between the jobs of a process."""
+    vocabulary = load_vocabulary(folder)
+    assert vocabulary.fingerprint == fingerprint, f"{folder} holds another vocabulary"
+    return vocabulary
+
+
+@contextlib.contextmanager
+def needed_libraries() -> Iterator[None]:
+    """Says in a sentence which library a file's format needs.
+
+    Raises:
+      InputError: It isn't installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"`salt prepare` needs the library {error.name} for this text, which is not installed: "
+            "pip install 'salt_jax[prepare]'."
+        ) from error

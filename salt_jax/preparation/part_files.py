@@ -1,0 +1,145 @@
+"""Tokenized documents on their way from the files they stand in to the buckets they go to.
+
+In: a unit's documents in their order, each with its bucket. Out: one file from which a bucket's
+documents are read without the others, in their order. Memory holds one block of documents; a file
+is as long as its unit.
+
+Documents are gathered to blocks; in a block those of a bucket lie together, as a *slice*: D records
+(32 bytes each) and then their tokens. The file ends with the places of all slices by bucket, so
+that a bucket costs one look-up and a read for each block. Little-endian:
+
+    slice …                      D × RECORD | T × token (u16, or u32)
+    places of slices, by bucket  RUN each
+    u64[buckets + 1]             where each bucket's places begin
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+# A block is as large as makes slices of about this many bytes.
+_SLICE_BYTES = 64 * 1024
+_LEAST_BLOCK_BYTES = 4 * 1024 * 1024
+
+RECORD = np.dtype([("digest", "S16"), ("text_bytes", "<u8"), ("tokens", "<u4"), ("subset", "<u4")])
+_RUN = np.dtype([("offset", "<u8"), ("documents", "<u8"), ("tokens", "<u8")])
+
+
+class TokenizedDocument(NamedTuple):
+    """A document of a unit.
+
+    Attributes:
+      tokens: int[T], its token ids, the end of document included.
+      split: The split it belongs to.
+      subset: Its subset's name.
+      digest: 16 bytes that stand for its text.
+      text_bytes: UTF-8 bytes of its text.
+    """
+
+    tokens: np.ndarray
+    split: str
+    subset: str
+    digest: bytes
+    text_bytes: int
+
+
+class Slice(NamedTuple):
+    """A stretch of a bucket's documents.
+
+    Attributes:
+      records: RECORD[D], one a document; `subset` is an index in the unit's names.
+      tokens: int[T], their tokens, one document after another.
+    """
+
+    records: np.ndarray
+    tokens: np.ndarray
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """The type of a token in a part file."""
+    return np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
+
+
+class PartWriter:
+    """Writes a part file."""
+
+    def __init__(self, file: BinaryIO, buckets: int, dtype: np.dtype):
+        """Begins a file.
+
+        Args:
+          file: Open for writing, empty.
+          buckets: How many.
+          dtype: Of a token.
+        """
+        self._file = file
+        self._buckets = buckets
+        self._dtype = dtype
+        self._block_limit = max(_LEAST_BLOCK_BYTES, _SLICE_BYTES * buckets)
+        self._runs: list[tuple[int, int, int, int]] = []  # bucket, and a _RUN
+        self._clear()
+
+    def add(self, bucket: int, document: TokenizedDocument, subset: int) -> None:
+        """Adds a document.
+
+        Args:
+          bucket: Where it goes.
+          document: The document.
+          subset: Index of its subset's name.
+        """
+        records, tokens = self._block.setdefault(bucket, ([], []))
+        tokens.append(document.tokens.astype(self._dtype))
+        size = len(document.tokens)
+        records.append((document.digest, document.text_bytes, size, subset))
+        self._block_bytes += RECORD.itemsize + tokens[-1].nbytes
+        if self._block_bytes >= self._block_limit:
+            self._write_block()
+
+    def finish(self) -> None:
+        """Writes what is left, and the places."""
+        self._write_block()
+        bucket_R = np.array([bucket for bucket, *_ in self._runs], np.int64)
+        runs = np.array([tuple(run) for _, *run in self._runs], _RUN)
+        order_R = np.argsort(bucket_R, kind="stable")
+        self._file.write(runs[order_R].tobytes())
+        starts = np.searchsorted(bucket_R[order_R], np.arange(self._buckets + 1))
+        self._file.write(starts.astype("<u8").tobytes())
+
+    def _write_block(self) -> None:
+        for bucket, (records, tokens) in sorted(self._block.items()):
+            place = self._file.tell(), len(records), sum(map(len, tokens))
+            self._runs.append((bucket, *place))
+            self._file.write(np.array(records, RECORD).tobytes())
+            self._file.write(np.concatenate(tokens).tobytes())
+        self._clear()
+
+    def _clear(self) -> None:
+        self._block: dict[int, tuple[list[tuple[bytes, int, int, int]], list[np.ndarray]]] = {}
+        self._block_bytes = 0
+
+
+def read_bucket(
+    file: pathlib.Path, bucket: int, buckets: int, dtype: np.dtype, *, tokens: bool = True
+) -> Iterator[Slice]:
+    """A bucket's documents, slice by slice, in the unit's order.
+
+    Args:
+      file: A part file.
+      bucket: Which.
+      buckets: How many the file was written with.
+      dtype: Of a token.
+      tokens: Whether to read tokens; without, a slice has none.
+    """
+    with open(file, "rb") as part:
+        part.seek(-8 * (buckets + 1), os.SEEK_END)
+        starts_at = part.tell()
+        starts = np.frombuffer(part.read(), "<u8").astype(np.int64)
+        part.seek(starts_at + int(starts[bucket] - starts[-1]) * _RUN.itemsize)
+        count = int(starts[bucket + 1] - starts[bucket])
+        for run in np.frombuffer(part.read(count * _RUN.itemsize), _RUN):
+            part.seek(int(run["offset"]))
+            records_D = np.frombuffer(part.read(int(run["documents"]) * RECORD.itemsize), RECORD)
+            token_bytes = int(run["tokens"]) * dtype.itemsize if tokens else 0
+            yield Slice(records_D, np.frombuffer(part.read(token_bytes), dtype))

@@ -1,0 +1,130 @@
+"""What reading the input files finds out about them on the way: digests and broken lines.
+
+In: files, opened through the log. Out: each one's size, SHA-256 and count of lines passed over, for
+the manifest, without a second reading; and its time of change, by which a later start notices that
+it is another file now.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+from salt_jax.data.manifests import file_digest
+from salt_jax.errors import InputError
+
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """An input file as it was read.
+
+    Attributes:
+      path: Where.
+      bytes: Its size.
+      changed_ns: Its time of change, in nanoseconds.
+      digest: SHA-256 (hex).
+      broken_lines: Lines passed over.
+    """
+
+    path: str
+    bytes: int
+    changed_ns: int
+    digest: str
+    broken_lines: int = 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file still has the size and the time of change that it was read with."""
+        try:
+            return state_of(self.path) == (self.bytes, self.changed_ns)
+        except OSError:
+            return False
+
+    def as_source(self) -> dict[str, Any]:
+        """What a manifest records: the name without its folder, bytes, digest, and broken lines
+        where there were any."""
+        broken = {"broken_lines": self.broken_lines} if self.broken_lines else {}
+        name = os.path.basename(self.path)
+        return {"file": name, "bytes": self.bytes, "digest": self.digest, **broken}
+
+
+def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """A file's size and time of change, in nanoseconds."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+class ReadingLog:
+    """Digests of files while they are read.
+
+    Attributes:
+      broken_lines: Lines passed over, by file.
+    """
+
+    def __init__(self) -> None:
+        self.broken_lines: Counter[str] = Counter()
+        self._files: dict[str, _DigestedFile] = {}
+
+    def open(self, path: pathlib.Path) -> BinaryIO:
+        """Opens a file that will be read from its beginning to its end."""
+        self._files[str(path)] = _DigestedFile(path)
+        return io.BufferedReader(self._files[str(path)], _BUFFER_BYTES)
+
+    def sources(self, paths: Iterable[pathlib.Path]) -> list[SourceFile]:
+        """The files as they were read; what was not read to its end is digested now.
+
+        Raises:
+          InputError: A file changed while it was read.
+        """
+        return [self._source(path) for path in paths]
+
+    def _source(self, path: pathlib.Path) -> SourceFile:
+        file = self._files.get(str(path))
+        state = file.state if file else state_of(path)
+        digest = file.digest if file else None
+        source = SourceFile(
+            str(path), *state, digest or file_digest(path), self.broken_lines[str(path)]
+        )
+        if not source.unchanged:
+            raise InputError(
+                f"{path} changed while it was read: wait until it is whole, and run the same "
+                "command again."
+            )
+        return source
+
+
+class _DigestedFile(io.RawIOBase):
+    """A file that is digested as it is read.
+
+    Attributes:
+      state: Size and time of change when it was opened.
+      digest: SHA-256 (hex) once it was read to its end.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._sha256 = hashlib.sha256()
+        status = os.fstat(self._file.fileno())
+        self.state = (status.st_size, status.st_mtime_ns)
+        self.digest: str | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        assert count is not None, "a file on a disk never keeps its reader waiting"
+        self._sha256.update(memoryview(buffer)[:count])
+        if not count:
+            self.digest = self._sha256.hexdigest()
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

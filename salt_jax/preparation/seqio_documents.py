@@ -1,0 +1,145 @@
+"""Documents of a registered SeqIO task, shard by shard.
+
+In: a task's name, a split, a shard. Out: every document's ids, subset and digest of its text, in
+the task's unshuffled order. Memory holds what SeqIO holds of a shard.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from salt_jax.data.packed_cache import SPLITS
+from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.corpora import Corpus, TaskUnit
+from salt_jax.preparation.part_files import TokenizedDocument
+from salt_jax.preparation.quiet_tensorflow import seqio, tf
+from salt_jax.preparation.reading_log import SourceFile
+from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.seqio_adapters import SubsetVocabulary, vocabulary_of
+from salt_jax.preparation.text_tasks import TextFilesSource
+
+
+def find_task(task: RegisteredTask) -> seqio.Task:
+    """The task of that name in SeqIO's registry.
+
+    Raises:
+      InputError: The module cannot be found, or no such task is registered.
+    """
+    if task.module:
+        try:
+            importlib.import_module(task.module)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"The module {task.module} of RegisteredTask.module cannot be imported ({error}): "
+                "correct the name, or put its folder on PYTHONPATH."
+            ) from error
+    if task.name not in seqio.TaskRegistry.names():
+        names = ", ".join(sorted(seqio.TaskRegistry.names())) or "none"
+        raise InputError(
+            f"SeqIO knows no task {task.name!r}, it knows {names}: correct RegisteredTask.name, or "
+            "set RegisteredTask.module to the module that registers it."
+        )
+    return seqio.TaskRegistry.get(task.name)
+
+
+def task_vocabulary(task: RegisteredTask, given: Vocabulary | None) -> Vocabulary:
+    """The vocabulary of a task's targets.
+
+    Args:
+      task: The task.
+      given: None, or one that must equal it.
+
+    Raises:
+      InputError: No such task, a vocabulary of an unknown kind, or another one given.
+    """
+    own = vocabulary_of(find_task(task).output_features["targets"].vocabulary, task.name)
+    if given is not None and given != own:
+        raise InputError(
+            f"The vocabulary given is {given}, SeqIO's task {task.name!r} has {own}: "
+            "leave prepare.prepare.vocabulary unset, or change the task's."
+        )
+    return own
+
+
+def task_corpus(task: RegisteredTask) -> Corpus:
+    """The task's splits, cut up as its source is.
+
+    Raises:
+      InputError: No such task, or none of the splits that a cache has.
+    """
+    registered = find_task(task)
+    units, sizes = [], {}
+    # The source's, since a task without any raises an error of SeqIO's own.
+    for split in [split for split in SPLITS if split in registered.source.splits]:
+        shards = len(registered.source.list_shards(split))
+        sizes[split] = float(shards)
+        units += [
+            TaskUnit(f"{split}-{shard:05d}", split, task, shard, shards) for shard in range(shards)
+        ]
+    if not units:
+        raise InputError(
+            f"SeqIO's task {task.name!r} has none of the splits {', '.join(SPLITS)}: build its "
+            "dataset first (`tfds build`; TFDS_DATA_DIR says where it lies), or correct the task."
+        )
+    return Corpus(tuple(units), sizes, subset_names(registered))
+
+
+def subset_names(task: seqio.Task) -> tuple[str, ...]:
+    """The names that the task's `subset` indexes; the task's own name where it has none."""
+    feature = task.output_features.get("subset")
+    if feature is None:
+        return (task.name,)
+    if isinstance(feature.vocabulary, SubsetVocabulary):
+        return feature.vocabulary.names
+    return tuple(f"subset {index}" for index in range(feature.vocabulary.vocab_size))
+
+
+def read_documents(
+    task: seqio.Task, split: str, vocabulary: Vocabulary, shard: int = 0, shards: int = 1
+) -> Iterator[TokenizedDocument]:
+    """Documents of one shard of a split; those without any token are left out.
+
+    Args:
+      task: The task.
+      split: One of its splits.
+      vocabulary: The vocabulary of its targets.
+      shard: Which shard of its source.
+      shards: Of how many.
+
+    Raises:
+      InputError: What the files' readers raise.
+    """
+    names = subset_names(task)
+    dataset = task.get_dataset(
+        sequence_length=None,
+        split=split,
+        shuffle=False,
+        shard_info=seqio.ShardInfo(shard, shards) if shards > 1 else None,
+        try_in_mem_cache=False,
+    )
+    try:
+        for example in dataset.as_numpy_iterator():
+            ids_T = np.asarray(example["targets"])
+            if "targets_pretokenized" in example:
+                text = example["targets_pretokenized"]
+            else:
+                text = vocabulary.decode(ids_T.tolist()).encode()
+            if len(ids_T):
+                subset = names[int(example.get("subset", 0))]
+                digest = hashlib.blake2b(text, digest_size=16).digest()
+                yield TokenizedDocument(ids_T, split, subset, digest, len(text))
+    except tf.errors.OpError as error:
+        failure = getattr(task.source, "failure", None)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def sources(task: seqio.Task, split: str) -> list[SourceFile]:
+    """The files of a split that was read, where the task is one of text files."""
+    if not isinstance(task.source, TextFilesSource):
+        return []
+    return task.source.log.sources(task.source.files.files(split))

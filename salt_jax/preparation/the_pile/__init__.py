@@ -1,0 +1,1 @@
+"""The Pile as a TFDS dataset: `tfds build` in this folder makes it."""

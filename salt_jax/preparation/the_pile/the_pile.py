@@ -1,0 +1,99 @@
+"""The Pile as a TFDS dataset, `the_pile`: text, and the subset as a ClassLabel.
+
+In: the release's files under manual_dir, train/00…29.jsonl.zst, val.jsonl.zst and test.jsonl.zst.
+Out: TFRecord files that SeqIO's TfdsDataSource reads, one for each file of the release, in its
+order, with the splits train, validation and test. Builder configs: `all`, and one for each of the
+22 subsets.
+
+    tfds build --config=all --manual_dir=PILE --data_dir=DATA
+
+goes through the files one after another. With Apache Beam, files are read side by side:
+
+    tfds build … --beam_pipeline_options="runner=DirectRunner,direct_running_mode=multi_processing,\
+direct_num_workers=16"
+
+The train files are understood to hold the release's upsampled text; so does this dataset.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from salt_jax.preparation.pile import PILE_SUBSETS, pile_examples, pile_files, pile_slug
+
+_HOMEPAGE = "https://pile.eleuther.ai/"
+_CITATION = """\
+@article{pile,
+  title={The {P}ile: An 800GB Dataset of Diverse Text for Language Modeling},
+  author={Gao, Leo and Biderman, Stella and Black, Sid and Golding, Laurence and Hoppe, Travis and
+    Foster, Charles and Phang, Jason and He, Horace and Thite, Anish and Nabeshima, Noa and
+    Presser, Shawn and Leahy, Connor},
+  journal={arXiv preprint arXiv:2101.00027},
+  year={2020}
+}
+"""
+
+
+class ThePile(tfds.core.ShardBasedBuilder):
+    """The Pile: text and subset of each document, in the release's order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: Mapping[str, str] = {"1.0.0": "The release's files as they are."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "manual_dir must hold the Pile's release: train/00.jsonl.zst and so on, val.jsonl.zst and "
+        "test.jsonl.zst."
+    )
+    BUILDER_CONFIGS: Sequence[tfds.core.BuilderConfig] = [
+        tfds.core.BuilderConfig(name="all", description="All 22 subsets."),
+        *(
+            tfds.core.BuilderConfig(name=pile_slug(subset), description=f"{subset} alone.")
+            for subset in PILE_SUBSETS
+        ),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "text": tfds.features.Text(),
+            "subset": tfds.features.ClassLabel(names=list(PILE_SUBSETS)),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="825 GiB of text from 22 sources; the train files hold some of it twice or "
+            "three times, as the Pile's authors weighted it.",
+            features=tfds.features.FeaturesDict(features),
+            homepage=_HOMEPAGE,
+            citation=_CITATION,
+        )
+
+    def _download_and_prepare(
+        self,
+        dl_manager: tfds.download.DownloadManager,
+        download_config: tfds.download.DownloadConfig | None = None,
+    ) -> None:
+        """Takes the runner out of Beam's options: TFDS hands a builder of shards to Beam only where
+        a runner is given apart."""
+        config = download_config or tfds.download.DownloadConfig()
+        if config.beam_options is not None and config.beam_runner is None:
+            from apache_beam.options.pipeline_options import StandardOptions
+            from apache_beam.runners.runner import create_runner
+
+            name = config.beam_options.view_as(StandardOptions).runner or "DirectRunner"
+            config = dataclasses.replace(config, beam_runner=create_runner(name))
+        super()._download_and_prepare(dl_manager, config)
+
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> Mapping[str, Sequence[Any]]:
+        files = pile_files(str(dl_manager.manual_dir))
+        files.refuse_equal_shards()
+        subsets = {pile_slug(subset): subset for subset in PILE_SUBSETS}
+        only = subsets.get(self.builder_config.name)
+        return {
+            split: [
+                functools.partial(pile_examples, files, path, only) for path in files.files(split)
+            ]
+            for split in files.splits
+        }

@@ -1,0 +1,59 @@
+"""The log of a reading: the digest comes on the way, and a change is noticed."""
+
+import gzip
+import json
+import os
+
+import pytest
+import zstandard
+
+from salt_jax.data.manifests import file_digest
+from salt_jax.errors import InputError
+from salt_jax.preparation import reading_log
+from salt_jax.preparation.readers import read_documents
+from salt_jax.preparation.reading_log import ReadingLog, state_of
+
+LINES = "".join(json.dumps({"text": f"{n} " * 50}) + "\n" for n in range(4000)).encode()
+PACKED = {
+    "a.txt": LINES,
+    "a.jsonl": LINES,
+    "a.jsonl.gz": gzip.compress(LINES),
+    "a.jsonl.zst": zstandard.ZstdCompressor().compress(LINES),
+}
+
+
+@pytest.fixture
+def path(tmp_path, request):
+    (tmp_path / request.param).write_bytes(PACKED[request.param])
+    return tmp_path / request.param
+
+
+@pytest.mark.parametrize("path", PACKED, indirect=True)
+@pytest.mark.parametrize("to_the_end", [True, False])
+def test_a_file_is_digested_while_it_is_read(path, monkeypatch, to_the_end):
+    log = ReadingLog()
+    documents = read_documents(path, log=log, piece_bytes=1000)
+    count = len(list(documents)) if to_the_end else len([next(documents)])
+    documents.close()
+    expected = file_digest(path)
+    if to_the_end:
+        monkeypatch.setattr(reading_log, "file_digest", None)  # not to be read a second time
+        assert count > 100
+    (source,) = log.sources([path])
+    assert (source.path, source.digest) == (str(path), expected)
+    assert (source.bytes, source.changed_ns) == state_of(path)
+    assert source.as_source() == {"file": path.name, "bytes": source.bytes, "digest": expected}
+
+
+@pytest.mark.parametrize("path", ["a.jsonl"], indirect=True)
+def test_a_change_is_noticed(path):
+    log = ReadingLog()
+    list(read_documents(path, log=log))
+    (source,) = log.sources([path])
+    assert source.unchanged
+    os.utime(path, ns=(0, source.changed_ns + 1))
+    assert not source.unchanged
+    with pytest.raises(InputError, match=r"a\.jsonl changed while it was read"):
+        log.sources([path])
+    path.unlink()
+    assert not source.unchanged
