@@ -1,12 +1,13 @@
-"""Scoring over forward-only: what the top k and the median cost beside the model.
+"""Scoring over forward-only: what several k and their medians cost beside the model.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --embed_dim 80 --layers 3 --heads 4 --mlp_dim 240 --vocab 4096 \\
         --batch 32 --length 128
+    python benchmarks/scoring.py --k 10
 
-One side is the program of `salt score`; the other the forward pass alone, up to the mean
--log p of the batch, which is all that a validation loss needs (the chunked loss without a
-gradient). Same model, batch and chunks.
+One side is the program of `salt score`, all columns of all k; the other the forward pass alone, up
+to the mean -log p of the batch, which is all that a validation loss needs (the chunked loss without
+a gradient). Same model, batch and chunks.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     params = jax.jit(lambda key: nn.unbox(decoder.init_params(config, key)))(jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(flags.dtype), params)
     batch = make_batch((flags.batch, flags.length), flags.vocab, mesh)
-    score = scoring_program(config, scores.ScoreConfig(), mesh, rules, flags.chunk_tokens)
+    ks = scores.checked_ks(flags.k)
+    score = scoring_program(config, ks, mesh, rules, flags.chunk_tokens)
     programs = {"forward": forward_program(config, flags.chunk_tokens), "scoring": score}
 
     def side(program: Any) -> Any:
@@ -91,6 +93,7 @@ def main() -> None:
         **{"batch": 8, "length": 512, "chunk_tokens": 128},
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--k", type=int, nargs="+", default=[5, 10, 20], help="each k scored")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--attention", default="xla")
     flags = parser.parse_args()

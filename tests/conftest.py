@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 import pathlib
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,9 @@ import pytest
 
 from salt_jax.data import features
 from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScores, RowScoresWriter
 from salt_jax.data.vocabularies import ByteVocabulary
+from salt_jax.distill.scores import column_names
 from salt_jax.training.compilation import use_compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,6 +49,51 @@ def make_cache(
 def cache(make_cache: Callable[..., PackedCache]) -> PackedCache:
     """A small cache with train, validation and test splits and two subsets."""
     return make_cache()
+
+
+@pytest.fixture(scope="session")
+def write_scores() -> Callable[..., RowScores]:
+    """Writes scores given by hand: the medians of every k; other columns may be given too."""
+
+    def write(
+        folder: pathlib.Path,
+        scores_N: np.ndarray,
+        *,
+        cache_digest: str,
+        split: str = "train",
+        ks: tuple[int, ...] = (10,),
+        shard_rows: int = 7,
+        cost: dict[str, Any] | None = None,
+        scorer: dict[str, Any] | None = None,
+        columns: dict[str, np.ndarray] | None = None,
+    ) -> RowScores:
+        scores_N = np.asarray(scores_N, np.float32)
+        names = column_names(ks)
+        every = {
+            **dict.fromkeys(names, scores_N),
+            **{name: np.ones_like(scores_N) for name in names if name.startswith("learnable")},
+            SUBSET: np.zeros(len(scores_N), np.uint16),
+            TARGETS_HASH: np.arange(len(scores_N), dtype=np.uint64),
+            **(columns or {}),
+        }
+        writer = RowScoresWriter(
+            folder,
+            cache_digest=cache_digest,
+            split=split,
+            rows=len(scores_N),
+            scorer=scorer or {"path": "slm", "step": 100, "digest": "d" * 64},
+            ks=ks,
+            columns=names,
+            shard_rows=shard_rows,
+        )
+        writer.begin()
+        for shard in writer.shards.unfinished():
+            part = slice(shard.rows.start, shard.rows.stop)
+            columns_n = {name: values[part] for name, values in every.items()}
+            writer.write(shard, columns_n, {"seconds": 1.0, "workers": 1})
+        return writer.complete(cost)
+
+    return write
 
 
 def write_cache(

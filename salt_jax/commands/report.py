@@ -7,23 +7,17 @@ Out: index.html, its plots as PNG files, and summary.json with the same results 
 import datetime
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table as TerminalTable
-from rich.text import Text
-
 from salt_jax import __version__
 from salt_jax.errors import InputError
 from salt_jax.reporting import page
 from salt_jax.reporting.runs import Material, Origin, read_folders
 from salt_jax.reporting.sections import compose
 from salt_jax.reporting.seeds import REFERENCE
-from salt_jax.reporting.tables import Table
+from salt_jax.reporting.terminal import print_table
 from salt_jax.run_folder import RunFolder, write_atomically
 
 POSITIONAL = "runs"
 PAGE_FILE = "index.html"
-WIDTH_OFF_TERMINAL = 120
 
 
 def report(
@@ -72,11 +66,9 @@ def report(
             **composed.numbers,
         }
     )
-    # Into a file or a pipe there is no width to keep to, and folded figures are hard to read.
-    console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
     for table in composed.tables:
-        _print_table(console, table)
-    console.print(f"The page: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
+        print_table(table)
+    print(f"The page: {path.resolve()}")
 
 
 def _origins(material: Material) -> list[tuple[str, Origin]]:
@@ -85,17 +77,3 @@ def _origins(material: Material) -> list[tuple[str, Origin]]:
         *((f"scores: {one.origin.path.name}", one.origin) for one in material.scores),
         *((f"selection: {one.name}", one.origin) for one in material.selections),
     ]
-
-
-def _print_table(console: Console, table: Table) -> None:
-    """Shows a table of the page on the terminal; names are shown as they are, never as markup."""
-    shown = TerminalTable(
-        title=Text(table.title, style="bold"), title_justify="left", box=SIMPLE_HEAD
-    )
-    for index, name in enumerate(table.columns):
-        shown.add_column(Text(name), justify="right" if index else "left", no_wrap=not index)
-    for row in table.rows:
-        shown.add_row(*map(Text, row))
-    console.print(shown)
-    if table.note:
-        console.print(Text(table.note, style="dim"))

@@ -1,16 +1,38 @@
-"""`salt select`: the rows for stage 1: the highest scores, or as many at random.
+"""`salt select`: the rows for stage 1: the highest scores, or as many at random; and their audit.
 
 The selection is a list of row ids with a manifest that says what made it; `salt train
---selection=FOLDER` reads those rows in stage 1.
+--selection=FOLDER` reads those rows in stage 1. The audit, a table here, audit.json and a part of
+`salt report`, says what was taken and what was left: by subset, beside other selections, and in
+rows to be read.
 """
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from salt_jax.data import durable_files
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.data.row_scores import RowScores, Selection
-from salt_jax.distill import selection
+from salt_jax.data.row_scores import (
+    AUDIT_FILE,
+    SUBSET,
+    TARGETS_HASH,
+    RowScores,
+    Selection,
+    targets_hash,
+)
+from salt_jax.data.row_text import row_as_text
+from salt_jax.distill import selection, selection_audit
+from salt_jax.distill.scores import LOG_PERPLEXITY, ScoreConfig
 from salt_jax.errors import InputError
+from salt_jax.reporting.selection_audit import audit_tables
+from salt_jax.reporting.terminal import print_table
 from salt_jax.run_folder import RunFolder
+
+# Rows of a selection without scores that are read from the cache for its audit.
+_MOST_ROWS_READ = 200_000
 
 
 def select(
@@ -20,6 +42,12 @@ def select(
     rule: selection.SelectionRule,
     scores: str | None = None,
     split: str = "train",
+    k: int | None = None,
+    statistic: str = "median",
+    unlearnable: str = "drop",
+    min_learnable_fraction: float = 0.0,
+    allow_nan: bool = False,
+    compare: Sequence[str] = (),
 ) -> None:
     """Picks rows of a cache.
 
@@ -27,63 +55,219 @@ def select(
       run: The folder for row_ids.npy and its manifest.
       cache: The packed cache.
       rule: selection.TopRows, TopFraction, Threshold, or RandomRows as the control.
-      scores: A folder made by `salt score`; not needed for RandomRows.
+      scores: A folder made by `salt score`; RandomRows doesn't need it, but has a fuller audit.
       split: Which rows, where there are no scores to say so.
+      k: Which of the scores' k, where they are of several.
+      statistic: A row's score: "median" (METHOD's S) or "mean" of its learnable tokens' losses, or
+        "perplexity", the mean loss of all its tokens.
+      unlearnable: What becomes of the others in the median: "drop", or "zero" to count them as 0.
+      min_learnable_fraction: Rows with a smaller share of learnable tokens are not selected.
+      allow_nan: Whether to go on where some scores are NaN; such rows are never selected.
+      compare: Folders of other selections of the cache (another k, another checkpoint): how much
+        they share with this one.
 
     Raises:
-      InputError: Scores of another cache, or a rule that asks for more rows than there are.
+      InputError: Scores of another cache, of another k, or NaN; or a rule that asks for more rows
+        than there are.
     """
     packed = PackedCache.open(cache)
-    is_random = isinstance(rule, selection.RandomRows)
-    if is_random:
-        row_scores = None
-        scores_N = np.zeros(len(packed.split(split)), np.float32)
-    elif scores is None:
-        raise InputError(
-            f"The rule {type(rule).__name__} needs scores: add --scores=FOLDER, the output of "
-            "`salt score`."
-        )
+    others = {folder: Selection.open(folder, cache_digest=packed.digest) for folder in compare}
+    config = ScoreConfig(k, statistic, unlearnable, min_learnable_fraction)
+    row_scores = _open_scores(scores, rule, packed, allow_nan)
+    if row_scores is None:
+        facts = None
+        candidates = selection.Candidates(rows=len(packed.split(split)))
     else:
-        row_scores = RowScores.open(scores, cache_digest=packed.digest)
-        scores_N, split = row_scores.scores, row_scores.manifest["split"]
-    row_ids_m = rule.select(scores_N)
-    if not len(row_ids_m):
-        raise InputError(
-            f"The rule {rule} selects none of {len(scores_N):,} rows: lower its threshold, or look "
-            "at the scores with `salt report`."
-        )
+        config, split = config.among(row_scores.manifest["k"]), row_scores.manifest["split"]
+        facts = _facts(packed, row_scores, config)
+        candidates = selection.Candidates.of(facts.scores, facts.subsets, len(packed.subsets))
+    for folder, other in others.items():
+        if other.manifest["split"] != split:
+            raise InputError(
+                f"compare names {folder}, a selection of the {other.manifest['split']} split, and "
+                f"this one is of {split}: leave it out."
+            )
+    choice = _with_rows_like_another(rule, packed).select(candidates)
+    by_score = not isinstance(rule, selection.RandomRows)
     run.begin()
     chosen = Selection.write(
         run.path,
-        row_ids_m,
+        choice.blocks(),
         cache_digest=packed.digest,
         split=split,
-        how={"rule": type(rule).__name__, **vars(rule)},
-        scores=row_scores,
+        how=_how(rule),
+        scores=row_scores if by_score else None,
+        score=dataclasses.asdict(config) if by_score else None,
+        cut=choice.cut,
     )
-    rows = chosen.manifest["rows"]
-    cut = chosen.manifest["cut"]
+    audit = _audit(packed, chosen, facts, others, by_score)
+    text = json.dumps(audit, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    durable_files.write_text(run.path / AUDIT_FILE, text)
+    _say(chosen, candidates.rows, audit)
+    run.write_summary(_summary(chosen, candidates.rows, audit))
+
+
+def _open_scores(
+    folder: str | None, rule: selection.SelectionRule, cache: PackedCache, allow_nan: bool
+) -> RowScores | None:
+    name = type(rule).__name__
+    if folder is None:
+        if not isinstance(rule, selection.RandomRows):
+            needed = f"The rule {name} needs scores"
+        elif rule.stratified:
+            needed = f"{name}.stratified is set, and scores say of which subset each row is"
+        else:
+            return None
+        raise InputError(f"{needed}: add --scores=FOLDER, the output of `salt score`.")
+    scores = RowScores.open(folder, cache_digest=cache.digest)
+    broken = scores.manifest["nan_rows"]
+    if broken and not allow_nan:
+        raise InputError(
+            f"{broken:,} of the {scores.rows:,} rows in {folder} have NaN scores, so the scorer "
+            "was broken there: score with another checkpoint, or add --allow_nan=True to leave "
+            "those rows out."
+        )
+    return scores
+
+
+def _facts(cache: PackedCache, scores: RowScores, config: ScoreConfig) -> selection_audit.RowFacts:
+    return selection_audit.RowFacts(
+        subset_names=cache.subsets,
+        subsets=scores.column(SUBSET),
+        scores=scores.scores(config.column, config.learnable_column, config.min_learnable_fraction),
+        losses=scores.column(LOG_PERPLEXITY),
+        learnable=scores.column(config.learnable_column),
+        hashes=scores.column(TARGETS_HASH),
+    )
+
+
+def _with_rows_like_another(
+    rule: selection.SelectionRule, cache: PackedCache
+) -> selection.SelectionRule:
+    """RandomRows.like as a number of rows."""
+    if not isinstance(rule, selection.RandomRows) or not rule.like:
+        return rule
+    like = Selection.open(rule.like, cache_digest=cache.digest)
+    return dataclasses.replace(rule, m=like.manifest["rows"], like="")
+
+
+def _how(rule: selection.SelectionRule) -> dict[str, Any]:
+    """The rule and what is set of it."""
+    settings = {
+        name: value
+        for name, value in vars(rule).items()
+        if value is not None and value is not False and value != ""
+    }
+    return {"rule": type(rule).__name__, **settings}
+
+
+def _audit(
+    cache: PackedCache,
+    chosen: Selection,
+    facts: selection_audit.RowFacts | None,
+    others: Mapping[str, Selection],
+    by_score: bool,
+) -> dict[str, Any]:
+    """What audit.json holds."""
+    rows, row_ids_m = cache.split(chosen.manifest["split"]), chosen.row_ids
+    if facts is None:
+        numbers = _audit_without_scores(cache, chosen)
+        shown = {"sample": row_ids_m[np.linspace(0, len(row_ids_m) - 1, 20).astype(int)]}
+    else:
+        numbers = {
+            **selection_audit.by_subset(facts, row_ids_m),
+            "duplicates": selection_audit.duplicates(facts.hashes, row_ids_m),
+        }
+        shown = {
+            name: np.array(ids, np.int64)
+            for name, ids in selection_audit.examples(facts, row_ids_m, by_score).items()
+        }
+    return {
+        "cut": chosen.manifest["cut"],
+        "score": chosen.manifest["score"],
+        **numbers,
+        "overlaps": [
+            {
+                "selection": folder,
+                "how": other.manifest["how"],
+                "score": other.manifest["score"],
+                "scorer": other.manifest["scorer"],
+                **selection_audit.overlap(row_ids_m, other.row_ids, len(rows)),
+            }
+            for folder, other in others.items()
+        ],
+        "examples": {
+            name: [_example(cache, rows[row_id], facts) for row_id in dict.fromkeys(ids.tolist())]
+            for name, ids in shown.items()
+        },
+    }
+
+
+def _example(
+    cache: PackedCache, row: Mapping[str, np.ndarray], facts: selection_audit.RowFacts | None
+) -> dict[str, Any]:
+    ids = row["row_id"].reshape(1)
+    return {
+        "row_id": int(row["row_id"]),
+        "subset": cache.subsets[int(row["subset"])],
+        "score": float(facts.scores[ids][0]) if facts else None,
+        "learnable": float(facts.learnable[ids][0]) if facts else None,
+        "text": row_as_text(dict(row), cache.vocabulary),
+    }
+
+
+def _audit_without_scores(cache: PackedCache, chosen: Selection) -> dict[str, Any]:
+    """Of a random control without scores: what its rows themselves say, unless they are many."""
+    rows, kept = cache.split(chosen.manifest["split"]), len(chosen.row_ids)
+    counts, hashes = np.zeros(len(cache.subsets), np.int64), []
+    read = kept <= _MOST_ROWS_READ
+    for first in range(0, kept if read else 0, 1024):
+        for row in rows.__getitems__(chosen.row_ids[first : first + 1024].tolist()):
+            counts[row["subset"]] += 1
+            hashes.append(targets_hash(row["targets"], row["segment_ids"]))
+    of_all = {name: info["rows"] for name, info in rows.info["by_subset"].items()}
+    by_subset = {
+        name: {
+            "rows": of_all[name],
+            "kept": int(count),
+            "kept_share": count / of_all[name],
+            "share_of_kept": count / kept,
+        }
+        for name, count in zip(cache.subsets, counts, strict=True)
+        if of_all.get(name)
+    }
+    whole = {"rows": len(rows), "kept": kept, "kept_share": kept / len(rows), "share_of_kept": 1.0}
+    return {
+        "whole": whole,
+        "by_subset": by_subset if read else {},
+        "duplicates": {"kept": kept - len({*hashes})} if read else {},
+    }
+
+
+def _say(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> None:
+    cut, how = chosen.manifest["cut"], dict(chosen.manifest["how"])
+    rule = how.pop("rule")
+    settings = ", ".join(f"{name} {value}" for name, value in how.items())
     print(
-        f"{rows:,} of {len(scores_N):,} rows selected by {rule}"
+        f"{chosen.manifest['rows']:,} of {of_rows:,} rows selected by {rule} ({settings})"
         + (f"; the lowest score among them is {cut:.4f} nats" if cut is not None else "")
     )
-    run.write_summary(
-        {
-            "rows": rows,
-            "of_rows": len(scores_N),
-            "cut": cut,
-            "how": chosen.manifest["how"],
-            "scoring_cost": chosen.manifest["scoring_cost"],
-            "by_subset": _by_subset(packed, split, row_ids_m),
-        }
-    )
+    for table in audit_tables(chosen.path.name, audit):
+        print_table(table)
+    print(f"Rows to look at: {chosen.path / AUDIT_FILE}, or `salt report {chosen.path}`.")
 
 
-def _by_subset(cache: PackedCache, split: str, row_ids_m: np.ndarray) -> dict[str, int]:
-    """Selected rows of each subset."""
-    rows = cache.split(split)
-    counts = np.zeros(len(cache.subsets), np.int64)
-    for first in range(0, len(row_ids_m), 1024):
-        for row in rows.__getitems__(row_ids_m[first : first + 1024].tolist()):
-            counts[row["subset"]] += 1
-    return dict(zip(cache.subsets, counts.tolist(), strict=True))
+def _summary(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = chosen.manifest
+    return {
+        "rows": manifest["rows"],
+        "of_rows": of_rows,
+        "cut": manifest["cut"],
+        "how": manifest["how"],
+        "score": manifest["score"],
+        "scoring_cost": manifest["scoring_cost"],
+        "by_subset": {name: part["kept"] for name, part in audit["by_subset"].items()},
+        "whole": selection_audit.without_histograms(audit["whole"]),
+        "duplicates": audit["duplicates"],
+        "overlaps": audit["overlaps"],
+    }

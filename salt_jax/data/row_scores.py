@@ -1,19 +1,23 @@
-"""One score a row, and the rows picked by it: what `salt score` and `salt select` leave.
+"""What is known of each row, and the rows picked by it: what `salt score` and `salt select` leave.
 
-In: scores float32[N] of a split's N rows, or the ids int64[m] of the rows selected. Out: a folder
-of scores.npy or row_ids.npy, manifest.json and COMPLETED. Both name the cache they belong to by its
-digest; another cache is refused.
+In: columns of a split's N rows, shard by shard, or the ids int64[m] of the rows selected. Out: a
+folder of shards/ or row_ids.npy, manifest.json and COMPLETED. Both name the cache they belong to by
+its digest; another cache is refused.
 """
 
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 import pathlib
 import types
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from salt_jax.data import durable_files
 from salt_jax.data.manifests import (
     begin_writing,
     file_digest,
@@ -23,92 +27,201 @@ from salt_jax.data.manifests import (
     read_manifest,
     write_manifest,
 )
+from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
+from salt_jax.data.shard_columns import SUFFIX, Column, layout_of, write_columns
 from salt_jax.errors import InputError
 
-SCORES_FILE = "scores.npy"
+AUDIT_FILE = "audit.json"
+COST_FILE = "cost.json"
 ROW_IDS_FILE = "row_ids.npy"
+
+# Columns beside the scorer's: the index of the row's subset, and a hash of its tokens.
+SUBSET, TARGETS_HASH = "subset", "targets_hash"
 
 _NO_COST = types.MappingProxyType({"flops": 0.0, "tokens": 0, "seconds": 0.0})
 
 
-@dataclasses.dataclass(frozen=True)
-class RowScores:
-    """Scores of a split's rows.
+def targets_hash(targets_L: np.ndarray, segment_ids_L: np.ndarray) -> int:
+    """64 bits of a row's tokens, padding left out: equal for exact duplicates, else different."""
+    tokens = np.ascontiguousarray(targets_L[segment_ids_L > 0], "<i4")
+    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
 
-    Attributes:
-      path: The folder.
-      scores: float32[N], the score of row i at index i, in nats; −inf is a row never to be
-        selected.
-      manifest: cache_digest, split, rows, scorer {path, step, digest},
-        score {k, unlearnable, min_learnable_fraction}, cost {flops, tokens, seconds} or None where
-        it is not known.
-      digest: What a selection names it by: the manifest's, which holds the digest of the scores;
-        without the cost, whose seconds are never the same twice.
+
+class RowScoresWriter:
+    """Scores of a split's rows in the making, by one worker of perhaps several.
+
+    Args:
+      folder: Where they will lie; a folder that holds the same scores begun is gone on with.
+      cache_digest: PackedCache.digest of the cache scored.
+      split: The split scored.
+      rows: N, its rows.
+      scorer: The scoring model: path, step, digest.
+      ks: Every k that there are columns for.
+      columns: Names of the scorer's columns, float32.
+      shard_rows: Rows of a shard.
+
+    Raises:
+      InputError: The folder was begun with something else.
     """
 
-    path: pathlib.Path
-    scores: np.ndarray
-    manifest: Mapping[str, Any]
-    digest: str
-
-    @classmethod
-    def write(
-        cls,
+    def __init__(
+        self,
         folder: str | os.PathLike[str],
-        scores_N: np.ndarray,
         *,
         cache_digest: str,
         split: str,
+        rows: int,
         scorer: Mapping[str, Any],
-        score: Mapping[str, Any],
-        cost: Mapping[str, Any] | None = None,
-    ) -> "RowScores":
-        """Writes the scores and opens what was written.
+        ks: Sequence[int],
+        columns: Sequence[str],
+        shard_rows: int,
+    ) -> None:
+        made_from = {"cache": cache_digest, "split": split, "scorer": dict(scorer), "k": list(ks)}
+        self.shards = RestartableShards.of(
+            folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
+        )
+        dtypes = {TARGETS_HASH: "<u8", **dict.fromkeys(columns, "<f4"), SUBSET: "<u2"}
+        self._layout = layout_of(dtypes)
+
+    def begin(self) -> None:
+        """Makes the folder, if need be.
+
+        Raises:
+          InputError: Another pass was begun here in the meantime.
+        """
+        self.shards = self.shards.begin()
+
+    def write(
+        self, shard: Shard, columns: Mapping[str, np.ndarray], measured: Mapping[str, Any]
+    ) -> None:
+        """Writes a shard.
 
         Args:
-          folder: The folder; made if need be, other files in it are left alone.
-          scores_N: One score for every row of the split, by row id.
-          cache_digest: PackedCache.digest of the cache scored.
-          split: The split scored.
-          scorer: The scoring model: path, step, digest.
-          score: How the score is defined: k, unlearnable, min_learnable_fraction.
-          cost: What scoring took: FLOPs, tokens, seconds.
+          shard: Which.
+          columns: Its rows' part of every column.
+          measured: seconds; workers, among which the pass is divided.
         """
-        assert np.ndim(scores_N) == 1, f"scores of shape {np.shape(scores_N)}, expected [N]"
-        path = local_folder(folder)
-        begin_writing(path)
-        _write_array(path / SCORES_FILE, np.asarray(scores_N, np.float32))
-        manifest = new_manifest(
-            "row_scores",
-            cache_digest=cache_digest,
-            split=split,
-            rows=len(scores_N),
-            array_digest=file_digest(path / SCORES_FILE),
-            scorer=dict(scorer),
-            score=dict(score),
-            cost=dict(cost) if cost else None,
-        )
-        write_manifest(path, manifest)
-        return cls.open(path)
+        nan_n = np.zeros(len(shard.rows), bool)
+        for values_n in columns.values():
+            if values_n.dtype == np.float32:
+                nan_n |= np.isnan(values_n)
+        with self.shards.write(shard) as file:
+            write_columns(file, self._layout, columns)
+            file.finish({"nan_rows": int(nan_n.sum())}, measured)
+
+    def complete(self, cost: Mapping[str, Any] | None = None) -> "RowScores":
+        """Completes the folder, every shard of which is finished, and opens it.
+
+        Args:
+          cost: The pass's FLOPs and tokens; its seconds are those that the shards took, as if the
+            workers had shared them evenly and worked at the same time.
+        """
+        shards = self.shards
+        if not shards.completed:
+            if cost:
+                each = (one["seconds"] / one["workers"] for one in shards.measured())
+                text = json.dumps({**cost, "seconds": sum(each)}) + "\n"
+                durable_files.write_text(shards.folder / COST_FILE, text)
+            made_from = shards.made_from
+            shards.complete(
+                "row_scores",
+                cache_digest=made_from["cache"],
+                split=made_from["split"],
+                scorer=made_from["scorer"],
+                k=made_from["k"],
+                columns=[list(column) for column in self._layout],
+                nan_rows=shards.total("nan_rows"),
+            )
+        return RowScores.open(shards.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowScores:
+    """What a scorer says of a split's rows.
+
+    Attributes:
+      path: The folder.
+      manifest: cache_digest, split, rows, scorer {path, step, digest}, k (all of them), columns
+        (names and types), nan_rows (where the scorer was broken), shard_rows, shards.
+      digest: What a selection names it by: the manifest's, which holds the digests of the shards.
+    """
+
+    path: pathlib.Path
+    manifest: Mapping[str, Any]
+    digest: str
 
     @classmethod
     def open(
         cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
     ) -> "RowScores":
-        """Opens a finished folder of scores; the scores stay on disk until read.
+        """Opens a finished folder of scores; a shard is compared with its digest when it is read.
 
         Args:
           folder: A folder written by `salt score`.
           cache_digest: The cache they must belong to; None takes any.
 
         Raises:
-          InputError: Not there, half-written, cut short, changed, or of another cache.
+          InputError: Not there, half-written, a shard missing or cut short, or of another cache.
         """
         manifest = read_manifest(folder, "row_scores")
         path = pathlib.Path(folder)
         _check_cache(path, "scores", manifest, cache_digest)
-        scores_N = _read_array(path / SCORES_FILE, manifest, np.float32, "salt score")
-        return cls(path, scores_N, manifest, _digest(manifest))
+        scores = cls(path, manifest, manifest_digest(manifest))
+        _ = scores._shards  # which looks at every file
+        return scores
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.manifest["rows"]
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """What scoring took: flops, tokens, seconds; None where it is not known."""
+        path = self.path / COST_FILE
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def column(self, name: str) -> Column:
+        """One column of all rows, on disk until it is read."""
+        return Column(
+            self._shards, [(each, dtype) for each, dtype in self.manifest["columns"]], name
+        )
+
+    def scores(
+        self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
+    ) -> "Scores":
+        """The score of every row.
+
+        Args:
+          column: Where it is.
+          learnable_column: Where the share of learnable tokens is.
+          min_learnable_fraction: Rows with a smaller share score −inf.
+        """
+        learnable = self.column(learnable_column) if min_learnable_fraction > 0 else None
+        return Scores(self.column(column), learnable, min_learnable_fraction)
+
+    @functools.cached_property
+    def _shards(self) -> FinishedShards:
+        return FinishedShards(self.path, self.manifest, SUFFIX, "salt score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """A column of scores, read as a Column is, with −inf where too few tokens are learnable."""
+
+    column: Column
+    learnable: Column | None
+    min_learnable_fraction: float
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        scores_n = self.column[rows]
+        if self.learnable is not None:
+            too_few_n = self.learnable[rows] < np.float32(self.min_learnable_fraction)
+            scores_n[too_few_n] = -np.inf
+        return scores_n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,42 +246,43 @@ class Selection:
     def write(
         cls,
         folder: str | os.PathLike[str],
-        row_ids_m: np.ndarray,
+        row_ids_m: np.ndarray | Iterable[np.ndarray],
         *,
         cache_digest: str,
         split: str,
         how: Mapping[str, Any],
         scores: RowScores | None = None,
+        score: Mapping[str, Any] | None = None,
+        cut: float | None = None,
     ) -> "Selection":
         """Writes the selection and opens what was written.
 
         Args:
           folder: The folder; made if need be, other files in it are left alone.
-          row_ids_m: Ascending ids, each once, at least one.
+          row_ids_m: Ascending ids, each once, at least one; an array, or one after another.
           cache_digest: PackedCache.digest of the cache they index.
           split: The split they index.
           how: The rule and its settings, as told to a reader of the manifest.
           scores: The scores it was made from; None for a random control.
+          score: Which of them: k, statistic, unlearnable, min_learnable_fraction.
+          cut: The lowest score selected.
         """
-        ids_m = np.asarray(row_ids_m, np.int64)
-        assert ids_m.ndim == 1, f"a selection of shape {ids_m.shape}, expected [m]"
-        assert len(ids_m), "a selection of no rows"
-        assert np.all(np.diff(ids_m, prepend=-1) > 0), "row ids must ascend, each once"
         path = local_folder(folder)
         begin_writing(path)
-        _write_array(path / ROW_IDS_FILE, ids_m)
+        blocks = [row_ids_m] if isinstance(row_ids_m, np.ndarray) else row_ids_m
+        rows = _write_row_ids(path / ROW_IDS_FILE, blocks)
         manifest = new_manifest(
             "selection",
             cache_digest=cache_digest,
             split=split,
-            rows=len(ids_m),
+            rows=rows,
             array_digest=file_digest(path / ROW_IDS_FILE),
             how=dict(how),
             scores_digest=scores.digest if scores else None,
-            cut=float(scores.scores[ids_m].min()) if scores else None,
+            cut=cut,
             scorer=scores.manifest["scorer"] if scores else None,
-            score=scores.manifest["score"] if scores else None,
-            scoring_cost=scores.manifest.get("cost") if scores else dict(_NO_COST),
+            score=dict(score) if score else None,
+            scoring_cost=scores.cost if scores else dict(_NO_COST),
         )
         write_manifest(path, manifest)
         return cls.open(path)
@@ -194,9 +308,10 @@ class Selection:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """Of what was made, not of what it took to make it."""
-    costs = ("cost", "scoring_cost")
-    return manifest_digest({name: part for name, part in manifest.items() if name not in costs})
+    """Of what was selected, not of what it took to score it."""
+    return manifest_digest(
+        {name: part for name, part in manifest.items() if name != "scoring_cost"}
+    )
 
 
 def _check_cache(
@@ -210,13 +325,29 @@ def _check_cache(
         )
 
 
-def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
+    """Writes ids as an .npy file without holding them all; gives how many."""
+    rows, last = 0, -1
+    with durable_files.whole_file(path) as file:
+        _write_header(file, 0)
+        length = file.tell()
+        for block in blocks:
+            ids_n = np.asarray(block, np.int64)
+            assert ids_n.ndim == 1, f"a selection of shape {ids_n.shape}, expected [m]"
+            assert np.all(np.diff(ids_n, prepend=last) > 0), "row ids must ascend, each once"
+            file.write(np.ascontiguousarray(ids_n).tobytes())
+            rows += len(ids_n)
+            last = int(ids_n[-1]) if len(ids_n) else last
+        assert rows, "a selection of no rows"
+        file.seek(0)
+        _write_header(file, rows)
+        assert file.tell() == length, "the header of an .npy file has room for any count"
+    return rows
+
+
+def _write_header(file: BinaryIO, rows: int) -> None:
+    header = {"descr": "<i8", "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _read_array(

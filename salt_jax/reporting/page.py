@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from salt_jax.reporting.plots import Plot
 from salt_jax.reporting.runs import Origin
 from salt_jax.reporting.sections import Report, Section
+from salt_jax.reporting.selection_audit import Excerpts
 from salt_jax.reporting.tables import Table
 
 _STYLE = """
@@ -57,8 +58,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; ma
   font-size: .92rem; }
 dt { color: var(--soft); }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-pre { overflow: auto; max-height: 30rem; background: var(--band); padding: .75rem; border-radius:
-  6px; font-size: .82rem; }
+pre { overflow: auto; max-height: 30rem; white-space: pre-wrap; background: var(--band);
+  padding: .75rem; border-radius: 6px; font-size: .82rem; }
 code { font-size: .88em; }
 footer { margin-top: 3rem; }
 @media (max-width: 40rem) { h1 { font-size: 1.5rem; } th, td { padding: .35rem .6rem; }
@@ -115,7 +116,17 @@ def _section(place: str, section: Section, colours: Mapping[str, str]) -> str:
     lines += [_table(table, colours) for table in section.tables]
     if section.plots:
         lines += ['<div class="plots">', *map(_figure, section.plots), "</div>"]
+    lines += [_excerpts(excerpts) for excerpts in section.excerpts]
     return "\n".join(lines)
+
+
+def _excerpts(excerpts: Excerpts) -> str:
+    """Rows to be read, folded away."""
+    rows = [
+        f'<p class="note">{_text(head)}</p><pre>{_text(text)}</pre>' for head, text in excerpts.rows
+    ]
+    summary = f"{excerpts.title} ({len(excerpts.rows)})"
+    return f"<details><summary>{_text(summary)}</summary>{''.join(rows)}</details>"
 
 
 def _table(table: Table, colours: Mapping[str, str]) -> str:

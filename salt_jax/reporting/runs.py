@@ -6,6 +6,7 @@ of rows.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -18,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from salt_jax.data.manifests import MANIFEST_FILE
-from salt_jax.data.row_scores import RowScores, Selection
+from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
+from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.reporting.costs import Costs, TeacherTraining
 from salt_jax.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
@@ -174,23 +176,48 @@ class TrainRun:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRows:
-    """A folder of `salt score`: float32[N], one per row of the split, and what made them."""
+    """A folder of `salt score`, and which of its columns is looked at as the score."""
 
     origin: Origin
-    scores: npt.NDArray[np.float32]
-    digest: str
-    manifest: Mapping[str, Any]
+    rows: RowScores
+    score: ScoreConfig
+
+    @functools.cached_property
+    def scores(self) -> npt.NDArray[np.float32]:
+        """float32[N], one per row of the split; −∞ or NaN where there is none."""
+        score = self.score
+        return self.rows.scores(score.column, score.learnable_column, score.min_learnable_fraction)[
+            :
+        ]
+
+    @property
+    def column(self) -> str:
+        return self.score.column
+
+    @property
+    def digest(self) -> str:
+        return self.rows.digest
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        return self.rows.manifest
+
+    def by(self, score: Mapping[str, Any]) -> "ScoredRows":
+        """The same folder by another score: a selection's."""
+        return dataclasses.replace(self, score=ScoreConfig(**score))
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectedRows:
-    """A folder of `salt select`: ids int64[m] of rows, ascending, and how they were chosen."""
+    """A folder of `salt select`: ids int64[m] of rows, ascending, how they were chosen, and their
+    audit where the folder has one."""
 
     origin: Origin
     row_ids: npt.NDArray[np.int64]
     cut: float | None
     scores_digest: str | None
     manifest: Mapping[str, Any]
+    audit: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -242,12 +269,18 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoredRows | SelectedRows:
         return _train_run(origin)
     if origin.verb == "score" or kind == "row_scores":
         scores = RowScores.open(path)
-        return ScoredRows(origin, scores.scores, scores.digest, scores.manifest)
+        return ScoredRows(origin, scores, ScoreConfig(scores.manifest["k"][0]))
     if origin.verb == "select" or kind == "selection":
         selection = Selection.open(path)
         content = selection.manifest
+        audit = path / AUDIT_FILE
         return SelectedRows(
-            origin, selection.row_ids, content["cut"], content["scores_digest"], content
+            origin=origin,
+            row_ids=selection.row_ids,
+            cut=content["cut"],
+            scores_digest=content["scores_digest"],
+            manifest=content,
+            audit=_json_object(audit) if audit.exists() else None,
         )
     what = f"a run of `salt {origin.verb}`" if origin.verb else "no run"
     raise InputError(

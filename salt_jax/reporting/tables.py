@@ -115,7 +115,7 @@ def scores_table(scores: Sequence[ScoredRows]) -> Table:
     rows = []
     for scored in scores:
         finite = scored.scores[np.isfinite(scored.scores)]
-        how, scorer = scored.manifest.get("score") or {}, scored.manifest.get("scorer") or {}
+        scorer = scored.manifest.get("scorer") or {}
         middle = format_nats(float(np.median(finite))) if finite.size else NOTHING
         rows.append(
             (
@@ -123,16 +123,16 @@ def scores_table(scores: Sequence[ScoredRows]) -> Table:
                 format_count(scored.scores.size),
                 format_count(scored.scores.size - finite.size),
                 middle,
-                str(how.get("k", NOTHING)),
-                str(how.get("unlearnable", NOTHING)),
+                scored.column,
+                ", ".join(map(str, scored.manifest["k"])),
                 str(scorer.get("step", NOTHING)),
             )
         )
     return Table(
         title="Scores",
         columns=(
-            *("scores", "rows", "without a score", "median score", "k"),
-            *("unlearnable tokens", "scorer's step"),
+            *("scores", "rows", "without a score", "median score", "shown", "k"),
+            "scorer's step",
         ),
         rows=tuple(rows),
         note="Scores are in nats per token. A row without a score (−∞) has too few learnable "

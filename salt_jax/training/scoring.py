@@ -1,17 +1,20 @@
-"""Scoring: a frozen model and the rows of a split in; one float32 a row out, by row id."""
+"""Scoring: a frozen model and the rows of a split in; columns of a number a row out, in shards."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from salt_jax.data import input_pipeline
+from salt_jax.data.features import Batch
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScoresWriter, targets_hash
 from salt_jax.distill import chunked_loss, losses, scores
 from salt_jax.models import decoder
-from salt_jax.training import partitioning
-from salt_jax.training.in_order import over_rows
+from salt_jax.training import in_order, partitioning
 
 
 def score_rows(
@@ -19,44 +22,66 @@ def score_rows(
     params: Any,
     cache: PackedCache,
     split: str,
-    score: scores.ScoreConfig,
+    ks: Sequence[int],
+    writer: RowScoresWriter,
     batch_size: int,
     mesh: Mesh,
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
     chunk_tokens: int = losses.LossConfig.chunk_tokens,
-) -> np.ndarray:
-    """METHOD.md's S(x) of every row.
+    worker: int = 0,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> None:
+    """Scores the rows of those shards of a worker that are not finished.
+
+    Each shard is cut into batches from its first row on, so that what it holds depends neither on
+    where a pass was stopped nor on how many workers there are.
 
     Args:
       config: The scoring model.
       params: Its parameters, on the mesh.
       cache: The rows.
       split: Which of its splits.
-      score: The score's options.
+      ks: See `distill.scores`.
+      writer: Takes the shards, and knows which are missing; begun.
       batch_size: Rows at once, rounded up to what the mesh needs.
-      mesh: Where to compute.
+      mesh: Where to compute: devices of this process alone.
       rules: From logical to mesh axes.
       chunk_tokens: Tokens whose logits a device holds at once.
-
-    Returns:
-      float32 [N], in nats; −inf where nothing was learnable.
+      worker: Which of the workers this is.
+      workers: How many share the pass.
+      progress: Called with the number of rows after each batch.
     """
-    scores_N = np.full(len(cache.split(split)), -np.inf, np.float32)
-    program = jax.jit(scoring_program(config, score, mesh, rules, chunk_tokens))
-    for batch, scores_B in over_rows(program, params, cache, split, batch_size, mesh, rules):
-        real_B = batch["row_id"] >= 0
-        scores_N[batch["row_id"][real_B]] = scores_B[real_B]
-    return scores_N
+    program = jax.jit(scoring_program(config, ks, mesh, rules, chunk_tokens))
+    rows, size = cache.split(split), in_order.rounded_up(batch_size, mesh)
+    pending = writer.shards.unfinished(worker, workers)
+    ranges = [in_order.RowsOf(rows, shard.rows) for shard in pending]
+    batches = (
+        batch for part in ranges for batch in input_pipeline.in_order(part, size, cache.start_id)
+    )
+    results = in_order.over_batches(program, params, batches, mesh, rules)
+    names = scores.column_names(ks)
+    start = time.perf_counter()
+    for shard in pending:
+        parts = []
+        for _ in range(0, len(shard.rows), size):
+            batch, values_CxB = next(results)
+            parts.append(_columns(batch, dict(zip(names, values_CxB, strict=True))))
+            progress(len(parts[-1][SUBSET]))
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        now = time.perf_counter()
+        writer.write(shard, columns, {"seconds": now - start, "workers": workers})
+        start = now
 
 
 def scoring_program(
     config: decoder.DecoderConfig,
-    score: scores.ScoreConfig,
+    ks: Sequence[int],
     mesh: Mesh,
     rules: partitioning.Rules,
     chunk_tokens: int,
 ) -> Callable[..., Any]:
-    """A function (params, batch) → scores, float32 [B], to be jitted for the mesh."""
+    """A function (params, batch) → `scores.row_statistics`, to be jitted for the mesh."""
     sharding = partitioning.head_sharding(mesh, rules)
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -69,6 +94,33 @@ def scoring_program(
             chunk_tokens=chunk_tokens,
             sharding=sharding,
         )
-        return scores.row_scores(loss_BxL, greater_BxL, batch["loss_weights"], score)
+        return scores.row_statistics(loss_BxL, greater_BxL, batch["loss_weights"], ks)
 
     return program
+
+
+def own_mesh(config: partitioning.MeshConfig) -> Mesh:
+    """The mesh of this process's own devices: workers score shards of their own, independently.
+
+    Among several processes the mesh as set would be of the devices of all: of it the tensor axis
+    stays, and the others are fsdp over what this process has.
+    """
+    if jax.process_count() > 1:
+        config = partitioning.MeshConfig(tensor=config.tensor)
+    return config.make(jax.local_devices())
+
+
+def _columns(batch: Batch, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All columns of the batch's rows, filling left out."""
+    real_B = batch["row_id"] >= 0
+    hashes = _hashes(batch["targets"][real_B], batch["segment_ids"][real_B])
+    return {
+        TARGETS_HASH: np.array(list(hashes), np.uint64),
+        SUBSET: batch["subset"][real_B].astype(np.uint16),
+        **{name: values_B[real_B] for name, values_B in values.items()},
+    }
+
+
+def _hashes(targets_BxL: np.ndarray, segment_ids_BxL: np.ndarray) -> Iterator[int]:
+    for targets_L, segment_ids_L in zip(targets_BxL, segment_ids_BxL, strict=True):
+        yield targets_hash(targets_L, segment_ids_L)

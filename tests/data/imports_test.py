@@ -5,7 +5,10 @@ import sys
 
 from salt_jax.data.packed_cache import PackedCache
 
-READERS = ["features", "manifests", "packed_cache", "row_records", "row_scores", "row_text"]
+READERS = [
+    *("features", "manifests", "packed_cache", "restartable_shards", "row_records", "row_scores"),
+    *("row_text", "shard_columns"),
+]
 
 
 def _loaded_by(*modules: str) -> set[str]:

@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def test_round_trip(folder):
     manifest = read_manifest(folder, "row_scores")
-    assert manifest == {"kind": "row_scores", "format_version": 1, "rows": 3}
+    assert manifest == {"kind": "row_scores", "format_version": 2, "rows": 3}
     assert (folder / COMPLETED_FILE).read_text().strip() == manifest_digest(manifest)
 
 
@@ -63,7 +63,7 @@ def test_another_kind(folder):
 def test_another_version(folder):
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(InputError, match=r"format version 99.*reads 1"):
+    with pytest.raises(InputError, match=r"format version 99.*reads 2"):
         read_manifest(folder, "row_scores")
 
 

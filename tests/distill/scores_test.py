@@ -1,7 +1,9 @@
-"""The score of a row against a plain NumPy reading of its definition."""
+"""What is known of a row against a plain NumPy reading of its definition."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,72 +11,83 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.distill.chunked_loss import target_ranks
-from salt_jax.distill.scores import ScoreConfig, masked_median, row_scores
+from salt_jax.distill.scores import ScoreConfig, checked_ks, column_names, row_statistics
 from salt_jax.errors import InputError
 
 VOCAB = 7
 
 
 def oracle_row(
-    logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, config: ScoreConfig
-) -> float:
-    """S(x) of one row, token by token, in float64."""
-    values, learnable, counted = [], 0, 0
+    logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, ks: tuple[int, ...]
+) -> dict[str, float]:
+    """All columns of one row, token by token, in float64."""
+    losses, ranks = [], []
     for t in range(1, len(targets)):
-        if weights[t] == 0:
-            continue
-        counted += 1
-        z = logits[t, :VOCAB]
-        if (z > z[targets[t]]).sum() < config.k:
-            learnable += 1
+        if weights[t] > 0:
+            z = logits[t, :VOCAB]
             z64 = z.astype(np.float64)
             log_sum = np.log(np.exp(z64 - z64.max()).sum()) + z64.max()
-            values.append(log_sum - z64[targets[t]])
-        elif config.unlearnable == "zero":
-            values.append(0.0)
-    if learnable == 0 or np.float32(learnable) / np.float32(counted) < np.float32(
-        config.min_learnable_fraction
-    ):
-        return -np.inf
-    return float(np.median(values))
+            losses.append(log_sum - z64[targets[t]])
+            ranks.append((z > z[targets[t]]).sum())
+    columns = {"log_perplexity": float(np.mean(losses)) if losses else -np.inf}
+    for k in ks:
+        learnable = [loss for loss, rank in zip(losses, ranks, strict=True) if rank < k]
+        zeros = [0.0] * (len(losses) - len(learnable))
+        columns[f"median_drop_k{k}"] = float(np.median(learnable)) if learnable else -np.inf
+        columns[f"median_zero_k{k}"] = float(np.median(learnable + zeros)) if learnable else -np.inf
+        columns[f"mean_k{k}"] = float(np.mean(learnable)) if learnable else -np.inf
+        columns[f"learnable_k{k}"] = len(learnable) / max(len(losses), 1)
+    return columns
 
 
-def score(logits: Any, targets: Any, weights: Any, **settings: Any) -> np.ndarray:
-    """From logits, through a head that gives hidden states back as they are."""
-    hidden = jnp.asarray(logits)
-    targets, weights = jnp.asarray(targets, jnp.int32), jnp.asarray(weights)
+@functools.partial(jax.jit, static_argnums=3)
+def _statistics(
+    hidden: jax.Array, targets: jax.Array, weights: jax.Array, ks: tuple[int, ...]
+) -> jax.Array:
     head = jnp.eye(hidden.shape[-1])
     loss, greater = target_ranks(hidden, head, targets, weights, VOCAB, chunk_tokens=3)
-    return np.asarray(row_scores(loss, greater, weights, ScoreConfig(**settings)))
+    return row_statistics(loss, greater, weights, ks)
 
 
-@settings(max_examples=150, deadline=None)
+def columns(logits: Any, targets: Any, weights: Any, *ks: int) -> dict[str, np.ndarray]:
+    """From logits, through a head that gives hidden states back as they are."""
+    rows = jnp.asarray(logits), jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32)
+    values = np.asarray(_statistics(*rows, ks))
+    assert values.dtype == np.float32
+    return dict(zip(column_names(ks), values, strict=True))
+
+
+def score(logits: Any, targets: Any, weights: Any, k: int, unlearnable: str = "drop") -> np.ndarray:
+    return columns(logits, targets, weights, k)[ScoreConfig(k, unlearnable=unlearnable).column]
+
+
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_equals_numpy(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    rows, length = 4, data.draw(st.sampled_from([1, 2, 5, 8]))
-    config = ScoreConfig(
-        k=data.draw(st.sampled_from([1, 3, VOCAB])),
-        unlearnable=data.draw(st.sampled_from(["drop", "zero"])),
-        min_learnable_fraction=data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
-    )
+    rows, length = 4, data.draw(st.sampled_from([1, 2, 8]))
+    ks = data.draw(st.sampled_from([(3,), (1, 2, VOCAB)]))
     scale = data.draw(st.sampled_from([1.0, 1e4]))
     # Few distinct logits, so that ties are common; the padded ids are the largest of all.
     logits = (scale * rng.integers(4, size=(rows, length, VOCAB + 2))).astype(np.float32)
     logits[..., VOCAB:] = 1e9
     targets = rng.integers(VOCAB, size=(rows, length))
     weights = rng.integers(2, size=(rows, length)).astype(np.float32)
-    got = score(
-        logits,
-        targets,
-        weights,
-        k=config.k,
-        unlearnable=config.unlearnable,
-        min_learnable_fraction=config.min_learnable_fraction,
-    )
-    want = [oracle_row(logits[i], targets[i], weights[i], config) for i in range(rows)]
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * scale)
+    got = columns(logits, targets, weights, *ks)
+    want = [oracle_row(logits[i], targets[i], weights[i], ks) for i in range(rows)]
+    assert list(got) == [*want[0]]
+    for name, values in got.items():
+        expected = [row[name] for row in want]
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6 * scale, err_msg=name)
+
+
+def test_several_k_in_one_pass_are_each_what_it_is_alone() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(3, 9, VOCAB)), rng.integers(VOCAB, size=(3, 9)), np.ones((3, 9))
+    together = columns(*rows, 1, 2, 4)
+    for k in (1, 2, 4):
+        for name, values in columns(*rows, k).items():
+            np.testing.assert_array_equal(together[name], values)
 
 
 def row_of(losses: list[float], learnable: list[bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,8 +109,7 @@ def test_median_of_learnable_tokens() -> None:
     assert score(*row, k=1) == pytest.approx([0.25], abs=1e-5)  # the middle two of an even count
     assert score(*row, k=1, unlearnable="zero") == pytest.approx([0.2], abs=1e-5)
     assert score(*row, k=2) == pytest.approx([0.3], abs=1e-5)
-    assert score(*row, k=1, min_learnable_fraction=0.8) == pytest.approx([0.25], abs=1e-5)
-    assert score(*row, k=1, min_learnable_fraction=0.81) == [-np.inf]
+    assert columns(*row, 1)["learnable_k1"] == pytest.approx([0.8])
 
 
 def test_ties_at_rank_k_count_as_among_the_k() -> None:
@@ -126,16 +138,8 @@ def test_first_position_and_weight_zero_do_not_count() -> None:
 def test_a_broken_scorer_shows() -> None:
     logits, targets, weights = row_of([0.3, 0.1, 0.2], [True] * 3)
     logits[0, 2, 5] = np.nan
-    assert np.isnan(score(logits, targets, weights, k=1)).all()
-
-
-@pytest.mark.parametrize("count", range(1, 7))
-def test_masked_median(count: int) -> None:
-    values = np.random.default_rng(count).normal(size=(3, 6)).astype(np.float32)
-    mask = np.zeros((3, 6), bool)
-    mask[:, 6 - count :] = True
-    got = masked_median(jnp.asarray(values), jnp.asarray(mask))
-    np.testing.assert_allclose(got, np.median(values[:, 6 - count :], axis=1), rtol=1e-6)
+    for values in columns(logits, targets, weights, 1, 3).values():
+        assert np.isnan(values).all()
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,8 @@ def test_masked_median(count: int) -> None:
         ({"k": 0}, "k is 0"),
         ({"k": 2.5}, "k is 2.5"),
         ({"unlearnable": "keep"}, "set it to one of drop, zero"),
+        ({"statistic": "mode"}, "statistic is 'mode'; set it to one of median, mean, perplexity"),
+        ({"statistic": "mean", "unlearnable": "zero"}, "leave it out, or set statistic to median"),
         ({"min_learnable_fraction": 1.5}, "min_learnable_fraction is 1.5"),
         ({"min_learnable_fraction": float("nan")}, "min_learnable_fraction is nan"),
     ],
@@ -151,3 +157,21 @@ def test_masked_median(count: int) -> None:
 def test_bad_settings_are_named(bad: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         ScoreConfig(**bad)
+
+
+def test_one_k_or_several() -> None:
+    assert checked_ks(10) == (10,)
+    assert checked_ks([20, 5, 20]) == (5, 20)
+    for bad, words in (([], "empty list"), ([5, 0], "k is 0"), (True, "k is True"), ("5", "'5'")):
+        with pytest.raises(InputError, match=words):
+            checked_ks(bad)  # type: ignore[arg-type]
+
+
+def test_the_k_is_settled_by_what_the_scores_hold() -> None:
+    assert ScoreConfig().among([7]).column == "median_drop_k7"
+    assert ScoreConfig(5, "mean").among([5, 10]).column == "mean_k5"
+    assert ScoreConfig(5, "perplexity").column == "log_perplexity"
+    with pytest.raises(InputError, match="The scores are of k = 5, 10: add --k"):
+        ScoreConfig().among([5, 10])
+    with pytest.raises(InputError, match="k is 7, and the scores are of k = 5, 10"):
+        ScoreConfig(7).among([5, 10])

@@ -1,4 +1,6 @@
-"""The selected rows as a SeqIO task, for T5X and other SeqIO users."""
+"""Scored rows as SeqIO tasks, all of them and those selected, for T5X and other SeqIO users."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -6,10 +8,11 @@ import seqio
 
 from salt_jax.data.features import make_row
 from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
-from salt_jax.data.row_scores import RowScores, Selection
+from salt_jax.data.row_scores import Selection
 from salt_jax.data.vocabularies import ByteVocabulary
+from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
-from salt_jax.preparation.salt_ds import register_salt_ds
+from salt_jax.preparation.salt_ds import register_salt_ds, register_scored_rows
 
 LENGTH, ROWS = 8, 100
 SELECTED = [3, 10, 64, 99]
@@ -17,7 +20,7 @@ VOCABULARY = ByteVocabulary()
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, write_scores):
     folder = tmp_path_factory.mktemp("salt_ds")
     rows = [
         make_row(
@@ -35,9 +38,18 @@ def folders(tmp_path_factory):
     writer.finish()
     digest = PackedCache.open(folder / "cache").digest
     common = {"cache_digest": digest, "split": "train"}
-    scores = RowScores.write(folder / "scores", np.arange(ROWS) / 10, scorer={}, score={}, **common)
+    # What the selection was made by is in a column of its own.
+    columns = {"mean_k5": np.arange(ROWS, dtype=np.float32) / 10}
+    scores = write_scores(
+        folder / "scores", np.zeros(ROWS), ks=(3, 5), columns=columns, cache_digest=digest
+    )
     Selection.write(
-        folder / "selection", np.array(SELECTED), how={"rule": "x"}, scores=scores, **common
+        folder / "selection",
+        np.array(SELECTED),
+        how={"rule": "x"},
+        scores=scores,
+        score=dataclasses.asdict(ScoreConfig(5, "mean")),
+        **common,
     )
     return folder
 
@@ -93,6 +105,35 @@ def test_through_the_feature_converters_that_t5x_uses(task, converter):
     assert examples[0]["decoder_loss_weights"].tolist() == [1] * 6 + [0] * 2
 
 
+def test_all_rows_with_the_score_asked_for(folders):
+    cache, scores = str(folders / "cache"), str(folders / "scores")
+    register_scored_rows("tested_scored", cache, scores, k=5, statistic="mean")
+    try:
+        task = seqio.get_mixture_or_task("tested_scored")
+        examples = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
+        assert [int(example["row_id"]) for example in examples] == list(range(ROWS))
+        np.testing.assert_allclose(
+            [example["slm_score"] for example in examples], np.arange(ROWS) / 10, rtol=1e-6
+        )
+        for example in examples:
+            assert VOCABULARY.decode(example["targets"]) == f"{example['row_id']:05}"
+            assert example["subset"] == example["row_id"] % 2
+        shuffled = task.get_dataset(None, "train", shuffle=True, seed=1).as_numpy_iterator()
+        pairs = [(int(e["row_id"]), float(e["slm_score"])) for e in shuffled]
+        assert [row for row, _ in pairs] != sorted(row for row, _ in pairs)
+        assert sorted(pairs) == [(row, np.float32(row / 10)) for row in range(ROWS)]
+        with pytest.raises(InputError, match=r"scores in .* are of the train split"):
+            task.get_dataset(None, "validation", shuffle=False)
+    finally:
+        seqio.TaskRegistry.remove("tested_scored")
+    register_scored_rows("tested_scored", cache, scores)
+    try:
+        with pytest.raises(InputError, match="scores are of k = 3, 5"):
+            seqio.get_mixture_or_task("tested_scored").get_dataset(None, "train", shuffle=False)
+    finally:
+        seqio.TaskRegistry.remove("tested_scored")
+
+
 def _fails(folders, words, *, split="train", **changes):
     parts = {part: str(folders / part) for part in ("cache", "selection", "scores")}
     register_salt_ds("failing_salt_ds", **{**parts, **changes})
@@ -103,7 +144,7 @@ def _fails(folders, words, *, split="train", **changes):
         seqio.TaskRegistry.remove("failing_salt_ds")
 
 
-def test_bad_folders_are_named(folders, tmp_path):
+def test_bad_folders_are_named(folders, tmp_path, write_scores):
     _fails(folders, "does not exist", cache=str(tmp_path / "none"))
     _fails(folders, "expected selection", selection=str(folders / "scores"))
     _fails(folders, "not of validation", split="validation")
@@ -111,16 +152,14 @@ def test_bad_folders_are_named(folders, tmp_path):
         tmp_path / "selection", np.array([0]), cache_digest="c" * 64, split="train", how={}
     )
     _fails(folders, "belong to the cache cccc", selection=str(stranger.path))
-    other = RowScores.write(
-        tmp_path / "scores", np.zeros(3), cache_digest="b" * 64, split="train", scorer={}, score={}
-    )
+    other = write_scores(tmp_path / "scores", np.zeros(3), cache_digest="b" * 64)
     _fails(folders, "belong to the cache bbbb", scores=str(other.path))
 
 
-def test_scores_must_be_those_selected_from(folders, tmp_path):
+def test_scores_must_be_those_selected_from(folders, tmp_path, write_scores):
     digest = PackedCache.open(folders / "cache").digest
     common = {"cache_digest": digest, "split": "train"}
-    RowScores.write(tmp_path / "scores", np.zeros(ROWS), scorer={}, score={}, **common)
+    write_scores(tmp_path / "scores", np.zeros(ROWS), **common)
     _fails(folders, "was made from the scores .*holds the scores", scores=f"{tmp_path}/scores")
     Selection.write(tmp_path / "random", np.array(SELECTED), how={"rule": "RandomRows"}, **common)
     register_salt_ds(

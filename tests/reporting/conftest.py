@@ -1,5 +1,6 @@
 """Run folders made by hand, so that reports are tested without training anything."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -9,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from salt_jax.data.row_scores import RowScores, Selection
+from salt_jax.data.row_scores import (
+    SUBSET,
+    TARGETS_HASH,
+    RowScores,
+    RowScoresWriter,
+    Selection,
+)
+from salt_jax.distill.scores import ScoreConfig, column_names
 
 WriteRun = Callable[..., pathlib.Path]
 
@@ -188,26 +196,44 @@ def write_scores(folder: pathlib.Path, rows: int = 20_000) -> RowScores:
     scores_N = noise.gamma(9.0, 0.09, rows).astype(np.float32)
     scores_N[::97] = -np.inf
     write_origin(folder, "score")
-    return RowScores.write(
+    writer = RowScoresWriter(
         folder,
-        scores_N,
         cache_digest="c" * 64,
         split="train",
+        rows=rows,
         scorer={"path": "slm/checkpoints/93", "step": 93, "digest": "d" * 64},
-        score={"k": 10, "unlearnable": "drop", "min_learnable_fraction": 0.0},
+        ks=(10,),
+        columns=column_names((10,)),
+        shard_rows=rows,
     )
+    writer.begin()
+    columns = {
+        **dict.fromkeys(column_names((10,)), scores_N),
+        TARGETS_HASH: np.arange(rows, dtype=np.uint64),
+        SUBSET: np.zeros(rows, np.uint16),
+    }
+    for shard in writer.shards.unfinished():
+        writer.write(shard, columns, {"seconds": 1.0, "workers": 1})
+    return writer.complete()
 
 
-def write_selection(folder: pathlib.Path, scores: RowScores, rows: int = 5_000) -> Selection:
+def write_selection(
+    folder: pathlib.Path, scores: RowScores, rows: int = 5_000, unlearnable: str = "drop"
+) -> Selection:
     """Writes the selection of the highest scores."""
     write_origin(folder, "select")
+    score = ScoreConfig(10, unlearnable=unlearnable)
+    scores_N = scores.column(score.column)[:]
+    row_ids_m = np.sort(np.argsort(-scores_N, kind="stable")[:rows])
     return Selection.write(
         folder,
-        np.sort(np.argsort(-scores.scores, kind="stable")[:rows]),
+        row_ids_m,
         cache_digest="c" * 64,
         split="train",
         how={"rule": "TopRows", "m": rows},
         scores=scores,
+        score=dataclasses.asdict(score),
+        cut=float(scores_N[row_ids_m].min()),
     )
 
 

@@ -1,0 +1,103 @@
+"""Selecting among the Pile's number of rows, and the audit: seconds and peak memory.
+
+    python benchmarks/selection.py
+    python benchmarks/selection.py --rows 10000000 --m 2000000
+
+Made-up columns are written as `salt score` writes them (22 bytes a row), and removed at the end.
+What is read again comes from the machine's cache where it has room for it.
+"""
+
+import argparse
+import pathlib
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import measurement
+import numpy as np
+
+from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScores, RowScoresWriter, Selection
+from salt_jax.distill import selection, selection_audit
+
+SUBSETS = 22
+FLOATS = ("median_drop_k10", "learnable_k10", "log_perplexity")
+
+
+def write(folder: pathlib.Path, rows: int) -> RowScores:
+    """Columns of made-up rows."""
+    writer = RowScoresWriter(
+        folder,
+        cache_digest="",
+        split="train",
+        rows=rows,
+        scorer={},
+        ks=(10,),
+        columns=FLOATS,
+        shard_rows=1 << 20,
+    )
+    writer.begin()
+    for shard in writer.shards.unfinished():
+        rng, size = np.random.default_rng(shard.index), len(shard.rows)
+        columns = {
+            **{name: rng.random(size, np.float32) for name in FLOATS},
+            SUBSET: rng.integers(SUBSETS, size=size, dtype=np.uint16),
+            TARGETS_HASH: rng.integers(2**63, size=size, dtype=np.uint64),
+        }
+        writer.write(shard, columns, {"seconds": 0.0, "workers": 1})
+    return writer.complete()
+
+
+def measure(folder: pathlib.Path, rows: int, m: int) -> dict[str, Any]:
+    """Seconds of each part, and the most memory after it."""
+    scores = write(folder / "scores", rows)
+    facts = selection_audit.RowFacts(
+        subset_names=[str(index) for index in range(SUBSETS)],
+        subsets=scores.column(SUBSET),
+        scores=scores.scores(FLOATS[0], FLOATS[1]),
+        losses=scores.column(FLOATS[2]),
+        learnable=scores.column(FLOATS[1]),
+        hashes=scores.column(TARGETS_HASH),
+    )
+    candidates = selection.Candidates.of(facts.scores, facts.subsets, SUBSETS)
+
+    def choose(rule: selection.SelectionRule) -> Selection:
+        blocks = rule.select(candidates).blocks()
+        settings: dict[str, Any] = {"cache_digest": "", "split": "train", "how": {}}
+        return Selection.write(folder / "selection", blocks, **settings)
+
+    row_ids_m = choose(selection.TopRows(m)).row_ids  # which also compares every shard's digest
+    parts: dict[str, Callable[[], Any]] = {
+        "top_rows": lambda: choose(selection.TopRows(m)),
+        "top_rows_stratified": lambda: choose(selection.TopRows(m, stratified=True)),
+        "random_rows": lambda: choose(selection.RandomRows(m)),
+        "audit_by_subset": lambda: selection_audit.by_subset(facts, row_ids_m),
+        "audit_examples": lambda: selection_audit.examples(facts, row_ids_m, by_score=True),
+        "audit_overlap": lambda: selection_audit.overlap(row_ids_m, row_ids_m, rows),
+        "audit_duplicates": lambda: selection_audit.duplicates(facts.hashes, row_ids_m),
+    }
+    results = {}
+    for name, part in parts.items():
+        start = time.perf_counter()
+        part()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        results[name] = {"seconds": seconds, "peak_gib_so_far": peak}
+    return results
+
+
+def main() -> None:
+    """Measures and prints."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--rows", type=int, default=425_000_000)
+    parser.add_argument("--m", type=int, default=73_728_000, help="rows selected")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(pathlib.Path(folder), flags.rows, flags.m)
+    measurement.report("selection", {"settings": vars(flags), **results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The Pile's number of rows: the highest scores, exactly, in little memory."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROWS, M = 425_000_000, 73_728_000
+BYTES = 8 * ROWS  # the scores, the ids selected, and room to spare
+MOST_MEMORY = 4 << 30
+
+# A process of its own, whose peak of memory is its own. The scores are drawn again to check.
+PROGRAM = """
+import pathlib, resource, sys
+import numpy as np
+from salt_jax.data.restartable_shards import RestartableShards, FinishedShards
+from salt_jax.data.row_scores import Selection
+from salt_jax.data.shard_columns import SUFFIX, Column, write_columns
+from salt_jax.data.manifests import read_manifest
+from salt_jax.distill.selection import Candidates, TopRows
+
+folder, rows, m = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+layout = [("score", "<f4")]
+
+def drawn(shard):
+    # Of 2^24 values, so that some twenty rows have the score at the cut.
+    scores_n = np.random.default_rng(shard.index).random(len(shard.rows), np.float32)
+    scores_n[::1009] = -np.inf
+    return scores_n
+
+shards = RestartableShards.of(
+    folder / "scores", rows=rows, shard_rows=1 << 24, suffix=SUFFIX, made_from={}
+).begin()
+all_shards = shards.unfinished()
+for shard in all_shards:
+    with shards.write(shard) as file:
+        write_columns(file, layout, {"score": drawn(shard)})
+        file.finish({}, {})
+shards.complete("row_scores")
+manifest = read_manifest(folder / "scores", "row_scores")
+column = Column(FinishedShards(folder / "scores", manifest, SUFFIX, "salt score"), layout, "score")
+
+choice = TopRows(m).select(Candidates.of(column))
+chosen = Selection.write(
+    folder / "selection", choice.blocks(), cache_digest="a", split="train", how={}, cut=choice.cut
+)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+ids_m, seen, all_ties_taken, ties = chosen.row_ids, 0, True, 0
+assert len(ids_m) == choice.rows == m
+for shard in all_shards:
+    scores_n = drawn(shard)
+    last = seen + int(np.searchsorted(ids_m[seen:], shard.rows.stop))
+    chosen_n = np.zeros(len(scores_n), bool)
+    chosen_n[ids_m[seen:last] - shard.rows.start] = True
+    seen = last
+    assert np.all(chosen_n[scores_n > choice.cut])
+    assert not np.any(chosen_n[scores_n < choice.cut])
+    for taken in chosen_n[scores_n == choice.cut]:
+        assert all_ties_taken or not taken, "not the lowest ids"
+        all_ties_taken, ties = bool(taken), ties + 1
+assert seen == m
+assert ties > 1
+print(peak)
+"""
+
+
+@pytest.mark.slow
+def test_425_million_scores_in_4_gib(tmp_path: pathlib.Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    if free < BYTES:
+        pytest.skip(f"{free / 1e9:.0f} GB of disk are free, and this takes {BYTES / 1e9:.0f} GB")
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(ROWS), str(M)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+    assert result.returncode == 0, result.stderr
+    peak_kilobytes = int(result.stdout)
+    assert peak_kilobytes * 1024 < MOST_MEMORY, f"{peak_kilobytes / 2**20:.1f} GiB"
