@@ -1,5 +1,7 @@
 """Reading the packed cache: rows/s, and the first batch at step 1,000,000 over that at step 0.
 
+Also rows/s of one thread, as they are and with UL2's objectives, and for each objective alone.
+
     python benchmarks/reading.py
     python benchmarks/reading.py --rows 200000
 
@@ -18,9 +20,10 @@ from typing import Any
 import measurement
 import numpy as np
 
-from salt_jax.data import features
-from salt_jax.data.input_pipeline import InputPipeline, RowOrder
+from salt_jax.data import denoisers, features
+from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.row_order import RowOrder
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import flops
@@ -50,12 +53,20 @@ def write_cache(folder: pathlib.Path, rows: int) -> None:
     writer.finish()
 
 
+OBJECTIVES = {
+    "as they are": None,
+    "ul2": denoisers.Objectives(),
+    "prefix alone": denoisers.Objectives(causal=0, span=0),
+    "span alone": denoisers.Objectives(causal=0, prefix=0),
+}
+
+
 def start(folder: pathlib.Path, first_step: int) -> tuple[InputPipeline, Any, Any]:
     """Pipeline, iterator and first batch."""
     cache = PackedCache.open(folder)
     split = cache.split("train")
     order = RowOrder(None, len(split), seed=0)
-    pipeline = InputPipeline(split, BATCH, cache.start_id, order)
+    pipeline = InputPipeline({"cache": split}, BATCH, cache.start_id, order)
     batches = pipeline.batches(first_step, 2 * LATE_STEP)
     return pipeline, batches, next(batches)
 
@@ -69,6 +80,27 @@ def rows_per_second(folder: pathlib.Path, batches: int) -> float:
     return batches * BATCH / (time.perf_counter() - begin)
 
 
+def rows_per_second_of_a_thread(folder: pathlib.Path, batches: int) -> dict[str, list[float]]:
+    """By objective, of reading in this thread, nothing read ahead; alternating, three of each."""
+    cache = PackedCache.open(folder)
+    split = cache.split("train")
+    order = RowOrder(None, len(split), seed=0)
+    found: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
+    for _ in range(3):
+        for name, objectives in OBJECTIVES.items():
+            denoising = None
+            if objectives is not None:
+                denoising = denoisers.Denoising(objectives, cache.vocabulary, LENGTH, 0, "causal")
+            pipeline = InputPipeline(
+                {"cache": split}, BATCH, cache.start_id, order, denoising=denoising
+            )
+            begin = time.perf_counter()
+            for step in range(batches):
+                pipeline.batch(step)
+            found[name].append(batches * BATCH / (time.perf_counter() - begin))
+    return {name: sorted(values) for name, values in found.items()}
+
+
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
     """The benchmark's results."""
     with tempfile.TemporaryDirectory() as name:
@@ -80,9 +112,11 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         }
         starts = measurement.paired(sides, flags.rounds)
         read = sorted(rows_per_second(folder, 200) for _ in range(3))
+        of_a_thread = rows_per_second_of_a_thread(folder, 100)
     eaten = 0.5 * 989e12 / flops.train_flops_per_token(STUDENT, LENGTH) / LENGTH
     return {
         "rows_per_second": read,
+        "rows_per_second_of_a_thread": of_a_thread,
         "rows_per_second_eaten_by_1b_on_h200": eaten,
         "read_over_eaten": read[1] / eaten,
         "first_batch_at_step_1000000_over_step_0": starts,

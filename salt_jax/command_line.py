@@ -94,11 +94,14 @@ def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[st
     for name, values in settings.items():
         require_known("setting", name, [*parameters, "gin_file", "output_dir"], prefix="--")
         annotation = str(parameters[name].annotation)
-        is_list = "Sequence" in annotation
+        # "str | Sequence[str]" is a list from the second value on.
+        is_one = annotation.startswith("str |") and len(values) == 1
+        is_list = "Sequence" in annotation and not is_one
         if "bool" in annotation:
             values = [v.capitalize() if v.lower() in ("true", "false") else v for v in values]
         literals = [repr(v) if _is_text(v, annotation) else v for v in values]
-        literal = f"({', '.join(literals)},)" if is_list else literals[-1]
+        is_whole = len(literals) == 1 and literals[0].startswith(("(", "["))
+        literal = f"({', '.join(literals)},)" if is_list and not is_whole else literals[-1]
         bindings.append(f"{arguments.verb}.{arguments.verb}.{name} = {literal}")
     return bindings
 

@@ -16,9 +16,10 @@ import os
 import pathlib
 import platform
 import re
+import secrets
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import InputError
@@ -63,17 +64,22 @@ class RunFolder:
     config: Callable[[], str] = lambda: ""
     command_line: Sequence[str] = ()
 
-    def begin(self, replace: bool = False) -> None:
+    def begin(self, replace: bool = False, may_change: Collection[str] = ()) -> list[str]:
         """Makes the folder and writes config.gin and run.json.
 
         Args:
           replace: Whether a folder with another configuration of the same verb may be written over.
+          may_change: The settings that may differ from the folder's all the same, each by the last
+            parts of its name: "train.batch_size" for one, "MeshConfig" for all of a class.
+
+        Returns:
+          What did change, a phrase for each setting ("train.train.batch_size was 8 and is now 16").
 
         Raises:
           InputError: The folder holds another run, or cannot be written.
         """
         config = self.config()
-        self._refuse_another_run(config, replace)
+        changes = self._changes(config, replace, may_change)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG_FILE, config)
@@ -83,6 +89,7 @@ class RunFolder:
                 f"The output folder {self.path} cannot be written ({error.strerror}): "
                 "choose another --output_dir, or make room."
             ) from error
+        return changes
 
     @property
     def begun(self) -> bool:
@@ -116,12 +123,13 @@ class RunFolder:
                 f"need {needed_bytes / 1e6:,.0f} MB: choose another --output_dir, or make room."
             )
 
-    def _refuse_another_run(self, config: str, replace: bool) -> None:
+    def _changes(self, config: str, replace: bool, may_change: Collection[str]) -> list[str]:
+        """How the configuration differs from the folder's; refuses another run."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: --output_dir must name a folder.")
         run_file = self.path / RUN_FILE
         if not run_file.exists():
-            return
+            return []
         try:
             verb = json.loads(run_file.read_text())["verb"]
         except (ValueError, KeyError, TypeError) as error:
@@ -133,13 +141,14 @@ class RunFolder:
                 f"The output folder {self.path} holds a run of `salt {verb}`: "
                 f"choose another --output_dir for this `salt {self.verb}`."
             )
-        before = _settings((self.path / CONFIG_FILE).read_text())
-        differences = [
-            f"{name} was {before.get(name, 'unset')} and is now {now.get(name, 'unset')}"
-            for now in [_settings(config)]
+        before, now = _settings((self.path / CONFIG_FILE).read_text()), _settings(config)
+        changes = {
+            name: f"{name} was {before.get(name, 'unset')} and is now {now.get(name, 'unset')}"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
-        ]
+        }
+        both = [*before.items(), *now.items()]
+        differences = [text for name, text in changes.items() if not _may(name, both, may_change)]
         if differences and not replace:
             more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
             raise InputError(
@@ -147,6 +156,7 @@ class RunFolder:
                 f"{'; '.join(differences[:2])}{more}; choose another --output_dir, or go back to "
                 f"the settings in its {CONFIG_FILE}."
             )
+        return list(changes.values())
 
     def _origin(self) -> dict[str, Any]:
         return {
@@ -160,7 +170,8 @@ class RunFolder:
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, sees the old text or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own: several processes of one command may write into one folder.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text)
         os.replace(temporary, path)
@@ -215,6 +226,14 @@ def _settings(config: str) -> dict[str, str]:
         elif name:
             settings[name] = f"{settings[name]} {line.strip()}".strip()
     return settings
+
+
+def _may(name: str, settings: Sequence[tuple[str, str]], may_change: Collection[str]) -> bool:
+    """Whether a setting may change; a macro may if all that it is given to may."""
+    if "." in name:
+        return any(f".{allowed}." in f".{name}." for allowed in may_change)
+    users = [user for user, value in settings if re.search(rf"%{name}\b", value)]
+    return bool(users) and all(_may(user, settings, may_change) for user in users)
 
 
 def to_json(value: Mapping[str, Any], indent: int | None = None) -> str:

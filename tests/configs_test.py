@@ -8,6 +8,8 @@ import pytest
 
 import gin
 from salt_jax.command_line import parse_arguments
+from salt_jax.data.denoisers import Denoising, Objectives
+from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import schedules
 from salt_jax.errors import InputError
 from salt_jax.main import CONFIGS, configure
@@ -161,6 +163,26 @@ def test_a_run_of_the_paper_can_be_planned(run: str) -> None:
         slm = TEACHERS[run[: len("llm_2_8b")]]
         shape = {**vars(seen["teacher_model"]), "vocab_size": VOCABULARY}
         assert shape == vars(model(slm))
+
+
+def test_objectives() -> None:
+    model_file = "--gin_file=models/slm_smoke.gin"
+    assert "objectives" not in settings(*PRETRAIN, model_file)
+    ul2 = [*PRETRAIN, model_file, "--gin_file=objectives/ul2.gin"]
+    assert settings(*ul2)["objectives"] == Objectives()
+    assert settings(*ul2, "--gin.SPAN=0")["objectives"] == Objectives(span=0)
+    assert settings(*ul2, "--gin_file=objectives/causal.gin")["objectives"] is None
+    assert settings(*launch_command("slm_1_5b"))["objectives"] == Objectives()
+    # The paper's vocabulary and rows.
+    Denoising(Objectives(), ByteVocabulary(reserved=256), 1280, 0)
+    assert ".reserved = 256" in text("data/pile.gin")
+
+
+def test_caches_are_named_by_repeated_flags() -> None:
+    train = [*PRETRAIN[:-3], "--steps=1", "--batch_size=1", "--gin_file=models/slm_smoke.gin"]
+    assert settings(*train, "--cache=A")["cache"] == "A"
+    mixed = settings(*train, "--cache=A", "--cache=B", "--cache_weights=3", "--cache_weights=0.5")
+    assert (mixed["cache"], mixed["cache_weights"]) == (("A", "B"), (3, 0.5))
 
 
 def test_scores_and_selection_of_the_paper() -> None:

@@ -41,6 +41,46 @@ def test_another_configuration_is_refused(tmp_path: pathlib.Path, change: dict[s
     folder(tmp_path / "a", **change).begin(replace=True)  # type: ignore[arg-type]
 
 
+MACROS = """
+train.train.steps = 5
+train.train.batch_size = {batch}
+partitioning.MeshConfig.fsdp = %DEVICES
+DEVICES = {devices}
+PEAK = {peak}
+optimizers.LearningRate.peak = %PEAK
+"""
+
+
+def test_what_may_change_is_said_and_the_rest_is_refused(tmp_path: pathlib.Path) -> None:
+    def begin(*may_change: str, batch: int = 8, devices: int = 1, peak: float = 0.1) -> list[str]:
+        text = MACROS.format(batch=batch, devices=devices, peak=peak)
+        return RunFolder(tmp_path / "a", "train", lambda: text).begin(may_change=may_change)
+
+    allowed = ("train.batch_size", "MeshConfig")
+    assert begin(*allowed) == begin(*allowed) == []
+    assert begin(*allowed, batch=16, devices=4) == [
+        "DEVICES was 1 and is now 4",
+        "train.train.batch_size was 8 and is now 16",
+    ]
+    assert begin(*allowed, batch=16, devices=4) == []
+    with pytest.raises(InputError, match=r"configuration: PEAK was 0.1 and is now 0.2; choose"):
+        begin(*allowed, batch=8, peak=0.2)
+    for left in (("train.batch_size",), ("MeshConfig",), ("batch", "MeshConfig")):
+        with pytest.raises(InputError, match="holds a run with another configuration"):
+            begin(*left)
+
+
+def test_a_macro_may_change_if_all_that_it_is_given_to_may(tmp_path: pathlib.Path) -> None:
+    def begin(rows: int, *may_change: str) -> list[str]:
+        text = f"train.train.batch_size = %ROWS\nselection.RandomRows.m = %ROWS\nROWS = {rows}\n"
+        return RunFolder(tmp_path / "a", "train", lambda: text).begin(may_change=may_change)
+
+    begin(5)
+    with pytest.raises(InputError, match="ROWS was 5 and is now 6"):
+        begin(6, "train.batch_size")
+    assert begin(6, "train.batch_size", "RandomRows.m") == ["ROWS was 5 and is now 6"]
+
+
 def test_another_verb_a_file_and_damage_are_refused(tmp_path: pathlib.Path) -> None:
     folder(tmp_path / "a").begin()
     with pytest.raises(InputError, match="holds a run of `salt train`"):

@@ -1,40 +1,51 @@
-"""Which row at which step: batches as a pure function of the step.
+"""Which row at which step: batches as a function of the step and of what was read before.
 
-In: the rows of a split, the selected row ids if stage 1 has its own, and a step. Out: host batches.
-Every arm reads position i·B of the all-rows order at step i, and SALT_DS alone reads the selected
-order at i·B in stage 1. Starting anywhere costs what starting at 0 does: an order is a seeded
-permutation per epoch that is computed element by element, and rows are read by random access.
+In: the rows of one cache or several, orders over them, and where a run stands. Out: host batches.
+The position counts rows, not steps: a run may go on with another batch size, other hosts or more
+reader threads, and nothing is read twice and nothing skipped.
+
+Stage 2 reads the all-rows order at the number of rows consumed in all, and so does stage 1 unless
+it has selected rows of its own (SALT_DS), whose order it reads at the number of rows consumed in
+stage 1. With an unchanged batch size B that is position i·B at step i: all arms of a comparison
+read the same rows at the same step, SALT_DS apart in stage 1.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from salt_jax.data import features
+from salt_jax.data.denoisers import Denoising
+from salt_jax.data.row_order import Draw, Order
+from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.errors import InputError
 
+# What epochs name stage 1's own rows by.
+SELECTED = "selected rows"
 
-class RowOrder:
-    """An endless order of row ids: every row once per epoch, each epoch shuffled anew.
 
-    Args:
-      row_ids: The rows to draw from; None is all of 0 … rows − 1.
-      rows: How many there are when row_ids is None.
-      seed: Of the shuffle.
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a run has read.
+
+    Attributes:
+      step: Steps completed.
+      stage1_rows: Rows consumed in stage 1, by all processes.
+      stage2_rows: The same in stage 2.
     """
 
-    def __init__(self, row_ids: np.ndarray | None, rows: int, seed: int) -> None:
-        self._row_ids = row_ids
-        size = rows if row_ids is None else len(row_ids)
-        self._order = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
+    step: int = 0
+    stage1_rows: int = 0
+    stage2_rows: int = 0
 
-    def __getitem__(self, position: int) -> int:
-        """The row id at a position, from 0 on without end."""
-        index = self._order[position]
-        return int(index if self._row_ids is None else self._row_ids[index])
+    @property
+    def rows(self) -> int:
+        """Rows consumed in all."""
+        return self.stage1_rows + self.stage2_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +53,34 @@ class InputPipeline:
     """Batches for one process.
 
     Attributes:
-      split: Rows by id (`PackedSplit`).
+      sources: Rows by id (`PackedSplit`) of each cache by its name, in the order that draws number
+        them.
       batch_size: B, rows of the global batch.
       start_id: What the model reads where a segment begins.
       all_rows: The order that stage 2 reads, and stage 1 too unless it has its own.
       selected_rows: Stage 1's own order (SALT_DS), or None.
+      unused_rows: Stage 2's own order, read at the number of rows consumed in stage 2; None is
+        all_rows.
       stage1_steps: Steps of stage 1.
+      start: Where the run stood when this pipeline was made; it gives no batch before that.
+      denoising: What becomes of a row between the cache and the batch; None is nothing.
+      soft_labels: What stands for a teacher: batches of stage 1 have it as well.
       process_index: This process.
       process_count: All processes; each reads its contiguous part of every batch.
       read_threads: Threads that read ahead.
       read_ahead: Batches to hold ready.
     """
 
-    split: Any
+    sources: Mapping[str, Any]
     batch_size: int
     start_id: int
-    all_rows: RowOrder
-    selected_rows: RowOrder | None = None
+    all_rows: Order
+    selected_rows: Order | None = None
+    unused_rows: Order | None = None
     stage1_steps: int = 0
+    start: Position = Position()
+    denoising: Denoising | None = None
+    soft_labels: SoftLabels | None = None
     process_index: int = 0
     process_count: int = 1
     read_threads: int = 2
@@ -71,18 +92,69 @@ class InputPipeline:
                 f"batch_size {self.batch_size} is not divisible by {self.process_count} processes: "
                 "change batch_size."
             )
+        if self.read_threads < 1:
+            raise InputError(f"read_threads is {self.read_threads} and must be at least 1.")
 
-    def row_ids(self, step: int) -> list[int]:
+    @property
+    def extra_features(self) -> tuple[str, ...]:
+        """What batches hold beside `features.make_batch`'s."""
+        return self.denoising.features if self.denoising else ()
+
+    def position(self, step: int) -> Position:
+        """How far all processes have read when `step` steps are completed."""
+        assert step >= self.start.step, f"step {step} of a pipeline from step {self.start.step}"
+        in_stage1 = max(0, min(step, self.stage1_steps) - self.start.step)
+        in_stage2 = step - self.start.step - in_stage1
+        return Position(
+            step,
+            self.start.stage1_rows + in_stage1 * self.batch_size,
+            self.start.stage2_rows + in_stage2 * self.batch_size,
+        )
+
+    def draws(self, step: int) -> list[Draw]:
         """The rows that this process reads at a step, in order."""
+        position = self.position(step)
+        if step < self.stage1_steps and self.selected_rows is not None:
+            order, first = self.selected_rows, position.stage1_rows
+        elif step >= self.stage1_steps and self.unused_rows is not None:
+            order, first = self.unused_rows, position.stage2_rows
+        else:
+            order, first = self.all_rows, position.rows
         part = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * part
-        own_order = self.selected_rows is not None and step < self.stage1_steps
-        order = self.selected_rows if own_order and self.selected_rows else self.all_rows
-        return [order[position] for position in range(first, first + part)]
+        first += self.process_index * part
+        return [order[at] for at in range(first, first + part)]
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the rows of each source were read when `step` steps are completed.
+
+        A source counts what all_rows read of it, or unused_rows over the rows that are left there;
+        SELECTED is added where stage 1 has rows of its own.
+        """
+        position = self.position(step)
+        order, skipped, rows = self.all_rows, 0, position.rows
+        if self.unused_rows is not None:
+            order, rows = self.unused_rows, position.stage2_rows
+        elif self.selected_rows is not None:
+            skipped = position.stage1_rows
+        before, read, sizes = order.rows_read(skipped), order.rows_read(rows), order.sizes()
+        epochs = {
+            name: (read[source] - before[source]) / sizes[source]
+            for source, name in enumerate(self.sources)
+        }
+        if self.selected_rows is not None:
+            epochs[SELECTED] = position.stage1_rows / sum(self.selected_rows.sizes().values())
+        return epochs
 
     def batch(self, step: int) -> features.Batch:
         """The batch of a step, read at once."""
-        return features.make_batch(self.split.__getitems__(self.row_ids(step)), self.start_id)
+        draws = self.draws(step)
+        rows = self._read(draws)
+        if self.denoising is None:
+            batch = features.make_batch(rows, self.start_id)
+            return batch | self._labels(step, batch)
+        denoised = [self.denoising(row, draw.epoch) for row, draw in zip(rows, draws, strict=True)]
+        batch = features.make_batch([one.row for one in denoised], self.start_id)
+        return batch | self.denoising.batch_features(denoised)
 
     def batches(self, first_step: int, steps: int) -> Iterator[features.Batch]:
         """The batches of steps first_step … steps − 1, read ahead in threads."""
@@ -94,6 +166,24 @@ class InputPipeline:
             num_threads=self.read_threads, prefetch_buffer_size=self.read_ahead
         )
         return iter(dataset.to_iter_dataset(options))
+
+    def _labels(self, step: int, batch: features.Batch) -> features.Batch:
+        if self.soft_labels is None or step >= self.stage1_steps:
+            return {}
+        labels = self.soft_labels.read(batch["row_id"])
+        return {f"soft_{name}": array for name, array in labels._asdict().items()}
+
+    def _read(self, draws: Sequence[Draw]) -> list[features.Row]:
+        """The rows drawn, in order; one read a source."""
+        splits = list(self.sources.values())
+        places: Mapping[int, list[int]] = collections.defaultdict(list)
+        for place, draw in enumerate(draws):
+            places[draw.source].append(place)
+        rows: dict[int, features.Row] = {}
+        for source, of_source in places.items():
+            read = splits[source].__getitems__([draws[place].row_id for place in of_source])
+            rows.update(zip(of_source, read, strict=True))
+        return [rows[place] for place in range(len(draws))]
 
 
 def in_order(

@@ -5,8 +5,8 @@ tokenizer's file) and known by its fingerprint: a digest of the tokenizer's byte
 setting that changes an id.
 
 The ids of special tokens are the vocabulary's own business (Pythia's end of document is 0): nothing
-else may assume them. `reserved` ids, for denoising sentinels and mode tokens, are appended after
-the tokenizer's own.
+else may assume them. `reserved` ids are appended after the tokenizer's own: the first three are the
+mode tokens [R], [S] and [X] of `denoisers.py`, the others its sentinels, in ascending order.
 """
 
 import abc
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sentencepiece
@@ -24,6 +24,9 @@ import tokenizers
 from salt_jax.errors import InputError
 
 SETTINGS_FILE = "vocabulary.json"
+
+# UL2's: short spans, a prefix, extreme spans.
+MODES = ("R", "S", "X")
 
 
 class Vocabulary(abc.ABC):
@@ -52,6 +55,16 @@ class Vocabulary(abc.ABC):
     def reserved_ids(self) -> range:
         """The ids kept for denoising sentinels and mode tokens."""
         return range(self.base_size, self.size)
+
+    @property
+    def mode_ids(self) -> Mapping[str, int]:
+        """The id of each of MODES; those are missing that `reserved` has no room for."""
+        return dict(zip(MODES, self.reserved_ids, strict=False))
+
+    @property
+    def sentinel_ids(self) -> range:
+        """What stands for a corrupted span, the first span's first."""
+        return self.reserved_ids[len(MODES) :]
 
     @functools.cached_property
     def fingerprint(self) -> str:

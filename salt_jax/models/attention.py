@@ -30,6 +30,7 @@ def attention(
     key_BxLxGxK: jax.Array,
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
+    bidirectional_BxL: jax.Array | None = None,
     *,
     backend: str = "auto",
 ) -> jax.Array:
@@ -44,6 +45,8 @@ def attention(
         key_BxLxGxK: keys, after rotary embedding.
         value_BxLxGxK: values.
         segment_ids_BxL: int32, 0 = padding, equal within a document.
+        bidirectional_BxL: bool; those of a segment for which it holds see one another whatever
+            their order. By "xla" alone, which "auto" then is. None = causal everywhere.
         backend: see choose_backend.
 
     Returns:
@@ -52,9 +55,24 @@ def attention(
     Raises:
         InputError: The backend can't do this here.
     """
+    if bidirectional_BxL is not None:
+        require_bidirectional(backend)
+        return reference_attention(
+            query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL, bidirectional_BxL
+        )
     length, width = query_BxLxHxK.shape[1], query_BxLxHxK.shape[3]
     chosen = choose_backend(backend, platform_in_context(), length, width, query_BxLxHxK.dtype)
     return BACKENDS[chosen](query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
+
+
+def require_bidirectional(backend: str) -> None:
+    """Refuses a backend that can't let a prefix see itself in both directions."""
+    if backend not in ("auto", "xla"):
+        raise InputError(
+            f"DecoderConfig.attention_backend is {backend!r}, which is causal everywhere, and "
+            "Objectives.bidirectional_prefix is True: set attention_backend to 'xla' or 'auto', or "
+            "bidirectional_prefix to False."
+        )
 
 
 def choose_backend(backend: str, platform: str, length: int, width: int, dtype: Any) -> str:

@@ -33,6 +33,9 @@ from salt_jax.models.decoder_config import DecoderConfig
 # would make them, are lost among what the blocks add, and training starts far slower.
 _INITIAL_STD = 0.3
 
+# What decides who sees whom: segment ids, and what sees itself in both directions, if anything.
+Visibility = tuple[jax.Array, jax.Array | None]
+
 # Its public name is decoder.DecoderConfig: to gin files, and in the sentences that name a setting.
 DecoderConfig.__module__ = __name__
 
@@ -44,7 +47,11 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs_BxL: jax.Array, segment_ids_BxL: jax.Array, positions_BxL: jax.Array
+        self,
+        inputs_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        positions_BxL: jax.Array,
+        bidirectional_BxL: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm.
 
@@ -53,6 +60,8 @@ class Decoder(nn.Module):
                 vocabulary gives NaN.
             segment_ids_BxL: int32; a position sees its own segment only. 0 = padding.
             positions_BxL: int32, counted from 0 in each segment.
+            bidirectional_BxL: bool; those of a segment for which it holds see one another. None =
+                causal everywhere.
 
         Returns:
             [B, L, D] in config.dtype.
@@ -75,6 +84,7 @@ class Decoder(nn.Module):
             x_BxLxD *= math.sqrt(config.embed_dim)
         x_BxLxD = _constrain(x_BxLxD, "activation_embed")
         rotation = layers.rotary_angles(positions_BxL, config.rotary_dim, config.rope_theta)
+        visibility: Visibility = (segment_ids_BxL, bidirectional_BxL)
 
         block: Any = Block
         if config.remat != "none":
@@ -90,11 +100,11 @@ class Decoder(nn.Module):
                 length=config.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x_BxLxD, _ = blocks(config, name="layers")(x_BxLxD, segment_ids_BxL, rotation)
+            x_BxLxD, _ = blocks(config, name="layers")(x_BxLxD, visibility, rotation)
         else:
             for layer in range(config.num_layers):
                 apply_block = block(config, name=f"layers_{layer}")
-                x_BxLxD, _ = apply_block(x_BxLxD, segment_ids_BxL, rotation)
+                x_BxLxD, _ = apply_block(x_BxLxD, visibility, rotation)
         return _norm(config, "final_norm")(x_BxLxD)
 
     def _table(self, name: str) -> jax.Array:
@@ -116,13 +126,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, rotation: layers.Rotation
+        self, x_BxLxD: jax.Array, visibility: Visibility, rotation: layers.Rotation
     ) -> tuple[jax.Array, None]:
         config = self.config
         x_BxLxD = checkpoint_name(x_BxLxD, remat.BLOCK_INPUT)
         normed_BxLxD = _norm(config, "attention_norm")(x_BxLxD)
         self_attention = SelfAttention(config, name="attention")
-        attended_BxLxD = x_BxLxD + self_attention(normed_BxLxD, segment_ids_BxL, rotation)
+        attended_BxLxD = x_BxLxD + self_attention(normed_BxLxD, visibility, rotation)
         mlp_input_BxLxD = x_BxLxD if config.parallel_residual else attended_BxLxD
         normed_BxLxD = _norm(config, "mlp_norm")(mlp_input_BxLxD)
         x_BxLxD = attended_BxLxD + Mlp(config, name="mlp")(normed_BxLxD)
@@ -136,7 +146,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, rotation: layers.Rotation
+        self, x_BxLxD: jax.Array, visibility: Visibility, rotation: layers.Rotation
     ) -> jax.Array:
         config = self.config
         embed: layers.Axes = ((config.embed_dim, "embed"),)
@@ -152,7 +162,7 @@ class SelfAttention(nn.Module):
             checkpoint_name(query_BxLxHxK, remat.QUERY),
             checkpoint_name(key_BxLxGxK, remat.KEY),
             checkpoint_name(value_BxLxGxK, remat.VALUE),
-            segment_ids_BxL,
+            *visibility,
             backend=config.attention_backend,
         )
         attended_BxLxD = _projection(config, "out", heads, embed, into_residual=True)(mixed_BxLxHxK)
@@ -194,8 +204,11 @@ def abstract_params(config: DecoderConfig) -> Any:
 
 
 def hidden_states(config: DecoderConfig, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The model's hidden states, [B, L, D], of a batch's inputs, segment_ids and positions."""
-    tokens = (batch["inputs"], batch["segment_ids"], batch["positions"])
+    """The model's hidden states, [B, L, D], of a batch.
+
+    It reads inputs, segment_ids, positions and, where the batch has it, bidirectional.
+    """
+    tokens = (batch["inputs"], batch["segment_ids"], batch["positions"], batch.get("bidirectional"))
     hidden_BxLxD: jax.Array = Decoder(config).apply({"params": params}, *tokens)  # type: ignore[assignment]
     return hidden_BxLxD
 

@@ -18,6 +18,7 @@ def reference_attention(
     key_BxLxGxK: jax.Array,
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
+    bidirectional_BxL: jax.Array | None = None,
 ) -> jax.Array:
     """See attention.attention. Whole [L, L] scores, by batched products of plain matrices.
 
@@ -34,7 +35,8 @@ def reference_attention(
     scores_BxGxRLxL = jnp.einsum(
         "bgqk,bgmk->bgqm", query_BxGxRLxK, key_BxGxLxK, preferred_element_type=jnp.float32
     )
-    visible_BxRLxL = jnp.tile(causal_segment_mask(segment_ids_BxL), (1, heads // groups, 1))
+    visible_BxLxL = causal_segment_mask(segment_ids_BxL, bidirectional_BxL)
+    visible_BxRLxL = jnp.tile(visible_BxLxL, (1, heads // groups, 1))
     scores_BxGxRLxL = jnp.where(visible_BxRLxL[:, None], scores_BxGxRLxL, _MASKED_SCORE)
     shares_BxGxRLxL = jax.nn.softmax(scores_BxGxRLxL, axis=-1).astype(value_BxLxGxK.dtype)
     mixed_BxGxRLxK = jnp.einsum("bgqm,bgmk->bgqk", shares_BxGxRLxL, value_BxGxLxK)
@@ -42,9 +44,14 @@ def reference_attention(
     return checkpoint_name(mixed_BxHxLxK.transpose(0, 2, 1, 3), OUTPUT_NAME)
 
 
-def causal_segment_mask(segment_ids_BxL: jax.Array) -> jax.Array:
+def causal_segment_mask(
+    segment_ids_BxL: jax.Array, bidirectional_BxL: jax.Array | None = None
+) -> jax.Array:
     """[B, L, L] bool: may the query at the second index see the key at the third?"""
     length = segment_ids_BxL.shape[1]
     causal_LxL = jnp.tril(jnp.ones((length, length), dtype=bool))
     same_segment_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
-    return same_segment_BxLxL & causal_LxL[None]
+    seen_BxLxL = causal_LxL[None]
+    if bidirectional_BxL is not None:
+        seen_BxLxL |= bidirectional_BxL[:, :, None] & bidirectional_BxL[:, None, :]
+    return same_segment_BxLxL & seen_BxLxL

@@ -201,8 +201,7 @@ def find_model(
         raise InputError(
             f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}."
         )
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        progress = checkpointer.restore((folder / str(step) / "progress").absolute())
+    progress = read_progress(path, step)
     model = SavedModel(
         path=path,
         step=step,
@@ -217,6 +216,14 @@ def find_model(
     if cache is not None:
         _require_fit(model, cache, role)
     return model
+
+
+def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
+    """What a run's checkpoint says beside arrays: model, cache, rows consumed, counters."""
+    folder = path / CHECKPOINTS_FOLDER / str(step) / "progress"
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        progress: dict[str, Any] = checkpointer.restore(folder.absolute())
+    return progress
 
 
 def complete_steps(path: pathlib.Path) -> list[int]:

@@ -100,6 +100,30 @@ class Evaluator:
         return Evaluation(_quality(sums_3xS.sum(axis=1)), by_subset)
 
 
+class MixtureEvaluator:
+    """Evaluates on several caches as one; their subsets are named CACHE/SUBSET.
+
+    Args:
+      evaluators: One for each cache, by its name.
+    """
+
+    def __init__(self, evaluators: Mapping[str, Evaluator]) -> None:
+        self._evaluators = dict(evaluators)
+
+    def __call__(self, params: Any, rows: int | None = None) -> Evaluation:
+        """Evaluates `rows` rows of each, or as many as each was made for."""
+        by_subset = {
+            f"{name}/{subset}": quality
+            for name, evaluator in self._evaluators.items()
+            for subset, quality in evaluator(params, rows).by_subset.items()
+        }
+        sums_3 = np.zeros(3)
+        for quality in by_subset.values():
+            shares = (quality.log_perplexity, quality.next_token_accuracy, 1.0)
+            sums_3 += quality.tokens * np.array(shares)
+        return Evaluation(_quality(sums_3), by_subset)
+
+
 def _subset_sums(
     config: decoder.DecoderConfig,
     subsets: int,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from salt_jax.distill import losses
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import flops
@@ -223,7 +224,7 @@ class Ledger:
         """
         last, steps, seconds = self._window[-1], len(self._window), self._window_seconds
         means = {
-            _NAMES.get(name, name): float(np.mean([m[name] for m in self._window if name in m]))
+            _NAMES.get(name, name): _mean(self._window, name)
             for name in last
             if name not in ("skipped_updates", "weight")
         }
@@ -238,3 +239,13 @@ class Ledger:
         }
         self._window, self._window_seconds, self._window_flops = [], 0.0, 0.0
         return record
+
+
+def _mean(window: list[Mapping[str, Any]], name: str) -> float:
+    """Over steps; a teacher's values weigh by the share of the step's loss that it was part of."""
+    found = [metrics for metrics in window if name in metrics]
+    values = [float(metrics[name]) for metrics in found]
+    if name not in losses.TEACHER_VALUES:
+        return float(np.mean(values))
+    shares = [float(metrics.get("distilled", 1.0)) for metrics in found]
+    return float(np.average(values, weights=shares)) if any(shares) else float("nan")

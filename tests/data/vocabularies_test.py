@@ -86,6 +86,14 @@ def test_special_and_reserved_ids_give_no_text(vocabulary):
     assert vocabulary.decode([*special, *vocabulary.encode("x y"), *special]) == "x y"
 
 
+def test_the_first_reserved_ids_are_modes_and_the_others_sentinels() -> None:
+    vocabulary = ByteVocabulary(reserved=5)
+    assert vocabulary.mode_ids == {"R": 259, "S": 260, "X": 261}
+    assert list(vocabulary.sentinel_ids) == [262, 263]
+    assert ByteVocabulary(reserved=1).mode_ids == {"R": 259}
+    assert not ByteVocabulary(reserved=2).sentinel_ids
+
+
 def test_reserved_ids_are_the_last(vocabulary):
     assert vocabulary.size == vocabulary.base_size + vocabulary.reserved
     assert list(vocabulary.reserved_ids) == list(range(vocabulary.base_size, vocabulary.size))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from salt_jax.errors import InputError
 from salt_jax.models.attention import attention
 from salt_jax.models.reference_attention import causal_segment_mask
 
@@ -18,14 +19,21 @@ def random_inputs(heads: int, kv_heads: int, scale: float = 1.0) -> list[np.ndar
 
 
 def numpy_attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, segments: np.ndarray
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    segments: np.ndarray,
+    both_ways: np.ndarray | None = None,
 ) -> np.ndarray:
     """One query at a time, in float64."""
     batch, length, heads, width = query.shape
     group = heads // key.shape[2]
     out = np.zeros(query.shape)
     for b, i, h in np.ndindex(batch, length, heads):
-        seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i]]
+        ahead = np.arange(length) <= i
+        if both_ways is not None and both_ways[b, i]:
+            ahead = ahead | both_ways[b]
+        seen = [j for j in range(length) if ahead[j] and segments[b, j] == segments[b, i]]
         keys = key[b, seen, h // group].astype(np.float64)
         scores = keys @ query[b, i, h].astype(np.float64) / np.sqrt(width)
         shares = np.exp(scores - scores.max())
@@ -57,6 +65,19 @@ def test_bfloat16_keeps_its_dtype_and_is_close() -> None:
     assert mixed.dtype == jnp.bfloat16
     exact = numpy_attention(*(np.asarray(x, np.float32) for x in inputs), SEGMENTS)
     np.testing.assert_allclose(np.asarray(mixed, np.float32), exact, atol=0.05)
+
+
+@pytest.mark.parametrize("backend", ["auto", "xla"])
+def test_a_prefix_sees_itself_in_both_directions(backend: str) -> None:
+    both_ways = np.array([[1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]], bool)
+    inputs = random_inputs(4, 2)
+    arrays = [jnp.asarray(x) for x in (*inputs, SEGMENTS, both_ways)]
+    mixed = attention(*arrays, backend=backend)
+    expected = numpy_attention(*inputs, SEGMENTS, both_ways)
+    np.testing.assert_allclose(mixed, expected, rtol=2e-4, atol=2e-4)
+    assert not np.allclose(mixed, numpy_attention(*inputs, SEGMENTS), atol=1e-2)
+    with pytest.raises(InputError, match="attention_backend is 'splash', which is causal"):
+        attention(*arrays, backend="splash")
 
 
 def test_mask_is_causal_and_within_the_segment() -> None:

@@ -80,6 +80,39 @@ def test_causality_by_gradients(config: DecoderConfig) -> None:
     assert (depends_LxL[np.tril_indices(6)] > 0).all()
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_prefix_in_both_directions_by_gradients(remat: str) -> None:
+    """Two documents: of each the prefix sees all of itself, the rest what came before it."""
+    config = dataclasses.replace(SMALL, remat=remat)
+    params, inputs = make_params(config), jnp.arange(8)[None]
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0]])
+    prefix = jnp.array([[True, True, True, False, True, True, False, False]])
+    batch = {
+        "inputs": inputs,
+        "segment_ids": segments,
+        "positions": positions,
+        "bidirectional": prefix,
+    }
+
+    @jax.jit
+    @jax.jacobian
+    def jacobian(embedding_VxD: jax.Array) -> jax.Array:
+        return decoder.hidden_states(config, {**params, "embedding": embedding_VxD}, batch)[0]
+
+    depends_LxL = np.abs(jacobian(params["embedding"])).sum(axis=(1, 3))[:, :8] > 0
+    expected = np.zeros((8, 8), bool)
+    expected[:3, :3] = expected[3, :4] = True
+    expected[4:6, 4:6] = expected[6, 4:7] = expected[7, 7] = True
+    np.testing.assert_array_equal(depends_LxL, expected)
+    nothing = {**batch, "bidirectional": jnp.zeros((1, 8), bool)}
+    causal = {name: array for name, array in batch.items() if name != "bidirectional"}
+    np.testing.assert_array_equal(
+        decoder.hidden_states(config, params, nothing),
+        decoder.hidden_states(config, params, causal),
+    )
+
+
 @SHAPES
 def test_packed_documents_equal_documents_alone(config: DecoderConfig) -> None:
     params, lengths = make_params(config), (5, 1, 7)

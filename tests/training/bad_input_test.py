@@ -132,7 +132,7 @@ def test_selection_of_another_cache_and_without_a_stage_1(
 ) -> None:
     other = make_cache(seed=1)
     select(RunFolder(tmp_path / "s", "select"), cache=str(other.path), rule=RandomRows(m=5))
-    with pytest.raises(InputError, match="belong to the cache"):
+    with pytest.raises(InputError, match="belongs to the cache"):
         run_train(schedule=SALT, teacher=str(slm), selection=str(tmp_path / "s"))
     select(RunFolder(tmp_path / "t", "select"), cache=str(cache.path), rule=RandomRows(m=5))
     with pytest.raises(InputError, match="no stage 1"):

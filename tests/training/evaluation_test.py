@@ -72,44 +72,59 @@ def test_evaluation_equals_numpy(
     assert summary["seconds"] > 0
 
 
-@pytest.mark.parametrize("unlearnable", ["drop", "zero"])
 def test_scores_equal_numpy_and_are_selected_from(
-    slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path, unlearnable: Any
+    slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path
 ) -> None:
     score(
         RunFolder(tmp_path / "scores", "score"),
         scorer=str(slm),
         scorer_step=4,
         cache=str(cache.path),
-        k=3,
-        unlearnable=unlearnable,
+        k=(5, 3),
+        shard_rows=20,
         batch_size=9,
         compilation_cache="",
     )
     scores = RowScores.open(tmp_path / "scores", cache_digest=cache.digest)
     batch, log_p_BxLxV = log_p(slm, cache, "train", 4)
+    columns = {name: scores.column(name)[:] for name in dict(scores.manifest["columns"])}
     for row in range(len(cache.split("train"))):
-        losses = []
+        losses, dropped = [], []
         for t in range(1, cache.sequence_length):
             if batch["loss_weights"][row, t] == 0:
                 continue
             true = log_p_BxLxV[row, t, batch["targets"][row, t]]
+            losses.append(-true)
             if (log_p_BxLxV[row, t] > true).sum() < 3:
-                losses.append(-true)
-            elif unlearnable == "zero":
-                losses.append(0.0)
-        expected = np.median(losses) if losses else -np.inf
-        assert scores.scores[row] == pytest.approx(expected, rel=1e-4)
+                dropped.append(-true)
+        zeros = [0.0] * (len(losses) - len(dropped))
+        expected = {
+            "median_drop_k3": np.median(dropped) if dropped else -np.inf,
+            "median_zero_k3": np.median(dropped + zeros) if dropped else -np.inf,
+            "mean_k3": np.mean(dropped) if dropped else -np.inf,
+            "learnable_k3": len(dropped) / len(losses),
+            "log_perplexity": np.mean(losses),
+            "subset": batch["subset"][row],
+        }
+        for name, value in expected.items():
+            assert columns[name][row] == pytest.approx(value, rel=1e-4), name
+    assert len({*columns["targets_hash"].tolist()}) == len({*map(bytes, batch["targets"])})
+    assert (columns["learnable_k5"] >= columns["learnable_k3"]).all()
     assert scores.manifest["scorer"] == find_model(slm, 4, "scorer").identity
-    assert scores.manifest["score"]["k"] == 3
+    assert scores.manifest["k"] == [3, 5]
+    cost = Cost.of(find_model(slm, None, "model").config, 48, cache.sequence_length)
+    assert scores.cost
+    assert (scores.cost["flops"], scores.cost["tokens"]) == (cost.flops, cost.tokens)
+    assert scores.cost["seconds"] > 0
     select(
         RunFolder(tmp_path / "top", "select"),
         cache=str(cache.path),
         rule=TopRows(m=7),
         scores=str(tmp_path / "scores"),
+        k=3,
     )
     chosen = Selection.open(tmp_path / "top", cache_digest=cache.digest)
-    order = np.lexsort((np.arange(48), -scores.scores))
+    order = np.lexsort((np.arange(48), -columns["median_drop_k3"]))
     assert chosen.row_ids.tolist() == sorted(order[:7].tolist())
     assert chosen.manifest["scores_digest"] == scores.digest
     summary = json.loads((tmp_path / "top" / "summary.json").read_text())

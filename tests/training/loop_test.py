@@ -12,8 +12,9 @@ import pytest
 
 from salt_jax.commands.score import score
 from salt_jax.commands.select import select
-from salt_jax.data.input_pipeline import InputPipeline, RowOrder
+from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_order import RowOrder
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import losses, schedules
 from salt_jax.distill.selection import RandomRows, TopRows
@@ -276,13 +277,14 @@ def test_salt_ds_is_charged_for_its_scoring(
 
 def test_scores_whose_cost_is_not_known_are_not_charged_and_that_is_said(
     run_train: Run,
+    write_scores: Callable[..., RowScores],
     slm: pathlib.Path,
     cache: PackedCache,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     common = {"cache_digest": cache.digest, "split": "train"}
-    scores = RowScores.write(tmp_path / "scores", np.ones(48), scorer={}, score={}, **common)
+    scores = write_scores(tmp_path / "scores", np.ones(48), **common)
     Selection.write(tmp_path / "top", np.arange(24), how={}, scores=scores, **common)
     run = run_train(
         schedule=SALT, teacher=str(slm), selection=str(tmp_path / "top"), steps=3, evaluate_every=3
@@ -333,10 +335,10 @@ def test_learns(slm: pathlib.Path) -> None:
 def test_reads_ahead_from_any_step(cache: PackedCache) -> None:
     """Step 1,000,000 is as near as step 0, and the same batch as from any other start."""
     split = cache.split("train")
-    pipeline = InputPipeline(split, 8, 0, RowOrder(None, len(split), seed=3))
+    pipeline = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), seed=3))
     far: Iterator[Any] = pipeline.batches(1_000_000, 1_000_002)
     np.testing.assert_array_equal(next(far)["row_id"], pipeline.batch(1_000_000)["row_id"])
-    assert pipeline.row_ids(1_000_000) != pipeline.row_ids(0)
+    assert pipeline.draws(1_000_000)[0].epoch == 8_000_000 // 48
 
 
 def flat(batches: list[list[int]]) -> list[int]:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.data.input_pipeline import InputPipeline, RowOrder
+from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_order import RowOrder
 from salt_jax.distill.losses import LossConfig
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning import hlo
@@ -72,7 +73,9 @@ def train(
         mesh, devices, microbatches, omega is not None, optimizer, student
     )
     split = cache.split("train")
-    pipeline = InputPipeline(split, 8, cache.start_id, RowOrder(None, len(split), seed=0))
+    pipeline = InputPipeline(
+        {"cache": split}, 8, cache.start_id, RowOrder(None, len(split), seed=0)
+    )
     state, history = layout.create(0), []
     for step in range(steps):
         batch = pipeline.batch(step)
@@ -189,7 +192,7 @@ def test_weights_are_divided_out_once(cache: PackedCache) -> None:
     mesh = partitioning.MeshConfig().make(jax.devices()[:1])
     layout = make_layout(STUDENT, OptimizerConfig(LearningRate(1.0), clip_norm=0).make(1), mesh)
     split = cache.split("train")
-    batch = InputPipeline(split, 8, 0, RowOrder(None, len(split), 0)).batch(0)
+    batch = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), 0)).batch(0)
     batch["loss_weights"][::2, 4:] = 0.0
     norms = []
     for microbatches in (1, 2, 8):
@@ -202,6 +205,50 @@ def test_weights_are_divided_out_once(cache: PackedCache) -> None:
         norms.append(float(metrics["grad_norm"]))
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
     assert jnp.isfinite(norms[0])
+
+
+def test_a_batch_says_which_rows_are_taught(cache: PackedCache) -> None:
+    """Untaught rows are trained on plainly, and no metric of the teacher counts them."""
+    mesh = partitioning.MeshConfig(fsdp=2).make(jax.devices()[:2])
+    layout = make_layout(STUDENT, ADAMW.make(1), mesh)
+    teacher = make_layout(TEACHER, ADAMW.make(1), mesh).create(7).params
+    split = cache.split("train")
+    batch = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), 0)).batch(0)
+    batch["loss_weights"][:3, 4:] = 0.0
+
+    @functools.cache
+    def program(extra: tuple[str, ...], microbatches: int) -> Any:
+        models = (TEACHER, teacher)
+        return lower_step(layout, LOSS, (8, LENGTH), microbatches, *models, extra).compile()
+
+    def run(extra: tuple[str, ...], omega: float, shares: Any, microbatches: int = 1) -> Any:
+        batch["distill"] = np.array(shares, np.float32)
+        names = (*BATCH_FEATURES, *extra)
+        on_device = partitioning.to_device({n: batch[n] for n in names}, mesh)
+        arguments = (on_device, teacher, np.float32(omega))
+        state, metrics = program(extra, microbatches)(layout.create(0), *arguments)
+        return jax.device_get(state), {name: float(value) for name, value in metrics.items()}
+
+    ones, today = run(("distill",), 0.5, [1] * 8), run((), 0.5, [1] * 8)
+    assert_close(ones[0].params, today[0].params)
+    assert ones[1].pop("distilled") == 1
+    assert ones[1] == pytest.approx(today[1], rel=1e-5)
+
+    none, plain = run(("distill",), 0.5, [0] * 8), run((), 0.0, [0] * 8)
+    assert_close(none[0].params, plain[0].params)
+    assert (none[1]["distilled"], none[1]["soft"]) == (0, 0)
+
+    some_rows = [1, 0, 0, 1, 0, 0, 0, 1]
+    some, parted = (run(("distill",), 0.5, some_rows, parts)[1] for parts in (1, 2))
+    assert parted == pytest.approx(some, rel=1e-4)
+    taught_B = np.array(some_rows, bool)
+    assert some["distilled"] == pytest.approx(
+        batch["loss_weights"][taught_B].sum() / batch["loss_weights"].sum()
+    )
+    batch["loss_weights"][~taught_B] = 0.0
+    alone = run((), 0.5, some_rows)[1]
+    for name in ("soft", "teacher_hard", "agreement"):
+        assert some[name] == pytest.approx(alone[name], rel=1e-5)
 
 
 @functools.cache
