@@ -5,37 +5,54 @@ a whole run (gin/runs). A run that was stopped goes on when the same command is 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from salt_jax.data.input_pipeline import InputPipeline, RowOrder
+from salt_jax.data import denoisers
+from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
+from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
+from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import compilation, partitioning
+from salt_jax.training.caches import Caches, make_pipeline
 from salt_jax.training.checkpoints import (
     CheckpointConfig,
     SavedModel,
     complete_steps,
     find_model,
+    read_progress,
     state_bytes,
 )
-from salt_jax.training.evaluation import Evaluator
+from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
 from salt_jax.training.ledger import Cost, known_cost
 from salt_jax.training.loop import Loop, TrainingSetup
 from salt_jax.training.optimizers import OptimizerConfig
-from salt_jax.training.train_state import make_layout
+from salt_jax.training.teacher import find_labels, find_teacher
+from salt_jax.training.train_state import StateLayout, make_layout
+
+# What may change when a run goes on: how it is computed and when it is told of, and the batch size,
+# since positions count rows.
+MAY_CHANGE = (
+    *("train.batch_size", "train.microbatches", "train.stage1_microbatches", "train.read_threads"),
+    *("train.mesh", "MeshConfig", "train.rules", "train.teacher_rules"),
+    *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
+    *("train.checkpoints", "CheckpointConfig", "train.evaluate_every", "train.log_every"),
+    *("train.max_skipped_updates", "train.compilation_cache"),
+)
 
 
 def train(
     run: RunFolder,
     *,
     model: DecoderConfig,
-    cache: str,
+    cache: str | Sequence[str],
     steps: int,
     batch_size: int,
     optimizer: OptimizerConfig,
@@ -47,7 +64,13 @@ def train(
     teacher: str | None = None,
     teacher_step: int | None = None,
     teacher_dtype: str | None = None,
+    soft_labels: str | None = None,
     selection: str | None = None,
+    selection_steps: int | None = None,
+    stage2_rows: str = "all",
+    cache_weights: Sequence[float] | None = None,
+    objectives: denoisers.Objectives | None = None,
+    teacher_objectives: str = "all",
     initial: str | None = None,
     initial_step: int | None = None,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
@@ -59,6 +82,7 @@ def train(
     evaluate_every: int = 1000,
     evaluation_rows: int | None = None,
     log_every: int = 10,
+    read_threads: int = 2,
     max_skipped_updates: int = 10,
     compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
@@ -67,9 +91,9 @@ def train(
     Args:
       run: The folder for checkpoints, metrics and results.
       model: The student; its vocab_size is the cache's where it is not set.
-      cache: A folder made by `salt prepare`.
+      cache: A folder made by `salt prepare`; several are mixed (repeat the flag).
       steps: Updates of the whole run.
-      batch_size: B, rows of the global batch.
+      batch_size: B, rows of the global batch; may change when a run goes on.
       optimizer: The optimizer and its learning rate.
       schedule: ω by step: which steps have a teacher, and how much it counts.
       loss: Temperatures, divergence, z-loss.
@@ -79,7 +103,16 @@ def train(
       teacher: A run's folder whose model teaches in stage 1.
       teacher_step: Its checkpoint; the newest by default.
       teacher_dtype: What to hold it in, "bfloat16" for one; as it was saved by default.
+      soft_labels: A folder made by `salt score --soft_labels=K`, in place of a teacher.
       selection: A folder made by `salt select`: stage 1 reads its rows alone (SALT_DS).
+      selection_steps: How many steps read the selection; stage 1's by default. Set it to read
+        selected rows without a teacher.
+      stage2_rows: "all", or "unused": stage 2 leaves out the rows that stage 1 read of a selection.
+      cache_weights: How much of what is read is to be of each cache; by default their rows, so that
+        all come to an epoch's end together. Only proportions matter.
+      objectives: What rows are trained on: UL2's mixture, for one; None is next tokens alone.
+      teacher_objectives: "causal" for a teacher that was trained on next tokens alone: its ω is 0
+        on other rows. "all" lets it teach them all.
       initial: A run's folder to start the student from, instead of from the seed.
       initial_step: Its checkpoint; the newest by default.
       mesh: How many devices along each mesh axis.
@@ -92,30 +125,33 @@ def train(
       evaluate_every: Steps between evaluations on the validation split.
       evaluation_rows: Rows of it to read; all by default.
       log_every: Steps between lines of metrics.
+      read_threads: Threads that read batches ahead.
       max_skipped_updates: Non-finite updates to skip before the run stops.
       compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
       InputError: Settings that don't fit each other, the cache, the teacher or the devices.
     """
-    packed = PackedCache.open(cache)
+    caches = Caches.open(cache, cache_weights)
+    packed = caches.first
     config = _student(model, packed)
     device_mesh = mesh.make()
-    _check_at_least(
-        1, steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, log_every=log_every
-    )
-    _check_at_least(1, evaluation_rows=1 if evaluation_rows is None else evaluation_rows)
-    _check_at_least(0, max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
+    _check_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
+    _check_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
+    _check_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
+    _check_seeds(max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
     _check_keep_steps(checkpoints, steps)
-    for parts in {microbatches, stage1_microbatches or microbatches}:
-        _check_batch(batch_size, parts, device_mesh)
+    parts = microbatches, stage1_microbatches or microbatches
+    _check_batch(batch_size, parts, device_mesh)
     stage1_steps = schedule.distill_steps(steps)
-    teacher_model = None
+    start = _position(run)
+    selected = _selection(selection, selection_steps, stage1_steps)
+    teacher_model = labels = None
     # A run that goes on in stage 2 has no need of its teacher, which may be gone.
-    if max([0, *complete_steps(run.path)]) < stage1_steps:
-        teacher_model = _teacher(teacher, teacher_step, packed, schedule, loss)
-    selected = _selection(selection, packed, stage1_steps)
-    held_out = len(packed.split("validation"))
+    if start.step < stage1_steps and soft_labels is not None:
+        labels = find_labels(soft_labels, teacher, caches, selected, loss, objectives)
+    elif start.step < stage1_steps:
+        teacher_model = find_teacher(teacher, teacher_step, packed, schedule, loss)
     layout = make_layout(config, optimizer.make(steps), device_mesh, rules)
     setup = TrainingSetup(
         arm=arm,
@@ -124,27 +160,28 @@ def train(
         layout=layout,
         loss=loss,
         schedule=schedule,
-        pipeline=_pipeline(packed, batch_size, data_seed, selected, stage1_steps),
-        sequence_length=packed.sequence_length,
-        evaluator=Evaluator(
-            config,
-            packed,
-            "validation",
-            # No more rows at once than a step has room for.
-            batch_size // max(microbatches, stage1_microbatches or microbatches),
-            device_mesh,
-            rules,
-            evaluation_rows,
-            loss.chunk_tokens,
+        pipeline=make_pipeline(
+            caches,
+            batch_size=batch_size,
+            seed=data_seed,
+            selected=selected,
+            stage1_steps=stage1_steps if selection_steps is None else selection_steps,
+            stage2_rows=stage2_rows,
+            start=start,
+            denoising=_denoising(objectives, packed, data_seed, teacher_objectives, config),
+            soft_labels=labels,
+            read_threads=read_threads,
         ),
-        evaluation_rows=min(evaluation_rows or held_out, held_out),
+        sequence_length=packed.sequence_length,
+        evaluator=_evaluator(caches, layout, batch_size // max(parts), evaluation_rows, loss),
+        evaluation_rows=_held_out_rows(caches, evaluation_rows),
         learning_rate=optimizer.learning_rate.schedule(steps),
         checkpoints=checkpoints,
-        origin=_origin(config, packed, schedule, selected, teacher_model),
+        origin=_origin(config, caches, schedule, selected, teacher_model, labels),
         teacher=teacher_model,
         teacher_dtype=teacher_dtype,
         teacher_rules=teacher_rules,
-        scoring=_scoring_cost(selected, arm),
+        scoring=_scoring_cost(selected, labels, arm),
         initial=_initial(initial, initial_step, config, packed),
         microbatches=microbatches,
         stage1_microbatches=stage1_microbatches,
@@ -154,10 +191,20 @@ def train(
     )
     kept = checkpoints.keep_last + len(checkpoints.keep_steps) + 1
     run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
-    run.begin()
-    _describe(setup, packed, batch_size, selected)
+    for change in run.begin(may_change=MAY_CHANGE):
+        print(f"[{arm}] {change}")
+    _describe(setup)
     compilation.use_compilation_cache(compilation_cache)
     run.write_summary(Loop(setup, run).run())
+
+
+def _position(run: RunFolder) -> Position:
+    """Where the run's newest checkpoint stands."""
+    steps = complete_steps(run.path)
+    if not steps:
+        return Position()
+    rows = read_progress(run.path, steps[-1])["rows_consumed"]
+    return Position(steps[-1], rows["stage1"], rows["stage2"])
 
 
 def _student(model: DecoderConfig, cache: PackedCache) -> DecoderConfig:
@@ -175,10 +222,16 @@ def _student(model: DecoderConfig, cache: PackedCache) -> DecoderConfig:
     return model
 
 
-def _check_at_least(least: int, **settings: int) -> None:
+def _check_counts(**settings: int | None) -> None:
     for name, value in settings.items():
-        if value < least:
-            raise InputError(f"{name} is {value} and must be at least {least}: change --{name}.")
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
+
+
+def _check_seeds(**settings: int) -> None:
+    for name, value in settings.items():
+        if not 0 <= value < 2**31:
+            raise InputError(f"{name} is {value} and must be 0 to 2³¹ - 1: change --{name}.")
 
 
 def _check_keep_steps(checkpoints: CheckpointConfig, steps: int) -> None:
@@ -189,44 +242,32 @@ def _check_keep_steps(checkpoints: CheckpointConfig, steps: int) -> None:
         )
 
 
-def _check_batch(batch_size: int, microbatches: int, mesh: jax.sharding.Mesh) -> None:
+def _check_batch(batch_size: int, parts: Sequence[int], mesh: jax.sharding.Mesh) -> None:
     divisor = partitioning.batch_divisor(mesh)
-    if microbatches < 1 or batch_size % (divisor * microbatches):
-        raise InputError(
-            f"batch_size {batch_size} can't be split over {divisor} devices in {microbatches} "
-            "microbatches: make it a multiple of devices × microbatches, or change microbatches "
-            "(at least 1) or the mesh."
-        )
+    for microbatches in parts:
+        if batch_size % (divisor * microbatches):
+            raise InputError(
+                f"batch_size {batch_size} can't be split over {divisor} devices in {microbatches} "
+                "microbatches: make it a multiple of devices × microbatches, or change "
+                "microbatches or the mesh."
+            )
 
 
-def _teacher(
-    path: str | None,
-    step: int | None,
-    cache: PackedCache,
-    schedule: schedules.Schedule,
-    loss: losses.LossConfig,
-) -> SavedModel:
-    if loss.teacher_top_k > cache.vocabulary_size:
-        raise InputError(
-            f"LossConfig.teacher_top_k is {loss.teacher_top_k} and the vocabulary has "
-            f"{cache.vocabulary_size} ids: lower it, or set it to 0 for all."
-        )
+def _selection(
+    path: str | None, selection_steps: int | None, stage1_steps: int
+) -> Selection | None:
     if path is None:
-        raise InputError(
-            f"The schedule {type(schedule).__name__} needs a teacher and none is set: add "
-            "--teacher=FOLDER, the output of a `salt train` run."
-        )
-    return find_model(path, step, "teacher", cache)
-
-
-def _selection(path: str | None, cache: PackedCache, stage1_steps: int) -> Selection | None:
-    if path is None:
+        if selection_steps is not None:
+            raise InputError(
+                f"selection_steps is {selection_steps} and there is no selection to read: add "
+                "--selection=FOLDER."
+            )
         return None
-    selection = Selection.open(path, cache_digest=cache.digest)
-    if stage1_steps == 0:
+    selection = Selection.open(path)
+    if selection_steps is None and stage1_steps == 0:
         raise InputError(
             f"selection is {path}, but the schedule has no stage 1 to read it in: leave selection "
-            "unset, or choose a schedule with n_kd over 0."
+            "unset, choose a schedule with n_kd over 0, or set selection_steps."
         )
     if selection.manifest["split"] != "train":
         raise InputError(
@@ -236,28 +277,62 @@ def _selection(path: str | None, cache: PackedCache, stage1_steps: int) -> Selec
     return selection
 
 
-def _pipeline(
+def _denoising(
+    objectives: denoisers.Objectives | None,
     cache: PackedCache,
-    batch_size: int,
-    data_seed: int,
-    selected: Selection | None,
-    stage1_steps: int,
-) -> InputPipeline:
-    rows = cache.split("train")
-    return InputPipeline(
-        split=rows,
-        batch_size=batch_size,
-        start_id=cache.start_id,
-        all_rows=RowOrder(None, len(rows), data_seed),
-        selected_rows=RowOrder(selected.row_ids, 0, data_seed) if selected else None,
-        stage1_steps=stage1_steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    seed: int,
+    teacher_objectives: str,
+    config: DecoderConfig,
+) -> denoisers.Denoising | None:
+    if teacher_objectives not in denoisers.TEACHER_OBJECTIVES:
+        raise InputError(f"teacher_objectives is {teacher_objectives!r}: choose 'all' or 'causal'.")
+    if objectives is None:
+        return None
+    if objectives.bidirectional_prefix:
+        require_bidirectional(config.attention_backend)
+    return denoisers.Denoising(
+        objectives, cache.vocabulary, cache.sequence_length, seed, teacher_objectives
     )
 
 
-def _scoring_cost(selected: Selection | None, arm: str) -> Cost | None:
-    """What the scores behind a selection cost; a run that reads it begins with that spent."""
+def _evaluator(
+    caches: Caches,
+    layout: StateLayout,
+    batch_size: int,
+    rows: int | None,
+    loss: losses.LossConfig,
+) -> Evaluator | MixtureEvaluator:
+    """For the validation rows of every cache; causal, whatever the objectives."""
+    evaluators = {
+        name: Evaluator(
+            layout.config,
+            cache,
+            "validation",
+            batch_size,
+            layout.mesh,
+            layout.rules,
+            rows,
+            loss.chunk_tokens,
+        )
+        for name, cache in caches.packed.items()
+    }
+    return MixtureEvaluator(evaluators) if len(evaluators) > 1 else evaluators.popitem()[1]
+
+
+def _held_out_rows(caches: Caches, rows: int | None) -> int:
+    held_out = [len(cache.split("validation")) for cache in caches.packed.values()]
+    return sum(min(rows or size, size) for size in held_out)
+
+
+def _scoring_cost(selected: Selection | None, labels: SoftLabels | None, arm: str) -> Cost | None:
+    """What a run begins with spent: the scores behind its selection, and its soft labels."""
+    spent = [cost for cost in (_selection_cost(selected, arm), labels and labels.cost) if cost]
+    if not spent:
+        return None
+    return Cost(**{name: sum(cost[name] for cost in spent) for name in spent[0]})
+
+
+def _selection_cost(selected: Selection | None, arm: str) -> dict[str, Any] | None:
     if selected is None:
         return None
     cost = selected.manifest.get("scoring_cost")
@@ -266,26 +341,32 @@ def _scoring_cost(selected: Selection | None, arm: str) -> Cost | None:
             f"[{arm}] the selection {selected.path} doesn't say what its scores cost (another "
             "version of salt_jax made them): this run is not charged for them"
         )
-        return None
-    return Cost(**cost)
+    return cost
 
 
 def _origin(
     config: DecoderConfig,
-    cache: PackedCache,
+    caches: Caches,
     schedule: schedules.Schedule,
     selected: Selection | None,
     teacher: SavedModel | None,
+    labels: SoftLabels | None,
 ) -> dict[str, Any]:
     """What checkpoints record of where a run comes from."""
-    cost = known_cost(teacher.counters) if teacher else None
+    taught_by: dict[str, Any] | None = None
+    if teacher is not None:
+        taught_by = {**teacher.identity, "training_cost": known_cost(teacher.counters)}
+    elif labels is not None:
+        given = {"soft_labels": str(labels.path), "digest": labels.digest}
+        taught_by = {**labels.manifest["teacher"], **given, "training_cost": None}
     return {
         "model": config.to_json(),
-        "vocabulary_fingerprint": cache.vocabulary_fingerprint,
-        "cache_digest": cache.digest,
+        "vocabulary_fingerprint": caches.first.vocabulary_fingerprint,
+        "cache_digest": caches.digest,
+        "caches": caches.describe(),
         "selection_digest": selected.digest if selected else None,
         "schedule": {type(schedule).__name__: vars(schedule)},
-        "teacher": {**teacher.identity, "training_cost": cost} if teacher else None,
+        "teacher": taught_by,
     }
 
 
@@ -310,15 +391,20 @@ def _initial(
     return model
 
 
-def _describe(
-    setup: TrainingSetup, cache: PackedCache, batch_size: int, selected: Selection | None
-) -> None:
+def _describe(setup: TrainingSetup) -> None:
     """Says what is about to run, and what a reader might not expect of it."""
-    config, rows = setup.layout.config, len(cache.split("train"))
+    pipeline = setup.pipeline
+    epochs = pipeline.epochs(setup.steps)
+    sizes = (pipeline.unused_rows or pipeline.all_rows).sizes()
+    read = [
+        f"{epochs[name]:.2f} epochs of {sizes[i]:,} rows"
+        + (f" of {name}" if len(sizes) > 1 else "")
+        for i, name in enumerate(pipeline.sources)
+    ]
     print(
-        f"[{setup.arm}] {config.num_parameters:,} parameters, {setup.steps} steps of {batch_size} "
-        f"× {cache.sequence_length} tokens, {setup.steps * batch_size / rows:.2f} epochs of "
-        f"{rows:,} rows, {setup.stage1_steps} steps with a teacher"
+        f"[{setup.arm}] {setup.layout.config.num_parameters:,} parameters, {setup.steps} steps of "
+        f"{pipeline.batch_size} × {setup.sequence_length} tokens, {', '.join(read)}, "
+        f"{setup.stage1_steps} steps with a teacher"
     )
     n_kd = getattr(setup.schedule, "n_kd", None)
     if n_kd is not None and n_kd > setup.steps:
@@ -326,10 +412,15 @@ def _describe(
             f"[{setup.arm}] n_kd {n_kd} is over the run's {setup.steps} steps: the teacher stays "
             "to the end, and there is no stage 2"
         )
-    needed = setup.stage1_steps * batch_size
-    if selected is not None and len(selected.row_ids) < needed:
+    if pipeline.selected_rows is None:
+        return
+    selected = sum(pipeline.selected_rows.sizes().values())
+    needed = pipeline.position(max(pipeline.stage1_steps, pipeline.start.step)).stage1_rows
+    if selected < needed:
         print(
-            f"[{setup.arm}] {len(selected.row_ids):,} selected rows are fewer than the {needed:,} "
-            f"that stage 1 reads (n_kd × batch_size): each is read "
-            f"{needed / len(selected.row_ids):.1f} times"
+            f"[{setup.arm}] {selected:,} selected rows are fewer than the {needed:,} that are "
+            f"read of them ({pipeline.stage1_steps} steps × batch_size): each is read "
+            f"{epochs[SELECTED]:.1f} times"
         )
+    else:
+        print(f"[{setup.arm}] stage 1 reads {needed:,} of the {selected:,} selected rows, once")

@@ -15,7 +15,7 @@ gradient is added up in float32 and scattered once, after it (`head_sharding.py`
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,14 @@ from jax.sharding import PartitionSpec
 
 from salt_jax.distill.chunk_gradient import ChunkLoss
 from salt_jax.distill.head_sharding import HeadSharding, VocabularyPart
-from salt_jax.distill.losses import LossConfig, check_vocab_size
+from salt_jax.distill.losses import (
+    LOG_ZERO,
+    TEACHER_VALUES,
+    LossConfig,
+    SoftLabels,
+    check_vocab_size,
+    kept_labels,
+)
 
 # About the size of a last-level cache; large enough for matrix products to be efficient.
 _HEAD_GRADIENT_BLOCK_BYTES = 16 * 2**20
@@ -43,6 +50,8 @@ def loss_sums(
     *,
     teacher_hidden_BxLxD: jax.Array | None = None,
     teacher_head_VxD: jax.Array | None = None,
+    distill_B: jax.Array | None = None,
+    soft_labels: SoftLabels | None = None,
     sharding: HeadSharding | None = None,
 ) -> Sums:
     """Weighted sums over a batch of `losses.token_losses`.
@@ -63,24 +72,37 @@ def loss_sums(
         teacher_hidden_BxLxD: with teacher_head_VxD, the teacher's; both or neither. Width and V are
             the teacher's own.
         teacher_head_VxD: see teacher_hidden_BxLxD.
+        distill_B: float32, how much of ω counts in each row; None is all of it. Where it is 0 the
+            teacher has no part in anything, whatever stands in its hidden states.
+        soft_labels: [B, L, …], in place of a teacher, what was kept of its logits at config's
+            temperature.
         sharding: how the arrays lie over a mesh; None on one device.
 
     Returns:
         (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
         the names of token_losses but loss. Divide once, when microbatches and devices are added.
+        With distill_B also distilled, the sum of weight · distill_B: each value that only a teacher
+        gives (losses.TEACHER_VALUES) is then weighted by that, and to be divided by it.
     """
     if (teacher_hidden_BxLxD is None) != (teacher_head_VxD is None):
         raise ValueError("The teacher's hidden states and head go together: give both or neither.")
+    if soft_labels is not None and (teacher_head_VxD is not None or distill_B is not None):
+        raise ValueError("Soft labels stand for a teacher, for all rows: give one of the two.")
     teacher_ids = None if teacher_head_VxD is None else teacher_head_VxD.shape[0]
     check_vocab_size(config, vocab_size, student_head_VxD.shape[0], teacher_ids)
     precise = jnp.promote_types(student_hidden_BxLxD.dtype, jnp.float32)
-    teacher = None
+    teacher: _Teacher | SoftLabels | None = None
     if teacher_hidden_BxLxD is not None and teacher_head_VxD is not None:
         missing = student_head_VxD.shape[0] - teacher_head_VxD.shape[0]
         if missing:  # Both heads must have the same ids where the vocabulary is split.
             padded_VxD = jnp.pad(teacher_head_VxD, ((0, max(missing, 0)), (0, 0)))
             teacher_head_VxD = padded_VxD[: student_head_VxD.shape[0]]
-        teacher = teacher_hidden_BxLxD, teacher_head_VxD
+        distill_BxL = None
+        if distill_B is not None:
+            distill_BxL = jnp.broadcast_to(distill_B.astype(precise)[:, None], targets_BxL.shape)
+        teacher = _Teacher(teacher_hidden_BxLxD, teacher_head_VxD, distill_BxL)
+    if soft_labels is not None:
+        teacher = kept_labels(soft_labels, config, precise)
     batch = targets_BxL, weights_BxL, jnp.asarray(omega, precise), teacher
     static = _Static(config, vocab_size, sharding)
     frozen = jax.tree.map(lax.stop_gradient, batch)
@@ -108,26 +130,101 @@ def target_ranks(
         [B, L] int32). Both say nothing where the weight is 0.
     """
 
+    def one_chunk(
+        vocabulary: VocabularyPart, head_VxD: jax.Array, chunk: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        hidden_CxD, targets_C = chunk
+        z_CxV = vocabulary.logits(hidden_CxD, head_VxD)
+        truth_C = vocabulary.at(z_CxV, targets_C)
+        greater_CxV = (z_CxV > truth_C[:, None]).astype(jnp.float32)
+        loss_C = vocabulary.log_sum_exp(z_CxV) - truth_C
+        greater_C = vocabulary.sum(greater_CxV).astype(jnp.int32)  # exact, up to 2²⁴ ids
+        return loss_C.astype(jnp.float32), greater_C
+
+    return _over_chunks(
+        one_chunk,
+        hidden_BxLxD,
+        head_VxD,
+        targets_BxL,
+        weights_BxL,
+        vocab_size,
+        chunk_tokens,
+        sharding,
+    )
+
+
+def top_labels(
+    hidden_BxLxD: jax.Array,
+    head_VxD: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    vocab_size: int,
+    *,
+    k: int,
+    temperature: float,
+    chunk_tokens: int,
+    sharding: HeadSharding | None = None,
+) -> SoftLabels:
+    """What is kept of a teacher's logits as soft labels; no gradient.
+
+    Args:
+        hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: see `loss_sums`.
+        k: K, ids a token.
+        temperature: τ.
+        chunk_tokens: tokens that a device handles at once.
+
+    Returns:
+        [B, L, …] float32 (float64 for float64 hidden states), ids int32; what stands at weight 0
+        says nothing.
+    """
+
+    def one_chunk(vocabulary: VocabularyPart, head_VxD: jax.Array, chunk: Any) -> SoftLabels:
+        hidden_CxD, targets_C = chunk
+        t_CxV = vocabulary.logits(hidden_CxD, head_VxD)
+        hard_C = vocabulary.log_sum_exp(t_CxV) - vocabulary.at(t_CxV, targets_C)
+        cooled_CxV = vocabulary.mask(t_CxV / temperature)
+        log_q_CxV = cooled_CxV - vocabulary.log_sum_exp(cooled_CxV)[:, None]
+        log_q_CxK, ids_CxK = vocabulary.largest(log_q_CxV, k)
+        others_CxV = vocabulary.put(log_q_CxV, ids_CxK, LOG_ZERO)
+        return SoftLabels(ids_CxK, log_q_CxK, vocabulary.log_sum_exp(others_CxV), hard_C)
+
+    return _over_chunks(
+        one_chunk,
+        hidden_BxLxD,
+        head_VxD,
+        targets_BxL,
+        weights_BxL,
+        vocab_size,
+        chunk_tokens,
+        sharding,
+    )
+
+
+def _over_chunks(
+    one_chunk: Callable[[VocabularyPart, jax.Array, Any], Any],
+    hidden_BxLxD: jax.Array,
+    head_VxD: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    vocab_size: int,
+    chunk_tokens: int,
+    sharding: HeadSharding | None,
+) -> Any:
+    """A tree of [B, L, …] from what a function makes of each device's chunks of tokens."""
+
     def body(
         hidden_BxLxD: jax.Array, head_VxD: jax.Array, targets_BxL: jax.Array, weights_BxL: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Any:
         head_VxD = _gathered(sharding, head_VxD, shape)
         vocabulary = VocabularyPart(sharding, head_VxD.shape[0], vocab_size)
-
-        def one_chunk(_: None, chunk: Any) -> tuple[None, Any]:
-            hidden_CxD, targets_C = chunk
-            z_CxV = vocabulary.logits(hidden_CxD, head_VxD)
-            truth_C = vocabulary.at(z_CxV, targets_C)
-            greater_CxV = (z_CxV > truth_C[:, None]).astype(jnp.float32)
-            loss_C = vocabulary.log_sum_exp(z_CxV) - truth_C
-            greater_C = vocabulary.sum(greater_CxV).astype(jnp.int32)  # exact, up to 2²⁴ ids
-            return None, (loss_C.astype(jnp.float32), greater_C)
-
         counts_BxL = weights_BxL > 0
         tokens = _tokens(counts_BxL, hidden_BxLxD), jnp.where(counts_BxL, targets_BxL, 0).ravel()
-        _, values = lax.scan(one_chunk, None, _chunked(tokens, chunk_tokens))
-        loss_BxL, greater_BxL = (_unchunked(x, targets_BxL.shape) for x in values)
-        return loss_BxL, greater_BxL
+        _, values = lax.scan(
+            lambda _, chunk: (None, one_chunk(vocabulary, head_VxD, chunk)),
+            None,
+            _chunked(tokens, chunk_tokens),
+        )
+        return jax.tree.map(lambda x: _unchunked(x, targets_BxL.shape), values)
 
     shape = head_VxD.shape
     head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
@@ -141,6 +238,20 @@ def target_ranks(
         out_specs=tokens,
         check_vma=False,
     )(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL)
+
+
+class _Teacher(NamedTuple):
+    """What a teacher gives for a batch.
+
+    Attributes:
+        hidden: [B, L, E].
+        head: [V, E].
+        distill: [B, L], how much of ω counts; None for all of it.
+    """
+
+    hidden: jax.Array
+    head: jax.Array
+    distill: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,15 +294,17 @@ def _sums_and_gradients(
     """The sums and, if wanted, their first one's gradients by hidden states and head."""
     head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
     targets_BxL, weights_BxL, omega, teacher = batch
-    if teacher is not None:
-        teacher = teacher[0], teacher[1].astype(teacher[0].dtype)
-    shapes = head_VxD.shape, None if teacher is None else teacher[1].shape
+    if isinstance(teacher, _Teacher):
+        teacher = teacher._replace(head=teacher.head.astype(teacher.hidden.dtype))
+    shapes = head_VxD.shape, teacher.head.shape if isinstance(teacher, _Teacher) else None
     body = functools.partial(_local_sums, static, gradients, shapes)
     sharding = static.sharding
     if sharding is None:
         return body(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, omega, teacher)
     tokens, head, whole = sharding.tokens, sharding.head(head_VxD), PartitionSpec()
-    taught = None if teacher is None else (tokens, sharding.head(teacher[1]))
+    taught: Any = tokens
+    if isinstance(teacher, _Teacher):
+        taught = type(teacher)(tokens, sharding.head(teacher.head), tokens)  # type: ignore[arg-type]
     return jax.shard_map(
         body,
         mesh=sharding.mesh,
@@ -210,26 +323,32 @@ def _local_sums(
     targets_BxL: jax.Array,
     weights_BxL: jax.Array,
     omega: jax.Array,
-    teacher: tuple[jax.Array, jax.Array] | None,
+    teacher: _Teacher | SoftLabels | None,
 ) -> tuple[Sums, Any]:
     """What one device does: B its rows, V its part of the vocabulary; `shapes` are whole heads'."""
     precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
     head_VxD = _gathered(static.sharding, head_VxD, shapes[0])
-    if teacher is not None:
-        teacher = teacher[0], _gathered(static.sharding, teacher[1], shapes[1])
+    if isinstance(teacher, _Teacher):
+        gathered_VxE = _gathered(static.sharding, teacher.head, shapes[1])
+        teacher = teacher._replace(head=gathered_VxE)
     vocabulary = VocabularyPart(static.sharding, head_VxD.shape[0], static.vocab_size)
-    loss = ChunkLoss(static.config, omega, vocabulary)
     counts_BxL = weights_BxL > 0
 
     def one_chunk(d_head_VxD: Any, chunk: Any) -> tuple[Any, Any]:
-        hidden_CxD, targets_C, weights_C, teacher_hidden_CxE = chunk
+        hidden_CxD, targets_C, weights_C, (taught, distill_C) = chunk
         z_CxV = vocabulary.logits(hidden_CxD, head_VxD)
-        t_CxV = vocabulary.logits(teacher_hidden_CxE, teacher[1]) if teacher is not None else None
-        values, norms = loss.values(z_CxV, t_CxV, targets_C)
+        if isinstance(teacher, _Teacher):
+            taught = vocabulary.logits(taught, teacher.head)
+        omega_C = omega if distill_C is None else omega * distill_C
+        loss = ChunkLoss(static.config, omega_C, vocabulary)
+        values, norms = loss.values(z_CxV, taught, targets_C)
+        if distill_C is not None:
+            values |= {name: distill_C * values[name] for name in TEACHER_VALUES}
+            values["distilled"] = distill_C
         sums = {name: jnp.sum(weights_C * value_C) for name, value_C in values.items()}
         if not gradients:
             return None, (sums, None)
-        d_z_CxV = loss.gradient(z_CxV, t_CxV, targets_C, norms)
+        d_z_CxV = loss.gradient(z_CxV, taught, targets_C, norms)
         d_z_CxV = (weights_C[:, None] * d_z_CxV).astype(hidden_CxD.dtype)
         d_hidden_CxD = vocabulary.across(
             jnp.matmul(d_z_CxV, head_VxD, preferred_element_type=precise)
@@ -240,7 +359,7 @@ def _local_sums(
         _tokens(counts_BxL, hidden_BxLxD),
         jnp.where(counts_BxL, targets_BxL, 0).ravel(),
         weights_BxL.ravel().astype(precise),
-        _tokens(counts_BxL, teacher[0]) if teacher is not None else None,
+        _taught_tokens(counts_BxL, teacher),
     )
     start: Any = jnp.zeros(head_VxD.shape, precise) if gradients else None
     chunks = _chunked(tokens, static.config.chunk_tokens)
@@ -251,7 +370,7 @@ def _local_sums(
     result = loss_sum, total(jnp.sum(weights_BxL.astype(precise))), metrics
     if not gradients:
         return result, None
-    d_hidden_BxLxD = _unchunked(d_hidden, hidden_BxLxD.shape)
+    d_hidden_BxLxD = _unchunked(d_hidden, targets_BxL.shape)
     if static.sharding is not None:
         d_head_VxD = static.sharding.sum_and_scatter(d_head_VxD, shapes[0])
         # No gradient goes back into the model before: until then each device holds all of it.
@@ -291,6 +410,20 @@ def _tokens(counts_BxL: jax.Array, hidden_BxLxD: jax.Array) -> jax.Array:
     return hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])
 
 
+def _taught_tokens(
+    counts_BxL: jax.Array, teacher: _Teacher | SoftLabels | None
+) -> tuple[Any, jax.Array | None]:
+    """The tokens' part of the teacher: its hidden states or soft labels, how much of ω counts."""
+    if teacher is None:
+        return None, None
+    if isinstance(teacher, SoftLabels):
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher), None
+    hidden_BxLxE, _, distill_BxL = teacher
+    if distill_BxL is None:
+        return _tokens(counts_BxL, hidden_BxLxE), None
+    return _tokens(counts_BxL & (distill_BxL > 0), hidden_BxLxE), distill_BxL.ravel()
+
+
 def _chunked(tokens: Any, chunk_tokens: int) -> Any:
     """[N, …] → [chunks, C, …], as few as chunk_tokens allows, of one size; the rest is zeros."""
     count = jax.tree.leaves(tokens)[0].shape[0]
@@ -307,7 +440,7 @@ def _chunked(tokens: Any, chunk_tokens: int) -> Any:
 def _unchunked(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """What _chunked took apart, back in the [B, L, …] it came from."""
     tokens = x.reshape(-1, *x.shape[2:])
-    return tokens[: shape[0] * shape[1]].reshape(shape)
+    return tokens[: shape[0] * shape[1]].reshape(*shape, *x.shape[2:])
 
 
 def _over_batch(sharding: HeadSharding | None) -> Callable[[jax.Array], jax.Array]:

@@ -124,34 +124,41 @@ class VocabularyPart:
         largest_C = self.max(x_CxV) if largest_C is None else largest_C
         return largest_C + jnp.log(self.sum(jnp.exp(x_CxV - largest_C[:, None])))
 
-    def at(self, x_CxV: jax.Array, ids_C: jax.Array) -> jax.Array:
-        """The value of one id a token, [C]."""
-        local_C = ids_C - self._first
-        inside_C = (local_C >= 0) & (local_C < self._size)
-        local_C = jnp.where(inside_C, local_C, 0)
-        x_C = jnp.take_along_axis(x_CxV, local_C[:, None], axis=-1)[:, 0]
-        return self.across(jnp.where(inside_C, x_C, 0)) if self._axes else x_C
+    def at(self, x_CxV: jax.Array, ids: jax.Array) -> jax.Array:
+        """The value of one id a token, [C], or of K ids, [C, K]."""
+        local = ids - self._first
+        inside = (local >= 0) & (local < self._size)
+        local_CxK = jnp.where(inside, local, 0).reshape(x_CxV.shape[0], -1)
+        x = jnp.take_along_axis(x_CxV, local_CxK, axis=-1).reshape(ids.shape)
+        return self.across(jnp.where(inside, x, 0)) if self._axes else x
+
+    def put(self, x_CxV: jax.Array, ids_CxK: jax.Array, values: jax.Array | float) -> jax.Array:
+        """x with other values, [C, K], at K ids a token."""
+        local_CxK = ids_CxK - self._first
+        outside = (local_CxK < 0) | (local_CxK >= self._size)
+        local_CxK = jnp.where(outside, self._size, local_CxK)
+        tokens_Cx1 = jnp.arange(x_CxV.shape[0])[:, None]
+        return x_CxV.at[tokens_Cx1, local_CxK].set(values, mode="drop")
+
+    def are_among(self, ids_CxK: jax.Array) -> jax.Array:
+        """[C, V] bool: is it one of these ids?"""
+        return self.put(jnp.zeros((ids_CxK.shape[0], self._size), bool), ids_CxK, True)
 
     def is_id(self, ids_C: jax.Array) -> jax.Array:
         """[C, V] bool: is it this id?"""
         return ids_C[:, None] == self._ids()[None]
 
-    def top_k(self, x_CxV: jax.Array, k: int) -> jax.Array:
-        """[C, V] bool: is it among the k largest? The lower id first among equals."""
+    def largest(self, x_CxV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """The k largest values and their ids, [C, k]; of equal ones the lower id first."""
         values_Cxk, ids_Cxk = lax.top_k(x_CxV, min(k, self._size))
         ids_Cxk += self._first
         if self._axes:
             # In the order of the devices: among equals lax.top_k takes the first, the lower ids.
             gather = functools.partial(lax.all_gather, axis_name=self._axes, axis=1, tiled=True)
             values_Cxk, ids_Cxk = gather(values_Cxk), gather(ids_Cxk)
-            _, which_Cxk = lax.top_k(values_Cxk, k)
+            values_Cxk, which_Cxk = lax.top_k(values_Cxk, k)
             ids_Cxk = jnp.take_along_axis(ids_Cxk, which_Cxk, axis=1)
-        local_Cxk = ids_Cxk - self._first
-        outside = (local_Cxk < 0) | (local_Cxk >= self._size)
-        local_Cxk = jnp.where(outside, self._size, local_Cxk)
-        tokens_Cx1 = jnp.arange(x_CxV.shape[0])[:, None]
-        none_CxV = jnp.zeros(x_CxV.shape, bool)
-        return none_CxV.at[tokens_Cx1, local_Cxk].set(True, mode="drop")
+        return values_Cxk, ids_Cxk
 
     def _ids(self) -> jax.Array:
         return self._first + jnp.arange(self._size, dtype=jnp.int32)

@@ -14,6 +14,7 @@ those no other id has a greater logit than: equal ones count alike.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,27 @@ from salt_jax.errors import InputError
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
+# Values that only a teacher gives.
+TEACHER_VALUES = ("soft", "teacher_hard", "agreement")
+
 # Stands for log 0. Finite, so that 0 · log 0 is 0 and not NaN, in values and in gradients.
 LOG_ZERO = -1e30
+
+
+class SoftLabels(NamedTuple):
+    """A teacher's word on some tokens, in place of its logits: K + 1 outcomes each.
+
+    Attributes:
+        ids: int32 [..., K], the most likely ids, best first.
+        log_q: [..., K], log of their probabilities over the whole vocabulary at temperature τ.
+        rest: [...], log of what all other ids have together.
+        teacher_hard: [...], the teacher's -log q[y] at temperature 1, nats; None where not asked.
+    """
+
+    ids: jax.Array
+    log_q: jax.Array
+    rest: jax.Array
+    teacher_hard: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +63,8 @@ class LossConfig:
         teacher_top_k: above 0, p and q are first brought onto k + 1 outcomes: the teacher's k most
             likely ids (the lower id first among equals) and the rest as one, with 1 - Σ of the k.
             Nothing is renormalised. With forward_kl, for one,
-            soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 = the whole vocabulary.
+            soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 = the whole vocabulary, or
+            all that stored soft labels have.
         z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
         chunk_tokens: tokens whose logits a device holds at once (`chunked_loss.py`): for each
             model 4 · chunk_tokens · V bytes. Fewer tokens take less memory; matrix products want
@@ -95,6 +116,7 @@ def token_losses(
     omega: jax.Array | float,
     config: LossConfig,
     vocab_size: int,
+    soft_labels: SoftLabels | None = None,
 ) -> dict[str, jax.Array]:
     """Losses and hits of every token, in nats.
 
@@ -103,9 +125,10 @@ def token_losses(
         teacher_logits_BxLxV: its V may be another one, also >= vocab_size. None = plain
             cross-entropy, whatever ω.
         targets_BxL: int32, within [0, vocab_size).
-        omega: ω, a traced scalar.
+        omega: ω, a traced scalar, or [B, 1] for rows with an ω of their own.
         config: temperatures, divergence, z-loss.
         vocab_size: number of ids that mean something.
+        soft_labels: in place of teacher logits, what was kept of them, at config's temperature.
 
     Returns:
         [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else
@@ -136,6 +159,17 @@ def token_losses(
         token["soft"] = soft_BxL
         token["teacher_hard"] = teacher_log_z_BxL - _at(teacher_BxLxV, targets_BxL)
         token["agreement"] = jnp.any(mine_BxLxV & theirs_BxLxV, axis=-1)
+    if soft_labels is not None:
+        labels = kept_labels(soft_labels, config, z_BxLxV.dtype)
+        if config.student_temperature != 1.0:
+            log_p_BxLxV = _log_softmax(z_BxLxV / config.student_temperature, vocab_size)
+        log_p_BxLxk = _bucketed(log_p_BxLxV, labels.ids)
+        log_q_BxLxk = jnp.concatenate([labels.log_q, labels.rest[..., None]], axis=-1)
+        soft_BxL = _divergence(log_p_BxLxk, log_q_BxLxk, config)
+        loss_BxL = (1.0 - omega) * hard_BxL + omega * soft_BxL
+        assert labels.teacher_hard is not None, "stored labels have the teacher's loss"
+        token["soft"], token["teacher_hard"] = soft_BxL, labels.teacher_hard
+        token["agreement"] = _at(z_BxLxV, labels.ids[..., 0]) >= largest_BxL
     if config.z_loss:
         loss_BxL += config.z_loss * jnp.square(log_z_BxL)
     token["loss"] = loss_BxL
@@ -146,7 +180,12 @@ def _soft_loss(
     log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, config: LossConfig, vocab_size: int
 ) -> jax.Array:
     if 0 < config.teacher_top_k < vocab_size:
-        log_p_BxLxV, log_q_BxLxV = _top_k_and_rest(log_p_BxLxV, log_q_BxLxV, config.teacher_top_k)
+        _, ids_BxLxk = jax.lax.top_k(log_q_BxLxV, config.teacher_top_k)
+        log_p_BxLxV, log_q_BxLxV = (_bucketed(x, ids_BxLxk) for x in (log_p_BxLxV, log_q_BxLxV))
+    return _divergence(log_p_BxLxV, log_q_BxLxV, config)
+
+
+def _divergence(log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, config: LossConfig) -> jax.Array:
     q_BxLxV = jnp.exp(log_q_BxLxV)
     if config.divergence == "forward_kl":
         soft_BxL = -jnp.sum(q_BxLxV * log_p_BxLxV, axis=-1)
@@ -163,20 +202,33 @@ def _soft_loss(
     return soft_BxL
 
 
-def _top_k_and_rest(
-    log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-    """Both distributions on k + 1 outcomes: the k most likely ids of q, then all others as one."""
-    _, ids_BxLxk = jax.lax.top_k(log_q_BxLxV, k)
+def _bucketed(log_x_BxLxV: jax.Array, ids_BxLxk: jax.Array) -> jax.Array:
+    """A distribution on k + 1 outcomes: k ids, then all others as one."""
+    top_BxLxk = jnp.take_along_axis(log_x_BxLxV, ids_BxLxk, axis=-1)
+    # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
+    others_BxLxV = jnp.put_along_axis(log_x_BxLxV, ids_BxLxk, LOG_ZERO, axis=-1, inplace=False)
+    rest_BxLx1 = jax.nn.logsumexp(others_BxLxV, axis=-1, keepdims=True)
+    return jnp.concatenate([top_BxLxk, rest_BxLx1], axis=-1)
 
-    def bucketed(log_x_BxLxV: jax.Array) -> jax.Array:
-        top_BxLxk = jnp.take_along_axis(log_x_BxLxV, ids_BxLxk, axis=-1)
-        # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
-        others_BxLxV = jnp.put_along_axis(log_x_BxLxV, ids_BxLxk, LOG_ZERO, axis=-1, inplace=False)
-        rest_BxLx1 = jax.nn.logsumexp(others_BxLxV, axis=-1, keepdims=True)
-        return jnp.concatenate([top_BxLxk, rest_BxLx1], axis=-1)
 
-    return bucketed(log_p_BxLxV), bucketed(log_q_BxLxV)
+def kept_labels(labels: SoftLabels, config: LossConfig, dtype: jnp.dtype) -> SoftLabels:
+    """The labels that a loss is made from: the first teacher_top_k, the others with the rest.
+
+    Raises:
+        InputError: more are asked for than there are.
+    """
+    stored = labels.ids.shape[-1]
+    k = config.teacher_top_k or stored
+    if k > stored:
+        raise InputError(
+            f"LossConfig.teacher_top_k is {k} and the soft labels have {stored} ids a token: lower "
+            "it, or set it to 0 for all of them."
+        )
+    log_q, rest = labels.log_q.astype(dtype), labels.rest.astype(dtype)
+    if k < stored:
+        rest = jnp.logaddexp(rest, jax.nn.logsumexp(log_q[..., k:], axis=-1))
+    hard = labels.teacher_hard if labels.teacher_hard is None else labels.teacher_hard.astype(dtype)
+    return SoftLabels(labels.ids[..., :k], log_q[..., :k], rest, hard)
 
 
 def _as_float(logits_BxLxV: jax.Array) -> jax.Array:

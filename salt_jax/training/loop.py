@@ -15,18 +15,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.data.input_pipeline import InputPipeline, Position
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError, Interrupted, RunFailed
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
-from salt_jax.training.evaluation import Evaluation, Evaluator
+from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
 from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
 from salt_jax.training.teacher import Teacher
 from salt_jax.training.train_state import StateLayout, TrainState
-from salt_jax.training.train_step import BATCH_FEATURES, Programs, compile_programs
+from salt_jax.training.train_step import (
+    BATCH_FEATURES,
+    LABEL_FEATURES,
+    Programs,
+    compile_programs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +45,9 @@ class TrainingSetup:
       layout: The student's state over the mesh.
       loss: The loss.
       schedule: ω by step.
-      pipeline: The batches.
+      pipeline: The batches, from where the newest checkpoint stands.
       sequence_length: L, tokens a row.
-      evaluator: For the validation split.
+      evaluator: For the validation split, of every cache.
       evaluation_rows: Rows of it that an evaluation reads.
       learning_rate: The rate by step, for the metrics.
       checkpoints: When to save, what to keep.
@@ -67,7 +72,7 @@ class TrainingSetup:
     schedule: schedules.Schedule
     pipeline: InputPipeline
     sequence_length: int
-    evaluator: Evaluator
+    evaluator: Evaluator | MixtureEvaluator
     evaluation_rows: int
     learning_rate: Any
     checkpoints: CheckpointConfig
@@ -193,6 +198,8 @@ class Loop:
         else:
             state = setup.layout.create(setup.seed)
         first_step = latest or 0
+        start = setup.pipeline.start
+        assert start.step == first_step, f"a pipeline from {start} for a run at step {first_step}"
         if setup.teacher is not None and first_step < setup.stage1_steps:
             rules = setup.teacher_rules or setup.layout.rules
             self._teacher = Teacher(setup.teacher, setup.layout.mesh, rules, setup.teacher_dtype)
@@ -209,10 +216,12 @@ class Loop:
     def _require_same_origin(self, progress: Mapping[str, Any], step: int) -> None:
         """A folder's name may stay while what is in it changes: resuming goes by digests."""
         names = ["model", "vocabulary_fingerprint", "cache_digest", "selection_digest"]
-        if self._setup.teacher is not None:
+        if self._setup.origin["teacher"] is not None:
             names.append("teacher")
         for name in names:
             saved, now = progress[name], self._setup.origin[name]
+            if name == "model":
+                saved, now = _what_is_computed(saved), _what_is_computed(now)
             if name == "teacher" and saved is not None:
                 saved, now = saved["digest"], now["digest"]
             if saved != now:
@@ -233,7 +242,17 @@ class Loop:
             teacher_config=teacher.model.config if teacher else None,
             teacher_params=teacher.params if teacher else None,
             distill_microbatches=setup.stage1_microbatches,
+            extra_features=setup.pipeline.extra_features,
+            soft_labels=self._soft_labels,
         )
+
+    @property
+    def _soft_labels(self) -> int:
+        """K of the soft labels that stand for a teacher; 0 without, or when stage 1 is over."""
+        pipeline = self._setup.pipeline
+        if pipeline.soft_labels is None or pipeline.start.step >= self._setup.stage1_steps:
+            return 0
+        return pipeline.soft_labels.format.k
 
     def _compile_the_rest(self, state: TrainState) -> None:
         """All that would else be compiled when it is first needed, while the devices wait."""
@@ -247,18 +266,21 @@ class Loop:
         self, step: int, state: TrainState, batch: Mapping[str, np.ndarray], programs: Programs
     ) -> tuple[TrainState, Any]:
         """Dispatches one step."""
+        names = [*BATCH_FEATURES, *self._setup.pipeline.extra_features]
+        names += [name for name in LABEL_FEATURES if name in batch]
         on_device = partitioning.to_device(
-            {name: batch[name] for name in BATCH_FEATURES}, self._setup.layout.mesh
+            {name: batch[name] for name in names}, self._setup.layout.mesh
         )
         if self._setup.stage_of(step) == 2:
             if self._teacher is not None:
                 self._teacher.free()
                 self._teacher = None
             return programs.plain(state, on_device)
-        if self._teacher is None or programs.distill is None:
-            raise AssertionError("stage 1 has a teacher and its program")
+        if programs.distill is None:
+            raise AssertionError("stage 1 has its program")
         omega = np.float32(self._setup.schedule.omega_at(step))
-        return programs.distill(state, on_device, self._teacher.params, omega)
+        teacher_params = self._teacher.params if self._teacher else None
+        return programs.distill(state, on_device, teacher_params, omega)
 
     def _note(
         self, pending: tuple[int, Any] | None, writer: MetricWriter, bar: ProgressBar
@@ -289,6 +311,7 @@ class Loop:
                 **self._ledger.close_window(),
                 "omega": setup.schedule.omega_at(done - 1),
                 "learning_rate": float(self._learning_rates[rate_step]),
+                "epochs": setup.pipeline.epochs(done),
             }
             writer.write(record)
             bar.update(record)
@@ -314,15 +337,14 @@ class Loop:
         return evaluation
 
     def _save(self, done: int, state: TrainState) -> None:
-        rows = done * self._setup.pipeline.batch_size
-        in_stage1 = min(done, self._setup.stage1_steps) * self._setup.pipeline.batch_size
+        position = self._setup.pipeline.position(done)
         self._checkpointer.save(
             done,
             state,
             {
                 **self._origin,
                 "step": done,
-                "rows_consumed": {"stage1": in_stage1, "stage2": rows - in_stage1},
+                "rows_consumed": rows_consumed(position),
                 "counters": dataclasses.asdict(self._ledger.counters),
             },
         )
@@ -340,7 +362,20 @@ class Loop:
             "skipped_updates": int(state.skipped_updates),
             "seed": setup.seed,
             "cache_digest": setup.origin["cache_digest"],
+            "caches": setup.origin["caches"],
+            "rows_consumed": rows_consumed(setup.pipeline.position(setup.steps)),
+            "epochs": setup.pipeline.epochs(setup.steps),
         }
+
+
+def rows_consumed(position: Position) -> dict[str, int]:
+    """A position as checkpoints and summary.json hold it."""
+    return {"stage1": position.stage1_rows, "stage2": position.stage2_rows}
+
+
+def _what_is_computed(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model without what says how to compute it, which may change when a run goes on."""
+    return {name: x for name, x in model.items() if name not in ("remat", "attention_backend")}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 In: a checkpoint. Out: parameters on the mesh, and a way to free them. It has no gradient, no
 optimizer slot and no place in a checkpoint; the run records which teacher it was. Its parameters
-may lie by rules of their own; its activations are laid out as the student's are.
+may lie by rules of their own; its activations are laid out as the student's are. Stored soft labels
+may stand for it.
 """
 
 from typing import Any
@@ -10,8 +11,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from salt_jax.data import denoisers
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import Selection
+from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.distill import losses, schedules
+from salt_jax.errors import InputError
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoints import SavedModel
+from salt_jax.training.caches import Caches
+from salt_jax.training.checkpoints import SavedModel, find_model
 
 
 class Teacher:
@@ -43,3 +51,95 @@ class Teacher:
         for array in jax.tree.leaves(self.params):
             array.delete()
         self.params = None
+
+
+def find_teacher(
+    path: str | None,
+    step: int | None,
+    cache: PackedCache,
+    schedule: schedules.Schedule,
+    loss: losses.LossConfig,
+) -> SavedModel:
+    """The model that teaches.
+
+    Args:
+      path: A run's folder.
+      step: Its checkpoint; the newest by default.
+      cache: What is trained on, with its vocabulary.
+      schedule: Which asks for it.
+      loss: The loss that it is for.
+
+    Raises:
+      InputError: None is set, there is none, or it is of another vocabulary.
+    """
+    if loss.teacher_top_k > cache.vocabulary_size:
+        raise InputError(
+            f"LossConfig.teacher_top_k is {loss.teacher_top_k} and the vocabulary has "
+            f"{cache.vocabulary_size} ids: lower it, or set it to 0 for all."
+        )
+    if path is None:
+        raise InputError(
+            f"The schedule {type(schedule).__name__} needs a teacher and none is set: add "
+            "--teacher=FOLDER, the output of a `salt train` run, or --soft_labels=FOLDER."
+        )
+    return find_model(path, step, "teacher", cache)
+
+
+def find_labels(
+    path: str,
+    teacher: str | None,
+    caches: Caches,
+    selected: Selection | None,
+    loss: losses.LossConfig,
+    objectives: denoisers.Objectives | None,
+) -> SoftLabels:
+    """The soft labels that stand for a teacher.
+
+    Args:
+      path: A folder made by `salt score --soft_labels=K`.
+      teacher: The run of a teacher, which must not be set as well.
+      caches: What is trained on.
+      selected: Stage 1's own rows.
+      loss: The loss that they are for.
+      objectives: What becomes of rows.
+
+    Raises:
+      InputError: They are not of these rows, or not for this loss.
+    """
+    if teacher is not None:
+        raise InputError(
+            f"Both the teacher {teacher} and the soft labels {path} are set: leave one out "
+            "(--teacher=None)."
+        )
+    if len(caches.packed) > 1:
+        raise InputError(
+            f"The soft labels {path} are of one cache, and cache names {len(caches.packed)}: name "
+            "one, or set a teacher instead."
+        )
+    if objectives is not None:
+        raise InputError(
+            f"The soft labels {path} are of rows as they are, and objectives changes rows: leave "
+            "it unset, or set a teacher instead."
+        )
+    labels = SoftLabels.open(path, cache_digest=caches.first.digest)
+    manifest = labels.manifest
+    if manifest["split"] != "train":
+        raise InputError(f"The soft labels {path} are of the {manifest['split']} split, not train.")
+    if manifest["temperature"] != loss.teacher_temperature:
+        raise InputError(
+            f"The soft labels {path} were made at the temperature {manifest['temperature']} and "
+            f"LossConfig.teacher_temperature is {loss.teacher_temperature}: set it to the labels'."
+        )
+    if loss.teacher_top_k > labels.format.k:
+        raise InputError(
+            f"LossConfig.teacher_top_k is {loss.teacher_top_k} and the soft labels {path} have "
+            f"{labels.format.k} ids a token: lower it, or set it to 0 for all of them."
+        )
+    of_selection = manifest["selection_digest"]
+    if of_selection not in (None, selected.digest if selected else None):
+        raise InputError(
+            f"The soft labels {path} are of the rows of the selection {of_selection[:12]}…, and "
+            f"stage 1 reads {'another one' if selected else 'all rows'}: set that selection, or "
+            "label all rows."
+        )
+    return labels

@@ -5,7 +5,7 @@ trace of one. Both are compiled before the first step; the host picks.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,18 @@ BATCH_FEATURES = {
     "positions": jnp.int32,
 }
 
+# What a batch may hold besides: of rows, how much of ω counts (1 where it is missing), and of
+# tokens, what sees itself in both directions (nothing where it is missing).
+EXTRA_FEATURES = {"distill": (jnp.float32, 1), "bidirectional": (jnp.bool_, 2)}
+
+# What a distilling batch holds where soft labels stand for a teacher: [B, L, K] and [B, L].
+LABEL_FEATURES = {
+    "soft_ids": (jnp.int32, 3),
+    "soft_log_q": (jnp.float16, 3),
+    "soft_rest": (jnp.float16, 2),
+    "soft_teacher_loss": (jnp.float16, 2),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
@@ -37,6 +49,7 @@ class Programs:
     Attributes:
       plain: (state, batch) → (state, metrics).
       distill: (state, batch, teacher parameters, ω) → (state, metrics); None without a teacher.
+        With stored soft labels the parameters are None, and the batch has LABEL_FEATURES.
       Both consume the state they are given.
     """
 
@@ -53,6 +66,8 @@ def compile_programs(
     teacher_config: decoder.DecoderConfig | None = None,
     teacher_params: Any = None,
     distill_microbatches: int | None = None,
+    extra_features: Sequence[str] = (),
+    soft_labels: int = 0,
 ) -> Programs:
     """Compiles both steps.
 
@@ -64,9 +79,13 @@ def compile_programs(
       teacher_config: The teacher's model, if there is one.
       teacher_params: Its parameters, or ShapeDtypeStructs that have their shardings.
       distill_microbatches: Like microbatches, for the distilling step; the same by default.
+      extra_features: Which of EXTRA_FEATURES batches have.
+      soft_labels: K of the stored soft labels that stand for a teacher; 0 for none.
     """
-    plain = lower_step(layout, loss_config, batch_shape, microbatches)
-    if teacher_config is None:
+    plain = lower_step(
+        layout, loss_config, batch_shape, microbatches, extra_features=extra_features
+    )
+    if teacher_config is None and not soft_labels:
         return Programs(plain.compile(), None)
     distill = lower_step(
         layout,
@@ -75,6 +94,8 @@ def compile_programs(
         distill_microbatches or microbatches,
         teacher_config,
         teacher_params,
+        extra_features,
+        soft_labels,
     )
     return Programs(plain.compile(), distill.compile())
 
@@ -86,6 +107,8 @@ def lower_step(
     microbatches: int,
     teacher_config: decoder.DecoderConfig | None = None,
     teacher_params: Any = None,
+    extra_features: Sequence[str] = (),
+    soft_labels: int = 0,
 ) -> jax.stages.Lowered:
     """One step, traced for the layout's mesh and still to be compiled; see Programs.
 
@@ -96,26 +119,38 @@ def lower_step(
       microbatches: Parts of the batch computed one after the other.
       teacher_config: The teacher's model for the distilling step, None for the plain one.
       teacher_params: Its parameters, or ShapeDtypeStructs that have their shardings.
+      extra_features: Which of EXTRA_FEATURES batches have.
+      soft_labels: K of the soft labels of the distilling step, where they stand for a teacher.
     """
     step = jax.jit(
         make_step(layout, loss_config, microbatches, teacher_config),
         donate_argnums=0,
         out_shardings=(layout.shardings, partitioning.replicated(layout.mesh)),
     )
-    batch = abstract_batch(batch_shape, layout)
+    batch = abstract_batch(batch_shape, layout, extra_features, soft_labels)
     with partitioning.partitioned(layout.mesh, layout.rules):
-        if teacher_config is None:
+        if teacher_config is None and not soft_labels:
             return step.lower(layout.abstract, batch)
         omega = jax.ShapeDtypeStruct((), jnp.float32, sharding=partitioning.replicated(layout.mesh))
         return step.lower(layout.abstract, batch, teacher_params, omega)
 
 
-def abstract_batch(shape: tuple[int, int], layout: StateLayout) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the programs take as a batch of `shape` [B, L]."""
+def abstract_batch(
+    shape: tuple[int, int],
+    layout: StateLayout,
+    extra_features: Sequence[str] = (),
+    soft_labels: int = 0,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the programs take as a batch of `shape` [B, L], with K soft labels if not 0."""
     sharding = partitioning.batch_sharding(layout.mesh)
+    dtypes = {name: (dtype, 2) for name, dtype in BATCH_FEATURES.items()}
+    dtypes |= {name: EXTRA_FEATURES[name] for name in extra_features}
+    if soft_labels:
+        dtypes |= LABEL_FEATURES
+    sizes = (*shape, soft_labels)
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in BATCH_FEATURES.items()
+        name: jax.ShapeDtypeStruct(sizes[:rank], dtype, sharding=sharding)
+        for name, (dtype, rank) in dtypes.items()
     }
 
 
@@ -148,7 +183,7 @@ def make_step(
         # Weights are divided out once, after microbatches and devices are combined.
         weight = jnp.maximum(metrics.pop("weight"), 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
-        metrics = {name: value / weight for name, value in metrics.items()}
+        metrics = _means(metrics, weight)
         new_state, update_metrics = _update(layout.optimizer, state, gradients, metrics["loss"])
         return new_state, {**metrics, "weight": weight, **update_metrics}
 
@@ -184,11 +219,25 @@ def _loss_sums(
             vocab_size,
             teacher_hidden_BxLxD=teacher_hidden_BxLxD,
             teacher_head_VxD=teacher_head_VxD,
+            distill_B=batch.get("distill") if teacher_config is not None else None,
+            soft_labels=losses.SoftLabels(*(batch[name] for name in LABEL_FEATURES))
+            if "soft_ids" in batch
+            else None,
             sharding=sharding,
         )
         return loss, {"loss": loss, "weight": weight, **metrics}
 
     return sums
+
+
+def _means(sums: Metrics, weight: jax.Array) -> Metrics:
+    """Sums over the weight that each was made with; a teacher's over that of the rows it taught."""
+    taught = sums.get("distilled", weight)
+    taught = jnp.where(taught > 0, taught, 1.0)
+    return {
+        name: value / (taught if name in losses.TEACHER_VALUES else weight)
+        for name, value in sums.items()
+    }
 
 
 def _split(batch: Batch, microbatches: int) -> Batch:
@@ -198,7 +247,7 @@ def _split(batch: Batch, microbatches: int) -> Batch:
         rows = x.shape[0] // microbatches
         return jnp.swapaxes(x.reshape(rows, microbatches, *x.shape[1:]), 0, 1)
 
-    return {name: one(batch[name]) for name in BATCH_FEATURES}
+    return {name: one(array) for name, array in batch.items()}
 
 
 def _update(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from salt_jax.distill.chunked_loss import loss_sums, target_ranks
 from salt_jax.distill.head_sharding import HeadSharding
-from salt_jax.distill.losses import LossConfig, token_losses
+from salt_jax.distill.losses import TEACHER_VALUES, LossConfig, token_losses
 from salt_jax.errors import InputError
 from salt_jax.training.partitioning import MeshConfig
 
@@ -79,7 +79,7 @@ def to_dtype(arguments: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 def whole_sums(config: LossConfig, **arguments: Any) -> Any:
     """The reference: whole logits, and autodiff through them."""
-    weights_BxL = arguments["weights_BxL"]
+    weights_BxL, distill_B = arguments["weights_BxL"], arguments.get("distill_B")
     counts_BxL = weights_BxL > 0
 
     def logits(model: str) -> jax.Array | None:
@@ -91,7 +91,11 @@ def whole_sums(config: LossConfig, **arguments: Any) -> Any:
     targets_BxL = jnp.where(counts_BxL, arguments["targets_BxL"], 0)
     student, teacher = logits("student"), logits("teacher")
     assert student is not None
-    tokens = token_losses(student, teacher, targets_BxL, arguments["omega"], config, VOCAB)
+    omega = arguments["omega"] if distill_B is None else arguments["omega"] * distill_B[:, None]
+    tokens = token_losses(student, teacher, targets_BxL, omega, config, VOCAB)
+    if distill_B is not None:
+        tokens |= {name: distill_B[:, None] * tokens[name] for name in TEACHER_VALUES}
+        tokens["distilled"] = jnp.broadcast_to(distill_B[:, None], targets_BxL.shape)
     sums = {name: jnp.sum(weights_BxL * value) for name, value in tokens.items()}
     return sums.pop("loss"), jnp.sum(weights_BxL), sums
 
@@ -223,6 +227,50 @@ def assert_equal_on_a_mesh(
             )
             got = with_gradients(chunked(config, 2, sharding=sharding), arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
+
+
+SHARES_B = np.array([1.0, 0.0, 0.5, 0.0, 1.0, 0.0, 1.0, 0.25])
+SOME_CONFIGS = pytest.mark.parametrize(
+    "config", [CONFIGS[1], CONFIGS[2], CONFIGS[7], CONFIGS[8]], ids=("kl", "squared", "rkl", "jsd")
+)
+
+
+@SOME_CONFIGS
+def test_rows_with_an_omega_of_their_own(config: LossConfig) -> None:
+    assert_equal_in_float64(config, 7, {**case(), "distill_B": SHARES_B})
+
+
+def test_rows_with_an_omega_of_their_own_over_a_mesh() -> None:
+    arguments = {**case(), "distill_B": SHARES_B}
+    assert_equal_on_a_mesh(CONFIGS[1], (1, 2, 2, 2), ("fsdp",), arguments)
+
+
+@SOME_CONFIGS
+def test_where_the_teacher_has_no_part_its_states_may_be_anything(config: LossConfig) -> None:
+    clean = to_dtype({**case(), "distill_B": SHARES_B}, jnp.float32)
+    untaught_Bx1x1 = (SHARES_B == 0)[:, None, None]
+    states_BxLxD = jnp.where(untaught_Bx1x1, jnp.nan, clean["teacher_hidden_BxLxD"])
+    sums = chunked(config, 7)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        with_gradients(sums, clean),
+        with_gradients(sums, {**clean, "teacher_hidden_BxLxD": states_BxLxD}),
+    )
+
+
+@SOME_CONFIGS
+def test_all_of_omega_in_every_row_is_omega(config: LossConfig) -> None:
+    arguments = to_dtype(case(), jnp.float32)
+    want, want_gradients = with_gradients(chunked(config, 7), arguments)
+    got, gradients = with_gradients(
+        chunked(config, 7), {**arguments, "distill_B": jnp.ones(8, jnp.float32)}
+    )
+    assert got[2].pop("distilled") == want[1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        (got, gradients),
+        (want, want_gradients),
+    )
 
 
 def test_products_of_bfloat16_are_added_in_float32() -> None:

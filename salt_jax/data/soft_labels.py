@@ -1,0 +1,242 @@
+"""Stored soft labels: a teacher's word on the rows of a split, so that runs share one pass of it.
+
+In: labels shard by shard, of all rows of a split or of the rows of a selection. Out: a folder of
+shards/ (label_format.py's records one after another), manifest.json and COMPLETED; and labels again
+by row id, from any place, without a model in memory. A folder names its cache, its teacher and its
+temperature: labels of another cache are refused here, another temperature by what trains.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from salt_jax.data import durable_files
+from salt_jax.data.label_format import LabelFormat, Labels
+from salt_jax.data.manifests import file_digest, manifest_digest, read_manifest
+from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
+from salt_jax.errors import InputError
+
+SUFFIX = ".labels"
+COST_FILE = "cost.json"
+ROW_IDS_FILE = "row_ids.npy"
+MADE_BY = "salt score --soft_labels"
+
+
+class SoftLabelsWriter:
+    """Soft labels in the making, by one worker of perhaps several.
+
+    Args:
+      folder: Where they will lie; a folder that holds the same labels begun is gone on with.
+      cache_digest: PackedCache.digest of the cache.
+      split: The split.
+      rows: Rows of the split.
+      row_ids: int64[m], ascending: the rows to label; None is all of them.
+      selection_digest: Selection.digest, where row_ids are a selection's.
+      teacher: The model: path, step, digest.
+      temperature: τ.
+      form: The records.
+      shard_rows: Rows of a shard.
+
+    Raises:
+      InputError: The folder was begun with something else.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        cache_digest: str,
+        split: str,
+        rows: int,
+        row_ids: np.ndarray | None,
+        selection_digest: str | None,
+        teacher: Mapping[str, Any],
+        temperature: float,
+        form: LabelFormat,
+        shard_rows: int,
+    ) -> None:
+        self._row_ids, self._form = row_ids, form
+        made_from = {
+            "cache": cache_digest,
+            "split": split,
+            "selection": selection_digest,
+            "scorer": dict(teacher),
+            "soft_label_temperature": temperature,
+            "format": dataclasses.asdict(form),
+        }
+        self.shards = RestartableShards.of(
+            folder,
+            rows=rows if row_ids is None else len(row_ids),
+            shard_rows=shard_rows,
+            suffix=SUFFIX,
+            made_from=made_from,
+        )
+
+    def begin(self) -> None:
+        """Makes the folder, if need be.
+
+        Raises:
+          InputError: Another pass was begun here in the meantime.
+        """
+        self.shards = self.shards.begin()
+        if self._row_ids is not None:
+            with durable_files.whole_file(self.shards.folder / ROW_IDS_FILE) as file:
+                np.save(file, np.asarray(self._row_ids, np.int64))
+
+    def row_ids(self, shard: Shard) -> Sequence[int]:
+        """The rows of the split that a shard is of."""
+        if self._row_ids is None:
+            return shard.rows
+        return self._row_ids[shard.rows.start : shard.rows.stop].tolist()
+
+    def write(self, shard: Shard, batches: Iterable[Labels], workers: int = 1) -> None:
+        """Writes a shard as its labels are made, and measures how long that takes.
+
+        Args:
+          shard: Which.
+          batches: The labels of its rows, in order.
+          workers: Among how many the pass is divided.
+
+        Raises:
+          InputError: A label is NaN: the teacher is broken.
+        """
+        start = time.perf_counter()
+        with self.shards.write(shard) as file:
+            for labels in batches:
+                if any(np.isnan(x).any() for x in (labels.log_q, labels.rest, labels.teacher_loss)):
+                    raise InputError(
+                        f"The teacher {self.shards.made_from['scorer']['path']} gives NaN for rows "
+                        f"of shard {shard.index}: name another --scorer_step."
+                    )
+                file.write(self._form.encode(labels).tobytes())
+            file.finish({}, {"seconds": time.perf_counter() - start, "workers": workers})
+
+    def complete(self, cost: Mapping[str, Any]) -> "SoftLabels":
+        """Completes the folder, every shard of which is finished, and opens it.
+
+        Args:
+          cost: The pass's FLOPs and tokens; its seconds are those that the shards took.
+        """
+        shards = self.shards
+        if not shards.completed:
+            seconds = sum(one["seconds"] / one["workers"] for one in shards.measured())
+            text = json.dumps({**cost, "seconds": seconds}) + "\n"
+            durable_files.write_text(shards.folder / COST_FILE, text)
+            made_from, ids = shards.made_from, shards.folder / ROW_IDS_FILE
+            shards.complete(
+                "soft_labels",
+                cache_digest=made_from["cache"],
+                split=made_from["split"],
+                selection_digest=made_from["selection"],
+                row_ids_digest=None if self._row_ids is None else file_digest(ids),
+                teacher=made_from["scorer"],
+                temperature=made_from["soft_label_temperature"],
+                format=made_from["format"],
+            )
+        return SoftLabels.open(shards.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftLabels:
+    """A finished folder of soft labels; make one with `SoftLabels.open`.
+
+    Attributes:
+      path: The folder.
+      manifest: cache_digest, split, selection_digest (None: of all rows), teacher {path, step,
+        digest}, temperature, format, rows, shard_rows, shards.
+      digest: The manifest's, which holds the digests of the shards.
+    """
+
+    path: pathlib.Path
+    manifest: Mapping[str, Any]
+    digest: str
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
+    ) -> "SoftLabels":
+        """Opens a folder. Sizes are compared; digests are not, which would read all of it.
+
+        Args:
+          folder: A folder written by `salt score --soft_labels=K`.
+          cache_digest: The cache they must belong to; None takes any.
+
+        Raises:
+          InputError: Not there, half-written, a shard missing or cut short, or of another cache.
+        """
+        manifest = read_manifest(folder, "soft_labels")
+        path = pathlib.Path(folder)
+        if cache_digest is not None and manifest["cache_digest"] != cache_digest:
+            raise InputError(
+                f"The soft labels in {path} belong to the cache {manifest['cache_digest'][:12]}…, "
+                f"expected the cache {cache_digest[:12]}…: name the cache they were made from, or "
+                "make them again from this one."
+            )
+        labels = cls(path, manifest, manifest_digest(manifest))
+        _ = labels._shards, labels._row_ids  # which look at every file
+        return labels
+
+    @property
+    def format(self) -> LabelFormat:
+        """The records."""
+        return LabelFormat(**self.manifest["format"])
+
+    @property
+    def rows(self) -> int:
+        """Rows that have labels."""
+        return self.manifest["rows"]
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What the teacher's pass took: flops, tokens, seconds."""
+        return json.loads((self.path / COST_FILE).read_text())
+
+    def read(self, row_ids: Sequence[int] | np.ndarray) -> Labels:
+        """The labels of some rows of the split, in that order.
+
+        Raises:
+          InputError: A row has none.
+        """
+        at_N = ids_N = np.asarray(row_ids, np.int64)
+        have_N = ids_N < self.rows
+        if self._row_ids is not None:
+            at_N = np.minimum(np.searchsorted(self._row_ids, ids_N), self.rows - 1)
+            have_N = self._row_ids[at_N] == ids_N
+        if not have_N.all():
+            raise InputError(
+                f"Row {ids_N[~have_N][0]} has no soft labels in {self.path}: make labels of all "
+                "rows, or of the selection that is trained on."
+            )
+        records = np.empty((len(ids_N), self.format.record_bytes), np.uint8)
+        shard_N = at_N // self.manifest["shard_rows"]
+        for shard in np.unique(shard_N):
+            here_N = shard_N == shard
+            records[here_N] = self._map(int(shard))[at_N[here_N] % self.manifest["shard_rows"]]
+        return self.format.decode(records)
+
+    @functools.cached_property
+    def _shards(self) -> FinishedShards:
+        return FinishedShards(self.path, self.manifest, SUFFIX, MADE_BY)
+
+    @functools.cached_property
+    def _row_ids(self) -> np.ndarray | None:
+        if self.manifest["row_ids_digest"] is None:
+            return None
+        path = self.path / ROW_IDS_FILE
+        if not path.exists() or file_digest(path) != self.manifest["row_ids_digest"]:
+            raise InputError(
+                f"{path} is missing or has changed: copy the folder again, or run its `{MADE_BY}` "
+                "again."
+            )
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def _map(self, shard: int) -> np.ndarray:
+        shape = self._shards.rows_of(shard), self.format.record_bytes
+        return np.memmap(self._shards.path(shard, verify=False), np.uint8, "r", shape=shape)
