@@ -42,6 +42,10 @@ def explained(
         text_or_file = str(arguments[0])
         where = "the command line" if "\n" in text_or_file else f"{text_or_file}, line {line}"
         raise InputError(f"{where}: a bracket or a text is left open ({message}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{arguments[0]} is no gin file: it is not text ({error}).") from error
+    except RecursionError as error:
+        raise InputError(f"{arguments[0]} includes itself: take that include out.") from error
     except (NameError, AttributeError, ValueError, ImportError, TypeError, OSError) as error:
         message, _, location = str(error).partition("\n")
         raise InputError(_gin_sentence(message, location, files)) from error

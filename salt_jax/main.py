@@ -80,7 +80,7 @@ def _run(argv: list[str]) -> int:
     if arguments.help:
         print(verb_help(arguments.verb), end="")
         return 0
-    if arguments.output_dir is None:
+    if not arguments.output_dir:
         raise InputError("No output folder was given: add --output_dir=FOLDER.")
     if "://" in arguments.output_dir:
         raise InputError(

@@ -38,30 +38,42 @@ def run_verb(
     """
     typed = [verb, *arguments, f"--output_dir={output}"]
     print(f"\n$ salt {shlex.join(typed)}", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "salt_jax", *typed], env={**os.environ, **(environment or {})}
-    )
-    with _stop_passed_on(process):
-        code = process.wait()
+    # -P: a file of the working directory that is called like a library is not imported.
+    command = [sys.executable, "-P", "-m", "salt_jax", *typed]
+    with _stop_passed_on() as (received, children):
+        child = subprocess.Popen(command, env={**os.environ, **(environment or {})})
+        children.append(child)
+        if received:
+            child.terminate()
+        code = child.wait()
     if code == 2:
         raise InputError(f"`salt {verb}` refused its input, as it says above.")
-    if code == 75 or code == -signal.SIGTERM:
+    # It may have been asked so late that it finished.
+    if code == 75 or code == -signal.SIGTERM or (code == 0 and received):
         raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to go on.")
     if code != 0:
         raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
 
 
 @contextlib.contextmanager
-def _stop_passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Asks the process to stop when this one is asked, and lets it save before both end."""
+def _stop_passed_on() -> Iterator[tuple[list[int], list["subprocess.Popen[bytes]"]]]:
+    """Asks children to stop when this process is asked, and lets them save before both end.
+
+    Yields:
+      The signals received, and the children, to be added to.
+    """
+    received: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        del number, frame
-        process.terminate()
+        del frame
+        received.append(number)
+        for child in children:
+            child.terminate()
 
     previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received, children
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

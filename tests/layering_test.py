@@ -18,7 +18,7 @@ ALLOWED = {
     "preparation": {"distill", "models", "data"},
     "planning": {"training", "distill", "models", "data"},
     "reporting": {"distill", "models", "data"},
-    "tasks": {"preparation", "data"},
+    "tasks": {"preparation", "distill", "data"},
     "distill": set(),
     "models": set(),
     "data": set(),

@@ -53,7 +53,7 @@ def plan(
     teacher_dtype: str | None = None,
     vocab_size: int = 256_000,
     sequence_length: int = 1280,
-    cache: str | None = None,
+    cache: str | Sequence[str] | None = None,
     mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
     teacher_rules: partitioning.Rules | None = None,
@@ -79,7 +79,7 @@ def plan(
       teacher_dtype: What to hold it in, "bfloat16" for one; its param_dtype by default.
       vocab_size: Ids of the vocabulary, for models that don't set it.
       sequence_length: L, tokens of a row.
-      cache: A folder made by `salt prepare`, to take both from.
+      cache: A folder made by `salt prepare`, to take both from; the first of several.
       mesh: How many devices along each mesh axis.
       rules: From the model's logical axes to the mesh's.
       teacher_rules: The same for the teacher; rules if None.
@@ -94,12 +94,14 @@ def plan(
       InputError: Settings that don't fit each other, an unknown topology, or libtpu is missing.
     """
     if cache is not None:
-        packed = PackedCache.open(cache)
+        packed = PackedCache.open(cache if isinstance(cache, str) else cache[0])
         vocab_size, sequence_length = packed.vocabulary_size, packed.sequence_length
     for name, value in (
         ("steps", steps),
         ("batch_size", batch_size),
         ("sequence_length", sequence_length),
+        ("microbatches", microbatches),
+        ("stage1_microbatches", 1 if stage1_microbatches is None else stage1_microbatches),
     ):
         if value < 1:
             raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
@@ -108,6 +110,11 @@ def plan(
         raise InputError(
             f"The schedule {type(schedule).__name__} has a stage 1 of {stage1_steps} steps and no "
             "teacher_model is set: add --teacher_model=models/slm_1_5b.gin, or another model file."
+        )
+    if cache is not None and model.vocab_size not in (None, vocab_size):
+        raise InputError(
+            f"DecoderConfig.vocab_size is {model.vocab_size} and the vocabulary of the cache has "
+            f"{vocab_size} ids: leave vocab_size unset."
         )
     student = _with_vocabulary(model, vocab_size)
     job = Job(
@@ -128,9 +135,12 @@ def plan(
     )
     if sequence_length > student.max_length:
         raise InputError(
-            f"sequence_length is {sequence_length} and DecoderConfig.max_length is "
-            f"{student.max_length}: raise it, or plan for shorter rows."
+            f"sequence_length is {sequence_length} and the student's DecoderConfig.max_length is "
+            f"{student.max_length}: plan for shorter rows (--sequence_length={student.max_length}, "
+            "or --cache=FOLDER for those of a cache), or raise max_length."
         )
+    if hbm_gib is not None and hbm_gib <= 0:
+        raise InputError(f"hbm_gib is {hbm_gib} and must be above 0: change --hbm_gib.")
     found = [topologies.find(name, hbm_gib) for name in topology]
     if job.teacher is not None:
         LabelFormat(sequence_length, student.vocab_size or 0, soft_labels)  # or it is refused

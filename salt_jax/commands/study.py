@@ -102,6 +102,9 @@ def _check_names(
     inputs: Mapping[str, Sequence[str]],
     given: Mapping[str, str],
 ) -> None:
+    for name, folder in given.items():
+        if not isinstance(folder, str) or not pathlib.Path(folder).exists():
+            raise InputError(f"given[{name!r}] is {folder!r}, which does not exist: correct it.")
     names = [*given, *inputs, *arms]
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name == REPORT:
@@ -127,7 +130,7 @@ def _check_names(
 
 
 def _check_flags(where: str, flags: Sequence[str], own: Sequence[str] = _OWN_FLAGS) -> None:
-    if isinstance(flags, str) or not all(isinstance(flag, str) for flag in flags):
+    if not isinstance(flags, tuple | list) or not all(isinstance(flag, str) for flag in flags):
         raise InputError(f"{where} is {flags!r}, and must be a list of flags: ('--steps=3',).")
     for flag in flags:
         if flag.partition("=")[0] in own:

@@ -26,7 +26,7 @@ import jax
 from salt_jax.distill.losses import LossConfig
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.planning.topologies import GIB, Topology
+from salt_jax.planning.topologies import GIB, LOCAL, Topology
 from salt_jax.training import partitioning
 from salt_jax.training.optimizers import OptimizerConfig
 from salt_jax.training.train_state import StateLayout, abstract_params, make_layout
@@ -188,11 +188,11 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage | T
 def check_batch(job: Job, topology: Topology, stage: int) -> None:
     """Raises InputError unless a stage's batch can be split over a topology's devices."""
     mesh = job.mesh.make(topology.devices)
-    if mesh.shape["slice"] % topology.slices:
+    if topology.name != LOCAL and mesh.shape["slice"] != topology.slices:
         raise InputError(
             f"{topology.name} has {topology.slices} slices and MeshConfig.slice is "
-            f"{mesh.shape['slice']}, so that parameters would be gathered over the slow network "
-            f"between slices: add --gin.partitioning.MeshConfig.slice={topology.slices}."
+            f"{mesh.shape['slice']}, and that axis is the one over the slow network between "
+            f"slices: add --gin.partitioning.MeshConfig.slice={topology.slices}."
         )
     divisor = partitioning.batch_divisor(mesh)
     parts = job.microbatches_of(stage)

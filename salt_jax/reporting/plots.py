@@ -34,7 +34,7 @@ USUAL_COLOURS = {"baseline": INK, "rkd": "#E69F00", "salt": "#0072B2", "salt_ds"
 MOST_MARKERS = 40
 SCORE_BINS = 80
 
-_LOOK: Any = {
+LOOK: Any = {
     "font.size": 10.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -137,7 +137,7 @@ def evaluation_plot(
         )
         for run in [*runs, *others]
     }
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         figure, (whole, half) = _two_panels()
         for run in others:
             look = IN_THE_BACKGROUND
@@ -157,7 +157,7 @@ def evaluation_plot(
             f"Held-out {metric.title} against {axis.title}, the whole run and its second half. "
             f"Arms: {', '.join(run.label for run in runs)}.{_switch_sentence(runs)}"
         )
-        return Plot(f"{metric.name}_by_{axis.name}", caption, figure, _png(figure))
+        return Plot(f"{metric.name}_by_{axis.name}", caption, figure, to_png(figure))
 
 
 def band_plot(
@@ -176,7 +176,7 @@ def band_plot(
     """
     percent = 100.0 if metric is ACCURACY else 1.0
     bands = {arm: band(runs, axis, metric.field) for arm, runs in arms.items()}
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         figure, (whole, half) = _two_panels()
         for panel in (whole, half):
             for arm, curve in bands.items():
@@ -207,14 +207,14 @@ def band_plot(
             f"Held-out {metric.title} against {axis.title}: means over seeds with 95% intervals, "
             f"the whole run and its second half. Arms (seeds): {seeds}."
         )
-        return Plot(f"{metric.name}_by_{axis.name}", caption, figure, _png(figure))
+        return Plot(f"{metric.name}_by_{axis.name}", caption, figure, to_png(figure))
 
 
 def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
     """Training loss against steps: the objective above, next-token loss alone below, enlarged."""
     window = max((1, *(len(run.training) // 20 for run in runs)))
     hard_curves = []
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         figure, (objective, hard) = _two_panels()
         for run in runs:
             steps = np.array([point.step for point in run.training], np.float64)
@@ -246,7 +246,7 @@ def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
             "log-perplexity below is the next-token loss alone, in both stages."
             f"{_switch_sentence(runs)}"
         )
-        return Plot("training_loss", caption, figure, _png(figure))
+        return Plot("training_loss", caption, figure, to_png(figure))
 
 
 def score_plot(scored: ScoredRows, selections: Sequence[SelectedRows]) -> Plot:
@@ -255,7 +255,7 @@ def score_plot(scored: ScoredRows, selections: Sequence[SelectedRows]) -> Plot:
     edges = np.histogram_bin_edges(finite, SCORE_BINS) if finite.size else np.linspace(0, 1, 2)
     left_out = scored.scores.size - finite.size
     aside = f"; {left_out:,} more have none (−∞)" if left_out else ""
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(6.0, 4.2), layout="constrained")
         panel = figure.add_subplot()
         counts = np.histogram(finite, edges)[0]
@@ -283,8 +283,8 @@ def score_plot(scored: ScoredRows, selections: Sequence[SelectedRows]) -> Plot:
         panel.set_ylabel("rows, logarithmic")
         figure.legend(handles, names, loc="outside upper left", fontsize=9.5)
         cuts = "; ".join(names[1:]) or "no selection was given"
-        caption = f"Scores in {scored.origin.path.name}: {names[0]}; {cuts}."
-        return Plot("scores", caption, figure, _png(figure))
+        caption = f"Scores ({scored.column}) in {scored.origin.path.name}: {names[0]}; {cuts}."
+        return Plot("scores", caption, figure, to_png(figure))
 
 
 def smoothed(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
@@ -420,7 +420,8 @@ def _looks_of(
     return {run.label: looks[run.label] for run in runs}, switches
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure's bytes, the same whenever it is drawn anew."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import InputError, nearest
-from salt_jax.reporting import cost_tables, plots, seed_tables, seeds, tables
+from salt_jax.reporting import (
+    cost_tables,
+    plots,
+    seed_tables,
+    seeds,
+    selection_audit,
+    tables,
+)
 from salt_jax.reporting.comparison import (
     AXES,
     FLOPS,
@@ -25,6 +32,7 @@ from salt_jax.reporting.comparison import (
 )
 from salt_jax.reporting.plots import Plot, Style
 from salt_jax.reporting.runs import Material, ScoredRows, SelectedRows, TrainRun
+from salt_jax.reporting.selection_audit import Excerpts
 from salt_jax.reporting.tables import Table
 
 # {teachers} is what is added when the arms are charged for making their teachers.
@@ -40,12 +48,13 @@ _TIME_SENTENCE = (
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page; its tables follow its text, its plots follow its tables."""
+    """A part of the page: its text, then its tables, its plots, and rows to be read."""
 
     title: str
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
+    excerpts: tuple[Excerpts, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +129,7 @@ def compose(
     if by_subset:
         sections.append(Section("Results by subset", (), (by_subset,)))
     sections += _score_sections(material.scores, material.selections)
+    sections += _audit_sections(material.selections)
     return Report(
         summary_sentences=_summary_sentences(material),
         sections=tuple(sections),
@@ -224,11 +234,22 @@ def _score_sections(
     """Each score folder with what was selected by it, or at random from the same rows."""
     if not scores and not selections:
         return []
-    images = []
-    for number, scored in enumerate(scores, start=1):
+    drawn = []
+    for scored in scores:
         own = [selected for selected in selections if _belongs(selected, scored)]
-        suffix = f"_{number}" if len(scores) > 1 else ""
-        images.append(_renamed(plots.score_plot(scored, own), suffix))
+        by_score = [one for one in own if one.manifest.get("score")]
+        at_random = [one for one in own if one not in by_score]
+        # One plot for each score that selections were made by, or for the usual one.
+        columns = {str(one.manifest["score"]): one.manifest["score"] for one in by_score}
+        for score in columns.values():
+            same = [one for one in by_score if one.manifest["score"] == score]
+            drawn.append((scored.by(score), [*same, *at_random]))
+        if not columns:
+            drawn.append((scored, own))
+    images = [
+        _renamed(plots.score_plot(*each), f"_{number}" if len(drawn) > 1 else "")
+        for number, each in enumerate(drawn, start=1)
+    ]
     placed = [one for one in selections if any(_belongs(one, scored) for scored in scores)]
     missing = [one.name for one in selections if one not in placed]
     text = (
@@ -239,11 +260,30 @@ def _score_sections(
     return [Section("Scores of rows", text if missing else (), tuple(shown), tuple(images))]
 
 
+def _audit_sections(selections: Sequence[SelectedRows]) -> list[Section]:
+    """What each selection took and left."""
+    sections = []
+    for number, selected in enumerate(selections, start=1):
+        if selected.audit is None:
+            continue
+        suffix = f"_{number}" if len(selections) > 1 else ""
+        images = selection_audit.audit_plots(selected.name, selected.audit)
+        sections.append(
+            Section(
+                title=f"Audit of {selected.name}",
+                tables=tuple(selection_audit.audit_tables(selected.name, selected.audit)),
+                plots=tuple(_renamed(image, suffix) for image in images),
+                excerpts=tuple(selection_audit.audit_excerpts(selected.audit)),
+            )
+        )
+    return sections
+
+
 def _belongs(selected: SelectedRows, scored: ScoredRows) -> bool:
     """Whether a selection was made from these scores; a random control, from the same rows."""
     if selected.scores_digest is not None:
         return selected.scores_digest == scored.digest
-    if selected.row_ids.max(initial=-1) >= scored.scores.size:
+    if selected.row_ids.max(initial=-1) >= scored.rows.rows:
         return False
     same = ("cache_digest", "split")
     return all(selected.manifest.get(name) == scored.manifest.get(name) for name in same)
@@ -291,7 +331,7 @@ def _numbers(material: Material, found: Sequence[Matched]) -> dict[str, Any]:
             for match in found
         ],
         "scores": [
-            {"path": str(scored.origin.path), "rows": int(scored.scores.size)}
+            {"path": str(scored.origin.path), "rows": scored.rows.rows}
             for scored in material.scores
         ],
         "selections": [

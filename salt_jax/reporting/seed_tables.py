@@ -46,7 +46,8 @@ def equal_cost_table(
         title=f"Over seeds, at equal {axis.title}: {format_cost(axis, value)}",
         columns=_columns(reference),
         rows=tuple(_row(one, one.at_equal[axis.name]) for one in arms),
-        note=_NOTE.format(reference=reference),
+        note=f"{_NOTE.format(reference=reference)} {NOTHING}: more than that was spent before the "
+        "first evaluation.",
     )
 
 
@@ -57,9 +58,10 @@ def _columns(reference: str) -> tuple[str, ...]:
 
 def _row(one: ArmOverSeeds, by_metric: dict[str, Compared]) -> tuple[str, ...]:
     nats, share = by_metric["log_perplexity"], by_metric["next_token_accuracy"]
+    seeds = str(len(one.seeds))
     return (
         one.arm,
-        str(len(one.seeds)),
+        seeds if nats.level.count == len(one.seeds) else f"{nats.level.count} of {seeds}",
         _format(nats.level),
         _format_difference(nats.difference),
         _format(share.level, percent=True),

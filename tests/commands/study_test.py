@@ -18,12 +18,12 @@ from salt_jax.run_folder import RunFolder
 ROOT = pathlib.Path("study")
 INPUTS = {"slm": ("train", "--cache={cache}"), "scores": ("score", "--scorer={slm}")}
 ARMS = {"baseline": ("--steps=3",), "salt": ("--teacher={slm}", "--flops_of={baseline}")}
-GIVEN = {"cache": "somewhere"}
+GIVEN = {"cache": "."}
 
 
 def test_inputs_are_made_in_order_from_what_is_there() -> None:
     slm, scores = study._input_steps(ROOT, INPUTS, GIVEN)
-    assert slm == study.Step(ROOT / "slm", "train", ("--cache=somewhere",))
+    assert slm == study.Step(ROOT / "slm", "train", ("--cache=.",))
     assert scores == study.Step(ROOT / "scores", "score", ("--scorer=study/slm",))
 
 
@@ -35,7 +35,7 @@ def test_arms_by_seed_with_their_own_flags_last() -> None:
         *("study/baseline/seed-4", "study/salt/seed-4"),
     ]
     assert steps[2].arguments == (
-        *("--cache=somewhere", "--steps=9", "--steps=3"),
+        *("--cache=.", "--steps=9", "--steps=3"),
         *("--arm=baseline", "--seed=4", "--data_seed=4"),
     )
     assert "--flops_of=study/baseline/seed-4" in steps[3].arguments
@@ -53,6 +53,9 @@ def test_arms_by_seed_with_their_own_flags_last() -> None:
         ({"arms": {"baseline": ("--cache={cahce}",)}}, r"needs \{cahce\}.*nearest: cache"),
         ({"arms": {"baseline": ("--flops_of={salt}",), "salt": ()}}, r"needs \{salt\}"),
         ({"common": ("--arm=x",)}, "common sets --arm=x"),
+        ({"arms": {"baseline": 3}}, "must be a list of flags"),
+        ({"given": {"cache": "nowhere"}}, r"given\['cache'\] is 'nowhere', which does not exist"),
+        ({"given": {"cache": 3}}, r"given\['cache'\] is 3"),
         ({"inputs": {"slm": ("plan",)}}, r"inputs\['slm'\] begins with 'plan'"),
         ({"inputs": {"slm": ()}}, "begins with 'nothing'"),
         ({"seeds": ()}, "seeds is"),
