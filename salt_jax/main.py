@@ -166,6 +166,11 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     ):
         raise InputError(f"Nothing to {verb} was named: `salt {verb} FOLDER…`.")
     else:
+        examples = getattr(sys.modules[function.__module__], "FROM_FILES", {})
+        if file := examples.get(missing[0].rpartition(".")[2]):
+            raise InputError(
+                f"{missing[0]} is not set: add a gin file that sets it (--gin_file={file}, say)."
+            )
         flag = flag_of(missing[0])
         raise InputError(f"{missing[0]} is not set: add {flag}, or a gin file that sets it.")
     return gin.get_configurable(function)

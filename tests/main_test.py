@@ -173,6 +173,35 @@ def test_too_little_memory_is_one_sentence(
     assert "`salt plan`" in error
 
 
+def test_a_gin_file_that_is_none(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    binary, itself = tmp_path / "binary.gin", tmp_path / "itself.gin"
+    binary.write_bytes(bytes(range(128, 256)))
+    itself.write_text(f"include '{itself}'\n")
+    for file, reason in ((binary, "it is not text"), (itself, "includes itself")):
+        assert main(["train", f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
+        error = capsys.readouterr().err
+        assert str(file) in error
+        assert reason in error
+
+
+def test_an_output_dir_of_no_name_is_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "somewhere", "--output_dir="]) == 2
+    assert "add --output_dir=FOLDER" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_flag_can_set_is_asked_for_as_a_gin_file(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["select", "--cache=x", f"--output_dir={tmp_path / 'out'}"]) == 2
+    assert "--gin_file=methods/top_fraction.gin" in capsys.readouterr().err
+
+
 def test_text_flags_stay_text() -> None:
     configure(parse_arguments(["report", "1", "2e3", "--title=3"]))
     assert gin.get_bindings(report) == {"runs": ("1", "2e3"), "title": "3"}

@@ -31,6 +31,9 @@ from salt_jax.reporting.selection_audit import audit_tables
 from salt_jax.reporting.terminal import print_table
 from salt_jax.run_folder import RunFolder
 
+# What sets the settings that no flag can.
+FROM_FILES = {"rule": "methods/top_fraction.gin"}
+
 # Rows of a selection without scores that are read from the cache for its audit.
 _MOST_ROWS_READ = 200_000
 

@@ -37,6 +37,14 @@ from salt_jax.training.optimizers import OptimizerConfig
 from salt_jax.training.teacher import find_labels, find_teacher
 from salt_jax.training.train_state import StateLayout, make_layout
 
+# What sets the settings that no flag can.
+FROM_FILES = {
+    "model": "models/llm_mini.gin",
+    "optimizer": "runs/pretrain.gin",
+    "schedule": "methods/baseline.gin",
+    "loss": "methods/baseline.gin",
+}
+
 # What may change when a run goes on: how it is computed and when it is told of, and the batch size,
 # since positions count rows.
 MAY_CHANGE = (
@@ -146,12 +154,13 @@ def train(
     stage1_steps = schedule.distill_steps(steps)
     start = _position(run)
     selected = _selection(selection, selection_steps, stage1_steps)
-    teacher_model = labels = None
+    _check_needed(stage1_steps, schedule, teacher=teacher, soft_labels=soft_labels)
     # A run that goes on in stage 2 has no need of its teacher, which may be gone.
+    teacher_model, labels = None, None
     if start.step < stage1_steps and soft_labels is not None:
         labels = find_labels(soft_labels, teacher, caches, selected, loss, objectives)
     elif start.step < stage1_steps:
-        teacher_model = find_teacher(teacher, teacher_step, packed, schedule, loss)
+        teacher_model = find_teacher(teacher, teacher_step, teacher_dtype, packed, schedule, loss)
     layout = make_layout(config, optimizer.make(steps), device_mesh, rules)
     setup = TrainingSetup(
         arm=arm,
@@ -189,13 +198,17 @@ def train(
         log_every=log_every,
         max_skipped_updates=max_skipped_updates,
     )
-    kept = checkpoints.keep_last + len(checkpoints.keep_steps) + 1
-    run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
+    _require_space(run, checkpoints, state_bytes(layout))
     for change in run.begin(may_change=MAY_CHANGE):
         print(f"[{arm}] {change}")
     _describe(setup)
     compilation.use_compilation_cache(compilation_cache)
     run.write_summary(Loop(setup, run).run())
+
+
+def _require_space(run: RunFolder, checkpoints: CheckpointConfig, state: int) -> None:
+    kept = checkpoints.keep_last + len(checkpoints.keep_steps) + 1
+    run.require_space(kept * state, f"{kept} checkpoints")
 
 
 def _position(run: RunFolder) -> Position:
@@ -250,6 +263,15 @@ def _check_batch(batch_size: int, parts: Sequence[int], mesh: jax.sharding.Mesh)
                 f"batch_size {batch_size} can't be split over {divisor} devices in {microbatches} "
                 "microbatches: make it a multiple of devices × microbatches, or change "
                 "microbatches or the mesh."
+            )
+
+
+def _check_needed(stage1_steps: int, schedule: schedules.Schedule, **given: str | None) -> None:
+    for name, folder in given.items():
+        if folder is not None and not stage1_steps:
+            raise InputError(
+                f"{name} is {folder}, and the schedule {type(schedule).__name__} has no stage 1 to "
+                f"use it in: leave {name} unset, or take another method (--gin_file=methods/…)."
             )
 
 

@@ -196,11 +196,17 @@ class PackedCache:
         return PackedSplit(self.path, name, self.manifest["splits"][name], record_format)
 
     def verify(self) -> None:
-        """Reads every shard and compares its digest with the manifest's.
+        """Reads vocabulary and shards and compares their digests with the manifest's.
 
         Raises:
-          InputError: A shard's bytes have changed.
+          InputError: The vocabulary or a shard's bytes have changed.
         """
+        if self.vocabulary.fingerprint != self.vocabulary_fingerprint:
+            raise InputError(
+                f"The vocabulary of {self.path} has the fingerprint "
+                f"{self.vocabulary.fingerprint[:12]}…, its manifest says "
+                f"{self.vocabulary_fingerprint[:12]}…: copy the cache again, or make it again."
+            )
         for shard in self._shards():
             digest = file_digest(self.path / shard["file"])
             if digest != shard["digest"]:

@@ -295,7 +295,12 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     path = pathlib.Path(folder)
     if not (path / SETTINGS_FILE).exists():
         raise InputError(f"{path} holds no {SETTINGS_FILE}: expected the folder of a vocabulary.")
-    saved = json.loads((path / SETTINGS_FILE).read_text())
+    try:
+        saved = json.loads((path / SETTINGS_FILE).read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{path / SETTINGS_FILE} is not readable JSON ({error}): copy the folder again."
+        ) from error
     kind = _CLASSES.get(saved["class"])
     if kind is None:
         raise InputError(

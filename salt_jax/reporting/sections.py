@@ -95,14 +95,14 @@ def compose(
     if charge_teacher_training:
         material = dataclasses.replace(material, runs=charged_for_their_teachers(material.runs))
     runs = material.runs
+    _require_reference(reference, runs)
     groups = comparable_groups(runs)
     compared = [group for group in groups if len(group) > 1]
     alone = [run for group in groups if len(group) == 1 for run in group]
     foreground = [run for group in compared for run in group] or alone
     looks = {
         **{run.label: plots.IN_THE_BACKGROUND for run in alone},
-        **plots.styles({run.label: run.arm for run in foreground}),
-        **plots.styles({run.arm: run.arm for run in foreground}),
+        **_looks(foreground),
     }
     sections: list[Section] = []
     found: list[Matched] = []
@@ -115,7 +115,6 @@ def compose(
         matches = [match for axis in AXES if (match := matched(group, axis))]
         found += matches
         if seeds.arms_repeat(group):
-            _require_reference(reference, group)
             arms = seeds.over_seeds(group, reference)
             over_seeds += arms
             sections += _seed_sections(group, arms, looks, suffix, reference)
@@ -141,9 +140,17 @@ def compose(
     )
 
 
-def _require_reference(reference: str, group: Sequence[TrainRun]) -> None:
+def _looks(runs: Sequence[TrainRun]) -> dict[str, Style]:
+    """By label and by arm; where an arm has several seeds, they look like their arm."""
+    by_arm = plots.styles({run.arm: run.arm for run in runs})
+    if seeds.arms_repeat(runs):
+        return {**{run.label: by_arm[run.arm] for run in runs}, **by_arm}
+    return {**by_arm, **plots.styles({run.label: run.arm for run in runs})}
+
+
+def _require_reference(reference: str, runs: Sequence[TrainRun]) -> None:
     """The default may be missing; one that was asked for may not."""
-    arms = sorted({run.arm for run in group})
+    arms = sorted({run.arm for run in runs})
     if reference != seeds.REFERENCE and reference not in arms:
         raise InputError(
             f"reference is {reference!r}{nearest(reference, arms)}, and the arms are "

@@ -198,8 +198,10 @@ def find_model(
     if step is None:
         step = steps[-1]
     if step not in steps:
+        flag = "--step" if role == "model" else f"--{role}_step"
         raise InputError(
-            f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}."
+            f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}: "
+            f"change {flag}."
         )
     progress = read_progress(path, step)
     model = SavedModel(

@@ -21,6 +21,8 @@ from salt_jax.training import partitioning
 from salt_jax.training.caches import Caches
 from salt_jax.training.checkpoints import SavedModel, find_model
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class Teacher:
     """A frozen model on the mesh.
@@ -56,6 +58,7 @@ class Teacher:
 def find_teacher(
     path: str | None,
     step: int | None,
+    dtype: str | None,
     cache: PackedCache,
     schedule: schedules.Schedule,
     loss: losses.LossConfig,
@@ -65,6 +68,7 @@ def find_teacher(
     Args:
       path: A run's folder.
       step: Its checkpoint; the newest by default.
+      dtype: What it is to be held in.
       cache: What is trained on, with its vocabulary.
       schedule: Which asks for it.
       loss: The loss that it is for.
@@ -72,6 +76,8 @@ def find_teacher(
     Raises:
       InputError: None is set, there is none, or it is of another vocabulary.
     """
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"teacher_dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if loss.teacher_top_k > cache.vocabulary_size:
         raise InputError(
             f"LossConfig.teacher_top_k is {loss.teacher_top_k} and the vocabulary has "

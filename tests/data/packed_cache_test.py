@@ -109,6 +109,19 @@ def test_the_manifest_counts(tmp_path):
     cache.verify()
 
 
+def test_verify_reads_the_vocabulary_too(tmp_path):
+    _write(tmp_path, _rows(10))
+    PackedCache.open(tmp_path).verify()
+    settings = tmp_path / "vocabulary" / "vocabulary.json"
+    whole = settings.read_text()
+    settings.write_text(whole[:-9])
+    with pytest.raises(InputError, match="is not readable JSON"):
+        PackedCache.open(tmp_path).verify()
+    ByteVocabulary(reserved=3).save(settings.parent)
+    with pytest.raises(InputError, match=r"has the fingerprint .* its manifest says"):
+        PackedCache.open(tmp_path).verify()
+
+
 def test_same_rows_same_bytes_and_digest(tmp_path):
     for name in ("a", "b"):
         _write(tmp_path / name, _rows(10), shards=2)

@@ -12,6 +12,7 @@ import scipy.stats
 from salt_jax.errors import InputError
 from salt_jax.main import main
 from salt_jax.reporting.comparison import FLOPS, STEPS
+from salt_jax.reporting.plots import USUAL_COLOURS
 from salt_jax.reporting.runs import TrainRun, read_folders
 from salt_jax.reporting.sections import compose
 from salt_jax.reporting.seed_tables import final_seeds_table
@@ -188,3 +189,9 @@ def test_another_reference(folders: list[pathlib.Path]) -> None:
 def test_an_unknown_reference_is_refused(folders: list[pathlib.Path]) -> None:
     with pytest.raises(InputError, match=r"reference is 'slat'.*nearest: salt"):
         compose(read_folders(folders), reference="slat")
+
+
+def test_seeds_of_an_arm_look_alike(folders: list[pathlib.Path]) -> None:
+    looks = compose(read_folders(folders)).looks
+    assert looks["salt/seed-0"] == looks["salt/seed-2"] == looks["salt"]
+    assert looks["salt"].colour == USUAL_COLOURS["salt"] != looks["baseline/seed-1"].colour

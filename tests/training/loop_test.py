@@ -195,6 +195,8 @@ def test_all_arms_read_the_same_rows_but_salt_ds_in_stage_1(
     assert chosen.issuperset(flat(salt_ds[:3]))
     first_epoch = flat(salt_ds[:3])[:20]
     assert sorted(first_epoch) == sorted(chosen), "every selected row once before any twice"
+    alone = rows(selection=str(tmp_path), selection_steps=3)
+    assert alone == salt_ds, "selected rows without a teacher are those of SALT_DS"
     assert rows(data_seed=1) != baseline
 
 
