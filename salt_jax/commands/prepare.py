@@ -182,6 +182,7 @@ def _corpus_and_vocabulary(
         trained = digest_of(
             [
                 dataclasses.asdict(vocabulary),
+                dataclasses.asdict(task),
                 [(str(file), *state_of(file)) for file in task.files("train")],
             ]
         )

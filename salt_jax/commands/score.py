@@ -129,7 +129,8 @@ def score(
     if left:
         print(
             f"All shards of worker {worker} of {workers} are finished; {left} are still missing: "
-            "they are the other workers', or run this again with --worker=0 --workers=1."
+            "they are the other workers'; if those are gone for good, run this again with "
+            "--worker=0 --workers=1."
         )
         return
     cost = Cost.of(model.config, writer.shards.rows, packed.sequence_length)

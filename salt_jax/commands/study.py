@@ -189,14 +189,14 @@ def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tup
 
 
 def _refuse_other_flags(step: Step) -> None:
-    """A finished run is not made again, so it must be the one that is asked for now."""
-    if not step.finished:
+    """A run is not made again, nor gone on with otherwise: it must be the one asked for now."""
+    if not (step.output / RUN_FILE).exists():
         return
     typed = json.loads((step.output / RUN_FILE).read_text())["command_line"]
     before = [part for part in typed[2:] if not part.startswith("--output_dir=")]
     if typed[1] != step.verb or before != list(step.arguments):
         changed = sorted({*before} ^ {*step.arguments}) or ["their order"]
         raise InputError(
-            f"{step.output} was finished with other flags (they differ in {', '.join(changed)}): "
+            f"{step.output} was made with other flags (they differ in {', '.join(changed)}): "
             "give the arm or input another name, or choose another --output_dir."
         )

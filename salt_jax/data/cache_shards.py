@@ -112,6 +112,8 @@ def write_shard(
         rows_by_subset={subsets[index]: count for index, count in row_count.items()},
         tokens_by_subset={subsets[index]: count for index, count in token_count.items()},
     )
+    with open(temporary, "rb") as written:
+        os.fsync(written.fileno())
     os.replace(temporary, file)
     return counts
 

@@ -34,6 +34,17 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
         raise
 
 
+def write_new_text(path: pathlib.Path, text: str) -> None:
+    """Writes a whole text file unless there is one already, another process's too."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_text(temporary, text)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a whole text file."""
     with whole_file(path) as file:

@@ -30,6 +30,7 @@ from salt_jax.data.manifests import (
     begin_writing,
     file_digest,
     local_folder,
+    manifest_digest,
     new_manifest,
     write_manifest,
 )
@@ -99,8 +100,8 @@ class RestartableShards:
         path = self.folder / PASS_FILE
         if not path.exists():
             begin_writing(self.folder)
-            durable_files.write_text(path, json.dumps(self._plan, indent=2) + "\n")
-        # Several workers may begin it at the same time: one plan stays.
+            # Several workers may begin it at the same time: the first one's plan stays.
+            durable_files.write_new_text(path, json.dumps(self._plan, indent=2) + "\n")
         shards = self._as_begun(_read_json(path) or self._plan)
         (self.folder / SHARDS_FOLDER).mkdir(exist_ok=True)
         if shards.completed and shards.unfinished():
@@ -115,7 +116,7 @@ class RestartableShards:
     def write(self, shard: Shard) -> "ShardWriter":
         """Begins to write a shard; see ShardWriter."""
         path = shard_path(self.folder, shard.index, self.rows, self.shard_rows, self.suffix)
-        return ShardWriter(path, len(shard.rows))
+        return ShardWriter(path, len(shard.rows), self._plan_digest)
 
     def measured(self) -> list[Mapping[str, Any]]:
         """What was measured while each shard was made; for finished passes."""
@@ -138,9 +139,12 @@ class RestartableShards:
           parts: What it holds beside rows, shard_rows and shards.
         """
         shards = [
-            {name: value for name, value in facts.items() if name != "measured"}
+            {name: value for name, value in facts.items() if name not in ("plan", "measured")}
             for facts in self._all_facts()
         ]
+        # What killed workers left; those that still write are making what is there already.
+        for left in (self.folder / SHARDS_FOLDER).glob("*" + durable_files.LEFTOVERS):
+            left.unlink(missing_ok=True)
         common = {"rows": self.rows, "shard_rows": self.shard_rows, "shards": shards}
         write_manifest(self.folder, new_manifest(kind, **common, **parts))
 
@@ -149,6 +153,11 @@ class RestartableShards:
         """What pass.json holds."""
         sizes = {"rows": self.rows, "shard_rows": self.shard_rows, "suffix": self.suffix}
         return {**sizes, **self.made_from}
+
+    @property
+    def _plan_digest(self) -> str:
+        """What a shard says that it is part of."""
+        return manifest_digest({name: _identity(value) for name, value in self._plan.items()})
 
     def _as_begun(self, begun: Mapping[str, Any]) -> "RestartableShards":
         """This pass, in the words it was begun with."""
@@ -169,8 +178,9 @@ class RestartableShards:
         """What the shard's .json says; None while the shard is not finished."""
         path = shard_path(self.folder, index, self.rows, self.shard_rows, self.suffix)
         facts = _read_json(_facts_path(path))
-        whole = facts is not None and path.exists() and path.stat().st_size == facts["bytes"]
-        return facts if whole else None
+        if facts is None or facts.get("plan") != self._plan_digest or not path.exists():
+            return None
+        return facts if path.stat().st_size == facts["bytes"] else None
 
     def _all_facts(self) -> list[dict[str, Any]]:
         found = [self._facts(i) for i in range(shard_count(self.rows, self.shard_rows))]
@@ -189,15 +199,13 @@ class ShardWriter:
     Without `finish`, or after an error, nothing is left.
     """
 
-    def __init__(self, path: pathlib.Path, rows: int) -> None:
-        self._path, self._rows = path, rows
+    def __init__(self, path: pathlib.Path, rows: int, plan_digest: str) -> None:
+        self._path, self._rows, self._plan_digest = path, rows, plan_digest
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._facts: dict[str, Any] | None = None
 
     def __enter__(self) -> "ShardWriter":
-        for left in self._path.parent.glob(self._path.stem + durable_files.LEFTOVERS):
-            left.unlink(missing_ok=True)
         self._opened = durable_files.whole_file(self._path)
         self._file: BinaryIO = self._opened.__enter__()
         return self
@@ -220,6 +228,7 @@ class ShardWriter:
             "rows": self._rows,
             "bytes": self._bytes,
             "digest": self._digest.hexdigest(),
+            "plan": self._plan_digest,
             "measured": dict(measured),
         }
 

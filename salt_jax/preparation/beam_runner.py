@@ -34,7 +34,7 @@ class _Guarded:
             self.function(job)
         except (InputError, OSError) as error:
             failure: list[Any] = [str(error)]
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.errno is not None:
                 failure = [error.errno, error.strerror, error.filename]
             name = f"failure-{digest_of(failure)[:16]}.json"
             self.work.write_json(self.work.path / name, {"arguments": failure})

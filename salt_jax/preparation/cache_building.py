@@ -220,16 +220,13 @@ class Building:
         shares none with what it is held out of."""
         first = first_buckets(self.buckets)
         for split in self.buckets:
+            later = [name for name in self.buckets if SPLITS.index(name) > SPLITS.index(split)]
             others = [
                 unit
                 for unit in self.corpus.units
-                if SPLITS.index(unit.split) > SPLITS.index(split) and split not in unit.splits
+                if split not in unit.splits and not set(later).isdisjoint(unit.splits)
             ]
-            columns = {
-                first[unit.split] + index
-                for unit in others
-                for index in range(self.buckets[unit.split])
-            }
+            columns = {first[name] + i for name in later for i in range(self.buckets[name])}
             names = [unit.name for unit in others]
             total = sum(self.buckets.values())
             dtype = token_dtype(self.vocabulary.size)

@@ -81,8 +81,8 @@ def _run_in_processes(
                     progress.add(future.result())
         except concurrent.futures.BrokenExecutor as error:
             raise RunFailed(
-                "a worker process was killed, for want of memory perhaps: lower "
-                "prepare.prepare.workers, or raise its shards; what is finished is kept."
+                "a worker process was killed, for want of memory perhaps: lower --workers, what is "
+                "finished is kept; or raise --shards, with which the text is mapped anew."
             ) from error
         finally:
             # Where something failed, what the others are at is not waited for.

@@ -49,6 +49,7 @@ PILE_DOCUMENT_RATES: Mapping[str, float] = {
 def pile_files(
     folder: str,
     *,
+    shards: int = 0,
     max_documents: int = 0,
     max_bytes: int = 0,
     skip_broken_lines: bool = False,
@@ -57,6 +58,7 @@ def pile_files(
 
     Args:
       folder: Holds train/*.jsonl.zst, val.jsonl.zst and test.jsonl.zst.
+      shards: How many train files there must be, 30 in the release; 0 takes any number.
       max_documents: See TextFiles.
       max_bytes: See TextFiles.
       skip_broken_lines: See TextFiles.
@@ -70,6 +72,7 @@ def pile_files(
         max_bytes=max_bytes,
         skip_broken_lines=skip_broken_lines,
         numbered=True,
+        shards=shards,
     )
 
 

@@ -185,7 +185,9 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
             raise InputError(
                 f"{path} is no whole Parquet file ({error}): fetch the file again."
             ) from error

@@ -47,6 +47,7 @@ class TextFiles:
       skip_broken_lines: Whether broken lines are passed over, and counted, instead of refused.
       numbered: Whether the train files are numbered shards (00.jsonl.zst, 01.jsonl.zst, …), of
         which none may be missing or stand there twice.
+      shards: With `numbered`, how many there must be; 0 takes any number.
     """
 
     train: str | Sequence[str]
@@ -62,6 +63,7 @@ class TextFiles:
     piece_bytes: int = 0
     skip_broken_lines: bool = False
     numbered: bool = False
+    shards: int = 0
 
     def __post_init__(self) -> None:
         for field in (*SPLITS, "exclude"):
@@ -119,7 +121,7 @@ class TextFiles:
         """
         files = self._expand(getattr(self, split) or self.train)
         if self.numbered and not (split != "train" and getattr(self, split)):
-            _refuse_missing_shard(files)
+            _refuse_missing_shard(files, self.shards)
         for other in SPLITS[: SPLITS.index(split)]:
             if getattr(self, split) and getattr(self, other):
                 shared = set(files) & set(self._expand(getattr(self, other)))
@@ -287,10 +289,25 @@ class TextFiles:
         return moved
 
 
-def _refuse_missing_shard(files: Sequence[pathlib.Path]) -> None:
-    """Refuses a gap in the shards' numbers; files whose names are no numbers don't count."""
+def _refuse_missing_shard(files: Sequence[pathlib.Path], expected: int) -> None:
+    """Refuses a gap in the shards' numbers, one number twice, and fewer than are expected.
+
+    Files whose names are no numbers don't count.
+    """
     stems = [file.name.partition(".")[0] for file in files]
-    numbers = {int(stem): stem for stem in stems if stem.isdecimal()}
+    numbers: dict[int, str] = {}
+    for stem in filter(str.isdecimal, stems):
+        if int(stem) in numbers:
+            raise InputError(
+                f"The shard {int(stem)} is there twice in {files[0].parent}, as "
+                f"{numbers[int(stem)]} and {stem}: take one of them away."
+            )
+        numbers[int(stem)] = stem
+    if len(numbers) < expected and max(numbers, default=-1) < expected - 1:
+        raise InputError(
+            f"{files[0].parent} has {len(numbers)} shards, expected {expected}: fetch the others, "
+            "or set pile_files.shards to what there is."
+        )
     for number in range(max(numbers, default=-1)):
         if number not in numbers:
             name = f"{number:0{len(numbers[max(numbers)])}d}"

@@ -86,7 +86,9 @@ def test_a_finished_run_must_be_the_one_that_is_asked_for(tmp_path: pathlib.Path
     step = study.Step(folder, "train", ("--steps=3", "--seed=0"))
     assert step.finished
     study._refuse_other_flags(step)
-    with pytest.raises(InputError, match=r"other flags \(they differ in --steps=3, --steps=4\)"):
+    with pytest.raises(
+        InputError, match=r"made with other flags \(they differ in --steps=3, --steps=4\)"
+    ):
         study._refuse_other_flags(step._replace(arguments=("--steps=4", "--seed=0")))
     with pytest.raises(InputError, match="their order"):
         study._refuse_other_flags(step._replace(arguments=("--seed=0", "--steps=3")))

@@ -82,11 +82,33 @@ def test_an_error_leaves_nothing_and_what_a_kill_leaves_is_cleared(tmp_path):
     (tmp_path / "shards" / "00000-of-00004.json.0123abcd.tmp").write_bytes(b"{")
     (tmp_path / "shards" / "00000-of-00004.data").write_bytes(b"abc")  # killed before its .json
     assert shards.unfinished()[0] == first
-    make(shards, first)
-    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [
-        "00000-of-00004.data",
-        "00000-of-00004.json",
-    ]
+    for shard in shards.unfinished():
+        make(shards, shard)
+    shards.complete("row_scores")
+    assert not list((tmp_path / "shards").glob("*.tmp"))
+
+
+def test_two_workers_on_one_shard_leave_it_whole(tmp_path):
+    """One takes over what the other, thought to be gone, is still at."""
+    shards = of(tmp_path).begin()
+    first = shards.unfinished()[0]
+    with shards.write(first) as slow:
+        slow.write(bytes([0, 1]))
+        make(shards, first)
+        slow.write(bytes([2]))
+        slow.finish({"sum": 3}, {"seconds": 9.0})
+    assert first not in shards.unfinished()
+    assert (tmp_path / "shards" / "00000-of-00004.data").read_bytes() == bytes([0, 1, 2])
+
+
+def test_shards_of_another_pass_do_not_count(tmp_path):
+    shards = of(tmp_path).begin()
+    make(shards, shards.unfinished()[0])
+    (tmp_path / "pass.json").unlink()
+    other = of(tmp_path, scorer={"path": "slm", "digest": "e" * 64}).begin()
+    assert len(other.unfinished()) == 4
+    with pytest.raises(InputError, match="begun with the scorer"):
+        of(tmp_path).begin()  # the plan that came first stays
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,40 @@ def test_a_trained_vocabulary_is_not_trained_again(make_corpus, tmp_path, monkey
     assert files_of(cache.path) == files_of(fresh.path)
 
 
+@pytest.mark.parametrize("changed", [{"max_documents": 30}, {"validation_fraction": 0.3}])
+def test_a_vocabulary_of_other_text_is_trained_anew(
+    make_corpus, tmp_path, monkeypatch, capsys, changed
+):
+    corpus, folder = make_corpus(), tmp_path / "cache"
+    settings = {"vocabulary": TrainedVocabulary(size=300)}
+    other = TextFiles(train=f"{corpus}/train/*.jsonl", **changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_building, "map_unit", None)
+        with pytest.raises(TypeError):
+            _prepare(folder, other, **settings)
+    capsys.readouterr()
+    _prepare(folder, TextFiles(train=f"{corpus}/train/*.jsonl"), **settings)
+    assert "Training a bpe vocabulary" in capsys.readouterr().out
+
+
+def test_a_text_of_validation_files_that_is_held_out_for_test_is_left_out(tmp_path):
+    texts = [f"document {i} has words" for i in range(60)]
+    for name, some in (("train", texts), ("validation", texts[::2])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in some)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    files = TextFiles(
+        train=f"{tmp_path}/train.jsonl",
+        validation=f"{tmp_path}/validation.jsonl",
+        test_fraction=0.3,
+    )
+    cache = _prepare(tmp_path / "cache", files)
+    info = {name: cache.split(name).info for name in cache.split_names}
+    in_both = set(texts[::2]) & {d.text for d in files.documents("test")}
+    assert len(in_both) > 3
+    assert info["validation"]["shared_documents"] == len(in_both)
+    assert info["validation"]["documents"] == 30 - len(in_both)
+
+
 def test_bad_text_keeps_what_is_finished_and_the_command_goes_on(
     make_corpus, tmp_path, monkeypatch
 ):

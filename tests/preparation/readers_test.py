@@ -133,6 +133,17 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name):
         list(read_documents(tmp_path / name))
 
 
+def test_a_damaged_page_of_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"text": f"row {i} " * 50} for i in range(200)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    content = bytearray(path.read_bytes())
+    content[40:400] = bytes(360)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is no whole Parquet file"):
+        list(read_documents(path))
+
+
 def test_parquet_without_text(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), path)

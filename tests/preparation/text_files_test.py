@@ -205,6 +205,19 @@ def test_a_missing_shard_of_the_pile_is_named(tmp_path):
         files.files("train")
 
 
+def test_as_many_shards_as_the_release_has(tmp_path):
+    _pile(tmp_path, "00", "01", "02")
+    with pytest.raises(InputError, match=r"has 3 shards, expected 4: .*pile_files.shards"):
+        pile_files(str(tmp_path), shards=4).files("train")
+    assert len(pile_files(str(tmp_path), shards=3).files("train")) == 3
+
+
+def test_a_number_that_is_there_twice_is_named(tmp_path):
+    files = _pile(tmp_path, "00", "01", "1")
+    with pytest.raises(InputError, match=r"shard 1 is there twice in .*, as 01 and 1"):
+        files.files("train")
+
+
 def test_a_shard_that_is_there_twice_is_named(tmp_path):
     files = _pile(tmp_path, "00", "01", "02")
     files.refuse_equal_shards()
