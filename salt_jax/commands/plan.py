@@ -62,7 +62,7 @@ def plan(
     arm: str = "",
     hbm_gib: float | None = None,
     try_changes: bool = True,
-    soft_labels: int = 64,
+    stored_ids: int = 64,
 ) -> None:
     """Compiles the stages of a run for one topology or many; `salt train`'s settings hold here too.
 
@@ -88,7 +88,7 @@ def plan(
       arm: The method's name.
       hbm_gib: Memory of a chip, GiB, instead of what is known of it.
       try_changes: Whether to look for settings that make a stage fit.
-      soft_labels: Ids a token of stored soft labels, to say what storing them would take.
+      stored_ids: Ids a token of stored soft labels, to say what storing them would take.
 
     Raises:
       InputError: Settings that don't fit each other, an unknown topology, or libtpu is missing.
@@ -143,19 +143,19 @@ def plan(
         raise InputError(f"hbm_gib is {hbm_gib} and must be above 0: change --hbm_gib.")
     found = [topologies.find(name, hbm_gib) for name in topology]
     if job.teacher is not None:
-        LabelFormat(sequence_length, student.vocab_size or 0, soft_labels)  # or it is refused
+        LabelFormat(sequence_length, student.vocab_size or 0, stored_ids)  # or it is refused
     for where in found:
         for stage in _stages(job):
             check_batch(job, where, stage)
     run.begin(replace=True)
     print(f"[{arm or 'plan'}] {_describe(job)}", flush=True)
-    plans = [_plan(job, where, try_changes, soft_labels) for where in found]
+    plans = [_plan(job, where, try_changes, stored_ids) for where in found]
     table.print_plans(plans)
     run.write_summary(_summary(job, arm, plans))
 
 
 def _plan(
-    job: Job, topology: topologies.Topology, try_changes: bool, soft_labels: int
+    job: Job, topology: topologies.Topology, try_changes: bool, stored_ids: int
 ) -> dict[str, Any]:
     """The plan of a run on one topology, as summary.json has it."""
     chips = len(topology.devices)
@@ -165,7 +165,7 @@ def _plan(
         _add_change(job, topology, compiled, stages)
     seconds = {s["stage"]: (s["change"] or s).get("step_seconds_estimate") for s in stages}
     total = estimate.estimate_run(job, chips, seconds.get(1), seconds[2])
-    stored = stored_labels(job, soft_labels, chips, seconds.get(1), seconds[2], ENCODINGS)
+    stored = stored_labels(job, stored_ids, chips, seconds.get(1), seconds[2], ENCODINGS)
     return {
         "topology": topology.name,
         "chips": chips,

@@ -34,7 +34,7 @@ from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
 from salt_jax.training.ledger import Cost, known_cost
 from salt_jax.training.loop import Loop, TrainingSetup
 from salt_jax.training.optimizers import OptimizerConfig
-from salt_jax.training.teacher import find_labels, find_teacher
+from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, make_layout
 
 # What sets the settings that no flag can.
@@ -154,7 +154,7 @@ def train(
     stage1_steps = schedule.distill_steps(steps)
     start = _position(run)
     selected = _selection(selection, selection_steps, stage1_steps)
-    _check_needed(stage1_steps, schedule, teacher=teacher, soft_labels=soft_labels)
+    refuse_unused(schedule, stage1_steps, selection_steps, teacher, soft_labels)
     # A run that goes on in stage 2 has no need of its teacher, which may be gone.
     teacher_model, labels = None, None
     if start.step < stage1_steps and soft_labels is not None:
@@ -174,7 +174,7 @@ def train(
             batch_size=batch_size,
             seed=data_seed,
             selected=selected,
-            stage1_steps=stage1_steps if selection_steps is None else selection_steps,
+            stage1_steps=min(selection_steps or stage1_steps, steps),
             stage2_rows=stage2_rows,
             start=start,
             denoising=_denoising(objectives, packed, data_seed, teacher_objectives, config),
@@ -263,15 +263,6 @@ def _check_batch(batch_size: int, parts: Sequence[int], mesh: jax.sharding.Mesh)
                 f"batch_size {batch_size} can't be split over {divisor} devices in {microbatches} "
                 "microbatches: make it a multiple of devices × microbatches, or change "
                 "microbatches or the mesh."
-            )
-
-
-def _check_needed(stage1_steps: int, schedule: schedules.Schedule, **given: str | None) -> None:
-    for name, folder in given.items():
-        if folder is not None and not stage1_steps:
-            raise InputError(
-                f"{name} is {folder}, and the schedule {type(schedule).__name__} has no stage 1 to "
-                f"use it in: leave {name} unset, or take another method (--gin_file=methods/…)."
             )
 
 

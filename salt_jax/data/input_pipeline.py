@@ -24,6 +24,9 @@ from salt_jax.data.row_order import Draw, Order
 from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.errors import InputError
 
+# The number of selected rows' first epoch, as denoising takes it: no other rows come so far.
+_SELECTED_EPOCHS = 1 << 31
+
 # What epochs name stage 1's own rows by.
 SELECTED = "selected rows"
 
@@ -61,7 +64,7 @@ class InputPipeline:
       selected_rows: Stage 1's own order (SALT_DS), or None.
       unused_rows: Stage 2's own order, read at the number of rows consumed in stage 2; None is
         all_rows.
-      stage1_steps: Steps of stage 1.
+      stage1_steps: Steps that read stage 1's rows, and its soft labels.
       start: Where the run stood when this pipeline was made; it gives no batch before that.
       denoising: What becomes of a row between the cache and the batch; None is nothing.
       soft_labels: What stands for a teacher: batches of stage 1 have it as well.
@@ -152,7 +155,12 @@ class InputPipeline:
         if self.denoising is None:
             batch = features.make_batch(rows, self.start_id)
             return batch | self._labels(step, batch)
-        denoised = [self.denoising(row, draw.epoch) for row, draw in zip(rows, draws, strict=True)]
+        # A row that stage 1 selected is another one when it comes among all rows.
+        own = step < self.stage1_steps and self.selected_rows is not None
+        first = _SELECTED_EPOCHS if own else 0
+        denoised = [
+            self.denoising(row, first + draw.epoch) for row, draw in zip(rows, draws, strict=True)
+        ]
         batch = features.make_batch([one.row for one in denoised], self.start_id)
         return batch | self.denoising.batch_features(denoised)
 

@@ -81,7 +81,9 @@ class RowOrder:
         self._row_ids = row_ids
         self._size = rows if row_ids is None else len(row_ids)
         self._source = source
-        self._order = grain.MapDataset.range(self._size).shuffle(seed=seed).repeat()
+        # Grain shuffles epoch e by seed + e: as given, seeds 0 and 1 would be one order, shifted.
+        mixed = int(np.random.SeedSequence((seed, source)).generate_state(1)[0])
+        self._order = grain.MapDataset.range(self._size).shuffle(seed=mixed).repeat()
 
     def __getitem__(self, position: int) -> Draw:
         """The row at a position, from 0 on without end."""

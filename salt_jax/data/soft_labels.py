@@ -196,7 +196,12 @@ class SoftLabels:
     @property
     def cost(self) -> dict[str, Any]:
         """What the teacher's pass took: flops, tokens, seconds."""
-        return json.loads((self.path / COST_FILE).read_text())
+        try:
+            return json.loads((self.path / COST_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path / COST_FILE} cannot be read ({error}): copy the folder again."
+            ) from error
 
     def read(self, row_ids: Sequence[int] | np.ndarray) -> Labels:
         """The labels of some rows of the split, in that order.

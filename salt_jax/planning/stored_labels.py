@@ -62,8 +62,8 @@ def stored_labels(
     if stage2_seconds:
         pace = {e: size * job.tokens / stage2_seconds / 1e9 for e, size in per_token.items()}
     if stage1_seconds is not None and stage2_seconds is not None:
-        more = max(0.0, stage1_seconds - stage2_seconds)
-        hours = more * job.stage1_steps * chips / 3600
+        more = stage1_seconds - stage2_seconds
+        hours = more * job.stage1_steps * chips / 3600 if more > 0 else None
     return StoredLabels(
         k=k,
         bytes_per_token=per_token,
@@ -85,8 +85,9 @@ def sentence(stored: StoredLabels) -> str:
         else f"{stored.chip_hours:,.0f} chip-hours"
     )
     return (
-        f"Soft labels of {stored.k} ids a token for all of stage 1: {sizes}{read}. Making them "
-        f"costs {cost}, as much as the teacher costs one run; each further run on the same rows "
-        "saves that. For one run storing is never cheaper; for N runs it is where the storage "
-        "costs less than N - 1 times as much."
+        f"Soft labels of {stored.k} ids for each token of stage 1 once: {sizes}{read}. Making them "
+        f"costs {cost}, as much as the teacher costs one run, and each further run on the same "
+        "rows saves that: for one run storing is never cheaper, for N it is where the storage "
+        "costs less than N - 1 times as much. Where the rows of stage 1 aren't a selection, all "
+        "rows of the split must be labelled; UL2's objectives cannot have stored labels."
     )

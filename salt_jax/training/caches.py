@@ -144,7 +144,7 @@ def make_pipeline(
       batch_size: B, rows of the global batch.
       seed: Of the orders.
       selected: Stage 1's rows, of one of the caches; None reads the caches in both stages.
-      stage1_steps: Steps of stage 1.
+      stage1_steps: Steps that read stage 1's rows.
       stage2_rows: "all", or "unused": stage 2 reads an order of its own, from its beginning and
         epoch by epoch: all rows but those that stage 1 read of the selection (the first of the
         selected order, as many as stage 1 consumes), shuffled by the same seed, with the other
@@ -186,7 +186,10 @@ def _read_in_stage1(pipeline: InputPipeline, selected: Selection) -> np.ndarray:
     rows = pipeline.position(max(pipeline.stage1_steps, pipeline.start.step)).stage1_rows
     if rows >= len(selected.row_ids) or pipeline.selected_rows is None:
         return selected.row_ids
-    return np.sort([pipeline.selected_rows[at].row_id for at in range(rows)])
+    order = pipeline.selected_rows
+    ids = np.fromiter((order[at].row_id for at in range(rows)), np.int64, rows)
+    ids.sort()
+    return ids
 
 
 def _require_alike(first: PackedCache, other: PackedCache) -> None:

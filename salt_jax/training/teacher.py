@@ -55,6 +55,27 @@ class Teacher:
         self.params = None
 
 
+def refuse_unused(
+    schedule: schedules.Schedule,
+    stage1_steps: int,
+    selection_steps: int | None,
+    teacher: str | None,
+    soft_labels: str | None,
+) -> None:
+    """Raises InputError where a teacher or soft labels are set that no step has a use for."""
+    for name, folder in (("teacher", teacher), ("soft_labels", soft_labels)):
+        if folder is not None and not stage1_steps:
+            raise InputError(
+                f"{name} is {folder}, and the schedule {type(schedule).__name__} has no stage 1 to "
+                f"use it in: leave {name} unset, or take another method (--gin_file=methods/…)."
+            )
+    if soft_labels is not None and selection_steps not in (None, stage1_steps):
+        raise InputError(
+            f"selection_steps is {selection_steps} and stage 1 has {stage1_steps} steps, and soft "
+            "labels are read with its rows: leave selection_steps unset."
+        )
+
+
 def find_teacher(
     path: str | None,
     step: int | None,

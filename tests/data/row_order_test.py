@@ -76,3 +76,12 @@ def test_weights_that_are_none_are_refused(weights: tuple[float, ...]) -> None:
         MixedOrder(orders, weights)
     with pytest.raises(InputError, match="under a millionth"):
         MixedOrder(orders, (1.0, 1e-9))
+
+
+def test_another_seed_is_another_order_in_every_epoch() -> None:
+    """Not the same one, an epoch later."""
+    orders = [[RowOrder(None, 50, seed)[at].row_id for at in range(200)] for seed in range(4)]
+    epochs = [tuple(order[first : first + 50]) for order in orders for first in range(0, 200, 50)]
+    assert len(set(epochs)) == len(epochs)
+    other = [RowOrder(None, 50, 0, source=1)[at].row_id for at in range(50)]
+    assert tuple(other) not in epochs

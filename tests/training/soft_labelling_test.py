@@ -13,6 +13,7 @@ from salt_jax.commands.score import score
 from salt_jax.commands.select import select
 from salt_jax.data.denoisers import Objectives
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.distill import losses, schedules
 from salt_jax.distill.selection import RandomRows
@@ -120,6 +121,7 @@ def test_labels_of_a_selection(
     run_train: Run,
     cache: PackedCache,
     make_labels: Callable[..., pathlib.Path],
+    labels: pathlib.Path,
     tmp_path: pathlib.Path,
 ) -> None:
     folders = []
@@ -129,11 +131,17 @@ def test_labels_of_a_selection(
             RunFolder(folders[-1], "select"), cache=str(cache.path), rule=RandomRows(32, seed=seed)
         )
     stored = make_labels(selection=str(folders[0]))
-    assert SoftLabels.open(stored).rows == 32
+    chosen = Selection.open(folders[0]).row_ids
+    found, whole = SoftLabels.open(stored), SoftLabels.open(labels)
+    assert found.rows == 32
+    for ours, theirs in zip(found.read(chosen)[1:], whole.read(chosen)[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-3)
     settings: dict[str, Any] = {"schedule": STEP, "loss": LOSS, "soft_labels": str(stored)}
     run_train(selection=str(folders[0]), **settings)
     with pytest.raises(InputError, match="stage 1 reads all rows"):
         run_train(**settings)
+    with pytest.raises(InputError, match="selection_steps is 2 and stage 1 has 4 steps"):
+        run_train(selection=str(folders[0]), selection_steps=2, **settings)
     with pytest.raises(InputError, match="stage 1 reads another one"):
         run_train(selection=str(folders[1]), **settings)
 
@@ -186,6 +194,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     [
         ({"loss": losses.LossConfig()}, r"temperature 0.5 and .*teacher_temperature is 0.25"),
         ({"loss": dataclasses.replace(LOSS, teacher_top_k=259)}, None),
+        ({"loss": dataclasses.replace(LOSS, teacher_top_k=260)}, "teacher_top_k is 260"),
         ({"objectives": Objectives()}, "objectives changes rows"),
         ({"teacher": "somewhere"}, "Both the teacher somewhere and the soft labels"),
     ],
