@@ -26,8 +26,8 @@ def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str) -> Table:
             for one in arms
         ),
         note=f"{_NOTE.format(reference=reference)} The last column: the share of {reference}'s "
-        f"steps after which an arm's log-perplexity is {reference}'s at its end, and how many seeds "
-        "get there; an arm's learning rate is then still to fall.",
+        f"steps after which an arm's log-perplexity is {reference}'s at its end, and how many "
+        "seeds get there; an arm's learning rate is then still to fall.",
     )
 
 
