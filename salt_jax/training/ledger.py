@@ -48,7 +48,8 @@ class Counters:
     Attributes:
       student_flops: Forward and backward passes of the student.
       teacher_flops: Forward passes of the teacher, in stage 1.
-      scoring_flops: Of the scores that the run's selection was made from, every row of the split.
+      scoring_flops: Of the scores that the run's selection was made from, every row of the split,
+        and of the pass that made its stored soft labels.
       evaluation_flops: Of evaluations on held-out rows.
       stage1_tokens, stage2_tokens: Trained on in each stage.
       scoring_tokens, evaluation_tokens: Scored and evaluated.
@@ -162,7 +163,7 @@ class Ledger:
     Args:
       step: What a step costs.
       evaluation: What an evaluation costs; its seconds are measured here.
-      scoring: What was spent on the run's selection before it began.
+      scoring: What was spent on the run's selection and soft labels before it began.
     """
 
     def __init__(self, step: StepCost, evaluation: Cost, scoring: Cost | None = None) -> None:

@@ -55,7 +55,8 @@ class TrainingSetup:
       teacher: The frozen model of stage 1, or None.
       teacher_dtype: What to hold it in; None is as saved.
       teacher_rules: From its logical axes to the mesh's; None is the student's rules.
-      scoring: What it cost to score the rows that the selection was made from.
+      scoring: What it cost to score the rows that the selection was made from, and to make soft
+        labels.
       initial: A checkpoint to start the student from; None starts from `seed`.
       microbatches: Parts of a batch computed one after the other.
       stage1_microbatches: The same in stage 1; None is microbatches.
