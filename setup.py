@@ -20,6 +20,8 @@ PREPARE = [
 BEAM = ["apache-beam>=2.77", "pyarrow>=18", "zstandard>=0.23"]
 # libtpu, the compiler for TPUs, in the version that jax needs; other systems have none.
 PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
+# Few-shot tasks through lm-evaluation-harness, and ROUGE.
+EVAL = ["lm-eval>=0.4.9", "rouge-score>=0.1.2"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -27,6 +29,9 @@ TEST = [
     "ruff>=0.9",
     "scipy>=1.14",
     "setuptools>=77",
+    # What converted models are compared with.
+    "torch>=2.6",
+    "transformers>=4.57",
 ]
 
 setuptools.setup(
@@ -52,10 +57,17 @@ setuptools.setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "rich>=13",
+        "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tokenizers>=0.21",
     ],
-    extras_require={"beam": BEAM, "plan": PLAN, "prepare": PREPARE, "test": TEST + PLAN + PREPARE},
+    extras_require={
+        "beam": BEAM,
+        "eval": EVAL,
+        "plan": PLAN,
+        "prepare": PREPARE,
+        "test": TEST + EVAL + PLAN + PREPARE,
+    },
     entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},
 )

@@ -20,6 +20,7 @@ find_python() {
   return 2
 }
 
+# make_environment [tests]: with "tests" also what only tests need (requirements/tests-*.txt).
 make_environment() {
   if [ ! -x "$venv/bin/python" ]; then
     local python
@@ -27,14 +28,19 @@ make_environment() {
     echo "Making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
   fi
-  local version lock stamp wanted
+  local version lock stamp wanted locks
   version=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   lock=$root/requirements/lock-$version.txt
   stamp=$venv/.salt_jax_installed
-  wanted=$(cat "$lock" "$root/setup.py" | cksum; echo "$root")
+  locks=("$lock")
+  # Once there, they stay: the smoke run after the tests takes nothing away.
+  if [ "${1:-}" = tests ] || grep -q '^tests-' "$stamp" 2>/dev/null; then
+    locks+=("$root/requirements/tests-$version.txt")
+  fi
+  wanted=$(cat "${locks[@]}" "$root/setup.py" | cksum; echo "$root"; basename -a "${locks[@]}")
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "Installing the exact versions of requirements/lock-$version.txt (some minutes the first time)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$lock"
+    echo "Installing the exact versions of $(basename -a "${locks[@]}" | xargs) in requirements/ (some minutes the first time)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${locks[@]/#/--requirement=}"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$root"
     echo "$wanted" > "$stamp"
   fi

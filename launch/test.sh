@@ -4,7 +4,7 @@
 #   launch/test.sh                          everything
 #   launch/test.sh tests/distill -k oracle  arguments go to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment
+make_environment tests
 cd "$root"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 ruff check .

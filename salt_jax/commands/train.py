@@ -15,6 +15,7 @@ from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
 from salt_jax.models.attention import require_bidirectional
@@ -199,11 +200,16 @@ def train(
         max_skipped_updates=max_skipped_updates,
     )
     _require_space(run, checkpoints, state_bytes(layout))
-    for change in run.begin(may_change=MAY_CHANGE):
-        print(f"[{arm}] {change}")
+    _begin(run, arm, packed)
     _describe(setup)
     compilation.use_compilation_cache(compilation_cache)
     run.write_summary(Loop(setup, run).run())
+
+
+def _begin(run: RunFolder, arm: str, cache: PackedCache) -> None:
+    for change in run.begin(may_change=MAY_CHANGE):
+        print(f"[{arm}] {change}")
+    cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
 
 
 def _require_space(run: RunFolder, checkpoints: CheckpointConfig, state: int) -> None:

@@ -40,12 +40,16 @@ from salt_jax.data.manifests import (
     write_manifest,
 )
 from salt_jax.data.row_records import RecordFormat
-from salt_jax.data.vocabularies import VOCABULARY_FILES, Vocabulary, load_vocabulary
+from salt_jax.data.vocabularies import (
+    VOCABULARY_FILES,
+    VOCABULARY_FOLDER,
+    Vocabulary,
+    load_vocabulary,
+)
 from salt_jax.errors import InputError
 
 KIND = "packed_cache"
 SPLITS = ("train", "validation", "test")
-VOCABULARY_FOLDER = "vocabulary"
 
 
 @dataclasses.dataclass(frozen=True)

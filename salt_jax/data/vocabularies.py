@@ -23,6 +23,7 @@ import tokenizers
 
 from salt_jax.errors import InputError
 
+VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
 SETTINGS_FILE = "vocabulary.json"
 
 # UL2's: short spans, a prefix, extreme spans.

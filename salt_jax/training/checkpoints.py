@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import CHECKPOINTS_FOLDER
@@ -152,6 +153,27 @@ class SavedModel:
     def identity(self) -> dict[str, Any]:
         """What records name this model by."""
         return {"path": str(self.path), "step": self.step, "digest": self.digest}
+
+    def load_vocabulary(self) -> Vocabulary:
+        """The vocabulary kept beside the checkpoints.
+
+        Raises:
+          InputError: There is none, or it is another one than the model was trained with.
+        """
+        folder = self.path / VOCABULARY_FOLDER
+        if not folder.exists():
+            raise InputError(
+                f"{self.path} has no {VOCABULARY_FOLDER}/: copy that folder of the cache that the "
+                "model was trained on into it."
+            )
+        vocabulary = load_vocabulary(folder)
+        if vocabulary.fingerprint != self.vocabulary_fingerprint:
+            raise InputError(
+                f"{folder} has the fingerprint {vocabulary.fingerprint[:12]} and the model was "
+                f"trained with {self.vocabulary_fingerprint[:12]}: copy that folder of the cache "
+                "that the model was trained on."
+            )
+        return vocabulary
 
     def load_params(
         self,

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is found, how they move between meshes."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.partitioning import MeshConfig
@@ -39,6 +41,18 @@ def test_digest_names_the_parameters(slm: pathlib.Path) -> None:
     assert (early.step, late.step) == (4, 12)
     assert early.digest != late.digest
     assert early.digest == find_model(slm, 4, "scorer").digest
+
+
+def test_a_run_keeps_its_vocabulary(slm: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = find_model(slm, 4, "model")
+    vocabulary = model.load_vocabulary()
+    assert vocabulary.fingerprint == model.vocabulary_fingerprint
+    moved = dataclasses.replace(model, path=tmp_path)
+    with pytest.raises(InputError, match=r"has no vocabulary/: copy that folder"):
+        moved.load_vocabulary()
+    ByteVocabulary(reserved=5).save(tmp_path / "vocabulary")
+    with pytest.raises(InputError, match=r"has the fingerprint .* was trained with"):
+        moved.load_vocabulary()
 
 
 def test_refuses_what_is_not_there(slm: pathlib.Path, tmp_path: pathlib.Path) -> None:
