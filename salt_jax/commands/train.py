@@ -161,7 +161,8 @@ def train(
     if start.step < stage1_steps and soft_labels is not None:
         labels = find_labels(soft_labels, teacher, caches, selected, loss, objectives)
     elif start.step < stage1_steps:
-        teacher_model = find_teacher(teacher, teacher_step, teacher_dtype, packed, schedule, loss)
+        asked = teacher, teacher_step, teacher_dtype, packed
+        teacher_model = find_teacher(*asked, schedule, loss, objectives, teacher_objectives)
     layout = make_layout(config, optimizer.make(steps), device_mesh, rules)
     setup = TrainingSetup(
         arm=arm,

@@ -110,6 +110,11 @@ class Objectives:
     mode_tokens: bool = True
     bidirectional_prefix: bool = False
 
+    @property
+    def uses_reserved_ids(self) -> bool:
+        """Whether some rows get mode tokens or sentinels."""
+        return bool(self.span or (self.prefix and self.mode_tokens))
+
     def __post_init__(self) -> None:
         weights = (self.causal, self.prefix, self.span)
         if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:

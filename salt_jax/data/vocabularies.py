@@ -70,9 +70,12 @@ class Vocabulary(abc.ABC):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the tokenizer's bytes and the settings: equal fingerprint, equal ids."""
-        digest = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode())
-        digest.update(self._model_bytes())
-        return digest.hexdigest()
+        return self._digest(self._identity())
+
+    def extends(self, other: "Vocabulary") -> bool:
+        """Whether it is the other one, perhaps with more reserved ids."""
+        mine, others = ({**v._identity(), "reserved": 0} for v in (self, other))
+        return self._digest(mine) == other._digest(others) and self.reserved >= other.reserved
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -112,6 +115,11 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
+
+    def _digest(self, identity: dict[str, Any]) -> str:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+        digest.update(self._model_bytes())
+        return digest.hexdigest()
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -46,15 +46,22 @@ class ChunkLoss:
     """The loss of a chunk, from the student's logits z_CxV and the teacher's word.
 
     That is the teacher's logits t_CxV, stored soft labels, or None. ω is a scalar, or [C] where
-    tokens have one of their own.
+    tokens have one of their own. The teacher's vocabulary may lack the last ids of the student's.
     """
 
-    def __init__(self, config: LossConfig, omega: jax.Array, vocabulary: VocabularyPart) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        omega: jax.Array,
+        vocabulary: VocabularyPart,
+        teacher_vocabulary: VocabularyPart,
+    ) -> None:
         self._config = config
         self._omega = omega
         self._vocabulary = vocabulary
+        self._teacher_vocabulary = teacher_vocabulary
         top_k = config.teacher_top_k
-        self._top_k = top_k if top_k < vocabulary.vocab_size else 0
+        self._top_k = top_k if top_k < teacher_vocabulary.vocab_size else 0
         squared = config.scale_by_temperature_squared
         self._scale = config.teacher_temperature**2 if squared else 1.0
 
@@ -132,7 +139,8 @@ class ChunkLoss:
     ) -> tuple[jax.Array, Norms]:
         """soft [C], times τ² where that is asked for."""
         config, vocabulary = self._config, self._vocabulary
-        teacher_C = self._log_sum_exp(t_CxV, most_C, config.teacher_temperature)
+        temperature = config.teacher_temperature
+        teacher_C = _log_sum_exp(self._teacher_vocabulary, t_CxV, most_C, temperature)
         norms = norms._replace(teacher=teacher_C)
         log_q_CxV = self._log_q(t_CxV, norms)
         if self._top_k:
@@ -170,11 +178,8 @@ class ChunkLoss:
         temperature = self._config.student_temperature
         if temperature == 1.0:
             return norms._replace(student=norms.log_z)
-        return norms._replace(student=self._log_sum_exp(z_CxV, largest_C, temperature))
-
-    def _log_sum_exp(self, x_CxV: jax.Array, most_C: jax.Array, temperature: float) -> jax.Array:
-        cooled_CxV = self._vocabulary.mask(_divided(x_CxV, temperature))
-        return self._vocabulary.log_sum_exp(cooled_CxV, most_C / temperature)
+        student_C = _log_sum_exp(self._vocabulary, z_CxV, largest_C, temperature)
+        return norms._replace(student=student_C)
 
     def _log_p(self, z_CxV: jax.Array, norms: Norms) -> jax.Array:
         """The student's log probabilities at its temperature."""
@@ -187,7 +192,16 @@ class ChunkLoss:
         """The teacher's."""
         assert norms.teacher is not None, "the teacher's norm is set"
         t_CxV = _divided(t_CxV, self._config.teacher_temperature)
-        return self._vocabulary.mask(t_CxV - norms.teacher[:, None])
+        return self._teacher_vocabulary.mask(t_CxV - norms.teacher[:, None])
+
+
+def _log_sum_exp(
+    vocabulary: VocabularyPart, x_CxV: jax.Array, most_C: jax.Array, temperature: float
+) -> jax.Array:
+    """log Σ exp (x / temperature), [C], of logits whose largest are most_C."""
+    return vocabulary.log_sum_exp(
+        vocabulary.mask(_divided(x_CxV, temperature)), most_C / temperature
+    )
 
 
 def _divided(logits_CxV: jax.Array, temperature: float) -> jax.Array:

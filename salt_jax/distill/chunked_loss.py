@@ -51,6 +51,7 @@ def loss_sums(
     teacher_hidden_BxLxD: jax.Array | None = None,
     teacher_head_VxD: jax.Array | None = None,
     distill_B: jax.Array | None = None,
+    teacher_vocab_size: int | None = None,
     soft_labels: SoftLabels | None = None,
     sharding: HeadSharding | None = None,
 ) -> Sums:
@@ -72,6 +73,8 @@ def loss_sums(
         teacher_hidden_BxLxD: with teacher_head_VxD, the teacher's; both or neither. Width and V are
             the teacher's own.
         teacher_head_VxD: see teacher_hidden_BxLxD.
+        teacher_vocab_size: the teacher's ids, the first of the vocabulary's; None is all of them.
+            To the others it gives probability 0.
         distill_B: float32, how much of ω counts in each row; None is all of it. Where it is 0 the
             teacher has no part in anything, whatever stands in its hidden states.
         soft_labels: [B, L, …], in place of a teacher, what was kept of its logits at config's
@@ -89,7 +92,8 @@ def loss_sums(
     if soft_labels is not None and (teacher_head_VxD is not None or distill_B is not None):
         raise ValueError("Soft labels stand for a teacher, for all rows: give one of the two.")
     teacher_ids = None if teacher_head_VxD is None else teacher_head_VxD.shape[0]
-    check_vocab_size(config, vocab_size, student_head_VxD.shape[0], teacher_ids)
+    teacher_vocab_size = teacher_vocab_size or vocab_size
+    check_vocab_size(config, vocab_size, student_head_VxD.shape[0], teacher_vocab_size, teacher_ids)
     precise = jnp.promote_types(student_hidden_BxLxD.dtype, jnp.float32)
     teacher: _Teacher | SoftLabels | None = None
     if teacher_hidden_BxLxD is not None and teacher_head_VxD is not None:
@@ -104,7 +108,7 @@ def loss_sums(
     if soft_labels is not None:
         teacher = kept_labels(soft_labels, config, precise)
     batch = targets_BxL, weights_BxL, jnp.asarray(omega, precise), teacher
-    static = _Static(config, vocab_size, sharding)
+    static = _Static(config, vocab_size, teacher_vocab_size, sharding)
     frozen = jax.tree.map(lax.stop_gradient, batch)
     return _sums(static, student_hidden_BxLxD, student_head_VxD, frozen)
 
@@ -141,16 +145,8 @@ def target_ranks(
         greater_C = vocabulary.sum(greater_CxV).astype(jnp.int32)  # exact, up to 2²⁴ ids
         return loss_C.astype(jnp.float32), greater_C
 
-    return _over_chunks(
-        one_chunk,
-        hidden_BxLxD,
-        head_VxD,
-        targets_BxL,
-        weights_BxL,
-        vocab_size,
-        chunk_tokens,
-        sharding,
-    )
+    arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL
+    return _over_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
 
 
 def top_labels(
@@ -188,16 +184,8 @@ def top_labels(
         others_CxV = vocabulary.put(log_q_CxV, ids_CxK, LOG_ZERO)
         return SoftLabels(ids_CxK, log_q_CxK, vocabulary.log_sum_exp(others_CxV), hard_C)
 
-    return _over_chunks(
-        one_chunk,
-        hidden_BxLxD,
-        head_VxD,
-        targets_BxL,
-        weights_BxL,
-        vocab_size,
-        chunk_tokens,
-        sharding,
-    )
+    arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL
+    return _over_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
 
 
 def _over_chunks(
@@ -260,6 +248,7 @@ class _Static:
 
     config: LossConfig
     vocab_size: int
+    teacher_vocab_size: int
     sharding: HeadSharding | None
 
 
@@ -332,15 +321,16 @@ def _local_sums(
         gathered_VxE = _gathered(static.sharding, teacher.head, shapes[1])
         teacher = teacher._replace(head=gathered_VxE)
     vocabulary = VocabularyPart(static.sharding, head_VxD.shape[0], static.vocab_size)
+    teachers = VocabularyPart(static.sharding, head_VxD.shape[0], static.teacher_vocab_size)
     counts_BxL = weights_BxL > 0
 
     def one_chunk(d_head_VxD: Any, chunk: Any) -> tuple[Any, Any]:
         hidden_CxD, targets_C, weights_C, (taught, distill_C) = chunk
         z_CxV = vocabulary.logits(hidden_CxD, head_VxD)
         if isinstance(teacher, _Teacher):
-            taught = vocabulary.logits(taught, teacher.head)
+            taught = teachers.logits(taught, teacher.head)
         omega_C = omega if distill_C is None else omega * distill_C
-        loss = ChunkLoss(static.config, omega_C, vocabulary)
+        loss = ChunkLoss(static.config, omega_C, vocabulary, teachers)
         values, norms = loss.values(z_CxV, taught, targets_C)
         if distill_C is not None:
             values |= {name: distill_C * values[name] for name in TEACHER_VALUES}

@@ -117,18 +117,21 @@ def token_losses(
     config: LossConfig,
     vocab_size: int,
     soft_labels: SoftLabels | None = None,
+    teacher_vocab_size: int | None = None,
 ) -> dict[str, jax.Array]:
     """Losses and hits of every token, in nats.
 
     Args:
         student_logits_BxLxV: any float dtype; V >= vocab_size.
-        teacher_logits_BxLxV: its V may be another one, also >= vocab_size. None = plain
+        teacher_logits_BxLxV: its V may be another one, >= teacher_vocab_size. None = plain
             cross-entropy, whatever ω.
         targets_BxL: int32, within [0, vocab_size).
         omega: ω, a traced scalar, or [B, 1] for rows with an ω of their own.
         config: temperatures, divergence, z-loss.
         vocab_size: number of ids that mean something.
         soft_labels: in place of teacher logits, what was kept of them, at config's temperature.
+        teacher_vocab_size: the teacher's ids, the first of the vocabulary's; None = all of them.
+            To the others it gives probability 0.
 
     Returns:
         [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else
@@ -136,7 +139,10 @@ def token_losses(
         agreement (1 where a most likely id of the student is one of the teacher's).
     """
     teacher_ids = None if teacher_logits_BxLxV is None else teacher_logits_BxLxV.shape[-1]
-    check_vocab_size(config, vocab_size, student_logits_BxLxV.shape[-1], teacher_ids)
+    teacher_vocab_size = teacher_vocab_size or vocab_size
+    check_vocab_size(
+        config, vocab_size, student_logits_BxLxV.shape[-1], teacher_vocab_size, teacher_ids
+    )
     z_BxLxV = _mask(_as_float(student_logits_BxLxV), vocab_size)
     log_z_BxL = jax.nn.logsumexp(z_BxLxV, axis=-1)
     log_p_BxLxV = z_BxLxV - log_z_BxL[..., None]
@@ -146,10 +152,10 @@ def token_losses(
     loss_BxL = hard_BxL
 
     if teacher_logits_BxLxV is not None:
-        teacher_BxLxV = _fit(_as_float(teacher_logits_BxLxV), z_BxLxV.shape[-1], vocab_size)
+        teacher_BxLxV = _fit(_as_float(teacher_logits_BxLxV), z_BxLxV.shape[-1], teacher_vocab_size)
         if config.student_temperature != 1.0:
             log_p_BxLxV = _log_softmax(z_BxLxV / config.student_temperature, vocab_size)
-        log_q_BxLxV = _log_softmax(teacher_BxLxV / config.teacher_temperature, vocab_size)
+        log_q_BxLxV = _log_softmax(teacher_BxLxV / config.teacher_temperature, teacher_vocab_size)
         soft_BxL = _soft_loss(log_p_BxLxV, log_q_BxLxV, config, vocab_size)
         loss_BxL = (1.0 - omega) * hard_BxL + omega * soft_BxL
 
@@ -259,14 +265,41 @@ def _at(values_BxLxV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
 
 
 def check_vocab_size(
-    config: LossConfig, vocab_size: int, student_ids: int, teacher_ids: int | None
+    config: LossConfig,
+    vocab_size: int,
+    student_ids: int,
+    teacher_vocab_size: int,
+    teacher_ids: int | None,
 ) -> None:
-    """Refuses logits over fewer ids than the vocabulary has, and more top ids than there are."""
-    fewest = student_ids if teacher_ids is None else min(student_ids, teacher_ids)
-    if fewest < vocab_size:
-        raise InputError(f"Logits over {fewest} ids are too few for a vocabulary of {vocab_size}.")
-    if config.teacher_top_k > vocab_size:
+    """Refuses what can't be over these ids.
+
+    Args:
+        config: the loss.
+        vocab_size: number of ids that mean something.
+        student_ids: V of the student's logits.
+        teacher_vocab_size: how many of the ids the teacher has.
+        teacher_ids: V of the teacher's logits; None where there is no teacher.
+
+    Raises:
+        InputError: logits over too few ids, more top ids than there are, a teacher with more ids
+            than the student, or a divergence that is infinite where the teacher has fewer.
+    """
+    for ids, size in ((student_ids, vocab_size), (teacher_ids, teacher_vocab_size)):
+        if ids is not None and ids < size:
+            raise InputError(f"Logits over {ids} ids are too few for a vocabulary of {size}.")
+    if teacher_vocab_size > vocab_size:
+        raise InputError(
+            f"The teacher has {teacher_vocab_size} ids and the student {vocab_size}: prepare the "
+            "cache with a vocabulary of at least as many reserved ids as the teacher's."
+        )
+    if config.teacher_top_k > teacher_vocab_size:
         raise InputError(
             f"LossConfig.teacher_top_k is {config.teacher_top_k}, more than the vocabulary's "
-            f"{vocab_size} ids; set it to at most that, or to 0 for all ids."
+            f"{teacher_vocab_size} ids; set it to at most that, or to 0 for all ids."
+        )
+    if config.divergence == "reverse_kl" and teacher_vocab_size < vocab_size:
+        raise InputError(
+            "LossConfig.divergence is reverse_kl, which is infinite for the "
+            f"{vocab_size - teacher_vocab_size} ids that the teacher lacks: set it to forward_kl "
+            "or jensen_shannon, or take a teacher with all of the vocabulary's ids."
         )

@@ -197,7 +197,8 @@ def find_model(
       path: The run's folder.
       step: The checkpoint's step; None is the newest.
       role: What the caller wants it for ("teacher"), for the error.
-      cache: The rows it is to read; None leaves open whether it can.
+      cache: The rows it is to read; None leaves open whether it can. Its vocabulary may have more
+        reserved ids than the model's.
 
     Raises:
       InputError: No such folder, no checkpoint in it, not that step, another vocabulary than the
@@ -265,6 +266,10 @@ def _require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
             f"{model.path} takes {model.config.max_length}: prepare shorter rows."
         )
     if model.vocabulary_fingerprint != cache.vocabulary_fingerprint:
+        # Rows as they are hold no reserved ids: a Pythia reads those of a UL2 run's cache.
+        kept = (model.path / VOCABULARY_FOLDER).exists()
+        if kept and cache.vocabulary.extends(model.load_vocabulary()):
+            return
         raise InputError(
             f"The {role} {model.path} was trained with the vocabulary "
             f"{model.vocabulary_fingerprint[:12]} and the cache {cache.path} has "

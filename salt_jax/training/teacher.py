@@ -83,6 +83,8 @@ def find_teacher(
     cache: PackedCache,
     schedule: schedules.Schedule,
     loss: losses.LossConfig,
+    objectives: denoisers.Objectives | None,
+    teacher_objectives: str,
 ) -> SavedModel:
     """The model that teaches.
 
@@ -93,23 +95,31 @@ def find_teacher(
       cache: What is trained on, with its vocabulary.
       schedule: Which asks for it.
       loss: The loss that it is for.
+      objectives: What becomes of rows; None is nothing.
+      teacher_objectives: Which of them it teaches, "all" or "causal".
 
     Raises:
-      InputError: None is set, there is none, or it is of another vocabulary.
+      InputError: None is set, there is none, it is of another vocabulary, or it lacks ids that it
+        would have to read or, by the divergence, to give probability.
     """
     if dtype not in (None, *DTYPES):
         raise InputError(f"teacher_dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    if loss.teacher_top_k > cache.vocabulary_size:
-        raise InputError(
-            f"LossConfig.teacher_top_k is {loss.teacher_top_k} and the vocabulary has "
-            f"{cache.vocabulary_size} ids: lower it, or set it to 0 for all."
-        )
     if path is None:
         raise InputError(
             f"The schedule {type(schedule).__name__} needs a teacher and none is set: add "
             "--teacher=FOLDER, the output of a `salt train` run, or --soft_labels=FOLDER."
         )
-    return find_model(path, step, "teacher", cache)
+    model = find_model(path, step, "teacher", cache)
+    ids, lacks = cache.vocabulary_size, cache.vocabulary_size - (model.config.vocab_size or 0)
+    read = objectives if teacher_objectives == "all" else None
+    if lacks and read is not None and read.uses_reserved_ids:
+        raise InputError(
+            f"The teacher {path} lacks the last {lacks} of the cache's {ids} ids, the modes and "
+            "sentinels of objectives: add --teacher_objectives=causal, which makes ω 0 on "
+            "denoised rows, or take a teacher that has them."
+        )
+    losses.check_vocab_size(loss, ids, ids, ids - lacks, None)
+    return model
 
 
 def find_labels(

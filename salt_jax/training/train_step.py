@@ -219,6 +219,7 @@ def _loss_sums(
             vocab_size,
             teacher_hidden_BxLxD=teacher_hidden_BxLxD,
             teacher_head_VxD=teacher_head_VxD,
+            teacher_vocab_size=teacher_config.vocab_size if teacher_config is not None else None,
             distill_B=batch.get("distill") if teacher_config is not None else None,
             soft_labels=losses.SoftLabels(*(batch[name] for name in LABEL_FEATURES))
             if "soft_ids" in batch

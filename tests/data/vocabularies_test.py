@@ -158,3 +158,12 @@ def test_a_folder_without_a_vocabulary(tmp_path):
 def test_negative_reserve():
     with pytest.raises(InputError, match="reserved is -1"):
         ByteVocabulary(reserved=-1)
+
+
+def test_a_vocabulary_extends_one_with_fewer_reserved_ids() -> None:
+    assert ByteVocabulary(reserved=5).extends(ByteVocabulary(reserved=3))
+    assert ByteVocabulary(reserved=3).extends(ByteVocabulary(reserved=3))
+    assert not ByteVocabulary(reserved=3).extends(ByteVocabulary(reserved=5))
+    other = ByteVocabulary(reserved=3)
+    other.eos_id = 0
+    assert not ByteVocabulary(reserved=5).extends(other)

@@ -51,21 +51,24 @@ def case(
     seed: int = 0,
     scale: float = 1.0,
     with_teacher: bool = True,
+    lacks: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of loss_sums but for the config; student and teacher padded to their own sizes."""
+    """Arguments of loss_sums but for the config; student and teacher padded to their own sizes, the
+    teacher's ids fewer by what it `lacks`."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape) * scale  # noqa: E731
     weights = rng.choice([0.0, 0.5, 1.0], size=(batch, length), p=[0.3, 0.2, 0.5])
     arguments: dict[str, Any] = {
         "student_hidden_BxLxD": normal(batch, length, width),
         "student_head_VxD": normal(VOCAB + padding[0], width) / np.sqrt(width),
-        "targets_BxL": rng.integers(VOCAB, size=(batch, length)).astype(np.int32),
+        "targets_BxL": rng.integers(VOCAB - lacks, size=(batch, length)).astype(np.int32),
         "weights_BxL": weights,
         "omega": 0.4,
     }
     if with_teacher:
         arguments["teacher_hidden_BxLxD"] = normal(batch, length, width // 2)
-        arguments["teacher_head_VxD"] = normal(VOCAB + padding[1], width // 2) / np.sqrt(width / 2)
+        ids = VOCAB - lacks + padding[1]
+        arguments["teacher_head_VxD"] = normal(ids, width // 2) / np.sqrt(width / 2)
     return arguments
 
 
@@ -77,7 +80,7 @@ def to_dtype(arguments: dict[str, Any], dtype: Any) -> dict[str, Any]:
     }
 
 
-def whole_sums(config: LossConfig, **arguments: Any) -> Any:
+def whole_sums(config: LossConfig, teacher_vocab_size: int | None = None, **arguments: Any) -> Any:
     """The reference: whole logits, and autodiff through them."""
     weights_BxL, distill_B = arguments["weights_BxL"], arguments.get("distill_B")
     counts_BxL = weights_BxL > 0
@@ -92,7 +95,15 @@ def whole_sums(config: LossConfig, **arguments: Any) -> Any:
     student, teacher = logits("student"), logits("teacher")
     assert student is not None
     omega = arguments["omega"] if distill_B is None else arguments["omega"] * distill_B[:, None]
-    tokens = token_losses(student, teacher, targets_BxL, omega, config, VOCAB)
+    tokens = token_losses(
+        student,
+        teacher,
+        targets_BxL,
+        omega,
+        config,
+        VOCAB,
+        teacher_vocab_size=teacher_vocab_size,
+    )
     if distill_B is not None:
         tokens |= {name: distill_B[:, None] * tokens[name] for name in TEACHER_VALUES}
         tokens["distilled"] = jnp.broadcast_to(distill_B[:, None], targets_BxL.shape)
@@ -123,11 +134,13 @@ def chunked(config: LossConfig, chunk_tokens: int, **more: Any) -> Callable[...,
     return functools.partial(loss_sums, config=config, vocab_size=VOCAB, **more)
 
 
-def assert_equal_in_float64(config: LossConfig, chunk_tokens: int, arguments: Any) -> None:
+def assert_equal_in_float64(
+    config: LossConfig, chunk_tokens: int, arguments: Any, **sizes: int
+) -> None:
     with jax.enable_x64(True):
         arguments = to_dtype(arguments, jnp.float64)
-        want = with_gradients(functools.partial(whole_sums, config), arguments)
-        got = with_gradients(chunked(config, chunk_tokens), arguments)
+        want = with_gradients(functools.partial(whole_sums, config, **sizes), arguments)
+        got = with_gradients(chunked(config, chunk_tokens, **sizes), arguments)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
 
@@ -216,16 +229,20 @@ def test_equal_where_the_mesh_does_not_divide_the_head(
 
 
 def assert_equal_on_a_mesh(
-    config: LossConfig, sizes: tuple[int, ...], embed: tuple[str, ...], arguments: Any
+    config: LossConfig,
+    sizes: tuple[int, ...],
+    embed: tuple[str, ...],
+    arguments: Any,
+    **more: Any,
 ) -> None:
     with jax.enable_x64(True):
         arguments = to_dtype(arguments, jnp.float64)
-        want = with_gradients(chunked(config, 7), arguments)
+        want = with_gradients(chunked(config, 7, **more), arguments)
         with jax.set_mesh(MeshConfig(*sizes).make()) as _:
             sharding = HeadSharding(
                 MeshConfig(*sizes).make(), ("slice", "data", "fsdp"), ("tensor",), embed
             )
-            got = with_gradients(chunked(config, 2, sharding=sharding), arguments)
+            got = with_gradients(chunked(config, 2, sharding=sharding, **more), arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
 
 
@@ -243,6 +260,28 @@ def test_rows_with_an_omega_of_their_own(config: LossConfig) -> None:
 def test_rows_with_an_omega_of_their_own_over_a_mesh() -> None:
     arguments = {**case(), "distill_B": SHARES_B}
     assert_equal_on_a_mesh(CONFIGS[1], (1, 2, 2, 2), ("fsdp",), arguments)
+
+
+LACKS = 4  # ids of the student's that the teacher hasn't
+WITHOUT_REVERSE_KL = [
+    config
+    for config in CONFIGS
+    if config.divergence != "reverse_kl" and config.teacher_top_k <= VOCAB - LACKS
+]
+
+
+@pytest.mark.parametrize("config", WITHOUT_REVERSE_KL, ids=range(len(WITHOUT_REVERSE_KL)))
+def test_a_teacher_that_lacks_ids(config: LossConfig) -> None:
+    for padding in ((5, 0), (0, LACKS), (3, 13)):
+        arguments = {**case(padding=padding, lacks=LACKS), "distill_B": SHARES_B}
+        assert_equal_in_float64(config, 7, arguments, teacher_vocab_size=VOCAB - LACKS)
+
+
+def test_a_teacher_that_lacks_ids_over_a_mesh() -> None:
+    arguments = case(lacks=LACKS)
+    assert_equal_on_a_mesh(
+        CONFIGS[4], (1, 1, 4, 2), ("fsdp",), arguments, teacher_vocab_size=VOCAB - LACKS
+    )
 
 
 @SOME_CONFIGS

@@ -107,14 +107,27 @@ def random_case(
     scale=st.sampled_from([0.0, 0.1, 1.0, 10.0, 1e4]),
     padding=st.sampled_from([(0, 0), (5, 0), (0, 5), (2, 7)]),
     omega=st.sampled_from([0.0, 0.3, 2 / 3, 1.0]),
+    lacks=st.sampled_from([0, 0, 1, 3]),
 )
 def test_equals_float64_numpy(
-    config: LossConfig, seed: int, scale: float, padding: tuple[int, int], omega: float
+    config: LossConfig,
+    seed: int,
+    scale: float,
+    padding: tuple[int, int],
+    omega: float,
+    lacks: int,
 ) -> None:
-    student, teacher, targets = random_case(seed, scale, VOCAB + padding[0], VOCAB + padding[1])
+    teachers = VOCAB - lacks
+    if lacks and (config.divergence == "reverse_kl" or config.teacher_top_k > teachers):
+        return  # refused, see below
+    student, teacher, targets = random_case(seed, scale, VOCAB + padding[0], teachers + padding[1])
+    targets = np.minimum(targets, teachers - 1)
     # What stands in the padding must not matter, be it larger than every logit or no number.
-    student[..., VOCAB:], teacher[..., VOCAB:] = 1e9, np.nan
-    got = token_losses(*map(jnp.asarray, (student, teacher, targets)), omega, config, VOCAB)
+    student[..., VOCAB:], teacher[..., teachers:] = 1e9, np.nan
+    arrays = map(jnp.asarray, (student, teacher, targets))
+    got = token_losses(*arrays, omega, config, VOCAB, teacher_vocab_size=teachers)
+    missing = np.full((*targets.shape, lacks), -np.inf, np.float32)
+    teacher = np.concatenate([teacher[..., :teachers], missing], axis=-1)
     want = oracle(student, teacher, targets, omega, config)
     assert set(got) == set(want)
     for name in want:
@@ -232,3 +245,21 @@ def test_top_k_above_the_vocabulary_is_named() -> None:
         InputError, match=f"teacher_top_k is 12, more than the vocabulary's {VOCAB}"
     ):
         token_losses(student, teacher, targets, 0.5, LossConfig(teacher_top_k=12), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("config", "teacher_vocab_size", "words"),
+    [
+        (LossConfig(teacher_top_k=9), 8, "teacher_top_k is 9, more than the vocabulary's 8"),
+        (LossConfig(divergence="reverse_kl"), 8, "reverse_kl, which is infinite for the 3 ids"),
+        (LossConfig(), VOCAB + 1, f"The teacher has {VOCAB + 1} ids and the student {VOCAB}"),
+    ],
+)
+def test_a_teacher_of_other_ids_is_refused(
+    config: LossConfig, teacher_vocab_size: int, words: str
+) -> None:
+    student, teacher, targets = random_case(9, 1.0, teacher_ids=VOCAB + 1)
+    with pytest.raises(InputError, match=words):
+        token_losses(
+            student, teacher, targets, 0.5, config, VOCAB, teacher_vocab_size=teacher_vocab_size
+        )

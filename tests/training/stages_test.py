@@ -284,6 +284,38 @@ def test_ul2_with_a_causal_teacher(
     assert history(run, "eval")[-1]["evaluated_tokens"] == 10 * 15
 
 
+def test_ul2_with_a_teacher_without_reserved_ids(
+    run_train: Run,
+    cache: PackedCache,
+    reserved: PackedCache,
+    fed: list[dict[str, np.ndarray]],
+    tmp_path: pathlib.Path,
+) -> None:
+    """As a Pythia has none."""
+    teacher = run_train(cache=str(cache.path), steps=2, checkpoints=CheckpointConfig(save_every=0))
+    settings = {"schedule": SALT, "teacher": str(teacher), "cache": str(reserved.path)}
+    loss = losses.LossConfig(teacher_temperature=1.0)
+    fed.clear()
+    run = run_train(**settings, objectives=UL2, loss=loss, teacher_objectives="causal")
+    assert any(np.any(batch["inputs"] >= cache.vocabulary_size) for batch in fed[:3])
+    assert 0 < min(line["distilled"] for line in history(run)[:3]) < 1
+    for line in history(run)[:3]:
+        assert 4 < line["soft_loss"] < 7
+        assert 4 < line["teacher_hard"] < 7
+    # Rows as they are have no reserved ids: it teaches them all, scores them, evaluates on them.
+    plain = run_train(**settings, loss=loss)
+    assert "distilled" not in history(plain)[0]
+    assert find_model(teacher, None, "scorer", reserved).config.vocab_size == cache.vocabulary_size
+    refused = {**settings, "folder": tmp_path / "out"}
+    with pytest.raises(InputError, match=r"lacks the last 12 of .* --teacher_objectives=causal"):
+        run_train(**refused, objectives=UL2, loss=loss)
+    with pytest.raises(InputError, match="reverse_kl, which is infinite for the 12 ids"):
+        run_train(**refused, loss=losses.LossConfig(divergence="reverse_kl"))
+    with pytest.raises(InputError, match="teacher_top_k is 260, more than the vocabulary's 259"):
+        run_train(**refused, loss=losses.LossConfig(teacher_top_k=260))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_teacher_sees_what_the_student_sees(
     run_train: Run, reserved: PackedCache, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
