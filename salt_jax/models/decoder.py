@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from salt_jax.errors import InputError
 from salt_jax.models import layers, remat
 from salt_jax.models.attention import attention
+from salt_jax.models.cached_attention import CACHE, NEW_KEYS_AND_VALUES, cached_attention
 from salt_jax.models.decoder_config import DecoderConfig
 
 # Standard deviation of a fresh model's logits and of its embedded inputs, at any width. The logits
@@ -33,15 +34,31 @@ from salt_jax.models.decoder_config import DecoderConfig
 # would make them, are lost among what the blocks add, and training starts far slower.
 _INITIAL_STD = 0.3
 
-# What decides who sees whom: segment ids, and what sees itself in both directions, if anything.
-Visibility = tuple[jax.Array, jax.Array | None]
-
 # Its public name is decoder.DecoderConfig: to gin files, and in the sentences that name a setting.
 DecoderConfig.__module__ = __name__
 
 
+class Visibility(NamedTuple):
+    """What decides who sees whom.
+
+    Attributes:
+        segment_ids_BxL: a position sees its own segment only.
+        bidirectional_BxL: what sees itself in both directions, if anything.
+        cached_segment_ids_BxS: of the positions in the cache, if there is one.
+    """
+
+    segment_ids_BxL: jax.Array
+    bidirectional_BxL: jax.Array | None
+    cached_segment_ids_BxS: jax.Array | None
+
+
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm."""
+    """Embedding, blocks, final norm.
+
+    Two collections are for decoding, which decoding.py does; without them it is as if there were
+    none. Where "cache" is given, positions also see the earlier ones that it holds. Where
+    "new_keys_and_values" is mutable, each attention leaves its key and value [B, L, G, K] there.
+    """
 
     config: DecoderConfig
 
@@ -84,7 +101,8 @@ class Decoder(nn.Module):
             x_BxLxD *= math.sqrt(config.embed_dim)
         x_BxLxD = _constrain(x_BxLxD, "activation_embed")
         rotation = layers.rotary_angles(positions_BxL, config.rotary_dim, config.rope_theta)
-        visibility: Visibility = (segment_ids_BxL, bidirectional_BxL)
+        cached_segment_ids_BxS = self.get_variable(CACHE, "segment_ids")
+        visibility = Visibility(segment_ids_BxL, bidirectional_BxL, cached_segment_ids_BxS)
 
         block: Any = Block
         if config.remat != "none":
@@ -94,7 +112,7 @@ class Decoder(nn.Module):
         if config.scan_layers:
             blocks = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, CACHE: 0, NEW_KEYS_AND_VALUES: 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=config.num_layers,
@@ -158,15 +176,32 @@ class SelfAttention(nn.Module):
         query_BxLxHxK = _constrain(query_BxLxHxK, "activation_heads", None)
         key_BxLxGxK = _constrain(key_BxLxGxK, "activation_kv_heads", None)
         value_BxLxGxK = _constrain(value_BxLxGxK, "activation_kv_heads", None)
-        mixed_BxLxHxK = attention(
+        mixed_BxLxHxK = self._mixed(
             checkpoint_name(query_BxLxHxK, remat.QUERY),
             checkpoint_name(key_BxLxGxK, remat.KEY),
             checkpoint_name(value_BxLxGxK, remat.VALUE),
-            *visibility,
-            backend=config.attention_backend,
+            visibility,
         )
         attended_BxLxD = _projection(config, "out", heads, embed, into_residual=True)(mixed_BxLxHxK)
         return checkpoint_name(attended_BxLxD, remat.ATTENDED)
+
+    def _mixed(
+        self,
+        query_BxLxHxK: jax.Array,
+        key_BxLxGxK: jax.Array,
+        value_BxLxGxK: jax.Array,
+        visibility: Visibility,
+    ) -> jax.Array:
+        if self.is_mutable_collection(NEW_KEYS_AND_VALUES) and not self.is_initializing():
+            self.put_variable(NEW_KEYS_AND_VALUES, "key", key_BxLxGxK)
+            self.put_variable(NEW_KEYS_AND_VALUES, "value", value_BxLxGxK)
+        heads = (query_BxLxHxK, key_BxLxGxK, value_BxLxGxK)
+        segment_ids_BxL, bidirectional_BxL, cached_segment_ids_BxS = visibility
+        if cached_segment_ids_BxS is None:
+            backend = self.config.attention_backend
+            return attention(*heads, segment_ids_BxL, bidirectional_BxL, backend=backend)
+        cached = (self.get_variable(CACHE, "key"), self.get_variable(CACHE, "value"))
+        return cached_attention(*heads, segment_ids_BxL, *cached, cached_segment_ids_BxS)
 
 
 class Mlp(nn.Module):

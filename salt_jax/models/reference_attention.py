@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 OUTPUT_NAME = "attention_output"
 
 # Far below every score, and finite: no row of scores, whatever it masks, makes a NaN.
-_MASKED_SCORE = -1e30
+MASKED_SCORE = -1e30
 
 
 def reference_attention(
@@ -37,7 +37,7 @@ def reference_attention(
     )
     visible_BxLxL = causal_segment_mask(segment_ids_BxL, bidirectional_BxL)
     visible_BxRLxL = jnp.tile(visible_BxLxL, (1, heads // groups, 1))
-    scores_BxGxRLxL = jnp.where(visible_BxRLxL[:, None], scores_BxGxRLxL, _MASKED_SCORE)
+    scores_BxGxRLxL = jnp.where(visible_BxRLxL[:, None], scores_BxGxRLxL, MASKED_SCORE)
     shares_BxGxRLxL = jax.nn.softmax(scores_BxGxRLxL, axis=-1).astype(value_BxLxGxK.dtype)
     mixed_BxGxRLxK = jnp.einsum("bgqm,bgmk->bgqk", shares_BxGxRLxL, value_BxGxLxK)
     mixed_BxHxLxK = mixed_BxGxRLxK.reshape(batch, heads, length, width)
