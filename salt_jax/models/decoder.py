@@ -42,14 +42,14 @@ class Visibility(NamedTuple):
     """What decides who sees whom.
 
     Attributes:
-        segment_ids_BxL: a position sees its own segment only.
-        bidirectional_BxL: what sees itself in both directions, if anything.
-        cached_segment_ids_BxS: of the positions in the cache, if there is one.
+        segment_ids: [B, L]; a position sees its own segment only.
+        bidirectional: [B, L], what sees itself in both directions, if anything.
+        cached_segment_ids: [B, S], of the positions in the cache, if there is one.
     """
 
-    segment_ids_BxL: jax.Array
-    bidirectional_BxL: jax.Array | None
-    cached_segment_ids_BxS: jax.Array | None
+    segment_ids: jax.Array
+    bidirectional: jax.Array | None
+    cached_segment_ids: jax.Array | None
 
 
 class Decoder(nn.Module):
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
             x_BxLxD *= math.sqrt(config.embed_dim)
         x_BxLxD = _constrain(x_BxLxD, "activation_embed")
         rotation = layers.rotary_angles(positions_BxL, config.rotary_dim, config.rope_theta)
-        cached_segment_ids_BxS = self.get_variable(CACHE, "segment_ids")
+        cached_segment_ids_BxS: Any = self.get_variable(CACHE, "segment_ids")
         visibility = Visibility(segment_ids_BxL, bidirectional_BxL, cached_segment_ids_BxS)
 
         block: Any = Block
@@ -196,12 +196,12 @@ class SelfAttention(nn.Module):
             self.put_variable(NEW_KEYS_AND_VALUES, "key", key_BxLxGxK)
             self.put_variable(NEW_KEYS_AND_VALUES, "value", value_BxLxGxK)
         heads = (query_BxLxHxK, key_BxLxGxK, value_BxLxGxK)
-        segment_ids_BxL, bidirectional_BxL, cached_segment_ids_BxS = visibility
-        if cached_segment_ids_BxS is None:
+        segment_ids, bidirectional, cached_segment_ids = visibility
+        if cached_segment_ids is None:
             backend = self.config.attention_backend
-            return attention(*heads, segment_ids_BxL, bidirectional_BxL, backend=backend)
-        cached = (self.get_variable(CACHE, "key"), self.get_variable(CACHE, "value"))
-        return cached_attention(*heads, segment_ids_BxL, *cached, cached_segment_ids_BxS)
+            return attention(*heads, segment_ids, bidirectional, backend=backend)
+        cached: list[Any] = [self.get_variable(CACHE, name) for name in ("key", "value")]
+        return cached_attention(*heads, segment_ids, *cached, cached_segment_ids)
 
 
 class Mlp(nn.Module):

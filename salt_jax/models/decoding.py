@@ -9,6 +9,7 @@ None, by which it is split over a mesh.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,14 +29,14 @@ class Cache(NamedTuple):
     Attributes:
         layers: the decoder's collection "cache": for each attention key and value [B, G, S, K],
             stacked over the layers where they are scanned.
-        segment_ids_BxS: 1 where a slot holds a token, 0 where it is padding or still empty.
-        lengths_B: tokens of each row, which is the position of its next one.
+        segment_ids: int32 [B, S], 1 where a slot holds a token, 0 where it is padding or empty.
+        lengths: int32 [B], tokens of each row, which is the position of its next one.
         slot: int32, where all rows' next tokens go.
     """
 
     layers: Any
-    segment_ids_BxS: jax.Array
-    lengths_B: jax.Array
+    segment_ids: jax.Array
+    lengths: jax.Array
     slot: jax.Array
 
 
@@ -44,17 +45,20 @@ class State(NamedTuple):
 
     Attributes:
         cache: of all tokens but the newest.
-        token_B: the newest token of each row.
-        keys_B: the key of each row, from which those of its tokens are folded.
-        count: int32, tokens that each row was continued by; a finished row's don't count.
-        finished_B: bool; the caller may set more.
+        tokens: int32 [B], the newest ones.
+        keys: [B], of each row the key from which those of its tokens are folded.
+        made: int32, how many tokens rows that aren't finished were continued by.
+        finished: bool [B]; the caller may set more.
     """
 
     cache: Cache
-    token_B: jax.Array
-    keys_B: jax.Array
-    count: jax.Array
-    finished_B: jax.Array
+    tokens: jax.Array
+    keys: jax.Array
+    made: jax.Array
+    finished: jax.Array
+
+
+_Carry = tuple[State, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +126,9 @@ def step(
     segment_ids_Bx1 = jnp.ones_like(token_B)[:, None]
     variables = {
         "params": params,
-        CACHE: {**cache.layers, "segment_ids": cache.segment_ids_BxS},
+        CACHE: {**cache.layers, "segment_ids": cache.segment_ids},
     }
-    positions_Bx1 = cache.lengths_B[:, None]
+    positions_Bx1 = cache.lengths[:, None]
     hidden_Bx1xD, new = _apply(config, variables, token_B[:, None], segment_ids_Bx1, positions_Bx1)
 
     def stored(old: jax.Array, x: jax.Array) -> jax.Array:
@@ -132,12 +136,12 @@ def step(
         return _constrain(jax.lax.dynamic_update_slice_in_dim(old, x, cache.slot, axis=-2))
 
     segment_ids_BxS = jax.lax.dynamic_update_slice_in_dim(
-        cache.segment_ids_BxS, segment_ids_Bx1, cache.slot, axis=1
+        cache.segment_ids, segment_ids_Bx1, cache.slot, axis=1
     )
     cache = Cache(
         jax.tree.map(stored, cache.layers, new),
         segment_ids_BxS,
-        cache.lengths_B + 1,
+        cache.lengths + 1,
         cache.slot + 1,
     )
     return _next_logits(config, params, hidden_Bx1xD), cache
@@ -172,11 +176,11 @@ def begin(
     logits_BxV, cache = prefill(config, params, prompts_BxL, segment_ids_BxL, slots)
     key = jax.random.key(seed)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
-    count, finished_B = jnp.int32(0), rows_B < 0
-    token_B, log_p_B = _choose(logits_BxV, keys_B, count, choice)
+    made, finished_B = jnp.int32(0), rows_B < 0
+    token_B, log_p_B = _choose(logits_BxV, keys_B, made, choice)
     shown_B = jnp.where(finished_B, NO_TOKEN, token_B)
     finished_B |= token_B == choice.eos_id
-    state = State(cache, token_B, keys_B, count + 1, finished_B)
+    state = State(cache, token_B, keys_B, made + 1, finished_B)
     return _laid_out(state), shown_B[:, None], log_p_B[:, None]
 
 
@@ -189,7 +193,7 @@ def advance(
     chunk: int,
     choice: Choice,
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Continues every row by up to `limit` tokens, or until all are finished, in one loop on device.
+    """Continues every row by `limit` tokens, or until all are finished, in one loop on device.
 
     Args:
         config: the model.
@@ -203,34 +207,33 @@ def advance(
         The state; int32 [B, C], the tokens, the end of document included and NO_TOKEN after it;
         and float32 [B, C], their log-probabilities by the model (see sample_token).
     """
-    tokens_BxC = jnp.full((len(state.token_B), chunk), NO_TOKEN, jnp.int32)
+    tokens_BxC = jnp.full((len(state.tokens), chunk), NO_TOKEN, jnp.int32)
     log_p_BxC = jnp.zeros(tokens_BxC.shape, jnp.float32)
+    first = state.made
 
-    def goes_on(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> jax.Array:
-        made, state, _, _ = carry
-        return (made < limit) & ~jnp.all(state.finished_B)
+    def goes_on(carry: _Carry) -> jax.Array:
+        state, _, _ = carry
+        return (state.made - first < limit) & ~jnp.all(state.finished)
 
-    def one_more(
-        carry: tuple[jax.Array, State, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, State, jax.Array, jax.Array]:
-        made, (cache, token_B, keys_B, count, finished_B), tokens_BxC, log_p_BxC = carry
+    def one_more(carry: _Carry) -> _Carry:
+        (cache, token_B, keys_B, made, finished_B), tokens_BxC, log_p_BxC = carry
         logits_BxV, cache = step(config, params, cache, token_B)
-        token_B, log_p_B = _choose(logits_BxV, keys_B, count, choice)
+        token_B, log_p_B = _choose(logits_BxV, keys_B, made, choice)
         shown_B = jnp.where(finished_B, NO_TOKEN, token_B)
-        tokens_BxC = jax.lax.dynamic_update_index_in_dim(tokens_BxC, shown_B, made, axis=1)
-        log_p_BxC = jax.lax.dynamic_update_index_in_dim(log_p_BxC, log_p_B, made, axis=1)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=made - first, axis=1)
+        tokens_BxC, log_p_BxC = put(tokens_BxC, shown_B), put(log_p_BxC, log_p_B)
         finished_B |= token_B == choice.eos_id
-        return made + 1, State(cache, token_B, keys_B, count + 1, finished_B), tokens_BxC, log_p_BxC
+        return State(cache, token_B, keys_B, made + 1, finished_B), tokens_BxC, log_p_BxC
 
-    carry = (jnp.int32(0), state, tokens_BxC, log_p_BxC)
-    _, state, tokens_BxC, log_p_BxC = jax.lax.while_loop(goes_on, one_more, carry)
+    carry = (state, tokens_BxC, log_p_BxC)
+    state, tokens_BxC, log_p_BxC = jax.lax.while_loop(goes_on, one_more, carry)
     return _laid_out(state), tokens_BxC, log_p_BxC
 
 
 def _choose(
-    logits_BxV: jax.Array, keys_B: jax.Array, count: jax.Array, choice: Choice
+    logits_BxV: jax.Array, keys_B: jax.Array, made: jax.Array, choice: Choice
 ) -> tuple[jax.Array, jax.Array]:
-    keys_B = jax.vmap(lambda key: jax.random.fold_in(key, count))(keys_B)
+    keys_B = jax.vmap(lambda key: jax.random.fold_in(key, made))(keys_B)
     return sample_token(logits_BxV, keys_B, choice.sampling, choice.vocab_size)
 
 
@@ -253,14 +256,14 @@ def _laid_out(state: State) -> State:
 
     cache = state.cache._replace(
         layers=jax.tree.map(_constrain, state.cache.layers),
-        segment_ids_BxS=rows(state.cache.segment_ids_BxS),
-        lengths_B=rows(state.cache.lengths_B),
+        segment_ids=rows(state.cache.segment_ids),
+        lengths=rows(state.cache.lengths),
     )
     return state._replace(
         cache=cache,
-        token_B=rows(state.token_B),
-        keys_B=rows(state.keys_B),
-        finished_B=rows(state.finished_B),
+        tokens=rows(state.tokens),
+        keys=rows(state.keys),
+        finished=rows(state.finished),
     )
 
 

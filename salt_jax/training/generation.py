@@ -40,13 +40,15 @@ class Completion:
 
     Attributes:
       index: Which prompt, in the order given.
-      ids: The new ids, without the end of document.
+      ids: The new ids, without the end of document, with those of a stop text.
+      text: What they add to the prompt's text, up to the first stop text.
       log_probabilities: Of each, by the model before temperature, top-k and top-p; nats.
       ended_by: "end of document", "stop text" or "length".
     """
 
     index: int
     ids: list[int]
+    text: str
     log_probabilities: list[float]
     ended_by: str
 
@@ -203,7 +205,7 @@ class Generator:
         stop_texts: tuple[str, ...],
     ) -> Iterator[Completion]:
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        size = rounded_up(min(self._batch_size, len(rows)), self._mesh)
+        size = rounded_up(min(self._batch_size, max(len(rows), 1)), self._mesh)
         eos_id, vocab_size = self._vocabulary.eos_id, self._vocabulary.size
         # The seed is an argument of the programs, so that they serve all seeds.
         choice = decoding.Choice(dataclasses.replace(sampling, seed=0), vocab_size, eos_id)
@@ -236,7 +238,7 @@ class Generator:
         while any(not row.ended_by for row in rows):
             finished_B = np.array([bool(row.ended_by) for row in rows])
             finished_B = np.pad(finished_B, (0, size - len(rows)), constant_values=True)
-            state = state._replace(finished_B=jax.device_put(finished_B, state.finished_B.sharding))
+            state = state._replace(finished=jax.device_put(finished_B, state.finished.sharding))
             limit = min(_CHUNK, max_new_tokens - count)
             (state, *made), seconds = self._run(advance, params, state, np.int32(limit))
             before = sum(len(row.ids) for row in rows)
@@ -263,7 +265,7 @@ class Generator:
         }
 
     def _run(self, function: Any, params: Any, *arrays: Any) -> tuple[Any, float]:
-        """Runs a program, compiled at the first call for arrays of these shapes; and its seconds."""
+        """A program's results and seconds; compiled at its first call for such shapes."""
         leaves = jax.tree.leaves((params, arrays))
         key = (function.func, *function.keywords.values(), *((x.shape, x.dtype) for x in leaves))
         with partitioning.partitioned(self._mesh, self._rules):
@@ -284,7 +286,7 @@ class Generator:
             if not row.ended_by:
                 row.take(tokens_C.tolist(), log_p_C.tolist())
                 if row.ended_by:
-                    yield Completion(row.index, row.ids, row.log_probabilities, row.ended_by)
+                    yield row.completion()
 
 
 class _Row:
@@ -326,11 +328,18 @@ class _Row:
         elif not self.ended_by and len(self.ids) == self._max_new_tokens:
             self.ended_by = "length"
 
+    def completion(self) -> Completion:
+        """What there is at the end."""
+        text = self._text(len(self.ids))
+        text = text[: min((text.index(s) for s in self._stop_texts if s in text), default=None)]
+        return Completion(self.index, self.ids, text, self.log_probabilities, self.ended_by)
+
     def _has_stop(self, length: int) -> bool:
-        if not self._stop_texts:
-            return False
-        text = continuation(self._vocabulary, self.prompt, self.ids[:length])
+        text = self._text(length) if self._stop_texts else ""
         return any(stop in text for stop in self._stop_texts)
+
+    def _text(self, length: int) -> str:
+        return continuation(self._vocabulary, self.prompt, self.ids[:length])
 
 
 def continuation(vocabulary: Vocabulary, prompt: Sequence[int], ids: Sequence[int]) -> str:
