@@ -200,8 +200,9 @@ class SelfAttention(nn.Module):
         if cached_segment_ids is None:
             backend = self.config.attention_backend
             return attention(*heads, segment_ids, bidirectional, backend=backend)
-        cached: list[Any] = [self.get_variable(CACHE, name) for name in ("key", "value")]
-        return cached_attention(*heads, segment_ids, *cached, cached_segment_ids)
+        key: Any = self.get_variable(CACHE, "key")
+        value: Any = self.get_variable(CACHE, "value")
+        return cached_attention(*heads, segment_ids, key, value, cached_segment_ids)
 
 
 class Mlp(nn.Module):
