@@ -79,12 +79,13 @@ def evaluate(
 
 def _print(evaluation: Evaluation, title: str) -> None:
     table = rich.table.Table(title=title)
-    for column in ("", "log-perplexity", "next-token accuracy", "tokens"):
+    for column in ("", "log-perplexity", "bits per byte", "next-token accuracy", "tokens"):
         table.add_column(column, justify="right" if column else "left")
     for name, quality in [("all", evaluation.whole), *evaluation.by_subset.items()]:
         table.add_row(
             name,
             f"{quality.log_perplexity:.4f}",
+            f"{quality.bits_per_byte:.4f}",
             f"{quality.next_token_accuracy:.2%}",
             f"{quality.tokens:,}",
         )

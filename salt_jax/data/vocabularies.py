@@ -18,9 +18,11 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
+from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
 from salt_jax.errors import InputError
 
 VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
@@ -77,6 +79,19 @@ class Vocabulary(abc.ABC):
         mine, others = ({**v._identity(), "reserved": 0} for v in (self, other))
         return self._digest(mine) == other._digest(others) and self.reserved >= other.reserved
 
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32[size]; special and reserved ids have none.
+
+        Summed over `encode(text)` they are the text's bytes wherever the tokenizer keeps all of a
+        text. One that normalizes counts the normalized text, with the space that a SentencePiece
+        model may put before it; an unknown token counts nothing.
+        """
+        lengths_V = np.zeros(self.size, np.int32)
+        lengths_V[: self.base_size] = self._byte_lengths()
+        lengths_V[[self.eos_id, self.pad_id, self.start_id]] = 0
+        return lengths_V
+
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """The text's ids, without an end of document. Text never becomes a special id."""
@@ -104,7 +119,8 @@ class Vocabulary(abc.ABC):
         (path / SETTINGS_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
     # What a subclass says of itself: the name its model file gets, the file's bytes, the keyword
-    # arguments that make it again, and how ids that are none of the special ones become text.
+    # arguments that make it again, how ids that are none of the special ones become text, and how
+    # many bytes of it.
     _model_file = ""
 
     def _model_bytes(self) -> bytes:
@@ -120,6 +136,9 @@ class Vocabulary(abc.ABC):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         digest.update(self._model_bytes())
         return digest.hexdigest()
+
+    @abc.abstractmethod
+    def _byte_lengths(self) -> np.ndarray: ...
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -156,6 +175,9 @@ class ByteVocabulary(Vocabulary):
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(i - self._FIRST_BYTE for i in ids).decode(errors="replace")
+
+    def _byte_lengths(self) -> np.ndarray:
+        return np.ones(self.base_size, np.int32)  # the three below the bytes are special
 
 
 class SentencePieceVocabulary(Vocabulary):
@@ -205,6 +227,9 @@ class SentencePieceVocabulary(Vocabulary):
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.DecodeIds(ids)
+
+    def _byte_lengths(self) -> np.ndarray:
+        return sentencepiece_lengths(self._processor)
 
     def _model_bytes(self) -> bytes:
         return self._bytes
@@ -269,6 +294,9 @@ class HuggingFaceVocabulary(Vocabulary):
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _byte_lengths(self) -> np.ndarray:
+        return tokenizer_json_lengths(self._tokenizer, self._bytes, self.base_size)
 
     def _model_bytes(self) -> bytes:
         return self._bytes

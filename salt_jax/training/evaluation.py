@@ -1,6 +1,8 @@
-"""Evaluation: a model and held-out rows in; log-perplexity and accuracy out, also by subset."""
+"""Evaluation: a model and held-out rows in; log-perplexity, bits per byte and accuracy out, also by
+subset."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,12 +25,34 @@ class Quality:
     Attributes:
       log_perplexity: Mean −log p of the true next token, nats per token.
       next_token_accuracy: Share of tokens that the model's first choice gets right, 0 to 1.
+      bits_per_byte: The same loss in bits, over the UTF-8 bytes that the tokens stand for: what
+        models of different vocabularies may be compared by. NaN where they stand for none.
       tokens: Tokens with loss weight.
+      bytes: Their bytes; an end of document has none.
     """
 
     log_perplexity: float
     next_token_accuracy: float
+    bits_per_byte: float
     tokens: int
+    bytes: int
+
+    @classmethod
+    def of(cls, sums_4: np.ndarray) -> "Quality":
+        """From sums over tokens: of nats, of right predictions, of weights and of bytes."""
+        loss, correct, weight, size = (float(x) for x in sums_4)
+        return cls(
+            loss / max(weight, 1.0),
+            correct / max(weight, 1.0),
+            loss / math.log(2) / size if size else math.nan,
+            round(weight),
+            round(size),
+        )
+
+    def sums(self) -> np.ndarray:
+        """What `of` made it from, float64[4]."""
+        shares = (self.log_perplexity, self.next_token_accuracy, 1.0)
+        return np.array([*(self.tokens * share for share in shares), self.bytes])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +67,9 @@ class Evaluation:
         return {
             "log_perplexity": self.whole.log_perplexity,
             "next_token_accuracy": self.whole.next_token_accuracy,
+            "bits_per_byte": self.whole.bits_per_byte,
             "evaluated_tokens": self.whole.tokens,
+            "evaluated_bytes": self.whole.bytes,
             "by_subset": {name: dataclasses.asdict(q) for name, q in self.by_subset.items()},
         }
 
@@ -75,13 +101,15 @@ class Evaluator:
     ) -> None:
         self._cache, self._split, self._rows = cache, split, rows
         self._batch_size, self._mesh, self._rules = batch_size, mesh, rules
-        self._sums = jax.jit(_subset_sums(config, len(cache.subsets), mesh, rules, chunk_tokens))
         cache.split(split)  # refuses a split that is not there
+        lengths_V = cache.vocabulary.byte_lengths
+        subsets = len(cache.subsets)
+        self._sums = jax.jit(_subset_sums(config, subsets, lengths_V, mesh, rules, chunk_tokens))
 
     def __call__(self, params: Any, rows: int | None = None) -> Evaluation:
         """Evaluates `rows` rows, or as many as it was made for; `params` lie on the mesh."""
-        sums_3xS = np.zeros((3, len(self._cache.subsets)), np.float64)
-        for _, batch_sums_3xS in over_rows(
+        sums_4xS = np.zeros((4, len(self._cache.subsets)), np.float64)
+        for _, batch_sums_4xS in over_rows(
             self._sums,
             params,
             self._cache,
@@ -91,13 +119,13 @@ class Evaluator:
             self._rules,
             rows or self._rows,
         ):
-            sums_3xS += batch_sums_3xS
+            sums_4xS += batch_sums_4xS
         by_subset = {
-            name: _quality(sums_3xS[:, i])
+            name: Quality.of(sums_4xS[:, i])
             for i, name in enumerate(self._cache.subsets)
-            if sums_3xS[2, i] > 0
+            if sums_4xS[2, i] > 0
         }
-        return Evaluation(_quality(sums_3xS.sum(axis=1)), by_subset)
+        return Evaluation(Quality.of(sums_4xS.sum(axis=1)), by_subset)
 
 
 class MixtureEvaluator:
@@ -117,21 +145,19 @@ class MixtureEvaluator:
             for name, evaluator in self._evaluators.items()
             for subset, quality in evaluator(params, rows).by_subset.items()
         }
-        sums_3 = np.zeros(3)
-        for quality in by_subset.values():
-            shares = (quality.log_perplexity, quality.next_token_accuracy, 1.0)
-            sums_3 += quality.tokens * np.array(shares)
-        return Evaluation(_quality(sums_3), by_subset)
+        sums_4 = sum((quality.sums() for quality in by_subset.values()), np.zeros(4))
+        return Evaluation(Quality.of(sums_4), by_subset)
 
 
 def _subset_sums(
     config: decoder.DecoderConfig,
     subsets: int,
+    byte_lengths_V: np.ndarray,
     mesh: Mesh,
     rules: partitioning.Rules,
     chunk_tokens: int,
 ) -> Any:
-    """(params, batch) → float32 [3, S]: loss, correct predictions and weight, summed by subset."""
+    """(params, batch) → float32 [4, S]: loss, correct predictions, weight and bytes by subset."""
     sharding = partitioning.head_sharding(mesh, rules)
 
     def sums(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -145,20 +171,17 @@ def _subset_sums(
             chunk_tokens=chunk_tokens,
             sharding=sharding,
         )
-        rows_3xB = jnp.stack(
+        bytes_BxL = jnp.where(weights_BxL > 0, jnp.asarray(byte_lengths_V)[batch["targets"]], 0)
+        rows_4xB = jnp.stack(
             [
                 jnp.sum(jnp.where(weights_BxL > 0, loss_BxL * weights_BxL, 0), axis=1),
                 jnp.sum((greater_BxL == 0) * weights_BxL, axis=1),
                 jnp.sum(weights_BxL, axis=1),
+                jnp.sum(bytes_BxL, axis=1).astype(jnp.float32),
             ]
         )
         return jax.vmap(
             lambda row_B: jax.ops.segment_sum(row_B, batch["subset"], num_segments=subsets)
-        )(rows_3xB)
+        )(rows_4xB)
 
     return sums
-
-
-def _quality(sums_3: np.ndarray) -> Quality:
-    loss, correct, weight = (float(x) for x in sums_3)
-    return Quality(loss / max(weight, 1.0), correct / max(weight, 1.0), round(weight))

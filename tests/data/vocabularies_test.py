@@ -4,11 +4,12 @@ import json
 import pathlib
 import tempfile
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from salt_jax.data.vocabularies import (
     ByteVocabulary,
@@ -72,6 +73,56 @@ def test_text_comes_back_and_gives_no_special_id(name, text):
     assert not {vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id} & set(ids)
     assert all(0 <= i < vocabulary.base_size for i in ids)
     assert vocabulary.encode_many([text, "a"]) == [ids, vocabulary.encode("a")]
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@settings(max_examples=150, deadline=None)
+@given(text=ANY_TEXT | CODE)
+def test_the_bytes_of_the_ids_are_those_of_the_text(name, text):
+    lengths_V = VOCABULARIES[name].byte_lengths
+    assert lengths_V[VOCABULARIES[name].encode(text)].sum() == len(text.encode())
+
+
+def test_special_and_reserved_ids_have_no_bytes(vocabulary):
+    lengths_V = vocabulary.byte_lengths
+    assert (lengths_V.shape, lengths_V.dtype) == ((vocabulary.size,), np.int32)
+    special = [vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id, *vocabulary.reserved_ids]
+    assert not lengths_V[special].any()
+    assert vocabulary.byte_lengths is lengths_V
+
+
+def test_added_tokens_have_the_bytes_of_their_text(tmp_path):
+    """Pythia's runs of spaces are added tokens, which no byte-level alphabet writes."""
+    path = _hugging_face_file(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([tokenizers.AddedToken(" " * 7, normalized=False), "é é"])
+    tokenizer.save(str(path))
+    vocabulary = HuggingFaceVocabulary(path)
+    text = "x" + " " * 7 + "y é é"
+    ids = vocabulary.encode(text)
+    assert {vocabulary.base_size - 2, vocabulary.base_size - 1} <= set(ids)
+    assert vocabulary.byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_a_tokenizer_json_of_sentencepiece_s_kind(tmp_path):
+    """Llama's: ▁ for a space, <0x0A> for a byte; it puts a space before every text."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "é", "▁a"]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("▁", "a")],
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = HuggingFaceVocabulary(tmp_path / "tokenizer.json", eos_token="</s>")
+    text = "a é\n a ☃"
+    assert vocabulary.byte_lengths[vocabulary.encode(text)].sum() == 1 + len(text.encode())
 
 
 def test_the_name_of_a_special_token_is_plain_text(vocabulary):

@@ -23,6 +23,7 @@ from salt_jax.models import decoder
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.evaluation import Evaluation, MixtureEvaluator, Quality
 from salt_jax.training.ledger import Cost
 from salt_jax.training.partitioning import MeshConfig
 
@@ -63,13 +64,38 @@ def test_evaluation_equals_numpy(
     assert summary["log_perplexity"] == pytest.approx(expected, rel=1e-5)
     accuracy = (right_BxL * weights_BxL).sum() / weights_BxL.sum()
     assert summary["next_token_accuracy"] == pytest.approx(accuracy)
+    assert summary["evaluated_bytes"] == _bytes(cache, batch["targets"], weights_BxL)
     for index, name in enumerate(cache.subsets):
         mine_B = batch["subset"] == index
-        expected = (loss_BxL * weights_BxL)[mine_B].sum() / weights_BxL[mine_B].sum()
-        assert summary["by_subset"][name]["log_perplexity"] == pytest.approx(expected, rel=1e-5)
+        nats = (loss_BxL * weights_BxL)[mine_B].sum()
+        subset = summary["by_subset"][name]
+        expected = nats / weights_BxL[mine_B].sum()
+        assert subset["log_perplexity"] == pytest.approx(expected, rel=1e-5)
+        size = _bytes(cache, batch["targets"][mine_B], weights_BxL[mine_B])
+        assert subset["bytes"] == size
+        assert subset["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     cost = Cost.of(find_model(slm, None, "model").config, 10, cache.sequence_length)
     assert (summary["flops"], summary["tokens"]) == (cost.flops, cost.tokens)
     assert summary["seconds"] > 0
+
+
+def _bytes(cache: PackedCache, targets_BxL: np.ndarray, weights_BxL: np.ndarray) -> int:
+    """Of the text of what counts: bytes of one id each, broken characters too."""
+    vocabulary = cache.vocabulary
+    return sum(len(vocabulary.decode([i]).encode("utf-8")) for i in targets_BxL[weights_BxL > 0])
+
+
+def test_bits_per_byte_of_a_mixture_are_those_of_all_its_bytes() -> None:
+    one = Quality.of(np.array([8.0, 2, 4, 10]))
+    other = Quality.of(np.array([6.0, 1, 2, 30]))
+    evaluators: Any = {
+        name: lambda params, rows, q=q: Evaluation(q, {"text": q})
+        for name, q in (("a", one), ("b", other))
+    }
+    whole = MixtureEvaluator(evaluators)(None).whole
+    assert whole.bits_per_byte == pytest.approx(14 / math.log(2) / 40)
+    assert (whole.tokens, whole.bytes) == (6, 40)
+    assert math.isnan(Quality.of(np.array([1.0, 0, 1, 0])).bits_per_byte)  # an end of document
 
 
 def test_scores_equal_numpy_and_are_selected_from(
