@@ -1,0 +1,1 @@
+"""Few-shot tasks through lm-evaluation-harness: a model in, metrics out."""

@@ -1,0 +1,73 @@
+"""The request log: what has been computed for a model, so that a killed evaluation goes on.
+
+In: requests and their answers, as they come. Out: requests.jsonl, an object a line with a key and
+an answer. A key is a digest of all that the answer depends on, so a log may serve other tasks too.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import types
+from typing import Any
+
+REQUESTS_FILE = "requests.jsonl"
+
+
+class RequestLog:
+    """Answers by key, on the disk as soon as they are added; a context manager.
+
+    Lines that a kill cut short, or that are damaged, count as never written.
+
+    Args:
+      path: The file; made by `__enter__`, whose folder must be there then.
+      context: What every answer depends on: the model's digest, say.
+    """
+
+    def __init__(self, path: pathlib.Path, context: Any) -> None:
+        self._path, self._context = path, context
+        self._answers: dict[str, Any] = {}
+        self._file: Any = None
+
+    def __enter__(self) -> "RequestLog":
+        self._file = open(self._path, "a+b")
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                record = json.loads(line)
+                self._answers[record["key"]] = record["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        self._file.truncate(whole)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def key(self, request: Any) -> str:
+        """The key of a request, which JSON must be able to hold."""
+        text = json.dumps([self._context, request], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def add(self, answers: dict[str, Any]) -> None:
+        """Writes answers, by their keys."""
+        self._answers |= answers
+        lines = [json.dumps({"key": key, "answer": answer}) for key, answer in answers.items()]
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
