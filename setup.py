@@ -21,7 +21,8 @@ BEAM = ["apache-beam>=2.77", "pyarrow>=18", "zstandard>=0.23"]
 # libtpu, the compiler for TPUs, in the version that jax needs; other systems have none.
 PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 # Few-shot tasks through lm-evaluation-harness, and ROUGE.
-EVAL = ["lm-eval>=0.4.9", "rouge-score>=0.1.2"]
+# transformers without torch: lm-eval's ReCoRD has its metric from there.
+EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2", "transformers>=4.57"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -45,7 +46,10 @@ setuptools.setup(
     # editable install and a plain one all find them under one import name.
     packages=["salt_jax", "salt_jax.configs"]
     + [f"salt_jax.{name}" for name in setuptools.find_packages("salt_jax")],
-    package_data={"salt_jax.configs": ["**/*.gin"]},
+    package_data={
+        "salt_jax.configs": ["**/*.gin"],
+        "salt_jax.evaluation.tasks": ["*.yaml", "*.yml"],
+    },
     install_requires=[
         "array-record>=0.8",
         "flax>=0.12",

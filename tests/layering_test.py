@@ -13,7 +13,8 @@ PACKAGE = ROOT / "salt_jax"
 ALLOWED = {
     "main": {"commands", "command_line", "config_errors"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"}
-    | {"verb_process"},
+    | {"evaluation", "verb_process"},
+    "evaluation": {"training", "distill", "models", "data"},
     "training": {"distill", "models", "data"},
     "preparation": {"distill", "models", "data"},
     "planning": {"training", "distill", "models", "data"},
@@ -35,7 +36,8 @@ TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio"}
 
 
 def files() -> list[pathlib.Path]:
-    return sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("[!t]*/*.py"), *PACKAGE.glob("t*/*.py")])
+    folders = ("", "[!t]*/", "t*/", "evaluation/*/")
+    return sorted(file for folder in folders for file in PACKAGE.glob(f"{folder}*.py"))
 
 
 def imports(file: pathlib.Path) -> Iterator[str]:
@@ -56,6 +58,8 @@ def test_imports_point_one_way(file: pathlib.Path) -> None:
         first, *rest = name.split(".")
         if first in TENSORFLOW:
             assert part in ("preparation", "tasks"), f"{file} imports {name}"
+        if first in ("lm_eval", "rouge_score"):
+            assert part == "evaluation", f"{file} imports {name}"
         if first == "gin":
             assert part == "main", f"{file} imports gin"
         if first == "salt_jax" and rest:

@@ -1,246 +1,105 @@
-"""Few-shot tasks by name: lm-eval's own, those of a folder of YAML files, and salt_suite.
+"""A saved model and the names of tasks in; what the harness needs to ask it out.
 
-In: names and a model that lm-eval can ask. Out: a number for each task and metric, with its
-standard error, and what the model answered.
-
-Tasks that execute what a model writes are only generated for, and not scored, unless that is
-allowed.
+The names may be lm-eval's, of tasks of a folder of YAML files, or salt_suite: see harness_tasks.py.
 """
 
-import dataclasses
-import logging
-import os
+import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import lm_eval.evaluator
-import lm_eval.tasks
-from lm_eval.api.task import Task
+import jax
+from jax.sharding import Mesh
 
-from salt_jax.errors import InputError, nearest
+from salt_jax.errors import InputError
+from salt_jax.evaluation.continuations import Continuations
 from salt_jax.evaluation.harness import HarnessModel
+from salt_jax.evaluation.harness_tasks import SUITE, Tasks
+from salt_jax.evaluation.likelihood import Scorer
+from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.training import partitioning
+from salt_jax.training.checkpoints import SavedModel
+from salt_jax.training.generation import Generator
 
-SUITE = "salt_suite"
-OWN_TASKS = pathlib.Path(__file__).parent / "tasks"
-
-# Of metrics whose standard error has no formula; lm-eval's 100,000 take minutes.
-_BOOTSTRAPS = 1000
-_FEWSHOT_SEED = 1234  # lm-eval's
-
-Loaded = Mapping[str, Any]  # what TaskManager.load gives: "tasks", "groups", "group_map"
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskResult:
-    """What a model reached in one task, or on average in one group.
-
-    Attributes:
-      shots: Examples in a prompt; None of a group.
-      documents: Documents that were asked about; None of a group.
-      metrics: By metric, and by filter where it has one ("exact_match,strict-match"), the value
-        and its standard error, None where it has none.
-    """
-
-    shots: int | None
-    documents: int | None
-    metrics: Mapping[str, tuple[float, float | None]]
-
-    def to_json(self) -> dict[str, Any]:
-        """As summary.json holds it."""
-        metrics = {
-            name: {"value": value, "stderr": stderr}
-            for name, (value, stderr) in self.metrics.items()
-        }
-        return {"shots": self.shots, "documents": self.documents, "metrics": metrics}
+__all__ = ["SUITE", "FewShot", "Tasks"]
 
 
-@dataclasses.dataclass(frozen=True)
-class DataSet:
-    """A task and what it is made from, without loading it."""
-
-    task: str
-    kind: str
-    path: str
-    name: str
-
-
-class Tasks:
-    """All tasks there are.
+class FewShot:
+    """Tasks to ask a saved model, their data sets loaded.
 
     Args:
-      folder: A folder of YAML files, whose tasks come before lm-eval's of the same name.
-      allow_code_execution: Whether tasks may execute what a model writes.
+      saved: The model.
+      names: Of tasks or groups.
+      folder: A folder of YAML files of more tasks.
+      allow_code_execution: Whether tasks may execute what the model writes.
+
+    Attributes:
+      tasks: All that there are.
+      loaded: Those named.
 
     Raises:
-      InputError: No such folder.
+      InputError: An unknown name, a data set that isn't there, or a model without its vocabulary.
     """
 
-    def __init__(self, folder: str | None = None, allow_code_execution: bool = False) -> None:
-        if folder is not None and not pathlib.Path(folder).is_dir():
-            raise InputError(
-                f"task_folder is {folder}, which is no folder: name one that holds YAML files of "
-                "tasks."
-            )
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        # Its bootstraps would fork this process, threads and devices and all.
-        os.environ["DISABLE_MULTIPROC"] = "1"
-        if allow_code_execution:
-            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-        self._allow_code_execution = allow_code_execution
-        paths = [str(OWN_TASKS), *([folder] if folder else [])]
-        self._manager = lm_eval.tasks.TaskManager(include_path=paths)
-
-    def load(self, names: Sequence[str]) -> Loaded:
-        """The tasks of these names, groups and tags, with their data sets.
-
-        Raises:
-          InputError: An unknown name, a data set that isn't there, or a library that isn't.
-        """
-        for name in names:
-            if name not in self._manager.task_index:
-                raise InputError(
-                    f"There is no task {name}{nearest(name, self._manager.all_tasks)}: name tasks "
-                    "or groups of lm-eval, of --task_folder, or salt_suite."
-                )
-        return self._loaded(list(dict.fromkeys(names)), names)
-
-    def load_changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Loaded:
-        """Tasks with some of their settings changed, by name: another data set, say."""
-        members = [{"task": name, **settings} for name, settings in changes.items()]
-        return self._loaded([{"group": "changed", "task": members}], list(changes))
-
-    def data_sets(self, name: str) -> Iterator[DataSet]:
-        """The tasks that a name stands for, and their data sets."""
-        entry = self._manager.task_index[name]
-        settings = entry.cfg or {}
-        if entry.kind.name in ("TASK", "PY_TASK"):
-            path, part = settings.get("dataset_path") or "", settings.get("dataset_name") or ""
-            yield DataSet(name, settings.get("output_type") or "its own", path, part)
-            return
-        members = settings.get("task", ()) if settings else sorted(entry.tags)
-        for member in members:
-            inner = member if isinstance(member, str) else member.get("task")
-            if isinstance(inner, str) and inner in self._manager.task_index:
-                yield from self.data_sets(inner)
-
-    def _loaded(self, specifications: Sequence[Any], names: Sequence[str]) -> Loaded:
-        try:
-            return self._manager.load(list(specifications))
-        except InputError:
-            raise
-        # Tasks run code of their own and of `datasets`, which raises nearly anything.
-        except Exception as error:
-            raise InputError(self._why(error, names)) from error
-
-    def _why(self, error: Exception, names: Sequence[str]) -> str:
-        """A sentence for what kept tasks from being loaded: of the one that was loading."""
-        if isinstance(error, ModuleNotFoundError):
-            return (
-                f"The tasks {', '.join(names)} need the library {error.name}, which is not "
-                f"installed: pip install {error.name}."
-            )
-        message = str(error).strip().partition("\n")[0].rstrip(".")
-        task = _task_in(error)
-        if task is None:
-            hint = "correct its YAML file"
-            for data_set in (found for name in names for found in self.data_sets(name)):
-                entry = self._manager.task_index[data_set.task]
-                if (entry.cfg or {}).get("unsafe_code") and not self._allow_code_execution:
-                    hint = (
-                        f"{data_set.task} executes code already when it is loaded: leave it out "
-                        "(salt_mbpp only generates), or set --allow_code_execution=True"
-                    )
-            return f"One of the tasks {', '.join(names)} cannot be loaded ({message}): {hint}."
-        part = f", {task.DATASET_NAME!r}" if task.DATASET_NAME else ""
-        return (
-            f"The data set of the task {task.config.task} cannot be read ({message}): where there "
-            f"is a network, run datasets.load_dataset({task.DATASET_PATH!r}{part}), and copy the "
-            "folder HF_DATASETS_CACHE here; or set dataset_path to local files in a YAML file of "
-            "--task_folder."
-        )
-
-    def evaluate(
+    def __init__(
         self,
-        model: HarnessModel,
-        loaded: Loaded,
+        saved: SavedModel,
+        names: Sequence[str],
+        folder: str | None = None,
+        allow_code_execution: bool = False,
+    ) -> None:
+        if jax.process_count() > 1:
+            raise InputError(
+                f"--tasks runs in one process and this is one of {jax.process_count()}: run it on "
+                "the devices of one machine."
+            )
+        self._saved, self._vocabulary = saved, saved.load_vocabulary()
+        self.tasks = Tasks(folder, allow_code_execution)
+        self.loaded = self.tasks.load(names)
+
+    @contextlib.contextmanager
+    def asking(
+        self,
+        log_file: pathlib.Path,
+        params: Any,
+        mesh: Mesh,
+        rules: partitioning.Rules,
+        batch_size: int,
+        chunk_tokens: int,
         *,
-        shots: int | None = None,
-        limit: int | None = None,
-    ) -> tuple[dict[str, TaskResult], dict[str, list[dict[str, Any]]]]:
-        """Asks the model.
+        prepend_start: bool = True,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[HarnessModel]:
+        """The model as the harness asks it.
 
         Args:
-          model: Of the harness.
-          loaded: Tasks that it has not been asked yet.
-          shots: Examples in a prompt; each task's own number by default, and for those that are
-            meant to have none.
-          limit: Documents of each task, the first ones; all by default.
-
-        Returns:
-          The results by task and group, and by task what was asked and answered.
+          log_file: Holds all answers; those that are in it are not computed again.
+          params: The model's parameters, on the mesh.
+          mesh: Where to compute.
+          rules: From logical to mesh axes.
+          batch_size: Sequences at once.
+          chunk_tokens: Tokens whose logits a device holds at once.
+          prepend_start: Whether the vocabulary's start comes before every text.
+          max_new_tokens: At most so many tokens are generated, whatever a task asks for.
+          seed: Of tasks that draw tokens by lot.
         """
-        for task in loaded["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own is None or (shots is not None and own != 0):
-                task.set_config(key="num_fewshot", value=shots or 0)
-            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        unscored = {
-            name: task
-            for name, task in loaded["tasks"].items()
-            if getattr(task, "UNSAFE_CODE", False) and not self._allow_code_execution
+        config = self._saved.config
+        generator = Generator(config, self._vocabulary, mesh, rules, batch_size=batch_size)
+        context = {
+            "model": self._saved.digest,
+            "vocabulary": self._vocabulary.fingerprint,
+            "prepend_start": prepend_start,
+            "seed": seed,
         }
-        results: dict[str, TaskResult] = {}
-        samples: dict[str, list[dict[str, Any]]] = {}
-        for name, task in unscored.items():
-            samples[name] = _generate_only(model, task, limit)
-            results[name] = TaskResult(task.get_config("num_fewshot"), len(samples[name]), {})
-        scored = {name: task for name, task in loaded["tasks"].items() if name not in unscored}
-        if scored:
-            found: Any = lm_eval.evaluator.evaluate(
-                model,
-                {"tasks": scored, "groups": loaded["groups"] if not unscored else {}},
-                limit=limit,
-                bootstrap_iters=_BOOTSTRAPS,
-                confirm_run_unsafe_code=self._allow_code_execution,
+        with RequestLog(log_file, context) as log:
+            yield HarnessModel(
+                Scorer(config, params, mesh, rules, batch_size, chunk_tokens),
+                Continuations(generator, params, prepend_start, seed),
+                self._vocabulary,
+                config.max_length,
+                log,
+                batch_size=batch_size,
+                prepend_start=prepend_start,
+                max_new_tokens=max_new_tokens,
             )
-            results |= {name: _result(found, name) for name in found["results"]}
-            samples |= found["samples"]
-        return results, samples
-
-
-def _generate_only(model: HarnessModel, task: Task, limit: int | None) -> list[dict[str, Any]]:
-    """Prompts and answers of a task, none of whose own code sees the answers."""
-    task.build_all_requests(limit=limit)
-    answers = model.generate_until(task.instances)
-    return [
-        {"doc_id": request.doc_id, "doc": request.doc, "prompt": request.args[0], "answer": answer}
-        for request, answer in zip(task.instances, answers, strict=True)
-    ]
-
-
-def _result(found: Any, name: str) -> TaskResult:
-    values = found["results"][name]
-    metrics: dict[str, tuple[float, float | None]] = {}
-    for key, value in values.items():
-        metric, comma, chosen = key.partition(",")
-        if not comma or metric.endswith("_stderr") or isinstance(value, str):
-            continue
-        stderr = values.get(f"{metric}_stderr,{chosen}")
-        label = metric if chosen == "none" else f"{metric},{chosen}"
-        is_number = isinstance(stderr, int | float)
-        metrics[label] = (float(value), float(stderr) if is_number else None)
-    is_task = name in found["n-samples"]
-    shots = found["n-shot"].get(name) if is_task else None
-    return TaskResult(shots, found["n-samples"][name]["effective"] if is_task else None, metrics)
-
-
-def _task_in(error: Exception) -> Any:
-    """The task whose data set was being read when an error was raised, from its stack."""
-    trace = error.__traceback__
-    while trace is not None:
-        found = trace.tb_frame.f_locals.get("self")
-        if isinstance(found, Task) and trace.tb_frame.f_code.co_name == "download":
-            return found
-        trace = trace.tb_next
-    return None

@@ -5,7 +5,7 @@ in the request log as soon as it is known, and what is there is not computed aga
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import lm_eval.api.instance
@@ -73,9 +73,9 @@ class Generate(Protocol):
     """Continues prompts: a model and a way to decode it."""
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, repeat: int
     ) -> Sequence[str]:
-        """The text after each prompt, up to the end of document or a stop text, or beyond it."""
+        """The text after each prompt, up to the end of document or before a stop text."""
 
 
 class HarnessModel(lm_eval.api.model.TemplateLM):
@@ -199,8 +199,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
         ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), prompts[key]))
         for first in range(0, len(ordered), self._batch_size):
             keys = ordered[first : first + self._batch_size]
-            made = self._generate([prompts[key] for key in keys], decoding, seed)
-            texts = [_cut(text, decoding.until) for text in made]
+            texts = self._generate([prompts[key] for key in keys], decoding, seed)
             self._log.add(dict(zip(keys, texts, strict=True)))
             progress(len(keys))
 
@@ -226,9 +225,3 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
                 self._log.add(answers)
                 progress.add(len(batch))
         return [(float(self._log[key][0]), bool(self._log[key][1])) for key in keys]
-
-
-def _cut(text: str, until: Iterable[str]) -> str:
-    for stop in until:
-        text = text.partition(stop)[0]
-    return text

@@ -4,8 +4,9 @@ Sequences are padded to a few lengths, so that few programs are compiled, and ba
 are laid over the mesh. Logits are made in chunks (`distill/chunked_loss.py`), never all at once.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,8 @@ from salt_jax.training import in_order, partitioning
 _SHORTEST = 64  # tokens; the other lengths are its doubles
 
 
-class Scored(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Scored:
     """A continuation, after the tokens before it.
 
     Attributes:

@@ -1,6 +1,6 @@
 """The request log: what has been computed for a model, so that a killed evaluation goes on.
 
-In: requests and their answers, as they come. Out: requests.jsonl, an object a line with a key and
+In: requests and their answers, as they come. Out: a JSONL file, an object a line with a key and
 an answer. A key is a digest of all that the answer depends on, so a log may serve other tasks too.
 """
 
@@ -10,8 +10,6 @@ import os
 import pathlib
 import types
 from typing import Any
-
-REQUESTS_FILE = "requests.jsonl"
 
 
 class RequestLog:

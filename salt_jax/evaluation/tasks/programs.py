@@ -9,6 +9,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+import datasets
+
+_EXAMPLES = (2, 3, 4)  # the ids of MBPP's own prompt (arXiv 2108.07732)
 _SECONDS = 3.0  # as in Hugging Face's code_eval
 
 
@@ -19,6 +22,11 @@ def pass_at_1(references: Sequence[str], predictions: Sequence[str]) -> float:
         for program, tests in zip(predictions, references, strict=True)
     ]
     return sum(passed) / len(passed)
+
+
+def examples(rows: datasets.Dataset) -> datasets.Dataset:
+    """Those rows of the split `prompt` that are shown before a task."""
+    return rows.filter(lambda row: row["task_id"] in _EXAMPLES)
 
 
 def _runs(program: str) -> bool:
