@@ -1,0 +1,278 @@
+"""safetensors files of a model: tensors by name, read a part at a time and written one at a time.
+
+In: a folder with model.safetensors, or with shards and their model.safetensors.index.json. Out: the
+tensors' names, dtypes and shapes, and their values where asked for; and the same files again, from
+arrays that need not exist before their turn. Never a pickle.
+
+A file is an 8-byte little-endian length, a JSON header of so many bytes that gives each tensor's
+dtype, shape and place, and the tensors. The library safetensors checks headers: that places are in
+the file, cover it without gap or overlap, and are as long as dtype and shape say. Values are read
+and written here, since the library maps whole files into memory and writes shards it holds whole.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from salt_jax.data.durable_files import whole_file, write_text
+from salt_jax.errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES: Mapping[str, np.dtype[Any]] = types.MappingProxyType(
+    {
+        "float32": np.dtype(np.float32),
+        "bfloat16": np.dtype(ml_dtypes.bfloat16),
+        "float16": np.dtype(np.float16),
+    }
+)
+_CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file, or one that is to be.
+
+    Attributes:
+      name: Its name.
+      dtype: One of DTYPES, or what the file calls a dtype that is none of them.
+      shape: Its shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    info: TensorInfo
+    path: pathlib.Path
+    offset: int  # of its first byte in the file
+
+
+class SafetensorsFolder:
+    """The tensors of a folder's safetensors files, by name; none is read before it is asked for.
+
+    Attributes:
+      path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads the headers.
+
+        Raises:
+          InputError: No safetensors files, pickles instead of them, or files that are damaged or
+            don't hold what their index says.
+        """
+        self.path = pathlib.Path(path)
+        self._places: dict[str, _Place] = {}
+        for file in self._files():
+            for place in _read_header(file):
+                if place.info.name in self._places:
+                    raise InputError(
+                        f"The tensor {place.info.name} is in {file} and in "
+                        f"{self._places[place.info.name].path}: download the folder again."
+                    )
+                self._places[place.info.name] = place
+        for name, file_name in self._index().items():
+            if name not in self._places or self._places[name].path.name != file_name:
+                raise InputError(
+                    f"{self.path / INDEX_FILE} has the tensor {name} in {file_name}, where it is "
+                    "not: download the folder again."
+                )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+        return {name: place.info for name, place in self._places.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
+        """A tensor, or some of its rows, in the file's dtype.
+
+        Args:
+          name: One of `tensors`.
+          rows: Of its first axis, without a step.
+        """
+        place = self._places[name]
+        dtype = DTYPES[place.info.dtype]
+        shape = place.info.shape
+        start, stop, _ = rows.indices(shape[0])
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        count = (stop - start) * row_bytes
+        values = np.fromfile(
+            place.path, np.uint8, count=count, offset=place.offset + start * row_bytes
+        )
+        if len(values) != count:
+            raise InputError(f"{place.path} has become shorter while it was read: copy it again.")
+        return values.view(dtype).reshape(stop - start, *shape[1:])
+
+    def _files(self) -> list[pathlib.Path]:
+        if (self.path / SINGLE_FILE).is_file():
+            return [self.path / SINGLE_FILE]
+        if names := set(self._index().values()):
+            return [self.path / name for name in sorted(names)]
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is no folder: name one that holds {SINGLE_FILE}.")
+        pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in _PICKLES)
+        if pickles:
+            raise InputError(
+                f"{self.path} has {pickles[0]}, a pickle, which may run any code when it is read, "
+                f"and no {SINGLE_FILE}: take a revision of the model with safetensors, or make "
+                "them where you trust the file, with transformers: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+            )
+        raise InputError(
+            f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: name the folder of a "
+            "downloaded model."
+        )
+
+    def _index(self) -> dict[str, str]:
+        """Each tensor's file as the index has it; nothing where there is a single file, or none."""
+        file = self.path / INDEX_FILE
+        if (self.path / SINGLE_FILE).is_file() or not file.is_file():
+            return {}
+        found = read_json_object(file).get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise InputError(f"{file} has no weight_map of tensors: download the folder again.")
+        for name, file_name in found.items():
+            if not isinstance(file_name, str) or pathlib.Path(file_name).name != file_name:
+                raise InputError(
+                    f"{file} has the tensor {name} in {file_name!r}, expected the plain name of a "
+                    "file beside it: download the folder again."
+                )
+        return found
+
+
+def write_shards(
+    folder: pathlib.Path,
+    tensors: Sequence[TensorInfo],
+    arrays: Iterator[np.ndarray[Any, Any]],
+    max_shard_bytes: int,
+) -> list[str]:
+    """Writes tensors into as few files as may be, and their index if that is more than one.
+
+    Args:
+      folder: Where to; it must exist.
+      tensors: What is to be written.
+      arrays: Their values in the same order, each asked for when the one before is written.
+      max_shard_bytes: Of the values in a file; a larger tensor has one of its own.
+
+    Returns:
+      The names of the files, the index included.
+    """
+    shards: list[list[TensorInfo]] = [[]]
+    for tensor in tensors:
+        held = sum(other.num_bytes for other in shards[-1])
+        if shards[-1] and held + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = [SINGLE_FILE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, arrays)
+    if len(shards) == 1:
+        return names
+    index = {
+        "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
+        "weight_map": {
+            tensor.name: name
+            for name, shard in zip(names, shards, strict=True)
+            for tensor in shard
+        },
+    }
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    return [*names, INDEX_FILE]
+
+
+def read_json_object(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+      InputError: It cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror}): name the folder of a downloaded model."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not readable JSON ({error}): copy it again.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file} holds a {type(found).__name__}, expected a JSON object.")
+    return found
+
+
+def _read_header(file: pathlib.Path) -> list[_Place]:
+    try:
+        with safetensors.safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length), object_pairs_hook=_without_doubles)
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file} is no whole safetensors file ({error}): download it again."
+        ) from error
+    return [
+        _Place(
+            TensorInfo(name, _CODES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])),
+            file,
+            8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that names something twice means different things to different readers."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header names something twice")
+    return found
+
+
+def _write_file(
+    path: pathlib.Path, tensors: Sequence[TensorInfo], arrays: Iterator[np.ndarray[Any, Any]]
+) -> None:
+    codes = {dtype: code for code, dtype in _CODES.items()}
+    # transformers reads only files that name a framework.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for values at multiples of 8
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors:
+            array = next(arrays)
+            assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not as announced"
+            assert array.dtype == DTYPES[tensor.dtype], f"{tensor.name} is {array.dtype}"
+            # numpy refuses to give the bytes of a bfloat16 array as they are.
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)
