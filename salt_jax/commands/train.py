@@ -391,9 +391,17 @@ def _origin(
 
 
 def _shape(config: DecoderConfig) -> DecoderConfig:
-    """Without what says how to compute and not what."""
+    """Without what says how to compute and not what, and each size said in one way."""
     return dataclasses.replace(
-        config, remat="none", dtype="float32", max_length=1, attention_backend="xla"
+        config,
+        vocab_multiple=config.padded_vocab_size,
+        max_length=1,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head_width,
+        remat="none",
+        dtype="float32",
+        param_dtype="float32",
+        attention_backend="xla",
     )
 
 

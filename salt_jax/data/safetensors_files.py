@@ -193,9 +193,7 @@ def write_shards(
     index = {
         "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
         "weight_map": {
-            tensor.name: name
-            for name, shard in zip(names, shards, strict=True)
-            for tensor in shard
+            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
         },
     }
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
@@ -271,8 +269,11 @@ def _write_file(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
-            array = next(arrays)
-            assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not as announced"
-            assert array.dtype == DTYPES[tensor.dtype], f"{tensor.name} is {array.dtype}"
-            # numpy refuses to give the bytes of a bfloat16 array as they are.
-            file.write(np.ascontiguousarray(array).view(np.uint8).data)
+            file.write(_values(next(arrays), tensor))
+
+
+def _values(array: np.ndarray[Any, Any], tensor: TensorInfo) -> memoryview:
+    assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not as announced"
+    assert array.dtype == DTYPES[tensor.dtype], f"{tensor.name} is {array.dtype}"
+    # numpy doesn't give the bytes of bfloat16 by themselves.
+    return np.ascontiguousarray(array).view(np.uint8).data

@@ -114,7 +114,7 @@ class Vocabulary(abc.ABC):
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         if self._model_file:
-            (path / self._model_file).write_bytes(self._model_bytes())
+            (path / self._model_file).write_bytes(self.model_bytes())
         described = {**self.describe(), "settings": self._settings()}
         (path / SETTINGS_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
@@ -123,7 +123,8 @@ class Vocabulary(abc.ABC):
     # many bytes of it.
     _model_file = ""
 
-    def _model_bytes(self) -> bytes:
+    def model_bytes(self) -> bytes:
+        """The tokenizer's file; nothing where there is none."""
         return b""
 
     def _settings(self) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class Vocabulary(abc.ABC):
 
     def _digest(self, identity: dict[str, Any]) -> str:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        digest.update(self._model_bytes())
+        digest.update(self.model_bytes())
         return digest.hexdigest()
 
     @abc.abstractmethod
@@ -231,7 +232,7 @@ class SentencePieceVocabulary(Vocabulary):
     def _byte_lengths(self) -> np.ndarray:
         return sentencepiece_lengths(self._processor)
 
-    def _model_bytes(self) -> bytes:
+    def model_bytes(self) -> bytes:
         return self._bytes
 
 
@@ -265,15 +266,7 @@ class HuggingFaceVocabulary(Vocabulary):
           InputError: No such file, no tokenizer, or a token that it doesn't have.
         """
         self._bytes = _read_model(path, "tokenizer.json")
-        try:
-            is_tokenizer = "model" in json.loads(self._bytes)
-        except ValueError:
-            is_tokenizer = False
-        if not is_tokenizer:
-            raise InputError(
-                f"{os.fspath(path)} is no Hugging Face tokenizer: name a tokenizer.json."
-            )
-        self._tokenizer = tokenizers.Tokenizer.from_str(self._bytes.decode())
+        self._tokenizer = _tokenizer(self._bytes, path)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -288,6 +281,10 @@ class HuggingFaceVocabulary(Vocabulary):
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def token(self, token_id: int) -> str | None:
+        """The token that has an id, if one does."""
+        return self._tokenizer.id_to_token(token_id)
+
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -298,7 +295,7 @@ class HuggingFaceVocabulary(Vocabulary):
     def _byte_lengths(self) -> np.ndarray:
         return tokenizer_json_lengths(self._tokenizer, self._bytes, self.base_size)
 
-    def _model_bytes(self) -> bytes:
+    def model_bytes(self) -> bytes:
         return self._bytes
 
     def _settings(self) -> dict[str, Any]:
@@ -362,6 +359,25 @@ def _read_model(path: str | os.PathLike[str], what: str) -> bytes:
         raise InputError(
             f"The tokenizer's file {os.fspath(path)} cannot be read ({error.strerror}): "
             f"set the vocabulary's path to a {what}."
+        ) from error
+
+
+def hugging_face_tokens(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Every token of a tokenizer.json with its id, special ones included.
+
+    Raises:
+      InputError: No such file, or no tokenizer.
+    """
+    tokenizer = _tokenizer(_read_model(path, "tokenizer.json"), path)
+    return tokenizer.get_vocab(with_added_tokens=True)
+
+
+def _tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(model.decode())
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(
+            f"{os.fspath(path)} is no Hugging Face tokenizer ({error}): name a tokenizer.json."
         ) from error
 
 

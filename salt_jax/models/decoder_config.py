@@ -41,7 +41,7 @@ class DecoderConfig:
         remat: what the backward pass computes again, from nothing to all of a block: "none",
             "minimal", "attention", "attention_output", "full" or "offload"; see remat.py.
         dtype: of activations and products, "float32" or "bfloat16".
-        param_dtype: of parameters.
+        param_dtype: of parameters; "float16" for converted models that were published so.
         attention_backend: which implementation of attention: "xla" anywhere, "splash" on a TPU,
             "cudnn" on an NVIDIA GPU, or "auto": the one of those that can do it here.
     """
@@ -182,7 +182,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
         "norm": ("rmsnorm", "layernorm"),
         "remat": ("none", *remat.POLICIES),
         "dtype": ("float32", "bfloat16"),
-        "param_dtype": ("float32", "bfloat16"),
+        "param_dtype": ("float32", "bfloat16", "float16"),
         "attention_backend": ("auto", *BACKENDS),
     }
 )

@@ -3,8 +3,8 @@
 In: a model's config and architecture. Out: a rule for each tensor of a layer, or of the model, by
 which it is made from our parameters and they from it. Arrays in, arrays out; nothing is read here.
 
-Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. GPT-NeoX keeps query, key and value in
-one tensor, [H, 3, K, D] flattened to two axes. Gemma keeps the scale of a norm less 1.
+Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. GPT-NeoX keeps query, key and value
+in one tensor, [H, 3, K, D] flattened to two axes. Gemma keeps the scale of a norm less 1.
 """
 
 import dataclasses
@@ -48,9 +48,9 @@ class Rule:
 
     def tensor_shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
         """The tensor's shape, from that of any of its parameters (of one layer)."""
+        if not self.in_layers:
+            return tuple(leaf_shape)
         if not self.inputs:
-            if len(self.leaves) == 1 and len(leaf_shape) == 2 and not self.in_layers:
-                return tuple(leaf_shape)  # a table
             return (len(self.leaves) * math.prod(leaf_shape),)
         inputs, outputs = leaf_shape[: self.inputs], leaf_shape[self.inputs :]
         return len(self.leaves) * math.prod(outputs), math.prod(inputs)
@@ -160,8 +160,9 @@ def refuse_other_tensors(
     Raises:
         InputError: A tensor is missing, has another shape, or is one too many.
     """
-    expected = dict(tensor_shapes(config, rules))
-    for name, shape in expected.items():
+    expected = set()
+    for name, shape in tensor_shapes(config, rules):
+        expected.add(name)
         if name not in shapes:
             raise InputError(
                 f"{where} has no tensor {name}, expected one of shape {list(shape)}: its "
@@ -172,7 +173,7 @@ def refuse_other_tensors(
                 f"The tensor {name} of {where} has the shape {list(shapes[name])}, expected "
                 f"{list(shape)} by its config.json: download the folder again."
             )
-    for name in shapes.keys() - expected.keys():
+    for name in shapes.keys() - expected:
         is_tied_head = config.tied_embeddings and name in _HEADS
         if not is_tied_head and not _BUFFERS.search(name):
             raise InputError(

@@ -194,7 +194,8 @@ class Loop:
             self._ledger.counters = self._counters(progress, latest)
             self._skipped = int(state.skipped_updates)
         elif setup.initial is not None:
-            params = setup.initial.load_params(setup.layout.mesh, setup.layout.rules)
+            layout = setup.layout
+            params = setup.initial.load_params(layout.mesh, layout.rules, layout.config.param_dtype)
             state = setup.layout.around(params)
         else:
             state = setup.layout.create(setup.seed)

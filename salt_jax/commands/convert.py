@@ -1,0 +1,337 @@
+"""`salt convert`: models of Hugging Face's into checkpoints, and checkpoints into such models.
+
+In: --huggingface=FOLDER makes a run's folder of a downloaded model (GPT-NeoX with Pythia, Llama,
+Gemma), which --teacher, --scorer, --initial and --model take. Its steps can be converted one after
+the other into one folder. Out: --model=RUN makes a folder that transformers loads. Only safetensors
+are read and written, a tensor at a time.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from salt_jax.data import model_tokenizers
+from salt_jax.data.durable_files import write_text
+from salt_jax.data.safetensors_files import (
+    DTYPES,
+    SafetensorsFolder,
+    TensorInfo,
+    read_json_object,
+    write_shards,
+)
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
+from salt_jax.errors import InputError
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.models.huggingface import Architecture, config_from_json, config_to_json
+from salt_jax.models.huggingface_tensors import (
+    Path,
+    Rule,
+    leaf_shapes,
+    refuse_other_tensors,
+    tensor_shapes,
+)
+from salt_jax.run_folder import RUN_FILE, RunFolder, to_json
+from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
+from salt_jax.training.converted_checkpoints import read_parameter, save_streamed
+
+CONFIG_FILE = "config.json"
+# Of a converted run: the tokenizer's files as they came, for the way back.
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def convert(
+    run: RunFolder,
+    *,
+    huggingface: str | None = None,
+    model: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    compute_dtype: str | None = None,
+    eos_token: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    drop_padding: bool = False,
+) -> None:
+    """Converts a model from or to Hugging Face's files.
+
+    Args:
+      run: The folder for the run, or for the files.
+      huggingface: The folder of a model to take in: config.json, safetensors, tokenizer.json or
+        tokenizer.model.
+      model: The run folder of a model to give out.
+      step: What step the checkpoint is to have, 0 by default; or the step to give out, the newest
+        by default.
+      dtype: Of the parameters, "float32", "bfloat16" or "float16"; as they are by default.
+      compute_dtype: Of activations and products once taken in, "float32" or "bfloat16"; the latter
+        by default where the parameters have 16 bits.
+      eos_token: The token that ends a document, where the folder taken in doesn't say.
+      max_shard_bytes: Of the values in a file given out.
+      drop_padding: Give out no rows of the embedding beyond the vocabulary. A model trained here
+        has never learned that these ids don't occur: its own evaluation leaves them out, and
+        transformers doesn't.
+
+    Raises:
+      InputError: No such model, one that salt_jax or transformers has no architecture for, damaged
+        files, or a folder that holds something else. Nothing is written then.
+    """
+    if (huggingface is None) == (model is None):
+        given = "neither is" if model is None else "both are"
+        raise InputError(
+            f"huggingface is what to take in and model what to give out, and {given} set: set one, "
+            "--huggingface=FOLDER or --model=RUN."
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(
+            f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}: change --dtype."
+        )
+    if step is not None and step < 0:
+        raise InputError(f"step is {step}, expected 0 or more: change --step.")
+    if max_shard_bytes < 1:
+        raise InputError(f"max_shard_bytes is {max_shard_bytes} and must be at least 1.")
+    if huggingface is not None:
+        if drop_padding:
+            raise InputError("drop_padding is for --model=RUN: leave it unset.")
+        _take_in(run, pathlib.Path(huggingface), step or 0, dtype, compute_dtype, eos_token)
+    else:
+        if compute_dtype is not None or eos_token is not None:
+            raise InputError(
+                "compute_dtype and eos_token are for --huggingface=FOLDER: leave them unset."
+            )
+        saved = find_model(str(model), step, "model")
+        _give_out(run, saved, dtype or saved.config.param_dtype, max_shard_bytes, drop_padding)
+
+
+def _take_in(
+    run: RunFolder,
+    source: pathlib.Path,
+    step: int,
+    dtype: str | None,
+    compute_dtype: str | None,
+    eos_token: str | None,
+) -> None:
+    settings = read_json_object(source / CONFIG_FILE)
+    files = SafetensorsFolder(source)
+    vocabulary = model_tokenizers.model_vocabulary(source, eos_token)
+    architecture, config = config_from_json(
+        settings, vocabulary.base_size, str(source / CONFIG_FILE)
+    )
+    rules = architecture.rules(config)
+    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
+    refuse_other_tensors(config, rules, shapes, str(source))
+    param_dtype = _dtype_of(files, config, rules)
+    if any(rule.less_one for rule in rules):
+        param_dtype = "float32"  # 1 + w has more digits than w
+    param_dtype = dtype or param_dtype
+    config = dataclasses.replace(
+        config,
+        param_dtype=param_dtype,
+        dtype=compute_dtype or ("float32" if param_dtype == "float32" else "bfloat16"),
+    )
+    if _is_there(run.path, step, config, vocabulary, source):
+        print(f"{run.path} has step {step} of {source} already: nothing was converted.")
+        return
+    run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
+    run.begin(replace=True)
+    vocabulary.save(run.path / VOCABULARY_FOLDER)
+    (run.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+    model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
+    save_streamed(
+        run.path,
+        step,
+        dict(_parameters(files, config, rules)),
+        {
+            "model": config.to_json(),
+            "vocabulary_fingerprint": vocabulary.fingerprint,
+            "counters": {},
+            "converted_from": str(source.resolve()),
+        },
+    )
+    saved = find_model(run.path, step, "model")
+    _summarize(run, architecture, config, {"model": saved.identity})
+    print(f"{run.path} has step {step}: {_described(architecture, config)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """A parameter made of a model's files: a layer's part of it of a tensor of that layer."""
+
+    files: SafetensorsFolder
+    rule: Rule
+    leaf: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, rows: slice) -> np.ndarray[Any, Any]:
+        if not self.rule.in_layers:
+            rows_shape = (rows.stop - rows.start, *self.shape[1:])
+            tensor = self.files.read(self.rule.tensor, rows)
+            return self.rule.to_leaf(tensor, self.leaf, rows_shape, self.dtype)
+        layers = [
+            self.rule.to_leaf(
+                self.files.read(self.rule.tensor.format(layer=layer)),
+                self.leaf,
+                self.shape[1:],
+                self.dtype,
+            )
+            for layer in range(rows.start, rows.stop)
+        ]
+        return layers[0][None] if len(layers) == 1 else np.stack(layers)
+
+
+def _parameters(
+    files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
+) -> Iterator[tuple[Path, _Parameter]]:
+    shapes, dtype = leaf_shapes(config), DTYPES[config.param_dtype]
+    for rule in rules:
+        for leaf in rule.leaves:
+            path = ("layers", *leaf) if rule.in_layers else leaf
+            yield path, _Parameter(files, rule, leaf, shapes[path], dtype)
+
+
+def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
+    """The tensors' dtype; float32 where they have several, since it holds the others exactly."""
+    found = set()
+    for name, _ in tensor_shapes(config, rules):
+        dtype = files.tensors[name].dtype
+        if dtype not in DTYPES:
+            raise InputError(
+                f"The tensor {name} of {files.path} is of {dtype}, expected one of "
+                f"{', '.join(DTYPES)}: take a version of the model that is not quantized."
+            )
+        found.add(dtype)
+    return found.pop() if len(found) == 1 else "float32"
+
+
+def _is_there(
+    path: pathlib.Path,
+    step: int,
+    config: DecoderConfig,
+    vocabulary: Vocabulary,
+    source: pathlib.Path,
+) -> bool:
+    """Whether a step is in a run's folder already; refuses one that it doesn't belong into."""
+    if path.resolve() == source.resolve():
+        raise InputError(f"{path} is the folder to take in: choose another --output_dir.")
+    steps = complete_steps(path)
+    for other in steps:
+        progress = read_progress(path, other)
+        if "converted_from" not in progress:
+            raise InputError(
+                f"The output folder {path} holds a run that trained: choose another --output_dir."
+            )
+        there = DecoderConfig.from_json(progress["model"])
+        if there != config:
+            differing = [
+                f"{name} {value!r} (here {getattr(config, name)!r})"
+                for name, value in vars(there).items()
+                if value != getattr(config, name)
+            ]
+            raise InputError(
+                f"{path} holds step {other} of another model, with {', '.join(differing)}: choose "
+                "another --output_dir."
+            )
+        if progress["vocabulary_fingerprint"] != vocabulary.fingerprint:
+            raise InputError(
+                f"{path} holds step {other} of a model with another tokenizer: choose another "
+                "--output_dir."
+            )
+    if step not in steps:
+        return False
+    origin = read_progress(path, step)["converted_from"]
+    if origin != str(source.resolve()):
+        raise InputError(
+            f"{path} has a step {step}, of {origin}: change --step, or choose another --output_dir."
+        )
+    return True
+
+
+def _give_out(
+    run: RunFolder, saved: SavedModel, dtype: str, max_shard_bytes: int, drop_padding: bool
+) -> None:
+    config = saved.config
+    vocabulary = saved.load_vocabulary()
+    rows = vocabulary.size if drop_padding else config.padded_vocab_size
+    tokens = {"eos_token_id": vocabulary.eos_id, "bos_token_id": vocabulary.start_id}
+    architecture, settings = config_to_json(config, rows, dtype, tokens)
+    if (run.path / CONFIG_FILE).exists() and not (run.path / RUN_FILE).exists():
+        raise InputError(
+            f"{run.path} holds a model that `salt convert` didn't write: choose another "
+            "--output_dir."
+        )
+    rules = architecture.rules(config)
+    tensors = [
+        TensorInfo(name, dtype, (rows, *shape[1:]) if _is_table(shape, config) else shape)
+        for name, shape in tensor_shapes(config, rules)
+    ]
+    total = sum(tensor.num_bytes for tensor in tensors)
+    run.require_space(total, "the tensors")
+    run.begin()
+    # Without it no folder is a model: it goes first and comes last.
+    (run.path / CONFIG_FILE).unlink(missing_ok=True)
+    for old in run.path.glob("model*.safetensors*"):
+        old.unlink()
+    written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
+    if not written:
+        written = model_tokenizers.write_tokenizer(vocabulary, run.path)
+    if not written:
+        print(f"transformers has no tokenizer like {vocabulary}: none was written.")
+    arrays = _tensors(saved, rules, DTYPES[dtype], rows)
+    names = write_shards(run.path, tensors, arrays, max_shard_bytes)
+    write_text(run.path / CONFIG_FILE, to_json(settings, indent=2) + "\n")
+    files = [*written, *names, CONFIG_FILE]
+    _summarize(run, architecture, config, {"model": saved.identity, "bytes": total, "files": files})
+    print(f"{run.path} has {_described(architecture, config)}")
+
+
+def _tensors(
+    saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
+) -> Iterator[np.ndarray[Any, Any]]:
+    """The tensors in the order of tensor_shapes, from one parameter of the checkpoint at a time."""
+    config = saved.config
+    shapes = leaf_shapes(config)
+
+    def read(path: Path) -> np.ndarray[Any, Any]:
+        return read_parameter(saved.path, saved.step, path, shapes[path], config.param_dtype)
+
+    def tensors(rule: Rule) -> Iterator[np.ndarray[Any, Any]]:
+        if not rule.in_layers:
+            leaf = read(rule.leaves[0])
+            if _is_table(leaf.shape, config):
+                leaf = leaf[:rows]
+            yield rule.to_tensor([leaf], dtype)
+            return
+        stacked = [read(("layers", *leaf)) for leaf in rule.leaves] if config.scan_layers else []
+        for layer in range(config.num_layers):
+            leaves = [leaf[layer] for leaf in stacked] or [
+                read((f"layers_{layer}", *leaf)) for leaf in rule.leaves
+            ]
+            yield rule.to_tensor(leaves, dtype)
+
+    for rule in rules:
+        yield from tensors(rule)  # which lets its parameters go before the next rule's are read
+
+
+def _is_table(shape: tuple[int, ...], config: DecoderConfig) -> bool:
+    return shape == (config.padded_vocab_size, config.embed_dim)
+
+
+def _summarize(
+    run: RunFolder, architecture: Architecture, config: DecoderConfig, more: Mapping[str, Any]
+) -> None:
+    run.write_summary(
+        {
+            "architecture": architecture.model_type,
+            "num_parameters": config.num_parameters,
+            "config": config.to_json(),
+            **more,
+        }
+    )
+
+
+def _described(architecture: Architecture, config: DecoderConfig) -> str:
+    return (
+        f"a {architecture.model_type} of {config.num_parameters:,} parameters, "
+        f"{config.vocab_size:,} ids in {config.padded_vocab_size:,} rows."
+    )

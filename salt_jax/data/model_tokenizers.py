@@ -1,0 +1,137 @@
+"""The tokenizer in a model's folder, as Hugging Face's models have it, as a vocabulary, and back.
+
+In: a folder with tokenizer.json or tokenizer.model, and files that name the special tokens.
+Out: the vocabulary. The other way: the files that transformers reads, from a vocabulary.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from salt_jax.data.durable_files import whole_file, write_text
+from salt_jax.data.safetensors_files import read_json_object
+from salt_jax.data.vocabularies import (
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+    hugging_face_tokens,
+)
+from salt_jax.errors import InputError, nearest
+
+TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+SETTINGS_FILE = "tokenizer_config.json"
+
+# All that belongs to a tokenizer, and what generation starts and stops with.
+TOKENIZER_FILES = (
+    *(TOKENIZER_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+
+
+def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Vocabulary:
+    """The vocabulary of a model's folder.
+
+    Args:
+      folder: The folder.
+      eos_token: The token that ends a document; by default what the folder's files say.
+
+    Raises:
+      InputError: No tokenizer, or none that salt_jax reads, or no token ends a document.
+    """
+    if (folder / TOKENIZER_FILE).is_file():
+        return _hugging_face(folder, eos_token)
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        if eos_token is not None:
+            raise InputError(
+                f"eos_token is {eos_token!r}, and {folder / SENTENCEPIECE_FILE} has an end of "
+                "document of its own: leave --eos_token unset."
+            )
+        return SentencePieceVocabulary(folder / SENTENCEPIECE_FILE)
+    raise InputError(
+        f"{folder} holds neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}: download the tokenizer "
+        "into the model's folder, or make the first with transformers: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+    )
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
+    """Copies a tokenizer's files as they are; gives their names, none where there are none."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
+        with (source / name).open("rb") as original, whole_file(folder / name) as copy:
+            shutil.copyfileobj(original, copy)
+    return names
+
+
+def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
+    """Writes a vocabulary as transformers reads it.
+
+    Args:
+      vocabulary: The vocabulary.
+      folder: Where to; it must exist.
+
+    Returns:
+      The names of the files; none for a vocabulary that transformers has no tokenizer for.
+    """
+    if isinstance(vocabulary, HuggingFaceVocabulary):
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": vocabulary.token(vocabulary.eos_id),
+            "bos_token": vocabulary.token(vocabulary.start_id),
+            "pad_token": vocabulary.token(vocabulary.pad_id),
+            "clean_up_tokenization_spaces": False,
+        }
+        with whole_file(folder / TOKENIZER_FILE) as file:
+            file.write(vocabulary.model_bytes())
+        write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        return [TOKENIZER_FILE, SETTINGS_FILE]
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        with whole_file(folder / SENTENCEPIECE_FILE) as file:
+            file.write(vocabulary.model_bytes())
+        return [SENTENCEPIECE_FILE]
+    return []
+
+
+def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
+    path = folder / TOKENIZER_FILE
+    ids = hugging_face_tokens(path)
+    found = {kind: _special_token(folder, kind, ids) for kind in ("eos", "bos", "pad")}
+    eos_token = eos_token or found["eos"]
+    if eos_token is None:
+        raise InputError(
+            f"Nothing in {folder} says which token ends a document: name it with --eos_token=TOKEN."
+        )
+    if eos_token not in ids:
+        raise InputError(
+            f"{path} has no token {eos_token!r}{nearest(eos_token, ids)} to end a document with: "
+            "name one that it has with --eos_token=TOKEN."
+        )
+    return HuggingFaceVocabulary(
+        path, eos_token=eos_token, start_token=found["bos"], pad_token=found["pad"]
+    )
+
+
+def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> str | None:
+    """The eos, bos or pad token, by name where a file has it, else by the id that it has."""
+    for name in (SETTINGS_FILE, "special_tokens_map.json"):
+        token = _settings(folder / name).get(f"{kind}_token")
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        if isinstance(token, str) and (token in ids or kind == "eos"):
+            return token
+    for name in ("generation_config.json", "config.json"):
+        token_id = _settings(folder / name).get(f"{kind}_token_id")
+        if isinstance(token_id, list) and len(token_id) == 1:
+            token_id = token_id[0]
+        for token, its_id in ids.items():
+            if its_id == token_id:
+                return token
+    return None
+
+
+def _settings(file: pathlib.Path) -> dict[str, Any]:
+    return read_json_object(file) if file.is_file() else {}
