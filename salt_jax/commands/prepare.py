@@ -41,6 +41,7 @@ def prepare(
     vocabulary: Vocabulary | TrainedVocabulary | None = None,
     sequence_length: int = 128,
     packing: str = "concatenate_and_split",
+    long_documents: str = "split",
     shards: int = 1,
     seed: int = 0,
     drop_duplicates: bool = False,
@@ -67,6 +68,9 @@ def prepare(
         brings its own.
       sequence_length: Tokens a row.
       packing: "concatenate_and_split" or "whole_documents".
+      long_documents: With whole_documents, what becomes of a document longer than a row: "split"
+        into pieces; "drop" leaves it out; "cut" takes tokens away, first from its prompt's
+        beginning. The last two are counted. Prompts and responses need one of them.
       shards: Files the train split is cut into, the others in proportion to their text. A worker
         holds one of them in memory while it packs it.
       seed: Of the order of documents and of rows.
@@ -94,7 +98,7 @@ def prepare(
         return
     if show and task is None:
         raise InputError(f"{run.path} holds no finished cache to show: correct --output_dir.")
-    plan = PackingPlan(sequence_length, packing, shards, seed)
+    plan = PackingPlan(sequence_length, packing, shards, seed, long_documents)
     jobs = JobRunner(runner, workers, beam_options)
     if isinstance(task, RegisteredTask) and not task.module and runner == LOCAL:
         # Registered in this process alone.
@@ -133,6 +137,8 @@ def _make(
     left of it."""
     work = WorkFolder.of_cache(run.path)
     corpus, used, trained = _corpus_and_vocabulary(task, vocabulary, work)
+    if corpus.has_prompts:
+        plan.require_for_prompts()
     building = Building(run.path, corpus, used, plan, drop_duplicates, trained)
     run.require_space(building.estimated_bytes(), "the tokens and rows of the packed cache")
     fresh = not run.begun
@@ -190,7 +196,7 @@ def _corpus_and_vocabulary(
         if before and before.trained == trained:
             return corpus, load_vocabulary(work.vocabulary), trained
         print(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …", flush=True)
-        made = vocabulary.train(document.text for document in task.documents("train"))
+        made = vocabulary.train(document.whole for document in task.documents("train"))
         return corpus, made, trained
 
 
@@ -295,6 +301,11 @@ def _broken_lines(cache: PackedCache) -> Mapping[str, int]:
     return +broken
 
 
+def _long_documents(cache: PackedCache) -> Mapping[str, int]:
+    """Documents that were dropped or cut, by split; empty where such documents are split."""
+    return cache.manifest.get("long_documents", {}).get("by_split", {})
+
+
 def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
     """What a cache holds; `seconds` is None where the process that made it is gone."""
     splits = {
@@ -309,6 +320,7 @@ def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
         "vocabulary": cache.manifest["vocabulary"],
         "splits": splits,
         "broken_lines": _broken_lines(cache),
+        "long_documents": _long_documents(cache),
         "seconds": None if seconds is None else round(seconds, 3),
         "tokens_per_second": None if seconds is None else round(tokens / seconds, 1),
     }
@@ -339,6 +351,11 @@ def _print_counts(cache: PackedCache, seconds: float) -> None:
         if count := info["duplicate_documents"]:
             done = "Left out" if cache.manifest["drop_duplicates"] else "Kept"
             print(f"{done} {count:,} documents of {name} whose text an earlier one has.")
+        if count := _long_documents(cache).get(name):
+            done = "Dropped" if cache.manifest["long_documents"]["handling"] == "drop" else "Cut"
+            print(
+                f"{done} {count:,} documents of {name} longer than {cache.sequence_length} tokens."
+            )
 
 
 def _add_counts(

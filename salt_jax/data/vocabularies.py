@@ -323,12 +323,20 @@ VOCABULARY_FILES = {SETTINGS_FILE, *(kind._model_file for kind in _CLASSES.value
 def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary saved in a folder.
 
+    Args:
+      folder: The vocabulary's own, or that of a run or a cache that keeps one.
+
     Raises:
       InputError: No vocabulary there, or one whose fingerprint is not the one saved with it.
     """
     path = pathlib.Path(folder)
+    if (path / VOCABULARY_FOLDER).is_dir():
+        path = path / VOCABULARY_FOLDER
     if not (path / SETTINGS_FILE).exists():
-        raise InputError(f"{path} holds no {SETTINGS_FILE}: expected the folder of a vocabulary.")
+        raise InputError(
+            f"{path} holds no {SETTINGS_FILE}: expected the folder of a vocabulary, or of a run or "
+            "a cache that keeps one."
+        )
     try:
         saved = json.loads((path / SETTINGS_FILE).read_text())
     except ValueError as error:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from salt_jax import __version__
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts
@@ -39,7 +40,7 @@ from salt_jax.preparation.merging import (
     write_shared_texts,
 )
 from salt_jax.preparation.packing import PackingPlan
-from salt_jax.preparation.part_files import token_dtype
+from salt_jax.preparation.part_files import RECORD, token_dtype
 from salt_jax.preparation.work_folder import Plan, WorkFolder, digest_of
 
 # Of an ArrayRecord file, and of a row in it beside its tokens.
@@ -89,6 +90,7 @@ class Building:
                 "subsets": self.corpus.subsets,
                 "buckets": self.buckets,
                 "vocabulary": self.vocabulary.fingerprint,
+                "record": RECORD.descr,
             }
         )
         buckets = digest_of([dataclasses.asdict(self.plan), self.drop_duplicates])
@@ -241,20 +243,19 @@ class Building:
         sources = {source.path: source for unit in units.values() for source in unit.sources}
         shards: dict[str, dict[str, ShardCounts]] = {split: {} for split in self.buckets}
         documents: dict[str, dict[str, DocumentCounts]] = {split: {} for split in self.buckets}
+        long_documents = dict.fromkeys(self.buckets, 0)
         for job in jobs:
             bucket = merged_bucket(job)
             assert bucket is not None, f"{job.file} isn't merged"
             if bucket.shard:
                 shards[job.split][str(job.file.relative_to(self.folder))] = bucket.shard
+            long_documents[job.split] += bucket.long_documents
             counts = documents[job.split]
             for name, count in bucket.documents.items():
                 counts[name] = counts.get(name, DocumentCounts()) + count
         for split, written in shards.items():
             if not written:
-                raise EmptySplit(
-                    f"Every text of the {split} split is in another split too, and splits are "
-                    "kept apart: correct the task's files."
-                )
+                raise EmptySplit(self._nothing_left(split, long_documents[split]))
         writer = PackedCacheWriter(
             self.folder,
             vocabulary=self.vocabulary,
@@ -264,6 +265,7 @@ class Building:
                 "packing": self.plan.packing,
                 "seed": self.plan.seed,
                 "drop_duplicates": self.drop_duplicates,
+                **self._long_documents(long_documents),
             },
             sources=[sources[path].as_source() for path in sorted(sources)],
             begun=True,
@@ -272,6 +274,24 @@ class Building:
             writer.add_split(split, written, documents[split])
         writer.finish()
         self.work.discard()
+
+    def _long_documents(self, counted: Mapping[str, int]) -> dict[str, Any]:
+        """What the manifest says of documents longer than a row, where they are not split."""
+        if self.plan.long_documents == "split":
+            return {}
+        return {"long_documents": {"handling": self.plan.long_documents, "by_split": counted}}
+
+    def _nothing_left(self, split: str, too_long: int) -> str:
+        if too_long:
+            return (
+                f"All {too_long:,} documents of the {split} split that no other has are longer "
+                f"than a row of {self.plan.sequence_length} tokens: raise sequence_length, or set "
+                "long_documents to 'cut'."
+            )
+        return (
+            f"Every text of the {split} split is in another split too, and splits are kept apart: "
+            "correct the task's files."
+        )
 
 
 class EmptySplit(InputError):  # noqa: N818 (says what was found)

@@ -73,13 +73,15 @@ class TextUnit:
         """
         dtype = token_dtype(vocabulary.size)
         for document in self.text.read(self.files, log):
-            encoded = document.text.encode()
+            # Apart from each other, since the prompt is all that a model is given later.
+            prompt_P = vocabulary.encode(document.prompt) if document.prompt else []
             yield TokenizedDocument(
-                np.array([*vocabulary.encode(document.text), vocabulary.eos_id], dtype),
-                self.text.split_of(document.text, self.split),
+                np.array([*prompt_P, *vocabulary.encode(document.text), vocabulary.eos_id], dtype),
+                self.text.split_of(document.whole, self.split),
                 document.subset,
-                hashlib.blake2b(encoded, digest_size=16).digest(),
-                len(encoded),
+                hashlib.blake2b(document.whole.encode(), digest_size=16).digest(),
+                len(document.text.encode()),
+                len(prompt_P),
             )
 
     def sources(self, log: ReadingLog) -> list[SourceFile]:
@@ -146,12 +148,14 @@ class Corpus:
       sizes: How large each split is compared to the others, in bytes or shards, test first.
       subsets: The subsets' names where they are known beforehand.
       text_bytes: Roughly the bytes of text; 0 where that isn't known.
+      has_prompts: Whether documents begin with a prompt, which isn't trained on.
     """
 
     units: tuple[Unit, ...]
     sizes: Mapping[str, float]
     subsets: tuple[str, ...] | None = None
     text_bytes: float = 0
+    has_prompts: bool = False
 
     def buckets(self, shards: int) -> dict[str, int]:
         """How many shards each split gets: `shards` for train, others in proportion, at least 1."""
@@ -185,7 +189,8 @@ def text_corpus(text: TextFiles) -> Corpus:
             for number, group in enumerate(groups)
         ]
     known = 0.0 if text.max_documents else sum(sizes.values())
-    return Corpus(tuple(units), sizes, tuple(text.subsets) or None, known)
+    prompts = bool(text.template.prompt)
+    return Corpus(tuple(units), sizes, tuple(text.subsets) or None, known, prompts)
 
 
 def _grouped(files: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:

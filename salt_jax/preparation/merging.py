@@ -19,7 +19,7 @@ from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, shard_path, 
 from salt_jax.data.durable_files import whole_file
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.preparation.mapping import Progress
-from salt_jax.preparation.packing import PackedRows, PackingPlan
+from salt_jax.preparation.packing import PackedRows, PackingPlan, cut_document
 from salt_jax.preparation.part_files import RECORD, read_bucket, token_dtype
 from salt_jax.preparation.work_folder import WorkFolder
 
@@ -81,10 +81,12 @@ class MergedBucket(NamedTuple):
     Attributes:
       shard: What was written; None where the bucket has no document.
       documents: By the subset's name.
+      long_documents: Dropped or cut because they are longer than a row.
     """
 
     shard: ShardCounts | None
     documents: Mapping[str, DocumentCounts]
+    long_documents: int
 
 
 class _Documents(NamedTuple):
@@ -107,6 +109,12 @@ def merge_bucket(job: MergeJob) -> Progress:
     shared_D = _shared(digest_D, settings.work.shared_texts(job.split))
     repeated_D = ~shared_D & _repeated(digest_D)
     kept_D = ~shared_D & ~repeated_D if settings.drop_duplicates else ~shared_D
+    long_documents = 0
+    if settings.packing.long_documents != "split":
+        long_D = kept_D & (documents.records["tokens"] > settings.packing.sequence_length)
+        long_documents = int(long_D.sum())
+        if settings.packing.long_documents == "drop":
+            kept_D &= ~long_D
     counts = {}
     for index in np.unique(documents.subsets):
         own_D = documents.subsets == index
@@ -120,6 +128,7 @@ def merge_bucket(job: MergeJob) -> Progress:
     record = {
         "shard": dataclasses.asdict(shard) if shard else None,
         "documents": {name: dataclasses.asdict(count) for name, count in counts.items()},
+        "long_documents": long_documents,
     }
     settings.work.write_json(settings.work.bucket_record(job.split, job.index), record)
     return Progress(len(kept_D), sum(map(len, documents.tokens)))
@@ -134,7 +143,7 @@ def merged_bucket(job: MergeJob) -> MergedBucket | None:
     if shard and not (job.file.exists() and job.file.stat().st_size == shard.bytes):
         return None
     documents = {name: DocumentCounts(**count) for name, count in record["documents"].items()}
-    return MergedBucket(shard, documents)
+    return MergedBucket(shard, documents, record["long_documents"])
 
 
 def write_shared_texts(
@@ -203,8 +212,15 @@ def _repeated(digest_D: np.ndarray) -> np.ndarray:
 
 def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCounts:
     settings = job.settings
+    tokens = [documents.tokens[index] for index in kept_K]
+    prompt_tokens_K = documents.records["prompt_tokens"][kept_K].astype(np.int64)
+    if settings.packing.long_documents == "cut":
+        for at, own in enumerate(tokens):
+            tokens[at], prompt_tokens_K[at] = cut_document(
+                own, int(prompt_tokens_K[at]), settings.packing.sequence_length
+            )
     rows = PackedRows(
-        [documents.tokens[index] for index in kept_K],
+        tokens,
         documents.subsets[kept_K],
         packing=settings.packing.packing,
         sequence_length=settings.packing.sequence_length,
@@ -212,6 +228,7 @@ def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCou
         seed=settings.packing.seed,
         # The first bucket's order is the one that a split in one shard has.
         split=f"{job.split} {job.index}" if job.index else job.split,
+        prompt_tokens_D=prompt_tokens_K,
     )
     record_format = RecordFormat(settings.packing.sequence_length, settings.vocabulary_size)
     temporary = settings.work.temporary(job.file)

@@ -20,6 +20,10 @@ is cut, and the first token of its later pieces has no loss weight. Documents [5
     targets       5 6 1 8 1 0
     loss_weights  1 1 1 1 1 0
     segment_ids   1 1 1 2 2 0
+
+A document may begin with a prompt, which has no loss weight. The same, 5 and 8 being prompts:
+
+    loss_weights  0 1 1 0 1 0
 """
 
 import bisect
@@ -42,12 +46,16 @@ class PackingPlan:
       packing: "concatenate_and_split" or "whole_documents".
       shards: Files a split is cut into.
       seed: Of the order of documents and rows.
+      long_documents: What becomes of a document longer than a row: "split" into pieces, each a
+        segment; "drop" leaves it out; "cut" takes tokens away, first from its prompt's beginning,
+        then from its end. The last two count such documents, and are for whole_documents.
     """
 
     sequence_length: int = 128
     packing: str = "concatenate_and_split"
     shards: int = 1
     seed: int = 0
+    long_documents: str = "split"
 
     def __post_init__(self) -> None:
         if self.packing not in PACKINGS:
@@ -58,6 +66,29 @@ class PackingPlan:
             if not whole or (least is not None and value < least):
                 least_words = "" if least is None else f" of {least} or more"
                 raise InputError(f"{name} is {value!r}, expected a whole number{least_words}.")
+        if self.long_documents not in LONG_DOCUMENTS:
+            raise InputError(
+                f"long_documents is {self.long_documents!r}, expected one of "
+                f"{', '.join(LONG_DOCUMENTS)}."
+            )
+        if self.long_documents != "split" and self.packing != "whole_documents":
+            raise InputError(
+                f"long_documents is {self.long_documents!r} and packing {self.packing!r}, which "
+                "cuts documents wherever a row ends: set packing to 'whole_documents'."
+            )
+
+    def require_for_prompts(self) -> None:
+        """Refuses to pack documents with prompts so that a response loses its own.
+
+        Raises:
+          InputError: Documents are split.
+        """
+        if self.long_documents == "split":
+            raise InputError(
+                f"packing is {self.packing!r} and long_documents 'split', which can part a "
+                "response from its prompt: set packing to 'whole_documents' and long_documents to "
+                "'drop' or 'cut'."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +121,7 @@ class PackedRows:
         pad_id: int,
         seed: int,
         split: str,
+        prompt_tokens_D: np.ndarray | None = None,
     ):
         """Packs and shuffles.
 
@@ -101,11 +133,17 @@ class PackedRows:
           pad_id: What fills rows up.
           seed: Of the order of documents and of rows.
           split: Enters the order too, so that splits differ.
+          prompt_tokens_D: Tokens at the beginning of each document that have no loss weight; none
+            where it is None.
         """
         order_D = shuffled_order(len(documents), seed, f"documents of {split}")
         lengths_D = np.array([len(documents[index]) for index in order_D], np.int64)
         offsets_E = np.concatenate([[0], np.cumsum(lengths_D)])
         self._stream_T = np.concatenate([documents[index] for index in order_D])
+        self._trained_T = np.ones(len(self._stream_T), bool)
+        if prompt_tokens_D is not None:
+            place_T = np.arange(len(self._stream_T)) - np.repeat(offsets_E[:-1], lengths_D)
+            self._trained_T = place_T >= np.repeat(np.asarray(prompt_tokens_D)[order_D], lengths_D)
         self._pieces = PACKINGS[packing](offsets_E, sequence_length)
         self._subset_N = _subset_of_rows(self._pieces, offsets_E, np.asarray(subset_D)[order_D])
         self._first_piece_N = np.searchsorted(self._pieces.rows, np.arange(len(self) + 1))
@@ -129,8 +167,8 @@ class PackedRows:
         for segment, piece in enumerate(range(first, end), start=1):
             start, size = pieces.starts[piece], pieces.lengths[piece]
             targets_L[at : at + size] = self._stream_T[start : start + size]
-            weights_L[at : at + size] = 1
-            weights_L[at] = pieces.begin_documents[piece]
+            weights_L[at : at + size] = self._trained_T[start : start + size]
+            weights_L[at] *= pieces.begin_documents[piece]
             segment_ids_L[at : at + size] = segment
             at += size
         return make_row(targets_L, weights_L, segment_ids_L, self._subset_N[packed], row_id)
@@ -183,6 +221,25 @@ def whole_documents(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
     by_row = np.argsort(row_P, kind="stable")
     return Pieces(row_P[by_row], start_P[by_row], length_P[by_row], (index_P == 0)[by_row])
 
+
+def cut_document(
+    tokens_T: np.ndarray, prompt_tokens: int, sequence_length: int
+) -> tuple[np.ndarray, int]:
+    """A document cut to a row: its prompt's beginning goes first, then its end.
+
+    Args:
+      tokens_T: Its tokens.
+      prompt_tokens: How many of them are its prompt.
+      sequence_length: L, how many may stay.
+
+    Returns:
+      The tokens that stay, and how many of them are the prompt.
+    """
+    from_prompt = min(max(len(tokens_T) - sequence_length, 0), prompt_tokens)
+    return tokens_T[from_prompt:][:sequence_length], prompt_tokens - from_prompt
+
+
+LONG_DOCUMENTS = ("split", "drop", "cut")
 
 PACKINGS: Mapping[str, Callable[[np.ndarray, int], Pieces]] = {
     "concatenate_and_split": concatenate_and_split,

@@ -5,7 +5,7 @@ documents are read without the others, in their order. Memory holds one block of
 is as long as its unit.
 
 Documents are gathered to blocks; in a block those of a bucket lie together, as a *slice*: D records
-(32 bytes each) and then their tokens. The file ends with the places of all slices by bucket, so
+(36 bytes each) and then their tokens. The file ends with the places of all slices by bucket, so
 that a bucket costs one look-up and a read for each block. Little-endian:
 
     slice …                      D × RECORD | T × token (u16, or u32)
@@ -24,7 +24,15 @@ import numpy as np
 _SLICE_BYTES = 64 * 1024
 _LEAST_BLOCK_BYTES = 4 * 1024 * 1024
 
-RECORD = np.dtype([("digest", "S16"), ("text_bytes", "<u8"), ("tokens", "<u4"), ("subset", "<u4")])
+RECORD = np.dtype(
+    [
+        ("digest", "S16"),
+        ("text_bytes", "<u8"),
+        ("tokens", "<u4"),
+        ("prompt_tokens", "<u4"),
+        ("subset", "<u4"),
+    ]
+)
 _RUN = np.dtype([("offset", "<u8"), ("documents", "<u8"), ("tokens", "<u8")])
 
 
@@ -36,7 +44,8 @@ class TokenizedDocument(NamedTuple):
       split: The split it belongs to.
       subset: Its subset's name.
       digest: 16 bytes that stand for its text.
-      text_bytes: UTF-8 bytes of its text.
+      text_bytes: UTF-8 bytes of its text, the prompt aside.
+      prompt_tokens: How many tokens at its beginning are a prompt, which isn't trained on.
     """
 
     tokens: np.ndarray
@@ -44,6 +53,7 @@ class TokenizedDocument(NamedTuple):
     subset: str
     digest: bytes
     text_bytes: int
+    prompt_tokens: int = 0
 
 
 class Slice(NamedTuple):
@@ -91,8 +101,8 @@ class PartWriter:
         """
         records, tokens = self._block.setdefault(bucket, ([], []))
         tokens.append(document.tokens.astype(self._dtype))
-        size = len(document.tokens)
-        records.append((document.digest, document.text_bytes, size, subset))
+        size, prompt = len(document.tokens), document.prompt_tokens
+        records.append((document.digest, document.text_bytes, size, prompt, subset))
         self._block_bytes += RECORD.itemsize + tokens[-1].nbytes
         if self._block_bytes >= self._block_limit:
             self._write_block()
@@ -116,7 +126,7 @@ class PartWriter:
         self._clear()
 
     def _clear(self) -> None:
-        self._block: dict[int, tuple[list[tuple[bytes, int, int, int]], list[np.ndarray]]] = {}
+        self._block: dict[int, tuple[list[tuple[bytes, int, int, int, int]], list[np.ndarray]]] = {}
         self._block_bytes = 0
 
 

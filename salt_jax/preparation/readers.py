@@ -1,8 +1,8 @@
 """Documents out of files, one at a time.
 
-In: a file: .jsonl, .jsonl.gz, .jsonl.zst or .parquet with a `text` a row and perhaps a subset name,
-or any other file, which is one document of plain text. Out: documents, in the file's order. Memory
-holds one block of a file.
+In: a file: .jsonl, .jsonl.gz, .jsonl.zst or .parquet with a `text` a row (or the fields that a
+template names) and perhaps a subset name, or any other file, which is one document of plain text.
+Out: documents, in the file's order. Memory holds one block of a file.
 
 A row's subset name is `meta.pile_set_name` (the Pile's), else `subset`; a plain file's is its
 suffix ("py").
@@ -18,11 +18,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
+from salt_jax.data.templates import Template, Unfit
 from salt_jax.errors import InputError
 from salt_jax.preparation.reading_log import ReadingLog
 
 _BLOCK_BYTES = 1 << 20
 _REPAIR = "mend the file, or skip such rows with skip_broken_lines=True"
+_PLAIN = Template()
 
 
 class Document(NamedTuple):
@@ -32,11 +34,18 @@ class Document(NamedTuple):
       text: Valid Unicode (lone surrogates are replaced by U+FFFD).
       subset: The subset's name, "" where the row has none.
       place: Where it stands, for messages: the file and, where it has lines, the line.
+      prompt: What stands before the text without being trained on; "" in plain documents.
     """
 
     text: str
     subset: str
     place: str
+    prompt: str = ""
+
+    @property
+    def whole(self) -> str:
+        """Prompt and text: what tells documents apart."""
+        return self.prompt + self.text
 
 
 def read_documents(
@@ -45,51 +54,68 @@ def read_documents(
     skip_broken_lines: bool = False,
     log: ReadingLog | None = None,
     piece_bytes: int = 0,
+    template: Template = _PLAIN,
 ) -> Iterator[Document]:
     """The documents of a file, empty ones included.
 
     Args:
       path: The file; its suffix says what it is.
-      skip_broken_lines: Whether a line that is no JSON object with a `text` is passed over.
+      skip_broken_lines: Whether a line that is no JSON, or lacks what the template needs, is
+        passed over.
       log: Where to note the file's digest and the lines passed over.
       piece_bytes: Plain text is cut at line ends into documents of about this size; 0 doesn't cut.
+      template: How a row becomes a document.
 
     Raises:
       InputError: The file cannot be read, is cut short, or has a broken line: file and line are
-        named.
+        named; or it is plain text, and the template asks for fields.
     """
     name = path.name.lower()
     log = log or ReadingLog()
     if name.endswith(".parquet"):
-        rows = _parquet_rows(path)
+        rows = _parquet_rows(path, template)
     elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         rows = _json_rows(path, log)
     elif name.endswith((".gz", ".zst")):
         raise InputError(
             f"{path} is compressed, but is no .jsonl.gz and no .jsonl.zst: decompress it first."
         )
+    elif template != _PLAIN:
+        raise InputError(
+            f"{path} is plain text, and the templates need rows with {', '.join(template.fields)}: "
+            "name .jsonl or .parquet files."
+        )
     else:
         yield from _plain_documents(path, piece_bytes, log)
         return
     skipped = 0
     for place, row in rows:
-        text = row.get("text") if isinstance(row, Mapping) else None
-        if isinstance(text, str):
-            yield Document(_valid_unicode(text), _subset_name(row), place)
-        elif skip_broken_lines:
+        try:
+            yield _document(row, place, template)
+        except Unfit as error:
+            if not skip_broken_lines:
+                raise InputError(f"{place}: {error}: {_REPAIR}.") from error
             skipped += 1
             # Now, since the reader may stop at any document; a second reading counts anew.
             log.broken_lines[str(path)] = max(log.broken_lines[str(path)], skipped)
-        elif isinstance(row, _Broken):
-            raise InputError(f"{place}: this is not JSON ({row.reason}): {_REPAIR}.")
-        else:
-            raise InputError(f"{place}: this row has no `text` of type string: {_REPAIR}.")
 
 
 class _Broken(NamedTuple):
     """A line that is no JSON, and why."""
 
     reason: str
+
+
+def _document(row: Any, place: str, template: Template) -> Document:
+    """A row's document.
+
+    Raises:
+      Unfit: It is no JSON, or lacks what the template needs.
+    """
+    if isinstance(row, _Broken):
+        raise Unfit(f"this is not JSON ({row.reason})")
+    prompt, text = template.fill(row if isinstance(row, Mapping) else {})
+    return Document(_valid_unicode(text), _subset_name(row), place, _valid_unicode(prompt))
 
 
 def _subset_name(row: Mapping[str, Any]) -> str:
@@ -166,7 +192,7 @@ def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last zstandard frame has no end")
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: pathlib.Path, template: Template) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -174,12 +200,14 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         try:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
-            columns = [name for name in ("text", "meta", "subset") if name in names]
-            if "text" not in columns:
-                raise InputError(
-                    f"{path} has no column `text`, it has {', '.join(names)}: "
-                    "rename the column that holds the documents."
-                )
+            wanted = dict.fromkeys((*template.fields, "meta", "subset"))
+            columns = [name for name in wanted if name in names]
+            for field in template.fields:
+                if field not in columns:
+                    raise InputError(
+                        f"{path} has no column `{field}`, it has "
+                        f"{', '.join(names)}: rename the column, or correct the templates."
+                    )
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=columns):
                 for row in batch.to_pylist():

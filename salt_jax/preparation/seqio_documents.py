@@ -1,12 +1,14 @@
 """Documents of a registered SeqIO task, shard by shard.
 
 In: a task's name, a split, a shard. Out: every document's ids, subset and digest of its text, in
-the task's unshuffled order. Memory holds what SeqIO holds of a shard.
+the task's unshuffled order. Where the task has `inputs`, they are the prompt before the `targets`.
+Memory holds what SeqIO holds of a shard.
 """
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +86,8 @@ def task_corpus(task: RegisteredTask) -> Corpus:
             f"SeqIO's task {task.name!r} has none of the splits {', '.join(SPLITS)}: build its "
             "dataset first (`tfds build`; TFDS_DATA_DIR says where it lies), or correct the task."
         )
-    return Corpus(tuple(units), sizes, subset_names(registered))
+    prompts = "inputs" in registered.output_features
+    return Corpus(tuple(units), sizes, subset_names(registered), has_prompts=prompts)
 
 
 def subset_names(task: seqio.Task) -> tuple[str, ...]:
@@ -122,20 +125,28 @@ def read_documents(
     )
     try:
         for example in dataset.as_numpy_iterator():
-            ids_T = np.asarray(example["targets"])
-            if "targets_pretokenized" in example:
-                text = example["targets_pretokenized"]
-            else:
-                text = vocabulary.decode(ids_T.tolist()).encode()
+            ids_T, text = _ids_and_text(example, "targets", vocabulary)
+            prompt_P, prompt = _ids_and_text(example, "inputs", vocabulary)
             if len(ids_T):
                 subset = names[int(example.get("subset", 0))]
-                digest = hashlib.blake2b(text, digest_size=16).digest()
-                yield TokenizedDocument(ids_T, split, subset, digest, len(text))
+                digest = hashlib.blake2b(prompt + text, digest_size=16).digest()
+                whole_T = np.concatenate([prompt_P, ids_T])
+                yield TokenizedDocument(whole_T, split, subset, digest, len(text), len(prompt_P))
     except tf.errors.OpError as error:
         failure = getattr(task.source, "failure", None)
         if failure is None:
             raise
         raise failure from error
+
+
+def _ids_and_text(
+    example: Mapping[str, Any], feature: str, vocabulary: Vocabulary
+) -> tuple[np.ndarray, bytes]:
+    """A feature's ids and the text that they stand for; nothing where there is no such feature."""
+    ids_T = np.asarray(example.get(feature, ()), np.int32)
+    if f"{feature}_pretokenized" in example:
+        return ids_T, example[f"{feature}_pretokenized"]
+    return ids_T, vocabulary.decode(ids_T.tolist()).encode()
 
 
 def sources(task: seqio.Task, split: str) -> list[SourceFile]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from salt_jax.data.manifests import file_digest
 from salt_jax.data.packed_cache import SPLITS
+from salt_jax.data.templates import Template
 from salt_jax.errors import InputError
 from salt_jax.preparation.readers import Document, read_documents
 from salt_jax.preparation.reading_log import ReadingLog
@@ -48,6 +49,8 @@ class TextFiles:
       numbered: Whether the train files are numbered shards (00.jsonl.zst, 01.jsonl.zst, …), of
         which none may be missing or stand there twice.
       shards: With `numbered`, how many there must be; 0 takes any number.
+      template: How a row becomes a document: its `text`, or a prompt and a response of other
+        fields.
     """
 
     train: str | Sequence[str]
@@ -64,6 +67,7 @@ class TextFiles:
     skip_broken_lines: bool = False
     numbered: bool = False
     shards: int = 0
+    template: Template = Template()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         for field in (*SPLITS, "exclude"):
@@ -145,7 +149,7 @@ class TextFiles:
           InputError: See `files` and `read_documents`; or a subset name that is not allowed.
         """
         for document in self.read(self.files(split), log):
-            if self.split_of(document.text, split) == split:
+            if self.split_of(document.whole, split) == split:
                 yield document
 
     def read(
@@ -162,11 +166,12 @@ class TextFiles:
                 skip_broken_lines=self.skip_broken_lines,
                 log=log,
                 piece_bytes=self.piece_bytes,
+                template=self.template,
             ):
                 if not document.text:
                     continue
                 documents += 1
-                text_bytes += len(document.text.encode())
+                text_bytes += len(document.whole.encode())
                 if (self.max_documents and documents > self.max_documents) or (
                     self.max_bytes and text_bytes > self.max_bytes
                 ):
@@ -274,7 +279,7 @@ class TextFiles:
             split: set() for split in self.splits if split == "train" or not getattr(self, split)
         }
         for document in self.read(self.files("train")):
-            place = _place(document.text)
+            place = _place(document.whole)
             places[self._split_at(place)].add(place)
             if all(places.values()):
                 return {}
