@@ -22,6 +22,10 @@ class Unfit(ValueError):  # noqa: N818 (says what the row is)
     """A row that a template cannot take; the message says why, without the row's place."""
 
 
+class NoResponse(Unfit):
+    """A row whose response is empty."""
+
+
 class Filled(NamedTuple):
     """A row's texts.
 
@@ -75,13 +79,14 @@ class Template:
         """The row's prompt and response.
 
         Raises:
-          Unfit: A field is missing, is no string, or has no word; or a prompt has no response.
+          Unfit: A field is missing, is no string, or has no word.
+          NoResponse: A prompt, and no response.
         """
         values = {field: self._value(field, row) for field in self.fields}
         answered = any(values[field].strip() for field in self._fields_of("response"))
         if self.prompt and not answered:
             named = ", ".join(f"`{field}`" for field in self._fields_of("response"))
-            raise Unfit(f"this row's response is empty (it is made of {named})")
+            raise NoResponse(f"this row's response is empty (it is made of {named})")
         return Filled(*(self._text(name, values) for name in ("prompt", "response")))
 
     def _text(self, name: str, values: Mapping[str, str]) -> str:

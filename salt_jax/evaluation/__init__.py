@@ -1,1 +1,1 @@
-"""Few-shot tasks through lm-evaluation-harness: a model in, metrics out."""
+"""What a model says, held against what it should say: a model in, metrics out."""

@@ -6,6 +6,11 @@ is one document; before and after:
 
     {"targets": "ab", "subset": 3}
     {"targets": [100, 101, 1], "subset": 3}                      with ByteVocabulary
+
+A task of prompts and responses has `inputs` in place of the subset, without an end of document:
+
+    {"question": "a", "answer": "b"}
+    {"inputs": [100], "targets": [101, 1]}                       with "{question}" and "{answer}"
 """
 
 import functools
@@ -13,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from salt_jax.data.packed_cache import SPLITS
+from salt_jax.data.templates import NoResponse, Template
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.quiet_tensorflow import seqio, tf
@@ -112,6 +118,61 @@ def register_dataset_task(
         output_features=_features(vocabulary, subsets),
         preprocessors=[rekey, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
     )
+
+
+def register_response_task(
+    name: str,
+    dataset: str,
+    template: Template,
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+    splits: Mapping[str, str] | None = None,
+) -> seqio.Task:
+    """Prompts and responses from a TFDS dataset, where TFDS finds it (TFDS_DATA_DIR).
+
+    Rows without a response are left out.
+
+    Args:
+      name: The task's name.
+      dataset: With configuration and version, "anli/r1:0.1.0".
+      template: How its rows become prompts and responses.
+      vocabulary: The vocabulary, or a function that gives it.
+      splits: TFDS's name of each split, {"validation": "train[:2%]"}; None takes them as they are.
+    """
+    adapted = SeqIOVocabulary(vocabulary)
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.TfdsDataSource(dataset, splits=splits),
+        output_features={
+            "inputs": seqio.Feature(adapted, add_eos=False),
+            "targets": seqio.Feature(adapted, add_eos=True),
+        },
+        preprocessors=[
+            functools.partial(_prompts_and_responses, template=template),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+        ],
+    )
+
+
+def _prompts_and_responses(dataset: tf.data.Dataset, template: Template) -> tf.data.Dataset:
+    """{"inputs", "targets"} as text, from rows with the template's fields."""
+
+    def fill(*values: Any) -> tuple[bytes, bytes]:
+        texts = [value.decode() if isinstance(value, bytes) else value.item() for value in values]
+        try:
+            prompt, response = template.fill(dict(zip(template.fields, texts, strict=True)))
+        except NoResponse:
+            return b"", b""
+        return prompt.encode(), response.encode()
+
+    def pair(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        values = [example[field] for field in template.fields]
+        texts = tf.numpy_function(fill, values, [tf.string, tf.string], stateful=False)
+        prompt, response = (tf.ensure_shape(text, ()) for text in texts)
+        return {"inputs": prompt, "targets": response}
+
+    filled = dataset.map(pair, num_parallel_calls=tf.data.AUTOTUNE)
+    return filled.filter(lambda example: tf.strings.length(example["targets"]) > 0)
 
 
 def _features(
