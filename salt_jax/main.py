@@ -190,7 +190,7 @@ def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> N
     mine = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
     theirs = gin.get_bindings(f"{lender}.{lender}", resolve_references=False)
     for name in theirs.keys() & parameters_of(function).keys() - mine.keys():
-        if not _is_open(theirs[name]):
+        if theirs[name] is not None and not _is_open(theirs[name]):
             gin.bind_parameter(f"{verb}.{verb}.{name}", theirs[name])
 
 

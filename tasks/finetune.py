@@ -39,9 +39,7 @@ FINETUNE_GSM8K = register_response_task(
     environment.vocabulary,
     {"train": "train[2%:]", "validation": "train[:2%]", "test": "test"},
 )
-FINETUNE_XSUM = register_response_task(
-    "finetune_xsum", "xsum:1.1.0", XSUM, environment.vocabulary
-)
+FINETUNE_XSUM = register_response_task("finetune_xsum", "xsum:1.1.0", XSUM, environment.vocabulary)
 FINETUNE_CNN_DAILYMAIL = register_response_task(
     "finetune_cnn_dailymail", "cnn_dailymail:3.4.0", CNN_DAILYMAIL, environment.vocabulary
 )

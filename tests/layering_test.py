@@ -14,9 +14,9 @@ ALLOWED = {
     "main": {"commands", "command_line", "config_errors"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"}
     | {"evaluation", "verb_process"},
-    "evaluation": {"training", "distill", "models", "data"},
     "training": {"distill", "models", "data"},
     "preparation": {"distill", "models", "data"},
+    "evaluation": {"training", "preparation", "distill", "models", "data"},
     "planning": {"training", "distill", "models", "data"},
     "reporting": {"distill", "models", "data"},
     "tasks": {"preparation", "distill", "data"},

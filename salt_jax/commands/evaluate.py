@@ -1,8 +1,10 @@
-"""`salt evaluate`: how well a checkpoint predicts held-out rows, and few-shot tasks of lm-eval.
+"""`salt evaluate`: how well a checkpoint predicts held-out rows, few-shot tasks of lm-eval,
+and its own responses to prompts.
 
     salt evaluate --model=out/salt --cache=out/cache --output_dir=out/test
     salt evaluate --model=out/salt --tasks=gsm8k --tasks=ai2_arc --shots=5 --output_dir=out/few_shot
     salt evaluate --model=out/salt --tasks=salt_suite --output_dir=out/suite
+    salt evaluate --model=out/tuned --gin_file=data/responses.gin … --output_dir=out/answers
     salt evaluate --list_tasks=True --output_dir=out/suite
 
 Held-out rows give log-perplexity, bits per byte and next-token accuracy, whole and by subset. Tasks
@@ -18,18 +20,21 @@ from typing import Any
 
 import rich.console
 import rich.table
+from jax.sharding import Mesh
 
 from salt_jax.data.durable_files import write_text
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import losses
 from salt_jax.errors import InputError
+from salt_jax.evaluation.responses import Answer, Examination, Responses, mean_scores
 from salt_jax.run_folder import RunFolder, to_json
 from salt_jax.training import compilation, partitioning
-from salt_jax.training.checkpoints import find_model
+from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.evaluation import Evaluation, Evaluator
 from salt_jax.training.ledger import Cost
 
 _REQUESTS_FILE = "requests.jsonl"
+RESPONSES_FILE = "responses.jsonl"
 
 
 def evaluate(
@@ -37,6 +42,7 @@ def evaluate(
     *,
     model: str | None = None,
     cache: str | None = None,
+    responses: Responses | None = None,
     step: int | None = None,
     split: str = "test",
     rows: int | None = None,
@@ -56,12 +62,14 @@ def evaluate(
     chunk_tokens: int = losses.LossConfig.chunk_tokens,
     compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
-    """Evaluates a checkpoint on held-out rows, on few-shot tasks, or on both.
+    """Evaluates a checkpoint on held-out rows, on few-shot tasks, or by its responses.
 
     Args:
       run: The folder for the results.
       model: The run folder of the model.
       cache: A packed cache with the model's vocabulary.
+      responses: Instead of a cache, @responses.Responses(): prompts, and how to judge what the
+        model makes of them (--gin_file=data/responses.gin). Writes responses.jsonl.
       step: The checkpoint; the newest by default.
       split: "test" or "validation".
       rows: Rows to read, from the first on; all by default.
@@ -78,23 +86,34 @@ def evaluate(
         otherwise such tasks are only generated for.
       seed: Of tasks that draw tokens by lot.
       list_tasks: Print the tasks of salt_suite, or of `tasks`, with their data sets; nothing else.
-      batch_size: Rows, or sequences of tasks, at once.
+      batch_size: Rows, sequences of tasks or prompts at once.
       mesh: How many devices along each mesh axis.
       rules: From the model's logical axes to the mesh's.
       chunk_tokens: Tokens whose logits a device holds at once.
       compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
-      InputError: No such model, cache, split, task or data set, or another vocabulary.
+      InputError: No such model, cache, split, task or data set, another vocabulary, or bad examples.
     """
     if list_tasks:
         _list_tasks(tasks, task_folder)
         return
     if model is None:
         raise InputError("evaluate.evaluate.model is not set: add --model=VALUE.")
+    if responses is not None and (cache is not None or tasks):
+        raise InputError(
+            "Responses are asked for beside a cache or tasks: leave out --cache and --tasks, or "
+            "data/responses.gin."
+        )
+    if responses is not None:
+        compilation.use_compilation_cache(compilation_cache)
+        saved = find_model(model, step, "model")
+        _examine(run, responses, saved, mesh.make(), rules, batch_size)
+        return
     if cache is None and not tasks:
         raise InputError(
-            "There is nothing to evaluate on: add --cache=FOLDER, --tasks=NAME or both."
+            "There is nothing to evaluate on: add --cache=FOLDER, --tasks=NAME or both, or "
+            "--gin_file=data/responses.gin."
         )
     packed = PackedCache.open(cache) if cache is not None else None
     saved = find_model(model, step, "model", packed)
@@ -193,6 +212,47 @@ def _print_tasks(results: Mapping[str, Any], title: str) -> None:
             first = ("", "", "")
         if not result.metrics and result.documents is not None:
             table.add_row(*first, "generated, not scored", "", "")
+    rich.console.Console().print(table)
+
+
+def _examine(
+    run: RunFolder,
+    responses: Responses,
+    saved: SavedModel,
+    mesh: Mesh,
+    rules: partitioning.Rules,
+    batch_size: int,
+) -> None:
+    examination = Examination(responses, saved, mesh, rules, batch_size)
+    run.begin()
+    params = saved.load_params(mesh, rules)
+    start = time.perf_counter()
+    answers = examination(params)
+    seconds = time.perf_counter() - start
+    scores = mean_scores(answers)
+    _print_answers(answers, scores, f"{saved.path} at step {saved.step}")
+    if examination.cut_prompts:
+        print(f"{examination.cut_prompts:,} prompts were too long and lost their beginning.")
+    lines = [to_json(dataclasses.asdict(answer)) for answer in answers]
+    write_atomically(run.path / RESPONSES_FILE, "\n".join(lines) + "\n")
+    run.write_summary(
+        {
+            "model": saved.identity,
+            "metric": responses.metric,
+            "examples": len(answers),
+            "cut_prompts": examination.cut_prompts,
+            **scores,
+            "seconds": seconds,
+        }
+    )
+
+
+def _print_answers(answers: Sequence[Answer], scores: dict[str, float], title: str) -> None:
+    table = rich.table.Table(title=title)
+    table.add_column("")
+    table.add_column(f"mean of {len(answers):,}", justify="right")
+    for name, score in scores.items():
+        table.add_row(name, f"{score:.2%}")
     rich.console.Console().print(table)
 
 

@@ -351,7 +351,7 @@ def _print_counts(cache: PackedCache, seconds: float) -> None:
         if count := info["duplicate_documents"]:
             done = "Left out" if cache.manifest["drop_duplicates"] else "Kept"
             print(f"{done} {count:,} documents of {name} whose text an earlier one has.")
-        if count := _long_documents(cache).get(name):
+        if count := _long_documents(cache).get(name, 0):
             done = "Dropped" if cache.manifest["long_documents"]["handling"] == "drop" else "Cut"
             print(
                 f"{done} {count:,} documents of {name} longer than {cache.sequence_length} tokens."

@@ -40,7 +40,6 @@ from salt_jax.training.train_state import StateLayout, make_layout
 
 # What sets the settings that no flag can.
 FROM_FILES = {
-    "model": "models/llm_mini.gin",
     "optimizer": "runs/pretrain.gin",
     "schedule": "methods/baseline.gin",
     "loss": "methods/baseline.gin",
@@ -60,7 +59,7 @@ MAY_CHANGE = (
 def train(
     run: RunFolder,
     *,
-    model: DecoderConfig,
+    model: DecoderConfig | None = None,
     cache: str | Sequence[str],
     steps: int,
     batch_size: int,
@@ -99,7 +98,8 @@ def train(
 
     Args:
       run: The folder for checkpoints, metrics and results.
-      model: The student; its vocab_size is the cache's where it is not set.
+      model: The student, the initial model's shape by default; its vocab_size is the cache's where
+        it is not set.
       cache: A folder made by `salt prepare`; several are mixed (repeat the flag).
       steps: Updates of the whole run.
       batch_size: B, rows of the global batch; may change when a run goes on.
@@ -143,7 +143,8 @@ def train(
     """
     caches = Caches.open(cache, cache_weights)
     packed = caches.first
-    config = _student(model, packed)
+    initial_model = find_model(initial, initial_step, "initial", packed) if initial else None
+    config = _student(model, initial_model, packed)
     device_mesh = mesh.make()
     _check_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
     _check_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
@@ -193,7 +194,7 @@ def train(
         teacher_dtype=teacher_dtype,
         teacher_rules=teacher_rules,
         scoring=_scoring_cost(selected, labels, arm),
-        initial=_initial(initial, initial_step, config, packed),
+        initial=initial_model,
         microbatches=microbatches,
         stage1_microbatches=stage1_microbatches,
         evaluate_every=evaluate_every,
@@ -227,7 +228,17 @@ def _position(run: RunFolder) -> Position:
     return Position(steps[-1], rows["stage1"], rows["stage2"])
 
 
-def _student(model: DecoderConfig, cache: PackedCache) -> DecoderConfig:
+def _student(
+    model: DecoderConfig | None, initial: SavedModel | None, cache: PackedCache
+) -> DecoderConfig:
+    if model is None:
+        if initial is None:
+            raise InputError(
+                "train.train.model is not set, and there is no initial model whose shape it could "
+                "take: add a gin file that sets it (--gin_file=models/llm_mini.gin, say), or "
+                "--initial=RUN."
+            )
+        return initial.config
     if model.vocab_size not in (None, cache.vocabulary_size):
         raise InputError(
             f"DecoderConfig.vocab_size is {model.vocab_size} and the vocabulary of the cache "
@@ -238,6 +249,11 @@ def _student(model: DecoderConfig, cache: PackedCache) -> DecoderConfig:
         raise InputError(
             f"The cache {cache.path} has rows of {cache.sequence_length} tokens and "
             f"DecoderConfig.max_length is {model.max_length}: raise it, or prepare shorter rows."
+        )
+    if initial is not None and _shape(initial.config) != _shape(model):
+        raise InputError(
+            f"The initial model {initial.path} is a {initial.config} and the student a {model}: "
+            "give the student the same shape, or leave train.train.model unset."
         )
     return model
 
@@ -403,20 +419,6 @@ def _shape(config: DecoderConfig) -> DecoderConfig:
         param_dtype="float32",
         attention_backend="xla",
     )
-
-
-def _initial(
-    path: str | None, step: int | None, config: DecoderConfig, cache: PackedCache
-) -> SavedModel | None:
-    if path is None:
-        return None
-    model = find_model(path, step, "initial", cache)
-    if _shape(model.config) != _shape(config):
-        raise InputError(
-            f"The initial model {path} is a {model.config} and the student a {config}: give the "
-            "student the same shape."
-        )
-    return model
 
 
 def _describe(setup: TrainingSetup) -> None:

@@ -4,8 +4,8 @@ In: two texts. Out: scores by name, each 0 to 1, whose means over a data set are
 
     number  exact_match: whether the numbers behind "####" are equal (GSM8K); answered: whether
             the generated text has one
-    rouge   rouge1, rouge2, rougeL and rougeLsum: F-measures over stemmed words (XSum, CNN/DailyMail);
-            rougeLsum takes each line for a sentence
+    rouge   rouge1, rouge2, rougeL and rougeLsum: F-measures over stemmed words (XSum,
+            CNN/DailyMail); rougeLsum takes each line for a sentence
     label   accuracy: whether the texts are equal (ANLI), case, white space at the ends and a last
             full stop aside
 """

@@ -148,6 +148,6 @@ def needed_libraries() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise InputError(
-            f"`salt prepare` needs the library {error.name} for this text, which is not installed: "
+            f"This text needs the library {error.name}, which is not installed: "
             "pip install 'salt_jax[prepare]'."
         ) from error
