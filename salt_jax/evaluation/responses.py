@@ -121,6 +121,8 @@ class Examination:
             saved.config, self._vocabulary, mesh, rules, batch_size=batch_size
         )
         self.examples = responses.read()
+        for example in self.examples:  # a bad reference, or no library, before hours of generating
+            METRICS[responses.metric]("", example.text)
         room = saved.config.max_length - 1 - responses.max_new_tokens  # 1 for the start
         if room < 1:
             raise InputError(
