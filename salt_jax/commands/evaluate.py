@@ -93,28 +93,19 @@ def evaluate(
       compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
-      InputError: No such model, cache, split, task or data set, another vocabulary, or bad examples.
+      InputError: No such model, cache, split, task or data set, another vocabulary, bad examples.
     """
     if list_tasks:
         _list_tasks(tasks, task_folder)
         return
     if model is None:
         raise InputError("evaluate.evaluate.model is not set: add --model=VALUE.")
-    if responses is not None and (cache is not None or tasks):
-        raise InputError(
-            "Responses are asked for beside a cache or tasks: leave out --cache and --tasks, or "
-            "data/responses.gin."
-        )
+    _check_what(cache, tasks, responses)
     if responses is not None:
         compilation.use_compilation_cache(compilation_cache)
         saved = find_model(model, step, "model")
         _examine(run, responses, saved, mesh.make(), rules, batch_size)
         return
-    if cache is None and not tasks:
-        raise InputError(
-            "There is nothing to evaluate on: add --cache=FOLDER, --tasks=NAME or both, or "
-            "--gin_file=data/responses.gin."
-        )
     packed = PackedCache.open(cache) if cache is not None else None
     saved = find_model(model, step, "model", packed)
     if batch_size < 1 or (rows is not None and rows < 1):
@@ -163,13 +154,25 @@ def evaluate(
             results, samples = few_shot.tasks.evaluate(
                 harness, few_shot.loaded, shots=shots, limit=limit
             )
-        if save_samples:
-            for name, records in samples.items():
-                lines = "".join(f"{to_json(record)}\n" for record in records)
-                write_text(run.path / f"samples_{name.replace('/', '_')}.jsonl", lines)
+        for name, records in samples.items() if save_samples else ():
+            lines = "".join(f"{to_json(record)}\n" for record in records)
+            write_text(run.path / f"samples_{name.replace('/', '_')}.jsonl", lines)
         _print_tasks(results, f"{saved.path} at step {saved.step}")
         summary["few_shot"] = {name: result.to_json() for name, result in results.items()}
     run.write_summary(summary)
+
+
+def _check_what(cache: str | None, tasks: Sequence[str], responses: Responses | None) -> None:
+    if responses is not None and (cache is not None or tasks):
+        raise InputError(
+            "Responses are asked for beside a cache or tasks: leave out --cache and --tasks, or "
+            "data/responses.gin."
+        )
+    if responses is None and cache is None and not tasks:
+        raise InputError(
+            "There is nothing to evaluate on: add --cache=FOLDER, --tasks=NAME or both, or "
+            "--gin_file=data/responses.gin."
+        )
 
 
 def _list_tasks(names: Sequence[str], folder: str | None) -> None:
@@ -234,7 +237,7 @@ def _examine(
     if examination.cut_prompts:
         print(f"{examination.cut_prompts:,} prompts were too long and lost their beginning.")
     lines = [to_json(dataclasses.asdict(answer)) for answer in answers]
-    write_atomically(run.path / RESPONSES_FILE, "\n".join(lines) + "\n")
+    write_text(run.path / RESPONSES_FILE, "\n".join(lines) + "\n")
     run.write_summary(
         {
             "model": saved.identity,

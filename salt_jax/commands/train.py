@@ -238,7 +238,7 @@ def _student(
                 "take: add a gin file that sets it (--gin_file=models/llm_mini.gin, say), or "
                 "--initial=RUN."
             )
-        return initial.config
+        model = initial.config
     if model.vocab_size not in (None, cache.vocabulary_size):
         raise InputError(
             f"DecoderConfig.vocab_size is {model.vocab_size} and the vocabulary of the cache "
@@ -250,7 +250,7 @@ def _student(
             f"The cache {cache.path} has rows of {cache.sequence_length} tokens and "
             f"DecoderConfig.max_length is {model.max_length}: raise it, or prepare shorter rows."
         )
-    if initial is not None and _shape(initial.config) != _shape(model):
+    if initial is not None and initial.config.shape != model.shape:
         raise InputError(
             f"The initial model {initial.path} is a {initial.config} and the student a {model}: "
             "give the student the same shape, or leave train.train.model unset."
@@ -404,21 +404,6 @@ def _origin(
         "schedule": {type(schedule).__name__: vars(schedule)},
         "teacher": taught_by,
     }
-
-
-def _shape(config: DecoderConfig) -> DecoderConfig:
-    """Without what says how to compute and not what, and each size said in one way."""
-    return dataclasses.replace(
-        config,
-        vocab_multiple=config.padded_vocab_size,
-        max_length=1,
-        num_kv_heads=config.kv_heads,
-        head_dim=config.head_width,
-        remat="none",
-        dtype="float32",
-        param_dtype="float32",
-        attention_backend="xla",
-    )
 
 
 def _describe(setup: TrainingSetup) -> None:

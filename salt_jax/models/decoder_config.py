@@ -136,6 +136,21 @@ class DecoderConfig:
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def shape(self) -> "DecoderConfig":
+        """Without what says how to compute and not what, and each size said in one way."""
+        return dataclasses.replace(
+            self,
+            vocab_multiple=self.padded_vocab_size,
+            max_length=1,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_width,
+            remat="none",
+            dtype="float32",
+            param_dtype="float32",
+            attention_backend="xla",
+        )
+
+    @property
     def num_matmul_parameters(self) -> int:
         """Parameters in matrix products: all kernels and the head, not the embedding look-up."""
         attention_kernels = 2 * self.embed_dim * self.head_width * (self.num_heads + self.kv_heads)

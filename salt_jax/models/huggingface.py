@@ -353,7 +353,7 @@ def _value(settings: Mapping[str, Any], field: str, default: Any, where: str) ->
     if isinstance(default, bool):
         kinds = (bool,)
     is_kind = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
-    if not is_kind or not abs(value) < 2**31:
+    if not is_kind or value is None or not abs(value) < 2**31:
         raise InputError(
             f"{where} sets {field} to {value!r}, expected "
             f"{'a truth value' if bool in kinds else 'a number below 2³¹'}: download the folder "

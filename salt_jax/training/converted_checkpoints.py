@@ -67,7 +67,7 @@ class _LeafHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
         async with self._turn:  # Orbax would write all leaves at once
             spec = tensorstore.Spec(tspec)
             array = await tensorstore.open(spec, create=True, open=True, context=ts_context)
-            steps = array.chunk_layout.write_chunk.shape
+            steps: Any = array.chunk_layout.write_chunk.shape
             rows, values = slice(0, 0), np.empty(0)
             corners = (range(0, n, step) for n, step in zip(array.shape, steps, strict=True))
             for corner in itertools.product(*corners):
