@@ -56,7 +56,7 @@ class _Leaf:
         self.nbytes = self.size * self.dtype.itemsize
 
 
-class _LeafHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
+class _LeafHandler(type_handlers.NumpyHandler):
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()
@@ -68,13 +68,12 @@ class _LeafHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
             spec = tensorstore.Spec(tspec)
             array = await tensorstore.open(spec, create=True, open=True, context=ts_context)
             steps: Any = array.chunk_layout.write_chunk.shape
+            blocks = (
+                [slice(start, min(start + step, size)) for start in range(0, size, step)]
+                for size, step in zip(array.shape, steps, strict=True)
+            )
             rows, values = slice(0, 0), np.empty(0)
-            corners = (range(0, n, step) for n, step in zip(array.shape, steps, strict=True))
-            for corner in itertools.product(*corners):
-                block = tuple(
-                    slice(start, min(start + step, n))
-                    for start, step, n in zip(corner, steps, array.shape, strict=True)
-                )
+            for block in itertools.product(*blocks):
                 if block[0] != rows:
                     rows, values = block[0], np.empty(0)  # let go before there is more
                     values = value.read(rows)
@@ -100,13 +99,7 @@ def save_streamed(
         (jax.Array, type_handlers.ArrayHandler()), (_Leaf, _LeafHandler())
     )
     tree = traverse_util.unflatten_dict({path: _Leaf(leaf) for path, leaf in parameters.items()})
-    save_args = jax.tree.map(
-        lambda leaf: ocp.SaveArgs(
-            chunk_byte_size=_CHUNK_BYTES if leaf.nbytes > _CHUNK_BYTES else None,
-            shard_axes=(0,),  # a chunk is some rows or layers, or a part of one
-        ),
-        tree,
-    )
+    save_args = jax.tree.map(_chunks, tree)
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         progress=ocp.JsonCheckpointHandler(),
@@ -119,6 +112,14 @@ def save_streamed(
                 progress=ocp.args.JsonSave(dict(progress)),
             ),
         )
+
+
+def _chunks(leaf: _Leaf) -> ocp.SaveArgs:
+    if leaf.nbytes <= _CHUNK_BYTES:
+        return ocp.SaveArgs()
+    # A kernel's chunk is of one layer; a table's, of some rows, which its longer axis is.
+    axes = (0,) if leaf.ndim > 2 else ()
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
 
 
 def read_parameter(
