@@ -108,10 +108,10 @@ def evaluate(
         return
     packed = PackedCache.open(cache) if cache is not None else None
     saved = find_model(model, step, "model", packed)
-    if batch_size < 1 or (rows is not None and rows < 1):
-        raise InputError(f"batch_size is {batch_size} and rows {rows}: both must be at least 1.")
-    if chunk_tokens < 1:
-        raise InputError(f"chunk_tokens is {chunk_tokens} and must be at least 1.")
+    _check_counts(batch_size=batch_size, rows=rows, chunk_tokens=chunk_tokens, limit=limit)
+    _check_counts(max_new_tokens=max_new_tokens)
+    if shots is not None and shots < 0:
+        raise InputError(f"shots is {shots} and can't be below 0.")
     device_mesh = mesh.make()
     where = (device_mesh, rules, batch_size, chunk_tokens)
     evaluator = None
@@ -121,13 +121,6 @@ def evaluate(
         )
     few_shot = None
     if tasks:
-        for name, value, least in (
-            ("shots", shots, 0),
-            ("limit", limit, 1),
-            ("max_new_tokens", max_new_tokens, 1),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value} and must be at least {least}.")
         few_shot = _few_shot().FewShot(saved, tasks, task_folder, allow_code_execution)
     run.begin()
     compilation.use_compilation_cache(compilation_cache)
@@ -173,6 +166,12 @@ def _check_what(cache: str | None, tasks: Sequence[str], responses: Responses | 
             "There is nothing to evaluate on: add --cache=FOLDER, --tasks=NAME or both, or "
             "--gin_file=data/responses.gin."
         )
+
+
+def _check_counts(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
 
 
 def _list_tasks(names: Sequence[str], folder: str | None) -> None:

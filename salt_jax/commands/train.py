@@ -151,8 +151,7 @@ def train(
     _check_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
     _check_seeds(max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
     _check_keep_steps(checkpoints, steps)
-    parts = microbatches, stage1_microbatches or microbatches
-    _check_batch(batch_size, parts, device_mesh)
+    parts = _check_batch(batch_size, (microbatches, stage1_microbatches), device_mesh)
     stage1_steps = schedule.distill_steps(steps)
     start = _position(run)
     selected = _selection(selection, selection_steps, stage1_steps)
@@ -278,15 +277,20 @@ def _check_keep_steps(checkpoints: CheckpointConfig, steps: int) -> None:
         )
 
 
-def _check_batch(batch_size: int, parts: Sequence[int], mesh: jax.sharding.Mesh) -> None:
+def _check_batch(
+    batch_size: int, microbatches: tuple[int, int | None], mesh: jax.sharding.Mesh
+) -> tuple[int, int]:
+    """The microbatches of a plain step and of one with a teacher."""
+    plain, stage1 = microbatches
     divisor = partitioning.batch_divisor(mesh)
-    for microbatches in parts:
-        if batch_size % (divisor * microbatches):
+    for parts in (plain, stage1 or plain):
+        if batch_size % (divisor * parts):
             raise InputError(
-                f"batch_size {batch_size} can't be split over {divisor} devices in {microbatches} "
+                f"batch_size {batch_size} can't be split over {divisor} devices in {parts} "
                 "microbatches: make it a multiple of devices × microbatches, or change "
                 "microbatches or the mesh."
             )
+    return plain, stage1 or plain
 
 
 def _selection(
