@@ -1,0 +1,97 @@
+"""A small model as the harness asks it; data sets from local files alone."""
+
+import os
+import tempfile
+
+_hub = tempfile.TemporaryDirectory(prefix="salt_jax_hub_")
+os.environ["HF_HOME"] = _hub.name
+os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import pytest
+
+from salt_jax.data.vocabularies import ByteVocabulary, Vocabulary
+from salt_jax.models import decoder
+
+from lm_eval.tasks._index import TaskIndex
+
+from salt_jax.evaluation.continuations import Continuations
+from salt_jax.evaluation.harness import HarnessModel
+from salt_jax.evaluation.likelihood import Scorer
+from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.training.generation import Generator
+from salt_jax.training.partitioning import MeshConfig, param_shardings
+
+CONFIG = decoder.DecoderConfig(
+    embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=96, vocab_size=259
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _index_once() -> Iterator[None]:
+    """lm-eval reads its 14,000 files of tasks once, and not for each test."""
+    read, whole = TaskIndex.build, {}
+
+    def build(paths: Any, **settings: Any) -> Any:
+        index = {}
+        for path in paths:
+            if "lm_eval" not in str(path):
+                index |= read([path])
+            elif path not in whole:
+                whole[path] = read([path])
+            index = {**whole.get(path, {}), **index}
+        return index
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build))
+        yield
+
+
+@pytest.fixture(scope="session")
+def params() -> Any:
+    """Of CONFIG, large enough that tokens differ in likelihood; on one device."""
+    fresh = nn.unbox(decoder.init_params(CONFIG, jax.random.key(3)))
+    return jax.tree.map(lambda x: 3.0 * x, fresh)
+
+
+@pytest.fixture
+def harness(params: Any, tmp_path: pathlib.Path) -> Iterator[Callable[..., HarnessModel]]:
+    """Makes harness models of CONFIG, or of another model."""
+    logs = []
+
+    def make(
+        config: decoder.DecoderConfig = CONFIG,
+        params: Any = params,
+        vocabulary: Vocabulary | None = None,
+        mesh: MeshConfig | None = None,
+        log: str = "requests.jsonl",
+        batch_size: int = 4,
+        prepend_start: bool = True,
+        max_new_tokens: int | None = None,
+    ) -> HarnessModel:
+        vocabulary = vocabulary or ByteVocabulary()
+        devices = jax.devices() if mesh else jax.devices()[:1]
+        grid = (mesh or MeshConfig(fsdp=1)).make(devices)
+        placed = jax.device_put(params, param_shardings(decoder.abstract_params(config), grid))
+        generator = Generator(config, vocabulary, grid, batch_size=batch_size)
+        opened = RequestLog(tmp_path / log, {"prepend_start": prepend_start}).__enter__()
+        logs.append(opened)
+        return HarnessModel(
+            Scorer(config, placed, grid, batch_size=batch_size, chunk_tokens=64),
+            Continuations(generator, placed, prepend_start),
+            vocabulary,
+            config.max_length,
+            opened,
+            batch_size=batch_size,
+            prepend_start=prepend_start,
+            max_new_tokens=max_new_tokens,
+        )
+
+    yield make
+    for opened in logs:
+        opened.__exit__(None, None, None)

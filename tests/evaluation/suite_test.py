@@ -1,0 +1,288 @@
+"""Every task of salt_suite on rows of its data set's schema; no data set is downloaded."""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from salt_jax.errors import InputError
+from salt_jax.evaluation.harness import HarnessModel
+from salt_jax.evaluation.harness_tasks import SUITE, Tasks
+from salt_jax.evaluation.tasks import programs, reading, summaries
+
+ARTICLE = "Salt is a mineral. It is won from the sea and from mines."
+QUESTION = "What is salt?"
+GLUE = {"idx": 0, "label": 1}
+ARC = {"id": "a1", "question": QUESTION, "answerKey": "B"}
+ARC["choices"] = {"text": ["a plant", "a mineral"], "label": ["A", "B"]}
+RACE = {"question": QUESTION, "answer": "B", "options": ["a plant", "a mineral", "a fish", "air"]}
+ANSWERS = {"text": ["a mineral"], "answer_start": [8]}
+SQUAD = {"title": "Salt", "context": ARTICLE, "question": QUESTION, "answers": ANSWERS}
+SUMMARY = "Salt comes from the sea and from mines."
+
+# As the Hub has them; labels are class labels there, whole numbers here.
+ROWS: dict[str, dict[str, Any]] = {
+    "triviaqa": {
+        "question": QUESTION,
+        "question_id": "q1",
+        "question_source": "local",
+        "answer": {
+            "aliases": ["mineral", "a mineral"],
+            "normalized_aliases": ["mineral"],
+            "matched_wiki_entity_name": "",
+            "normalized_matched_wiki_entity_name": "",
+            "normalized_value": "mineral",
+            "type": "WikipediaEntity",
+            "value": "mineral",
+        },
+    },
+    "nq_open": {"question": "what is salt", "answer": ["a mineral", "mineral"]},
+    "webqs": {"url": "local", "question": QUESTION, "answers": ["Mineral", "Rock"]},
+    "tydiqa_goldp_en": {**SQUAD, "id": "english-1-0"},
+    "salt_race_middle": {**RACE, "example_id": "middle1.txt", "article": ARTICLE},
+    "race": {"article": ARTICLE, "problems": str([RACE, RACE])},
+    "salt_squadv2": {**SQUAD, "id": "s1"},
+    "arc_easy": ARC,
+    "arc_challenge": ARC,
+    "hellaswag": {
+        "ind": 4,
+        "activity_label": "Cooking",
+        "ctx_a": "A pot stands there.",
+        "ctx_b": "the cook",
+        "ctx": "A pot stands there. the cook",
+        "endings": ["adds salt.", "[step] sleeps.", "flies.", "is a pot."],
+        "source_id": "local",
+        "split": "val",
+        "split_type": "indomain",
+        "label": "0",
+    },
+    "winogrande": {
+        "sentence": "The soup lacked salt, so the _ added some.",
+        "option1": "cook",
+        "option2": "spoon",
+        "answer": "1",
+    },
+    "piqa": {"goal": "Melt ice", "sol1": "Use salt.", "sol2": "Use ice.", "label": 0},
+    "social_iqa": {
+        "context": "Kim salted the soup.",
+        "question": "Why?",
+        "answerA": "for taste",
+        "answerB": "for colour",
+        "answerC": "for fun",
+        "label": "1",
+    },
+    "lambada_openai": {"text": "The cook tasted the soup and reached for the salt"},
+    "boolq": {**GLUE, "question": "is salt a mineral", "passage": ARTICLE},
+    "cb": {**GLUE, "premise": ARTICLE, "hypothesis": "Salt is a plant"},
+    "copa": {
+        **GLUE,
+        "premise": "The soup was bland.",
+        "choice1": "It had salt.",
+        "choice2": "It lacked salt.",
+        "question": "cause",
+    },
+    "multirc": {
+        "paragraph": ARTICLE,
+        "question": QUESTION,
+        "answer": "a mineral",
+        "idx": {"paragraph": 0, "question": 0, "answer": 0},
+        "label": 1,
+    },
+    "record": {
+        "passage": "Kim sells salt.\n@highlight\nSalt is sold by Kim\n@highlight\nLee buys it",
+        "query": "@placeholder sells salt.",
+        "entities": ["Kim", "Lee"],
+        "entity_spans": {"text": ["Kim", "Lee"], "start": [0, 60], "end": [3, 63]},
+        "answers": ["Kim"],
+        "idx": {"passage": 0, "query": 0},
+    },
+    "sglue_rte": {**GLUE, "premise": ARTICLE, "hypothesis": "Salt is a plant."},
+    "wic": {
+        **GLUE,
+        "word": "salt",
+        "sentence1": "Pass the salt.",
+        "sentence2": "An old salt told tales.",
+        "start1": 9,
+        "start2": 7,
+        "end1": 13,
+        "end2": 11,
+    },
+    "wsc": {
+        **GLUE,
+        "text": "The cook salted the soup because it was bland.",
+        "span1_index": 4,
+        "span2_index": 6,
+        "span1_text": "the soup",
+        "span2_text": "it",
+    },
+    "salt_xlsum": {"id": "1", "url": "u", "title": "Salt", "summary": SUMMARY, "text": ARTICLE},
+    "salt_xsum": {"document": ARTICLE, "summary": SUMMARY, "id": "1"},
+    "salt_wikilingua": {
+        "gem_id": "w-1",
+        "gem_parent_id": "w-1",
+        "source_language": "en",
+        "target_language": "en",
+        "source": ARTICLE,
+        "target": SUMMARY,
+        "references": [SUMMARY],
+    },
+    "salt_mbpp": {
+        "task_id": 2,
+        "text": "Write a function to add.",
+        "code": "def add(a, b):\n  return a + b",
+        "test_list": [f"assert add({n}, 1) == {n + 1}" for n in range(3)],
+        "test_setup_code": "",
+        "challenge_test_list": [],
+    },
+}
+SPLITS = ("train", "validation", "test", "prompt")
+
+
+def changes(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What makes tasks read two rows each from files, in every split."""
+    local = {}
+    for name in names:
+        file = folder / f"{name}.jsonl"
+        file.write_text(f"{json.dumps(ROWS[name])}\n" * 2)
+        files = dict.fromkeys(SPLITS, str(file))
+        settings = {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        local[name] = {"dataset_path": "json", **settings}
+    return local
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Tasks:
+    return Tasks()
+
+
+def test_the_rows_are_of_every_task_of_the_suite(tasks: Tasks) -> None:
+    found = {one.task: one for one in tasks.data_sets(SUITE)}
+    assert found.keys() == ROWS.keys()
+    assert all(one.path for one in found.values())
+    assert (found["race"].path, found["race"].name) == ("EleutherAI/race", "high")
+    assert (found["salt_race_middle"].path, found["salt_race_middle"].name) == (
+        "ehovy/race",
+        "middle",
+    )
+
+
+class _Scripted(HarnessModel):
+    """Gives every request the same answer, and keeps what was asked."""
+
+    def __init__(self, text: str = "a mineral") -> None:
+        self.asked: list[Any] = []
+        self._text = text
+        self._rank, self._world_size = 0, 1
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self.asked += [request.args for request in requests]
+        return [(-float(len(request.args[1])), True) for request in requests]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self.asked += [request.args for request in requests]
+        return [self._text] * len(requests)
+
+
+def test_every_task_of_the_suite_runs(tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    model = _Scripted()
+    results, samples = tasks.evaluate(
+        model, tasks.load_changed(changes(tmp_path, list(ROWS))), shots=1
+    )
+    assert results.keys() - {"changed"} == ROWS.keys() == samples.keys()
+    for name in ROWS.keys() - {"salt_mbpp"}:
+        assert results[name].metrics, name
+        assert results[name].documents == (1 if name == "salt_race_middle" else 2)
+    values = {
+        (name, metric): value
+        for name, result in results.items()
+        for metric, (value, _) in result.metrics.items()
+    }
+    # "a mineral" is what was generated, and the shortest choice the likeliest one.
+    for name in ("triviaqa", "nq_open"):
+        assert values[name, "exact_match,remove_whitespace"] == 1
+    assert values["tydiqa_goldp_en", "f1"] == values["salt_squadv2", "f1"] == 1
+    assert values["salt_race_middle", "acc"] == values["arc_easy", "acc"] == 0
+    assert values["hellaswag", "acc"] == 0
+    assert values["boolq", "acc"] == 0  # " no" is shorter than " yes", and the label is yes
+    assert 0 < values["salt_xsum", "rouge1"] < 0.5 or values["salt_xsum", "rouge1"] == 0
+    # What nobody allowed is generated and not scored.
+    assert not results["salt_mbpp"].metrics
+    assert [sample["answer"] for sample in samples["salt_mbpp"]] == ["a mineral"] * 2
+    prompts = [context for context, *_ in model.asked if "Your code should pass" in context]
+    assert len(prompts) == 2
+    assert prompts[0].count("[DONE]") == 2  # its own examples, of which the file has two
+    # RACE-M as lm-eval's RACE-H: the questions before the last one are answered in the prompt.
+    assert any(
+        context.count(QUESTION) >= 1 and "Article:" in context for context, *_ in model.asked
+    )
+
+
+def test_code_is_executed_where_it_is_allowed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    tasks = Tasks(allow_code_execution=True)
+    results = []
+    for code in ("def add(a, b):\n  return a + b", "def add(a, b):\n  return a * b"):
+        loaded = tasks.load_changed(changes(tmp_path, ["salt_mbpp"]))
+        found, _ = tasks.evaluate(_Scripted(code), loaded)
+        results.append(found["salt_mbpp"].metrics["pass_at_1"][0])
+    assert results == [1, 0]
+
+
+def test_programs_see_neither_this_process_nor_its_folder() -> None:
+    tests = "import os, sys\nassert not os.listdir('.') and 'PYTHONPATH' not in os.environ"
+    assert programs.pass_at_1([tests], [""]) == 1
+    assert programs.pass_at_1(["", ""], ["x = 1", "raise SystemExit(3)"]) == 0.5
+
+
+def test_squad_counts_unanswerable_as_no_answer() -> None:
+    none, some = {"answers": {"text": []}}, {"answers": ANSWERS}
+    assert reading.squad_results(none, ["unanswerable"]) == {"exact": 1, "f1": 1}
+    assert reading.squad_results(none, ["a mineral"]) == {"exact": 0, "f1": 0}
+    assert reading.squad_results(some, ["unanswerable"]) == {"exact": 0, "f1": 0}
+    assert reading.squad_results(some, ["The Mineral."]) == {"exact": 1, "f1": 1}
+    half = reading.squad_results(some, ["mineral water"])
+    assert half == {"exact": 0, "f1": pytest.approx(2 / 3)}
+
+
+def test_rouge_of_a_summary() -> None:
+    same = summaries.rouge({"summary": SUMMARY}, [SUMMARY])
+    assert same == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
+    turned = summaries.rouge({"target": "salt from the sea"}, ["sea the from salt"])
+    assert turned["rouge1"] == 1
+    assert turned["rouge2"] == 0
+    assert turned["rougeL"] == pytest.approx(0.25)
+
+
+def test_names_and_data_sets_that_are_not_there(tasks: Tasks) -> None:
+    with pytest.raises(InputError, match=r"no task arc_eazy \(nearest: arc_easy\)"):
+        tasks.load(["arc_eazy"])
+    with pytest.raises(InputError) as caught:
+        tasks.load(["arc_challenge"])
+    message = str(caught.value)
+    assert "load_dataset('allenai/ai2_arc', 'ARC-Challenge')" in message
+    assert "HF_DATASETS_CACHE" in message
+    assert "dataset_path" in message
+    assert "\n" not in message
+    with pytest.raises(InputError, match="mbpp executes code already when it is loaded"):
+        tasks.load(["mbpp"])
+    with pytest.raises(InputError, match="task_folder is nowhere"):
+        Tasks("nowhere")
+
+
+Make = Callable[..., HarnessModel]
+
+
+def test_a_real_model_answers_every_kind_of_task(
+    harness: Make, tasks: Tasks, tmp_path: pathlib.Path
+) -> None:
+    names = ["piqa", "lambada_openai", "nq_open"]
+    results, samples = tasks.evaluate(
+        harness(max_new_tokens=4), tasks.load_changed(changes(tmp_path, names))
+    )
+    assert 0 <= results["piqa"].metrics["acc"][0] <= 1
+    assert results["lambada_openai"].metrics["perplexity"][0] > 1
+    assert len(samples["nq_open"]) == 2
