@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """A small model as the harness asks it; data sets from local files alone."""
 
 import os
@@ -14,16 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import pytest
-
-from salt_jax.data.vocabularies import ByteVocabulary, Vocabulary
-from salt_jax.models import decoder
-
 from lm_eval.tasks._index import TaskIndex
 
+from salt_jax.data.vocabularies import ByteVocabulary, Vocabulary
 from salt_jax.evaluation.continuations import Continuations
 from salt_jax.evaluation.harness import HarnessModel
 from salt_jax.evaluation.likelihood import Scorer
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.models import decoder
 from salt_jax.training.generation import Generator
 from salt_jax.training.partitioning import MeshConfig, param_shardings
 
