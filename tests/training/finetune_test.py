@@ -129,7 +129,7 @@ def test_packed_and_unpacked_examples_have_the_same_loss(
 def test_a_teacher_teaches_responses_alone(
     run_train: Run, trained: pathlib.Path, slm: pathlib.Path, examples: PackedCache
 ) -> None:
-    """One step of 8 whole epochs, a row to a device: its means are those of both evaluations,
+    """One step of 8 whole epochs: its means are those of both models' evaluations,
     over the tokens with weight."""
     omega = 0.6
     run = run_train(
