@@ -178,6 +178,23 @@ def test_objectives() -> None:
     assert ".reserved = 256" in text("data/pile.gin")
 
 
+def test_fine_tuning_takes_the_initial_models_shape() -> None:
+    files = ("--gin_file=runs/finetune.gin", "--gin_file=methods/finetune.gin", "--steps=10")
+    seen = settings("train", *files, "--cache=CACHE", "--initial=RUN")
+    assert (seen["model"], seen["initial"], seen["arm"]) == (None, "RUN", "finetune")
+    assert isinstance(seen["schedule"], schedules.NoDistillation)
+    with pytest.raises(InputError, match=r"initial must be set .*--initial=VALUE"):
+        settings("train", *files, "--cache=CACHE")
+    teacher = ("--gin_file=methods/salt.gin", "--gin.N_KD=5", "--teacher=SLM")
+    seen = settings("train", *files, "--cache=CACHE", "--initial=RUN", *teacher)
+    assert (seen["arm"], seen["schedule"].n_kd) == ("salt", 5)
+    own = ("--gin_file=models/llm_mini.gin", "--gin.train.train.model=@decoder.DecoderConfig()")
+    seen = settings("train", *files, "--cache=CACHE", "--initial=RUN", *own)
+    assert seen["model"].embed_dim == 160
+    with pytest.raises(InputError, match=r"plan\.plan\.model is not set"):
+        settings("plan", *files)
+
+
 def test_caches_are_named_by_repeated_flags() -> None:
     train = [*PRETRAIN[:-3], "--steps=1", "--batch_size=1", "--gin_file=models/slm_smoke.gin"]
     assert settings(*train, "--cache=A")["cache"] == "A"

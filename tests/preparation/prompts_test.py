@@ -120,9 +120,12 @@ def test_a_cache_of_examples(tmp_path, kind):
         _write(path, EXAMPLES)
     files = TextFiles(train=str(path), validation_fraction=0.2, template=GSM8K)
     cache = _prepare(tmp_path / "cache", files)
-    found = [pair for name in cache.split_names for pair in _segments(cache.split(name))]
+    found = {name: sorted(_segments(cache.split(name))) for name in cache.split_names}
     expected = [(f"Q: {e['question']}\nA:", f" {e['answer']}") for e in EXAMPLES]
-    assert sorted(found) == sorted(expected)
+    assert sorted([*found["train"], *found["validation"]]) == sorted(expected)
+    for name, pairs in found.items():  # each where its whole text's hash puts it
+        assert pairs == sorted((d.prompt, d.text) for d in files.documents(name))
+        assert all(files.split_of(prompt + text, "train") == name for prompt, text in pairs)
     info = [cache.split(name).info for name in cache.split_names]
     assert sum(i["bytes"] for i in info) == sum(len(response) for _, response in expected)
     assert sum(i["tokens"] for i in info) == sum(len(response) + 1 for _, response in expected)
@@ -235,11 +238,12 @@ def test_files_without_fields_are_refused(tmp_path):
         _prepare(tmp_path / "cache", TextFiles(train=str(path), template=GSM8K))
 
 
-def test_the_same_question_with_another_answer_is_no_duplicate(tmp_path):
-    rows = [{"question": "q", "answer": a} for a in ("1", "2", "1")]
+def test_examples_are_duplicates_when_question_and_answer_are_equal(tmp_path):
+    rows = [{"question": q, "answer": a} for q, a in ("q1", "q2", "r1", "q1")]
     files = TextFiles(train=_write(tmp_path / "train.jsonl", rows), template=GSM8K)
     cache = _prepare(tmp_path / "cache", files, drop_duplicates=True)
-    assert sorted(_segments(cache.split("train"))) == [("Q: q\nA:", " 1"), ("Q: q\nA:", " 2")]
+    expected = [(f"Q: {q}\nA:", f" {a}") for q, a in ("q1", "q2", "r1")]
+    assert sorted(_segments(cache.split("train"))) == expected
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
