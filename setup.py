@@ -21,8 +21,7 @@ BEAM = ["apache-beam>=2.77", "pyarrow>=18", "zstandard>=0.23"]
 # libtpu, the compiler for TPUs, in the version that jax needs; other systems have none.
 PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 # Few-shot tasks through lm-evaluation-harness, and ROUGE.
-# transformers without torch: lm-eval's ReCoRD has its metric from there.
-EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2", "transformers>=4.57"]
+EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -30,7 +29,8 @@ TEST = [
     "ruff>=0.9",
     "scipy>=1.14",
     "setuptools>=77",
-    # What converted models are compared with.
+    # What converted models are compared with; accelerate is lm-eval's, for its own backend.
+    "accelerate>=1.0",
     "torch>=2.6",
     "transformers>=4.57",
 ]

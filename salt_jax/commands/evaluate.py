@@ -121,7 +121,7 @@ def evaluate(
         )
     few_shot = None
     if tasks:
-        few_shot = _few_shot().FewShot(saved, tasks, task_folder, allow_code_execution)
+        few_shot = _few_shot().FewShot(saved, tasks, shots, task_folder, allow_code_execution)
     run.begin()
     compilation.use_compilation_cache(compilation_cache)
     params = saved.load_params(device_mesh, rules)
@@ -144,9 +144,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             seed=seed,
         ) as harness:
-            results, samples = few_shot.tasks.evaluate(
-                harness, few_shot.loaded, shots=shots, limit=limit
-            )
+            results, samples = few_shot.tasks.evaluate(harness, few_shot.loaded, limit)
         for name, records in samples.items() if save_samples else ():
             lines = "".join(f"{to_json(record)}\n" for record in records)
             write_text(run.path / f"samples_{name.replace('/', '_')}.jsonl", lines)

@@ -30,6 +30,7 @@ class FewShot:
     Args:
       saved: The model.
       names: Of tasks or groups.
+      shots: Examples in a prompt; each task's own number by default.
       folder: A folder of YAML files of more tasks.
       allow_code_execution: Whether tasks may execute what the model writes.
 
@@ -45,6 +46,7 @@ class FewShot:
         self,
         saved: SavedModel,
         names: Sequence[str],
+        shots: int | None = None,
         folder: str | None = None,
         allow_code_execution: bool = False,
     ) -> None:
@@ -55,7 +57,7 @@ class FewShot:
             )
         self._saved, self._vocabulary = saved, saved.load_vocabulary()
         self.tasks = Tasks(folder, allow_code_execution)
-        self.loaded = self.tasks.load(names)
+        self.loaded = self.tasks.load(names, shots)
 
     @contextlib.contextmanager
     def asking(

@@ -100,11 +100,17 @@ class Tasks:
         paths = [str(OWN_TASKS), *([folder] if folder else [])]
         self._manager = lm_eval.tasks.TaskManager(include_path=paths)
 
-    def load(self, names: Sequence[str]) -> Loaded:
+    def load(self, names: Sequence[str], shots: int | None = None) -> Loaded:
         """The tasks of these names, groups and tags, with their data sets.
 
+        Args:
+          names: Of lm-eval's, of the folder's, or salt_suite.
+          shots: Examples in a prompt; each task's own number by default, and always of those that
+            are meant to have none.
+
         Raises:
-          InputError: An unknown name, a data set that isn't there, or a library that isn't.
+          InputError: An unknown name, a data set or a library that isn't there, or more shots than
+            there are examples.
         """
         for name in names:
             if name not in self._manager.task_index:
@@ -112,12 +118,14 @@ class Tasks:
                     f"There is no task {name}{nearest(name, self._manager.all_tasks)}: name tasks "
                     "or groups of lm-eval, of --task_folder, or salt_suite."
                 )
-        return self._loaded(list(dict.fromkeys(names)), names)
+        return self._loaded(list(dict.fromkeys(names)), names, shots)
 
-    def load_changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Loaded:
+    def load_changed(
+        self, changes: Mapping[str, Mapping[str, Any]], shots: int | None = None
+    ) -> Loaded:
         """Tasks with some of their settings changed, by name: another data set, say."""
         members = [{"task": name, **settings} for name, settings in changes.items()]
-        return self._loaded([{"group": "changed", "task": members}], list(changes))
+        return self._loaded([{"group": "changed", "task": members}], list(changes), shots)
 
     def data_sets(self, name: str) -> Iterator[DataSet]:
         """The tasks that a name stands for, and their data sets."""
@@ -133,18 +141,32 @@ class Tasks:
             if isinstance(inner, str) and inner in self._manager.task_index:
                 yield from self.data_sets(inner)
 
-    def _loaded(self, specifications: Sequence[Any], names: Sequence[str]) -> Loaded:
+    def _loaded(
+        self, specifications: Sequence[Any], names: Sequence[str], shots: int | None
+    ) -> Loaded:
         try:
-            return self._manager.load(list(specifications))
+            loaded = self._manager.load(list(specifications))
         except _LOADING_ERRORS as error:
             raise InputError(self._why(error, names)) from error
+        for name, task in loaded["tasks"].items():
+            own = task.get_config("num_fewshot")
+            if own is None or (shots is not None and own != 0):
+                task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            asked, examples = task.get_config("num_fewshot"), len(task.sampler.df)
+            if asked > examples:
+                raise InputError(
+                    f"The task {name} is to show {asked} examples and has {examples}: lower --shots."
+                )
+        return loaded
 
     def _why(self, error: Exception, names: Sequence[str]) -> str:
         """A sentence for what kept tasks from being loaded: of the one that was loading."""
         if isinstance(error, ModuleNotFoundError):
+            library = str(error.name).partition(".")[0]
             return (
-                f"The tasks {', '.join(names)} need the library {error.name}, which is not "
-                f"installed: pip install {error.name}."
+                f"Among the tasks {', '.join(names)} one needs {error.name}, which is not there: "
+                f"pip install {library}, or a version of it that has that, or leave the task out."
             )
         message = str(error).strip().partition("\n")[0].rstrip(".")
         task = _task_in(error)
@@ -170,8 +192,6 @@ class Tasks:
         self,
         model: HarnessModel,
         loaded: Loaded,
-        *,
-        shots: int | None = None,
         limit: int | None = None,
     ) -> tuple[dict[str, TaskResult], dict[str, list[dict[str, Any]]]]:
         """Asks the model.
@@ -179,18 +199,11 @@ class Tasks:
         Args:
           model: Of the harness.
           loaded: Tasks that it has not been asked yet.
-          shots: Examples in a prompt; each task's own number by default, and for those that are
-            meant to have none.
           limit: Documents of each task, the first ones; all by default.
 
         Returns:
           The results by task and group, and by task what was asked and answered.
         """
-        for task in loaded["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own is None or (shots is not None and own != 0):
-                task.set_config(key="num_fewshot", value=shots or 0)
-            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         unscored = {
             name: task
             for name, task in loaded["tasks"].items()

@@ -19,6 +19,7 @@ from salt_jax.models import decoder
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate, which lm-eval's backend needs, isn't there")
 
 CONFIG = decoder.DecoderConfig(
     embed_dim=32,

@@ -42,7 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "webqs": {"url": "local", "question": QUESTION, "answers": ["Mineral", "Rock"]},
     "tydiqa_goldp_en": {**SQUAD, "id": "english-1-0"},
     "salt_race_middle": {**RACE, "example_id": "middle1.txt", "article": ARTICLE},
-    "race": {"article": ARTICLE, "problems": str([RACE, RACE])},
+    "salt_race_high": {**RACE, "example_id": "high1.txt", "article": ARTICLE},
     "salt_squadv2": {**SQUAD, "id": "s1"},
     "arc_easy": ARC,
     "arc_challenge": ARC,
@@ -90,12 +90,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "idx": {"paragraph": 0, "question": 0, "answer": 0},
         "label": 1,
     },
-    "record": {
+    "salt_record": {
         "passage": "Kim sells salt.\n@highlight\nSalt is sold by Kim\n@highlight\nLee buys it",
         "query": "@placeholder sells salt.",
         "entities": ["Kim", "Lee"],
         "entity_spans": {"text": ["Kim", "Lee"], "start": [0, 60], "end": [3, 63]},
-        "answers": ["Kim"],
+        "answers": ["Kim", "The Kim"],
         "idx": {"passage": 0, "query": 0},
     },
     "sglue_rte": {**GLUE, "premise": ARTICLE, "hypothesis": "Salt is a plant."},
@@ -145,7 +145,10 @@ def changes(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, A
     local = {}
     for name in names:
         file = folder / f"{name}.jsonl"
-        file.write_text(f"{json.dumps(ROWS[name])}\n" * 2)
+        rows = [ROWS[name]] * 2
+        if name == "salt_mbpp":
+            rows = [{**ROWS[name], "task_id": task_id} for task_id in (1, 2, 3, 4)]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         files = dict.fromkeys(SPLITS, str(file))
         settings = {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
         local[name] = {"dataset_path": "json", **settings}
@@ -161,11 +164,9 @@ def test_the_rows_are_of_every_task_of_the_suite(tasks: Tasks) -> None:
     found = {one.task: one for one in tasks.data_sets(SUITE)}
     assert found.keys() == ROWS.keys()
     assert all(one.path for one in found.values())
-    assert (found["race"].path, found["race"].name) == ("EleutherAI/race", "high")
-    assert (found["salt_race_middle"].path, found["salt_race_middle"].name) == (
-        "ehovy/race",
-        "middle",
-    )
+    for part in ("middle", "high"):
+        race = found[f"salt_race_{part}"]
+        assert (race.path, race.name) == ("ehovy/race", part)
 
 
 class _Scripted(HarnessModel):
@@ -187,13 +188,12 @@ class _Scripted(HarnessModel):
 
 def test_every_task_of_the_suite_runs(tasks: Tasks, tmp_path: pathlib.Path) -> None:
     model = _Scripted()
-    results, samples = tasks.evaluate(
-        model, tasks.load_changed(changes(tmp_path, list(ROWS))), shots=1
-    )
+    loaded = tasks.load_changed(changes(tmp_path, list(ROWS)), shots=1)
+    results, samples = tasks.evaluate(model, loaded)
     assert results.keys() - {"changed"} == ROWS.keys() == samples.keys()
     for name in ROWS.keys() - {"salt_mbpp"}:
         assert results[name].metrics, name
-        assert results[name].documents == (1 if name == "salt_race_middle" else 2)
+        assert results[name].documents == (1 if "race" in name else 2), name
     values = {
         (name, metric): value
         for name, result in results.items()
@@ -206,7 +206,9 @@ def test_every_task_of_the_suite_runs(tasks: Tasks, tmp_path: pathlib.Path) -> N
     assert values["salt_race_middle", "acc"] == values["arc_easy", "acc"] == 0
     assert values["hellaswag", "acc"] == 0
     assert values["boolq", "acc"] == 0  # " no" is shorter than " yes", and the label is yes
-    assert 0 < values["salt_xsum", "rouge1"] < 0.5 or values["salt_xsum", "rouge1"] == 0
+    for name in ("salt_xsum", "salt_xlsum", "salt_wikilingua"):
+        assert values[name, "rouge1"] == 0  # the summary has neither word
+    assert values["salt_record", "em"] == 1  # Kim, the first of two as likely
     # What nobody allowed is generated and not scored.
     assert not results["salt_mbpp"].metrics
     assert [sample["answer"] for sample in samples["salt_mbpp"]] == ["a mineral"] * 2
@@ -227,7 +229,9 @@ def test_code_is_executed_where_it_is_allowed(
     results = []
     for code in ("def add(a, b):\n  return a + b", "def add(a, b):\n  return a * b"):
         loaded = tasks.load_changed(changes(tmp_path, ["salt_mbpp"]))
-        found, _ = tasks.evaluate(_Scripted(code), loaded)
+        model = _Scripted(code)
+        found, _ = tasks.evaluate(model, loaded)
+        assert model.asked[0][0].count("[DONE]") == 3  # of the rows 2, 3 and 4
         results.append(found["salt_mbpp"].metrics["pass_at_1"][0])
     assert results == [1, 0]
 
@@ -257,7 +261,7 @@ def test_rouge_of_a_summary() -> None:
     assert turned["rougeL"] == pytest.approx(0.25)
 
 
-def test_names_and_data_sets_that_are_not_there(tasks: Tasks) -> None:
+def test_names_and_data_sets_that_are_not_there(tasks: Tasks, tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match=r"no task arc_eazy \(nearest: arc_easy\)"):
         tasks.load(["arc_eazy"])
     with pytest.raises(InputError) as caught:
@@ -269,6 +273,8 @@ def test_names_and_data_sets_that_are_not_there(tasks: Tasks) -> None:
     assert "\n" not in message
     with pytest.raises(InputError, match="mbpp executes code already when it is loaded"):
         tasks.load(["mbpp"])
+    with pytest.raises(InputError, match="piqa is to show 3 examples and has 2: lower --shots"):
+        tasks.load_changed(changes(tmp_path, ["piqa"]), shots=3)
     with pytest.raises(InputError, match="task_folder is nowhere"):
         Tasks("nowhere")
 

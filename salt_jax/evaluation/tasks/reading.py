@@ -1,4 +1,4 @@
-"""Reading comprehension: rows and answers in; RACE's articles and SQuAD's metrics out."""
+"""Reading comprehension: rows and answers in; RACE's articles, ReCoRD's and SQuAD's metrics out."""
 
 import collections
 import re
@@ -33,6 +33,44 @@ def squad_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, f
         "exact": max(float(given == _words(answer)) for answer in answers),
         "f1": max(_f1(given, _words(answer)) for answer in answers),
     }
+
+
+def record_rows(rows: datasets.Dataset) -> datasets.Dataset:
+    """Each entity and each answer once, in alphabetical order."""
+    return rows.map(lambda row: {name: sorted({*row[name]}) for name in ("entities", "answers")})
+
+
+def record_text(doc: Mapping[str, Any]) -> str:
+    """The passage, its highlights as a list."""
+    passage, *highlights = doc["passage"].strip().split("\n@highlight\n")
+    return passage + "\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
+
+
+def record_target(doc: Mapping[str, Any]) -> str:
+    """The query with the first answer in its place."""
+    return _record_choice(doc, doc["answers"][0])
+
+
+def record_choices(doc: Mapping[str, Any]) -> list[str]:
+    """The query with each entity in the answer's place."""
+    return [_record_choice(doc, entity) for entity in doc["entities"]]
+
+
+def record_results(
+    doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
+) -> dict[str, float]:
+    """F1 and exact match of the likeliest entity, by the nearest answer (arXiv 1810.12885)."""
+    likelihoods = [likelihood for likelihood, _ in results]
+    words = _words(doc["entities"][likelihoods.index(max(likelihoods))])
+    answers = [_words(answer) for answer in doc["answers"]]
+    return {
+        "f1": max(_f1(words, answer) for answer in answers),
+        "em": max(float(words == answer) for answer in answers),
+    }
+
+
+def _record_choice(doc: Mapping[str, Any], entity: str) -> str:
+    return "  - " + doc["query"].replace("@placeholder", entity)
 
 
 def _words(text: str) -> list[str]:
