@@ -1,0 +1,143 @@
+"""Tokenizers in models' folders: which token ends a document, and the same ids on the way back."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from salt_jax.data.model_tokenizers import copy_tokenizer, model_vocabulary, write_tokenizer
+from salt_jax.data.vocabularies import (
+    ByteVocabulary,
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
+    load_vocabulary,
+)
+from salt_jax.errors import InputError
+from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
+
+TEXT = pathlib.Path(json.__file__).read_text()
+SPECIAL = ["<|endoftext|>", "<|padding|>", "<s>"]
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "eos_id"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<|padding|>"}, 1),
+        ("tokenizer_config.json", {"eos_token": {"content": "<|padding|>", "lstrip": False}}, 1),
+        ("special_tokens_map.json", {"eos_token": "<s>"}, 2),
+        ("generation_config.json", {"eos_token_id": 1}, 1),
+        ("config.json", {"eos_token_id": [2]}, 2),
+        ("config.json", {"eos_token_id": 0}, 0),
+    ],
+)
+def test_a_file_says_what_ends_a_document(
+    file: str, settings: dict[str, Any], eos_id: int, folder: pathlib.Path
+) -> None:
+    (folder / file).write_text(json.dumps(settings))
+    vocabulary = model_vocabulary(folder)
+    assert vocabulary.eos_id == vocabulary.pad_id == vocabulary.start_id == eos_id
+    assert model_vocabulary(folder, "<s>").eos_id == 2
+
+
+def test_start_and_padding_have_tokens_of_their_own(folder: pathlib.Path) -> None:
+    named = {"eos_token": "<|endoftext|>", "bos_token": "<s>", "pad_token": "<|padding|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    vocabulary = model_vocabulary(folder)
+    assert (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id) == (0, 1, 2)
+    named |= {"bos_token": "<absent>", "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    vocabulary = model_vocabulary(folder)
+    assert (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"eos_token_id": [0, 1]}, {"eos_token_id": 999}])
+def test_a_tokenizer_without_an_end_of_document_is_refused(
+    settings: dict[str, Any], folder: pathlib.Path
+) -> None:
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"says which token ends a document.*--eos_token"):
+        model_vocabulary(folder)
+    with pytest.raises(InputError, match=r"has no token '<s' \(nearest: <s>\).*--eos_token"):
+        model_vocabulary(folder, "<s")
+    assert model_vocabulary(folder, "<s>").eos_id == 2
+
+
+def test_a_folder_with_a_sentencepiece_model_alone(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InputError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        model_vocabulary(tmp_path)
+    trained = TrainedVocabulary(size=400).train([TEXT])
+    assert write_tokenizer(trained, tmp_path) == ["tokenizer.model"]
+    assert model_vocabulary(tmp_path) == trained
+    with pytest.raises(InputError, match="leave --eos_token unset"):
+        model_vocabulary(tmp_path, "</s>")
+
+
+def test_a_damaged_tokenizer_is_refused(folder: pathlib.Path) -> None:
+    whole = (folder / "tokenizer.json").read_text()
+    for text in (whole[:-9], '{"model": 3}', "[]", ""):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(InputError, match="is no Hugging Face tokenizer"):
+            model_vocabulary(folder, "<s>")
+    (folder / "tokenizer.json").write_text(whole)
+    (folder / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(InputError, match="holds a list, expected a JSON object"):
+        model_vocabulary(folder)
+
+
+def test_what_is_written_is_the_same_vocabulary(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    vocabulary = HuggingFaceVocabulary(
+        folder / "tokenizer.json", pad_token="<|padding|>", start_token="<s>"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write_tokenizer(vocabulary, out) == ["tokenizer.json", "tokenizer_config.json"]
+    assert model_vocabulary(out) == vocabulary
+    assert write_tokenizer(ByteVocabulary(), out) == []
+
+
+def test_a_tokenizers_files_are_copied_as_they_are(folder: pathlib.Path) -> None:
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<s>"}')
+    (folder / "model.safetensors").write_bytes(b"no tokenizer's")
+    out = folder / "out"
+    out.mkdir()
+    assert copy_tokenizer(folder, out) == ["tokenizer.json", "special_tokens_map.json"]
+    assert {file.name for file in out.iterdir()} == {"tokenizer.json", "special_tokens_map.json"}
+    assert model_vocabulary(out) == model_vocabulary(folder)
+
+
+def test_transformers_gives_the_same_ids(folder: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    vocabulary = model_vocabulary(folder, "<|endoftext|>")
+    out = folder / "out"
+    out.mkdir()
+    write_tokenizer(vocabulary, out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    for text in (TEXT[:500], " two  spaces\n\tand é"):
+        assert theirs.encode(text, add_special_tokens=False) == vocabulary.encode(text)
+        assert theirs.decode(vocabulary.encode(text)) == text
+    assert theirs.eos_token_id == vocabulary.eos_id
+
+
+def test_a_saved_vocabulary_is_the_folders(folder: pathlib.Path) -> None:
+    vocabulary = model_vocabulary(folder, "<s>")
+    vocabulary.save(folder / "vocabulary")
+    assert load_vocabulary(folder / "vocabulary") == vocabulary
+    assert isinstance(vocabulary, HuggingFaceVocabulary)
+    assert not isinstance(vocabulary, SentencePieceVocabulary)
