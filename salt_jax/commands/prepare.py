@@ -62,7 +62,8 @@ def prepare(
     Args:
       run: The folder of the cache.
       task: @text_files.TextFiles() or a function that gives one (@pile.pile_files(),
-        @own_text.own_text()), or @registered_task.RegisteredTask() for any task of SeqIO's.
+        @own_text.own_text()), or @registered_task.RegisteredTask() for any task of SeqIO's. Prompts
+        have no loss weight: what a TextFiles.template makes of rows, and a task's `inputs`.
       vocabulary: @vocabularies.ByteVocabulary(), SentencePieceVocabulary or HuggingFaceVocabulary,
         or @trained_vocabulary.TrainedVocabulary() to train one on the train split. A RegisteredTask
         brings its own.

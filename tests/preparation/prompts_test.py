@@ -17,6 +17,7 @@ from salt_jax.data.templates import Template
 from salt_jax.data.vocabularies import ByteVocabulary, load_vocabulary
 from salt_jax.errors import InputError
 from salt_jax.main import main
+from salt_jax.preparation import cache_building
 from salt_jax.preparation.corpora import text_corpus
 from salt_jax.preparation.packing import PackedRows, PackingPlan, cut_document
 from salt_jax.preparation.reading_log import ReadingLog
@@ -254,6 +255,23 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
     for workers in (1, 3):
         _prepare(tmp_path / str(workers), files, workers=workers, shards=2)
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+
+
+def test_a_preparation_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    files = TextFiles(train=_write(tmp_path / "train.jsonl", EXAMPLES), template=GSM8K)
+
+    def stopped(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache_building, "merge_bucket", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(tmp_path / "again", files)
+    monkeypatch.undo()
+    monkeypatch.setattr(cache_building, "map_unit", stopped)  # which is done already
+    _prepare(tmp_path / "again", files)
+    monkeypatch.undo()
+    _prepare(tmp_path / "straight", files)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(

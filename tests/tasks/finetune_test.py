@@ -15,7 +15,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.templates import Template
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
-from salt_jax.main import configure
+from salt_jax.main import CONFIGS, configure
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.run_folder import RunFolder
@@ -160,7 +160,7 @@ def _xsum_in_order(split: str) -> list[dict[str, Any]]:
     return [rows[example["inputs_pretokenized"].decode()] for example in examples]
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "xsum", "cnn_dailymail", "anli"])
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "templates").glob("*.gin")))
 def test_gin_has_the_same_templates(name):
     flags = ["evaluate", "--gin_file=data/responses.gin", f"--gin_file=templates/{name}.gin"]
     configure(parse_arguments([*flags, "--gin.EXAMPLES='test.jsonl'", "--model=RUN"]))
