@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """A small model as the harness asks it; data sets from local files alone."""
 
 import os
