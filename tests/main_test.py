@@ -262,7 +262,9 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "verbs:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["train", "score", "select", "evaluate", "plan", "report"])
+@pytest.mark.parametrize(
+    "verb", ["train", "score", "select", "evaluate", "generate", "plan", "report"]
+)
 def test_only_preparation_imports_tensorflow(verb: str) -> None:
     code = (
         "import sys; from salt_jax.main import configure, parse_arguments\n"

@@ -1,11 +1,11 @@
-"""Attention of new positions over themselves and over the keys and values of earlier ones."""
+"""Attention of a new position in each row over itself and the keys and values of earlier ones."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from salt_jax.models.reference_attention import MASKED_SCORE, causal_segment_mask
+from salt_jax.models.reference_attention import MASKED_SCORE
 
 # The decoder's Flax collections: what it reads of earlier positions, and what it leaves of its own.
 CACHE = "cache"
@@ -13,43 +13,37 @@ NEW_KEYS_AND_VALUES = "new_keys_and_values"
 
 
 def cached_attention(
-    query_BxTxHxK: jax.Array,
-    key_BxTxGxK: jax.Array,
-    value_BxTxGxK: jax.Array,
-    segment_ids_BxT: jax.Array,
+    query_Bx1xHxK: jax.Array,
+    key_Bx1xGxK: jax.Array,
+    value_Bx1xGxK: jax.Array,
+    segment_ids_Bx1: jax.Array,
     cached_key_BxGxSxK: jax.Array,
     cached_value_BxGxSxK: jax.Array,
     cached_segment_ids_BxS: jax.Array,
 ) -> jax.Array:
-    """See attention.attention, for T new positions after S earlier ones.
+    """See attention.attention: what it gives for the last position.
 
-    The cache is read where it lies: its scores and those of the new positions are joined, not the
-    keys. A slot of the cache that holds nothing has segment id 0.
+    The cache is read where it lies: the scores of its keys and of the new one are joined, not the
+    keys themselves. Slots that hold nothing have another segment id than the new position.
 
     Returns:
-        [B, T, H, K] in the dtype of the queries.
+        [B, 1, H, K] in the dtype of the queries.
     """
-    batch, new, heads, width = query_BxTxHxK.shape
+    batch, _, heads, width = query_Bx1xHxK.shape
     groups, slots = cached_key_BxGxSxK.shape[1:3]
-    query_BxHxTxK = (query_BxTxHxK * (1.0 / math.sqrt(width))).transpose(0, 2, 1, 3)
-    query_BxGxRTxK = query_BxHxTxK.reshape(batch, groups, -1, width)
+    query_BxGxRxK = (query_Bx1xHxK * (1.0 / math.sqrt(width))).reshape(batch, groups, -1, width)
+    key_BxGx1xK, value_BxGx1xK = key_Bx1xGxK.swapaxes(1, 2), value_Bx1xGxK.swapaxes(1, 2)
 
     def scores(key_BxGxNxK: jax.Array) -> jax.Array:
         return jnp.einsum(
-            "bgqk,bgnk->bgqn", query_BxGxRTxK, key_BxGxNxK, preferred_element_type=jnp.float32
+            "bgrk,bgnk->bgrn", query_BxGxRxK, key_BxGxNxK, preferred_element_type=jnp.float32
         )
 
-    def mixture(shares_BxGxRTxN: jax.Array, value_BxGxNxK: jax.Array) -> jax.Array:
-        return jnp.einsum("bgqn,bgnk->bgqk", shares_BxGxRTxN, value_BxGxNxK)
-
-    # N = S + T: the cache, then the new positions.
-    new_scores = scores(key_BxTxGxK.transpose(0, 2, 1, 3))
-    scores_BxGxRTxN = jnp.concatenate([scores(cached_key_BxGxSxK), new_scores], axis=-1)
-    in_cache_BxTxS = segment_ids_BxT[:, :, None] == cached_segment_ids_BxS[:, None, :]
-    visible_BxTxN = jnp.concatenate([in_cache_BxTxS, causal_segment_mask(segment_ids_BxT)], axis=-1)
-    visible_BxRTxN = jnp.tile(visible_BxTxN, (1, heads // groups, 1))
-    scores_BxGxRTxN = jnp.where(visible_BxRTxN[:, None], scores_BxGxRTxN, MASKED_SCORE)
-    shares_BxGxRTxN = jax.nn.softmax(scores_BxGxRTxN, axis=-1).astype(value_BxTxGxK.dtype)
-    mixed_BxGxRTxK = mixture(shares_BxGxRTxN[..., :slots], cached_value_BxGxSxK)
-    mixed_BxGxRTxK += mixture(shares_BxGxRTxN[..., slots:], value_BxTxGxK.transpose(0, 2, 1, 3))
-    return mixed_BxGxRTxK.reshape(batch, heads, new, width).transpose(0, 2, 1, 3)
+    # N = S + 1: the cache, then the new position.
+    visible_BxS = cached_segment_ids_BxS == segment_ids_Bx1
+    cached_BxGxRxS = jnp.where(visible_BxS[:, None, None], scores(cached_key_BxGxSxK), MASKED_SCORE)
+    scores_BxGxRxN = jnp.concatenate([cached_BxGxRxS, scores(key_BxGx1xK)], axis=-1)
+    shares_BxGxRxN = jax.nn.softmax(scores_BxGxRxN, axis=-1).astype(value_Bx1xGxK.dtype)
+    mixed_BxGxRxK = jnp.einsum("bgrs,bgsk->bgrk", shares_BxGxRxN[..., :slots], cached_value_BxGxSxK)
+    mixed_BxGxRxK += shares_BxGxRxN[..., slots:] * value_BxGx1xK
+    return mixed_BxGxRxK.reshape(batch, 1, heads, width)

@@ -83,7 +83,7 @@ def _draw(
     if sampling.top_p < 1:
         share_BxN = jax.nn.softmax(logits_BxN, axis=-1)
         before_BxN = jnp.cumsum(share_BxN, axis=-1) - share_BxN
-        # The first is always one of them, whatever rounding makes of its 0.
+        # The first is always one of them, also where p is 0 in float32.
         in_nucleus_BxN = (before_BxN < sampling.top_p).at[:, 0].set(True)
         logits_BxN = jnp.where(in_nucleus_BxN, logits_BxN, -jnp.inf)
     rank_B = _categorical(logits_BxN, keys_B)

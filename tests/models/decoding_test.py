@@ -25,14 +25,15 @@ LENGTHS, PROMPTS, SLOTS = (12, 9, 12, 7), (5, 1, 8, 2), 16
 TOKENS = np.random.default_rng(0).integers(50, size=(4, 12)).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def make_params(config: DecoderConfig) -> Any:
     """Parameters with nothing at its special initial value, so that every one has an effect."""
-    params = nn.unbox(decoder.init_params(config, jax.random.key(0)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(1)
+
+    def make(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        middle = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(rng.normal(middle, 0.25, shape.shape), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(make, nn.unbox(decoder.abstract_params(config)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
