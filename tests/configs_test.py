@@ -1,5 +1,6 @@
 """The gin files of models, hardware and the paper's runs: each says what its name promises."""
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -14,6 +15,7 @@ from salt_jax.distill import schedules
 from salt_jax.errors import InputError
 from salt_jax.main import CONFIGS, configure
 from salt_jax.models.decoder import DecoderConfig
+from salt_jax.models.huggingface import config_from_json
 from salt_jax.training import flops
 from salt_jax.training.partitioning import MeshConfig
 
@@ -26,6 +28,23 @@ CHIPS = {"v4_256": 128, "v4_512": 256, "v5p_256": 128, "v5e_256": 256, "v6e_256"
 GPUS = {"h100x8": 8, "h200": 1}
 RUNS = [f"{model}_{method}" for model in TEACHERS for method in METHODS]
 SLMS = ["slm_0_5b", "slm_1_5b"]
+
+PYTHIA_IDS = 50_277
+PYTHIA_TOKENS = 143_000 * 1024 * 2048
+# Parameters as published, and what config.json has of each size.
+PYTHIA = {
+    "70m": (70_426_624, 512, 6, 8),
+    "160m": (162_322_944, 768, 12, 12),
+    "410m": (405_334_016, 1024, 24, 16),
+    "1b": (1_011_781_632, 2048, 16, 8),
+    "1_4b": (1_414_647_808, 2048, 24, 16),
+    "2_8b": (2_775_208_960, 2560, 32, 32),
+}
+PYTHIA_RUNS = [
+    "pythia_2_8b_baseline",
+    "pythia_1_4b_to_2_8b_salt",
+    "pythia_1_4b_to_2_8b_salt_ds",
+]
 
 
 def names(folder: str) -> set[str]:
@@ -41,10 +60,10 @@ def settings(verb: str, *flags: str) -> dict[str, Any]:
     return gin.get_bindings(configure(parse_arguments([verb, *flags])))
 
 
-def model(name: str) -> DecoderConfig:
+def model(name: str, vocab_size: int = VOCABULARY) -> DecoderConfig:
     configure(parse_arguments([*PRETRAIN, f"--gin_file=models/{name}.gin"]))
     with gin.unlock_config():
-        gin.bind_parameter("decoder.DecoderConfig.vocab_size", VOCABULARY)
+        gin.bind_parameter("decoder.DecoderConfig.vocab_size", vocab_size)
     return gin.get_configurable(DecoderConfig)()
 
 
@@ -91,8 +110,10 @@ def test_a_models_header_has_its_figures(name: str) -> None:
 
 def test_all_files_are_tested() -> None:
     assert names("hardware") == {*CHIPS, *GPUS, "cpu", "fsdp"}
-    assert names("paper") == {*RUNS, *SLMS, "common", "score", "select"}
-    assert {name for name in names("models") if name.endswith("b")} == set(SIZES)
+    pythia = {*PYTHIA_RUNS, "pythia_common"}
+    assert names("paper") == {*RUNS, *SLMS, *pythia, "common", "score", "select"}
+    pythia = {f"pythia_{size}" for size in PYTHIA}
+    assert {name for name in names("models") if name[-1] in "bm"} == {*SIZES, *pythia}
 
 
 @pytest.mark.parametrize("run", [*RUNS, *SLMS])
@@ -163,6 +184,81 @@ def test_a_run_of_the_paper_can_be_planned(run: str) -> None:
         slm = TEACHERS[run[: len("llm_2_8b")]]
         shape = {**vars(seen["teacher_model"]), "vocab_size": VOCABULARY}
         assert shape == vars(model(slm))
+
+
+@pytest.mark.parametrize("size", PYTHIA)
+def test_a_pythia_is_the_published_one(size: str) -> None:
+    """The shape that `salt convert` makes of the checkpoint's config.json, to the parameter."""
+    parameters, width, layers, heads = PYTHIA[size]
+    config, header = model(f"pythia_{size}", PYTHIA_IDS), text(f"models/pythia_{size}.gin")
+    assert config.num_parameters == parameters
+    published = {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "vocab_size": 50304,
+    }
+    _, converted = config_from_json(published, PYTHIA_IDS, "config.json")
+    how = {"dtype": "bfloat16", "param_dtype": "float32", "remat": "full"}
+    assert dataclasses.replace(converted, **how) == config
+    assert f"{parameters:,} parameters" in header
+    assert f"{flops.forward_flops_per_token(config, 2048) / 1e9:.2f}G; trained" in header
+    assert f"{flops.train_flops_per_token(config, 2048) / 1e9:.2f}G.\n" in header
+
+
+@pytest.mark.parametrize("run", PYTHIA_RUNS)
+def test_a_run_with_a_pythia_is_whole(run: str) -> None:
+    seen = settings(*launch_command(run))
+    assert seen["steps"] * seen["batch_size"] * 2048 == PYTHIA_TOKENS
+    assert seen["model"] == settings(*PRETRAIN, "--gin_file=models/pythia_2_8b.gin")["model"]
+    assert "objectives" not in seen
+    assert seen["optimizer"] == settings(*launch_command("pythia_2_8b_baseline"))["optimizer"]
+    student = flops.train_flops_per_token(model("pythia_2_8b", PYTHIA_IDS), 2048)
+    teacher = flops.forward_flops_per_token(model("pythia_1_4b", PYTHIA_IDS), 2048)
+    total = student * PYTHIA_TOKENS
+    if seen["arm"] != "baseline":
+        n_kd = seen["schedule"].distill_steps(143_000)
+        assert n_kd / 143_000 == pytest.approx(36_000 / 208_000, rel=1e-3)
+        assert (seen["teacher"], seen["teacher_step"]) == ("PYTHIA", 143_000)
+        total += teacher * n_kd * 1024 * 2048
+    assert seen.get("selection") == ("SELECTION" if seen["arm"] == "salt_ds" else None)
+    header = text(f"paper/{run}.gin").replace("\n# ", " ")
+    mantissa, exponent = f"{total:.2e}".split("e+")
+    seconds = total / (0.4 * 256 * (flops.device_peak_flops("TPU v5e") or 0))
+    assert f"{mantissa}e{exponent} FLOP" in header
+    assert f"{seconds / 86_400:.1f} days of 256 " in header
+    assert f"{seconds / 3600 * 256 / 1000:.1f}K chip-hours" in header
+
+
+@pytest.mark.parametrize("run", PYTHIA_RUNS)
+def test_a_run_with_a_pythia_can_be_planned(run: str) -> None:
+    files = [word for word in launch_command(run) if word.startswith("--gin_file=")]
+    seen = settings("plan", *files)
+    assert (seen["sequence_length"], seen["vocab_size"]) == (2048, PYTHIA_IDS)
+    if seen["arm"] != "baseline":
+        shape = {**vars(seen["teacher_model"]), "vocab_size": PYTHIA_IDS}
+        assert shape == vars(model("pythia_1_4b", PYTHIA_IDS))
+
+
+def test_the_commands_before_a_run_with_a_pythia() -> None:
+    """Those of the header, as they would be typed: the rows are those that stage 1 reads."""
+    run = "pythia_1_4b_to_2_8b_salt_ds"
+    commands = commands_of(run)
+    assert [command[0] for command in commands] == [
+        *("convert", "convert", "score", "select", "train")
+    ]
+    early, late, score, select, _ = (settings(*command) for command in commands)
+    assert (early["step"], late["step"], score["scorer_step"]) == (18_000, 143_000, 18_000)
+    assert select["rule"].m == 24_750 * 1024
 
 
 def test_objectives() -> None:
@@ -248,8 +344,13 @@ def teachers_run(name: str) -> str:
 
 def launch_command(run: str) -> list[str]:
     """`salt train …` of a run's header, as it would be typed."""
+    command = commands_of(run)[-1]
+    assert command[0] == "train"
+    return command
+
+
+def commands_of(run: str) -> list[list[str]]:
+    """The commands of a run's header, each without its output folder."""
     lines = re.findall(r"^#   +(.*?)\\?$", text(f"paper/{run}.gin"), re.M)
-    command = "".join(lines)
-    words = command[command.index("salt train") :].split()
-    assert words[:2] == ["salt", "train"]
-    return [word for word in words[1:] if not word.startswith("--output_dir")]
+    commands = " ".join(lines).split("salt ")[1:]
+    return [[w for w in words.split() if not w.startswith("--output_dir")] for words in commands]

@@ -64,27 +64,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
 class RandomModels:
     """Makes models, and gives logits of a few sequences of random ids."""
 
-    ids, rows, configs = IDS, ROWS, CONFIGS
+    ids, rows = IDS, ROWS
 
     def save_tokenizer(self, folder: pathlib.Path) -> None:
         """A BPE of IDS ids with Pythia's special tokens, <|endoftext|> at id 0."""
         _save_tokenizer(folder)
 
     def make(
-        self, folder: pathlib.Path, name_or_settings: str | dict[str, Any], dtype: str = "float32"
+        self, folder: pathlib.Path, name: str, dtype: str = "float32", scale: float = 0.1
     ) -> Any:
-        """Saves a model, none of its weights at their initial 0 or 1; gives the model."""
+        """Saves one of CONFIGS, no weight of it at its initial 0 or 1; gives the model."""
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
 
         torch.manual_seed(0)
-        named = isinstance(name_or_settings, str)
-        given = dict(CONFIGS[name_or_settings] if named else name_or_settings)
+        given = dict(CONFIGS[name])
         config = transformers.AutoConfig.for_model(given.pop("model_type"), **given)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(scale * torch.randn_like(parameter))
         model = model.to(getattr(torch, dtype))
         model.save_pretrained(folder)
         _save_tokenizer(folder)
