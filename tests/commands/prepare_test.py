@@ -364,7 +364,7 @@ def test_text_and_finished_caches_need_no_extra(cache, corpus, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "train row 0" in result.stdout
     assert "prepared" in result.stdout
-    for library in ("zstandard for this text", "seqio"):
+    for library in ("zstandard", "seqio"):
         words = f"library {library}, which is not installed: pip install 'salt_jax[prepare]'"
         assert words in result.stdout
     assert result.stdout.count("prepared") == 1 + result.stdout.count("nothing was prepared")
