@@ -156,8 +156,8 @@ class Tasks:
             asked, examples = task.get_config("num_fewshot"), len(task.sampler.df)
             if asked > examples:
                 raise InputError(
-                    f"The task {name} is to show {asked} examples and has {examples}: lower "
-                    "--shots."
+                    f"The task {name} is to show {asked} examples and has {examples}: "
+                    "lower --shots."
                 )
         return loaded
 
