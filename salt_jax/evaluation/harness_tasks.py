@@ -154,10 +154,12 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=shots or 0)
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
             asked, examples = task.get_config("num_fewshot"), len(task.sampler.df)
-            if asked > examples:
+            # A document that may be among the examples is not its own one.
+            spare = int(task.fewshot_cfg.split == task.config.test_split)
+            if asked and asked + spare > examples:
                 raise InputError(
-                    f"The task {name} is to show {asked} examples and has {examples}: "
-                    "lower --shots."
+                    f"The task {name} is to show {asked} examples besides the document "
+                    f"itself and has {examples}: lower --shots."
                 )
         return loaded
 
