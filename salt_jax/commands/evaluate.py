@@ -111,7 +111,7 @@ def evaluate(
     _check_counts(batch_size=batch_size, rows=rows, chunk_tokens=chunk_tokens, limit=limit)
     _check_counts(max_new_tokens=max_new_tokens)
     if shots is not None and shots < 0:
-        raise InputError(f"shots is {shots} and can't be below 0.")
+        raise InputError(f"shots is {shots} and must be at least 0: change --shots.")
     device_mesh = mesh.make()
     where = (device_mesh, rules, batch_size, chunk_tokens)
     evaluator = None

@@ -94,7 +94,8 @@ def test_both_ways_give_transformers_logits(
     np.testing.assert_allclose(random_models.our_logits(run), expected, atol=PARITY, rtol=0)
     assert not convert(f"--model={run}", f"--output_dir={back}", "--max_shard_bytes=20000")
     assert (back / "model.safetensors.index.json").exists()
-    np.testing.assert_array_equal(random_models.their_logits(back), expected)
+    theirs = random_models.their_logits(back)
+    np.testing.assert_allclose(theirs, expected, atol=PARITY / 10, rtol=0)
     if not name.startswith("gemma"):  # whose scales of norms are rounded when 1 is added
         assert_same_tensors(back, tmp_path / "theirs")
 
@@ -229,7 +230,7 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(
         ({"hidden_size": "wide"}, "sets hidden_size to 'wide', expected a number"),
         ({"hidden_size": 10**30}, "expected a number below"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings to 1, expected a truth value"),
-        ({"hidden_size": 24}, "has the shape [320, 16], expected [320, 24]"),
+        ({"hidden_size": 32}, "has the shape [320, 16], expected [320, 32]"),
         ({"num_hidden_layers": 3}, "has no tensor gpt_neox.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "has a tensor gpt_neox.layers.1."),
         ({"num_hidden_layers": 0}, "DecoderConfig.num_layers is 0"),

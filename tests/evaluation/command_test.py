@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -170,10 +171,11 @@ def test_without_lm_eval(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name}", name="lm_eval")
-
-    monkeypatch.setattr("salt_jax.commands.evaluate.importlib.import_module", missing)
+    for module in ("few_shot", "harness", "harness_tasks"):
+        monkeypatch.delitem(sys.modules, f"salt_jax.evaluation.{module}", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run(model, tmp_path / "out", "--tasks=arc_easy") == 2
     assert "pip install 'salt_jax[eval]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
