@@ -6,9 +6,11 @@ them. TensorFlow is imported for a registered task alone.
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import time
+import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -172,14 +174,8 @@ def _corpus_and_vocabulary(
     """The corpus cut up, its vocabulary, and what that was trained on if it was."""
     if isinstance(task, RegisteredTask):
         assert not isinstance(vocabulary, TrainedVocabulary), "refused before"
-        try:
-            from salt_jax.preparation.seqio_documents import task_corpus, task_vocabulary
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"A registered task needs the library {error.name}, which is not installed: "
-                "pip install 'salt_jax[prepare]'."
-            ) from error
-        return task_corpus(task), task_vocabulary(task, vocabulary), None
+        documents = _seqio_documents()
+        return documents.task_corpus(task), documents.task_vocabulary(task, vocabulary), None
     assert vocabulary is not None, "text files need a vocabulary"
     task.refuse_equal_shards()
     with needed_libraries():
@@ -199,6 +195,17 @@ def _corpus_and_vocabulary(
         print(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …", flush=True)
         made = vocabulary.train(document.whole for document in task.documents("train"))
         return corpus, made, trained
+
+
+def _seqio_documents() -> types.ModuleType:
+    """The module that reads registered tasks, imported now: it brings TensorFlow."""
+    try:
+        return importlib.import_module("salt_jax.preparation.seqio_documents")
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"A registered task needs the library {error.name}, which is not installed: "
+            "pip install 'salt_jax[prepare]'."
+        ) from error
 
 
 def _show_finished(cache: PackedCache, show: int, verify: bool) -> None:
@@ -279,12 +286,15 @@ def _refuse_sources_inside(run: RunFolder, task: TextFiles) -> None:
 
 
 def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask) -> None:
-    if isinstance(task, RegisteredTask):
-        return
+    before = cache.manifest["sources"]
+    if not before:
+        return  # of a source without files
+    is_text = isinstance(task, TextFiles)
+    current = task.sources() if is_text else _seqio_documents().task_sources(task)
     # Names without their folders: two of a name may differ.
     recorded, now = (
         Counter((source["file"], source["digest"]) for source in sources)
-        for sources in (cache.manifest["sources"], task.sources())
+        for sources in (before, current)
     )
     changed = sorted((recorded - now) + (now - recorded))
     if changed:

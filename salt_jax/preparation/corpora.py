@@ -124,16 +124,17 @@ class TaskUnit:
         """
         from salt_jax.preparation import seqio_documents
 
-        del log  # the task's own source keeps one
         task = seqio_documents.find_task(self.task)
-        return seqio_documents.read_documents(task, self.split, vocabulary, self.shard, self.shards)
+        return seqio_documents.read_documents(
+            task, self.split, vocabulary, self.shard, self.shards, log
+        )
 
     def sources(self, log: ReadingLog) -> list[SourceFile]:
-        """The files of the shard, where the task is one of text files."""
+        """The files of the shard as they were read."""
         from salt_jax.preparation import seqio_documents
 
-        del log
-        return seqio_documents.sources(seqio_documents.find_task(self.task), self.split)
+        task = seqio_documents.find_task(self.task)
+        return seqio_documents.sources(task, self.split, self.shard, self.shards, log)
 
 
 Unit = TextUnit | TaskUnit

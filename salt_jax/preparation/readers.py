@@ -73,7 +73,7 @@ def read_documents(
     name = path.name.lower()
     log = log or ReadingLog()
     if name.endswith(".parquet"):
-        rows = _parquet_rows(path, template)
+        rows = _parquet_rows(path, template, log)
     elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         rows = _json_rows(path, log)
     elif name.endswith((".gz", ".zst")):
@@ -192,11 +192,13 @@ def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last zstandard frame has no end")
 
 
-def _parquet_rows(path: pathlib.Path, template: Template) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(
+    path: pathlib.Path, template: Template, log: ReadingLog
+) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    with _opened(path) as file:
+    with _opened(path, log, in_order=False) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
@@ -232,9 +234,12 @@ def _plain_documents(path: pathlib.Path, piece_bytes: int, log: ReadingLog) -> I
             yield Document(b"".join(lines).decode(errors="replace"), subset, str(path))
 
 
-def _opened(path: pathlib.Path, log: ReadingLog | None = None) -> BinaryIO:
+def _opened(path: pathlib.Path, log: ReadingLog, in_order: bool = True) -> BinaryIO:
     try:
-        return log.open(path) if log else open(path, "rb")
+        if in_order:
+            return log.open(path)
+        log.note(path)
+        return open(path, "rb")
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): correct the task's files."

@@ -1,8 +1,9 @@
 """What reading the input files finds out about them on the way: digests and broken lines.
 
-In: files, opened through the log. Out: each one's size, SHA-256 and count of lines passed over, for
-the manifest, without a second reading; and its time of change, by which a later start notices that
-it is another file now.
+In: files, opened through the log, or noted there before another library reads them. Out: each one's
+size, SHA-256 and count of lines passed over, for the manifest, where the log opened it without a
+second reading; and its time of change, by which this reading and a later start notice that it is
+another file now.
 """
 
 import dataclasses
@@ -70,11 +71,16 @@ class ReadingLog:
     def __init__(self) -> None:
         self.broken_lines: Counter[str] = Counter()
         self._files: dict[str, _DigestedFile] = {}
+        self._noted: dict[str, tuple[int, int]] = {}
 
     def open(self, path: pathlib.Path) -> BinaryIO:
         """Opens a file that will be read from its beginning to its end."""
         self._files[str(path)] = _DigestedFile(path)
         return io.BufferedReader(self._files[str(path)], _BUFFER_BYTES)
+
+    def note(self, path: pathlib.Path) -> None:
+        """Remembers the state of a file that is about to be read otherwise than through `open`."""
+        self._noted[str(path)] = state_of(path)
 
     def sources(self, paths: Iterable[pathlib.Path]) -> list[SourceFile]:
         """The files as they were read; what was not read to its end is digested now.
@@ -86,7 +92,7 @@ class ReadingLog:
 
     def _source(self, path: pathlib.Path) -> SourceFile:
         file = self._files.get(str(path))
-        state = file.state if file else state_of(path)
+        state = file.state if file else self._noted.get(str(path)) or state_of(path)
         digest = file.digest if file else None
         source = SourceFile(
             str(path), *state, digest or file_digest(path), self.broken_lines[str(path)]

@@ -1,12 +1,14 @@
 """Documents of a registered SeqIO task, shard by shard.
 
 In: a task's name, a split, a shard. Out: every document's ids, subset and digest of its text, in
-the task's unshuffled order. Where the task has `inputs`, they are the prompt before the `targets`.
-Memory holds what SeqIO holds of a shard.
+the task's unshuffled order, and the files that they stand in. Where the task has `inputs`, they are
+the prompt before the `targets`. Memory holds what SeqIO holds of a shard.
 """
 
 import hashlib
 import importlib
+import os
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import Corpus, TaskUnit
 from salt_jax.preparation.part_files import TokenizedDocument
 from salt_jax.preparation.quiet_tensorflow import seqio, tf
-from salt_jax.preparation.reading_log import SourceFile
+from salt_jax.preparation.reading_log import ReadingLog, SourceFile
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.seqio_adapters import SubsetVocabulary, vocabulary_of
 from salt_jax.preparation.text_tasks import TextFilesSource
@@ -101,7 +103,12 @@ def subset_names(task: seqio.Task) -> tuple[str, ...]:
 
 
 def read_documents(
-    task: seqio.Task, split: str, vocabulary: Vocabulary, shard: int = 0, shards: int = 1
+    task: seqio.Task,
+    split: str,
+    vocabulary: Vocabulary,
+    shard: int = 0,
+    shards: int = 1,
+    log: ReadingLog | None = None,
 ) -> Iterator[TokenizedDocument]:
     """Documents of one shard of a split; those without any token are left out.
 
@@ -111,10 +118,13 @@ def read_documents(
       vocabulary: The vocabulary of its targets.
       shard: Which shard of its source.
       shards: Of how many.
+      log: Where to note what the files are when their reading begins.
 
     Raises:
       InputError: What the files' readers raise.
     """
+    for file in source_files(task, split, shard, shards) if log else ():
+        log.note(file)
     names = subset_names(task)
     dataset = task.get_dataset(
         sequence_length=None,
@@ -149,8 +159,44 @@ def _ids_and_text(
     return ids_T, vocabulary.decode(ids_T.tolist()).encode()
 
 
-def sources(task: seqio.Task, split: str) -> list[SourceFile]:
-    """The files of a split that was read, where the task is one of text files."""
-    if not isinstance(task.source, TextFilesSource):
+def source_files(
+    task: seqio.Task, split: str, shard: int = 0, shards: int = 1
+) -> list[pathlib.Path]:
+    """The files on this machine that a shard of a split is read from; a source that is a function
+    (seqio.FunctionDataSource) or lies behind a URL has none."""
+    if isinstance(task.source, TextFilesSource):
+        return task.source.files.files(split)
+    if isinstance(task.source, seqio.FunctionDataSource):
         return []
-    return task.source.log.sources(task.source.files.files(split))
+    # SeqIO gives every shards-th file to a shard.
+    names = list(task.source.list_shards(split))[shard::shards]
+    return [pathlib.Path(name) for name in names if os.path.isfile(name)]
+
+
+def sources(
+    task: seqio.Task, split: str, shard: int = 0, shards: int = 1, log: ReadingLog | None = None
+) -> list[SourceFile]:
+    """The files of a shard of a split, as `log` says they were read or as they are now.
+
+    Raises:
+      InputError: A file changed while it was read.
+    """
+    if isinstance(task.source, TextFilesSource):
+        log = task.source.log
+    return (log or ReadingLog()).sources(source_files(task, split, shard, shards))
+
+
+def task_sources(task: RegisteredTask) -> list[dict[str, Any]]:
+    """Name, bytes and digest of every file of a task's splits, as in a manifest.
+
+    Raises:
+      InputError: No such task.
+    """
+    registered = find_task(task)
+    files = {
+        file
+        for split in SPLITS
+        if split in registered.source.splits
+        for file in source_files(registered, split)
+    }
+    return [source.as_source() for source in ReadingLog().sources(sorted(files))]

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -57,3 +59,16 @@ def test_a_change_is_noticed(path):
         log.sources([path])
     path.unlink()
     assert not source.unchanged
+
+
+def test_a_parquet_file_that_changes_while_it_is_read_is_noticed(tmp_path):
+    path, log = tmp_path / "a.parquet", ReadingLog()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"] * 400}), path)
+    documents = read_documents(path, log=log)
+    next(documents)
+    (before,) = log.sources([path])
+    assert (before.digest, before.bytes) == (file_digest(path), path.stat().st_size)
+    os.utime(path, ns=(0, before.changed_ns + 1))
+    assert len(list(documents)) == 799
+    with pytest.raises(InputError, match=r"a\.parquet changed while it was read"):
+        log.sources([path])

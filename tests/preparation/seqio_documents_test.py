@@ -1,12 +1,15 @@
 """Documents of SeqIO tasks: the definition that text files without SeqIO are held against."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
+from salt_jax.commands.prepare import prepare
+from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import text_corpus
@@ -22,6 +25,7 @@ from salt_jax.preparation.seqio_documents import (
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.text_tasks import register_text_task
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
+from salt_jax.run_folder import RunFolder
 
 VOCABULARY = ByteVocabulary(reserved=3)
 TEXTS = [f"ab {number}\n\tné 🙂" * 3 for number in range(60)]
@@ -85,7 +89,9 @@ def test_a_task_without_subsets_or_pretokenized_text():
     assert sources(task, "train") == []
 
 
-def test_a_source_of_several_files_is_read_shard_by_shard(tmp_path):
+@pytest.fixture
+def lines(tmp_path):
+    """A task over three files of lines."""
     for shard in range(3):
         lines = [f"{shard} {number}" for number in range(shard + 2)]
         (tmp_path / f"{shard}.txt").write_text("\n".join(lines))
@@ -99,13 +105,39 @@ def test_a_source_of_several_files_is_read_shard_by_shard(tmp_path):
         ],
         output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
     )
-    corpus = task_corpus(RegisteredTask("lines"))
+    return RegisteredTask("lines")
+
+
+def test_a_source_of_several_files_is_read_shard_by_shard(lines):
+    corpus = task_corpus(lines)
     assert [unit.name for unit in corpus.units] == [f"train-0000{shard}" for shard in range(3)]
     texts = [
         [VOCABULARY.decode(d.tokens) for d in unit.documents(VOCABULARY, ReadingLog())]
         for unit in corpus.units
     ]
     assert texts == [[f"{s} {n}" for n in range(s + 2)] for s in range(3)]
+
+
+def test_a_shard_knows_its_file_and_notices_that_it_changes(lines, tmp_path):
+    units, log = task_corpus(lines).units, ReadingLog()
+    for shard, unit in enumerate(units):
+        assert unit.sources(log) == ReadingLog().sources([tmp_path / f"{shard}.txt"])
+    documents = units[1].documents(VOCABULARY, log)
+    next(documents)
+    os.utime(tmp_path / "1.txt", ns=(0, 0))
+    with pytest.raises(InputError, match=r"1\.txt changed while it was read"):
+        units[1].sources(log)
+
+
+def test_a_finished_cache_says_that_a_file_of_its_task_changed(lines, tmp_path):
+    run = RunFolder(tmp_path / "cache", "prepare")
+    prepare(run, task=lines)
+    sources = PackedCache.open(run.path).manifest["sources"]
+    assert [source["file"] for source in sources] == ["0.txt", "1.txt", "2.txt"]
+    prepare(run, task=lines)
+    (tmp_path / "2.txt").write_text("another")
+    with pytest.raises(InputError, match=r"made when 2\.txt was another file"):
+        prepare(run, task=lines)
 
 
 def test_errors_keep_file_and_line_through_tensorflow(path):

@@ -1,6 +1,7 @@
 """The registered tasks: one import name, environment variables, the 22 names."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.errors import InputError
 from salt_jax.preparation.pile import PILE_DOCUMENT_RATES, PILE_SUBSETS
+from salt_jax.preparation.reading_log import ReadingLog
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.seqio_documents import task_corpus
 from salt_jax.preparation.text_tasks import TextFilesSource
@@ -96,6 +98,9 @@ def test_the_pile_as_a_tfds_dataset(the_pile):
         "train-00000",
         "train-00001",
     ]
+    files = [source.path for unit in corpus.units for source in unit.sources(ReadingLog())]
+    assert len(files) == len(corpus.units)
+    assert sorted(files) == sorted(map(str, pathlib.Path(builder.data_path).glob("*.tfrecord*")))
 
 
 def test_a_bad_release_builds_no_dataset(the_pile):
