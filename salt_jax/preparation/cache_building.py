@@ -98,7 +98,7 @@ class Building:
 
     def finished_units(self) -> dict[str, MappedUnit]:
         """The units that are done and whose files are still the same, by name."""
-        found = {unit.name: mapped_unit(self.work, unit) for unit in self.corpus.units}
+        found = {unit.name: self._mapped(unit) for unit in self.corpus.units}
         return {
             name: unit
             for name, unit in found.items()
@@ -132,7 +132,7 @@ class Building:
         if len(finished) < len(self.corpus.units):
             self.work.discard_buckets()
         for unit in self.corpus.units:
-            mapped = mapped_unit(self.work, unit)
+            mapped = self._mapped(unit)
             if mapped and unit.name not in finished:
                 changed = [source.path for source in mapped.sources if not source.unchanged]
                 print(f"{', '.join(changed)} changed since it was read: it is read again.")
@@ -165,7 +165,8 @@ class Building:
         finished = self.finished_units()
         left = [unit for unit in self.corpus.units if unit.name not in finished]
         fingerprint = self.vocabulary.fingerprint
-        jobs = [MapJob(unit, self.work, self.buckets, fingerprint) for unit in left]
+        plan = self.work_plan.units
+        jobs = [MapJob(unit, self.work, self.buckets, fingerprint, plan) for unit in left]
         run(map_unit, jobs, "parts of the text", len(finished))
         finished = self.finished_units()
         for unit in self.corpus.units:
@@ -175,6 +176,9 @@ class Building:
                     "command again."
                 )
         return finished
+
+    def _mapped(self, unit: Unit) -> MappedUnit | None:
+        return mapped_unit(self.work, unit, self.work_plan.units)
 
     def _refuse_empty_splits(self, units: Mapping[str, MappedUnit]) -> None:
         for split in self.buckets:
@@ -202,7 +206,12 @@ class Building:
             drop_duplicates=self.drop_duplicates,
             vocabulary_size=self.vocabulary.size,
             pad_id=self.vocabulary.pad_id,
+            plan=digest_of([dataclasses.asdict(self.work_plan), *self._read(units)]),
         )
+
+    def _read(self, units: Mapping[str, MappedUnit]) -> list[list[str]]:
+        """Digests of what each unit read."""
+        return [[source.digest for source in units[u.name].sources] for u in self.corpus.units]
 
     def _merge_jobs(self, settings: MergeSettings) -> list[MergeJob]:
         first = first_buckets(self.buckets)

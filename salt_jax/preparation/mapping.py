@@ -48,12 +48,15 @@ class MapJob:
       work: Where its part file goes, and where the vocabulary is.
       buckets: Buckets of each split.
       fingerprint: The vocabulary's.
+      plan: Digest of what all units depend on. Beam may still run a job of a plan that was given
+        up: its record is no other plan's.
     """
 
     unit: Unit
     work: WorkFolder
     buckets: Mapping[str, int]
     fingerprint: str
+    plan: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class MappedUnit:
     """The record of a finished unit.
 
     Attributes:
+      plan: Digest of what it was made from, see MapJob.
       part_bytes: Size of its part file.
       subsets: Subsets' names, in the order in which they appeared.
       documents: Documents by split.
@@ -68,6 +72,7 @@ class MappedUnit:
       sources: Its input files as they were read.
     """
 
+    plan: str
     part_bytes: int
     subsets: tuple[str, ...]
     documents: Mapping[str, int]
@@ -106,7 +111,9 @@ def map_unit(job: MapJob) -> Progress:
         part.finish()
         part_bytes = file.tell()
     sources = tuple(job.unit.sources(log))
-    record = MappedUnit(part_bytes, tuple(subsets), dict(documents), dict(tokens), sources)
+    record = MappedUnit(
+        job.plan, part_bytes, tuple(subsets), dict(documents), dict(tokens), sources
+    )
     job.work.write_json(job.work.unit_record(job.unit.name), dataclasses.asdict(record))
     return Progress(documents.total(), tokens.total())
 
@@ -117,11 +124,13 @@ def first_buckets(buckets: Mapping[str, int]) -> dict[str, int]:
     return {name: sum(buckets[other] for other in names[:at]) for at, name in enumerate(names)}
 
 
-def mapped_unit(work: WorkFolder, unit: Unit) -> MappedUnit | None:
-    """The record of a unit, None where it isn't finished."""
+def mapped_unit(work: WorkFolder, unit: Unit, plan: str) -> MappedUnit | None:
+    """The record of a unit, None where it isn't finished for this plan."""
     record = work.read_json(work.unit_record(unit.name))
     part = work.part(unit.name)
-    if record is None or not part.exists() or part.stat().st_size != record["part_bytes"]:
+    if record is None or record.get("plan") != plan:
+        return None
+    if not part.exists() or part.stat().st_size != record["part_bytes"]:
         return None
     sources = tuple(SourceFile(**source) for source in record.pop("sources"))
     mapped = MappedUnit(sources=sources, **record)

@@ -38,6 +38,7 @@ class MergeSettings:
       drop_duplicates: Whether of equal texts of a split only the first is kept.
       vocabulary_size: All ids.
       pad_id: What fills rows up.
+      plan: Digest of what the buckets depend on; see mapping.MapJob.
     """
 
     folder: pathlib.Path
@@ -49,6 +50,7 @@ class MergeSettings:
     drop_duplicates: bool
     vocabulary_size: int
     pad_id: int
+    plan: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ def merge_bucket(job: MergeJob) -> Progress:
         )
     shard = _write(job, documents, np.flatnonzero(kept_D)) if kept_D.any() else None
     record = {
+        "plan": settings.plan,
         "shard": dataclasses.asdict(shard) if shard else None,
         "documents": {name: dataclasses.asdict(count) for name, count in counts.items()},
         "long_documents": long_documents,
@@ -135,9 +138,9 @@ def merge_bucket(job: MergeJob) -> Progress:
 
 
 def merged_bucket(job: MergeJob) -> MergedBucket | None:
-    """The record of a bucket, None where it isn't finished."""
+    """The record of a bucket, None where it isn't finished for this plan."""
     record = job.settings.work.read_json(job.settings.work.bucket_record(job.split, job.index))
-    if record is None:
+    if record is None or record.get("plan") != job.settings.plan:
         return None
     shard = ShardCounts(**record["shard"]) if record["shard"] else None
     if shard and not (job.file.exists() and job.file.stat().st_size == shard.bytes):

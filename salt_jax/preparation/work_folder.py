@@ -10,6 +10,8 @@ all.
     shared-train.npy    digests of texts that other splits keep
     rows-train-0.json   what a merged bucket's shard holds; written last
     failure-*.json      an error of a job that Beam ran
+
+Both records name their plan: what a late worker of another plan leaves here counts for nothing.
 """
 
 import dataclasses
