@@ -1,4 +1,4 @@
-"""A row's soft labels as bytes: the record format of stored soft labels (format version 1).
+"""A row's soft labels as bytes: the record format of stored soft labels (format version 2).
 
 In: for every position of a row the teacher's K most likely ids, best first, their log q, the log q
 of all other ids together, and the teacher's loss on the truth. Out: one record of fixed size, and
@@ -9,12 +9,15 @@ back. Little-endian, L positions, b = the bits that the vocabulary's ids need:
     log q         [L · K] float16, or uint8 by the square-root law below
     rest          [L] float16, log q of the rest
     teacher loss  [L] float16, nats
+    check         uint32, CRC-32 of all of it: rows are read from any place, so that comparing a
+                  shard's digest would read far more than is asked for
 
 The square-root law is fine where q is large and coarse where nothing hangs on it: code c stands for
 log q = -32 (c / 255)²; its step is 0.004 nats at q = 0.99, 0.044 at 0.37 and 0.14 at 5e-5.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,6 +29,7 @@ ENCODINGS = ("float16", "uint8")
 LEAST_K, MOST_K = 1, 1024
 
 _LOWEST_LOG_Q = -32.0  # uint8; what is less likely counts as this
+_CHECK_BYTES = 4
 
 
 class Labels(NamedTuple):
@@ -79,14 +83,18 @@ class LabelFormat:
     @property
     def record_bytes(self) -> int:
         """Bytes a row."""
-        values = self.sequence_length * self.k
-        planes = sum(-(-values * width // 8) for _, width in _planes(self.id_bits))
-        return planes + values * (2 if self.encoding == "float16" else 1) + 4 * self.sequence_length
+        return self._label_bytes + _CHECK_BYTES
 
     @property
     def bytes_per_token(self) -> float:
-        """What a position costs on disk."""
-        return self.record_bytes / self.sequence_length
+        """What a position costs on disk, its row's check aside."""
+        return self._label_bytes / self.sequence_length
+
+    @property
+    def _label_bytes(self) -> int:
+        values = self.sequence_length * self.k
+        planes = sum(-(-values * width // 8) for _, width in _planes(self.id_bits))
+        return planes + values * (2 if self.encoding == "float16" else 1) + 4 * self.sequence_length
 
     def encode(self, labels: Labels) -> np.ndarray:
         """uint8[N, record_bytes]."""
@@ -103,7 +111,13 @@ class LabelFormat:
             _bytes(log_q_NxP.astype("<f2")) if self.encoding == "float16" else _codes(log_q_NxP)
         )
         parts += [_bytes(x.astype("<f2")) for x in (labels.rest, labels.teacher_loss)]
-        return np.concatenate(parts, axis=1)
+        body = np.concatenate(parts, axis=1)
+        return np.concatenate([body, _bytes(_checks(body)[:, None])], axis=1)
+
+    def damaged(self, records: np.ndarray) -> np.ndarray:
+        """bool[N]: which of uint8[N, record_bytes] are not as `encode` made them."""
+        bodies, checks = np.split(records, [self._label_bytes], axis=1)
+        return np.any(_bytes(_checks(bodies)[:, None]) != checks, axis=1)
 
     def decode(self, records: np.ndarray) -> Labels:
         """The labels of uint8[N, record_bytes]."""
@@ -164,6 +178,11 @@ def _unpacked(packed: np.ndarray, width: int, count: int) -> np.ndarray:
     shifts = width * np.arange(8 // width, dtype=np.uint8)
     values = (packed[:, :, None] >> shifts) & np.uint8((1 << width) - 1)
     return values.reshape(len(packed), packed.shape[1] * len(shifts))[:, :count]
+
+
+def _checks(bodies: np.ndarray) -> np.ndarray:
+    """uint32[N], CRC-32 of uint8[N, …]."""
+    return np.array([zlib.crc32(np.ascontiguousarray(body)) for body in bodies], "<u4")
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

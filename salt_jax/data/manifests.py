@@ -20,7 +20,7 @@ COMPLETED_FILE = "COMPLETED"
 
 # The version of each kind's layout on disk, raised whenever an older reader would misread a newer
 # folder.
-FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 2, "selection": 1, "soft_labels": 1}
+FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 2, "selection": 1, "soft_labels": 2}
 
 _MADE_BY = {
     "packed_cache": "salt prepare",

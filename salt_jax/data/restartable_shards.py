@@ -279,9 +279,7 @@ class FinishedShards:
         for path, info in zip(self._paths, self._infos, strict=True):
             found = f"has {path.stat().st_size:,} bytes" if path.exists() else "does not exist"
             if found != f"has {info['bytes']:,} bytes":
-                raise InputError(
-                    f"The shard {path} {found}, expected {info['bytes']:,} bytes{self._remedy}"
-                )
+                raise self._damage(path, f"{found}, expected {info['bytes']:,} bytes")
 
     def rows_of(self, index: int) -> int:
         """Rows of a shard."""
@@ -301,18 +299,20 @@ class FinishedShards:
         if verify and index not in self._verified:
             digest, expected = file_digest(path), self._infos[index]["digest"]
             if digest != expected:
-                raise InputError(
-                    f"The shard {path} has the digest {digest[:12]}…, its manifest says "
-                    f"{expected[:12]}…{self._remedy}"
+                raise self._damage(
+                    path, f"has the digest {digest[:12]}…, its manifest says {expected[:12]}…"
                 )
             self._verified.add(index)
         return path
 
-    @property
-    def _remedy(self) -> str:
-        return (
-            f": copy the folder again, or delete that file and run its `{self._made_by}` again, "
-            "which makes what is missing."
+    def damage(self, index: int, what: str) -> InputError:
+        """The error that says of a shard what is wrong with it, and what to do."""
+        return self._damage(self._paths[index], what)
+
+    def _damage(self, path: pathlib.Path, what: str) -> InputError:
+        return InputError(
+            f"The shard {path} {what}: copy the folder again, or delete that file and run its "
+            f"`{self._made_by}` again, which makes what is missing."
         )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from salt_jax.data import durable_files
 from salt_jax.data.label_format import LabelFormat, Labels
-from salt_jax.data.manifests import file_digest, manifest_digest, read_manifest
+from salt_jax.data.manifests import FORMAT_VERSIONS, file_digest, manifest_digest, read_manifest
 from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
 from salt_jax.errors import InputError
 
@@ -70,6 +70,7 @@ class SoftLabelsWriter:
             "scorer": dict(teacher),
             "soft_label_temperature": temperature,
             "format": dataclasses.asdict(form),
+            "format_version": FORMAT_VERSIONS["soft_labels"],
         }
         self.shards = RestartableShards.of(
             folder,
@@ -162,7 +163,7 @@ class SoftLabels:
     def open(
         cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
     ) -> "SoftLabels":
-        """Opens a folder. Sizes are compared; digests are not, which would read all of it.
+        """Opens a folder. Sizes are compared; what a row holds is checked whenever it is read.
 
         Args:
           folder: A folder written by `salt score --soft_labels=K`.
@@ -207,7 +208,7 @@ class SoftLabels:
         """The labels of some rows of the split, in that order.
 
         Raises:
-          InputError: A row has none.
+          InputError: A row has none, or its bytes have changed.
         """
         at_N = ids_N = np.asarray(row_ids, np.int64)
         have_N = ids_N < self.rows
@@ -223,7 +224,11 @@ class SoftLabels:
         shard_N = at_N // self.manifest["shard_rows"]
         for shard in np.unique(shard_N):
             here_N = shard_N == shard
-            records[here_N] = self._map(int(shard))[at_N[here_N] % self.manifest["shard_rows"]]
+            own = self._map(int(shard))[at_N[here_N] % self.manifest["shard_rows"]]
+            if (damaged_n := self.format.damaged(own)).any():
+                row = ids_N[here_N][damaged_n][0]
+                raise self._shards.damage(int(shard), f"is damaged at row {row} (its check sum)")
+            records[here_N] = own
         return self.format.decode(records)
 
     @functools.cached_property

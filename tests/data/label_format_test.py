@@ -34,6 +34,7 @@ def test_round_trip(vocab_size: int, k: int, length: int, rows: int, encoding: s
     records = form.encode(labels)
     assert records.shape == (rows, form.record_bytes)
     assert records.dtype == np.uint8
+    assert not form.damaged(records).any()
     found = form.decode(records)
     np.testing.assert_array_equal(found.ids, labels.ids)
     np.testing.assert_array_equal(found.rest, labels.rest)
@@ -48,11 +49,20 @@ def test_round_trip(vocab_size: int, k: int, length: int, rows: int, encoding: s
         assert np.all(np.abs(found.log_q - clipped) <= step / 2 + 2e-3 * np.abs(log_q))
 
 
+@settings(max_examples=30, deadline=None)
+@given(row=st.integers(0, 3), at=st.integers(0, 2**16), bit=st.integers(0, 7))
+def test_one_bit_that_changed_is_seen_in_its_row(row: int, at: int, bit: int) -> None:
+    form = LabelFormat(5, 300, 3)
+    records = form.encode(random_labels(np.random.default_rng(0), 4, form))
+    records[row, at % form.record_bytes] ^= 1 << bit
+    assert np.flatnonzero(form.damaged(records)).tolist() == [row]
+
+
 @pytest.mark.parametrize(("vocab_size", "bits"), [(2, 1), (4096, 12), (4097, 13), (256_256, 18)])
 def test_ids_take_the_vocabularys_bits(vocab_size: int, bits: int) -> None:
     form = LabelFormat(sequence_length=1280, vocab_size=vocab_size, k=2, encoding="uint8")
     assert form.id_bits == bits
-    assert form.record_bytes == 1280 * 2 * bits // 8 + 1280 * 2 + 1280 * 4
+    assert form.record_bytes == 1280 * 2 * bits // 8 + 1280 * 2 + 1280 * 4 + 4
 
 
 def test_bytes_per_token_of_the_papers_vocabulary() -> None:

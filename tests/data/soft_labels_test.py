@@ -118,6 +118,11 @@ def test_damage_is_named(tmp_path: pathlib.Path) -> None:
     shard.write_bytes(whole[:-1])
     with pytest.raises(InputError, match=r"00001.*has .* bytes, expected"):
         SoftLabels.open(folder)
+    shard.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
+    damaged = SoftLabels.open(folder)
+    damaged.read([0, 10])
+    with pytest.raises(InputError, match=r"00001.* is damaged at row 8 .*: copy"):
+        damaged.read([0, 8])
     shard.write_bytes(whole)
     (folder / "row_ids.npy").write_bytes(b"nothing")
     with pytest.raises(InputError, match="is missing or has changed"):
