@@ -173,6 +173,7 @@ def _audit(
 ) -> dict[str, Any]:
     """What audit.json holds."""
     rows, row_ids_m = cache.split(chosen.manifest["split"]), chosen.row_ids
+    stratified = by_score and "stratified" in chosen.manifest["how"]
     if facts is None:
         numbers = _audit_without_scores(cache, chosen)
         shown = {"sample": row_ids_m[np.linspace(0, len(row_ids_m) - 1, 20).astype(int)]}
@@ -183,10 +184,13 @@ def _audit(
         }
         shown = {
             name: np.array(ids, np.int64)
-            for name, ids in selection_audit.examples(facts, row_ids_m, by_score).items()
+            for name, ids in selection_audit.examples(
+                facts, row_ids_m, by_score, stratified
+            ).items()
         }
     return {
         "cut": chosen.manifest["cut"],
+        "stratified": stratified,
         "score": chosen.manifest["score"],
         **numbers,
         "overlaps": [

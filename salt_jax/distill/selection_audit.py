@@ -50,9 +50,9 @@ def by_subset(facts: RowFacts, row_ids_m: np.ndarray) -> dict[str, Any]:
     Returns:
       score_edges: BINS + 1 bounds of the histograms, in nats.
       whole, by_subset (by name; those with rows): each has rows, kept, kept_share (of its rows),
-        share_of_kept (of all kept), log_perplexity and log_perplexity_kept (means of the rows' mean
-        losses), learnable and learnable_kept (mean shares), scores and scores_kept (rows in each
-        bin).
+        share_of_kept (of all kept), lowest_kept (score, in nats), log_perplexity and
+        log_perplexity_kept (means of the rows' mean losses), learnable and learnable_kept (mean
+        shares), scores and scores_kept (rows in each bin).
     """
     edges = _score_edges(facts)
     number = len(facts.subset_names)
@@ -79,6 +79,7 @@ class _Sums:
             name: np.zeros((2, 2, subsets)) for name in ("log_perplexity", "learnable")
         }
         self._histogram_2xSxH = np.zeros((2, subsets, len(edges) - 1), np.int64)
+        self._lowest_kept_S = np.full(subsets, np.inf)
 
     def add(
         self,
@@ -91,6 +92,8 @@ class _Sums:
         """Adds a block of rows."""
         bins = len(self._edges) - 1
         has_score_n = np.isfinite(scores_n)
+        scored_n = kept_n & has_score_n
+        np.minimum.at(self._lowest_kept_S, subset_n[scored_n], scores_n[scored_n])
         place_n = np.searchsorted(self._edges, scores_n, side="right") - 1
         place_n = subset_n * bins + np.clip(place_n, 0, bins - 1)
         for which, mask_n in enumerate((np.ones(len(kept_n), bool), kept_n)):
@@ -109,11 +112,13 @@ class _Sums:
         """What there is to say of some subsets together."""
         rows, kept = (int(self.rows_2xS[which, subsets].sum()) for which in (0, 1))
         all_kept = int(self.rows_2xS[1].sum())
+        lowest = float(self._lowest_kept_S[subsets].min())
         found: dict[str, Any] = {
             "rows": rows,
             "kept": kept,
             "kept_share": _ratio(kept, rows),
             "share_of_kept": _ratio(kept, all_kept),
+            "lowest_kept": lowest if math.isfinite(lowest) else None,
         }
         for name, sums_2x2xS in self._means.items():
             for which, suffix in ((0, ""), (1, "_kept")):
@@ -172,36 +177,41 @@ def duplicates(hashes: RowValues, row_ids_m: np.ndarray) -> dict[str, int]:
     return copies
 
 
-def examples(facts: RowFacts, row_ids_m: np.ndarray, by_score: bool) -> dict[str, list[int]]:
+def examples(
+    facts: RowFacts, row_ids_m: np.ndarray, by_score: bool, stratified: bool = False
+) -> dict[str, list[int]]:
     """Ids of rows to look at.
 
     Args:
       facts: The rows.
       row_ids_m: Those kept.
       by_score: Whether they were selected by their scores, so that there is a cut.
+      stratified: Whether each subset has a cut of its own.
 
     Returns:
       highest and lowest_kept: the EXAMPLES highest and lowest scores among those kept. lowest: the
       lowest of all rows that have a score. cut_kept and cut_left_out, where there is a cut: half as
-      many on either side of it, the nearest first.
+      many on either side of it, the nearest first; of several cuts, cut by cut, an equal part at
+      each and at least one row.
     """
-    half = EXAMPLES // 2
+    cuts = len(facts.subset_names) if stratified else 1
+    each = max(1, EXAMPLES // 2 // cuts)
     highest, lowest_kept = _Best(EXAMPLES, 1), _Best(EXAMPLES, -1)
-    lowest, left_out = _Best(EXAMPLES, -1), _Best(half, 1)
+    lowest = _Best(EXAMPLES, -1)
+    cut_kept, left_out = ([_Best(each, sign) for _ in range(cuts)] for sign in (-1, 1))
     for block, kept_n in _kept(len(facts), row_ids_m):
         scores_n = facts.scores[block]
         has_score_n = np.isfinite(scores_n)
-        for best, mask_n in (
-            (highest, kept_n),
-            (lowest_kept, kept_n),
-            (lowest, has_score_n),
-            (left_out, ~kept_n),
-        ):
+        for best, mask_n in ((highest, kept_n), (lowest_kept, kept_n), (lowest, has_score_n)):
             best.add(block.start, scores_n, mask_n & has_score_n)
+        for cut in range(cuts if by_score else 0):
+            own_n = has_score_n & (facts.subsets[block] == cut) if stratified else has_score_n
+            cut_kept[cut].add(block.start, scores_n, own_n & kept_n)
+            left_out[cut].add(block.start, scores_n, own_n & ~kept_n)
     found = {"highest": highest.row_ids, "lowest_kept": lowest_kept.row_ids}
     if by_score:
-        found["cut_kept"] = lowest_kept.row_ids[:half]
-        found["cut_left_out"] = left_out.row_ids
+        found["cut_kept"] = [row_id for best in cut_kept for row_id in best.row_ids]
+        found["cut_left_out"] = [row_id for best in left_out for row_id in best.row_ids]
     return {**found, "lowest": lowest.row_ids}
 
 

@@ -272,9 +272,12 @@ def score_plot(scored: ScoredRows, selections: Sequence[SelectedRows]) -> Plot:
                 linewidth=1.6,
             )
             handles.append(Line2D([], [], color=colour, linewidth=1.6))
-            cut = "" if selected.cut is None else f", cut at {selected.cut:.3f}"
-            names.append(f"{selected.name}: {taken.size:,} rows{cut}")
+            cut = ""
             if selected.cut is not None:
+                each = "cut in each subset, the lowest" if selected.stratified else "cut"
+                cut = f", {each} at {selected.cut:.3f}"
+            names.append(f"{selected.name}: {taken.size:,} rows{cut}")
+            if selected.cut is not None and not selected.stratified:
                 panel.axvline(selected.cut, color=colour, linestyle="--", linewidth=1.4)
         panel.set_yscale("symlog", linthresh=1)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))

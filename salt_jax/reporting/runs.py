@@ -223,6 +223,11 @@ class SelectedRows:
     def name(self) -> str:
         return self.origin.path.name
 
+    @property
+    def stratified(self) -> bool:
+        """Whether each subset has a cut of its own, of which `cut` is the lowest."""
+        return bool(self.manifest["how"].get("stratified"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Material:

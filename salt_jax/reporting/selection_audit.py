@@ -71,14 +71,18 @@ def _excerpt(row: Mapping[str, Any]) -> tuple[str, str]:
 def _subset_table(name: str, audit: Mapping[str, Any]) -> Table:
     by_subset = audit["by_subset"]
     parts = [*by_subset.items(), ("all rows", audit["whole"])]
-    has_scores = "score_edges" in audit
+    has_scores, stratified = "score_edges" in audit, audit.get("stratified", False)
     columns = ["subset", "rows", "selected", "share of its rows", "share of selection"]
+    if stratified:
+        columns.append("cut")
     if has_scores:
         columns += ["mean loss", "of selected", "learnable", "of those selected"]
     rows = []
     for subset, part in parts:
         cells = [subset, format_count(part["rows"]), format_count(part["kept"])]
         cells += [_share(part["kept_share"]), _share(part["share_of_kept"])]
+        if stratified:
+            cells.append(_nats(_cut(audit, part)))
         if has_scores:
             cells += [_nats(part["log_perplexity"]), _nats(part["log_perplexity_kept"])]
             cells += [_share(part["learnable"]), _share(part["learnable_kept"])]
@@ -93,6 +97,8 @@ def _note(audit: Mapping[str, Any]) -> str:
             "Mean loss: of the rows' tokens under the scorer, in nats. Learnable: the share of "
             "tokens among the scorer's k most likely ones."
         )
+    if audit.get("stratified"):
+        sentences.append("Cut: the lowest score selected of the subset, in nats.")
     if not audit["by_subset"]:
         sentences.append("By subset it is not known: give the selection scores (--scores).")
     if "kept" in copies:
@@ -167,8 +173,8 @@ def _histogram_plot(name: str, audit: Mapping[str, Any]) -> Plot:
         for panel, (subset, part) in zip(panels, parts, strict=False):
             panel.stairs(part["scores"], edges, fill=True, color=PALE)
             panel.stairs(part["scores_kept"], edges, color=PALETTE[0], linewidth=1.2)
-            if audit["cut"] is not None:
-                panel.axvline(audit["cut"], color=PALETTE[1], linestyle="--", linewidth=1)
+            if (cut := _cut(audit, part)) is not None:
+                panel.axvline(cut, color=PALETTE[1], linestyle="--", linewidth=1)
             panel.set_yscale("symlog", linthresh=1)
             panel.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
             panel.set_axisbelow(True)
@@ -178,12 +184,26 @@ def _histogram_plot(name: str, audit: Mapping[str, Any]) -> Plot:
             panel.set_visible(False)
         figure.supxlabel("score (nats per token)")
         figure.supylabel("rows, logarithmic")
-        cut = "" if audit["cut"] is None else f"; the dashed line is the cut at {audit['cut']:.3f}"
+        line = ""
+        if audit.get("stratified"):
+            cuts = ((subset, part["lowest_kept"]) for subset, part in audit["by_subset"].items())
+            listed = ", ".join(f"{subset} {cut:.3f}" for subset, cut in cuts if cut is not None)
+            line = f"; the dashed lines are the subsets' cuts: {listed}"
+        elif audit["cut"] is not None:
+            line = f"; the dashed line is the cut at {audit['cut']:.3f}"
         caption = (
             f"Scores of all rows (filled) and of those that {name} selected (line), in whole and "
-            f"by subset{cut}."
+            f"by subset{line}."
         )
         return Plot("selected_scores", caption, figure, plots.to_png(figure))
+
+
+def _cut(audit: Mapping[str, Any], part: Mapping[str, Any]) -> float | None:
+    """Where a part's rows are cut: in one place, or each subset in its own and so nowhere for all
+    rows."""
+    if not audit.get("stratified"):
+        return audit["cut"]
+    return None if part is audit["whole"] else part["lowest_kept"]
 
 
 def _share(value: float | None) -> str:

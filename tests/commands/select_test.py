@@ -126,6 +126,27 @@ def test_bad_input_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_audit_of_a_stratified_selection_shows_each_subsets_cut(
+    made: Callable[..., pathlib.Path],
+    select: Callable[..., int],
+    columns: dict[str, np.ndarray],
+    cache: PackedCache,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert select(*TOP, f"--scores={made()}", "--k=3", "--gin.STRATIFIED=True") == 0
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    ids = Selection.open(tmp_path / "out").row_ids
+    assert audit["stratified"]
+    printed = capsys.readouterr().out
+    for index, name in enumerate(cache.subsets):
+        own = columns["median_drop_k3"][ids[columns["subset"][ids] == index]]
+        assert audit["by_subset"][name]["lowest_kept"] == pytest.approx(own.min())
+        assert f"{own.min():.3f}" in printed
+        for group in ("cut_kept", "cut_left_out"):
+            assert name in [row["subset"] for row in audit["examples"][group]]
+
+
 def selection_of(folder: pathlib.Path, cache_digest: str) -> pathlib.Path:
     return Selection.write(
         folder, np.arange(3), cache_digest=cache_digest, split="train", how={"rule": "x"}

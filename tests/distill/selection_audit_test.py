@@ -50,6 +50,8 @@ def test_by_subset(seed: int, rows: int) -> None:
         assert part["kept"] == (mine & is_kept).sum()
         assert part["kept_share"] == pytest.approx((mine & is_kept).sum() / mine.sum())
         assert part["share_of_kept"] == pytest.approx((mine & is_kept).sum() / len(kept))
+        lowest = scores[mine & is_kept & np.isfinite(scores)]
+        assert part["lowest_kept"] == (lowest.min() if len(lowest) else None)
         for suffix, taken in (("", mine), ("_kept", mine & is_kept)):
             finite = scores[taken & np.isfinite(scores)]
             assert part[f"scores{suffix}"] == np.histogram(finite, edges)[0].tolist(), name
@@ -91,3 +93,7 @@ def test_overlap_duplicates_and_examples(seed: int, rows: int) -> None:
         "lowest": sorted(scored, key=lambda i: (scores[i], i))[:20],
     }
     assert "cut_kept" not in selection_audit.examples(facts, kept, by_score=False)
+    by_cut = selection_audit.examples(facts, kept, by_score=True, stratified=True)
+    of = np.asarray(facts.subsets)
+    for name, nearest in (("cut_kept", up), ("cut_left_out", rest)):
+        assert by_cut[name] == [i for s in range(4) for i in [i for i in nearest if of[i] == s][:2]]

@@ -9,13 +9,14 @@ from salt_jax.distill import selection_audit as audits
 from salt_jax.reporting import page, selection_audit
 from salt_jax.reporting.runs import read_folders
 from salt_jax.reporting.sections import compose
+from salt_jax.reporting.tables import NOTHING
 from salt_jax.reporting.terminal import print_table
 
 NAMES = ("<b>Github</b>", "Wikipedia (en)")
 HOSTILE = "</pre><script>alert('x')</script>"
 
 
-def write_audit(chosen, scores, overlaps=()):
+def write_audit(chosen, scores, overlaps=(), stratified=False):
     """As `salt select` does, with made-up texts and subsets."""
     rows = scores.rows
     facts = audits.RowFacts(
@@ -38,10 +39,11 @@ def write_audit(chosen, scores, overlaps=()):
             }
             for row_id in row_ids
         ]
-        for name, row_ids in audits.examples(facts, ids, by_score=True).items()
+        for name, row_ids in audits.examples(facts, ids, True, stratified).items()
     }
     audit = {
         "cut": chosen.manifest["cut"],
+        "stratified": stratified,
         "score": chosen.manifest["score"],
         **audits.by_subset(facts, ids),
         "duplicates": audits.duplicates(facts.hashes, ids),
@@ -105,6 +107,21 @@ def test_tables_and_plots_have_the_audits_numbers(tmp_path, audited):
     drawn = [panel.patches[1].get_data().values.sum() for panel in panels]
     assert drawn == [100, *(part["kept"] for part in parts)]
     assert panels[0].lines[0].get_xdata()[0] == pytest.approx(chosen.manifest["cut"])
+
+
+def test_each_subset_of_a_stratified_selection_has_its_own_cut(audited):
+    scores, chosen = audited
+    audit = write_audit(chosen, scores, stratified=True)
+    cuts = [part["lowest_kept"] for part in audit["by_subset"].values()]
+    assert cuts[0] != cuts[1]
+    (table,) = selection_audit.audit_tables("selected", audit)
+    column = table.columns.index("cut")
+    assert [row[column] for row in table.rows] == [*(f"{cut:.3f}" for cut in cuts), NOTHING]
+    _, histogram = selection_audit.audit_plots("selected", audit)
+    lines = [panel.lines for panel in histogram.figure.axes if panel.get_visible()]
+    assert [[line.get_xdata()[0] for line in own] for own in lines] == [[], *([c] for c in cuts)]
+    for name, cut in zip(NAMES, cuts, strict=True):
+        assert f"{name} {cut:.3f}" in histogram.caption
 
 
 def test_an_audit_without_scores_has_a_table_and_texts_alone(capsys):
