@@ -39,7 +39,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -175,6 +175,7 @@ class Denoising:
         _require_room(objectives, sequence_length)
         _require_ids(objectives, vocabulary, sequence_length)
         self._objectives, self._seed = objectives, seed
+        self._teacher_objectives = teacher_objectives
         self._pad_id = vocabulary.pad_id
         self._mode_ids = dict(vocabulary.mode_ids) if objectives.mode_tokens else {}
         self._sentinels = np.array(vocabulary.sentinel_ids, np.int32)
@@ -183,6 +184,13 @@ class Denoising:
             *(["distill"] if teacher_objectives == "causal" else []),
             *(["bidirectional"] if objectives.bidirectional_prefix else []),
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What records name it by, in JSON's own types: with it, rows become the same."""
+        settings = dataclasses.asdict(self._objectives)
+        settings["denoisers"] = [*settings["denoisers"]]
+        return {**settings, "teacher_objectives": self._teacher_objectives, "seed": self._seed}
 
     def __call__(self, row: features.Row, epoch: int) -> DenoisedRow:
         """What is trained on when a row comes for the epoch-th time, counted from 0."""

@@ -107,7 +107,8 @@ class Loop:
         self._checkpointer = Checkpointer(folder.path, setup.checkpoints)
         self._folder = folder
         self._teacher: Teacher | None = None
-        self._origin = dict(setup.origin)
+        denoising = setup.pipeline.denoising
+        self._origin = {**setup.origin, "objectives": denoising and denoising.identity}
         self._skipped = 0
         self._learning_rates = np.zeros(0)
         length, student = setup.sequence_length, setup.layout.config
@@ -220,8 +221,10 @@ class Loop:
         names = ["model", "vocabulary_fingerprint", "cache_digest", "selection_digest"]
         if self._setup.origin["teacher"] is not None:
             names.append("teacher")
+        if "objectives" in progress:  # checkpoints of older versions don't know
+            names.append("objectives")
         for name in names:
-            saved, now = progress[name], self._setup.origin[name]
+            saved, now = progress[name], self._origin[name]
             if name == "model":
                 saved, now = _what_is_computed(saved), _what_is_computed(now)
             if name == "teacher" and saved is not None:

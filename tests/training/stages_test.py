@@ -282,6 +282,14 @@ def test_ul2_with_a_causal_teacher(
     assert history(everywhere)[0]["loss"] != history(run)[0]["loss"]
     # Evaluation stays causal: every token but the first of a row counts.
     assert history(run, "eval")[-1]["evaluated_tokens"] == 10 * 15
+    # A run goes on as it began: the same rows, made into the same.
+    for others in (
+        {},
+        {"objectives": None},
+        {"objectives": dataclasses.replace(UL2, span=0.1), "teacher_objectives": "causal"},
+    ):
+        with pytest.raises(InputError, match=r"was made with the objectives .* and this run has"):
+            run_train(run, **{**settings, **others}, loss=loss)
 
 
 def test_ul2_with_a_teacher_without_reserved_ids(
