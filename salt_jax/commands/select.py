@@ -182,6 +182,8 @@ def _audit(
             **selection_audit.by_subset(facts, row_ids_m),
             "duplicates": selection_audit.duplicates(facts.hashes, row_ids_m),
         }
+        if by_score and not stratified:
+            numbers["ties"] = selection_audit.ties(facts, row_ids_m, chosen.manifest["cut"])
         shown = {
             name: np.array(ids, np.int64)
             for name, ids in selection_audit.examples(

@@ -130,6 +130,20 @@ class _Sums:
         return found
 
 
+def ties(facts: RowFacts, row_ids_m: np.ndarray, cut: float) -> dict[str, int]:
+    """Rows that have exactly the score of the cut: {"rows", "kept"}.
+
+    Among them the selection went by row id. Many that were left out mean that the scores don't tell
+    rows apart, as where most medians are 0 because less than half of a row's tokens are learnable.
+    """
+    rows = kept = 0
+    for block, kept_n in _kept(len(facts), row_ids_m):
+        tied_n = facts.scores[block] == np.float32(cut)
+        rows += int(np.count_nonzero(tied_n))
+        kept += int(np.count_nonzero(tied_n & kept_n))
+    return {"rows": rows, "kept": kept}
+
+
 def overlap(row_ids_m: np.ndarray, others_n: np.ndarray, rows: int) -> dict[str, Any]:
     """How much of a selection another one has, of the same N rows.
 

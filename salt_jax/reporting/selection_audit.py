@@ -99,6 +99,12 @@ def _note(audit: Mapping[str, Any]) -> str:
         )
     if audit.get("stratified"):
         sentences.append("Cut: the lowest score selected of the subset, in nats.")
+    ties = audit.get("ties", {"rows": 0, "kept": 0})
+    if left_out := ties["rows"] - ties["kept"]:
+        sentences.append(
+            f"{left_out:,} rows that were left out have exactly the score of the cut, as have "
+            f"{ties['kept']:,} of those selected: the scores don't tell them apart."
+        )
     if not audit["by_subset"]:
         sentences.append("By subset it is not known: give the selection scores (--scores).")
     if "kept" in copies:

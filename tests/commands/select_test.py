@@ -229,6 +229,7 @@ def test_the_audit_says_what_was_taken(
     assert audit["overlaps"][0]["score"]["k"] == 5
     hashes = columns["targets_hash"]
     assert audit["duplicates"]["all"] == ROWS - len({*hashes.tolist()})
+    assert audit["ties"] == {"rows": 1, "kept": 1}
     assert audit["duplicates"]["kept"] == 12 - len({*hashes[ids].tolist()})
     best = audit["examples"]["highest"][0]
     row = int(np.argmax(columns["median_drop_k3"]))

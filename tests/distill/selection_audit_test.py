@@ -80,6 +80,9 @@ def test_overlap_duplicates_and_examples(seed: int, rows: int) -> None:
     assert copies["kept"] == len(kept) - len({*hashes[kept].tolist()})
 
     scores = np.asarray(facts.scores)
+    tied = [i for i in range(rows) if scores[i] == 1.5]
+    ties = {"rows": len(tied), "kept": len({*tied} & {*kept.tolist()})}
+    assert selection_audit.ties(facts, kept, 1.5) == ties
     scored = [i for i in range(rows) if np.isfinite(scores[i])]
     mine = [i for i in scored if i in kept]
     down = sorted(mine, key=lambda i: (-scores[i], i))

@@ -94,6 +94,9 @@ def test_tables_and_plots_have_the_audits_numbers(tmp_path, audited):
     assert (whole["rows"], whole["selected"]) == ("400", "100")
     assert (whole["share of its rows"], whole["learnable"]) == ("25.00%", "25.00%")
     assert "exact copies of an earlier one, and 200 of all rows" in table.note
+    assert "tell them apart" not in table.note
+    (tied,) = selection_audit.audit_tables("x", {**audit, "ties": {"rows": 9, "kept": 4}})
+    assert "5 rows that were left out have exactly the score of the cut, as have 4" in tied.note
     share, histogram = section.plots
     assert [plot.name for plot in section.plots] == ["selected_share", "selected_scores"]
     widths = sorted(bar.get_width() for bar in share.figure.axes[0].patches)
