@@ -34,6 +34,7 @@ from salt_jax.command_line import (
 from salt_jax.config_errors import CONFIGS, explained, flag_of
 from salt_jax.errors import InputError, Interrupted, RunFailed, nearest
 from salt_jax.run_folder import RunFolder
+from salt_jax.run_lock import RunLock
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MODEL_CLASS = "DecoderConfig"
@@ -89,18 +90,20 @@ def _run(argv: list[str]) -> int:
         )
     verb = configure(arguments)
     _quiet_libtpu()
-    folder = RunFolder(
-        path=pathlib.Path(arguments.output_dir),
-        verb=arguments.verb,
-        config=gin.operative_config_str,
-        command_line=["salt", *argv],
-    )
-    try:
-        verb(folder)
-    except RuntimeError as error:  # jax's own for this is one, and has no narrower name
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise RunFailed(_out_of_memory(arguments.verb, str(error))) from error
+    with RunLock() as lock:
+        folder = RunFolder(
+            path=pathlib.Path(arguments.output_dir),
+            verb=arguments.verb,
+            config=gin.operative_config_str,
+            command_line=["salt", *argv],
+            lock=lock,
+        )
+        try:
+            verb(folder)
+        except RuntimeError as error:  # jax's own for this is one, and has no narrower name
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise RunFailed(_out_of_memory(arguments.verb, str(error))) from error
     return 0
 
 
@@ -185,12 +188,15 @@ def _imports(modules: Iterable[str]) -> list[str]:
 def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> None:
     """Gives a verb's unbound settings what another verb's settings of the same name are bound to.
 
-    A verb asks for it by SETTINGS_FROM in its module. What the lender leaves open stays unbound.
+    A verb asks for it by SETTINGS_FROM in its module. What the lender leaves open stays unbound,
+    but for the verb's STAYS_REQUIRED.
     """
+    stays_required = getattr(sys.modules[function.__module__], "STAYS_REQUIRED", ())
     mine = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
     theirs = gin.get_bindings(f"{lender}.{lender}", resolve_references=False)
     for name in theirs.keys() & parameters_of(function).keys() - mine.keys():
-        if theirs[name] is not None and not _is_open(theirs[name]):
+        is_open = _is_open(theirs[name])
+        if theirs[name] is not None and (not is_open or name in stays_required):
             gin.bind_parameter(f"{verb}.{verb}.{name}", theirs[name])
 
 

@@ -3,7 +3,7 @@
 In: the output folder, the verb, the command line and a function that gives the operative
 configuration.
 Out: config.gin, run.json and summary.json. A folder that holds another run's configuration is
-refused.
+refused, and so is one that another process is writing.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import InputError
+from salt_jax.run_lock import RunLock
 
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
@@ -57,31 +58,39 @@ class RunFolder:
       verb: The verb that writes it ("train").
       config: Gives the operative configuration as text, one setting a line.
       command_line: What was typed.
+      lock: Keeps other processes out from `begin` on; None lets them in.
     """
 
     path: pathlib.Path
     verb: str
     config: Callable[[], str] = lambda: ""
     command_line: Sequence[str] = ()
+    lock: RunLock | None = None
 
-    def begin(self, replace: bool = False, may_change: Collection[str] = ()) -> list[str]:
+    def begin(
+        self, replace: bool = False, may_change: Collection[str] = (), part: str = ""
+    ) -> list[str]:
         """Makes the folder and writes config.gin and run.json.
 
         Args:
           replace: Whether a folder with another configuration of the same verb may be written over.
           may_change: The settings that may differ from the folder's all the same, each by the last
             parts of its name: "train.batch_size" for one, "MeshConfig" for all of a class.
+          part: Which part of the work this process does, where several may share the folder.
 
         Returns:
           What did change, a phrase for each setting ("train.train.batch_size was 8 and is now 16").
 
         Raises:
-          InputError: The folder holds another run, or cannot be written.
+          InputError: The folder holds another run, another process writes it, or it cannot be
+            written.
         """
         config = self.config()
         changes = self._changes(config, replace, may_change)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.lock is not None:
+                self.lock.acquire(self.path, self.verb, part)
             write_atomically(self.path / CONFIG_FILE, config)
             write_atomically(self.path / RUN_FILE, to_json(self._origin(), indent=2))
         except OSError as error:
@@ -100,6 +109,8 @@ class RunFolder:
         """Takes back what `begin` wrote, for a run whose input turned out bad."""
         for name in (CONFIG_FILE, RUN_FILE):
             (self.path / name).unlink(missing_ok=True)
+        if self.lock is not None:
+            self.lock.release()
         if not any(self.path.iterdir()):
             self.path.rmdir()
 

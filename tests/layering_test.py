@@ -11,7 +11,7 @@ PACKAGE = ROOT / "salt_jax"
 
 # A part may import the parts named here, itself, and the leaves errors and run_folder.
 ALLOWED = {
-    "main": {"commands", "command_line", "config_errors"},
+    "main": {"commands", "command_line", "config_errors", "run_lock"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"}
     | {"evaluation", "verb_process"},
     "training": {"distill", "models", "data"},
@@ -26,7 +26,8 @@ ALLOWED = {
     "command_line": set(),
     "config_errors": {"command_line"},
     "errors": set(),
-    "run_folder": set(),
+    "run_folder": {"run_lock"},
+    "run_lock": set(),
     "verb_process": set(),
     "__init__": set(),
     "__main__": {"main"},

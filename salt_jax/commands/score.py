@@ -115,7 +115,8 @@ def score(
         writer = _score_writer(run, packed, split, model, ks, shard_rows or 65_536)
         settings = (ks, writer, *where)
         make = functools.partial(score_rows, model.config)
-    run.begin(replace=True)  # what must stay the same is in pass.json
+    # What must stay the same is in pass.json; workers share the folder.
+    run.begin(replace=True, part=f"{worker}-of-{workers}")
     writer.begin()
     missing = writer.shards.unfinished(worker, workers)
     # Processes that know of each other wait for one another when they load a model, so those that
