@@ -14,13 +14,17 @@ their sizes; v5e:16x16*2 is two slices. docs/planning.md says how far the number
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from salt_jax.data import denoisers
 from salt_jax.data.label_format import ENCODINGS, LabelFormat
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
+from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning import buffers, changes, estimate, hlo, table, topologies
 from salt_jax.planning.compile import (
@@ -31,12 +35,19 @@ from salt_jax.planning.compile import (
     compile_stage,
     in_gib,
 )
-from salt_jax.planning.stored_labels import sentence, stored_labels
+from salt_jax.planning.stored_labels import (
+    label_sizes,
+    read_sentence,
+    sentence,
+    stored_labels,
+)
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
 from salt_jax.training.optimizers import OptimizerConfig
 
 SETTINGS_FROM = "train"
+# What must be set where train's files ask for it: with it, a plan is another one.
+STAYS_REQUIRED = ("soft_labels",)
 
 
 def plan(
@@ -51,6 +62,9 @@ def plan(
     topology: Sequence[str] = (topologies.LOCAL,),
     teacher_model: DecoderConfig | None = None,
     teacher_dtype: str | None = None,
+    soft_labels: str | None = None,
+    objectives: denoisers.Objectives | None = None,
+    teacher_objectives: str = "all",
     vocab_size: int = 256_000,
     sequence_length: int = 1280,
     cache: str | Sequence[str] | None = None,
@@ -77,6 +91,10 @@ def plan(
       topology: What to compile for; repeat the flag for more than one.
       teacher_model: The teacher, or a gin file of gin/models; computes as the student does.
       teacher_dtype: What to hold it in, "bfloat16" for one; its param_dtype by default.
+      soft_labels: The folder of soft labels that stand for the teacher. It need not be there:
+        stored_ids is then how many ids it has.
+      objectives: What rows are trained on; None is next tokens alone.
+      teacher_objectives: "causal" for a teacher that has a word in causal rows alone, or "all".
       vocab_size: Ids of the vocabulary, for models that don't set it.
       sequence_length: L, tokens of a row.
       cache: A folder made by `salt prepare`, to take both from; the first of several.
@@ -91,25 +109,20 @@ def plan(
       stored_ids: Ids a token of stored soft labels, to say what storing them would take.
 
     Raises:
-      InputError: Settings that don't fit each other, an unknown topology, or libtpu is missing.
+      InputError: Settings that don't fit each other, an unknown topology, or libtpu is missing;
+        or the run fits no topology, which summary.json then says in full.
     """
     if cache is not None:
         packed = PackedCache.open(cache if isinstance(cache, str) else cache[0])
         vocab_size, sequence_length = packed.vocabulary_size, packed.sequence_length
-    for name, value in (
-        ("steps", steps),
-        ("batch_size", batch_size),
-        ("sequence_length", sequence_length),
-        ("microbatches", microbatches),
-        ("stage1_microbatches", 1 if stage1_microbatches is None else stage1_microbatches),
-    ):
-        if value < 1:
-            raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
+    _check_counts(steps=steps, batch_size=batch_size, sequence_length=sequence_length)
+    _check_counts(microbatches=microbatches, stage1_microbatches=stage1_microbatches)
     stage1_steps = schedule.distill_steps(steps)
-    if stage1_steps and teacher_model is None:
+    if stage1_steps and teacher_model is None and soft_labels is None:
         raise InputError(
             f"The schedule {type(schedule).__name__} has a stage 1 of {stage1_steps} steps and no "
-            "teacher_model is set: add --teacher_model=models/slm_1_5b.gin, or another model file."
+            "teacher_model is set: add --teacher_model=models/slm_1_5b.gin, or another model file, "
+            "or --soft_labels=FOLDER."
         )
     if cache is not None and model.vocab_size not in (None, vocab_size):
         raise InputError(
@@ -117,9 +130,12 @@ def plan(
             f"{vocab_size} ids: leave vocab_size unset."
         )
     student = _with_vocabulary(model, vocab_size)
+    stored_k = _stored_k(soft_labels, stored_ids, objectives) if stage1_steps else 0
     job = Job(
         model=student,
-        teacher=_teacher(teacher_model, student) if stage1_steps and teacher_model else None,
+        teacher=_teacher(teacher_model, student)
+        if stage1_steps and teacher_model and not stored_k
+        else None,
         teacher_dtype=teacher_dtype,
         optimizer=optimizer,
         loss=loss,
@@ -132,6 +148,8 @@ def plan(
         mesh=mesh,
         rules=rules,
         teacher_rules=teacher_rules,
+        soft_labels=stored_k,
+        extra_features=_features(objectives, teacher_objectives, student),
     )
     if sequence_length > student.max_length:
         raise InputError(
@@ -142,8 +160,8 @@ def plan(
     if hbm_gib is not None and hbm_gib <= 0:
         raise InputError(f"hbm_gib is {hbm_gib} and must be above 0: change --hbm_gib.")
     found = [topologies.find(name, hbm_gib) for name in topology]
-    if job.teacher is not None:
-        LabelFormat(sequence_length, student.vocab_size or 0, stored_ids)  # or it is refused
+    if job.has_stage1:
+        LabelFormat(sequence_length, student.vocab_size or 0, stored_k or stored_ids)  # or refused
     for where in found:
         for stage in _stages(job):
             check_batch(job, where, stage)
@@ -152,6 +170,63 @@ def plan(
     plans = [_plan(job, where, try_changes, stored_ids) for where in found]
     table.print_plans(plans)
     run.write_summary(_summary(job, arm, plans))
+    _refuse_if_none_fits(plans)
+
+
+def _check_counts(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
+
+
+def _stored_k(
+    soft_labels: str | None, stored_ids: int, objectives: denoisers.Objectives | None
+) -> int:
+    """Ids a token of the labels that stand for a teacher; 0 without such labels."""
+    if soft_labels is None:
+        return 0
+    if objectives is not None:
+        raise InputError(
+            f"The soft labels {soft_labels} are of rows as they are, and objectives changes rows: "
+            "leave it unset, or plan with a teacher_model instead."
+        )
+    if not pathlib.Path(soft_labels).exists():
+        return stored_ids
+    return SoftLabels.open(soft_labels).format.k
+
+
+def _features(
+    objectives: denoisers.Objectives | None, teacher_objectives: str, model: DecoderConfig
+) -> tuple[str, ...]:
+    """What batches hold for the objectives."""
+    if objectives is None:
+        return ()
+    if objectives.bidirectional_prefix:
+        require_bidirectional(model.attention_backend)
+    return denoisers.feature_names(objectives, teacher_objectives)
+
+
+def _refuse_if_none_fits(plans: Sequence[Mapping[str, Any]]) -> None:
+    lacking = [
+        next((stage for stage in plan["stages"] if stage["fits"] is False), None)
+        for plan in plans
+        if plan["stages"][0]["change"] is None
+    ]
+    if len(lacking) < len(plans) or None in lacking:
+        return
+    plan, stage = plans[0], lacking[0]
+    assert stage is not None, "every plan lacks memory"
+    tried = sum(len(each["tried"]) for each in plan["stages"])
+    needed, has = (
+        "an unknown amount" if gib is None else f"{gib:.2f} GiB"
+        for gib in (stage["needed_gib"], plan["hbm_gib"])
+    )
+    raise InputError(
+        f"The run does not fit {', '.join(plan['topology'] for plan in plans)}: stage "
+        f"{stage['stage']} needs {needed} on a device of {plan['topology']}, which has {has}"
+        + (f", and none of the {tried} changes tried makes it fit" if tried else "")
+        + ": plan for more devices (--topology), or for a smaller model."
+    )
 
 
 def _plan(
@@ -166,6 +241,7 @@ def _plan(
     seconds = {s["stage"]: (s["change"] or s).get("step_seconds_estimate") for s in stages}
     total = estimate.estimate_run(job, chips, seconds.get(1), seconds[2])
     stored = stored_labels(job, stored_ids, chips, seconds.get(1), seconds[2], ENCODINGS)
+    read = label_sizes(job, job.soft_labels, seconds.get(1), ENCODINGS) if job.soft_labels else None
     return {
         "topology": topology.name,
         "chips": chips,
@@ -184,14 +260,13 @@ def _plan(
             "baseline_chip_hours": total.chip_hours(total.baseline_seconds),
             "teacher_overhead": total.overhead,
         },
-        "stored_labels": None
-        if stored is None
-        else {**dataclasses.asdict(stored), "advice": sentence(stored)},
+        "stored_labels": stored and {**dataclasses.asdict(stored), "advice": sentence(stored)},
+        "read_labels": read and {**dataclasses.asdict(read), "advice": read_sentence(read)},
     }
 
 
 def _stages(job: Job) -> tuple[int, ...]:
-    return (1, 2) if job.stage1_steps else (2,)
+    return (1, 2) if job.has_stage1 else (2,)
 
 
 def _compile(job: Job, topology: topologies.Topology, stage: int) -> CompiledStage | TooLarge:
@@ -304,6 +379,9 @@ def _describe(job: Job) -> str:
         f"{job.model.num_parameters:,} parameters, {job.steps:,} steps of {job.batch_size:,} × "
         f"{job.sequence_length:,} tokens"
     )
+    if job.soft_labels:
+        stored = f"stored soft labels of {job.soft_labels} ids a token"
+        return f"{text}, {job.stage1_steps:,} of them with {stored}"
     if job.teacher is None:
         return f"{text}, no teacher"
     return (

@@ -168,10 +168,7 @@ class Denoising:
         seed: int,
         teacher_objectives: str = "all",
     ) -> None:
-        if teacher_objectives not in TEACHER_OBJECTIVES:
-            raise InputError(
-                f"teacher_objectives is {teacher_objectives!r}: choose 'all' or 'causal'."
-            )
+        self.features = feature_names(objectives, teacher_objectives)
         _require_room(objectives, sequence_length)
         _require_ids(objectives, vocabulary, sequence_length)
         self._objectives, self._seed = objectives, seed
@@ -180,10 +177,6 @@ class Denoising:
         self._mode_ids = dict(vocabulary.mode_ids) if objectives.mode_tokens else {}
         self._sentinels = np.array(vocabulary.sentinel_ids, np.int32)
         self._bounds = np.cumsum([objectives.causal, objectives.prefix, objectives.span])
-        self.features = (
-            *(["distill"] if teacher_objectives == "causal" else []),
-            *(["bidirectional"] if objectives.bidirectional_prefix else []),
-        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -279,6 +272,20 @@ class Denoising:
         context = len(mode) + len(text)
         weights = np.concatenate([np.zeros(context, np.float32), span_weights])
         return np.concatenate([mode, text, spans]), weights, context
+
+
+def feature_names(objectives: Objectives, teacher_objectives: str) -> tuple[str, ...]:
+    """What batches hold beside `features.make_batch`'s; see Denoising.
+
+    Raises:
+      InputError: A teacher_objectives that is neither of the two.
+    """
+    if teacher_objectives not in TEACHER_OBJECTIVES:
+        raise InputError(f"teacher_objectives is {teacher_objectives!r}: choose 'all' or 'causal'.")
+    return (
+        *(["distill"] if teacher_objectives == "causal" else []),
+        *(["bidirectional"] if objectives.bidirectional_prefix else []),
+    )
 
 
 class _Plan(NamedTuple):

@@ -182,7 +182,7 @@ def _unpacked(packed: np.ndarray, width: int, count: int) -> np.ndarray:
 
 def _checks(bodies: np.ndarray) -> np.ndarray:
     """uint32[N], CRC-32 of uint8[N, …]."""
-    return np.array([zlib.crc32(np.ascontiguousarray(body)) for body in bodies], "<u4")
+    return np.array([zlib.crc32(body.tobytes()) for body in bodies], "<u4")
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

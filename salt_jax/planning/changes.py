@@ -6,7 +6,8 @@ Tried in this order for a stage that does not fit, each alone and then all toget
                             the same, matrix products get smaller
     LossConfig.chunk_tokens a half, a quarter, an eighth
     DecoderConfig.remat     minimal to full (models/remat.py): the backward pass computes more again
-    MeshConfig              all devices along fsdp: parameters and optimizer over all of them
+    MeshConfig              all devices along fsdp: parameters and optimizer over all of them; with
+                            fewer microbatches where more devices leave a batch too small for them
 
 Microbatches are a stage's own; the others hold for the run, so what one stage takes of them the
 other is compiled with too.
@@ -124,7 +125,7 @@ def _microbatches(change: Change, topology: Topology, stage: int) -> Iterator[Ch
     while parts <= most:
         if most % parts == 0:
             fields = {"stage1_microbatches" if stage == 1 else "microbatches": parts}
-            if stage == 2 and job.teacher is not None:
+            if stage == 2 and job.has_stage1:
                 # Not set, it would follow.
                 fields = {"stage1_microbatches": job.stage1_microbatches, **fields}
             settings = {f"train.train.{name}": value for name, value in fields.items()}
@@ -156,19 +157,31 @@ def _remat(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
 
 
 def _mesh(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
-    del stage
+    del stage  # the mesh is both stages', and so must be their batches
     slices = topology.slices
     mesh = partitioning.MeshConfig(slice=slices, data=1, fsdp=-1, tensor=1)
     before = change.job.mesh.make(topology.devices).shape
     if dict(before) == dict(mesh.make(topology.devices).shape):
         return
     job = dataclasses.replace(change.job, mesh=mesh)
-    divisor = partitioning.batch_divisor(mesh.make(topology.devices))
-    if any(job.batch_size % (divisor * job.microbatches_of(stage)) for stage in (1, 2)):
+    rows, rest = divmod(job.batch_size, partitioning.batch_divisor(mesh.make(topology.devices)))
+    if rest:
         return
     names = zip(partitioning.MESH_AXES, mesh.sizes(), strict=True)
-    settings = {f"partitioning.MeshConfig.{axis}": size for axis, size in names}
+    settings: dict[str, Any] = {f"partitioning.MeshConfig.{axis}": size for axis, size in names}
+    parts = {
+        "stage1_microbatches": _most_parts(rows, job.stage1_microbatches),
+        "microbatches": _most_parts(rows, job.microbatches),
+    }
+    if parts != {name: getattr(job, name) for name in parts}:
+        job = dataclasses.replace(job, **cast(Any, parts))
+        settings |= {f"train.train.{name}": value for name, value in parts.items()}
     yield Change({**change.settings, **settings}, job)
+
+
+def _most_parts(rows: int, parts: int) -> int:
+    """The most equal parts, at most `parts`, of a device's rows."""
+    return next(most for most in range(parts, 0, -1) if rows % most == 0)
 
 
 def _changed(change: Change, name: str, value: Any, **fields: Any) -> Change:

@@ -52,6 +52,9 @@ class Job:
       mesh: How the devices are laid out.
       rules: From logical axes to the mesh's.
       teacher_rules: The same for the teacher; None is rules.
+      soft_labels: K of the stored soft labels that stand for a teacher; 0 for none.
+      extra_features: What batches hold for the run's objectives (train_step.EXTRA_FEATURES). Rows
+        stay as long as they are, and so does all else.
     """
 
     model: DecoderConfig
@@ -68,11 +71,22 @@ class Job:
     mesh: partitioning.MeshConfig
     rules: partitioning.Rules
     teacher_rules: partitioning.Rules | None = None
+    soft_labels: int = 0
+    extra_features: tuple[str, ...] = ()
+
+    @property
+    def has_stage1(self) -> bool:
+        """Whether some steps have a teacher, or soft labels that stand for one."""
+        return self.teacher is not None or self.soft_labels > 0
 
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.batch_size * self.sequence_length
+
+    def labels_of(self, stage: int) -> int:
+        """K of the soft labels that a stage's batches hold, 0 for none."""
+        return self.soft_labels if stage == 1 else 0
 
     def microbatches_of(self, stage: int) -> int:
         """Parts of a batch in a stage, 1 or 2."""
@@ -163,6 +177,8 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage | T
             job.microbatches_of(stage),
             job.teacher if stage == 1 else None,
             teacher_params,
+            job.extra_features,
+            job.labels_of(stage),
         ).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -262,7 +278,8 @@ def _parts(
     `loss` is an estimate (`loss_bytes`), and `activations` all other temporaries: what the backward
     pass needs, gradients, gathered parameters.
     """
-    batch = abstract_batch((job.batch_size, job.sequence_length), layout)
+    shape = job.batch_size, job.sequence_length
+    batch = abstract_batch(shape, layout, job.extra_features, job.labels_of(stage))
     parts: dict[str, float] = {
         "student": shard_bytes(layout.abstract.params),
         "optimizer": shard_bytes(layout.abstract.opt_state),

@@ -90,6 +90,8 @@ def _notes(plan: Mapping[str, Any]) -> list[str]:
             notes.append(f"{where}, GiB: {listed}")
     if stored := plan.get("stored_labels"):
         notes.append(f"{plan['topology']}: {stored['advice']}")
+    if read := plan.get("read_labels"):
+        notes.append(f"{plan['topology']}: {read['advice']}")
     return [*notes, *_advice(plan)]
 
 

@@ -123,8 +123,9 @@ def read_documents(
     Raises:
       InputError: What the files' readers raise.
     """
-    for file in source_files(task, split, shard, shards) if log else ():
-        log.note(file)
+    if log is not None:
+        for file in source_files(task, split, shard, shards):
+            log.note(file)
     names = subset_names(task)
     dataset = task.get_dataset(
         sequence_length=None,

@@ -13,6 +13,7 @@ import gin
 from salt_jax.command_line import parse_arguments
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import configure, main
+from salt_jax.planning import topologies
 from salt_jax.planning.compile import Job, TooLarge
 
 IMPORTS = "from __gin__ import dynamic_registration\n"
@@ -59,8 +60,8 @@ def salt(files: dict[str, pathlib.Path]) -> list[str]:
     ]
 
 
-def run(arguments: list[str], folder: pathlib.Path) -> dict[str, Any]:
-    assert main([*arguments, f"--output_dir={folder}"]) == 0
+def run(arguments: list[str], folder: pathlib.Path, code: int = 0) -> dict[str, Any]:
+    assert main([*arguments, f"--output_dir={folder}"]) == code
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 
@@ -155,7 +156,7 @@ def test_the_teacher_computes_as_the_student(
 
     command = importlib.import_module("salt_jax.commands.plan")
     monkeypatch.setattr(command, "compile_stage", compile_stage)
-    run([*salt, "--try_changes=false"], tmp_path / "plan")
+    run([*salt, "--try_changes=false"], tmp_path / "plan", code=2)
     teacher = jobs[0].teacher
     assert teacher is not None
     assert (teacher.embed_dim, teacher.vocab_size, teacher.dtype) == (16, 500, "bfloat16")
@@ -260,10 +261,73 @@ def test_what_cannot_fit_says_so(
     salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nothing = [*salt, "--hbm_gib=1e-6", "--try_changes=false"]
-    stages = run(nothing, tmp_path / "plan")["plans"][0]["stages"]
+    stages = run(nothing, tmp_path / "plan", code=2)["plans"][0]["stages"]
     assert [stage["fits"] for stage in stages] == [False, False]
     assert all(stage["change"] is None and stage["tried"] == [] for stage in stages)
-    assert "local, stage 1 needs" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "local, stage 1 needs" in printed.out
+    assert printed.err.startswith("salt: The run does not fit local: stage 1 needs 0.0")
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_one_topology_that_fits_is_enough(
+    salt: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = importlib.import_module("salt_jax.commands.plan")
+    found = iter([topologies.find("local", 1e-6), topologies.find("local", 1e3)])
+    monkeypatch.setattr(command.topologies, "find", lambda *_: next(found))
+    both = ["--topology=local", "--topology=local", "--try_changes=false"]
+    plans = run([*salt, *both], tmp_path / "plan")["plans"]
+    assert [plan["stages"][0]["fits"] for plan in plans] == [False, True]
+
+
+def test_stored_soft_labels_stand_for_the_teacher(
+    salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder need not be there; the teacher of the run before is not in memory."""
+    stored = [*salt, "--gin_file=methods/soft_labels.gin"]
+    error = error_of(stored, tmp_path / "plan", capsys)
+    assert "soft_labels must be set" in error or "soft_labels is not set" in error
+    stored += ["--soft_labels=not/there/yet", "--stored_ids=8"]
+    summary = run(stored, tmp_path / "labels")
+    (plan,) = summary["plans"]
+    first, second = plan["stages"]
+    assert first["breakdown_gib"]["teacher"] == 0
+    assert first["flops_per_step"] == second["flops_per_step"]
+    # int32 ids and float16 log q, and two float16 a token more than a plain step's batch.
+    own_tokens = summary["tokens_per_step"] / plan["chips"]
+    more = first["breakdown_gib"]["batch"] - second["breakdown_gib"]["batch"]
+    assert more * 2**30 == pytest.approx(own_tokens * (8 * 6 + 2 * 2))
+    assert plan["stored_labels"] is None
+    assert plan["read_labels"]["k"] == 8
+    tokens = 25 * summary["tokens_per_step"]
+    for encoding, size in plan["read_labels"]["bytes_per_token"].items():
+        assert plan["read_labels"]["terabytes"][encoding] == pytest.approx(size * tokens / 1e12)
+    printed = capsys.readouterr().out
+    assert "25 of them with stored soft labels of 8 ids a token" in printed
+    assert "Stage 1 reads soft labels of 8 ids a token" in printed
+    objectives = [*stored, "--gin_file=objectives/ul2.gin"]
+    assert "objectives changes rows" in error_of(objectives, tmp_path / "plan", capsys)
+
+
+def test_objectives_are_planned_with(
+    salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = run(salt, tmp_path / "plain")
+    ul2 = [*salt, "--gin_file=objectives/ul2.gin", "--teacher_objectives=causal"]
+    ul2 += ["--gin.denoisers.Objectives.bidirectional_prefix=True"]
+    changed = run(ul2, tmp_path / "ul2")
+    rows = changed["tokens_per_step"] / 32 / changed["plans"][0]["chips"]
+    for before, after in zip(
+        *(summary["plans"][0]["stages"] for summary in (plain, changed)), strict=True
+    ):
+        assert after["flops_per_step"] == before["flops_per_step"]  # rows stay as long
+        more = after["breakdown_gib"]["batch"] - before["breakdown_gib"]["batch"]
+        assert more * 2**30 == pytest.approx(rows * (4 + 32))  # a weight a row, a bool a token
+    splash = [*ul2, "--gin.decoder.DecoderConfig.attention_backend='splash'"]
+    assert "bidirectional_prefix" in error_of(splash, tmp_path / "plan", capsys)
+    some = [*ul2, "--teacher_objectives=some"]
+    assert "teacher_objectives is 'some'" in error_of(some, tmp_path / "plan", capsys)
 
 
 def test_cache_gives_vocabulary_and_length(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from salt_jax.planning import changes, topologies
-from salt_jax.planning.compile import CompiledStage, Job, Memory, TooLarge
+from salt_jax.planning.compile import CompiledStage, Job, Memory, TooLarge, check_batch
 from salt_jax.training import partitioning
 
 LOCAL = topologies.find("local", hbm_gib=1.0)
@@ -55,6 +55,25 @@ def test_jobs_have_the_settings(make_job: Callable[..., Job]) -> None:
     )
     # As a shell reads them, with quotes left for gin.
     assert "--gin.decoder.DecoderConfig.remat='full'" in shlex.split(strongest.flags)
+
+
+def test_together_with_the_mesh_where_its_devices_leave_no_room_for_microbatches(
+    make_job: Callable[..., Job],
+) -> None:
+    """Over 4 of 8 devices (tensor 2) a batch of 32 takes 8 microbatches, over all of them 4."""
+    job = make_job(mesh=partitioning.MeshConfig(fsdp=4, tensor=2))
+    tried = list(changes.candidates(changes.Change({}, job), LOCAL, 2))
+    assert {"train.train.microbatches": 8}.items() <= tried[2].settings.items()
+    last = tried[-1]
+    assert last.job.mesh.make().shape["fsdp"] == 8
+    assert last.job.microbatches == last.settings["train.train.microbatches"] == 4
+    assert last.job.model.remat == "full"
+    alone = make_job(mesh=partitioning.MeshConfig(fsdp=4, tensor=2), microbatches=8)
+    (mesh,) = changes._mesh(changes.Change({}, alone), LOCAL, 1)
+    assert (mesh.job.microbatches, mesh.job.stage1_microbatches) == (4, 1)
+    for job in (last.job, mesh.job):
+        for stage in (1, 2):
+            check_batch(job, LOCAL, stage)
 
 
 def test_nothing_left_to_change(make_job: Callable[..., Job]) -> None:

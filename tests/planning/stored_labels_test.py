@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from salt_jax.planning.compile import Job
-from salt_jax.planning.stored_labels import sentence, stored_labels
+from salt_jax.planning.stored_labels import label_sizes, read_sentence, sentence, stored_labels
 from salt_jax.training import flops
 
 
@@ -40,3 +40,15 @@ def test_no_teacher_no_labels(make_job: Callable[..., Job]) -> None:
     assert (
         stored_labels(make_job(teacher=None, stage1_steps=0), 4, 8, None, 2.0, ("uint8",)) is None
     )
+
+
+def test_a_run_from_labels_reads_them(make_job: Callable[..., Job]) -> None:
+    job = make_job(teacher=None, soft_labels=4)
+    assert stored_labels(job, 4, 8, 3.0, 2.0, ("uint8",)) is None
+    sizes = label_sizes(job, 4, 2.0, ("uint8",))
+    bits = (job.model.vocab_size - 1).bit_length()
+    assert sizes.bytes_per_token == {"uint8": 4 * bits / 8 + 8}
+    pace = (4 * bits / 8 + 8) * 32 * 16 / 2.0 / 1e9
+    assert sizes.read_gigabytes_per_second == {"uint8": pytest.approx(pace)}
+    assert f"read at {pace:,.3g} GB/s" in read_sentence(sizes)
+    assert "GB/s" not in read_sentence(label_sizes(job, 4, None, ("uint8",)))
