@@ -9,6 +9,7 @@ import copy
 import errno
 import importlib
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -16,7 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import gin
 from salt_jax import __version__
@@ -104,6 +105,19 @@ def _run(argv: list[str]) -> int:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise RunFailed(_out_of_memory(arguments.verb, str(error))) from error
+    return 0
+
+
+def check(file: TextIO) -> int:
+    """Checks commands, {NAME: [VERB, FLAG, …]} as JSON, as far as that goes without running them:
+    tells the first that is wrong on stderr, by its name, and returns the exit code."""
+    for name, argv in json.load(file).items():
+        arguments = parse_arguments(argv)
+        try:
+            configure(arguments)
+        except InputError as error:
+            print(f"{name}: {_sentence(error)}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -1,10 +1,12 @@
 """One `salt` command as a process of its own, as a person would type it.
 
 In: a verb and its arguments. Out: the command printed, then run; its exit code as an error of ours.
-`salt smoke` and `salt study` are made of these.
+`salt smoke` and `salt study` are made of these. Commands can be checked beforehand, all in one
+process.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import shlex
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from salt_jax.errors import InputError, Interrupted, RunFailed
 
@@ -55,15 +58,46 @@ def run_verb(
         raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
 
 
+def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
+    """Refuses commands whose flags, gin files or settings are wrong, before any of them is run.
+
+    Args:
+      commands: What they are called → VERB and its flags.
+
+    Raises:
+      InputError: The first that is wrong, by what it is called and with what it would say itself.
+      Interrupted: This process was asked to stop.
+      RunFailed: They could not be checked.
+    """
+    code = "import sys; from salt_jax.main import check; sys.exit(check(sys.stdin))"
+    with _stop_passed_on() as (received, children):
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        _, error = child.communicate(
+            json.dumps({name: [*typed] for name, typed in commands.items()})
+        )
+    if received:
+        raise Interrupted("stopped before the first command: run the same command again.")
+    if child.returncode == 2:
+        raise InputError(error.strip().rpartition("\n")[2])
+    if child.returncode != 0:
+        raise RunFailed(f"the commands could not be checked: {error.strip()}")
+
+
 @contextlib.contextmanager
-def _stop_passed_on() -> Iterator[tuple[list[int], list["subprocess.Popen[bytes]"]]]:
+def _stop_passed_on() -> Iterator[tuple[list[int], list["subprocess.Popen[Any]"]]]:
     """Asks children to stop when this process is asked, and lets them save before both end.
 
     Yields:
       The signals received, and the children, to be added to.
     """
     received: list[int] = []
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[subprocess.Popen[Any]] = []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         del frame

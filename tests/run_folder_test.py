@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from salt_jax.commands.train import MAY_CHANGE
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder, library_versions, to_json
 
@@ -79,6 +80,19 @@ def test_a_macro_may_change_if_all_that_it_is_given_to_may(tmp_path: pathlib.Pat
     with pytest.raises(InputError, match="ROWS was 5 and is now 6"):
         begin(6, "train.batch_size")
     assert begin(6, "train.batch_size", "RandomRows.m") == ["ROWS was 5 and is now 6"]
+
+
+def test_a_run_goes_on_where_its_inputs_were_moved(tmp_path: pathlib.Path) -> None:
+    def begin(folder: str, seed: int = 0) -> list[str]:
+        names = ("cache", "teacher", "selection", "soft_labels")
+        lines = [f"train.train.{name} = '{folder}/{name}'" for name in names]
+        text = "\n".join([*lines, f"train.train.seed = {seed}"])
+        return RunFolder(tmp_path, "train", lambda: text).begin(may_change=MAY_CHANGE)
+
+    begin("then")
+    assert len(begin("now")) == 4
+    with pytest.raises(InputError, match="seed was 0 and is now 1"):
+        begin("later", seed=1)
 
 
 def test_another_verb_a_file_and_damage_are_refused(tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
-from salt_jax.verb_process import run_verb
+from salt_jax.verb_process import check_verbs, run_verb
 
 MAKERS = ("prepare", "train", "score", "select")
 REPORT = "report"
@@ -68,8 +68,8 @@ def study(
       title: The page's head.
 
     Raises:
-      InputError: A name twice, a placeholder that nothing fills, or a finished run that was made
-        with other flags.
+      InputError: A name twice, a placeholder that nothing fills, a flag that its command doesn't
+        take, or a finished run that was made with other flags.
       RunFailed: A step failed.
     """
     _check_names(arms, inputs, given)
@@ -81,7 +81,14 @@ def study(
     made = list(_input_steps(run.path, inputs, given))
     runs = list(_runs(run.path, arms, common, inputs, given, seeds))
     for step in (*made, *runs):
-        _refuse_other_flags(step)
+        _refuse_other_flags(step, run.path)
+    check_verbs(
+        {
+            str(step.output.relative_to(run.path)): (step.verb, *step.arguments)
+            for step in (*made, *runs)
+            if not step.finished
+        }
+    )
     run.begin(replace=True)
     for number, step in enumerate((*made, *runs), start=1):
         if not step.finished:
@@ -188,12 +195,20 @@ def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tup
     return tuple(re.sub(r"\{(\w+)\}", folder, flag) for flag in flags)
 
 
-def _refuse_other_flags(step: Step) -> None:
-    """A run is not made again, nor gone on with otherwise: it must be the one asked for now."""
+def _refuse_other_flags(step: Step, root: pathlib.Path) -> None:
+    """A run is not made again, nor gone on with otherwise: it must be the one asked for now.
+
+    The study's folder may have been moved since: what was in it then is in it now.
+    """
     if not (step.output / RUN_FILE).exists():
         return
     typed = json.loads((step.output / RUN_FILE).read_text())["command_line"]
-    before = [part for part in typed[2:] if not part.startswith("--output_dir=")]
+    flag, inside = "--output_dir=", f"/{step.output.relative_to(root)}"
+    before = [part for part in typed[2:] if not part.startswith(flag)]
+    then = next((part.removeprefix(flag) for part in typed if part.startswith(flag)), "")
+    if then.endswith(inside):
+        folder = re.compile(rf"(?<![\w./-]){re.escape(then.removesuffix(inside))}(?=/)")
+        before = [folder.sub(lambda _: str(root), part) for part in before]
     if typed[1] != step.verb or before != list(step.arguments):
         changed = sorted({*before} ^ {*step.arguments}) or ["their order"]
         raise InputError(

@@ -53,6 +53,8 @@ MAY_CHANGE = (
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("train.checkpoints", "CheckpointConfig", "train.evaluate_every", "train.log_every"),
     *("train.max_skipped_updates", "train.compilation_cache"),
+    # Folders may be moved: what is in them is compared by digests.
+    *("train.cache", "train.teacher", "train.selection", "train.soft_labels"),
 )
 
 

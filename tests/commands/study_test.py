@@ -85,16 +85,49 @@ def test_a_finished_run_must_be_the_one_that_is_asked_for(tmp_path: pathlib.Path
     folder = finished_run(tmp_path / "salt" / "seed-0", ["--steps=3", "--seed=0"])
     step = study.Step(folder, "train", ("--steps=3", "--seed=0"))
     assert step.finished
-    study._refuse_other_flags(step)
+    study._refuse_other_flags(step, tmp_path)
     with pytest.raises(
         InputError, match=r"made with other flags \(they differ in --steps=3, --steps=4\)"
     ):
-        study._refuse_other_flags(step._replace(arguments=("--steps=4", "--seed=0")))
+        study._refuse_other_flags(step._replace(arguments=("--steps=4", "--seed=0")), tmp_path)
     with pytest.raises(InputError, match="their order"):
-        study._refuse_other_flags(step._replace(arguments=("--seed=0", "--steps=3")))
+        study._refuse_other_flags(step._replace(arguments=("--seed=0", "--steps=3")), tmp_path)
     with pytest.raises(InputError):
-        study._refuse_other_flags(step._replace(verb="score"))
-    study._refuse_other_flags(step._replace(output=tmp_path / "elsewhere"))
+        study._refuse_other_flags(step._replace(verb="score"), tmp_path)
+    study._refuse_other_flags(step._replace(output=tmp_path / "elsewhere"), tmp_path)
+
+
+@pytest.mark.parametrize("root", ["study", "/data/study"])
+def test_a_study_that_was_moved_is_the_same_study(tmp_path: pathlib.Path, root: str) -> None:
+    def flags(folder: str, cache: str) -> tuple[str, ...]:
+        own = (f"--cache={cache}", f"--teacher={folder}/slm", f"--gin.LIKE='{folder}/top'")
+        return (*own, f"--gin_file=my{folder}/a.gin")
+
+    step = finished_run(tmp_path / "new" / "salt" / "seed-0", [])
+    typed = ["salt", "train", *flags(root, "c"), f"--output_dir={root}/salt/seed-0"]
+    (step / "run.json").write_text(json.dumps({"verb": "train", "command_line": typed}))
+    new = str(tmp_path / "new")
+    asked = [flag.replace(f"my{new}", f"my{root}") for flag in flags(new, "c")]
+    study._refuse_other_flags(study.Step(step, "train", tuple(asked)), tmp_path / "new")
+    for other in ("another", f"{new}/c"):
+        asked[0] = f"--cache={other}"
+        with pytest.raises(InputError, match="they differ in --cache="):
+            study._refuse_other_flags(study.Step(step, "train", tuple(asked)), tmp_path / "new")
+
+
+def test_the_last_arms_flags_are_checked_before_anything_runs(tmp_path: pathlib.Path) -> None:
+    common = ["--gin_file=runs/smoke_llm.gin", "--cache={cache}", "--steps=2"]
+    plain = ("--gin_file=methods/baseline.gin",)
+    for wrong, message in (
+        ("--gin_file=methods/salt_dss.gin", r"last/seed-0: There is no gin file .*salt_ds\.gin"),
+        ("--stepss=3", r"last/seed-0: There is no setting --stepss \(nearest: steps\)"),
+        ("--gin_file=methods/salt.gin", r"last/seed-0: .*must be set"),
+    ):
+        arms = {"baseline": plain, "last": (*plain, wrong)}
+        with pytest.raises(InputError, match=message) as caught:
+            study.study(RunFolder(tmp_path / "out", "study"), arms=arms, common=common, given=GIVEN)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -195,6 +195,31 @@ def test_killed_ten_times_at_random_it_ends_with_the_same_bytes(
     assert RowScores.open(tmp_path).rows == ROWS
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_ends_with_75_and_goes_on(
+    commands: Commands,
+    argv: Callable[..., list[str]],
+    alone: pathlib.Path,
+    tmp_path: pathlib.Path,
+    number: signal.Signals,
+) -> None:
+    """As the installed command is started, with what it does about signals."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "salt_jax", *argv(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: finished(tmp_path) > 1, process.pid)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 75, error
+    assert f"salt: stopped by {number.name}: run the same command again.\n" in error
+    assert 1 < finished(tmp_path) < SHARDS
+    commands.run(argv(tmp_path))
+    assert counting(tmp_path) == counting(alone)
+
+
 def test_two_workers_and_then_one_that_finishes_what_a_third_had_to(
     commands: Commands,
     argv: Callable[..., list[str]],
