@@ -139,17 +139,31 @@ def verb_table() -> str:
 
 
 def verb_help(verb: str) -> str:
-    """The verb's docstrings and signature, read without importing its libraries."""
+    """What a verb does and its settings, read without importing its libraries."""
     tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == verb)
-    text = re.sub(r"\n  run: .*", "", ast.get_docstring(function) or "")
-    lines = [f"salt {verb}: {text.strip()}", "", "Settings:"]
+    text, _, rest = (ast.get_docstring(function) or "").partition("\nArgs:\n")
+    explained = _explained(rest)
+    about = (ast.get_docstring(tree) or "").partition("\n")[2]
+    lines = [f"salt {verb}: {text.strip()}", about, "", "Settings:"]
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
         kind = ast.unparse(argument.annotation) if argument.annotation else ""
         value = "required" if default is None else f"default {ast.unparse(default)}"
         lines.append(f"  --{argument.arg}: {kind} ({value})")
-    epilogue = ast.get_docstring(tree) or ""
-    return "\n".join([*lines, "", textwrap.dedent(epilogue), "", USAGE])
+        words = textwrap.wrap(explained[argument.arg], 94, break_on_hyphens=False)
+        lines += textwrap.indent("\n".join(words), " " * 6).splitlines()
+    return "\n".join([*lines, "", USAGE])
+
+
+def _explained(arguments: str) -> dict[str, str]:
+    """The arguments of a docstring by name, from the part that begins with the first."""
+    explained: dict[str, str] = {}
+    for line in arguments.partition("\n\n")[0].splitlines():
+        if start := re.match(r"  (\w+): (.*)", line):
+            name, explained[start[1]] = start.groups()
+        else:
+            explained[name] += f" {line.strip()}"
+    return explained
 
 
 def require_known(kind: str, name: str, known: Iterable[str], prefix: str = "") -> None:

@@ -81,8 +81,9 @@ def _gin_sentence(message: str, location: str, files: Sequence[pathlib.Path]) ->
         for file in files:
             pattern = rf"^\s*((?:\w+[./])*{re.escape(name)})\s*=\s*%gin\.REQUIRED"
             if found := re.search(pattern, file.read_text(), re.M):
-                return f"{found[1]} must be set ({file} leaves it open): add {flag_of(found[1])}."
-        return f"{name} must be set: add {flag_of(name)}."
+                name = plain(found[1])
+                return f"{name} must be set ({file} leaves it open): add {flag_of(found[1])}."
+        return f"{plain(name)} must be set: add {flag_of(name)}."
     return f"{where}: {message.rstrip('.')}."
 
 
@@ -106,9 +107,12 @@ def _parameters_of(selector: str) -> list[str]:
 
 def flag_of(name: str) -> str:
     """The flag that sets a name: --SETTING for a verb's own, --gin.NAME for any other."""
-    verb, _, setting = name.rpartition(".")
-    own = verb.partition(".")[0] in verbs() and verb.partition(".")[2] in (
-        "",
-        verb.partition(".")[0],
-    )
-    return f"--{setting}=VALUE" if verb and own else f"--gin.{name}=VALUE"
+    return f"--{plain(name)}=VALUE" if plain(name) != name else f"--gin.{name}=VALUE"
+
+
+def plain(name: str) -> str:
+    """A setting as it is called on the command line: `steps` of train.train.steps; those that are
+    no verb's own keep their whole names."""
+    owner, _, setting = name.rpartition(".")
+    module, _, function = owner.partition(".")
+    return setting if module in verbs() and function in ("", module) else name

@@ -32,10 +32,11 @@ from salt_jax.command_line import (
     verb_table,
     verbs,
 )
-from salt_jax.config_errors import CONFIGS, explained, flag_of
+from salt_jax.config_errors import CONFIGS, explained, flag_of, plain
 from salt_jax.errors import InputError, Interrupted, RunFailed, nearest
 from salt_jax.run_folder import RunFolder
 from salt_jax.run_lock import RunLock
+from salt_jax.setting_types import is_a
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MODEL_CLASS = "DecoderConfig"
@@ -183,13 +184,13 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     ):
         raise InputError(f"Nothing to {verb} was named: `salt {verb} FOLDER…`.")
     else:
+        name, flag = plain(missing[0]), flag_of(missing[0])
         examples = getattr(sys.modules[function.__module__], "FROM_FILES", {})
-        if file := examples.get(missing[0].rpartition(".")[2]):
+        if file := examples.get(name.rpartition(".")[2]):
             raise InputError(
-                f"{missing[0]} is not set: add a gin file that sets it (--gin_file={file}, say)."
+                f"{name} is not set: add a gin file that sets it (--gin_file={file}, say)."
             )
-        flag = flag_of(missing[0])
-        raise InputError(f"{missing[0]} is not set: add {flag}, or a gin file that sets it.")
+        raise InputError(f"{name} is not set: add {flag}, or a gin file that sets it.")
     return gin.get_configurable(function)
 
 
@@ -253,7 +254,7 @@ def _read_model_files(function: Callable[..., None], verb: str) -> None:
         models = [t for t in (hint, *typing.get_args(hint)) if _name_of(t) == MODEL_CLASS]
         if not models or not isinstance(bound.get(name), str):
             continue
-        file = _find_gin_file(bound[name], f"{verb}.{verb}.{name}")
+        file = _find_gin_file(bound[name], f"--{name}")
         settings: dict[str, Any] = {}
         imports = _read_model_file(file, settings)
         fields = inspect.signature(models[0]).parameters
@@ -262,7 +263,7 @@ def _read_model_files(function: Callable[..., None], verb: str) -> None:
         defaults = {f.name: f.default for f in fields.values() if f.default is not f.empty}
         if unset := sorted(fields.keys() - defaults.keys() - settings.keys()):
             raise InputError(
-                f"{file}, the model of {verb}.{verb}.{name}, does not set {', '.join(unset)} of "
+                f"{file}, the model of --{name}, does not set {', '.join(unset)} of "
                 f"{MODEL_CLASS}: name a file of gin/models."
             )
         module = next(m for m in imports if hasattr(importlib.import_module(m), MODEL_CLASS))
@@ -399,33 +400,12 @@ def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
                 _refuse_wrong_types(reference.configurable.wrapped, seen)
         macros = [r for r in _references([value]) if r.configurable.selector == "gin.macro"]
         if list(_references([value])) == macros and name in hints:
-            plain = copy.deepcopy(value)
-            if not _is_a(plain, hints[name]):
+            given = copy.deepcopy(value)
+            if not is_a(given, hints[name]):
                 kind = str(inspect.signature(function).parameters[name].annotation)
                 kind = hints[name].__name__ if isinstance(hints[name], type) else kind
-                raise InputError(f"{selector}.{name} is {plain!r}, and must be of type {kind}.")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a type; of types unknown here, anything is."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, part) for part in parts)
-    if origin is typing.Literal:
-        return True  # the dataclass itself lists the choices
-    if origin in (Sequence, list, tuple):
-        inner = parts[0] if parts and len({*parts} - {...}) == 1 else Any
-        return isinstance(value, list | tuple) and all(_is_a(item, inner) for item in value)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    # A dataclass or protocol wants an object, which no plain value is.
-    return hint is Any or not isinstance(value, bool | int | float | str | list | tuple)
+                shown = plain(f"{selector}.{name}")
+                raise InputError(f"{shown} is {given!r}, and must be of type {kind}.")
 
 
 def _references(value: Any) -> Iterator[Any]:

@@ -79,7 +79,7 @@ class RunFolder:
           part: Which part of the work this process does, where several may share the folder.
 
         Returns:
-          What did change, a phrase for each setting ("train.train.batch_size was 8 and is now 16").
+          What did change, a phrase for each setting ("batch_size was 8 and is now 16").
 
         Raises:
           InputError: The folder holds another run, another process writes it, or it cannot be
@@ -153,8 +153,10 @@ class RunFolder:
                 f"choose another --output_dir for this `salt {self.verb}`."
             )
         before, now = _settings((self.path / CONFIG_FILE).read_text()), _settings(config)
+        own = f"{self.verb}.{self.verb}."
         changes = {
-            name: f"{name} was {before.get(name, 'unset')} and is now {now.get(name, 'unset')}"
+            name: f"{name.removeprefix(own)} was {before.get(name, 'unset')} and is now "
+            f"{now.get(name, 'unset')}"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
         }

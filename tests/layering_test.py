@@ -11,7 +11,7 @@ PACKAGE = ROOT / "salt_jax"
 
 # A part may import the parts named here, itself, and the leaves errors and run_folder.
 ALLOWED = {
-    "main": {"commands", "command_line", "config_errors", "run_lock"},
+    "main": {"commands", "command_line", "config_errors", "run_lock", "setting_types"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"}
     | {"evaluation", "verb_process"},
     "training": {"distill", "models", "data"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "errors": set(),
     "run_folder": {"run_lock"},
     "run_lock": set(),
+    "setting_types": set(),
     "verb_process": set(),
     "__init__": set(),
     "__main__": {"main"},

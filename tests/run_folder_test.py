@@ -61,7 +61,7 @@ def test_what_may_change_is_said_and_the_rest_is_refused(tmp_path: pathlib.Path)
     assert begin(*allowed) == begin(*allowed) == []
     assert begin(*allowed, batch=16, devices=4) == [
         "DEVICES was 1 and is now 4",
-        "train.train.batch_size was 8 and is now 16",
+        "batch_size was 8 and is now 16",
     ]
     assert begin(*allowed, batch=16, devices=4) == []
     with pytest.raises(InputError, match=r"configuration: PEAK was 0.1 and is now 0.2; choose"):
@@ -91,7 +91,7 @@ def test_a_run_goes_on_where_its_inputs_were_moved(tmp_path: pathlib.Path) -> No
 
     begin("then")
     assert len(begin("now")) == 4
-    with pytest.raises(InputError, match="seed was 0 and is now 1"):
+    with pytest.raises(InputError, match="configuration: seed was 0 and is now 1"):
         begin("later", seed=1)
 
 

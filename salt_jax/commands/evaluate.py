@@ -99,7 +99,7 @@ def evaluate(
         _list_tasks(tasks, task_folder)
         return
     if model is None:
-        raise InputError("evaluate.evaluate.model is not set: add --model=VALUE.")
+        raise InputError("model is not set: add --model=VALUE.")
     _check_what(cache, tasks, responses)
     if responses is not None:
         compilation.use_compilation_cache(compilation_cache)

@@ -225,7 +225,7 @@ def _checked(
     """The task, after what can be checked without reading its text."""
     if task is None:
         raise InputError(
-            "No task was given: set prepare.prepare.task, by a gin file of data/ "
+            "No task was given: set its task, by a gin file of data/ "
             "(--gin_file=data/text.gin) or to your own @text_files.TextFiles()."
         )
     if isinstance(task, RegisteredTask):
@@ -237,12 +237,12 @@ def _checked(
         if isinstance(vocabulary, TrainedVocabulary):
             raise InputError(
                 f"A vocabulary was to be trained, but SeqIO's task {task.name!r} brings its own: "
-                "leave prepare.prepare.vocabulary unset."
+                "leave vocabulary unset."
             )
         return task
     if vocabulary is None:
         raise InputError(
-            "No vocabulary was given: set prepare.prepare.vocabulary "
+            "No vocabulary was given: set vocabulary "
             "(@vocabularies.ByteVocabulary(), or a gin file of data/)."
         )
     for split in task.splits:

@@ -124,7 +124,7 @@ def _check_names(
                 f"The study has the name {name!r} twice among given, inputs and arms: rename one."
             )
     if not arms:
-        raise InputError("The study has no arms: set study.study.arms, as gin/studies does.")
+        raise InputError("The study has no arms: set arms in a gin file, as gin/studies does.")
     for name, command in inputs.items():
         _check_flags(f"inputs[{name!r}]", command)
         if not command or command[0] not in MAKERS:

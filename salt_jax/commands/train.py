@@ -235,7 +235,7 @@ def _student(
     if model is None:
         if initial is None:
             raise InputError(
-                "train.train.model is not set, and there is no initial model whose shape it could "
+                "model is not set, and there is no initial model whose shape it could "
                 "take: add a gin file that sets it (--gin_file=models/llm_mini.gin, say), or "
                 "--initial=RUN."
             )
@@ -254,7 +254,7 @@ def _student(
     if initial is not None and initial.config.shape != model.shape:
         raise InputError(
             f"The initial model {initial.path} is a {initial.config} and the student a {model}: "
-            "give the student the same shape, or leave train.train.model unset."
+            "give the student the same shape, or leave model unset."
         )
     return model
 

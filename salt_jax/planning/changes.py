@@ -42,8 +42,11 @@ class Change(NamedTuple):
     @property
     def flags(self) -> str:
         """The settings as flags of `salt train`."""
-        flags = (f"--gin.{name}={value!r}" for name, value in self.settings.items())
-        return shlex.join(flags)
+        own = "train.train."
+        return shlex.join(
+            f"--{name.removeprefix(own) if name.startswith(own) else f'gin.{name}'}={value!r}"
+            for name, value in self.settings.items()
+        )
 
 
 class Fit(NamedTuple):

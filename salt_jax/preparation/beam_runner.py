@@ -74,7 +74,7 @@ def run_on_beam(
     except (ValueError, ImportError, AttributeError) as error:
         raise InputError(
             f"Beam cannot start the runner {runner!r} ({_first_line(error)}): correct "
-            "prepare.prepare.runner or its beam_options."
+            "--runner or --beam_options."
         ) from error
     _ = (
         pipeline

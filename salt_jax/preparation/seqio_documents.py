@@ -63,7 +63,7 @@ def task_vocabulary(task: RegisteredTask, given: Vocabulary | None) -> Vocabular
     if given is not None and given != own:
         raise InputError(
             f"The vocabulary given is {given}, SeqIO's task {task.name!r} has {own}: "
-            "leave prepare.prepare.vocabulary unset, or change the task's."
+            "leave vocabulary unset, or change the task's."
         )
     return own
 

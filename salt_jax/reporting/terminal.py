@@ -1,4 +1,10 @@
-"""Tables on the terminal: the same ones as on the page."""
+"""Tables on the terminal: the same ones as on the page.
+
+In: a Table. Out: it, printed; where it is wider than the terminal, in parts below one another, each
+with the column that names the rows.
+"""
+
+from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -8,19 +14,41 @@ from rich.text import Text
 from salt_jax.reporting.tables import Table
 
 WIDTH_OFF_TERMINAL = 120
+_PADDING = 2  # of a cell
+_EDGES = 2  # of a table
 
 
 def print_table(table: Table) -> None:
     """Shows a table; names are shown as they are, never as markup."""
     # Into a file or a pipe there is no width to keep to, and folded figures are hard to read.
     console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
-    shown = TerminalTable(
-        title=Text(table.title, style="bold"), title_justify="left", box=SIMPLE_HEAD
-    )
-    for index, name in enumerate(table.columns):
-        shown.add_column(Text(name), justify="right" if index else "left", no_wrap=not index)
-    for row in table.rows:
-        shown.add_row(*map(Text, row))
-    console.print(shown)
+    for part, columns in enumerate(_parts(table, console.width)):
+        title = Text(table.title if not part else f"{table.title}, continued", style="bold")
+        shown = TerminalTable(title=title, title_justify="left", box=SIMPLE_HEAD)
+        for index in columns:
+            name = Text(table.columns[index])
+            shown.add_column(name, justify="right" if index else "left", no_wrap=not index)
+        for row in table.rows:
+            shown.add_row(*(Text(row[index]) for index in columns))
+        console.print(shown)
     if table.note:
         console.print(Text(table.note, style="dim"))
+
+
+def _parts(table: Table, width: int) -> Iterator[list[int]]:
+    """The columns of each part, the first column in all of them."""
+    widths = [_PADDING + _width(table, index) for index in range(len(table.columns))]
+    part, used = [0], _EDGES + widths[0]
+    for index in range(1, len(widths)):
+        if len(part) > 1 and used + widths[index] > width:
+            yield part
+            part, used = [0], _EDGES + widths[0]
+        part.append(index)
+        used += widths[index]
+    yield part
+
+
+def _width(table: Table, index: int) -> int:
+    """What a column needs: a head may be folded between its words, a cell may not."""
+    words = table.columns[index].split() if index else [table.columns[index]]
+    return max(Text(text).cell_len for text in [*words, *(row[index] for row in table.rows), ""])

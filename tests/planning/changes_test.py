@@ -50,9 +50,7 @@ def test_jobs_have_the_settings(make_job: Callable[..., Job]) -> None:
     assert strongest.job.model.remat == "full"
     assert strongest.job.mesh.make().shape["fsdp"] == 8
     # Without the second flag stage 1 would be split as stage 2 is.
-    assert strongest.flags.startswith(
-        "--gin.train.train.stage1_microbatches=1 --gin.train.train.microbatches=4 "
-    )
+    assert strongest.flags.startswith("--stage1_microbatches=1 --microbatches=4 ")
     # As a shell reads them, with quotes left for gin.
     assert "--gin.decoder.DecoderConfig.remat='full'" in shlex.split(strongest.flags)
 

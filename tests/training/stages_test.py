@@ -117,12 +117,12 @@ def test_what_may_change_by_the_command(
     capsys.readouterr()
     assert main([*command, *changes]) == 0
     said = capsys.readouterr().out
-    assert "[baseline] train.train.batch_size was 8 and is now 16" in said
+    assert "[baseline] batch_size was 8 and is now 16" in said
     assert "[baseline] SAVE_EVERY was 1000 and is now 1" in said
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows_consumed"]
     assert rows == {"stage1": 0, "stage2": 32}
     assert main([*command, *changes, "--data_seed=1"]) == 2
-    assert "train.train.data_seed was 0 and is now 1" in capsys.readouterr().err
+    assert "configuration: data_seed was 0 and is now 1" in capsys.readouterr().err
 
 
 def test_stage_2_can_leave_out_what_stage_1_read(
