@@ -14,8 +14,8 @@ from rich.text import Text
 from salt_jax.reporting.tables import Table
 
 WIDTH_OFF_TERMINAL = 120
-_PADDING = 2  # of a cell
-_EDGES = 2  # of a table
+_PADDING = 3  # of a cell, and what parts it from the next
+_EDGES = 1  # of a table
 
 
 def print_table(table: Table) -> None:

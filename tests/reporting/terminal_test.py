@@ -28,10 +28,10 @@ def test_every_column_is_in_one_part_that_is_not_too_wide(columns: int, width: i
     assert all(part[0] == 0 for part in parts)
     assert [index for part in parts for index in part[1:]] == [*range(1, len(table.columns))]
     for part in parts:
-        needed = 2 + sum(2 + terminal._width(table, index) for index in part)
+        needed = 1 + sum(3 + terminal._width(table, index) for index in part)
         assert needed <= width or len(part) == 2
     for part, following in itertools.pairwise(parts):
-        needed = 2 + sum(2 + terminal._width(table, index) for index in [*part, following[1]])
+        needed = 1 + sum(3 + terminal._width(table, index) for index in [*part, following[1]])
         assert needed > width, "the next column had room here"
 
 
