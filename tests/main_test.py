@@ -52,10 +52,10 @@ FULL = [*BASELINE, "--cache=nowhere", "--steps=3", "--batch_size=8"]
             ["salt: teacher must be set", "distillation.gin", "--teacher=VALUE"],
         ),
         (FULL, ["nowhere does not exist"]),
-        ([*FULL, "--steps=2.5"], ["train.steps is 2.5", "type int"]),
-        ([*FULL, "--steps=many"], ["train.steps is 'many'", "type int"]),
+        ([*FULL, "--steps=2.5"], ["salt: steps is 2.5", "type int"]),
+        ([*FULL, "--steps=many"], ["salt: steps is 'many'", "type int"]),
         ([*FULL, "--gin.LEARNING_RATE='fast'"], ["LearningRate.peak is 'fast'", "float"]),
-        ([*FULL, "--gin.train.train.optimizer=3"], ["train.optimizer is 3", "OptimizerConfig"]),
+        ([*FULL, "--gin.train.train.optimizer=3"], ["salt: optimizer is 3", "OptimizerConfig"]),
         (["prepare", "--skip_broken_lines=maybe"], ["skip_broken_lines is 'maybe'", "bool"]),
     ],
 )
