@@ -9,8 +9,9 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import pathlib
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -118,3 +119,17 @@ def write_cache(
         writer.write_split(split, [row() for _ in range(count)], num_rows=count)
     writer.finish()
     return PackedCache.open(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A disk of 16 KB, for real: a memory file system."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small file system needs root on Linux")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)

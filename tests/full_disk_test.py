@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,19 +13,6 @@ from salt_jax.main import main
 BASELINE = [
     *("train", "--gin_file=runs/smoke_llm.gin", "--gin_file=methods/baseline.gin", "--steps=3"),
 ]
-
-
-@pytest.fixture
-def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small file system needs root on Linux")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_train_refuses_before_it_writes(

@@ -35,7 +35,7 @@ from salt_jax.models.huggingface_tensors import (
 )
 from salt_jax.run_folder import RUN_FILE, RunFolder, to_json
 from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
-from salt_jax.training.converted_checkpoints import read_parameter, save_streamed
+from salt_jax.training.converted_checkpoints import open_parameters, save_streamed
 
 CONFIG_FILE = "config.json"
 # Of a converted run: the tokenizer's files as they came, for the way back.
@@ -129,7 +129,7 @@ def _take_in(
         param_dtype=param_dtype,
         dtype=compute_dtype or ("float32" if param_dtype == "float32" else "bfloat16"),
     )
-    if _is_there(run.path, step, config, vocabulary, source):
+    if _is_there(run.path, step, config, vocabulary, files):
         print(f"{run.path} has step {step} of {source} already: nothing was converted.")
         return
     run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
@@ -146,6 +146,7 @@ def _take_in(
             "vocabulary_fingerprint": vocabulary.fingerprint,
             "counters": {},
             "converted_from": str(source.resolve()),
+            "source_digest": files.digest,
         },
     )
     saved = find_model(run.path, step, "model")
@@ -163,9 +164,10 @@ class _Parameter:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    def read(self, rows: slice) -> np.ndarray[Any, Any]:
+    def read(self, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
+        start, stop, _ = rows.indices(self.shape[0])
         if not self.rule.in_layers:
-            rows_shape = (rows.stop - rows.start, *self.shape[1:])
+            rows_shape = (stop - start, *self.shape[1:])
             tensor = self.files.read(self.rule.tensor, rows)
             return self.rule.to_leaf(tensor, self.leaf, rows_shape, self.dtype)
         layers = [
@@ -175,7 +177,7 @@ class _Parameter:
                 self.shape[1:],
                 self.dtype,
             )
-            for layer in range(rows.start, rows.stop)
+            for layer in range(start, stop)
         ]
         return layers[0][None] if len(layers) == 1 else np.stack(layers)
 
@@ -209,11 +211,13 @@ def _is_there(
     step: int,
     config: DecoderConfig,
     vocabulary: Vocabulary,
-    source: pathlib.Path,
+    files: SafetensorsFolder,
 ) -> bool:
     """Whether a step is in a run's folder already; refuses one that it doesn't belong into."""
-    if path.resolve() == source.resolve():
-        raise InputError(f"{path} is the folder to take in: choose another --output_dir.")
+    if (path / CONFIG_FILE).exists():
+        raise InputError(
+            f"{path} holds a model of Hugging Face's, no run: choose another --output_dir."
+        )
     steps = complete_steps(path)
     for other in steps:
         progress = read_progress(path, other)
@@ -223,14 +227,16 @@ def _is_there(
             )
         there = DecoderConfig.from_json(progress["model"])
         if there != config:
-            differing = [
-                f"{name} {value!r} (here {getattr(config, name)!r})"
+            differing = {
+                name: f"{name} {value!r} (here {getattr(config, name)!r})"
                 for name, value in vars(there).items()
                 if value != getattr(config, name)
-            ]
+            }
+            dtypes = differing.keys() <= {"dtype", "param_dtype"}
+            change = "change --dtype and --compute_dtype, or " if dtypes else ""
             raise InputError(
-                f"{path} holds step {other} of another model, with {', '.join(differing)}: choose "
-                "another --output_dir."
+                f"{path} holds step {other} of another model, with "
+                f"{', '.join(differing.values())}: {change}choose another --output_dir."
             )
         if progress["vocabulary_fingerprint"] != vocabulary.fingerprint:
             raise InputError(
@@ -239,10 +245,11 @@ def _is_there(
             )
     if step not in steps:
         return False
-    origin = read_progress(path, step)["converted_from"]
-    if origin != str(source.resolve()):
+    progress = read_progress(path, step)
+    if progress["source_digest"] != files.digest:
         raise InputError(
-            f"{path} has a step {step}, of {origin}: change --step, or choose another --output_dir."
+            f"{path} has a step {step}, of other weights (those that {progress['converted_from']} "
+            f"held then) than {files.path} has: change --step, or choose another --output_dir."
         )
     return True
 
@@ -255,9 +262,12 @@ def _give_out(
     rows = vocabulary.size if drop_padding else config.padded_vocab_size
     tokens = {"eos_token_id": vocabulary.eos_id, "bos_token_id": vocabulary.start_id}
     architecture, settings = config_to_json(config, rows, dtype, tokens)
-    if (run.path / CONFIG_FILE).exists() and not (run.path / RUN_FILE).exists():
+    old = [run.path / CONFIG_FILE, *run.path.glob("model*.safetensors*")]
+    names = [file.name for file in old] + list(model_tokenizers.TOKENIZER_FILES)
+    others = [name for name in names if (run.path / name).exists()]
+    if others and not (run.path / RUN_FILE).exists():
         raise InputError(
-            f"{run.path} holds a model that `salt convert` didn't write: choose another "
+            f"{run.path} holds a {others[0]} that `salt convert` didn't write: choose another "
             "--output_dir."
         )
     rules = architecture.rules(config)
@@ -269,9 +279,8 @@ def _give_out(
     run.require_space(total, "the tensors")
     run.begin()
     # Without it no folder is a model: it goes first and comes last.
-    (run.path / CONFIG_FILE).unlink(missing_ok=True)
-    for old in run.path.glob("model*.safetensors*"):
-        old.unlink()
+    for file in old:
+        file.unlink(missing_ok=True)
     written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
     if not written:
         written = model_tokenizers.write_tokenizer(vocabulary, run.path)
@@ -288,29 +297,23 @@ def _give_out(
 def _tensors(
     saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensors in the order of tensor_shapes, from one parameter of the checkpoint at a time."""
+    """The tensors in the order of tensor_shapes, each made when its turn comes."""
     config = saved.config
-    shapes = leaf_shapes(config)
-
-    def read(path: Path) -> np.ndarray[Any, Any]:
-        return read_parameter(saved.path, saved.step, path, shapes[path], config.param_dtype)
-
-    def tensors(rule: Rule) -> Iterator[np.ndarray[Any, Any]]:
+    # Taken out when their turn comes, so that what they have read goes with them.
+    parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
+    for rule in rules:
         if not rule.in_layers:
-            leaf = read(rule.leaves[0])
-            if _is_table(leaf.shape, config):
-                leaf = leaf[:rows]
-            yield rule.to_tensor([leaf], dtype)
-            return
-        stacked = [read(("layers", *leaf)) for leaf in rule.leaves] if config.scan_layers else []
+            parameter = parameters.pop(rule.leaves[0])
+            is_table = _is_table(parameter.shape, config)
+            values = parameter.read(slice(rows) if is_table else slice(None))
+            yield rule.to_tensor([values], dtype)
+            continue
+        stacked = [parameters.pop(("layers", *leaf)) for leaf in rule.leaves if config.scan_layers]
         for layer in range(config.num_layers):
-            leaves = [leaf[layer] for leaf in stacked] or [
-                read((f"layers_{layer}", *leaf)) for leaf in rule.leaves
+            leaves = [leaf.read(slice(layer, layer + 1))[0] for leaf in stacked] or [
+                parameters.pop((f"layers_{layer}", *leaf)).read() for leaf in rule.leaves
             ]
             yield rule.to_tensor(leaves, dtype)
-
-    for rule in rules:
-        yield from tensors(rule)  # which lets its parameters go before the next rule's are read
 
 
 def _is_table(shape: tuple[int, ...], config: DecoderConfig) -> bool:

@@ -11,6 +11,8 @@ and written here, since the library maps whole files into memory and writes shar
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import os
@@ -83,7 +85,8 @@ class SafetensorsFolder:
         """
         self.path = pathlib.Path(path)
         self._places: dict[str, _Place] = {}
-        for file in self._files():
+        self._paths = self._files()
+        for file in self._paths:
             for place in _read_header(file):
                 if place.info.name in self._places:
                     raise InputError(
@@ -102,6 +105,16 @@ class SafetensorsFolder:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors by name."""
         return {name: place.info for name, place in self._places.items()}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the files' names and bytes; all of them are read for it."""
+        digest = hashlib.sha256()
+        for path in self._paths:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + b"\0")
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
         """A tensor, or some of its rows, in the file's dtype.
@@ -220,6 +233,8 @@ def read_json_object(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_header(file: pathlib.Path) -> list[_Place]:
+    if not file.is_file():
+        raise InputError(f"{file} is missing: download the folder again.")
     try:
         with safetensors.safe_open(file, framework="numpy"):
             pass

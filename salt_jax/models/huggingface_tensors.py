@@ -178,7 +178,7 @@ def refuse_other_tensors(
         if not is_tied_head and not _BUFFERS.search(name):
             raise InputError(
                 f"{where} has a tensor {name} of shape {list(shapes[name])}, which the model of "
-                "its config.json doesn't: salt_jax would leave it out, so the model is refused."
+                "its config.json doesn't: salt_jax would leave it out; take another model."
             )
 
 

@@ -1,16 +1,18 @@
 """Checkpoints written and read a part at a time, for models that are too large to hold.
 
 In: parameters that give their values piece by piece. Out: a checkpoint that `find_model` takes as
-it takes a run's, without an optimizer; and single parameters of any checkpoint.
+it takes a run's, without an optimizer; and the parameters of any checkpoint, opened but not read.
 
-Orbax writes what a handler of the leaf's type makes of it. The handler here asks a leaf for so much
-of its first axis as a chunk of the array on disk covers, and writes that before it asks for more.
+Orbax asks a handler to write and to read the leaves of a type. The one here writes an array's
+chunks in their order, each made when its turn comes, and reads nothing until rows are asked for.
 """
 
-import asyncio
 import itertools
+import math
+import os
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -23,8 +25,9 @@ from orbax.checkpoint import type_handlers
 from salt_jax.run_folder import CHECKPOINTS_FOLDER
 
 Path = tuple[str, ...]
+Array = np.ndarray[Any, Any]
 
-# Of the arrays' files. Several chunks are on their way to the disk at once.
+# Of the arrays' files: small beside a tensor, and large enough that a model has some hundreds.
 _CHUNK_BYTES = 8 << 20
 
 
@@ -42,42 +45,8 @@ class StreamedParameter(Protocol):
     @property
     def dtype(self) -> np.dtype[Any]: ...
 
-    def read(self, rows: slice) -> np.ndarray[Any, Any]:
-        """Some of the first axis."""
-
-
-class _Leaf:
-    """What Orbax asks of an array, but for the array."""
-
-    def __init__(self, parameter: StreamedParameter) -> None:
-        self.read = parameter.read
-        self.shape, self.dtype = parameter.shape, parameter.dtype
-        self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
-        self.nbytes = self.size * self.dtype.itemsize
-
-
-class _LeafHandler(type_handlers.NumpyHandler):
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self._turn = asyncio.Lock()
-
-    async def _open_and_write(
-        self, value: _Leaf, tspec: dict[str, Any], ts_context: tensorstore.Context
-    ) -> None:
-        async with self._turn:  # Orbax would write all leaves at once
-            spec = tensorstore.Spec(tspec)
-            array = await tensorstore.open(spec, create=True, open=True, context=ts_context)
-            steps: Any = array.chunk_layout.write_chunk.shape
-            blocks = (
-                [slice(start, min(start + step, size)) for start in range(0, size, step)]
-                for size, step in zip(array.shape, steps, strict=True)
-            )
-            rows, values = slice(0, 0), np.empty(0)
-            for block in itertools.product(*blocks):
-                if block[0] != rows:
-                    rows, values = block[0], np.empty(0)  # let go before there is more
-                    values = value.read(rows)
-                await array[block].write(values[(slice(None), *block[1:])])
+    def read(self, rows: slice = slice(None)) -> Array:
+        """Some of the first axis, or all of it."""
 
 
 def save_streamed(
@@ -95,52 +64,190 @@ def save_streamed(
       progress: What `checkpoints.read_progress` is to give: model, vocabulary_fingerprint and
         counters at least.
     """
-    registry = type_handlers.create_type_handler_registry(
-        (jax.Array, type_handlers.ArrayHandler()), (_Leaf, _LeafHandler())
-    )
-    tree = traverse_util.unflatten_dict({path: _Leaf(leaf) for path, leaf in parameters.items()})
-    save_args = jax.tree.map(_chunks, tree)
+    leaves = {path: _Leaf(parameter) for path, parameter in parameters.items()}
     handler = ocp.CompositeCheckpointHandler(
-        params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        progress=ocp.JsonCheckpointHandler(),
+        params=_TreeHandler(), progress=ocp.JsonCheckpointHandler()
     )
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             (run_path / CHECKPOINTS_FOLDER / str(step)).absolute(),
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(tree, save_args=save_args),
+                params=_TreeSave(traverse_util.unflatten_dict(leaves)),
                 progress=ocp.args.JsonSave(dict(progress)),
             ),
         )
 
 
-def _chunks(leaf: _Leaf) -> ocp.SaveArgs:
-    if leaf.nbytes <= _CHUNK_BYTES:
-        return ocp.SaveArgs()
-    # A kernel's chunk is of one layer; a table's, of some rows, which its longer axis is.
-    axes = (0,) if leaf.ndim > 2 else ()
-    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
-
-
-def read_parameter(
-    run_path: pathlib.Path, step: int, path: Path, shape: tuple[int, ...], dtype: Any
-) -> np.ndarray[Any, Any]:
-    """One parameter of a checkpoint, whole.
+def open_parameters(
+    run_path: pathlib.Path, step: int, paths: Iterable[Path]
+) -> dict[Path, StreamedParameter]:
+    """The parameters of a checkpoint, of which nothing is read yet.
 
     Args:
       run_path: The run's folder.
       step: The checkpoint's step.
-      path: The parameter's, in the tree.
-      shape: Its shape.
-      dtype: What to give it in.
+      paths: Every parameter's path in the tree.
     """
     folder = run_path / CHECKPOINTS_FOLDER / str(step) / "params"
-    tree = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(shape, dtype)})
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), tree)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            folder.absolute(),
-            args=ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True),
+    tree = traverse_util.unflatten_dict(dict.fromkeys(paths, 0))
+    restore_args = traverse_util.unflatten_dict(
+        dict.fromkeys(paths, ocp.RestoreArgs(restore_type=_Leaf))
+    )
+    with ocp.Checkpointer(_TreeHandler()) as checkpointer:
+        opened = checkpointer.restore(
+            folder.absolute(), args=_TreeRestore(tree, restore_args=restore_args)
         )
-    array: np.ndarray[Any, Any] = traverse_util.flatten_dict(restored)[path]
-    return array
+    found: dict[Path, StreamedParameter] = traverse_util.flatten_dict(opened)
+    return found
+
+
+class _Leaf:
+    """What Orbax asks of an array, but for the array."""
+
+    def __init__(self, parameter: StreamedParameter) -> None:
+        self.read = parameter.read
+        self.shape, self.dtype = parameter.shape, parameter.dtype
+        self.ndim, self.size = len(self.shape), math.prod(self.shape)
+        self.nbytes = self.size * self.dtype.itemsize
+
+
+class _Stored:
+    """An array of a checkpoint. Of its chunks those are kept that were read last."""
+
+    def __init__(self, array: tensorstore.TensorStore) -> None:
+        self._array = array
+        chunk: Any = array.chunk_layout.read_chunk.shape
+        self._rows_of_chunk = chunk[0]
+        self._start, self._values = 0, np.empty(0)
+        self.shape, self.dtype = array.shape, array.dtype.numpy_dtype
+
+    def read(self, rows: slice = slice(None)) -> Array:
+        start, stop, _ = rows.indices(self.shape[0])
+        if not self._start <= start <= stop <= self._start + len(self._values):
+            self._values = np.empty(0)  # let go before there is more
+            step = self._rows_of_chunk
+            self._start = start // step * step
+            end = min(-(-stop // step) * step, self.shape[0])
+            self._values = np.empty((end - self._start, *self.shape[1:]), self.dtype)
+            for first in range(self._start, end, step):
+                chunk = self._array[first : min(first + step, end)].read().result()
+                self._values[first - self._start :][: len(chunk)] = chunk
+        return self._values[start - self._start : stop - self._start]
+
+
+class _LeafHandler(type_handlers.TypeHandler):
+    """Arrays in folders of their own, as Orbax writes them where it is told not to use OCDBT."""
+
+    def typestr(self) -> str:
+        return "np.ndarray"  # in the checkpoint's metadata: whoever reads it finds plain arrays
+
+    async def serialize(
+        self,
+        values: Sequence[_Leaf],
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[ocp.future.Future]:
+        # Orbax starts this when the checkpoint's folder is there.
+        writing = _write_all(values, infos)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="streamed")]
+
+    async def deserialize(
+        self,
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[ocp.RestoreArgs] | None = None,
+    ) -> Sequence[_Stored]:
+        return [_Stored(await _open(info)) for info in infos]
+
+    async def metadata(self, infos: Sequence[type_handlers.ParamInfo]) -> Sequence[Any]:
+        raise NotImplementedError("checkpoints are described by Orbax's own handlers")
+
+
+class _TreeHandler(ocp.PyTreeCheckpointHandler):
+    def __init__(self) -> None:
+        registry = type_handlers.create_type_handler_registry(
+            (_Leaf, _LeafHandler()),
+            (jax.Array, type_handlers.ArrayHandler()),  # Orbax warns where it finds none
+        )
+        super().__init__(use_ocdbt=False, type_handler_registry=registry)
+
+    def finalize(self, directory: Any) -> None:
+        """Nothing: what Orbax merges here is OCDBT's, and it warns where it finds none."""
+
+
+@ocp.args.register_with_handler(_TreeHandler, for_save=True)
+class _TreeSave(ocp.args.PyTreeSave):
+    """By which Orbax knows the handler."""
+
+
+@ocp.args.register_with_handler(_TreeHandler, for_restore=True)
+class _TreeRestore(ocp.args.PyTreeRestore):
+    """By which Orbax knows the handler."""
+
+
+async def _write_all(values: Sequence[_Leaf], infos: Sequence[type_handlers.ParamInfo]) -> None:
+    for value, info in zip(values, infos, strict=True):
+        await info.await_path_creation()
+        try:
+            await _write(value, info)
+        except ValueError as error:  # tensorstore's, for a full disk too
+            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(info.path)) from error
+
+
+async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
+    chunk = _chunk_shape(leaf.shape, _CHUNK_BYTES // leaf.dtype.itemsize)
+    array = await tensorstore.open(
+        {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{info.path}/"},
+            "metadata": {"compressor": {"id": "zstd", "level": 1}},
+            # Orbax takes a chunk that isn't there for one that was lost.
+            "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+        dtype=leaf.dtype.name,
+        shape=leaf.shape,
+        chunk_layout=tensorstore.ChunkLayout(chunk_shape=chunk),
+        context=info.ts_context,
+    )
+    for (rows,) in _blocks(leaf.shape[:1], chunk[:1]):
+        values = leaf.read(rows)
+        for block in _blocks(leaf.shape[1:], chunk[1:]):
+            await array[(rows, *block)].write(values[(slice(None), *block)])
+        del values  # before there is more
+
+
+async def _open(info: type_handlers.ParamInfo) -> tensorstore.TensorStore:
+    folder = {"driver": "file", "path": f"{info.parent_dir}/"}
+    kvstore = (
+        {"driver": "ocdbt", "base": folder, "path": f"{info.name}/"}
+        if info.is_ocdbt_checkpoint
+        else {**folder, "path": f"{info.path}/"}
+    )
+    spec = {
+        "driver": "zarr3" if info.use_zarr3 else "zarr",
+        "kvstore": kvstore,
+        "fill_missing_data_reads": False,
+    }
+    return await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
+
+
+def _chunk_shape(shape: Sequence[int], size: int) -> tuple[int, ...]:
+    """A block of at most `size` values in the order of memory: as many rows as that, or of one
+    row as much."""
+    chunk = []
+    for axis, length in enumerate(shape):
+        inner = math.prod(shape[axis + 1 :])
+        chunk.append(max(1, min(length, size // inner)))
+        size = max(1, size // chunk[-1])
+    return tuple(chunk)
+
+
+def _blocks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    steps = (
+        [slice(start, min(start + step, length)) for start in range(0, length, step)]
+        for length, step in zip(shape, chunk, strict=True)
+    )
+    return itertools.product(*steps)

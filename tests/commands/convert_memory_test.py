@@ -1,6 +1,7 @@
 """Memory of `salt convert`: by the largest tensor, whatever the model's size."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -12,14 +13,15 @@ import pytest
 from salt_jax.data.safetensors_files import DTYPES, TensorInfo, write_shards
 from salt_jax.models.decoder_config import DecoderConfig
 from salt_jax.models.huggingface import config_to_json
-from salt_jax.models.huggingface_tensors import tensor_shapes
+from salt_jax.models.huggingface_tensors import leaf_shapes, tensor_shapes
 
-# 458 MB in float16, of which a table is 103 MB and the layers' largest kernel, stacked, 84 MB.
+# 493 MB in float16. A table has 52 MB, and a kernel stacked over the layers 130 MB, so that whoever
+# holds that is found out.
 CONFIG = DecoderConfig(
-    embed_dim=1024,
-    num_layers=10,
-    num_heads=16,
-    mlp_dim=4096,
+    embed_dim=512,
+    num_layers=62,
+    num_heads=8,
+    mlp_dim=2048,
     vocab_size=300,
     vocab_multiple=50_304,
     norm="layernorm",
@@ -28,7 +30,7 @@ CONFIG = DecoderConfig(
     tied_embeddings=False,
     scale_embeddings=False,
 )
-SHARD_BYTES = 150_000_000
+SHARD_BYTES = 40_000_000
 MEASURE = """
 import resource, sys
 import jax
@@ -65,7 +67,8 @@ def test_a_model_is_never_held_whole(random_models: Any, tmp_path: pathlib.Path)
 
     largest = max(tensor.num_bytes for tensor in tensors)
     total = sum(tensor.num_bytes for tensor in tensors)
-    assert total > 2 * largest + SHARD_BYTES, "or a model held whole would pass"
+    stacked = max(math.prod(shape) for shape in leaf_shapes(CONFIG).values()) * 2
+    assert min(total, stacked + largest) > 2 * largest + SHARD_BYTES, "the bound tells nothing"
     assert grown(f"--huggingface={source}", f"--output_dir={run}") < 2 * largest
     shards = f"--max_shard_bytes={SHARD_BYTES}"
     assert grown(f"--model={run}", shards, f"--output_dir={out}") < 2 * largest + SHARD_BYTES

@@ -4,6 +4,7 @@ named."""
 import json
 import pathlib
 import shutil
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -175,12 +176,18 @@ def test_steps_come_into_one_folder_one_after_the_other(
     assert "nothing was converted" in capsys.readouterr().out
     again[0] = f"--huggingface={tmp_path / '143000'}"
     assert convert(*again) == 2
-    assert "has a step 18000, of" in capsys.readouterr().err
+    assert "has a step 18000, of other weights" in capsys.readouterr().err
+    again[0] = f"--huggingface={(tmp_path / '18000').rename(tmp_path / 'moved')}"
+    assert not convert(*again)
+    assert "nothing was converted" in capsys.readouterr().out
+    assert convert(*again[::2], "--step=1", "--dtype=bfloat16") == 2
+    error = capsys.readouterr().err
+    assert "param_dtype 'float32' (here 'bfloat16'): change --dtype and --compute_dtype" in error
     write_model(tmp_path / "other", random_models, rotary_pct=0.5, rope_parameters=None)
     assert convert(f"--huggingface={tmp_path / 'other'}", "--step=1", f"--output_dir={run}") == 2
     assert "of another model, with rope_fraction 0.25 (here 0.5)" in capsys.readouterr().err
-    (tmp_path / "18000/tokenizer_config.json").write_text('{"eos_token": "<|padding|>"}')
-    again = [f"--huggingface={tmp_path / '18000'}", "--step=1", f"--output_dir={run}"]
+    (tmp_path / "moved/tokenizer_config.json").write_text('{"eos_token": "<|padding|>"}')
+    again = [f"--huggingface={tmp_path / 'moved'}", "--step=1", f"--output_dir={run}"]
     assert convert(*again) == 2
     assert "another tokenizer" in capsys.readouterr().err
     assert complete_steps(run) == [18_000, 143_000]
@@ -208,7 +215,7 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(
     # The other way: no config.json, so that transformers takes the folder for no model.
     out = tmp_path / "out"
     assert not convert(f"--model={run}", f"--output_dir={out}")
-    shutil.rmtree(run / "checkpoints/0/params/d")
+    shutil.rmtree(run / "checkpoints/0/params/head")
     with pytest.raises(Exception, match=r"NOT_FOUND|not found|DATA_LOSS"):
         convert(f"--model={run}", f"--output_dir={out}")
     assert not (out / "config.json").exists()
@@ -309,10 +316,15 @@ def test_no_folder_of_anothers_is_written_over(
         assert convert(flag, f"--output_dir={source}") == 2
     assert convert(f"--huggingface={source}", f"--output_dir={tiny_run}") == 2
     assert convert(f"--model={tiny_run}", f"--output_dir={tiny_run}") == 2
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(source / "model.safetensors", weights)
+    assert convert(f"--model={tiny_run}", f"--output_dir={weights}") == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 4
+    assert len(errors) == 5
     assert all("choose another --output_dir" in error for error in errors)
     assert (source / "model.safetensors").read_bytes() == before
+    assert [file.name for file in weights.iterdir()] == ["model.safetensors"]
 
 
 def test_values_beyond_float16_are_refused(
@@ -327,4 +339,29 @@ def test_values_beyond_float16_are_refused(
     flags = [f"--huggingface={source}", f"--output_dir={run}"]
     assert convert(*flags, "--dtype=float16") == 2
     assert "mlp.dense_h_to_4h.bias has values that float16 can't hold" in capsys.readouterr().err
+    assert complete_steps(run) == []
+
+
+def test_a_full_disk_is_named(
+    small_disk: pathlib.Path,
+    random_models: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    theirs = tmp_path_factory.mktemp("model")
+    write_model(theirs, random_models)
+    run = small_disk / "run"
+    command = [f"--huggingface={theirs}", f"--output_dir={run}"]
+    assert convert(*command) == 2
+    assert "MB free, and the parameters need" in capsys.readouterr().err
+    assert not run.exists()
+    # The disk has less than it says: the check beforehand is passed.
+    usage = type("Usage", (), {"free": 10**12})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    subprocess.run(["mount", "-o", "remount,size=80k", str(small_disk)], check=True)
+    assert convert(*command) == 2
+    error = capsys.readouterr().err
+    assert "/params" in error
+    assert "o space left" in error
     assert complete_steps(run) == []

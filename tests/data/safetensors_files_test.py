@@ -183,13 +183,39 @@ def test_any_changed_byte_is_read_or_refused(place: int, byte: int) -> None:
                 files.read(tensor)
 
 
+@settings(max_examples=60, deadline=None)
+@given(tensors=TENSORS, kept=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_refused(
+    tensors: dict[str, tuple[tuple[int, ...], str]], kept: float
+) -> None:
+    described = infos(tensors)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_shards(folder, described, iter(random_values(described).values()), 1 << 20)
+        whole = (folder / SINGLE_FILE).read_bytes()
+        (folder / SINGLE_FILE).write_bytes(whole[: int(kept * len(whole))])
+        with pytest.raises(InputError, match="no whole safetensors file"):
+            SafetensorsFolder(folder)
+
+
+def test_a_digest_is_of_all_the_bytes(tmp_path: pathlib.Path) -> None:
+    described = [TensorInfo(name, "float32", (256,)) for name in "ab"]
+    digests = []
+    for changed in (0, 0, 1):
+        values = random_values(described)
+        values["b"][-1] += changed
+        write_shards(tmp_path, described, iter(values.values()), 1024)
+        digests.append(SafetensorsFolder(tmp_path).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 @pytest.mark.parametrize(
     ("weight_map", "expected"),
     [
         ({"a": "../elsewhere.safetensors"}, r"a in '\.\./elsewhere\.safetensors', expected"),
         ({"a": "/etc/passwd"}, "expected the plain name"),
         ({"a": 3}, "expected the plain name"),
-        ({"a": "model-3.safetensors"}, r"model-3\.safetensors is no whole safetensors file"),
+        ({"a": "model-3.safetensors"}, r"model-3\.safetensors is missing"),
         ({"a": "model-00002-of-00002.safetensors"}, "where it is not"),
         ({"c": "model-00001-of-00002.safetensors"}, "the tensor c in"),
         ({}, "has no weight_map"),

@@ -1,0 +1,120 @@
+"""`salt convert` in and out: memory over the largest tensor, and seconds.
+
+    python benchmarks/convert.py                                    # the shape of Pythia 1.4B
+    python benchmarks/convert.py --layers 6 --width 512 --heads 8   # of Pythia 70M
+
+Random weights in float16, in the files and with the tensors that the published models have, removed
+at the end: the default needs 9 GB of disk. Each conversion has a process of its own, whose most
+memory counts from when its libraries are loaded.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import measurement
+import numpy as np
+import tokenizers
+
+from salt_jax.data.safetensors_files import DTYPES, TensorInfo, write_shards
+from salt_jax.models.decoder_config import DecoderConfig
+from salt_jax.models.huggingface import config_to_json
+from salt_jax.models.huggingface_tensors import tensor_shapes
+
+ROWS = 50_304
+CONVERT = """
+import json, resource, sys, time
+import jax
+import salt_jax.commands.convert
+from salt_jax.main import main
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+jax.devices()
+before, start = peak(), time.perf_counter()
+assert main(["convert", *sys.argv[1:]]) == 0
+print(json.dumps({"bytes": peak() - before, "seconds": time.perf_counter() - start}))
+"""
+
+
+def write_model(folder: pathlib.Path, layers: int, width: int, heads: int) -> list[TensorInfo]:
+    """A GPT-NeoX of random weights with a tokenizer of one token."""
+    config = DecoderConfig(
+        embed_dim=width,
+        num_layers=layers,
+        num_heads=heads,
+        mlp_dim=4 * width,
+        vocab_size=1,
+        vocab_multiple=ROWS,
+        norm="layernorm",
+        use_bias=True,
+        gated_mlp=False,
+        parallel_residual=True,
+        rope_fraction=0.25,
+        tied_embeddings=False,
+        scale_embeddings=False,
+    )
+    architecture, settings = config_to_json(config, ROWS, "float16", {"eos_token_id": 0})
+    shapes = tensor_shapes(config, architecture.rules(config))
+    tensors = [TensorInfo(name, "float16", shape) for name, shape in shapes]
+    rng = np.random.default_rng(0)
+    arrays = (
+        rng.integers(0, 30_000, tensor.shape, np.uint16).view(DTYPES["float16"])
+        for tensor in tensors
+    )
+    write_shards(folder, tensors, arrays, 5_000_000_000)
+    (folder / "config.json").write_text(json.dumps(settings))
+    tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0}, [])).save(
+        str(folder / "tokenizer.json")
+    )
+    return tensors
+
+
+def converted(*flags: str) -> dict[str, float]:
+    """What a conversion's process says of itself."""
+    command = [sys.executable, "-c", CONVERT, *flags]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def measure(folder: pathlib.Path, shard_bytes: int, **sizes: int) -> dict[str, Any]:
+    """Bytes and seconds in both directions."""
+    (folder / "theirs").mkdir()
+    tensors = write_model(folder / "theirs", **sizes)
+    largest = max(tensor.num_bytes for tensor in tensors)
+    taken_in = converted(f"--huggingface={folder / 'theirs'}", f"--output_dir={folder / 'run'}")
+    given_out = converted(
+        f"--model={folder / 'run'}",
+        f"--max_shard_bytes={shard_bytes}",
+        f"--output_dir={folder / 'out'}",
+    )
+    return {
+        "model_bytes": sum(tensor.num_bytes for tensor in tensors),
+        "largest_tensor_bytes": largest,
+        "in": {**taken_in, "over_largest_tensor": taken_in["bytes"] / largest},
+        "out": {**given_out, "over_largest_tensor": given_out["bytes"] / largest},
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--shard_bytes", type=int, default=500_000_000, help="of a file given out")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(pathlib.Path(folder), **vars(flags))
+    measurement.report("convert", {"settings": vars(flags), **results})
+
+
+if __name__ == "__main__":
+    main()
