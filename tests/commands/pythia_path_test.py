@@ -15,7 +15,8 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import configure, main
 from salt_jax.training.checkpoints import find_model, read_progress
 
-GUIDE = pathlib.Path(__file__).parent.parent.parent / "docs/pythia_as_slm.md"
+ROOT = pathlib.Path(__file__).parent.parent.parent
+VERBS = ["convert", "convert", "prepare", "score", "select", "train"]
 LENGTH = 32
 # What makes the guide's runs small, on one device and in float32; the ids differ in padding.
 STUDENT = [
@@ -145,11 +146,19 @@ def test_a_student_goes_on_from_a_converted_model(
     np.testing.assert_allclose(random_models.our_logits(run), expected, atol=1e-4, rtol=0)
 
 
-def test_the_guides_commands_are_understood() -> None:
+@pytest.mark.parametrize(
+    ("file", "start", "end", "verbs"),
+    [
+        ("docs/pythia_as_slm.md", "## 2.", "## Starting", [*VERBS, "evaluate", "convert"]),
+        ("README.md", "## With a public SLM", "\n## ", [*VERBS, "convert"]),
+    ],
+)
+def test_the_commands_in_the_docs_are_understood(
+    file: str, start: str, end: str, verbs: list[str]
+) -> None:
     """Every file, flag and setting in them exists, and none that must be set is missing."""
-    text = GUIDE.read_text().replace("\\\n", " ")
-    commands = re.findall(r"^    salt (.*)$", text, re.M)
-    verbs = [command.split()[0] for command in commands]
-    assert verbs == [*["convert"] * 2, "prepare", "score", "select", "train", "evaluate", "convert"]
+    text = (ROOT / file).read_text().split(start)[1].split(end)[0]
+    commands = re.findall(r"^    salt (.*)$", text.replace("\\\n", " "), re.M)
+    assert [command.split()[0] for command in commands] == verbs
     for command in commands:
         configure(parse_arguments(shlex.split(command, comments=True)))

@@ -6,8 +6,14 @@ import pathlib
 import numpy as np
 import pytest
 import seqio
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from salt_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
+from salt_jax.data.vocabularies import (
+    ByteVocabulary,
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
+)
 from salt_jax.errors import InputError
 from salt_jax.preparation.seqio_adapters import SeqIOVocabulary, vocabulary_of
 from salt_jax.preparation.text_files import TextFiles
@@ -70,11 +76,33 @@ def test_the_registry_and_seqios_own_converter(path, registered):
     assert first["decoder_loss_weights"].tolist() == [1, 1, 1, 0, 0, 0]
 
 
-def test_a_vocabulary_is_the_same_through_tensorflow():
+def hugging_face_vocabulary(folder):
+    """As Pythia's: end of document 0, and padding and start beside it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|padding|>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([SOURCE], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<|padding|>", "start_token": "<s>"}
+    return HuggingFaceVocabulary(folder / "tokenizer.json", reserved=4, **special)
+
+
+def test_a_vocabulary_is_the_same_through_tensorflow(tmp_path):
     trained = TrainedVocabulary(size=400).train([SOURCE])
-    for vocabulary in (VOCABULARY, trained):
+    theirs = hugging_face_vocabulary(tmp_path)
+    assert (theirs.eos_id, theirs.pad_id, theirs.start_id) == (0, 1, 2)
+    for vocabulary in (VOCABULARY, trained, theirs):
         adapter = SeqIOVocabulary(vocabulary)
         assert (adapter.vocab_size, adapter.extra_ids) == (vocabulary.size, vocabulary.reserved)
+        special = (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id)
+        assert (adapter.eos_id, adapter.pad_id, adapter.bos_id) == special
+        assert adapter == SeqIOVocabulary(lambda wrapped=vocabulary: wrapped)
+        assert not adapter.decode([*special, *vocabulary.reserved_ids])
         for text in TEXTS:
             ids = vocabulary.encode(text)
             assert list(adapter.encode(text)) == adapter.encode_tf(text).numpy().tolist() == ids
