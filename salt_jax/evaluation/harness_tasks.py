@@ -22,6 +22,7 @@ from lm_eval.api.task import Task
 
 from salt_jax.errors import InputError, nearest
 from salt_jax.evaluation.harness import HarnessModel
+from salt_jax.evaluation.hub import do_without_the_hub_if_out_of_reach
 
 SUITE = "salt_suite"
 OWN_TASKS = pathlib.Path(__file__).parent / "tasks"
@@ -144,6 +145,7 @@ class Tasks:
     def _loaded(
         self, specifications: Sequence[Any], names: Sequence[str], shots: int | None
     ) -> Loaded:
+        do_without_the_hub_if_out_of_reach()
         try:
             loaded = self._manager.load(list(specifications))
         except _LOADING_ERRORS as error:
@@ -183,12 +185,16 @@ class Tasks:
                         "(salt_mbpp only generates), or set --allow_code_execution=True"
                     )
             return f"One of the tasks {', '.join(names)} cannot be loaded ({message}): {hint}."
-        part = f", {task.DATASET_NAME!r}" if task.DATASET_NAME else ""
+        settings = task.config.dataset_kwargs or {}
+        cannot = f"The data set of the task {task.config.task} cannot be read ({message})"
+        if "data_files" in settings:
+            return f"{cannot}: correct dataset_kwargs.data_files in its YAML file, or the files."
+        named = [repr(name) for name in (task.DATASET_PATH, task.DATASET_NAME) if name]
+        named += [f"{name}={value!r}" for name, value in settings.items()]
         return (
-            f"The data set of the task {task.config.task} cannot be read ({message}): where there "
-            f"is a network, run datasets.load_dataset({task.DATASET_PATH!r}{part}), and copy the "
-            "folder HF_DATASETS_CACHE here; or set dataset_path to local files in a YAML file of "
-            "--task_folder."
+            f"{cannot}: where there is a network, run datasets.load_dataset({', '.join(named)}), "
+            "and copy the folder HF_DATASETS_CACHE here; or set dataset_path to local files in a "
+            "YAML file of --task_folder."
         )
 
     def evaluate(

@@ -39,7 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
         },
     },
     "nq_open": {"question": "what is salt", "answer": ["a mineral", "mineral"]},
-    "webqs": {"url": "local", "question": QUESTION, "answers": ["Mineral", "Rock"]},
+    "salt_webqs": {"url": "local", "question": QUESTION, "answers": ["Mineral", "Rock"]},
     "tydiqa_goldp_en": {**SQUAD, "id": "english-1-0"},
     "salt_race_middle": {**RACE, "example_id": "middle1.txt", "article": ARTICLE},
     "salt_race_high": {**RACE, "example_id": "high1.txt", "article": ARTICLE},
@@ -137,11 +137,21 @@ ROWS: dict[str, dict[str, Any]] = {
         "challenge_test_list": [],
     },
 }
-SPLITS = ("train", "validation", "test", "prompt")
+ALL = ("train", "validation", "test")
+# The splits that a data set has, where it hasn't those three.
+SPLITS = {
+    "nq_open": ("train", "validation"),
+    "salt_webqs": ("train", "test"),
+    "tydiqa_goldp_en": ("train", "validation"),
+    "salt_squadv2": ("train", "validation"),
+    "social_iqa": ("train", "validation"),
+    "lambada_openai": ("test",),
+    "salt_mbpp": (*ALL, "prompt"),
+}
 
 
 def changes(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What makes tasks read two rows each from files, in every split."""
+    """What makes tasks read two rows each from files, in every split of their data sets."""
     local = {}
     for name in names:
         file = folder / f"{name}.jsonl"
@@ -149,7 +159,7 @@ def changes(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, A
         if name == "salt_mbpp":
             rows = [{**ROWS[name], "task_id": task_id} for task_id in (1, 2, 3, 4)]
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        files = dict.fromkeys(SPLITS, str(file))
+        files = dict.fromkeys(SPLITS.get(name, ALL), str(file))
         settings = {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
         local[name] = {"dataset_path": "json", **settings}
     return local
@@ -186,9 +196,12 @@ class _Scripted(HarnessModel):
         return [self._text] * len(requests)
 
 
-def test_every_task_of_the_suite_runs(tasks: Tasks, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("shots", [None, 1])
+def test_every_task_of_the_suite_runs(
+    tasks: Tasks, tmp_path: pathlib.Path, shots: int | None
+) -> None:
     model = _Scripted()
-    loaded = tasks.load_changed(changes(tmp_path, list(ROWS)), shots=1)
+    loaded = tasks.load_changed(changes(tmp_path, list(ROWS)), shots=shots)
     results, samples = tasks.evaluate(model, loaded)
     assert results.keys() - {"changed"} == ROWS.keys() == samples.keys()
     for name in ROWS.keys() - {"salt_mbpp"}:
@@ -200,7 +213,7 @@ def test_every_task_of_the_suite_runs(tasks: Tasks, tmp_path: pathlib.Path) -> N
         for metric, (value, _) in result.metrics.items()
     }
     # "a mineral" is what was generated, and the shortest choice the likeliest one.
-    for name in ("triviaqa", "nq_open"):
+    for name in ("triviaqa", "nq_open", "salt_webqs"):
         assert values[name, "exact_match,remove_whitespace"] == 1
     assert values["tydiqa_goldp_en", "f1"] == values["salt_squadv2", "f1"] == 1
     assert values["salt_race_middle", "acc"] == values["arc_easy", "acc"] == 0
@@ -211,14 +224,12 @@ def test_every_task_of_the_suite_runs(tasks: Tasks, tmp_path: pathlib.Path) -> N
     assert values["salt_record", "em"] == 1  # Kim, the first of two as likely
     # What nobody allowed is generated and not scored.
     assert not results["salt_mbpp"].metrics
-    assert [sample["answer"] for sample in samples["salt_mbpp"]] == ["a mineral"] * 2
+    assert [sample["answer"] for sample in samples["salt_mbpp"]] == ["a mineral"] * 4
     prompts = [context for context, *_ in model.asked if "Your code should pass" in context]
-    assert len(prompts) == 2
-    assert prompts[0].count("[DONE]") == 2  # its own examples, of which the file has two
+    assert [prompt.count("[DONE]") for prompt in prompts] == [shots or 3] * 4
     # RACE-M as lm-eval's RACE-H: the questions before the last one are answered in the prompt.
-    assert any(
-        context.count(QUESTION) >= 1 and "Article:" in context for context, *_ in model.asked
-    )
+    race = f"Question: {QUESTION}\nAnswer: a mineral\n{QUESTION}"
+    assert any(context.endswith(race) for context, *_ in model.asked)
 
 
 def test_code_is_executed_where_it_is_allowed(
@@ -271,9 +282,17 @@ def test_names_and_data_sets_that_are_not_there(tasks: Tasks, tmp_path: pathlib.
     assert "HF_DATASETS_CACHE" in message
     assert "dataset_path" in message
     assert "\n" not in message
+    with pytest.raises(InputError) as caught:
+        tasks.load(["salt_xsum"])
+    revision = "revision='refs/convert/parquet'"
+    assert f"load_dataset('EdinburghNLP/xsum', {revision})" in str(caught.value)
+    missing = changes(tmp_path, ["piqa"])
+    (tmp_path / "piqa.jsonl").unlink()
+    with pytest.raises(InputError, match=r"task piqa cannot be read .*dataset_kwargs\.data_files"):
+        tasks.load_changed(missing)
     with pytest.raises(InputError, match="mbpp executes code already when it is loaded"):
         tasks.load(["mbpp"])
-    with pytest.raises(InputError, match="piqa is to show 2 examples .*has 2: lower --shots"):
+    with pytest.raises(InputError, match=r"piqa is to show 2 examples .*has 2: lower --shots"):
         tasks.load_changed(changes(tmp_path, ["piqa"]), shots=2)
     with pytest.raises(InputError, match="task_folder is nowhere"):
         Tasks("nowhere")
