@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from salt_jax.models import decoder, decoding
@@ -82,7 +82,24 @@ def assert_cached_equals_whole(config: DecoderConfig, tolerance: float) -> None:
     assert np.abs(whole_BxLxV).max() < 10
 
 
+PYTHIA = {
+    "rope_fraction": 0.5,
+    "parallel_residual": True,
+    "use_bias": True,
+    "norm": "layernorm",
+    "gated_mlp": False,
+    "mlp_activation": "gelu",
+    "num_kv_heads": 4,
+    "tied_embeddings": False,
+    "scale_embeddings": False,
+}
+LLAMA = {"num_kv_heads": 2, "tied_embeddings": False, "scale_embeddings": False}
+
+
 @settings(max_examples=6, deadline=None)
+@example(changes={**PYTHIA, "scan_layers": True})
+@example(changes={**PYTHIA, "scan_layers": False})
+@example(changes={**LLAMA, "scan_layers": True})
 @given(
     changes=st.fixed_dictionaries(
         {
