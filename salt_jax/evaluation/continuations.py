@@ -1,41 +1,92 @@
-"""What a model writes after prompts, as the harness asks for it: prompts in, texts out."""
+"""What a model writes after prompts, kept as it comes: prompts as ids in, texts out.
 
-from collections.abc import Sequence
+Every text is in the request log as soon as it has ended, and what is there is not made again.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from salt_jax.evaluation.harness import Decoding
+from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.training.generation import Generator, Sampling
+from salt_jax.training.row_progress import RowProgress
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a prompt is continued.
+
+    Attributes:
+      max_new_tokens: The most tokens that the text may have.
+      stop_texts: It ends before the first of these.
+      sampling: How tokens are chosen.
+    """
+
+    max_new_tokens: int
+    stop_texts: tuple[str, ...] = ()
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
 
 
 class Continuations:
-    """Continues prompts with one model; a `harness.Generate`.
+    """Continues prompts with one model.
 
     Args:
       generator: Of the model.
       params: Its parameters, on the mesh.
+      log: Entered; of this model, and of `prepend_start`.
       prepend_start: Whether the vocabulary's start comes before every prompt.
-      seed: Of tasks that draw tokens by lot.
     """
 
     def __init__(
-        self, generator: Generator, params: Any, prepend_start: bool = True, seed: int = 0
+        self, generator: Generator, params: Any, log: RequestLog, prepend_start: bool = True
     ) -> None:
-        self._generator, self._params = generator, params
-        self._prepend_start, self._seed = prepend_start, seed
+        self._generator, self._params, self._log = generator, params, log
+        self._prepend_start = prepend_start
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, repeat: int
-    ) -> list[str]:
-        """The texts, in the order of the prompts."""
-        seed = (self._seed + repeat) % 2**32
-        texts = [""] * len(prompts)
-        for completion in self._generator.stream(
+    def __call__(self, requests: Sequence[tuple[Sequence[int], Decoding]]) -> list[str]:
+        """The text after each prompt. By lot, what is asked for again gets another one."""
+        keys = self._keys(requests)
+        missing: dict[Decoding, dict[str, Sequence[int]]] = {}
+        for key, (prompt, decoding) in zip(keys, requests, strict=True):
+            if key not in self._log:
+                missing.setdefault(decoding, {})[key] = prompt
+        with RowProgress("generate", sum(map(len, missing.values()))) as progress:
+            for decoding, prompts in missing.items():
+                self._generate(prompts, decoding, progress.add)
+        return [self._log[key] for key in keys]
+
+    def _keys(self, requests: Sequence[tuple[Sequence[int], Decoding]]) -> list[str]:
+        repeats: collections.Counter[str] = collections.Counter()
+        keys = []
+        for prompt, decoding in requests:
+            asked = ["generate", list(prompt), dataclasses.asdict(decoding)]
+            first = self._log.key([*asked, 0])
+            if decoding.sampling.temperature and repeats[first]:
+                keys.append(self._log.key([*asked, repeats[first]]))
+            else:
+                keys.append(first)
+            repeats[first] += 1
+        return keys
+
+    def _generate(
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        decoding: Decoding,
+        progress: Callable[[int], None],
+    ) -> None:
+        keys = list(prompts)
+        completions = self._generator.stream(
             self._params,
-            prompts,
+            list(prompts.values()),
             decoding.max_new_tokens,
-            sampling=Sampling(decoding.temperature, decoding.top_k, decoding.top_p, seed),
-            stop_texts=decoding.until,
+            sampling=decoding.sampling,
+            stop_texts=decoding.stop_texts,
             prepend_start=self._prepend_start,
-        ):
-            texts[completion.index] = completion.text
-        return texts
+            # By its key, which says what was asked: what else is asked, or was already, is nothing
+            # to a prompt's draws.
+            draws=[int(key[:8], 16) >> 1 for key in keys],
+        )
+        for completion in completions:
+            self._log.add({keys[completion.index]: completion.text})
+            progress(1)

@@ -1,107 +1,134 @@
-"""A saved model and the names of tasks in; what the harness needs to ask it out.
+"""The few-shot examination: names of tasks in; what the model reaches in them out.
 
 The names may be lm-eval's, of tasks of a folder of YAML files, or salt_suite: see harness_tasks.py.
 """
 
-import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import rich.console
+import rich.table
 
+from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError
 from salt_jax.evaluation.continuations import Continuations
-from salt_jax.evaluation.harness import HarnessModel
-from salt_jax.evaluation.harness_tasks import SUITE, Tasks
+from salt_jax.evaluation.examination import Examinee, require_counts
+from salt_jax.evaluation.harness import HarnessModel, Limits
+from salt_jax.evaluation.harness_tasks import SUITE, TaskResult, Tasks
 from salt_jax.evaluation.likelihood import Scorer
-from salt_jax.evaluation.request_log import RequestLog
-from salt_jax.training import partitioning
-from salt_jax.training.checkpoints import SavedModel
-from salt_jax.training.generation import Generator
-
-__all__ = ["SUITE", "FewShot", "Tasks"]
+from salt_jax.run_folder import to_json
 
 
 class FewShot:
-    """Tasks to ask a saved model, their data sets loaded.
+    """Asks tasks of lm-eval; an `Examination`.
 
     Args:
-      saved: The model.
+      examinee: The model.
       names: Of tasks or groups.
+      task_folder: A folder of YAML files of more tasks.
+      task_data: A folder of files in the place of data sets: TASK/SPLIT.jsonl, or .parquet.
       shots: Examples in a prompt; each task's own number by default.
-      folder: A folder of YAML files of more tasks.
+      limit: Documents of each task, the first ones; all by default.
+      max_new_tokens: At most so many tokens are generated, whatever a task asks for.
+      prepend_start: Whether the vocabulary's start comes before every text.
+      save_samples: Whether to write what was asked and answered.
       allow_code_execution: Whether tasks may execute what the model writes.
-
-    Attributes:
-      tasks: All that there are.
-      loaded: Those named.
+      seed: Of tasks that draw tokens by lot.
 
     Raises:
-      InputError: An unknown name, a data set that isn't there, or a model without its vocabulary.
+      InputError: An unknown name, a data set that isn't there, a model without its vocabulary, a
+        task that generates more than the model takes, or a setting out of range.
     """
 
     def __init__(
         self,
-        saved: SavedModel,
+        examinee: Examinee,
         names: Sequence[str],
+        *,
+        task_folder: str | None = None,
+        task_data: str | None = None,
         shots: int | None = None,
-        folder: str | None = None,
+        limit: int | None = None,
+        max_new_tokens: int | None = None,
+        prepend_start: bool = True,
+        save_samples: bool = False,
         allow_code_execution: bool = False,
+        seed: int = 0,
     ) -> None:
         if jax.process_count() > 1:
             raise InputError(
                 f"--tasks runs in one process and this is one of {jax.process_count()}: run it on "
                 "the devices of one machine."
             )
-        self._saved, self._vocabulary = saved, saved.load_vocabulary()
-        self.tasks = Tasks(folder, allow_code_execution)
-        self.loaded = self.tasks.load(names, shots)
+        require_counts(limit=limit, max_new_tokens=max_new_tokens)
+        require_counts(at_least=0, shots=shots)
+        self._examinee, self._limit, self._save_samples = examinee, limit, save_samples
+        self._vocabulary = examinee.saved.load_vocabulary()
+        self._limits = Limits(examinee.saved.config.max_length, prepend_start, max_new_tokens, seed)
+        self._tasks = Tasks(task_folder, allow_code_execution, task_data)
+        self._loaded = self._tasks.load(names, shots)
+        for name, task in self._loaded["tasks"].items():
+            if task.OUTPUT_TYPE == "generate_until":
+                self._limits.decoding(name, task.get_config("generation_kwargs") or {})
 
-    @contextlib.contextmanager
-    def asking(
-        self,
-        log_file: pathlib.Path,
-        params: Any,
-        mesh: Mesh,
-        rules: partitioning.Rules,
-        batch_size: int,
-        chunk_tokens: int,
-        *,
-        prepend_start: bool = True,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-    ) -> Iterator[HarnessModel]:
-        """The model as the harness asks it.
-
-        Args:
-          log_file: Holds all answers; those that are in it are not computed again.
-          params: The model's parameters, on the mesh.
-          mesh: Where to compute.
-          rules: From logical to mesh axes.
-          batch_size: Sequences at once.
-          chunk_tokens: Tokens whose logits a device holds at once.
-          prepend_start: Whether the vocabulary's start comes before every text.
-          max_new_tokens: At most so many tokens are generated, whatever a task asks for.
-          seed: Of tasks that draw tokens by lot.
-        """
-        config = self._saved.config
-        generator = Generator(config, self._vocabulary, mesh, rules, batch_size=batch_size)
-        context = {
-            "model": self._saved.digest,
-            "vocabulary": self._vocabulary.fingerprint,
-            "prepend_start": prepend_start,
-            "seed": seed,
-        }
-        with RequestLog(log_file, context) as log:
-            yield HarnessModel(
-                Scorer(config, params, mesh, rules, batch_size, chunk_tokens),
-                Continuations(generator, params, prepend_start, seed),
+    def __call__(self, params: Any, folder: pathlib.Path) -> dict[str, Any]:
+        """See Examination; what came out, by task and group."""
+        examinee, prepend_start = self._examinee, self._limits.prepend_start
+        with examinee.request_log(folder, self._vocabulary, prepend_start) as log:
+            generator = examinee.generator(self._vocabulary)
+            model = HarnessModel(
+                Scorer(
+                    examinee.saved.config,
+                    params,
+                    examinee.mesh,
+                    examinee.rules,
+                    examinee.batch_size,
+                    examinee.chunk_tokens,
+                ),
+                Continuations(generator, params, log, prepend_start),
                 self._vocabulary,
-                config.max_length,
                 log,
-                batch_size=batch_size,
-                prepend_start=prepend_start,
-                max_new_tokens=max_new_tokens,
+                self._limits,
             )
+            results, samples = self._tasks.evaluate(model, self._loaded, self._limit)
+        for name, records in samples.items() if self._save_samples else ():
+            lines = "".join(f"{to_json(record)}\n" for record in records)
+            write_text(folder / f"samples_{name.replace('/', '_')}.jsonl", lines)
+        _print(results, examinee.title)
+        return {"few_shot": {name: result.to_json() for name, result in results.items()}}
+
+
+def print_tasks(names: Sequence[str], task_folder: str | None = None) -> None:
+    """Prints tasks, those of salt_suite by default, with their data sets; loads none.
+
+    Raises:
+      InputError: An unknown name, or no such folder.
+    """
+    tasks = Tasks(task_folder)
+    names = names or [SUITE]
+    table = rich.table.Table(title=", ".join(names))
+    for column in ("task", "data set", "part", "kind"):
+        table.add_column(column)
+    for name in names:
+        for one in tasks.data_sets(name):
+            table.add_row(one.task, one.path, one.name, one.kind)
+    rich.console.Console().print(table)
+
+
+def _print(results: Mapping[str, TaskResult], title: str) -> None:
+    table = rich.table.Table(title=title)
+    for column in ("task", "shots", "documents", "metric", "value", "± stderr"):
+        right = column not in ("task", "metric")
+        table.add_column(column, justify="right" if right else "left")
+    for name, result in results.items():
+        facts = ("" if fact is None else str(fact) for fact in (result.shots, result.documents))
+        first = (name, *facts)
+        for metric, (value, stderr) in result.metrics.items():
+            error = "" if stderr is None else f"{stderr:.4f}"
+            table.add_row(*first, metric, f"{value:.4f}", error)
+            first = ("", "", "")
+        if not result.metrics and result.documents is not None:
+            table.add_row(*first, "generated, not scored", "", "")
+    rich.console.Console().print(table)

@@ -38,6 +38,10 @@ _LOADING_ERRORS = (
     *(datasets.exceptions.DatasetsError, jinja2.TemplateError),
 )
 
+# Of a task that reads --task_data, the group that is made for it.
+_OF_FILES = "files of "
+_FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
 Loaded = Mapping[str, Any]  # what TaskManager.load gives: "tasks", "groups", "group_map"
 
 
@@ -81,12 +85,18 @@ class Tasks:
     Args:
       folder: A folder of YAML files, whose tasks come before lm-eval's of the same name.
       allow_code_execution: Whether tasks may execute what a model writes.
+      data: A folder of files in the place of data sets: TASK/SPLIT.jsonl, or .parquet.
 
     Raises:
-      InputError: No such folder.
+      InputError: No such folder, or one in `data` that is no task or holds something else.
     """
 
-    def __init__(self, folder: str | None = None, allow_code_execution: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        allow_code_execution: bool = False,
+        data: str | None = None,
+    ) -> None:
         if folder is not None and not pathlib.Path(folder).is_dir():
             raise InputError(
                 f"task_folder is {folder}, which is no folder: name one that holds YAML files of "
@@ -100,6 +110,9 @@ class Tasks:
         self._allow_code_execution = allow_code_execution
         paths = [str(OWN_TASKS), *([folder] if folder else [])]
         self._manager = lm_eval.tasks.TaskManager(include_path=paths)
+        self._files = {} if data is None else _data_files(pathlib.Path(data))
+        for name in self._files:
+            self._require(name)
 
     def load(self, names: Sequence[str], shots: int | None = None) -> Loaded:
         """The tasks of these names, groups and tags, with their data sets.
@@ -113,23 +126,26 @@ class Tasks:
           InputError: An unknown name, a data set or a library that isn't there, or more shots than
             there are examples.
         """
+        names = list(dict.fromkeys(names))
+        specifications = [self._specification(name) for name in names]
+        do_without_the_hub_if_out_of_reach()
+        try:
+            loaded = self._manager.load(specifications)
+        except _LOADING_ERRORS as error:
+            raise InputError(self._why(error, names)) from error
         for name in names:
-            if name not in self._manager.task_index:
-                raise InputError(
-                    f"There is no task {name}{nearest(name, self._manager.all_tasks)}: name tasks "
-                    "or groups of lm-eval, of --task_folder, or salt_suite."
-                )
-        return self._loaded(list(dict.fromkeys(names)), names, shots)
-
-    def load_changed(
-        self, changes: Mapping[str, Mapping[str, Any]], shots: int | None = None
-    ) -> Loaded:
-        """Tasks with some of their settings changed, by name: another data set, say."""
-        members = [{"task": name, **settings} for name, settings in changes.items()]
-        return self._loaded([{"group": "changed", "task": members}], list(changes), shots)
+            loaded["groups"].pop(f"{_OF_FILES}{name}", None)
+        for name, task in loaded["tasks"].items():
+            _set_shots(name, task, shots)
+        return loaded
 
     def data_sets(self, name: str) -> Iterator[DataSet]:
-        """The tasks that a name stands for, and their data sets."""
+        """The tasks that a name stands for, and their data sets.
+
+        Raises:
+          InputError: An unknown name.
+        """
+        self._require(name)
         entry = self._manager.task_index[name]
         settings = entry.cfg or {}
         if entry.kind.name in ("TASK", "PY_TASK"):
@@ -142,28 +158,23 @@ class Tasks:
             if isinstance(inner, str) and inner in self._manager.task_index:
                 yield from self.data_sets(inner)
 
-    def _loaded(
-        self, specifications: Sequence[Any], names: Sequence[str], shots: int | None
-    ) -> Loaded:
-        do_without_the_hub_if_out_of_reach()
-        try:
-            loaded = self._manager.load(list(specifications))
-        except _LOADING_ERRORS as error:
-            raise InputError(self._why(error, names)) from error
-        for name, task in loaded["tasks"].items():
-            own = task.get_config("num_fewshot")
-            if own is None or (shots is not None and own != 0):
-                task.set_config(key="num_fewshot", value=shots or 0)
-            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-            asked, examples = task.get_config("num_fewshot"), len(task.sampler.df)
-            # A document that may be among the examples is not its own one.
-            spare = int(task.fewshot_cfg.split == task.config.test_split)
-            if asked and asked + spare > examples:
-                raise InputError(
-                    f"The task {name} is to show {asked} examples besides the document "
-                    f"itself and has {examples}: lower --shots."
-                )
-        return loaded
+    def _require(self, name: str) -> None:
+        if name not in self._manager.task_index:
+            raise InputError(
+                f"There is no task {name}{nearest(name, self._manager.all_tasks)}: name tasks or "
+                "groups of lm-eval, of --task_folder, or salt_suite."
+            )
+
+    def _specification(self, name: str) -> Any:
+        """The name; or, where tasks have files of their own, a group of them with these."""
+        tasks = [one.task for one in self.data_sets(name)]
+        files = {task: self._files[task] for task in tasks if task in self._files}
+        if not files:
+            return name
+        members = [{"task": task, **files[task]} if task in files else task for task in tasks]
+        if tasks == [name]:
+            return {"group": f"{_OF_FILES}{name}", "task": members}
+        return {"group": name, **(self._manager.task_index[name].cfg or {}), "task": members}
 
     def _why(self, error: Exception, names: Sequence[str]) -> str:
         """A sentence for what kept tasks from being loaded: of the one that was loading."""
@@ -176,7 +187,7 @@ class Tasks:
         message = str(error).strip().partition("\n")[0].rstrip(".")
         task = _task_in(error)
         if task is None:
-            hint = "correct its YAML file"
+            hint = "correct its YAML file" + (", or its splits in --task_data" * bool(self._files))
             for data_set in (found for name in names for found in self.data_sets(name)):
                 entry = self._manager.task_index[data_set.task]
                 if (entry.cfg or {}).get("unsafe_code") and not self._allow_code_execution:
@@ -188,13 +199,16 @@ class Tasks:
         settings = task.config.dataset_kwargs or {}
         cannot = f"The data set of the task {task.config.task} cannot be read ({message})"
         if "data_files" in settings:
-            return f"{cannot}: correct dataset_kwargs.data_files in its YAML file, or the files."
+            return (
+                f"{cannot}: correct the files of --task_data, or dataset_kwargs.data_files in the "
+                "task's YAML file."
+            )
         named = [repr(name) for name in (task.DATASET_PATH, task.DATASET_NAME) if name]
         named += [f"{name}={value!r}" for name, value in settings.items()]
         return (
             f"{cannot}: where there is a network, run datasets.load_dataset({', '.join(named)}), "
-            "and copy the folder HF_DATASETS_CACHE here; or set dataset_path to local files in a "
-            "YAML file of --task_folder."
+            "and copy the folder HF_DATASETS_CACHE here; or set --task_data=FOLDER and put its "
+            f"splits there, as {task.config.task}/SPLIT.jsonl."
         )
 
     def evaluate(
@@ -235,6 +249,47 @@ class Tasks:
             results |= {name: _result(found, name) for name in found["results"]}
             samples |= found["samples"]
         return results, samples
+
+
+def _data_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """By task the settings that make it read its files in a folder."""
+    if not folder.is_dir():
+        raise InputError(
+            f"task_data is {folder}, which is no folder: name one that holds TASK/SPLIT.jsonl."
+        )
+    found = {}
+    for task in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = {path.stem: path for path in sorted(task.iterdir())}
+        kinds = {_FILE_KINDS.get(path.suffix) for path in files.values()}
+        if len(kinds) != 1 or None in kinds:
+            held = ", ".join(path.name for path in files.values()) or "nothing"
+            raise InputError(
+                f"{task} of --task_data holds {held}: expected its splits alone, as SPLIT.jsonl or "
+                "all as SPLIT.parquet."
+            )
+        data_files = {split: str(path) for split, path in files.items()}
+        found[task.name] = {
+            "dataset_path": kinds.pop(),
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": data_files},
+        }
+    return found
+
+
+def _set_shots(name: str, task: Task, shots: int | None) -> None:
+    """Sets how many examples a loaded task shows; refuses more than there are."""
+    own = task.get_config("num_fewshot")
+    if own is None or (shots is not None and own != 0):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    asked, examples = task.get_config("num_fewshot"), len(task.sampler.df)
+    # A document that may be among the examples is not its own one.
+    spare = int(task.fewshot_cfg.split == task.config.test_split)
+    if asked and asked + spare > examples:
+        raise InputError(
+            f"The task {name} is to show {asked} examples besides the document itself and has "
+            f"{examples}: lower --shots."
+        )
 
 
 def _generate_only(model: HarnessModel, task: Task, limit: int | None) -> list[dict[str, Any]]:

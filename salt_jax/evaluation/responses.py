@@ -1,25 +1,32 @@
-"""A model's responses to prompts, held against those that it should give.
+"""The examination by responses: what a model says to prompts, against what it should say.
 
-In: a saved model, files of examples, a metric. Out: each example's generated response with its
-scores, and their means. A prompt is given as in training: the model reads the start and the
-prompt's tokens, and says what follows, until the end of document.
+In: files of examples and a metric. Out: each example's generated response with its scores, and
+their means. A prompt is given as in training: the model reads the start and the prompt's tokens,
+and says what follows, until the end of document.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import pathlib
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+import rich.console
+import rich.table
 
+from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError, nearest
 from salt_jax.evaluation.answer_metrics import METRICS, Scores
+from salt_jax.evaluation.continuations import Continuations, Decoding
+from salt_jax.evaluation.examination import Examinee
 from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.readers import Document
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.training import partitioning
-from salt_jax.training.checkpoints import SavedModel
-from salt_jax.training.generation import Generator, Sampling
+from salt_jax.run_folder import to_json
+from salt_jax.training.generation import Sampling
+
+RESPONSES_FILE = "responses.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Responses:
             )
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens} and must be at least 1.")
+        if "" in self.stop_texts:
+            raise InputError("One of Responses.stop_texts is empty: leave it out.")
 
     def read(self) -> list[Document]:
         """The examples.
@@ -89,75 +98,76 @@ class Answer:
     scores: Scores
 
 
-class Examination:
-    """Asks one model all examples.
+class Responding:
+    """Asks a model all examples; an `Examination`.
 
     Args:
+      examinee: The model.
       responses: What to ask.
-      saved: The model.
-      mesh: Where its parameters will live.
-      rules: From logical to mesh axes.
-      batch_size: Prompts at once.
-
-    Attributes:
-      examples: Those that were read.
-      cut_prompts: How many lost their beginning.
 
     Raises:
       InputError: Bad examples, or a model without its vocabulary or without room for a response.
     """
 
-    def __init__(
-        self,
-        responses: Responses,
-        saved: SavedModel,
-        mesh: Mesh,
-        rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-        batch_size: int = 64,
-    ) -> None:
-        self._responses = responses
-        self._vocabulary = saved.load_vocabulary()
-        self._generator = Generator(
-            saved.config, self._vocabulary, mesh, rules, batch_size=batch_size
-        )
-        self.examples = responses.read()
-        for example in self.examples:  # a bad reference, or no library, before hours of generating
-            METRICS[responses.metric]("", example.text)
-        room = saved.config.max_length - 1 - responses.max_new_tokens  # 1 for the start
+    def __init__(self, examinee: Examinee, responses: Responses) -> None:
+        self._examinee, self._responses = examinee, responses
+        self._vocabulary = examinee.saved.load_vocabulary()
+        max_length = examinee.saved.config.max_length
+        room = max_length - 1 - responses.max_new_tokens  # 1 for the start
         if room < 1:
             raise InputError(
-                f"max_new_tokens is {responses.max_new_tokens} and the model {saved.path} takes "
-                f"{saved.config.max_length} tokens, prompt included: lower "
+                f"max_new_tokens is {responses.max_new_tokens} and the model "
+                f"{examinee.saved.path} takes {max_length} tokens, prompt included: lower "
                 "Responses.max_new_tokens."
             )
-        prompts = self._vocabulary.encode_many([example.prompt for example in self.examples])
-        self.cut_prompts = sum(len(prompt) > room for prompt in prompts)
+        self._examples = responses.read()
+        for example in self._examples:  # a bad reference, or no library, before hours of generating
+            METRICS[responses.metric]("", example.text)
+        prompts = self._vocabulary.encode_many([example.prompt for example in self._examples])
+        self._cut_prompts = sum(len(prompt) > room for prompt in prompts)
         self._prompts = [prompt[-room:] for prompt in prompts]
 
-    def __call__(self, params: Any) -> list[Answer]:
-        """The answers, in the order of the examples."""
-        ids = self._generator(
-            params,
-            self._prompts,
+    def __call__(self, params: Any, folder: pathlib.Path) -> dict[str, Any]:
+        """See Examination; the means. Writes responses.jsonl, an answer a line."""
+        decoding = Decoding(
             self._responses.max_new_tokens,
-            sampling=self._responses.sampling,
-            stop_texts=self._responses.stop_texts,
+            tuple(self._responses.stop_texts),
+            self._responses.sampling,
         )
-        return list(self._judged(ids))
-
-    def _judged(self, ids: Sequence[Sequence[int]]) -> Iterator[Answer]:
+        start = time.perf_counter()
+        generator = self._examinee.generator(self._vocabulary)
+        with self._examinee.request_log(folder, self._vocabulary, prepend_start=True) as log:
+            continuations = Continuations(generator, params, log)
+            texts = continuations([(prompt, decoding) for prompt in self._prompts])
+        seconds = time.perf_counter() - start
         scored = METRICS[self._responses.metric]
-        for example, own in zip(self.examples, ids, strict=True):
-            generated = self._vocabulary.decode(own)
-            for stop in self._responses.stop_texts:
-                generated = generated.partition(stop)[0]
-            scores = scored(generated, example.text)
-            yield Answer(example.prompt, example.text, generated, scores)
+        answers = [
+            Answer(example.prompt, example.text, text, scored(text, example.text))
+            for example, text in zip(self._examples, texts, strict=True)
+        ]
+        lines = "".join(f"{to_json(dataclasses.asdict(answer))}\n" for answer in answers)
+        write_text(folder / RESPONSES_FILE, lines)
+        means = {
+            name: float(np.mean([answer.scores[name] for answer in answers]))
+            for name in answers[0].scores
+        }
+        self._print(means)
+        return {
+            "responses": {
+                "metric": self._responses.metric,
+                "examples": len(answers),
+                "cut_prompts": self._cut_prompts,
+                **means,
+                "seconds": seconds,
+            }
+        }
 
-
-def mean_scores(answers: Sequence[Answer]) -> dict[str, float]:
-    """Each score's mean over at least one answer."""
-    return {
-        name: float(np.mean([answer.scores[name] for answer in answers]))
-        for name in answers[0].scores
-    }
+    def _print(self, means: Scores) -> None:
+        table = rich.table.Table(title=self._examinee.title)
+        table.add_column("")
+        table.add_column(f"mean of {len(self._examples):,}", justify="right")
+        for name, score in means.items():
+            table.add_row(name, f"{score:.2%}")
+        rich.console.Console().print(table)
+        if self._cut_prompts:
+            print(f"{self._cut_prompts:,} prompts were too long and lost their beginning.")

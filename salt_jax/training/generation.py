@@ -136,6 +136,7 @@ class Generator:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop_texts: Sequence[str] = (),
         prepend_start: bool = True,
+        draws: Sequence[int] | None = None,
     ) -> Iterator[Completion]:
         """Continues prompts, a batch at a time: the longest first, so that memory fails at once.
 
@@ -143,11 +144,12 @@ class Generator:
           params: The model's parameters, on the mesh.
           prompts: Ids of each.
           max_new_tokens: The most that a prompt is continued by.
-          sampling: How tokens are chosen. A row's draws come from the seed, its index among the
-            prompts and the token's place alone, not from what else is in its batch.
+          sampling: How tokens are chosen. A row's draws come from the seed, its number in `draws`
+            and the token's place alone, not from what else is in its batch.
           stop_texts: A continuation ends with the token that completes one of these in its text.
           prepend_start: Put the vocabulary's start before each prompt, as before each segment that
             the model was trained on.
+          draws: A number for each prompt, 0 to 2³¹ − 1; by default its index.
 
         Returns:
           The completions, as they come.
@@ -156,7 +158,13 @@ class Generator:
           InputError: See `check`.
         """
         rows = self.check(prompts, max_new_tokens, stop_texts, prepend_start)
-        return self._completions(params, rows, max_new_tokens, sampling, tuple(stop_texts))
+        waiting = [
+            _Row(index, draw, row, max_new_tokens, self._vocabulary, tuple(stop_texts))
+            for index, (draw, row) in enumerate(
+                zip(range(len(rows)) if draws is None else draws, rows, strict=True)
+            )
+        ]
+        return self._completions(params, waiting, max_new_tokens, sampling)
 
     def check(
         self,
@@ -199,21 +207,17 @@ class Generator:
     def _completions(
         self,
         params: Any,
-        rows: list[list[int]],
+        rows: list["_Row"],
         max_new_tokens: int,
         sampling: Sampling,
-        stop_texts: tuple[str, ...],
     ) -> Iterator[Completion]:
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        order = sorted(rows, key=lambda row: -len(row.prompt))
         size = rounded_up(min(self._batch_size, max(len(rows), 1)), self._mesh)
         eos_id, vocab_size = self._vocabulary.eos_id, self._vocabulary.size
         # The seed is an argument of the programs, so that they serve all seeds.
         choice = decoding.Choice(dataclasses.replace(sampling, seed=0), vocab_size, eos_id)
         for first in range(0, len(order), size):
-            batch = [
-                _Row(index, rows[index], max_new_tokens, self._vocabulary, stop_texts)
-                for index in order[first : first + size]
-            ]
+            batch = order[first : first + size]
             yield from self._batch(params, batch, size, max_new_tokens, sampling.seed, choice)
 
     def _batch(
@@ -257,11 +261,11 @@ class Generator:
         for prompt_L, segment_ids_L, row in zip(prompts_BxL, segment_ids_BxL, rows, strict=False):
             prompt_L[-len(row.prompt) :] = row.prompt
             segment_ids_L[-len(row.prompt) :] = 1
-        indices = [row.index for row in rows] + [-1] * (size - len(rows))
+        draws = [row.draw for row in rows] + [-1] * (size - len(rows))
         return {
             "prompts": prompts_BxL,
             "segment_ids": segment_ids_BxL,
-            "rows": np.array(indices, np.int32),
+            "rows": np.array(draws, np.int32),
         }
 
     def _run(self, function: Any, params: Any, *arrays: Any) -> tuple[Any, float]:
@@ -295,12 +299,13 @@ class _Row:
     def __init__(
         self,
         index: int,
+        draw: int,
         prompt: list[int],
         max_new_tokens: int,
         vocabulary: Vocabulary,
         stop_texts: tuple[str, ...],
     ) -> None:
-        self.index, self.prompt, self.ended_by = index, prompt, ""
+        self.index, self.draw, self.prompt, self.ended_by = index, draw, prompt, ""
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
         self._max_new_tokens, self._vocabulary = max_new_tokens, vocabulary

@@ -1,126 +1,76 @@
-"""The same GPT-NeoX through lm-eval's own hf backend and through ours."""
+"""One exported model through lm-eval's own hf backend, and through ours."""
 
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
-import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from salt_jax.data.vocabularies import HuggingFaceVocabulary
-from salt_jax.evaluation.harness import HarnessModel
+from salt_jax.evaluation.examination import Examinee
+from salt_jax.evaluation.few_shot import FewShot
 from salt_jax.evaluation.harness_tasks import Tasks
-from salt_jax.models import decoder
+from salt_jax.main import main
+from salt_jax.training.checkpoints import find_model
+from salt_jax.training.partitioning import MeshConfig
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate, which lm-eval's backend needs, isn't there")
 
-CONFIG = decoder.DecoderConfig(
-    embed_dim=32,
-    num_layers=2,
-    num_heads=2,
-    mlp_dim=64,
-    vocab_size=400,
-    max_length=64,
-    norm="layernorm",
-    norm_epsilon=1e-5,
-    use_bias=True,
-    parallel_residual=True,
-    gated_mlp=False,
-    mlp_activation="gelu",
-    rope_fraction=0.25,
-    tied_embeddings=False,
-    scale_embeddings=False,
-    scan_layers=False,
-)
+IDS, ROWS = 290, 320
+SIZES = {
+    "vocab_size": ROWS,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"rotary_pct": 0.25, "use_parallel_residual": True},
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+}
 TEXT = " ".join(f"Number {n} comes after {n - 1}, and salt comes from the sea." for n in range(99))
 
 
-def tensors(params: Any) -> dict[str, Any]:
-    """The parameters under GPT-NeoX's names."""
-    state = {
-        "gpt_neox.embed_in.weight": params["embedding"],
-        "gpt_neox.final_layer_norm.weight": params["final_norm"]["scale"],
-        "gpt_neox.final_layer_norm.bias": params["final_norm"]["bias"],
-    }
-    size = CONFIG.embed_dim
-    for layer in range(CONFIG.num_layers):
-        block, to = params[f"layers_{layer}"], f"gpt_neox.layers.{layer}."
-        heads = [block["attention"][name] for name in ("query", "key", "value")]
-        # One matrix: of each head its query, then its key, then its value.
-        kernel_HxKxD = np.stack([np.moveaxis(h["kernel"], 0, 2) for h in heads], 1)
-        state[f"{to}attention.query_key_value.weight"] = kernel_HxKxD.reshape(3 * size, size)
-        state[f"{to}attention.query_key_value.bias"] = np.stack(
-            [h["bias"] for h in heads], 1
-        ).reshape(3 * size)
-        out = block["attention"]["out"]
-        state[f"{to}attention.dense.weight"] = np.reshape(out["kernel"], (size, size)).T
-        state[f"{to}attention.dense.bias"] = out["bias"]
-        for ours, theirs in (("attention", "input"), ("mlp", "post_attention")):
-            state[f"{to}{theirs}_layernorm.weight"] = block[f"{ours}_norm"]["scale"]
-            state[f"{to}{theirs}_layernorm.bias"] = block[f"{ours}_norm"]["bias"]
-        for ours, theirs in (("up", "dense_h_to_4h"), ("down", "dense_4h_to_h")):
-            state[f"{to}mlp.{theirs}.weight"] = block["mlp"][ours]["kernel"].T
-            state[f"{to}mlp.{theirs}.bias"] = block["mlp"][ours]["bias"]
-    return {name: torch.tensor(np.array(value, np.float32)) for name, value in state.items()}
-
-
-def neox(params: Any) -> Any:
-    shape = transformers.GPTNeoXConfig(
-        vocab_size=CONFIG.padded_vocab_size,
-        hidden_size=CONFIG.embed_dim,
-        num_hidden_layers=CONFIG.num_layers,
-        num_attention_heads=CONFIG.num_heads,
-        intermediate_size=CONFIG.mlp_dim,
-        max_position_embeddings=CONFIG.max_length,
-        rotary_pct=CONFIG.rope_fraction,
-        rotary_emb_base=CONFIG.rope_theta,
-        layer_norm_eps=CONFIG.norm_epsilon,
-        hidden_act="gelu",
-        use_parallel_residual=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = transformers.GPTNeoXForCausalLM(shape).float().eval()
-    missing, unexpected = model.load_state_dict(tensors(params), strict=False)
-    assert not unexpected
-    assert len(missing) == 1  # the head, whose name depends on the version
-    model.get_output_embeddings().weight.data = torch.tensor(np.array(params["head"]))
-    return model
-
-
-def random_params() -> Any:
-    """Every one of them random, biases too; ids that only pad the vocabulary are never likely."""
-    fresh = nn.unbox(decoder.init_params(CONFIG, jax.random.key(0)))
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        2 * leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    params = jax.tree.map(np.array, jax.tree.unflatten(tree, noisy))
-    return params
-
-
-def tokenizer_file(folder: pathlib.Path) -> pathlib.Path:
+def save_tokenizer(folder: pathlib.Path) -> None:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size,
+        vocab_size=IDS,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    path = folder / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+    assert tokenizer.get_vocab_size() == IDS
+    end = "<|endoftext|>"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end
+    ).save_pretrained(folder)
+
+
+def run_and_export(folder: pathlib.Path, kind: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """A run of a random model, and what `salt convert` makes of it for transformers."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **CONFIGS[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "source")
+    save_tokenizer(folder / "source")
+    run, export = folder / "run", folder / "export"
+    assert main(["convert", f"--huggingface={folder / 'source'}", f"--output_dir={run}"]) == 0
+    # Ids that pad the vocabulary count in their softmax and not in ours.
+    flags = [f"--model={run}", "--drop_padding=True", f"--output_dir={export}"]
+    assert main(["convert", *flags]) == 0
+    return run, export
 
 
 def write_tasks(folder: pathlib.Path) -> None:
@@ -162,39 +112,43 @@ def write_tasks(folder: pathlib.Path) -> None:
         (folder / f"{settings['task']}.yaml").write_text(json.dumps({**common, **settings}))
 
 
-def test_lm_eval_s_own_backend_says_the_same(
-    harness: Callable[..., HarnessModel], tmp_path: pathlib.Path
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_lm_eval_s_own_backend_says_the_same(kind: str, tmp_path: pathlib.Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    params, path = random_params(), tokenizer_file(tmp_path)
+    run, export = run_and_export(tmp_path, kind)
     write_tasks(tmp_path)
-    theirs = HFLM(
-        pretrained=neox(params),
-        tokenizer=transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(path), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-        ),
-        batch_size=4,
-        device="cpu",
-        max_length=CONFIG.max_length,
-    )
-    # Their backend knows no padding of the vocabulary: it counts those ids.
-    config = decoder.dataclasses.replace(CONFIG, vocab_size=CONFIG.padded_vocab_size)
-    ours = harness(
-        config=config, params=params, vocabulary=HuggingFaceVocabulary(path), prepend_start=False
-    )
-    tasks = Tasks(str(tmp_path))
     names = ["local_choice", "local_rolling", "local_generate"]
-    found = [tasks.evaluate(model, tasks.load(names)) for model in (theirs, ours)]
-    (their_results, their_samples), (our_results, our_samples) = found
-    assert our_results["local_choice"] == their_results["local_choice"]
+    tasks = Tasks(str(tmp_path))
+    theirs = HFLM(
+        pretrained=str(export), dtype="float32", batch_size=4, device="cpu", max_length=64
+    )
+    their_results, their_samples = tasks.evaluate(theirs, tasks.load(names))
+
+    saved, mesh = find_model(run, None, "model"), MeshConfig().make(jax.devices())
+    few_shot = FewShot(
+        Examinee(saved, mesh, batch_size=8),
+        names,
+        task_folder=str(tmp_path),
+        prepend_start=False,
+        save_samples=True,
+    )
+    summary = few_shot(saved.load_params(mesh), tmp_path)["few_shot"]
+    assert summary["local_choice"] == their_results["local_choice"].to_json()  # the same choices
     for name in names:
-        for their, our in zip(their_samples[name], our_samples[name], strict=True):
+        lines = (tmp_path / f"samples_{name}.jsonl").read_text().splitlines()
+        our_samples = [json.loads(line) for line in lines]
+        assert len(our_samples) == 12
+        for their, our in zip(their_samples[name], our_samples, strict=True):
             if name == "local_generate":
                 assert our["resps"] == their["resps"]
+                assert our["resps"][0][0]
                 continue
-            answers = zip(their["filtered_resps"], our["filtered_resps"], strict=True)
-            for one, other in answers:
-                pair = (one, other) if name == "local_choice" else ((one, 0), (other, 0))
-                assert pair[1][0] == pytest.approx(pair[0][0], abs=1e-3)
-                assert pair[1][1] == pair[0][1]
+            for one, other in zip(their["filtered_resps"], our["filtered_resps"], strict=True):
+                pairs = (one, other) if name == "local_choice" else ((one, True), (other, True))
+                (their_total, their_greedy), (our_total, our_greedy) = pairs
+                assert our_total == pytest.approx(their_total, abs=1e-3)
+                assert our_greedy == their_greedy
+        for metric, (value, _) in their_results[name].metrics.items():
+            assert summary[name]["metrics"][metric]["value"] == pytest.approx(value, abs=1e-4)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -43,11 +44,14 @@ def model(cache: PackedCache, tmp_path_factory: pytest.TempPathFactory) -> pathl
     return folder
 
 
-def write_task(folder: pathlib.Path) -> None:
+GENERATES = {"output_type": "generate_until", "doc_to_target": "x", "doc_to_choice": None}
+
+
+def write_task(folder: pathlib.Path, name: str = "local_salt", **changes: Any) -> None:
     rows = [{"q": f"Salt {n}", "choices": [" yes", " no", " it is"]} for n in range(5)]
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     settings = {
-        "task": "local_salt",
+        "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
         "test_split": "test",
@@ -55,14 +59,15 @@ def write_task(folder: pathlib.Path) -> None:
         "doc_to_text": "{{q}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": 1,
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "exact_match" if "output_type" in changes else "acc"}],
+        **changes,
     }
-    (folder / "local_salt.yaml").write_text(json.dumps(settings))
+    (folder / f"{name}.yaml").write_text(json.dumps(settings))
 
 
 def run(model: pathlib.Path, output: pathlib.Path, *flags: str) -> int:
-    common = ("--compilation_cache=", "--batch_size=8", f"--output_dir={output}")
-    return main(["evaluate", f"--model={model}", *flags, *common])
+    common = ("--compilation_cache=", "--batch_size=8")
+    return main(["evaluate", f"--model={model}", *common, *flags, f"--output_dir={output}"])
 
 
 def test_rows_and_tasks_in_one_summary(
@@ -91,6 +96,22 @@ def test_rows_and_tasks_in_one_summary(
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["few_shot"] == {
         "local_salt": found
     }
+
+
+def test_a_task_of_lm_eval_s_on_files_of_one_s_own(
+    model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "data/piqa/validation.jsonl"
+    file.parent.mkdir(parents=True)
+    rows = [{"goal": f"Melt ice {n}", "sol1": "salt", "sol2": "ice", "label": 0} for n in range(3)]
+    for split in ("train", "validation"):
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        file.with_stem(split).write_text(lines)
+    flags = ("--tasks=piqa", f"--task_data={tmp_path / 'data'}", "--shots=1")
+    assert run(model, tmp_path / "out", *flags) == 0
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["few_shot"]
+    assert (found["piqa"]["shots"], found["piqa"]["documents"]) == (1, 3)
+    assert found.keys() == {"piqa"}
 
 
 def _nothing(self: RequestLog, answers: dict[str, object]) -> None:
@@ -141,10 +162,20 @@ def test_the_suite_is_listed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
     [
         ((), "nothing to evaluate on: add --cache=FOLDER, --tasks=NAME"),
         (("--tasks=arc_eazy",), "(nearest: arc_easy)"),
+        (("--tasks=arc_eazy", "--list_tasks=True"), "(nearest: arc_easy)"),
+        (("--tasks=arc_easy", "--seed=-1"), "seed is -1"),
         (("--tasks=arc_easy",), "load_dataset('allenai/ai2_arc', 'ARC-Easy')"),
         (("--tasks=arc_easy", "--limit=0"), "limit is 0 and must be at least 1"),
         (("--tasks=arc_easy", "--shots=-1"), "shots is -1 and must be at least 0"),
+        (("--tasks=arc_easy", "--max_new_tokens=0"), "max_new_tokens is 0 and must be at least 1"),
+        (("--tasks=arc_easy", "--batch_size=0"), "batch_size is 0 and must be at least 1"),
         (("--tasks=arc_easy", "--task_folder=nowhere"), "task_folder is nowhere"),
+        (("--tasks=arc_easy", "--task_data=nowhere"), "task_data is nowhere"),
+        (
+            ("--tasks=local_long", "--task_folder={here}"),
+            "The task local_long generates up to 4096 tokens, and prompt and answer together may "
+            "have 2048, the model's max_length: set --max_new_tokens to less",
+        ),
     ],
 )
 def test_bad_input_is_a_sentence_and_writes_nothing(
@@ -154,6 +185,8 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    write_task(tmp_path, "local_long", generation_kwargs={"max_gen_toks": 4096}, **GENERATES)
+    flags = [flag.format(here=tmp_path) for flag in flags]
     assert run(model, tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err
     assert expected in error.replace("\n", " ")

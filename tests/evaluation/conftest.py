@@ -19,7 +19,7 @@ from lm_eval.tasks._index import TaskIndex
 
 from salt_jax.data.vocabularies import ByteVocabulary, Vocabulary
 from salt_jax.evaluation.continuations import Continuations
-from salt_jax.evaluation.harness import HarnessModel
+from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.likelihood import Scorer
 from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.models import decoder
@@ -83,13 +83,10 @@ def harness(params: Any, tmp_path: pathlib.Path) -> Iterator[Callable[..., Harne
         logs.append(opened)
         return HarnessModel(
             Scorer(config, placed, grid, batch_size=batch_size, chunk_tokens=64),
-            Continuations(generator, placed, prepend_start),
+            Continuations(generator, placed, opened, prepend_start),
             vocabulary,
-            config.max_length,
             opened,
-            batch_size=batch_size,
-            prepend_start=prepend_start,
-            max_new_tokens=max_new_tokens,
+            Limits(config.max_length, prepend_start, max_new_tokens),
         )
 
     yield make

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from lm_eval.api.instance import Instance
 
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError, RunFailed
-from salt_jax.evaluation.harness import Decoding, HarnessModel
+from salt_jax.evaluation.continuations import Decoding
+from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.models import decoder
+from salt_jax.models.sampling import Sampling
 from salt_jax.training.partitioning import MeshConfig
 from tests.evaluation.conftest import CONFIG
 
@@ -37,14 +40,20 @@ def requests(kind: str, arguments: Sequence[tuple[Any, ...]], repeats: int = 1) 
     ]
 
 
+@jax.jit
+def whole_forward(params: Any, inputs_1xL: Any) -> Any:
+    positions_1xL = jnp.arange(CONFIG.max_length)[None]
+    ones_1xL = jnp.ones_like(inputs_1xL)
+    return decoder.Decoder(CONFIG).apply({"params": params}, inputs_1xL, ones_1xL, positions_1xL)
+
+
 def log_p(params: Any, ids: Sequence[int]) -> np.ndarray:
     """float64 [L, V]: of the token after each of the ids."""
-    inputs_1xL = jnp.asarray([ids])
-    ones_1xL = jnp.ones_like(inputs_1xL)
-    positions_1xL = jnp.arange(len(ids))[None]
-    hidden = decoder.Decoder(CONFIG).apply({"params": params}, inputs_1xL, ones_1xL, positions_1xL)
+    # Padded, and by one program: no id sees those after it.
+    inputs_1xL = jnp.asarray([[*ids, *[0] * (CONFIG.max_length - len(ids))]])
+    hidden = np.asarray(whole_forward(params, inputs_1xL)[0, : len(ids)], np.float64)
     head_VxD = np.asarray(decoder.head_kernel(params, CONFIG), np.float64)
-    z_LxV = (np.asarray(hidden[0], np.float64) @ head_VxD.T)[:, : CONFIG.vocab_size]
+    z_LxV = (hidden @ head_VxD.T)[:, : CONFIG.vocab_size]
     z_LxV -= z_LxV.max(-1, keepdims=True)
     return z_LxV - np.log(np.exp(z_LxV).sum(-1, keepdims=True))
 
@@ -150,15 +159,17 @@ def test_repeats_by_lot_differ_and_come_again(harness: Callable[..., HarnessMode
 
 
 def test_what_a_task_asks_of_decoding() -> None:
+    limits = Limits(max_length=512, seed=3)
     settings = {"until": "\n", "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
-    assert Decoding.of("t", settings) == Decoding(("\n",), 256, 0.7, 5, 0.9)
-    assert Decoding.of("t", {"do_sample": False, "temperature": 0.7}).temperature == 0
-    assert Decoding.of("t", {"do_sample": True}).temperature == 1
-    assert Decoding.of("t", {"until": ["", "a"], "max_new_tokens": 9}) == Decoding(
-        ("a",), 9, 0.0, 0, 1.0
-    )
+    sampling = Sampling(0.7, top_k=5, top_p=0.9, seed=3)
+    assert limits.decoding("t", settings) == Decoding(256, ("\n",), sampling)
+    assert limits.decoding("t", {"do_sample": False, "temperature": 0.7}).sampling == Sampling()
+    assert limits.decoding("t", {"do_sample": True}).sampling == Sampling(1.0, seed=3)
+    assert limits.decoding("t", {"until": ["", "a"], "max_new_tokens": 9}) == Decoding(9, ("a",))
+    assert Limits(512, max_new_tokens=7).decoding("t", {}).max_new_tokens == 7
+    assert Limits(512, max_new_tokens=300).decoding("t", {}).max_new_tokens == 256
     with pytest.raises(InputError, match=r"task t sets generation_kwargs\.num_beams to 4"):
-        Decoding.of("t", {"num_beams": 4})
+        limits.decoding("t", {"num_beams": 4})
 
 
 def test_an_answer_longer_than_the_model(harness: Callable[..., HarnessModel]) -> None:
@@ -184,7 +195,9 @@ def test_a_killed_evaluation_goes_on_and_computes_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pairs = [("The sea" + "!" * count, " is salt") for count in range(11)]
-    texts = [(f"Once {count}", {"until": [], "max_gen_toks": 3}) for count in range(11)]
+    drawn = {"until": [], "max_gen_toks": 3, "do_sample": True, "temperature": 1.0}
+    texts = [(f"Once {count}", {"until": [], "max_gen_toks": 3}) for count in range(5)]
+    texts += [(f"Once {count}", drawn) for count in (0, 1, 2, 0, 1, 0)]
 
     def answers(model: HarnessModel) -> Any:
         scores = model.loglikelihood(requests("loglikelihood", pairs))

@@ -13,11 +13,13 @@ from salt_jax.data.templates import Template
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
+from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.evaluation.responses import Responses
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
+from salt_jax.training.generation import Sampling
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 
 TEMPLATE = Template("Q: {question}\nA:", " {answer}")
@@ -74,7 +76,9 @@ def _evaluate(model, folder, responses, **changes):
     settings = {"model": str(model), "responses": responses, "compilation_cache": "", **changes}
     evaluate(RunFolder(folder, "evaluate"), **settings)
     lines = (folder / "responses.jsonl").read_text().splitlines()
-    return json.loads((folder / "summary.json").read_text()), list(map(json.loads, lines))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["model"]["step"] == 150
+    return summary["responses"], list(map(json.loads, lines))
 
 
 def test_a_model_that_knows_its_examples(model, tmp_path, capsys):
@@ -85,7 +89,6 @@ def test_a_model_that_knows_its_examples(model, tmp_path, capsys):
     assert answers[0]["scores"] == {"exact_match": 1.0, "answered": 1.0}
     assert (summary["exact_match"], summary["answered"], summary["examples"]) == (1.0, 1.0, 3)
     assert (summary["metric"], summary["cut_prompts"]) == ("number", 0)
-    assert summary["model"]["step"] == 150
     assert "exact_match" in capsys.readouterr().out
 
 
@@ -134,9 +137,11 @@ def test_bad_settings_in_a_sentence(model, tmp_path):
         Responses(dataclasses.replace(files, template=Template()), "label")
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         Responses(files, "number", max_new_tokens=0)
+    with pytest.raises(InputError, match=r"One of Responses\.stop_texts is empty"):
+        Responses(files, "number", stop_texts=("a", ""))
     with pytest.raises(InputError, match=r"max_new_tokens is 47 .* takes 48 tokens, prompt includ"):
         _evaluate(model, tmp_path / "out", Responses(files, "number", max_new_tokens=47))
-    responses = Responses(_files(tmp_path / "empty.jsonl", []), "number")
+    responses = Responses(_files(tmp_path / "empty.jsonl", []), "number", max_new_tokens=20)
     with pytest.raises(InputError, match="There are no examples in"):
         _evaluate(model, tmp_path / "out", responses)
     no_number = _files(tmp_path / "no.jsonl", [{"question": "a", "answer": "b"}])
@@ -144,12 +149,43 @@ def test_bad_settings_in_a_sentence(model, tmp_path):
     with pytest.raises(InputError, match="the reference ' b' has none"):
         _evaluate(model, tmp_path / "out", responses)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match=r"^Neither a cache nor responses are given: add --cache"):
+    with pytest.raises(InputError, match=r"^There is nothing to evaluate on: add --cache"):
         evaluate(RunFolder(tmp_path / "out", "evaluate"), model=str(model))
-    with pytest.raises(InputError, match=r"^Both a cache and responses are given"):
-        evaluate(
-            RunFolder(tmp_path / "out", "evaluate"),
-            model=str(model),
-            cache="CACHE",
-            responses=Responses(files, "number"),
-        )
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=2)], ids=["greedy", "drawn"])
+def test_a_killed_run_makes_no_response_twice(model, tmp_path, monkeypatch, sampling):
+    examples = [*EXAMPLES, {"question": "four", "answer": "#### 4"}, EXAMPLES[0], EXAMPLES[2]]
+    files = _files(tmp_path / "t.jsonl", examples)
+    responses = Responses(files, "number", max_new_tokens=9, sampling=sampling)
+    _, straight = _evaluate(model, tmp_path / "straight", responses)
+    add, made = RequestLog.add, []
+
+    def stopped(self, answers):
+        add(self, answers)
+        made.extend(answers)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RequestLog, "add", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _evaluate(model, tmp_path / "killed", responses)
+    assert not (tmp_path / "killed/summary.json").exists()
+    _, answers = _evaluate(model, tmp_path / "killed", responses)
+    assert answers == straight
+    # Greedy, equal prompts have one response; by lot each has its own.
+    assert len(made) == len({*made}) == (6 if sampling.temperature else 4)
+
+
+def test_rows_and_responses_in_one_run(model, tmp_path, capsys):
+    responses = Responses(_files(tmp_path / "t.jsonl"), "number", max_new_tokens=20)
+    cache = str(model.parent / "cache")
+    settings = {"cache": cache, "split": "validation"}
+    means, _ = _evaluate(model, tmp_path / "out", responses, **settings)
+    assert means["exact_match"] == 1
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["split"], summary["rows"]) == ("validation", 1)
+    assert summary["bits_per_byte"] > 0
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed
+    assert "exact_match" in printed

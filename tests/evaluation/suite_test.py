@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -150,19 +150,17 @@ SPLITS = {
 }
 
 
-def changes(folder: pathlib.Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What makes tasks read two rows each from files, in every split of their data sets."""
-    local = {}
+def local(folder: pathlib.Path, *names: str) -> Tasks:
+    """Tasks that read two rows each from files, of every split that their data sets have."""
     for name in names:
-        file = folder / f"{name}.jsonl"
         rows = [{**ROWS[name], "row": row} for row in range(2)]  # lm-eval shows no row to itself
         if name == "salt_mbpp":
             rows = [{**ROWS[name], "task_id": task_id} for task_id in (1, 2, 3, 4)]
-        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        files = dict.fromkeys(SPLITS.get(name, ALL), str(file))
-        settings = {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        local[name] = {"dataset_path": "json", **settings}
-    return local
+        for split in SPLITS.get(name, ALL):
+            file = folder / name / f"{split}.jsonl"
+            file.parent.mkdir(exist_ok=True, parents=True)
+            file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return Tasks(data=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +195,10 @@ class _Scripted(HarnessModel):
 
 
 @pytest.mark.parametrize("shots", [None, 1])
-def test_every_task_of_the_suite_runs(
-    tasks: Tasks, tmp_path: pathlib.Path, shots: int | None
-) -> None:
-    model = _Scripted()
-    loaded = tasks.load_changed(changes(tmp_path, list(ROWS)), shots=shots)
-    results, samples = tasks.evaluate(model, loaded)
-    assert results.keys() - {"changed"} == ROWS.keys() == samples.keys()
+def test_every_task_of_the_suite_runs(tmp_path: pathlib.Path, shots: int | None) -> None:
+    model, tasks = _Scripted(), local(tmp_path, *ROWS)
+    results, samples = tasks.evaluate(model, tasks.load([SUITE], shots))
+    assert results.keys() == ROWS.keys() == samples.keys()
     for name in ROWS.keys() - {"salt_mbpp"}:
         assert results[name].metrics, name
         assert results[name].documents == (1 if "race" in name else 2), name
@@ -236,12 +231,13 @@ def test_code_is_executed_where_it_is_allowed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
-    tasks = Tasks(allow_code_execution=True)
+    local(tmp_path, "salt_mbpp")
+    tasks = Tasks(allow_code_execution=True, data=str(tmp_path))
     results = []
     for code in ("def add(a, b):\n  return a + b", "def add(a, b):\n  return a * b"):
-        loaded = tasks.load_changed(changes(tmp_path, ["salt_mbpp"]))
         model = _Scripted(code)
-        found, _ = tasks.evaluate(model, loaded)
+        found, _ = tasks.evaluate(model, tasks.load(["salt_mbpp"]))
+        assert found.keys() == {"salt_mbpp"}
         assert model.asked[0][0].count("[DONE]") == 3  # of the rows 2, 3 and 4
         results.append(found["salt_mbpp"].metrics["pass_at_1"][0])
     assert results == [1, 0]
@@ -280,34 +276,42 @@ def test_names_and_data_sets_that_are_not_there(tasks: Tasks, tmp_path: pathlib.
     message = str(caught.value)
     assert "load_dataset('allenai/ai2_arc', 'ARC-Challenge')" in message
     assert "HF_DATASETS_CACHE" in message
-    assert "dataset_path" in message
+    assert "--task_data=FOLDER and put its splits there, as arc_challenge/SPLIT.jsonl" in message
     assert "\n" not in message
     with pytest.raises(InputError) as caught:
         tasks.load(["salt_xsum"])
     revision = "revision='refs/convert/parquet'"
     assert f"load_dataset('EdinburghNLP/xsum', {revision})" in str(caught.value)
-    missing = changes(tmp_path, ["piqa"])
-    (tmp_path / "piqa.jsonl").unlink()
-    with pytest.raises(InputError, match=r"task piqa cannot be read .*dataset_kwargs\.data_files"):
-        tasks.load_changed(missing)
-    with pytest.raises(InputError, match="mbpp executes code already when it is loaded"):
-        tasks.load(["mbpp"])
-    with pytest.raises(InputError, match=r"piqa is to show 2 examples .*has 2: lower --shots"):
-        tasks.load_changed(changes(tmp_path, ["piqa"]), shots=2)
     with pytest.raises(InputError, match="task_folder is nowhere"):
         Tasks("nowhere")
+
+
+def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
+    data = tmp_path / "data"
+    tasks = local(data, "piqa")
+    (data / "piqa/validation.jsonl").unlink()
+    with pytest.raises(InputError, match=r"task piqa .*correct the files of --task_data"):
+        tasks.load(["piqa"])
+    with pytest.raises(InputError, match=r"piqa .*validation.*its splits in --task_data"):
+        Tasks(data=str(data)).load(["piqa"])
+    (data / "piqa/train.jsonl").rename(data / "piqa/train.csv")
+    with pytest.raises(InputError, match=r"piqa of --task_data holds test\.jsonl, train\.csv: exp"):
+        Tasks(data=str(data))
+    (data / "piqa").rename(data / "pika")
+    (data / "pika/train.csv").unlink()
+    with pytest.raises(InputError, match="There is no task pika "):
+        Tasks(data=str(data))
+    with pytest.raises(InputError, match="task_data is nowhere"):
+        Tasks(data="nowhere")
 
 
 Make = Callable[..., HarnessModel]
 
 
-def test_a_real_model_answers_every_kind_of_task(
-    harness: Make, tasks: Tasks, tmp_path: pathlib.Path
-) -> None:
+def test_a_real_model_answers_every_kind_of_task(harness: Make, tmp_path: pathlib.Path) -> None:
     names = ["piqa", "lambada_openai", "nq_open"]
-    results, samples = tasks.evaluate(
-        harness(max_new_tokens=4), tasks.load_changed(changes(tmp_path, names))
-    )
+    tasks = local(tmp_path / "data", *names)
+    results, samples = tasks.evaluate(harness(max_new_tokens=4), tasks.load(names))
     assert 0 <= results["piqa"].metrics["acc"][0] <= 1
     assert results["lambada_openai"].metrics["perplexity"][0] > 1
     assert len(samples["nq_open"]) == 2

@@ -25,15 +25,17 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "gsm8k": [{"question": f"{n} + 1?", "answer": f"é {n + 1}\n#### {n + 1}"} for n in range(100)],
     "xsum": [{"document": f"article {n}", "summary": f"summary {n}"} for n in range(4)],
     "cnn_dailymail": [{"article": f"a {n}", "highlights": f"h {n} .\nh"} for n in range(4)],
-    "anli/r2": [
-        {"context": f"{n}.", "hypothesis": "so?", "label": label} for n, label in enumerate("enc")
-    ],
 }
+ANLI_ROWS = [
+    {"context": f"{n}.", "hypothesis": "so?", "label": label} for n, label in enumerate("enc")
+]
+ANLI = ("anli/r1", "anli/r2", "anli/r3")
+ROWS |= dict.fromkeys(ANLI, ANLI_ROWS)
 TEMPLATES = {
     "gsm8k": finetune.GSM8K,
     "xsum": finetune.XSUM,
     "cnn_dailymail": finetune.CNN_DAILYMAIL,
-    "anli/r2": finetune.ANLI,
+    **dict.fromkeys(ANLI, finetune.ANLI),
 }
 
 
@@ -103,6 +105,14 @@ def test_the_labels_words(build):
         for e in _examples("finetune_anli_r2", "train")
     }
     assert texts == {b"0": b" True", b"1": b" Neither", b"2": b" False"}
+
+
+def test_the_three_rounds_of_anli_are_mixed(build):
+    for number, name in enumerate(ANLI):
+        build(name, {"train": [{**row, "context": f"round {number}"} for row in ANLI_ROWS]})
+    mixed = seqio.get_mixture_or_task("finetune_anli").get_dataset(None, "train", shuffle=False)
+    texts = [ByteVocabulary().decode(e["inputs"]) for e in mixed.take(30).as_numpy_iterator()]
+    assert {text[:7] for text in texts} == {"round 0", "round 1", "round 2"}
 
 
 def test_gsm8k_holds_train_rows_out(build):

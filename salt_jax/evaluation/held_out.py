@@ -1,0 +1,77 @@
+"""The examination on held-out rows: a split of a packed cache in; log-perplexity, bits per byte and
+next-token accuracy out, whole and by subset."""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import rich.console
+import rich.table
+
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.evaluation.examination import Examinee, require_counts
+from salt_jax.training.evaluation import Evaluation, Evaluator
+from salt_jax.training.ledger import Cost
+
+
+class HeldOut:
+    """Reads a split; an `Examination`.
+
+    Args:
+      examinee: The model.
+      cache: The rows, of the model's vocabulary.
+      split: "test" or "validation".
+      rows: Rows to read, from the first on; all by default.
+
+    Raises:
+      InputError: No such split, or no rows.
+    """
+
+    def __init__(
+        self, examinee: Examinee, cache: PackedCache, split: str = "test", rows: int | None = None
+    ) -> None:
+        require_counts(rows=rows)
+        self._examinee, self._cache, self._split = examinee, cache, split
+        whole = len(cache.split(split))
+        self._rows = min(rows or whole, whole)
+        self._evaluator = Evaluator(
+            examinee.saved.config,
+            cache,
+            split,
+            examinee.batch_size,
+            examinee.mesh,
+            examinee.rules,
+            self._rows,
+            examinee.chunk_tokens,
+        )
+
+    def __call__(self, params: Any, folder: pathlib.Path) -> dict[str, Any]:
+        """See Examination; the figures, the rows and what reading them cost."""
+        start = time.perf_counter()
+        evaluation = self._evaluator(params)
+        seconds = time.perf_counter() - start
+        _print(evaluation, f"{self._examinee.title} on {self._split}")
+        length = self._cache.sequence_length
+        cost = Cost.of(self._examinee.saved.config, self._rows, length, seconds)
+        return {
+            "split": self._split,
+            "rows": self._rows,
+            **evaluation.to_json(),
+            **dataclasses.asdict(cost),
+        }
+
+
+def _print(evaluation: Evaluation, title: str) -> None:
+    table = rich.table.Table(title=title)
+    for column in ("", "log-perplexity", "bits per byte", "next-token accuracy", "tokens"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, quality in [("all", evaluation.whole), *evaluation.by_subset.items()]:
+        table.add_row(
+            name,
+            f"{quality.log_perplexity:.4f}",
+            f"{quality.bits_per_byte:.4f}",
+            f"{quality.next_token_accuracy:.2%}",
+            f"{quality.tokens:,}",
+        )
+    rich.console.Console().print(table)
