@@ -8,9 +8,11 @@ allowed.
 """
 
 import dataclasses
+import json
 import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,8 +40,6 @@ _LOADING_ERRORS = (
     *(datasets.exceptions.DatasetsError, jinja2.TemplateError),
 )
 
-# Of a task that reads --task_data, the group that is made for it.
-_OF_FILES = "files of "
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 Loaded = Mapping[str, Any]  # what TaskManager.load gives: "tasks", "groups", "group_map"
@@ -110,9 +110,9 @@ class Tasks:
         self._allow_code_execution = allow_code_execution
         paths = [str(OWN_TASKS), *([folder] if folder else [])]
         self._manager = lm_eval.tasks.TaskManager(include_path=paths)
-        self._files = {} if data is None else _data_files(pathlib.Path(data))
-        for name in self._files:
-            self._require(name)
+        self._data = data
+        if data is not None:
+            self._read_files(pathlib.Path(data))
 
     def load(self, names: Sequence[str], shots: int | None = None) -> Loaded:
         """The tasks of these names, groups and tags, with their data sets.
@@ -126,15 +126,13 @@ class Tasks:
           InputError: An unknown name, a data set or a library that isn't there, or more shots than
             there are examples.
         """
-        names = list(dict.fromkeys(names))
-        specifications = [self._specification(name) for name in names]
+        for name in names:
+            self._require(name)
         do_without_the_hub_if_out_of_reach()
         try:
-            loaded = self._manager.load(specifications)
+            loaded = self._manager.load(list(dict.fromkeys(names)))
         except _LOADING_ERRORS as error:
             raise InputError(self._why(error, names)) from error
-        for name in names:
-            loaded["groups"].pop(f"{_OF_FILES}{name}", None)
         for name, task in loaded["tasks"].items():
             _set_shots(name, task, shots)
         return loaded
@@ -165,16 +163,21 @@ class Tasks:
                 "groups of lm-eval, of --task_folder, or salt_suite."
             )
 
-    def _specification(self, name: str) -> Any:
-        """The name; or, where tasks have files of their own, a group of them with these."""
-        tasks = [one.task for one in self.data_sets(name)]
-        files = {task: self._files[task] for task in tasks if task in self._files}
-        if not files:
-            return name
-        members = [{"task": task, **files[task]} if task in files else task for task in tasks]
-        if tasks == [name]:
-            return {"group": f"{_OF_FILES}{name}", "task": members}
-        return {"group": name, **(self._manager.task_index[name].cfg or {}), "task": members}
+    def _read_files(self, folder: pathlib.Path) -> None:
+        """Makes tasks read files of a folder in the place of their data sets."""
+        self._yaml = tempfile.TemporaryDirectory(prefix="salt_jax_tasks_")
+        for name, settings in _data_files(folder).items():
+            self._require(name)
+            entry = self._manager.task_index[name]
+            if entry.kind.name != "TASK":
+                raise InputError(
+                    f"{folder / name} of --task_data has the name of a group, or of a task in "
+                    "Python: name each folder after one of the tasks that --list_tasks=True shows."
+                )
+            path = pathlib.Path(self._yaml.name) / f"{name}.yaml"
+            path.write_text(json.dumps({"include": str(entry.yaml_path), **settings}))
+            cfg = {**(entry.cfg or {}), **settings}
+            self._manager.task_index[name] = dataclasses.replace(entry, yaml_path=path, cfg=cfg)
 
     def _why(self, error: Exception, names: Sequence[str]) -> str:
         """A sentence for what kept tasks from being loaded: of the one that was loading."""
@@ -187,7 +190,7 @@ class Tasks:
         message = str(error).strip().partition("\n")[0].rstrip(".")
         task = _task_in(error)
         if task is None:
-            hint = "correct its YAML file" + (", or its splits in --task_data" * bool(self._files))
+            hint = "correct its YAML file" + (", or its splits in --task_data" * bool(self._data))
             for data_set in (found for name in names for found in self.data_sets(name)):
                 entry = self._manager.task_index[data_set.task]
                 if (entry.cfg or {}).get("unsafe_code") and not self._allow_code_execution:

@@ -301,6 +301,9 @@ def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
     (data / "pika/train.csv").unlink()
     with pytest.raises(InputError, match="There is no task pika "):
         Tasks(data=str(data))
+    (data / "pika").rename(data / SUITE)
+    with pytest.raises(InputError, match="salt_suite of --task_data has the name of a group"):
+        Tasks(data=str(data))
     with pytest.raises(InputError, match="task_data is nowhere"):
         Tasks(data="nowhere")
 
