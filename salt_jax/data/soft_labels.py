@@ -231,6 +231,42 @@ class SoftLabels:
             records[here_N] = own
         return self.format.decode(records)
 
+    def require_fit(self, *, temperature: float, k: int, selection_digest: str | None) -> None:
+        """Refuses labels that a stage 1 cannot be trained on.
+
+        Args:
+          temperature: LossConfig.teacher_temperature.
+          k: LossConfig.teacher_top_k.
+          selection_digest: Of the selection whose rows it reads; None for all rows.
+
+        Raises:
+          InputError: They are of another split, temperature or selection, or have too few ids.
+        """
+        manifest = self.manifest
+        if manifest["split"] != "train":
+            raise InputError(
+                f"The soft labels {self.path} are of the {manifest['split']} split, not train."
+            )
+        if manifest["temperature"] != temperature:
+            raise InputError(
+                f"The soft labels {self.path} were made at the temperature "
+                f"{manifest['temperature']} and LossConfig.teacher_temperature is {temperature}: "
+                "set it to the labels'."
+            )
+        if k > self.format.k:
+            raise InputError(
+                f"LossConfig.teacher_top_k is {k} and the soft labels {self.path} have "
+                f"{self.format.k} ids a token: lower it, or set it to 0 for all of them."
+            )
+        of_selection = manifest["selection_digest"]
+        if of_selection not in (None, selection_digest):
+            raise InputError(
+                f"The soft labels {self.path} are of the rows of the selection "
+                f"{of_selection[:12]}…, and stage 1 reads "
+                f"{'another one' if selection_digest else 'all rows'}: set that selection, or "
+                "label all rows."
+            )
+
     @functools.cached_property
     def _shards(self) -> FinishedShards:
         return FinishedShards(self.path, self.manifest, SUFFIX, MADE_BY)

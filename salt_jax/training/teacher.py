@@ -159,24 +159,9 @@ def find_labels(
             "it unset, or set a teacher instead."
         )
     labels = SoftLabels.open(path, cache_digest=caches.first.digest)
-    manifest = labels.manifest
-    if manifest["split"] != "train":
-        raise InputError(f"The soft labels {path} are of the {manifest['split']} split, not train.")
-    if manifest["temperature"] != loss.teacher_temperature:
-        raise InputError(
-            f"The soft labels {path} were made at the temperature {manifest['temperature']} and "
-            f"LossConfig.teacher_temperature is {loss.teacher_temperature}: set it to the labels'."
-        )
-    if loss.teacher_top_k > labels.format.k:
-        raise InputError(
-            f"LossConfig.teacher_top_k is {loss.teacher_top_k} and the soft labels {path} have "
-            f"{labels.format.k} ids a token: lower it, or set it to 0 for all of them."
-        )
-    of_selection = manifest["selection_digest"]
-    if of_selection not in (None, selected.digest if selected else None):
-        raise InputError(
-            f"The soft labels {path} are of the rows of the selection {of_selection[:12]}…, and "
-            f"stage 1 reads {'another one' if selected else 'all rows'}: set that selection, or "
-            "label all rows."
-        )
+    labels.require_fit(
+        temperature=loss.teacher_temperature,
+        k=loss.teacher_top_k,
+        selection_digest=selected.digest if selected else None,
+    )
     return labels
