@@ -24,9 +24,10 @@ try:
     from t5x import losses as t5x_losses
     from t5x import models
 except ModuleNotFoundError as error:
-    raise InputError(
-        f"T5X needs the library {error.name}, which is not installed: see docs/t5x.md, which also "
-        "says that its gin files are for `python -m t5x.train`."
+    raise ModuleNotFoundError(
+        f"T5X needs the library {error.name}, which is not installed: docs/t5x.md says how, and "
+        "that its gin files are for `python -m t5x.train`",
+        name=error.name,
     ) from error
 
 # token_losses's names, and T5X's for such metrics.
@@ -74,7 +75,8 @@ class SaltDecoderOnlyModel(models.DecoderOnlyModel):
                 f"LossConfig.z_loss is {loss.z_loss}, and in T5X the model has a setting for it: "
                 "leave it at 0.0 and set Z_LOSS."
             )
-        self._omega, self._loss = float(omega), loss
+        self._omega: float = float(omega)
+        self._loss: LossConfig = loss
 
     def loss_fn(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None

@@ -116,6 +116,15 @@ def test_all_files_are_tested() -> None:
     assert {name for name in names("models") if name[-1] in "bm"} == {*SIZES, *pythia}
 
 
+@pytest.mark.parametrize("name", ["tiny", "rows", "stage1", "stage2"])
+def test_files_for_t5x_are_refused(name: str) -> None:
+    """They are for its own train.py; tests/t5x_model_test.py has it read them."""
+    assert names("t5x") == {"tiny", "rows", "stage1", "stage2"}
+    with pytest.raises(InputError, match=r"t5x/\w+\.gin, line \d+: ") as caught:
+        settings(*PRETRAIN, f"--gin_file=t5x/{name}.gin")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("run", [*RUNS, *SLMS])
 def test_a_run_of_the_paper_is_whole(run: str) -> None:
     """The launch command in its header has all that is needed."""

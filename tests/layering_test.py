@@ -20,6 +20,7 @@ ALLOWED = {
     "planning": {"training", "distill", "models", "data"},
     "reporting": {"distill", "models", "data"},
     "tasks": {"preparation", "distill", "data"},
+    "t5x_model": {"distill"},
     "distill": set(),
     "models": set(),
     "data": set(),
@@ -62,10 +63,18 @@ def test_imports_point_one_way(file: pathlib.Path) -> None:
             assert part in ("preparation", "tasks"), f"{file} imports {name}"
         if first in ("lm_eval", "rouge_score"):
             assert part == "evaluation", f"{file} imports {name}"
+        if first == "t5x":
+            assert part == "t5x_model", f"{file} imports {name}"
         if first == "gin":
             assert part == "main", f"{file} imports gin"
         if first == "salt_jax" and rest:
             assert rest[0] in ALLOWED[part] | LEAVES | {part}, f"{file} imports {name}"
+
+
+def test_nothing_imports_the_plug_in() -> None:
+    """T5X is no requirement."""
+    importing = [file for file in files() if "salt_jax.t5x_model" in imports(file)]
+    assert not importing
 
 
 def test_every_part_is_known() -> None:
