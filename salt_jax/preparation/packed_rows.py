@@ -166,18 +166,21 @@ class PackedRows:
             yield {name: array[real_B] for name, array in batch.items()}
 
 
-def register(name: str, rows: PackedRows) -> seqio.Task:
-    """Registers rows as a task; the same again is the same task.
+def register(name: str, rows: PackedRows) -> str:
+    """Registers rows as a SeqIO task; the same rows again are the same task.
 
     Args:
       name: The task's name.
       rows: The rows. They are opened at once.
 
+    Returns:
+      The name, for T5X's mixture_or_task_name.
+
     Raises:
       InputError: See `PackedRows.opened`.
     """
     rows.opened  # noqa: B018 (before T5X makes a model)
-    return _registered(name, rows)
+    return _registered(name, rows).name
 
 
 def vocabulary(cache: str) -> SeqIOVocabulary:
