@@ -13,9 +13,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from salt_jax import processes
 from salt_jax.errors import InputError, nearest
 
 COMMANDS = pathlib.Path(__file__).parent / "commands"
+
+_COMMON_FLAGS = ("gin_file", "output_dir", *processes.FLAGS)
 
 USAGE = """\
 usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]… --output_dir=FOLDER
@@ -25,6 +28,9 @@ usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]…
   --gin.NAME=VALUE    one setting (train.train.seed=1) or macro (STEPS=500), over the files
   --SETTING=VALUE     a setting of the verb itself: --seed=1 is --gin.VERB.VERB.seed=1
   --output_dir=FOLDER where the verb writes config.gin, run.json, summary.json and its results
+  --coordinator_address=HOST:PORT --process_count=N --process_index=I, or --multi_process=True
+                      one of several processes (docs/launching.md); the environment may say the
+                      same: SALT_PROCESS_INDEX, …
   --help, --version
 """
 
@@ -38,6 +44,7 @@ class Arguments(NamedTuple):
     settings: dict[str, list[str]]
     positional: list[str]
     output_dir: str | None
+    processes: dict[str, str]
     help: bool
 
 
@@ -52,7 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
       InputError: A flag without its value.
     """
-    arguments = Arguments(argv[0], [], [], {}, [], None, False)
+    arguments = Arguments(argv[0], [], [], {}, [], None, {}, False)
     rest = iter(argv[1:])
     for argument in rest:
         if argument in ("--help", "-h"):
@@ -72,6 +79,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             arguments.bindings.append(f"{name.removeprefix('gin.')} = {value}")
         elif name == "output_dir":
             arguments = arguments._replace(output_dir=value)
+        elif name in processes.FLAGS:
+            arguments.processes[name] = value
         else:
             arguments.settings.setdefault(name, []).append(value)
     return arguments
@@ -92,7 +101,7 @@ def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[st
         settings[name] = [*settings.get(name, []), *arguments.positional]
     bindings = []
     for name, values in settings.items():
-        require_known("setting", name, [*parameters, "gin_file", "output_dir"], prefix="--")
+        require_known("setting", name, [*parameters, *_COMMON_FLAGS], prefix="--")
         annotation = str(parameters[name].annotation)
         # "str | Sequence[str]" is a list from the second value on.
         is_one = annotation.startswith("str |") and len(values) == 1

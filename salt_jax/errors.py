@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+# The exit code of a run that is to be started again.
+INTERRUPTED = 75
+
+
 class InputError(ValueError):
     """Bad input or a bad setting: what was got, what was expected, what to change. Exit code 2."""
 

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import types
 import typing
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import gin
-from salt_jax import __version__
+from salt_jax import __version__, processes
 from salt_jax.command_line import (
     USAGE,
     Arguments,
@@ -33,10 +34,11 @@ from salt_jax.command_line import (
     verbs,
 )
 from salt_jax.config_errors import CONFIGS, explained, flag_of, plain
-from salt_jax.errors import InputError, Interrupted, RunFailed, nearest
+from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, nearest
 from salt_jax.run_folder import RunFolder
 from salt_jax.run_lock import RunLock
 from salt_jax.setting_types import is_a
+from salt_jax.verb_process import GUARDED, run_guarded
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MODEL_CLASS = "DecoderConfig"
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted as error:
         print(f"salt: {_sentence(error)}", file=sys.stderr)
-        return 75
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `| head` for one, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -90,8 +92,14 @@ def _run(argv: list[str]) -> int:
             f"--output_dir={arguments.output_dir} is not on this machine's disk: mount the bucket "
             "(gcsfuse, s3fs) and name the mounted folder."
         )
+    if processes.are_several(arguments.processes) and GUARDED not in os.environ:
+        code = run_guarded(argv)
+        if code == -signal.SIGABRT:
+            raise Interrupted(processes.who_coordinated(pathlib.Path(arguments.output_dir)))
+        return code if code >= 0 else 1
     verb = configure(arguments)
     _quiet_libtpu()
+    together = _join(arguments)
     with RunLock() as lock:
         folder = RunFolder(
             path=pathlib.Path(arguments.output_dir),
@@ -99,13 +107,19 @@ def _run(argv: list[str]) -> int:
             config=gin.operative_config_str,
             command_line=["salt", *argv],
             lock=lock,
+            processes=together,
         )
         try:
             verb(folder)
-        except RuntimeError as error:  # jax's own for this is one, and has no narrower name
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise RunFailed(_out_of_memory(arguments.verb, str(error))) from error
+        except BaseException as error:
+            if not isinstance(error, InputError | RunFailed | Interrupted):
+                together.hear_who_is_lost()
+            together.end(str(error).partition("\n")[0] or type(error).__name__)
+            # jax's own for this is a RuntimeError, and has no narrower name
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                raise RunFailed(_out_of_memory(arguments.verb, str(error))) from error
+            raise
+        together.end()
     return 0
 
 
@@ -120,6 +134,20 @@ def check(file: TextIO) -> int:
             print(f"{name}: {_sentence(error)}", file=sys.stderr)
             return 2
     return 0
+
+
+def _join(arguments: Arguments) -> processes.Processes:
+    """Meets the other processes, if there are any; of several, one prints."""
+    module = importlib.import_module(f"salt_jax.commands.{arguments.verb}")
+    together = processes.join(arguments.processes, getattr(module, "SAVES_ON_REQUEST", False))
+    if together.count > 1 and not getattr(module, "SEVERAL_PROCESSES", False):
+        raise InputError(
+            f"`salt {arguments.verb}` runs in one process and this is one of {together.count}: "
+            "leave out --coordinator_address, --process_count, --process_index, --multi_process."
+        )
+    if not together.is_first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the whole process)
+    return together
 
 
 def _out_of_memory(verb: str, message: str) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import InputError
+from salt_jax.processes import Processes
 from salt_jax.run_lock import RunLock
 
 CONFIG_FILE = "config.gin"
@@ -59,6 +60,7 @@ class RunFolder:
       config: Gives the operative configuration as text, one setting a line.
       command_line: What was typed.
       lock: Keeps other processes out from `begin` on; None lets them in.
+      processes: Those that run it; the first of them writes.
     """
 
     path: pathlib.Path
@@ -66,6 +68,7 @@ class RunFolder:
     config: Callable[[], str] = lambda: ""
     command_line: Sequence[str] = ()
     lock: RunLock | None = None
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
     def begin(
         self, replace: bool = False, may_change: Collection[str] = (), part: str = ""
@@ -87,6 +90,14 @@ class RunFolder:
         """
         config = self.config()
         changes = self._changes(config, replace, may_change)
+        self.processes.wait("looked")  # all have, before the first one writes
+        if self.processes.is_first:
+            self._write_origin(config, part)
+        self.processes.wait("begun")
+        self.processes.watch(self.path)
+        return changes
+
+    def _write_origin(self, config: str, part: str) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.lock is not None:
@@ -98,7 +109,6 @@ class RunFolder:
                 f"The output folder {self.path} cannot be written ({error.strerror}): "
                 "choose another --output_dir, or make room."
             ) from error
-        return changes
 
     @property
     def begun(self) -> bool:
@@ -116,7 +126,8 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the verb's results."""
-        write_atomically(self.path / SUMMARY_FILE, to_json(summary, indent=2))
+        if self.processes.is_first:
+            write_atomically(self.path / SUMMARY_FILE, to_json(summary, indent=2))
 
     def require_space(self, needed_bytes: int, purpose: str) -> None:
         """Refuses to start when the disk has less than `needed_bytes` free.

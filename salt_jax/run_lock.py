@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import types
 from typing import IO
 
@@ -33,12 +32,11 @@ class RunLock:
           folder: The output folder, which exists.
           verb: The verb that writes it, for those who are kept out.
           part: Which part of the work this process does, where several share a folder; each part
-            has a lock of its own. By default jax's number of the process, if it has one.
+            has a lock of its own.
 
         Raises:
           InputError: Another process has it; its verb, number and host are named.
         """
-        part = part or _process_number()
         path = folder / (f"{LOCK_FILE}-{part}" if part else LOCK_FILE)
         if self._path == path:
             return
@@ -78,14 +76,6 @@ class RunLock:
             self._path.unlink(missing_ok=True)
             self._file.close()
         self._path = self._file = None
-
-
-def _process_number() -> str:
-    """Which of the processes of one command this is, where jax runs it in several."""
-    jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():
-        return ""
-    return str(jax.process_index())
 
 
 def _is_at(file: IO[str], path: pathlib.Path) -> bool:

@@ -17,7 +17,10 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from salt_jax.errors import InputError, Interrupted, RunFailed
+from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
+
+# Set in the environment of a command that run_guarded runs.
+GUARDED = "SALT_GUARDED"
 
 
 def run_verb(
@@ -52,7 +55,7 @@ def run_verb(
     if code == 2:
         raise InputError(f"`salt {verb}` refused its input, as it says above.")
     # It may have been asked so late that it finished.
-    if code == 75 or code == -signal.SIGTERM or (code == 0 and received):
+    if code == INTERRUPTED or code == -signal.SIGTERM or (code == 0 and received):
         raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to go on.")
     if code != 0:
         raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
@@ -87,6 +90,21 @@ def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
         raise InputError(error.strip().rpartition("\n")[2])
     if child.returncode != 0:
         raise RunFailed(f"the commands could not be checked: {error.strip()}")
+
+
+def run_guarded(argv: Sequence[str]) -> int:
+    """Runs `salt ARGV` in a process that may be ended by a library at any moment.
+
+    Returns:
+      Its exit code, negative for the signal that ended it.
+    """
+    command = [sys.executable, "-P", "-m", "salt_jax", *argv]
+    with _stop_passed_on() as (received, children):
+        child = subprocess.Popen(command, env={**os.environ, GUARDED: "1"})
+        children.append(child)
+        if received:
+            child.terminate()
+        return child.wait()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,9 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoints import find_model
 
+# It may be one of several processes.
+SEVERAL_PROCESSES = True
+
 
 def evaluate(
     run: RunFolder,

@@ -38,6 +38,9 @@ from salt_jax.training.soft_labelling import label_rows
 # Rows are shuffled, so the first of them are a sample.
 _SAMPLE_ROWS = 1 << 20
 
+# It may be one of several processes.
+SEVERAL_PROCESSES = True
+
 
 def score(
     run: RunFolder,
@@ -126,6 +129,7 @@ def score(
         params = model.load_params(device_mesh, rules)
         with RowProgress("score", sum(len(shard.rows) for shard in missing)) as progress:
             make(params, packed, split, *settings, progress.add)
+    run.processes.wait("scored")
     left = len(writer.shards.unfinished())
     if left:
         print(
@@ -133,6 +137,8 @@ def score(
             "they are the other workers'; if those are gone for good, run this again with "
             "--worker=0 --workers=1."
         )
+        return
+    if not run.processes.is_first:
         return
     cost = Cost.of(model.config, writer.shards.rows, packed.sequence_length)
     finished = writer.complete(dataclasses.asdict(cost))

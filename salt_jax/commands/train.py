@@ -45,6 +45,9 @@ FROM_FILES = {
     "loss": "methods/baseline.gin",
 }
 
+# It may be one of several processes, and asks whether one of them was asked to stop.
+SEVERAL_PROCESSES = SAVES_ON_REQUEST = True
+
 # What may change when a run goes on: how it is computed and when it is told of, and the batch size,
 # since positions count rows.
 MAY_CHANGE = (
@@ -148,6 +151,7 @@ def train(
     initial_model = find_model(initial, initial_step, "initial", packed) if initial else None
     config = _student(model, initial_model, packed)
     device_mesh = mesh.make()
+    part = partitioning.batch_part(device_mesh)
     _check_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
     _check_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
     _check_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
@@ -175,6 +179,7 @@ def train(
         schedule=schedule,
         pipeline=make_pipeline(
             caches,
+            part,
             batch_size=batch_size,
             seed=data_seed,
             selected=selected,
@@ -212,7 +217,8 @@ def train(
 def _begin(run: RunFolder, arm: str, cache: PackedCache) -> None:
     for change in run.begin(may_change=MAY_CHANGE):
         print(f"[{arm}] {change}")
-    cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
+    if run.processes.is_first:
+        cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
 
 
 def _require_space(run: RunFolder, checkpoints: CheckpointConfig, state: int) -> None:

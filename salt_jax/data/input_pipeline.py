@@ -68,8 +68,8 @@ class InputPipeline:
       start: Where the run stood when this pipeline was made; it gives no batch before that.
       denoising: What becomes of a row between the cache and the batch; None is nothing.
       soft_labels: What stands for a teacher: batches of stage 1 have it as well.
-      process_index: This process.
-      process_count: All processes; each reads its contiguous part of every batch.
+      part: Which of the `parts` equal, contiguous parts of every batch to read.
+      parts: How many there are: one for each process, unless some hold the same rows.
       read_threads: Threads that read ahead.
       read_ahead: Batches to hold ready.
     """
@@ -84,15 +84,15 @@ class InputPipeline:
     start: Position = Position()
     denoising: Denoising | None = None
     soft_labels: SoftLabels | None = None
-    process_index: int = 0
-    process_count: int = 1
+    part: int = 0
+    parts: int = 1
     read_threads: int = 2
     read_ahead: int = 4
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.process_count:
+        if self.batch_size % self.parts:
             raise InputError(
-                f"batch_size {self.batch_size} is not divisible by {self.process_count} processes: "
+                f"batch_size {self.batch_size} is not divisible by {self.parts} processes: "
                 "change batch_size."
             )
         if self.read_threads < 1:
@@ -123,9 +123,9 @@ class InputPipeline:
             order, first = self.unused_rows, position.stage2_rows
         else:
             order, first = self.all_rows, position.rows
-        part = self.batch_size // self.process_count
-        first += self.process_index * part
-        return [order[at] for at in range(first, first + part)]
+        count = self.batch_size // self.parts
+        first += self.part * count
+        return [order[at] for at in range(first, first + count)]
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often the rows of each source were read when `step` steps are completed.
@@ -195,22 +195,25 @@ class InputPipeline:
 
 
 def in_order(
-    split: Any, batch_size: int, start_id: int, rows: int | None = None
+    split: Any,
+    batch_size: int,
+    start_id: int,
+    rows: int | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> Iterator[features.Batch]:
     """The first `rows` rows of a split (all by default) once, in order, in equal batches.
 
     The last batch is filled up with copies of its last row that have no loss weight and row id −1.
+    Of every batch this is one of `parts` equal, contiguous parts.
     """
     total = len(split) if rows is None else min(rows, len(split))
+    count = batch_size // parts
     for first in range(0, total, batch_size):
-        ids = list(range(first, min(first + batch_size, total)))
-        batch = features.make_batch(split.__getitems__(ids), start_id)
-        missing = batch_size - len(ids)
-        if missing:
-            batch = {
-                name: np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-                for name, array in batch.items()
-            }
-            batch["loss_weights"][-missing:] = 0.0
-            batch["row_id"][-missing:] = -1
+        places = np.arange(first + part * count, first + (part + 1) * count)
+        batch = features.make_batch(
+            split.__getitems__(np.minimum(places, total - 1).tolist()), start_id
+        )
+        batch["loss_weights"][places >= total] = 0.0
+        batch["row_id"][places >= total] = -1
         yield batch

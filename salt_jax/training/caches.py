@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from salt_jax.data.denoisers import Denoising
@@ -126,6 +125,7 @@ class Caches:
 
 def make_pipeline(
     caches: Caches,
+    part: tuple[int, int],
     *,
     batch_size: int,
     seed: int,
@@ -141,6 +141,7 @@ def make_pipeline(
 
     Args:
       caches: What to read.
+      part: What of every batch this process reads (`partitioning.batch_part`).
       batch_size: B, rows of the global batch.
       seed: Of the orders.
       selected: Stage 1's rows, of one of the caches; None reads the caches in both stages.
@@ -171,8 +172,8 @@ def make_pipeline(
         start=start,
         denoising=denoising,
         soft_labels=soft_labels,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        part=part[0],
+        parts=part[1],
         read_threads=read_threads,
     )
     if selected is None or stage2_rows == "all":

@@ -104,7 +104,10 @@ class Evaluator:
         cache.split(split)  # refuses a split that is not there
         lengths_V = cache.vocabulary.byte_lengths
         subsets = len(cache.subsets)
-        self._sums = jax.jit(_subset_sums(config, subsets, lengths_V, mesh, rules, chunk_tokens))
+        self._sums = jax.jit(
+            _subset_sums(config, subsets, lengths_V, mesh, rules, chunk_tokens),
+            out_shardings=partitioning.replicated(mesh),
+        )
 
     def __call__(self, params: Any, rows: int | None = None) -> Evaluation:
         """Evaluates `rows` rows, or as many as it was made for; `params` lie on the mesh."""

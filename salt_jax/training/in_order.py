@@ -42,10 +42,12 @@ def over_rows(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Runs (params, batch) → array over the first `rows` rows of a split, all by default.
 
-    See `over_batches`; batches are of batch_size rows, rounded up to what the mesh needs.
+    See `over_batches`; batches are of batch_size rows, rounded up to what the mesh needs. Among
+    several processes each gets its own part of every batch.
     """
     size = rounded_up(batch_size, mesh)
-    batches = input_pipeline.in_order(cache.split(split), size, cache.start_id, rows)
+    part = partitioning.batch_part(mesh)
+    batches = input_pipeline.in_order(cache.split(split), size, cache.start_id, rows, *part)
     return over_batches(program, params, batches, mesh, rules)
 
 

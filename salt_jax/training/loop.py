@@ -7,8 +7,6 @@ freed and nothing else changes. One "step" is one update of the parameters, numb
 
 import contextlib
 import dataclasses
-import signal
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
 from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
+from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
 from salt_jax.training.teacher import Teacher
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -105,7 +104,7 @@ class Loop:
     def __init__(self, setup: TrainingSetup, folder: RunFolder) -> None:
         self._setup = setup
         self._checkpointer = Checkpointer(folder.path, setup.checkpoints)
-        self._folder = folder
+        self._folder, self._together = folder, folder.processes.count > 1
         self._teacher: Teacher | None = None
         denoising = setup.pipeline.denoising
         self._origin = {**setup.origin, "objectives": denoising and denoising.identity}
@@ -130,14 +129,14 @@ class Loop:
           RunFailed: More non-finite updates than allowed.
         """
         setup = self._setup
-        with contextlib.closing(self._checkpointer), _stop_requests() as stop:
+        with contextlib.closing(self._checkpointer), StopRequests(self._together) as stop:
             first_step, state = self._start()
             with self._ledger.compiling():
                 programs = self._compile()
                 self._compile_the_rest(state)
             batches = setup.pipeline.batches(first_step, setup.steps)
             with (
-                MetricWriter(self._folder.path) as writer,
+                MetricWriter(self._folder.path, self._folder.processes.is_first) as writer,
                 ProgressBar(setup.arm, setup.steps, first_step) as bar,
             ):
                 if first_step:
@@ -152,7 +151,7 @@ class Loop:
         batches: Iterator[Mapping[str, np.ndarray]],
         writer: MetricWriter,
         bar: ProgressBar,
-        stop: Sequence[str],
+        stop: StopRequests,
     ) -> dict[str, Any]:
         """The steps themselves; the run's results."""
         setup = self._setup
@@ -166,16 +165,17 @@ class Loop:
             pending = (done, metrics)
             saves = setup.checkpoints.saves(done, setup.steps)
             evaluates = done % setup.evaluate_every == 0 or done == setup.steps
-            if not (saves or evaluates or stop):
+            stopped_by = stop.asked_by(done)
+            if not (saves or evaluates or stopped_by):
                 continue
             self._note(pending, writer, bar)
             pending = None
-            if saves or stop:
+            if saves or stopped_by:
                 self._save(done, state)
-            if stop and done < setup.steps:
+            if stopped_by and done < setup.steps:
                 self._checkpointer.wait()
                 raise Interrupted(
-                    f"stopped by {stop[0]} after step {done} of {setup.steps}, which is saved in "
+                    f"stopped by {stopped_by} after step {done} of {setup.steps}, which is saved in "
                     f"{self._folder.path}: run the same command again to go on."
                 )
             if evaluates:
@@ -381,21 +381,3 @@ def rows_consumed(position: Position) -> dict[str, int]:
 def _what_is_computed(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model without what says how to compute it, which may change when a run goes on."""
     return {name: x for name, x in model.items() if name not in ("remat", "attention_backend")}
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Sequence[str]]:
-    """Collects SIGTERM and SIGINT by name instead of dying of them; a second one is not held."""
-    received: list[str] = []
-
-    def note(number: int, frame: types.FrameType | None) -> None:
-        del frame
-        received.append(signal.Signals(number).name)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

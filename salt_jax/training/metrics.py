@@ -19,9 +19,17 @@ from salt_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
 
 
 class MetricWriter:
-    """Appends records to RUN/metrics.jsonl and their numbers to RUN/tensorboard/."""
+    """Appends records to RUN/metrics.jsonl and their numbers to RUN/tensorboard/.
 
-    def __init__(self, run_path: pathlib.Path) -> None:
+    Args:
+      run_path: The run's folder.
+      writes: Whether this process is the one that does; the others' records go nowhere.
+    """
+
+    def __init__(self, run_path: pathlib.Path, writes: bool = True) -> None:
+        self._writes = writes
+        if not writes:
+            return
         path = run_path / METRICS_FILE
         if path.exists():
             _drop_half_a_line(path)
@@ -30,6 +38,8 @@ class MetricWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has at least `kind` and `step`."""
+        if not self._writes:
+            return
         self._file.write(to_json(record) + "\n")
         kind = record["kind"]
         for name, value in _flat(record):
@@ -37,6 +47,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes both."""
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 

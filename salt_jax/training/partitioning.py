@@ -173,19 +173,42 @@ def batch_divisor(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process's devices hold: (its number from 0 on, all parts).
+
+    Processes that hold the same rows, since the tensor axis crosses them, have the same part.
+
+    Raises:
+      InputError: The devices of this process hold rows from places that are not one part.
+    """
+    places = np.arange(batch_divisor(mesh))
+    held = batch_sharding(mesh).addressable_devices_indices_map(places.shape)
+    rows = sorted({int(row) for (part,) in held.values() for row in places[part]})
+    first, count = rows[0], len(rows)
+    if rows[-1] - first + 1 != count or first % count or len(places) % count:
+        raise InputError(
+            f"This process's devices hold the places {rows} of the {len(places)} that MeshConfig "
+            "splits a batch into, which is not one even part: make slice, data and fsdp so that "
+            "each process has one."
+        )
+    return first // count, len(places) // count
+
+
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's part of a batch on its devices.
 
     Args:
-      batch: Arrays of shape [B / processes, …].
+      batch: Arrays of shape [B / parts, …]; see `batch_part`.
       mesh: The mesh.
 
     Returns:
       Global arrays of shape [B, …], split by `batch_sharding`.
     """
-    sharding = batch_sharding(mesh)
+    sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        name: jax.make_array_from_process_local_data(
+            sharding, np.asarray(array), (len(array) * parts, *array.shape[1:])
+        )
         for name, array in batch.items()
     }
 

@@ -28,8 +28,8 @@ def pipeline(cache: PackedCache, process: int = 0, processes: int = 1) -> InputP
         all_rows=RowOrder(None, len(split), seed=0),
         selected_rows=RowOrder(SELECTED_IDS, 0, seed=0),
         stage1_steps=2,
-        process_index=process,
-        process_count=processes,
+        part=process,
+        parts=processes,
     )
 
 
@@ -63,8 +63,8 @@ def read_over_lives(start: InputPipeline, lives: list[tuple[int, int, int]]) -> 
                 start,
                 batch_size=4 * batch,
                 start=position,
-                process_index=process,
-                process_count=processes,
+                part=process,
+                parts=processes,
             )
             for process in range(processes)
         ]
@@ -178,7 +178,7 @@ def test_denoised_batches_are_the_same_in_any_thread_and_process(cache: PackedCa
     assert rows.extra_features == ("distill",)
     whole = list(rows.batches(0, 12))
     parts = [
-        list(dataclasses.replace(rows, process_index=i, process_count=4).batches(0, 12))
+        list(dataclasses.replace(rows, part=i, parts=4).batches(0, 12))
         for i in range(4)
     ]
     for step, batch in enumerate(whole):

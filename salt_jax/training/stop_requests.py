@@ -1,0 +1,54 @@
+"""Requests to stop: SIGTERM and SIGINT, held until a run is at a place where it can be saved."""
+
+import os
+import signal
+import types
+
+from jax.experimental import multihost_utils
+
+
+class StopRequests:
+    """Holds signals while the context lasts; a second one of a kind is not held.
+
+    Among several processes a request to one of them is one to all, and all stop after the same
+    step: JAX's preemption service has SIGTERM then.
+
+    Args:
+      together: Whether there are several.
+    """
+
+    def __init__(self, together: bool = False) -> None:
+        self._together = together
+        self._received: list[str] = []
+        held = (signal.SIGINT,) if together else (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.getsignal(number) for number in held}
+
+    def __enter__(self) -> "StopRequests":
+        for number in self._previous:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def asked_by(self, step: int) -> str:
+        """The signal by which all are to stop after `step` completed steps; "" to go on.
+
+        To be called after every step, by every process.
+        """
+        if not self._together:
+            return self._received[0] if self._received else ""
+        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        del frame
+        self._received.append(signal.Signals(number).name)
+        signal.signal(number, self._previous[signal.Signals(number)])
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)

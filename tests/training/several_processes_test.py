@@ -1,0 +1,207 @@
+"""Several real processes that run one command: trained together, stopped, moved, killed."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import RowScores
+from salt_jax.training.checkpoints import complete_steps, find_model
+from salt_jax.training.partitioning import MeshConfig
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+SURVIVORS_SECONDS = 60  # the promise: nobody waits longer than this for a process that is gone
+
+
+class Together:
+    """`salt ARGUMENTS` in `count` processes of `devices` devices each."""
+
+    def __init__(self, count: int, devices: int, arguments: Sequence[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        several = [f"--coordinator_address=127.0.0.1:{port}", f"--process_count={count}"]
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "XLA_FLAGS": "",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.members = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "salt_jax", *arguments),
+                    *(several if count > 1 else []),
+                    *([f"--process_index={index}"] if count > 1 else []),
+                ],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            for index in range(count)
+        ]
+
+    def end(self, timeout: float | None = None) -> list[tuple[int, str]]:
+        """Exit code and text of each."""
+        ended = []
+        for member in self.members:
+            text, _ = member.communicate(timeout=timeout)
+            ended.append((member.returncode, text))
+        return ended
+
+    def kill(self, index: int) -> None:
+        """SIGKILL to a process and what it has started."""
+        os.killpg(self.members[index].pid, signal.SIGKILL)
+
+
+def run(count: int, devices: int, arguments: Sequence[str]) -> list[str]:
+    ended = Together(count, devices, arguments).end()
+    assert [code for code, _ in ended] == [0] * count, ended
+    return [text for _, text in ended]
+
+
+def training(
+    cache: PackedCache, slm: pathlib.Path, output: pathlib.Path, steps: int = STEPS
+) -> list[str]:
+    return [
+        *("train", "--gin_file=runs/pretrain.gin", "--gin_file=methods/salt.gin"),
+        *("--gin_file=hardware/fsdp.gin", f"--cache={cache.path}", f"--teacher={slm}"),
+        *(f"--gin.N_KD={steps // 2}", f"--steps={steps}", "--batch_size=8", "--log_every=1"),
+        *("--gin.LEARNING_RATE=3e-3", "--gin.WARMUP_STEPS=2", "--gin.SAVE_EVERY=3"),
+        *("--gin.decoder.DecoderConfig.mlp_dim=64", "--gin.decoder.DecoderConfig.embed_dim=32"),
+        *("--gin.decoder.DecoderConfig.num_layers=2", "--gin.decoder.DecoderConfig.num_heads=2"),
+        *(f"--compilation_cache={slm / 'programs'}", f"--output_dir={output}"),
+    ]
+
+
+def wait_for_step(together: Together, output: pathlib.Path, step: int) -> None:
+    metrics = output / "metrics.jsonl"
+    while all(member.poll() is None for member in together.members):
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+    pytest.fail(f"the run ended before step {step}: {together.end()}")
+
+
+def params_of(output: pathlib.Path) -> list[np.ndarray]:
+    model = find_model(output, STEPS, "model")
+    mesh = MeshConfig(fsdp=1).make(jax.devices()[:1])
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(model.load_params(mesh))]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    cache: PackedCache, slm: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    """A run of one process with four devices."""
+    output = tmp_path_factory.mktemp("alone")
+    run(1, 4, training(cache, slm, output))
+    return output
+
+
+def test_one_two_and_four_processes_train_the_same_model(
+    cache: PackedCache, slm: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Two processes are asked to stop, by way of one of them; four go on from their checkpoint."""
+    output = tmp_path / "run"
+    together = Together(2, 2, training(cache, slm, output))
+    wait_for_step(together, output, 2)
+    together.members[1].terminate()
+    ended = together.end()
+    assert [code for code, _ in ended] == [75, 75], ended
+    (stopped,) = {complete_steps(output)[-1]}
+    assert 2 <= stopped < STEPS
+    for _, text in ended:
+        assert f"stopped by SIGTERM after step {stopped} of {STEPS}" in text
+    first, second, *_ = run(4, 1, training(cache, slm, output))
+    assert f"continues at step {stopped}" in first
+    assert "continues at step" not in second, "one process speaks for all"
+    for ours, theirs in zip(params_of(output), params_of(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (output, alone))
+    assert ours["rows_consumed"] == theirs["rows_consumed"]
+    assert ours["log_perplexity"] == pytest.approx(theirs["log_perplexity"], abs=1e-4)
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if '"train"' in line]
+    assert sorted({*steps}) == list(range(1, STEPS + 1))
+    assert len(steps) <= STEPS + 1, "each step is told of by one process"
+
+
+@pytest.mark.parametrize(("victim", "survivor"), [(1, 0), (0, 1)])
+def test_who_goes_missing_is_named(
+    victim: int, survivor: int, cache: PackedCache, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    output = tmp_path / "run"
+    together = Together(2, 1, training(cache, slm, output, steps=100_000))
+    wait_for_step(together, output, 2)
+    together.kill(victim)
+    text, _ = together.members[survivor].communicate(timeout=SURVIVORS_SECONDS)
+    assert together.members[survivor].returncode == 75, text
+    sentence = next(line for line in text.splitlines() if line.startswith("salt: "))
+    assert f"process {victim}" in sentence
+    assert f"on {socket.gethostname()}" in sentence
+    assert "missing" in sentence
+
+
+def test_two_processes_score_and_evaluate_as_one(
+    cache: PackedCache, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    flags = ["score", f"--scorer={slm}", f"--cache={cache.path}", "--shard_rows=16"]
+    flags += ["--compilation_cache="]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(1, 1, [*flags, f"--output_dir={one}"])
+    run(2, 1, [*flags, f"--output_dir={two}"])
+    ours, theirs = (RowScores.open(folder, cache_digest=cache.digest) for folder in (two, one))
+    assert ours.manifest["columns"] == theirs.manifest["columns"]
+    for name, _ in theirs.manifest["columns"]:
+        everything = slice(0, theirs.rows)
+        np.testing.assert_array_equal(ours.column(name)[everything], theirs.column(name)[everything])
+    flags = ["evaluate", f"--model={slm}", f"--cache={cache.path}", "--compilation_cache="]
+    results = []
+    for count, devices, output in ((1, 4, tmp_path / "a"), (2, 2, tmp_path / "b")):
+        run(count, devices, [*flags, "--batch_size=8", f"--output_dir={output}"])
+        results.append(json.loads((output / "summary.json").read_text()))
+    assert results[0]["by_subset"].keys() == results[1]["by_subset"].keys()
+    for name in ("log_perplexity", "next_token_accuracy", "evaluated_tokens"):
+        assert results[1][name] == pytest.approx(results[0][name], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--process_count=2"], "only process_count is set: add --coordinator_address=VALUE"),
+        (["--multi_process=maybe"], "multi_process is 'maybe': set it to True or False"),
+        (["--coordinator_address=h:1", "--process_count=2", "--process_index=2"], "is 2 of 2"),
+        (["--coordinator_address=h:1", "--process_count=0", "--process_index=0"], "from 1 on"),
+        (["--coordinator_address=h", "--process_count=2", "--process_index=0"], "a port"),
+    ],
+)
+def test_bad_flags(
+    flags: list[str],
+    expected: str,
+    cache: PackedCache,
+    slm: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from salt_jax.main import main
+
+    monkeypatch.setenv("SALT_GUARDED", "1")
+    output = tmp_path / "run"
+    assert main([*training(cache, slm, output), *flags]) == 2
+    assert expected in capsys.readouterr().err
+    assert not output.exists()
