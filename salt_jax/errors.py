@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-
 # The exit code of a run that is to be started again.
 INTERRUPTED = 75
 

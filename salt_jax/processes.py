@@ -80,7 +80,7 @@ def are_several(settings: Mapping[str, str]) -> bool:
 
 
 def who_coordinated(folder: pathlib.Path) -> str:
-    """After JAX has aborted this process: a sentence about the first, without which it can't run."""
+    """After JAX has aborted this process: a sentence about the first one, where all meet."""
     state = _read(folder / PROCESSES_FOLDER / "0.json")
     return (
         f"process 0 on {state.get('host', 'an unknown host')}, where all meet, has gone missing, "
@@ -153,7 +153,9 @@ def _initialize(known: Mapping[str, Any], saves_on_request: bool) -> Processes:
 
 
 def _given(settings: Mapping[str, str]) -> dict[str, str]:
-    return {name: settings.get(name) or os.environ.get(f"SALT_{name.upper()}", "") for name in FLAGS}
+    return {
+        name: settings.get(name) or os.environ.get(f"SALT_{name.upper()}", "") for name in FLAGS
+    }
 
 
 def _number(name: str, text: str, lowest: int) -> int:

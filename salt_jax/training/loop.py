@@ -7,7 +7,7 @@ freed and nothing else changes. One "step" is one update of the parameters, numb
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
 from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
-from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
+from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.teacher import Teacher
 from salt_jax.training.train_state import StateLayout, TrainState
 from salt_jax.training.train_step import (
@@ -175,8 +175,8 @@ class Loop:
             if stopped_by and done < setup.steps:
                 self._checkpointer.wait()
                 raise Interrupted(
-                    f"stopped by {stopped_by} after step {done} of {setup.steps}, which is saved in "
-                    f"{self._folder.path}: run the same command again to go on."
+                    f"stopped by {stopped_by} after step {done} of {setup.steps}, which is saved "
+                    f"in {self._folder.path}: run the same command again to go on."
                 )
             if evaluates:
                 evaluation = self._evaluate(done, state, writer, bar)

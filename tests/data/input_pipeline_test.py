@@ -177,10 +177,7 @@ def test_denoised_batches_are_the_same_in_any_thread_and_process(cache: PackedCa
     rows = dataclasses.replace(pipeline(cache), denoising=denoising, read_threads=4)
     assert rows.extra_features == ("distill",)
     whole = list(rows.batches(0, 12))
-    parts = [
-        list(dataclasses.replace(rows, part=i, parts=4).batches(0, 12))
-        for i in range(4)
-    ]
+    parts = [list(dataclasses.replace(rows, part=i, parts=4).batches(0, 12)) for i in range(4)]
     for step, batch in enumerate(whole):
         for name in batch:
             split = np.concatenate([part[step][name] for part in parts])

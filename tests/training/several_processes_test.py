@@ -168,7 +168,9 @@ def test_two_processes_score_and_evaluate_as_one(
     assert ours.manifest["columns"] == theirs.manifest["columns"]
     for name, _ in theirs.manifest["columns"]:
         everything = slice(0, theirs.rows)
-        np.testing.assert_array_equal(ours.column(name)[everything], theirs.column(name)[everything])
+        np.testing.assert_array_equal(
+            ours.column(name)[everything], theirs.column(name)[everything]
+        )
     flags = ["evaluate", f"--model={slm}", f"--cache={cache.path}", "--compilation_cache="]
     results = []
     for count, devices, output in ((1, 4, tmp_path / "a"), (2, 2, tmp_path / "b")):
