@@ -185,7 +185,7 @@ class Pulse:
         self._folder = folder / PROCESSES_FOLDER
         self._index, self._count = processes.index, processes.count
         self._own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._seen: dict[int, tuple[Any, float]] = {}
         self._stopped = threading.Event()
         self._parent = os.getppid()
         self._thread = threading.Thread(target=self._run, daemon=True, name="pulse")
