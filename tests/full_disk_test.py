@@ -1,8 +1,10 @@
 """A disk that is full, for real: a memory file system of a few kilobytes."""
 
+import contextlib
 import json
 import pathlib
 import subprocess
+import threading
 
 import pytest
 
@@ -82,3 +84,36 @@ def test_prepare_keeps_what_is_whole_and_goes_on(
     assert not (output / "work").exists()
     assert main([*command, f"--output_dir={small_disk / 'straight'}"]) == 0
     assert PackedCache.open(output).digest == PackedCache.open(small_disk / "straight").digest
+
+
+def test_training_goes_on_and_keeps_its_old_checkpoints(
+    small_disk: pathlib.Path, cache: PackedCache, capfd: pytest.CaptureFixture[str]
+) -> None:
+    remount = ["mount", "-o", "remount,size=60m", str(small_disk)]
+    subprocess.run(remount, check=True)
+    output, filler = small_disk / "out", small_disk / "filler"
+    arguments = [*BASELINE[:-1], "--steps=12", "--gin.SAVE_EVERY=2", "--compilation_cache="]
+    arguments += ["--log_every=1", f"--cache={cache.path}", f"--output_dir={output}"]
+    watch = threading.Thread(target=_fill, args=(output / "checkpoints" / "2", filler))
+    watch.start()
+    assert main(arguments) == 1
+    watch.join()
+    error = capfd.readouterr().err
+    assert "COULD NOT BE WRITTEN: no space left" in error
+    assert "THE DISK IS FULL" in error
+    assert "make room and run the same command again, which goes on from step" in error
+    (kept,) = (int(path.name) for path in (output / "checkpoints").iterdir())
+    filler.unlink()
+    assert main(arguments) == 0
+    assert f"continues at step {kept}" in capfd.readouterr().out
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} >= {*range(kept + 1, 13)}
+
+
+def _fill(after: pathlib.Path, filler: pathlib.Path) -> None:
+    """Takes all room as soon as a folder is there."""
+    while not after.exists():
+        pass
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))

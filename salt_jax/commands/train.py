@@ -55,7 +55,7 @@ MAY_CHANGE = (
     *("train.mesh", "MeshConfig", "train.rules", "train.teacher_rules"),
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("train.checkpoints", "CheckpointConfig", "train.evaluate_every", "train.log_every"),
-    *("train.max_skipped_updates", "train.compilation_cache"),
+    *("train.max_skipped_updates", "train.hang_seconds", "train.compilation_cache"),
     # Folders may be moved: what is in them is compared by digests.
     *("train.cache", "train.teacher", "train.selection", "train.soft_labels"),
 )
@@ -97,6 +97,7 @@ def train(
     log_every: int = 10,
     read_threads: int = 2,
     max_skipped_updates: int = 10,
+    hang_seconds: float = 600.0,
     compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Trains a model on a packed cache, with or without a teacher.
@@ -141,6 +142,8 @@ def train(
       log_every: Steps between lines of metrics.
       read_threads: Threads that read batches ahead.
       max_skipped_updates: Non-finite updates to skip before the run stops.
+      hang_seconds: Where a step's rows, a device or a checkpoint take longer, the stacks of all
+        threads are printed; 0 is never.
       compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
@@ -206,6 +209,7 @@ def train(
         evaluate_every=evaluate_every,
         log_every=log_every,
         max_skipped_updates=max_skipped_updates,
+        hang_seconds=hang_seconds,
     )
     _require_space(run, checkpoints, state_bytes(layout))
     _begin(run, arm, packed)

@@ -62,7 +62,10 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPoint:
-    """One line of training metrics: losses in nats per token, costs cumulative from step 0."""
+    """One line of training metrics: losses in nats per token, costs cumulative from step 0.
+
+    The norms, of all gradients and of the optimizer's update, are NaN where they are not known.
+    """
 
     step: int
     stage: int
@@ -73,6 +76,8 @@ class TrainingPoint:
     seconds: float
     skipped_updates: int
     costs: Costs = Costs()  # noqa: RUF009 (frozen)
+    grad_norm: float = math.nan
+    update_norm: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,6 +370,11 @@ def _training_point(record: Mapping[str, Any], where: str) -> TrainingPoint:
         **{
             name: _number(record, name, where)
             for name in ("loss", "log_perplexity", "train_flops", "tokens", "seconds")
+        },
+        **{
+            name: _number(record, name, where)
+            for name in ("grad_norm", "update_norm")
+            if record.get(name) is not None
         },
     )
 

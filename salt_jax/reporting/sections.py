@@ -16,6 +16,7 @@ from salt_jax.reporting import (
     seed_tables,
     seeds,
     selection_audit,
+    stability,
     tables,
 )
 from salt_jax.reporting.comparison import (
@@ -124,6 +125,7 @@ def compose(
         sections += _comparison_sections(alone, [], looks, [], "")
     if runs:
         sections.append(_cost_section(runs, charge_teacher_training))
+        sections += _stability_sections(runs)
     by_subset = tables.subset_table(runs)
     if by_subset:
         sections.append(Section("Results by subset", (), (by_subset,)))
@@ -212,6 +214,13 @@ def _comparison_sections(
         plot = _renamed(plots.training_plot(group, looks), suffix)
         sections.append(Section(f"Training loss{of_size}", plots=(plot,)))
     return sections
+
+
+def _stability_sections(runs: Sequence[TrainRun]) -> list[Section]:
+    switch, found = stability.switch_table(runs), stability.spikes_table(runs)
+    shown = tuple(table for table in (switch, found) if table)
+    sentences = () if found else ("No run's training loss has a spike.",)
+    return [Section("Stability", sentences, shown)] if shown else []
 
 
 def _cost_section(runs: Sequence[TrainRun], charged: bool) -> Section:

@@ -5,10 +5,12 @@ model, vocabulary, data position, counters, which teacher). A teacher or scorer 
 `params` and `progress` alone. A step's folder appears under its name only when it is complete.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import errno
 import pathlib
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +24,17 @@ from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
+from salt_jax.training.checkpoint_digests import (
+    check_digests,
+    damaged,
+    item_digest,
+    write_digests,
+)
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_params
 
 _ITEMS = ("params", "optimizer", "progress")
+# What Orbax calls a checkpoint that isn't complete, after its step.
+_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +66,47 @@ class CheckpointConfig:
         regular = self.save_every > 0 and step % self.save_every == 0
         return regular or step in self.keep_steps or step == last_step
 
+    def keeps(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is kept when newer ones have come."""
+        return step in self.keep_steps or (self.keep_every > 0 and step % self.keep_every == 0)
+
 
 class Checkpointer:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, run_path: pathlib.Path, config: CheckpointConfig) -> None:
+    A checkpoint that can't be written, for the disk is full, is reported and the older ones stay.
+
+    Args:
+      run_path: The run's folder.
+      config: When to save, what to keep.
+      report: Is told of what went wrong, in a sentence.
+    """
+
+    def __init__(
+        self,
+        run_path: pathlib.Path,
+        config: CheckpointConfig,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self._folder = (run_path / CHECKPOINTS_FOLDER).absolute()
+        self._config, self._report = config, report
+        self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        config = self._config
         policies: list[Any] = [preservation_policy.LatestN(config.keep_last)]
         if config.keep_steps:
             policies.append(preservation_policy.CustomSteps(list(config.keep_steps)))
         if config.keep_every:
             policies.append(preservation_policy.EveryNSteps(config.keep_every))
-        self._manager = ocp.CheckpointManager(
-            (run_path / CHECKPOINTS_FOLDER).absolute(),
+        return ocp.CheckpointManager(
+            self._folder,
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
 
@@ -79,10 +114,34 @@ class Checkpointer:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
-        """Starts saving; training goes on while files are written."""
+    def save(
+        self, step: int, state: TrainState, progress: Mapping[str, Any], must: bool = True
+    ) -> None:
+        """Starts saving; training goes on while files are written.
+
+        Args:
+          step: Completed steps.
+          state: The state.
+          progress: What is saved with it.
+          must: Whether to wait for the checkpoint before, if it is still being written; otherwise
+            this one is left out then (not one that is kept for good, nor among several processes,
+            which must agree).
+        """
         if step in self._manager.all_steps():
             return
+        must = must or self._config.keeps(step) or jax.process_count() > 1
+        if not must and self._manager.is_saving_in_progress():
+            self._report(
+                f"no checkpoint of step {step}: that of step {self._saving} is still being "
+                "written; raise save_every"
+            )
+            return
+        self.wait()
+        with self._going_on():
+            self._start(step, state, progress)
+
+    def _start(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
+        self._saving = step
         optimizer = {
             "step": state.step,
             "opt_state": state.opt_state,
@@ -97,8 +156,20 @@ class Checkpointer:
             ),
         )
 
+    def _seal(self) -> None:
+        """Called by Orbax when a checkpoint's files are there and before it gets its name."""
+        if jax.process_index() == 0:
+            (folder,) = self._folder.glob(f"{self._saving}{_UNFINISHED}*")
+            write_digests(folder, _ITEMS)
+
     def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """The whole state, laid out as `layout` says, and the progress saved with it."""
+        """The whole state, laid out as `layout` says, and the progress saved with it.
+
+        Raises:
+          InputError: The checkpoint is damaged.
+        """
+        if jax.process_index() == 0:  # the others hear of it when it ends
+            check_digests(self._folder / str(step), _ITEMS)
         abstract = layout.abstract
         optimizer = {
             "step": abstract.step,
@@ -120,12 +191,34 @@ class Checkpointer:
         return state, restored["progress"]
 
     def wait(self) -> None:
-        """Returns when everything started is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything started is on disk, or reported not to be."""
+        with self._going_on():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, then lets go."""
-        self._manager.close()
+        with self._going_on():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Reports a disk that is full; the manager, which counts on what it began, is made anew."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full and "No space left" not in str(error) and "quota" not in str(error):
+                raise
+            for leftover in self._folder.glob(f"{self._saving}{_UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self._manager = self._open()
+            newest = self.latest_step()
+            self._report(
+                f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: no space left on the "
+                f"disk of {self._folder}. Training goes on, and the newest checkpoint is "
+                f"{f'that of step {newest}' if newest is not None else 'none'}: make room."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +328,7 @@ def find_model(
             DecoderConfig.from_json(progress["model"]), attention_backend="auto"
         ),
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
-        digest=_folder_digest(folder / str(step) / "params"),
+        digest=item_digest(folder / str(step), "params"),
         counters=progress.get("counters") or {},
     )
     if cache is not None:
@@ -244,10 +337,18 @@ def find_model(
 
 
 def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
-    """What a run's checkpoint says beside arrays: model, cache, rows consumed, counters."""
-    folder = path / CHECKPOINTS_FOLDER / str(step) / "progress"
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        progress: dict[str, Any] = checkpointer.restore(folder.absolute())
+    """What a run's checkpoint says beside arrays: model, cache, rows consumed, counters.
+
+    Raises:
+      InputError: The checkpoint is damaged.
+    """
+    folder = path / CHECKPOINTS_FOLDER / str(step)
+    check_digests(folder, ("progress",))
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            progress: dict[str, Any] = checkpointer.restore((folder / "progress").absolute())
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(folder, "progress cannot be read") from error
     return progress
 
 
@@ -282,12 +383,3 @@ def state_bytes(layout: StateLayout) -> int:
     """Bytes of one checkpoint, before compression."""
     leaves = jax.tree.leaves(layout.abstract)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _folder_digest(folder: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

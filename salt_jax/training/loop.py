@@ -7,6 +7,7 @@ freed and nothing else changes. One "step" is one update of the parameters, numb
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
 from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
+from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
 from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
 from salt_jax.training.stop_requests import StopRequests
@@ -62,6 +64,7 @@ class TrainingSetup:
       evaluate_every: Steps between evaluations; the last step is always evaluated.
       log_every: Steps between lines of metrics.
       max_skipped_updates: Non-finite updates to skip before the run stops.
+      hang_seconds: A wait that is worth a report; 0 is never.
     """
 
     arm: str
@@ -87,6 +90,7 @@ class TrainingSetup:
     evaluate_every: int = 1000
     log_every: int = 10
     max_skipped_updates: int = 10
+    hang_seconds: float = 600.0
 
     @property
     def stage1_steps(self) -> int:
@@ -103,8 +107,9 @@ class Loop:
 
     def __init__(self, setup: TrainingSetup, folder: RunFolder) -> None:
         self._setup = setup
-        self._checkpointer = Checkpointer(folder.path, setup.checkpoints)
+        self._checkpointer = Checkpointer(folder.path, setup.checkpoints, self._report)
         self._folder, self._together = folder, folder.processes.count > 1
+        self._watch = HangWatch(setup.hang_seconds, self._report)
         self._teacher: Teacher | None = None
         denoising = setup.pipeline.denoising
         self._origin = {**setup.origin, "objectives": denoising and denoising.identity}
@@ -138,6 +143,7 @@ class Loop:
             with (
                 MetricWriter(self._folder.path, self._folder.processes.is_first) as writer,
                 ProgressBar(setup.arm, setup.steps, first_step) as bar,
+                self._watch,
             ):
                 if first_step:
                     bar.say(f"continues at step {first_step}")
@@ -159,7 +165,9 @@ class Loop:
         pending: tuple[int, Any] | None = None
         self._ledger.start_clock()
         for done in range(first_step + 1, setup.steps + 1):
-            state, metrics = self._step(done - 1, state, next(batches), programs)
+            with self._watch.waiting_for(f"the input pipeline at step {done}"):
+                batch = next(batches)
+            state, metrics = self._step(done - 1, state, batch, programs)
             # The previous step's numbers are fetched while this one runs.
             self._note(pending, writer, bar)
             pending = (done, metrics)
@@ -171,9 +179,9 @@ class Loop:
             self._note(pending, writer, bar)
             pending = None
             if saves or stopped_by:
-                self._save(done, state)
+                self._save(done, state, must=done == setup.steps or bool(stopped_by))
             if stopped_by and done < setup.steps:
-                self._checkpointer.wait()
+                self._require_saved(done)
                 raise Interrupted(
                     f"stopped by {stopped_by} after step {done} of {setup.steps}, which is saved "
                     f"in {self._folder.path}: run the same command again to go on."
@@ -182,6 +190,7 @@ class Loop:
                 evaluation = self._evaluate(done, state, writer, bar)
             self._ledger.start_clock()
         evaluation = evaluation or self._evaluate(setup.steps, state, writer, bar)
+        self._require_saved(setup.steps)
         return self._summary(state, evaluation)
 
     def _start(self) -> tuple[int, TrainState]:
@@ -295,7 +304,8 @@ class Loop:
             return
         setup = self._setup
         done, metrics = pending
-        metrics = jax.device_get(metrics)
+        with self._watch.waiting_for(f"the devices at step {done}"):
+            metrics = jax.device_get(metrics)
         stage = setup.stage_of(done - 1)
         self._ledger.add(metrics, stage)
         # The optimizer counts the updates that it applied, and so does its learning rate.
@@ -324,7 +334,8 @@ class Loop:
     def _evaluate(
         self, done: int, state: TrainState, writer: MetricWriter, bar: ProgressBar
     ) -> Evaluation:
-        with self._ledger.evaluating():
+        waiting = self._watch.waiting_for(f"the evaluation after step {done}")
+        with self._ledger.evaluating(), waiting:
             evaluation = self._setup.evaluator(state.params)
         writer.write(
             {
@@ -341,7 +352,22 @@ class Loop:
         )
         return evaluation
 
-    def _save(self, done: int, state: TrainState) -> None:
+    def _require_saved(self, step: int) -> None:
+        """Waits for a checkpoint, without which the run can't end as it says it does."""
+        self._checkpointer.wait()
+        newest = self._checkpointer.latest_step()
+        if newest != step:
+            where = f"step {newest}" if newest is not None else "its beginning"
+            raise RunFailed(
+                f"The checkpoint of step {step} could not be written to {self._folder.path}: make "
+                f"room and run the same command again, which goes on from {where}."
+            )
+
+    def _save(self, done: int, state: TrainState, must: bool) -> None:
+        with self._watch.waiting_for(f"the checkpoint of step {done}"):
+            self._write_checkpoint(done, state, must)
+
+    def _write_checkpoint(self, done: int, state: TrainState, must: bool) -> None:
         position = self._setup.pipeline.position(done)
         self._checkpointer.save(
             done,
@@ -352,7 +378,11 @@ class Loop:
                 "rows_consumed": rows_consumed(position),
                 "counters": dataclasses.asdict(self._ledger.counters),
             },
+            must,
         )
+
+    def _report(self, sentence: str) -> None:
+        print(f"[{self._setup.arm}] {sentence}", file=sys.stderr)
 
     def _summary(self, state: TrainState, evaluation: Evaluation) -> dict[str, Any]:
         setup = self._setup

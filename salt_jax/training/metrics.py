@@ -4,12 +4,15 @@ In: dictionaries of numbers. Out: one JSON line each, the same numbers as Tensor
 one line on the terminal that says where the run is.
 """
 
+import errno
 import json
 import math
+import os
 import pathlib
+import sys
 import types
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -28,22 +31,41 @@ class MetricWriter:
 
     def __init__(self, run_path: pathlib.Path, writes: bool = True) -> None:
         self._writes = writes
+        self._complained = False
         if not writes:
             return
-        path = run_path / METRICS_FILE
-        if path.exists():
-            _drop_half_a_line(path)
-        self._file: TextIO = path.open("a", buffering=1)
+        self._path = run_path / METRICS_FILE
+        if self._path.exists():
+            _drop_half_a_line(self._path)
+        # Unbuffered: what a full disk refuses isn't kept to be refused again.
+        self._file = self._path.open("ab", buffering=0)
         self._events = tensorboardX.SummaryWriter(str(run_path / TENSORBOARD_FOLDER))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has at least `kind` and `step`."""
         if not self._writes:
             return
-        self._file.write(to_json(record) + "\n")
+        if not self._append(to_json(record) + "\n"):
+            return
         kind = record["kind"]
         for name, value in _flat(record):
             self._events.add_scalar(f"{kind}/{name}", value, record["step"])
+
+    def _append(self, line: str) -> bool:
+        """Whether events are to be written too: not after the disk was full once."""
+        size, text = self._path.stat().st_size, line.encode()
+        try:
+            if self._file.write(text) == len(text):
+                return not self._complained
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        os.truncate(self._path, size)
+        if not self._complained:
+            sentence = f"salt: THE DISK IS FULL: {self._path} lacks lines from here on"
+            print(f"{sentence}, and TensorBoard's events end: make room.", file=sys.stderr)
+        self._complained = True
+        return False
 
     def close(self) -> None:
         """Flushes both."""

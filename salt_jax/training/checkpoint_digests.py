@@ -1,0 +1,90 @@
+"""Digests of a checkpoint's files: Orbax would load an array of which a byte was flipped.
+
+In: a checkpoint's folder, STEP/{params,optimizer,progress}. Out: STEP/digests.json, written before
+the folder gets its name; and a sentence about the first file that is not what it was.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+
+from salt_jax.data.durable_files import write_text
+from salt_jax.data.manifests import file_digest
+from salt_jax.errors import InputError
+
+DIGESTS_FILE = "digests.json"
+
+# Orbax adds it when all else is there.
+_MARK = "commit_success.txt"
+
+
+def write_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
+    """Notes the SHA-256 of every file of a checkpoint's items, all of which it reads."""
+    digests = {
+        str(path.relative_to(folder)): file_digest(path)
+        for item in items
+        for path in _files(folder / item)
+        if path.name != _MARK
+    }
+    write_text(folder / DIGESTS_FILE, json.dumps(digests, indent=1))
+
+
+def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
+    """Compares the files of a checkpoint's items with their digests, if it has any.
+
+    Args:
+      folder: RUN/checkpoints/STEP.
+      items: Which of its items.
+
+    Raises:
+      InputError: A file is missing, or is another one than was written.
+    """
+    for item in items:
+        item_digest(folder, item)
+
+
+def item_digest(folder: pathlib.Path, item: str) -> str:
+    """The SHA-256 of all of an item's names and files.
+
+    Raises:
+      InputError: As `check_digests`.
+    """
+    known, whole, found = _known(folder), hashlib.sha256(), set()
+    for path in _files(folder / item):
+        digest, name = file_digest(path), str(path.relative_to(folder))
+        if known and path.name != _MARK and known.get(name) != digest:
+            raise damaged(folder, f"{name} is not what was written")
+        whole.update(str(path.relative_to(folder / item)).encode())
+        whole.update(bytes.fromhex(digest))
+        found.add(name)
+    missing = sorted(name for name in known.keys() - found if name.startswith(f"{item}/"))
+    if missing:
+        raise damaged(folder, f"{missing[0]} is missing")
+    return whole.hexdigest()
+
+
+def damaged(folder: pathlib.Path, what: str) -> InputError:
+    """The error of a checkpoint that can't be used, with the way to an older one."""
+    older = [p.name for p in folder.parent.iterdir() if p.name.isdigit() and p != folder]
+    steps = ", ".join(sorted(older, key=int))
+    instead = f"use another one ({steps}), deleting {folder} for a run to go on from there"
+    return InputError(
+        f"The checkpoint {folder} is damaged ({what}): bring back a copy of it"
+        f"{f', or {instead}' if older else ''}."
+    )
+
+
+def _known(folder: pathlib.Path) -> dict[str, str]:
+    path = folder / DIGESTS_FILE
+    if not path.exists():  # of another version, or converted
+        return {}
+    try:
+        known = json.loads(path.read_text())
+    except ValueError as error:
+        raise damaged(folder, f"{DIGESTS_FILE} is not what was written") from error
+    return {str(name): str(digest) for name, digest in known.items()}
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
