@@ -38,7 +38,7 @@ def run_train(
             "loss": losses.LossConfig(teacher_temperature=1.0, z_loss=1e-4),
             "arm": "test",
             "mesh": MeshConfig(),
-            "checkpoints": CheckpointConfig(save_every=2, keep_last=10),
+            "checkpoints": CheckpointConfig(save_every=2, keep_every=2),
             "evaluate_every": 3,
             "log_every": 1,
             "compilation_cache": "",
