@@ -9,11 +9,12 @@ import pytest
 
 import gin
 from salt_jax.command_line import parse_arguments
+from salt_jax.config_errors import CONFIGS
+from salt_jax.configuration import configure
 from salt_jax.data.denoisers import Denoising, Objectives
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import schedules
 from salt_jax.errors import InputError
-from salt_jax.main import CONFIGS, configure
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.huggingface import config_from_json
 from salt_jax.training import flops

@@ -24,7 +24,7 @@ ALLOWED = {
     "distill": set(),
     "models": set(),
     "data": set(),
-    "command_line": set(),
+    "command_line": {"processes"},
     "config_errors": {"command_line"},
     "errors": set(),
     "run_folder": {"processes", "run_lock"},

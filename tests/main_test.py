@@ -15,8 +15,9 @@ import pytest
 import gin
 from salt_jax.command_line import parse_arguments, verbs
 from salt_jax.commands.report import report
+from salt_jax.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.main import configure, main
+from salt_jax.main import main
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRETRAIN = ["train", "--gin_file=runs/pretrain.gin", "--gin.LEARNING_RATE=1e-3"]
@@ -269,7 +270,8 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_only_preparation_imports_tensorflow(verb: str) -> None:
     code = (
-        "import sys; from salt_jax.main import configure, parse_arguments\n"
+        "import sys; from salt_jax.command_line import parse_arguments\n"
+        "from salt_jax.configuration import configure\n"
         f"import salt_jax.commands.{verb}\n"
         "bad = {'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)\n"
         "sys.exit(f'imported: {bad}' if bad else 0)"

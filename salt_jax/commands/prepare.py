@@ -289,8 +289,10 @@ def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask
     before = cache.manifest["sources"]
     if not before:
         return  # of a source without files
-    is_text = isinstance(task, TextFiles)
-    current = task.sources() if is_text else _seqio_documents().task_sources(task)
+    if isinstance(task, TextFiles):
+        current = task.sources()
+    else:
+        current = _seqio_documents().task_sources(task)
     # Names without their folders: two of a name may differ.
     recorded, now = (
         Counter((source["file"], source["digest"]) for source in sources)

@@ -6,7 +6,6 @@ a whole run (gin/runs). A run that was stopped goes on when the same command is 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -14,7 +13,6 @@ from salt_jax.data import denoisers
 from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
-from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
@@ -32,9 +30,9 @@ from salt_jax.training.checkpoints import (
     state_bytes,
 )
 from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
-from salt_jax.training.ledger import Cost, known_cost
 from salt_jax.training.loop import Loop, TrainingSetup
 from salt_jax.training.optimizers import OptimizerConfig
+from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, make_layout
 
@@ -154,7 +152,6 @@ def train(
     initial_model = find_model(initial, initial_step, "initial", packed) if initial else None
     config = _student(model, initial_model, packed)
     device_mesh = mesh.make()
-    part = partitioning.batch_part(device_mesh)
     _check_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
     _check_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
     _check_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
@@ -182,7 +179,7 @@ def train(
         schedule=schedule,
         pipeline=make_pipeline(
             caches,
-            part,
+            partitioning.batch_part(device_mesh),
             batch_size=batch_size,
             seed=data_seed,
             selected=selected,
@@ -198,11 +195,11 @@ def train(
         evaluation_rows=_held_out_rows(caches, evaluation_rows),
         learning_rate=optimizer.learning_rate.schedule(steps),
         checkpoints=checkpoints,
-        origin=_origin(config, caches, schedule, selected, teacher_model, labels),
+        origin=origin_of(config, caches, schedule, selected, teacher_model, labels),
         teacher=teacher_model,
         teacher_dtype=teacher_dtype,
         teacher_rules=teacher_rules,
-        scoring=_scoring_cost(selected, labels, arm),
+        scoring=scoring_cost(selected, labels, arm),
         initial=initial_model,
         microbatches=microbatches,
         stage1_microbatches=stage1_microbatches,
@@ -211,18 +208,18 @@ def train(
         max_skipped_updates=max_skipped_updates,
         hang_seconds=hang_seconds,
     )
-    _require_space(run, checkpoints, state_bytes(layout))
-    _begin(run, arm, packed)
-    _describe(setup)
+    _begin(run, setup, packed)
     compilation.use_compilation_cache(compilation_cache)
     run.write_summary(Loop(setup, run).run())
 
 
-def _begin(run: RunFolder, arm: str, cache: PackedCache) -> None:
+def _begin(run: RunFolder, setup: TrainingSetup, cache: PackedCache) -> None:
+    _require_space(run, setup.checkpoints, state_bytes(setup.layout))
     for change in run.begin(may_change=MAY_CHANGE):
-        print(f"[{arm}] {change}")
+        print(f"[{setup.arm}] {change}")
     if run.processes.is_first:
         cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
+    _describe(setup)
 
 
 def _require_space(run: RunFolder, checkpoints: CheckpointConfig, state: int) -> None:
@@ -374,52 +371,6 @@ def _evaluator(
 def _held_out_rows(caches: Caches, rows: int | None) -> int:
     held_out = [len(cache.split("validation")) for cache in caches.packed.values()]
     return sum(min(rows or size, size) for size in held_out)
-
-
-def _scoring_cost(selected: Selection | None, labels: SoftLabels | None, arm: str) -> Cost | None:
-    """What a run begins with spent: the scores behind its selection, and its soft labels."""
-    spent = [cost for cost in (_selection_cost(selected, arm), labels and labels.cost) if cost]
-    if not spent:
-        return None
-    return Cost(**{name: sum(cost[name] for cost in spent) for name in spent[0]})
-
-
-def _selection_cost(selected: Selection | None, arm: str) -> dict[str, Any] | None:
-    if selected is None:
-        return None
-    cost = selected.manifest.get("scoring_cost")
-    if cost is None:
-        print(
-            f"[{arm}] the selection {selected.path} doesn't say what its scores cost (another "
-            "version of salt_jax made them): this run is not charged for them"
-        )
-    return cost
-
-
-def _origin(
-    config: DecoderConfig,
-    caches: Caches,
-    schedule: schedules.Schedule,
-    selected: Selection | None,
-    teacher: SavedModel | None,
-    labels: SoftLabels | None,
-) -> dict[str, Any]:
-    """What checkpoints record of where a run comes from."""
-    taught_by: dict[str, Any] | None = None
-    if teacher is not None:
-        taught_by = {**teacher.identity, "training_cost": known_cost(teacher.counters)}
-    elif labels is not None:
-        given = {"soft_labels": str(labels.path), "digest": labels.digest}
-        taught_by = {**labels.manifest["teacher"], **given, "training_cost": None}
-    return {
-        "model": config.to_json(),
-        "vocabulary_fingerprint": caches.first.vocabulary_fingerprint,
-        "cache_digest": caches.digest,
-        "caches": caches.describe(),
-        "selection_digest": selected.digest if selected else None,
-        "schedule": {type(schedule).__name__: vars(schedule)},
-        "teacher": taught_by,
-    }
 
 
 def _describe(setup: TrainingSetup) -> None:

@@ -182,8 +182,8 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
       InputError: The devices of this process hold rows from places that are not one part.
     """
     places = np.arange(batch_divisor(mesh))
-    held = batch_sharding(mesh).addressable_devices_indices_map(places.shape)
-    rows = sorted({int(row) for (part,) in held.values() for row in places[part]})
+    held = batch_sharding(mesh).addressable_devices_indices_map(places.shape).values()
+    rows = sorted({int(row) for part in held for row in places[part or ...]})
     first, count = rows[0], len(rows)
     if rows[-1] - first + 1 != count or first % count or len(places) % count:
         raise InputError(

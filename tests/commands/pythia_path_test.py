@@ -11,8 +11,9 @@ import pytest
 import zstandard
 
 from salt_jax.command_line import parse_arguments
+from salt_jax.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.main import configure, main
+from salt_jax.main import main
 from salt_jax.training.checkpoints import find_model, read_progress
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

@@ -1,0 +1,305 @@
+"""gin files, bindings and flags in; a verb's function, ready to be called, out.
+
+Nothing else in the package knows gin, but for `main` and the words of its errors (`config_errors`).
+"""
+
+import copy
+import importlib
+import inspect
+import os
+import pathlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import gin
+from salt_jax.command_line import Arguments, own_bindings, parameters_of, require_known
+from salt_jax.config_errors import CONFIGS, explained, flag_of, plain
+from salt_jax.errors import InputError, nearest
+from salt_jax.run_folder import RunFolder
+from salt_jax.setting_types import is_a
+
+DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
+MODEL_CLASS = "DecoderConfig"
+
+
+def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
+    """Reads the gin files and bindings; gives the verb's function, ready to be called.
+
+    Raises:
+      InputError: An unknown name, a missing setting or file, or a value gin cannot read.
+    """
+    gin.clear_config()
+    # No public call empties these lists. gin's other reader looks into Python packages, for which
+    # it takes any folder of a gin file's name in the working directory.
+    gin.config._LOCATION_PREFIXES[:] = ["", str(CONFIGS)]
+    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+    verb = arguments.verb
+    try:
+        function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("salt_jax"):
+            raise
+        raise InputError(
+            f"`salt {verb}` needs the library {error.name}, which is not installed: "
+            "pip install 'salt_jax[prepare]'."
+        ) from error
+    parsed = [explained(gin.parse_config_file, _find_gin_file(f)) for f in arguments.gin_files]
+    files, modules = _files_and_modules(parsed)
+    _refuse_unknown_macros(arguments.bindings, files)
+    lender = getattr(sys.modules[function.__module__], "SETTINGS_FROM", verb)
+    commands = {f"salt_jax.commands.{name}" for name in (verb, lender)}
+    own = own_bindings(function, arguments)
+    # A reference registers the function with gin even when nothing is bound to it.
+    register = [f"salt_{name} = @{name}.{name}" for name in (verb, lender)]
+    bindings = [*arguments.bindings, *own, *register]
+    explained(gin.parse_config, "\n".join([*_imports({*modules, *commands}), *bindings]))
+    if lender != verb:
+        _borrow_settings(function, verb, lender)
+    _read_model_files(function, verb)
+    if lender != verb:
+        _close_unused_settings(function, files, arguments.bindings, {*modules, *commands})
+    explained(gin.finalize, files=files)
+    missing = list(_missing_settings(function, set()))
+    if not missing:
+        _refuse_wrong_types(function, set())
+    elif missing[0].rpartition(".")[2] == getattr(
+        sys.modules[function.__module__], "POSITIONAL", 0
+    ):
+        raise InputError(f"Nothing to {verb} was named: `salt {verb} FOLDER…`.")
+    else:
+        name, flag = plain(missing[0]), flag_of(missing[0])
+        examples = getattr(sys.modules[function.__module__], "FROM_FILES", {})
+        if file := examples.get(name.rpartition(".")[2]):
+            raise InputError(
+                f"{name} is not set: add a gin file that sets it (--gin_file={file}, say)."
+            )
+        raise InputError(f"{name} is not set: add {flag}, or a gin file that sets it.")
+    return gin.get_configurable(function)
+
+
+def _imports(modules: Iterable[str]) -> list[str]:
+    """The lines that bring modules into a text for gin."""
+    split = [m.rpartition(".") for m in sorted({*modules} - {"__gin__.dynamic_registration"})]
+    return [DYNAMIC_REGISTRATION, *(f"from {package} import {name}" for package, _, name in split)]
+
+
+def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> None:
+    """Gives a verb's unbound settings what another verb's settings of the same name are bound to.
+
+    A verb asks for it by SETTINGS_FROM in its module. What the lender leaves open stays unbound,
+    but for the verb's STAYS_REQUIRED.
+    """
+    stays_required = getattr(sys.modules[function.__module__], "STAYS_REQUIRED", ())
+    mine = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
+    theirs = gin.get_bindings(f"{lender}.{lender}", resolve_references=False)
+    for name in theirs.keys() & parameters_of(function).keys() - mine.keys():
+        is_open = _is_open(theirs[name])
+        if theirs[name] is not None and (not is_open or name in stays_required):
+            gin.bind_parameter(f"{verb}.{verb}.{name}", theirs[name])
+
+
+def _close_unused_settings(
+    function: Callable[..., None],
+    files: Iterable[pathlib.Path],
+    bindings: Iterable[str],
+    modules: Iterable[str],
+) -> None:
+    """Lets what files leave REQUIRED be None where nothing that the verb calls refers to it."""
+    reached: set[str] = set()
+    list(_missing_settings(function, reached))
+    text = "\n".join([*(file.read_text() for file in files), *bindings])
+    names = set(re.findall(r"^\s*([\w./]+)\s*=\s*%gin\.REQUIRED", text, re.M))
+    # By the last name: a class may be reached through another module than it is bound through.
+    last_names = {name.rpartition(".")[2] for name in reached}
+    unused = [n for n in sorted(names) if _owner(n).rpartition(".")[2] not in last_names]
+    explained(gin.parse_config, "\n".join([*_imports(modules), *(f"{n} = None" for n in unused)]))
+
+
+def _owner(name: str) -> str:
+    """What a binding's name sets something of: train.train of train.train.seed, a macro itself."""
+    return name.rpartition(".")[0] or name
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a binding is %gin.REQUIRED."""
+    is_reference = isinstance(value, gin.config.ConfigurableReference)
+    return is_reference and value.configurable.selector == "gin.constant"
+
+
+def _read_model_files(function: Callable[..., None], verb: str) -> None:
+    """Makes a model of every setting for a DecoderConfig that names a gin file instead.
+
+    The file is read on its own: nothing that is bound elsewhere, to the student for one, reaches
+    the model. Its settings get a scope of the setting's name, so that config.gin has them too.
+    """
+    bound = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
+    for name, hint in typing.get_type_hints(function).items():
+        models = [t for t in (hint, *typing.get_args(hint)) if _name_of(t) == MODEL_CLASS]
+        if not models or not isinstance(bound.get(name), str):
+            continue
+        file = _find_gin_file(bound[name], f"--{name}")
+        settings: dict[str, Any] = {}
+        imports = _read_model_file(file, settings)
+        fields = inspect.signature(models[0]).parameters
+        for setting in settings:
+            require_known(f"setting of {MODEL_CLASS} in {file}", setting, fields)
+        defaults = {f.name: f.default for f in fields.values() if f.default is not f.empty}
+        if unset := sorted(fields.keys() - defaults.keys() - settings.keys()):
+            raise InputError(
+                f"{file}, the model of --{name}, does not set {', '.join(unset)} of "
+                f"{MODEL_CLASS}: name a file of gin/models."
+            )
+        module = next(m for m in imports if hasattr(importlib.import_module(m), MODEL_CLASS))
+        model = f"{name}/{module.rpartition('.')[2]}.{MODEL_CLASS}"
+        lines = [f"{model}.{field} = {value!r}" for field, value in (defaults | settings).items()]
+        lines = [*_imports([module, function.__module__]), *lines]
+        explained(gin.parse_config, "\n".join([*lines, f"{verb}.{verb}.{name} = @{model}()"]))
+
+
+def _read_model_file(file: str, settings: dict[str, Any]) -> list[str]:
+    """Adds the settings that a model's file makes, its includes first; gives what it imports."""
+    modules = []
+    for statement in explained(_statements, file):
+        if isinstance(statement, gin.config_parser.ImportStatement):
+            modules += [m for m in [statement.module] if m.startswith("salt_jax.")]
+        elif isinstance(statement, gin.config_parser.IncludeStatement):
+            modules += _read_model_file(_find_gin_file(statement.filename, file), settings)
+        elif isinstance(statement, gin.config_parser.BindingStatement):
+            is_own = statement.selector.rpartition(".")[2] == MODEL_CLASS and not statement.scope
+            if not is_own or isinstance(statement.value, _Reference):
+                what = statement.value.name if is_own else statement.selector
+                raise InputError(
+                    f"{file}, line {statement.location.line_num}: {what} has no place in a model's "
+                    f"file that a setting names: it sets {MODEL_CLASS} alone, to plain values, and "
+                    "may include files that do."
+                )
+            settings[statement.arg_name] = statement.value
+    return modules
+
+
+def _statements(file: str) -> list[Any]:
+    with open(file) as lines:
+        return list(gin.config_parser.ConfigParser(lines, _References()))
+
+
+class _Reference(typing.NamedTuple):
+    """A value that comes from elsewhere."""
+
+    name: str
+
+
+class _References(gin.config_parser.ParserDelegate):
+    """Leaves references and macros what they are when a file is parsed."""
+
+    def configurable_reference(self, name: str, evaluate: bool) -> _Reference:
+        return _Reference(f"@{name}{'()' if evaluate else ''}")
+
+    def macro(self, name: str) -> _Reference:
+        return _Reference(f"%{name}")
+
+
+def _name_of(hint: Any) -> str:
+    return getattr(hint, "__name__", "")
+
+
+def _find_gin_file(name: str, setting: str = "--gin_file") -> str:
+    candidates = [pathlib.Path(name), CONFIGS / name, CONFIGS / name.removeprefix("gin/")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    known = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin")]
+    raise InputError(
+        f"There is no gin file {name}, neither here nor in {CONFIGS}"
+        f"{nearest(name.removeprefix('gin/'), known)}: correct {setting}."
+    )
+
+
+def _files_and_modules(parsed: Iterable[Any]) -> tuple[list[pathlib.Path], list[str]]:
+    files: list[pathlib.Path] = []
+    modules: list[str] = []
+    for file in parsed:
+        paths = (pathlib.Path(file.filename), CONFIGS / file.filename)
+        files.append(next(path for path in paths if path.is_file()))
+        modules += file.imports
+        more_files, more_modules = _files_and_modules(file.includes)
+        files += more_files
+        modules += more_modules
+    return files, modules
+
+
+def _refuse_unknown_macros(bindings: Iterable[str], files: Iterable[pathlib.Path]) -> None:
+    """gin takes any NAME = value as a macro; one that nothing refers to is a slip of the pen."""
+    texts = {str(file): file.read_text() for file in files}
+    used = set(re.findall(r"%(\w+)", "\n".join([*texts.values(), *bindings]))) - {"gin"}
+    texts[""] = "\n".join(bindings)
+    for file, text in texts.items():
+        where = f" of {file}" if file else ""
+        for name in re.findall(r"^(\w+)\s*=", text, re.M):
+            require_known(f"macro{where}", name, used, prefix="" if file else "--gin.")
+
+
+def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[str]:
+    """Names of settings without a value, among all that calling `function` would need."""
+    bindings = gin.get_bindings(function, resolve_references=False)
+    selector = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    scoped = "/".join([*gin.config.current_scope(), selector])
+    if scoped in seen:
+        return
+    seen.add(scoped)
+    for name, parameter in inspect.signature(function).parameters.items():
+        required = parameter.default is inspect.Parameter.empty and parameter.kind in (
+            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        )
+        if required and name not in bindings and parameter.annotation is not RunFolder:
+            yield f"{scoped}.{name}"
+    for reference in _references(list(bindings.values())):
+        target = reference.configurable.wrapped
+        if reference.configurable.selector == "gin.macro":
+            macro = "/".join(reference.scopes)
+            seen.add(macro)
+            with gin.config_scope(macro):
+                value = gin.get_bindings("gin.macro", resolve_references=False)
+            if not value:
+                yield macro
+            for inner in _references(list(value.values())):
+                yield from _missing_settings(inner.configurable.wrapped, seen)
+        elif not isinstance(target, types.BuiltinFunctionType) and reference.evaluate:
+            with gin.config_scope(reference.scopes or None):
+                yield from _missing_settings(target, seen)
+
+
+def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
+    """Checks plain values against the annotations, of `function` and of all that it refers to."""
+    selector = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    if selector in seen:
+        return
+    seen.add(selector)
+    constructor = function.__init__ if inspect.isclass(function) else function
+    hints = typing.get_type_hints(constructor)
+    for name, value in gin.get_bindings(function, resolve_references=False).items():
+        for reference in _references([value]):
+            if reference.configurable.selector != "gin.macro" and reference.evaluate:
+                _refuse_wrong_types(reference.configurable.wrapped, seen)
+        macros = [r for r in _references([value]) if r.configurable.selector == "gin.macro"]
+        if list(_references([value])) == macros and name in hints:
+            given = copy.deepcopy(value)
+            if not is_a(given, hints[name]):
+                kind = str(inspect.signature(function).parameters[name].annotation)
+                kind = hints[name].__name__ if isinstance(hints[name], type) else kind
+                shown = plain(f"{selector}.{name}")
+                raise InputError(f"{shown} is {given!r}, and must be of type {kind}.")
+
+
+def _references(value: Any) -> Iterator[Any]:
+    if isinstance(value, gin.config.ConfigurableReference):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _references([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _references(item)
