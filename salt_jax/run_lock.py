@@ -5,6 +5,7 @@ however it ends: the lock is the kernel's (flock) and goes with the process. A f
 knows no locks keeps nobody out.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -54,10 +55,14 @@ class RunLock:
             if _is_at(file, path):
                 break
             file.close()
-        file.truncate(0)
-        file.write(json.dumps({"verb": verb, "pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
         self._path, self._file = path, file
+        try:
+            file.truncate(0)
+            file.write(json.dumps({"verb": verb, "pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
+        except OSError:  # the disk is full
+            self.release()
+            raise
 
     def __enter__(self) -> "RunLock":
         return self
@@ -74,7 +79,8 @@ class RunLock:
         """Lets others in, and leaves no file."""
         if self._path is not None and self._file is not None:
             self._path.unlink(missing_ok=True)
-            self._file.close()
+            with contextlib.suppress(OSError):  # what couldn't be written is tried once more
+                self._file.close()
         self._path = self._file = None
 
 

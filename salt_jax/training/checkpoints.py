@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import errno
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,6 +105,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -210,8 +210,6 @@ class Checkpointer:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             if not full and "No space left" not in str(error) and "quota" not in str(error):
                 raise
-            for leftover in self._folder.glob(f"{self._saving}{_UNFINISHED}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
             self._manager = self._open()
             newest = self.latest_step()
             self._report(
