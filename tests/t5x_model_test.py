@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from salt_jax.config_errors import CONFIGS
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill.chunked_loss import loss_sums
 from salt_jax.distill.losses import LossConfig, SoftLabels, token_losses
 from salt_jax.errors import InputError
-from salt_jax.main import CONFIGS
 from salt_jax.preparation import packed_rows
 from salt_jax.preparation.packed_rows import PackedRows
 from tests.preparation.packed_rows_test import LOSS, write_labels

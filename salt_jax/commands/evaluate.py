@@ -97,6 +97,11 @@ def evaluate(
     if model is None:
         raise InputError("model is not set: add --model=VALUE.")
     packed = PackedCache.open(cache) if cache is not None else None
+    if run.processes.count > 1 and (tasks or responses is not None):
+        raise InputError(
+            f"--tasks and responses run in one process, and this is one of {run.processes.count}: "
+            "leave them out, or run them on the devices of one machine."
+        )
     saved = find_model(model, step, "model", packed)
     examinee = Examinee(saved, mesh.make(), rules, batch_size, chunk_tokens)
     examinations: list[Examination] = []

@@ -7,12 +7,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import rich.console
 import rich.table
 
 from salt_jax.data.durable_files import write_text
-from salt_jax.errors import InputError
 from salt_jax.evaluation.continuations import Continuations
 from salt_jax.evaluation.examination import Examinee, require_counts
 from salt_jax.evaluation.harness import HarnessModel, Limits
@@ -57,11 +55,6 @@ class FewShot:
         allow_code_execution: bool = False,
         seed: int = 0,
     ) -> None:
-        if jax.process_count() > 1:
-            raise InputError(
-                f"--tasks runs in one process and this is one of {jax.process_count()}: run it on "
-                "the devices of one machine."
-            )
         require_counts(limit=limit, max_new_tokens=max_new_tokens)
         require_counts(at_least=0, shots=shots)
         self._examinee, self._limit, self._save_samples = examinee, limit, save_samples

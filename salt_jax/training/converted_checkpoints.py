@@ -23,6 +23,7 @@ from flax import traverse_util
 from orbax.checkpoint import type_handlers
 
 from salt_jax.run_folder import CHECKPOINTS_FOLDER
+from salt_jax.training.checkpoint_digests import write_digests
 
 Path = tuple[str, ...]
 Array = np.ndarray[Any, Any]
@@ -68,14 +69,16 @@ def save_streamed(
     handler = ocp.CompositeCheckpointHandler(
         params=_TreeHandler(), progress=ocp.JsonCheckpointHandler()
     )
+    folder = (run_path / CHECKPOINTS_FOLDER / str(step)).absolute()
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
-            (run_path / CHECKPOINTS_FOLDER / str(step)).absolute(),
+            folder,
             args=ocp.args.Composite(
                 params=_TreeSave(traverse_util.unflatten_dict(leaves)),
                 progress=ocp.args.JsonSave(dict(progress)),
             ),
         )
+    write_digests(folder, ("params", "progress"))
 
 
 def open_parameters(
