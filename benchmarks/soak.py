@@ -147,6 +147,7 @@ def prepare(work: pathlib.Path) -> None:
     """Cache, SLM, scores and selection, made once."""
     text = f"{PACKAGE}/salt_jax/**/*.py"
     slm = ["--gin_file=runs/smoke_slm.gin", "--gin_file=methods/baseline.gin", "--steps=40"]
+    slm += ["--gin.KEEP_STEPS=()"]
     cache = f"--cache={work}/cache"
     size, half = "--gin.VOCABULARY_SIZE=512", "--gin.FRACTION=0.5"
     commands = {

@@ -132,4 +132,4 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     if not mounted:
         pytest.skip("mounting a small file system needs root on Linux")
     yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)

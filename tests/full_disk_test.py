@@ -4,13 +4,14 @@ import contextlib
 import json
 import pathlib
 import subprocess
-import threading
+from typing import Any
 
 import pytest
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError
 from salt_jax.main import main
+from salt_jax.training.metrics import MetricWriter
 
 BASELINE = [
     *("train", "--gin_file=runs/smoke_llm.gin", "--gin_file=methods/baseline.gin", "--steps=3"),
@@ -87,17 +88,28 @@ def test_prepare_keeps_what_is_whole_and_goes_on(
 
 
 def test_training_goes_on_and_keeps_its_old_checkpoints(
-    small_disk: pathlib.Path, cache: PackedCache, capfd: pytest.CaptureFixture[str]
+    small_disk: pathlib.Path,
+    cache: PackedCache,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     remount = ["mount", "-o", "remount,size=60m", str(small_disk)]
     subprocess.run(remount, check=True)
     output, filler = small_disk / "out", small_disk / "filler"
     arguments = [*BASELINE[:-1], "--steps=12", "--gin.SAVE_EVERY=2", "--compilation_cache="]
     arguments += ["--log_every=1", f"--cache={cache.path}", f"--output_dir={output}"]
-    watch = threading.Thread(target=_fill, args=(output / "checkpoints" / "2", filler))
-    watch.start()
+    write = MetricWriter.write
+
+    def write_on_a_full_disk(self: MetricWriter, record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        write(self, record)
+
+    monkeypatch.setattr(MetricWriter, "write", write_on_a_full_disk)
     assert main(arguments) == 1
-    watch.join()
+    monkeypatch.undo()
     error = capfd.readouterr().err
     assert "COULD NOT BE WRITTEN: no space left" in error
     assert "THE DISK IS FULL" in error
@@ -109,12 +121,3 @@ def test_training_goes_on_and_keeps_its_old_checkpoints(
     assert f"continues at step {kept}" in capfd.readouterr().out
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= {*range(kept + 1, 13)}
-
-
-def _fill(after: pathlib.Path, filler: pathlib.Path) -> None:
-    """Takes all room as soon as a folder is there."""
-    while not after.exists():
-        pass
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))

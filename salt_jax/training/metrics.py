@@ -4,6 +4,7 @@ In: dictionaries of numbers. Out: one JSON line each, the same numbers as Tensor
 one line on the terminal that says where the run is.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -72,7 +73,8 @@ class MetricWriter:
         if not self._writes:
             return
         self._file.close()
-        self._events.close()
+        with contextlib.suppress(OSError) if self._complained else contextlib.nullcontext():
+            self._events.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
