@@ -4,8 +4,8 @@
     python benchmarks/convert.py --layers 6 --width 512 --heads 8   # of Pythia 70M
 
 Random weights in float16, in the files and with the tensors that the published models have, removed
-at the end: the default needs 9 GB of disk. Each conversion has a process of its own, whose most
-memory counts from when its libraries are loaded.
+at the end: the default needs 9 GB of disk. Each conversion has a process of its own, which converts
+a toy first; counted is how far its resident memory rises above what that left. On Linux alone.
 """
 
 import argparse
@@ -27,18 +27,20 @@ from salt_jax.models.huggingface_tensors import tensor_shapes
 
 ROWS = 50_304
 CONVERT = """
-import json, resource, sys, time
-import jax
-import salt_jax.commands.convert
+import json, pathlib, re, sys, time
 from salt_jax.main import main
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field):
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
 
-jax.devices()
-before, start = peak(), time.perf_counter()
-assert main(["convert", *sys.argv[1:]]) == 0
-print(json.dumps({"bytes": peak() - before, "seconds": time.perf_counter() - start}))
+warm_up, measured = json.loads(sys.argv[1])
+assert main(["convert", *warm_up]) == 0
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+before, start = resident("VmRSS"), time.perf_counter()
+assert main(["convert", *measured]) == 0
+seconds = time.perf_counter() - start
+print(json.dumps({"bytes": resident("VmHWM") - before, "seconds": seconds}))
 """
 
 
@@ -67,6 +69,7 @@ def write_model(folder: pathlib.Path, layers: int, width: int, heads: int) -> li
         rng.integers(0, 30_000, tensor.shape, np.uint16).view(DTYPES["float16"])
         for tensor in tensors
     )
+    folder.mkdir()
     write_shards(folder, tensors, arrays, 5_000_000_000)
     (folder / "config.json").write_text(json.dumps(settings))
     tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0}, [])).save(
@@ -75,9 +78,9 @@ def write_model(folder: pathlib.Path, layers: int, width: int, heads: int) -> li
     return tensors
 
 
-def converted(*flags: str) -> dict[str, float]:
-    """What a conversion's process says of itself."""
-    command = [sys.executable, "-c", CONVERT, *flags]
+def converted(warm_up: list[str], measured: list[str]) -> dict[str, float]:
+    """What a process says of its second conversion."""
+    command = [sys.executable, "-c", CONVERT, json.dumps([warm_up, measured])]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return found
@@ -85,15 +88,20 @@ def converted(*flags: str) -> dict[str, float]:
 
 def measure(folder: pathlib.Path, shard_bytes: int, **sizes: int) -> dict[str, Any]:
     """Bytes and seconds in both directions."""
-    (folder / "theirs").mkdir()
-    tensors = write_model(folder / "theirs", **sizes)
+    toy, model = folder / "toy", folder / "model"
+    write_model(toy, layers=1, width=8, heads=1)
+    tensors = write_model(model, **sizes)
     largest = max(tensor.num_bytes for tensor in tensors)
-    taken_in = converted(f"--huggingface={folder / 'theirs'}", f"--output_dir={folder / 'run'}")
-    given_out = converted(
-        f"--model={folder / 'run'}",
-        f"--max_shard_bytes={shard_bytes}",
-        f"--output_dir={folder / 'out'}",
-    )
+
+    def taken(source: pathlib.Path) -> list[str]:
+        return [f"--huggingface={source}", f"--output_dir={source / 'run'}"]
+
+    def given(source: pathlib.Path) -> list[str]:
+        shards = f"--max_shard_bytes={shard_bytes}"
+        return [f"--model={source / 'run'}", shards, f"--output_dir={source / 'out'}"]
+
+    taken_in = converted(taken(toy), taken(model))
+    given_out = converted(given(toy), given(model))
     return {
         "model_bytes": sum(tensor.num_bytes for tensor in tensors),
         "largest_tensor_bytes": largest,

@@ -28,8 +28,8 @@ from salt_jax.training.checkpoint_digests import write_digests
 Path = tuple[str, ...]
 Array = np.ndarray[Any, Any]
 
-# Of the arrays' files: small beside a tensor, and large enough that a model has some hundreds.
-_CHUNK_BYTES = 8 << 20
+# Of the arrays' files: small beside a tensor, and large enough that a model has but some hundreds.
+_CHUNK_BYTES = 4 << 20
 
 
 class StreamedParameter(Protocol):
@@ -205,9 +205,8 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
-            "metadata": {"compressor": {"id": "zstd", "level": 1}},
-            # Orbax takes a chunk that isn't there for one that was lost.
-            "store_data_equal_to_fill_value": True,
+            # Without a fill value every chunk is written: Orbax takes one that isn't there for lost.
+            "metadata": {"compressor": {"id": "zstd", "level": 1}, "fill_value": None},
         },
         create=True,
         dtype=leaf.dtype.name,

@@ -1,5 +1,6 @@
 """Memory of `salt convert`: by the largest tensor, whatever the model's size."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ from salt_jax.models.huggingface_tensors import leaf_shapes, tensor_shapes
 
 # 493 MB in float16. A table has 52 MB, and a kernel stacked over the layers 130 MB, so that whoever
 # holds that is found out.
-CONFIG = DecoderConfig(
+MODEL = DecoderConfig(
     embed_dim=512,
     num_layers=62,
     num_heads=8,
@@ -30,52 +31,73 @@ CONFIG = DecoderConfig(
     tied_embeddings=False,
     scale_embeddings=False,
 )
+TOY = dataclasses.replace(MODEL, embed_dim=16, num_layers=1, mlp_dim=16, vocab_multiple=300)
 SHARD_BYTES = 40_000_000
+# What libraries take for themselves comes with the toy.
 MEASURE = """
-import resource, sys
-import jax
-import salt_jax.commands.convert
+import json, pathlib, re, sys
 from salt_jax.main import main
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field):
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
 
-jax.devices()
-before = peak()
-assert main(["convert", *sys.argv[1:]]) == 0
-print(peak() - before)
+toy, measured = json.loads(sys.argv[1])
+assert main(["convert", *toy]) == 0
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+before = resident("VmRSS")
+assert main(["convert", *measured]) == 0
+print(resident("VmHWM") - before)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc")
 def test_a_model_is_never_held_whole(random_models: Any, tmp_path: pathlib.Path) -> None:
-    source, run, out = tmp_path / "theirs", tmp_path / "run", tmp_path / "out"
-    source.mkdir()
-    rows = CONFIG.padded_vocab_size
-    architecture, settings = config_to_json(CONFIG, rows, "float16", {"eos_token_id": 0})
-    (source / "config.json").write_text(json.dumps(settings))
-    random_models.save_tokenizer(source)
-    shapes = tensor_shapes(CONFIG, architecture.rules(CONFIG))
+    write_random(tmp_path / "toy", TOY, random_models)
+    tensors = write_random(tmp_path / "model", MODEL, random_models)
+    largest = max(tensor.num_bytes for tensor in tensors)
+    total = sum(tensor.num_bytes for tensor in tensors)
+    stacked = max(math.prod(shape) for shape in leaf_shapes(MODEL).values()) * 2
+    assert min(total, stacked + largest) > 2 * largest + SHARD_BYTES, "the bound tells nothing"
+
+    def flags(name: str) -> tuple[list[str], list[str]]:
+        folder = tmp_path / name
+        return (
+            [f"--huggingface={folder}", f"--output_dir={folder / 'run'}"],
+            [
+                *(f"--model={folder / 'run'}", f"--max_shard_bytes={SHARD_BYTES}"),
+                f"--output_dir={folder / 'out'}",
+            ],
+        )
+
+    bounds = (2 * largest, 2 * largest + SHARD_BYTES)
+    for toy, measured, bound in zip(flags("toy"), flags("model"), bounds, strict=True):
+        assert grown(toy, measured) < bound
+
+
+def write_random(
+    folder: pathlib.Path, config: DecoderConfig, random_models: Any
+) -> list[TensorInfo]:
+    """A model of random bits, which don't compress."""
+    folder.mkdir()
+    rows = config.padded_vocab_size
+    architecture, settings = config_to_json(config, rows, "float16", {"eos_token_id": 0})
+    (folder / "config.json").write_text(json.dumps(settings))
+    random_models.save_tokenizer(folder)
+    shapes = tensor_shapes(config, architecture.rules(config))
     tensors = [TensorInfo(name, "float16", shape) for name, shape in shapes]
-    rng = np.random.default_rng(0)  # random bits, which don't compress
+    rng = np.random.default_rng(0)
     arrays = (
         rng.integers(0, 30_000, tensor.shape, np.uint16).view(DTYPES["float16"])
         for tensor in tensors
     )
-    write_shards(source, tensors, arrays, 1 << 40)
-
-    largest = max(tensor.num_bytes for tensor in tensors)
-    total = sum(tensor.num_bytes for tensor in tensors)
-    stacked = max(math.prod(shape) for shape in leaf_shapes(CONFIG).values()) * 2
-    assert min(total, stacked + largest) > 2 * largest + SHARD_BYTES, "the bound tells nothing"
-    assert grown(f"--huggingface={source}", f"--output_dir={run}") < 2 * largest
-    shards = f"--max_shard_bytes={SHARD_BYTES}"
-    assert grown(f"--model={run}", shards, f"--output_dir={out}") < 2 * largest + SHARD_BYTES
+    write_shards(folder, tensors, arrays, 1 << 40)
+    return tensors
 
 
-def grown(*flags: str) -> int:
-    """Bytes by which a process of its own grows while it converts."""
-    command = [sys.executable, "-c", MEASURE, *flags]
+def grown(toy: list[str], measured: list[str]) -> int:
+    """Bytes by which a process of its own grows while it converts, at the most."""
+    command = [sys.executable, "-c", MEASURE, json.dumps([toy, measured])]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(result.stdout.splitlines()[-1])
