@@ -205,8 +205,8 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
-            # Without a fill value every chunk is written: Orbax takes one that isn't there for lost.
-            "metadata": {"compressor": {"id": "zstd", "level": 1}, "fill_value": None},
+            # No fill value, so that chunks of zeros are written: Orbax takes none there for a loss.
+            "metadata": {"compressor": {"id": "zstd", "level": 1}},
         },
         create=True,
         dtype=leaf.dtype.name,
