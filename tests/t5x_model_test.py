@@ -223,7 +223,8 @@ def test_microbatches_add_up(cache: PackedCache, batch: Batch, params: Any) -> N
     )
     assert_close(parts, whole, 1e-5)
     for name in ("soft_loss_per_nonpadding_target_token", "teacher_agreement"):
-        assert summed[name].compute() == pytest.approx(metrics[name].compute(), rel=1e-5)
+        want = float(metrics[name].compute())
+        assert float(summed[name].compute()) == pytest.approx(want, rel=1e-5)
 
 
 @needs_t5x
