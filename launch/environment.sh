@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: makes .venv with everything the tests and the smoke run need, once.
+# Sourced by the launch scripts: makes .venv with everything that runs need, once.
 #
 #   PYTHON=python3.12 launch/test.sh     another Python (3.11 to 3.13; the newest one found by default)
 #   VENV=FOLDER launch/test.sh           another place for the environment
@@ -20,7 +20,8 @@ find_python() {
   return 2
 }
 
-# make_environment [tests]: with "tests" also what only tests need (requirements/tests-*.txt).
+# make_environment [tests|tpu|cuda12|cuda13]: with "tests" also what only tests need
+# (requirements/tests-*.txt), with another word that extra of jax.
 make_environment() {
   if [ ! -x "$venv/bin/python" ]; then
     local python
@@ -28,7 +29,7 @@ make_environment() {
     echo "Making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
   fi
-  local version lock stamp wanted locks
+  local version lock stamp wanted locks jax=''
   version=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   lock=$root/requirements/lock-$version.txt
   stamp=$venv/.salt_jax_installed
@@ -37,10 +38,13 @@ make_environment() {
   if [ "${1:-}" = tests ] || grep -q '^tests-' "$stamp" 2>/dev/null; then
     locks+=("$root/requirements/tests-$version.txt")
   fi
-  wanted=$(cat "${locks[@]}" "$root/setup.py" | cksum; echo "$root"; basename -a "${locks[@]}")
+  if [[ ${1:-} =~ ^(tpu|cuda) ]]; then
+    jax="jax[$1]"
+  fi
+  wanted=$(cat "${locks[@]}" "$root/setup.py" | cksum; echo "$root"; basename -a "${locks[@]}"; echo "$jax")
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing the exact versions of $(basename -a "${locks[@]}" | xargs) in requirements/ (some minutes the first time)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${locks[@]/#/--requirement=}"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${locks[@]/#/--requirement=}" ${jax:+"$jax"}
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$root"
     echo "$wanted" > "$stamp"
   fi

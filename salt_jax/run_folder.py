@@ -33,6 +33,8 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
 
+# `git archive` writes the commit here (.gitattributes): its copies know where they come from.
+_ARCHIVED_COMMIT = "$Format:%H$"
 _LIBRARIES = [
     "jax",
     "jaxlib",
@@ -220,10 +222,10 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the clone this package runs from ("…-dirty" when changed), None outside one."""
+    """The commit that this package comes from ("…-dirty" when changed), None where it is unknown."""
     package = pathlib.Path(__file__).resolve().parent
     if not (package.parent / ".git").exists():
-        return None
+        return None if _ARCHIVED_COMMIT.startswith("$") else _ARCHIVED_COMMIT
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package.parent), *arguments]

@@ -1,0 +1,128 @@
+"""All launchers: syntax, shellcheck, flags, quoting, and the container file."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+LAUNCHERS = {
+    "tpu_vm.sh": ["--name=n", "--zone=z", "--accelerator-type=v4-8"],
+    "gke_xpk.sh": ["--cluster=c", "--workload=w", "--tpu-type=v4-8", "--image=i"],
+    "slurm.sh": ["--name=n"],
+    "gpu.sh": [],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_it(script: pathlib.Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    checked = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), [(script, flag) for script in LAUNCHERS for flag in LAUNCHERS[script]]
+)
+def test_a_missing_flag_is_one_sentence(launch: Any, script: str, flag: str) -> None:
+    others = [other for other in LAUNCHERS[script] if other != flag]
+    ended = launch(script, *others, "--", "train")
+    name = flag.partition("=")[0]
+    assert ended.returncode == 2
+    assert ended.stderr == f"{script}: {name} is missing: add {name}=VALUE before --.\n"
+    assert not launch.log()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodse=2", "--", "train"], "there is no flag --nodse=2: choose from"),
+        (["train"], "there is no flag train: "),
+        (["--nodes=two", "--", "train"], "--nodes is 'two', expected a whole number"),
+        (["--nodes", "2", "--", "train"], "--nodes has no value: write --nodes=VALUE"),
+        (["--nodes=", "--", "train"], "--nodes has no value"),
+        (["--dry-run=no", "--", "train"], "--dry-run takes no value"),
+        (["--cuda=11", "--", "train"], "--cuda is '11', expected 12 or 13"),
+        ([], "the command to run is missing"),
+        (["--"], "the command to run is missing"),
+        (["--", "salt"], "the command to run is missing"),
+        (["--", "--gin_file=x"], "the command to run is missing"),
+    ],
+)
+def test_bad_flags_are_one_sentence(launch: Any, arguments: list[str], said: str) -> None:
+    ended = launch("slurm.sh", "--name=n", *arguments)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not launch.log()
+    assert not ended.stdout
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_names_every_flag(launch: Any, script: str) -> None:
+    shown = launch(script, "--help").stdout
+    known = re.findall(r"--[a-z-]+", launch(script, "--no-such-flag").stderr)
+    assert len(known) > 5
+    for flag in known:
+        if flag not in ("--", "--no-such-flag"):
+            assert re.search(rf"^ *{flag}\b", shown, re.MULTILINE), flag
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"))))
+def test_quoted_words_mean_themselves(words: list[str]) -> None:
+    text = 'source "$1"; shift; eval "set -- $(quoted "$@")"; printf "%s\\0" "$@"'
+    common = str(ROOT / "launch/common.sh")
+    said = subprocess.run(
+        ["bash", "-c", text, "bash", common, *words], capture_output=True, check=True
+    ).stdout
+    assert said == b"".join(word.encode() + b"\0" for word in words or [""])
+
+
+def container_file() -> list[tuple[str, str]]:
+    """The instructions of launch/Dockerfile."""
+    text = (ROOT / "launch/Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def test_the_container_has_the_locked_versions() -> None:
+    lines = container_file()
+    assert lines[0] == ("FROM", "python:3.12-slim")
+    assert ("ARG", "JAX=cpu") in lines
+    assert lines[-1] == ("ENTRYPOINT", '["salt"]')
+    versions, package = [rest for name, rest in lines if name == "RUN"]
+    lock = "requirements/lock-3.12.txt"
+    assert versions.endswith(f'--requirement={lock} "jax[$JAX]"')
+    assert (ROOT / lock).exists()
+    assert {"--no-deps", "--no-build-isolation"} < set(package.split())
+    # What is changed often comes last: COPY of the lock, its wheels, COPY of the code.
+    order = [rest for name, rest in lines if name in ("COPY", "RUN")]
+    assert order == [f"{lock} requirements/", versions, ". .", package]
+
+
+def test_the_lock_has_what_the_container_builds_with() -> None:
+    lock = (ROOT / "requirements/lock-3.12.txt").read_text()
+    for name in ("jax", "setuptools"):
+        assert re.search(rf"^{name}==", lock, re.MULTILINE)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_an_archive_knows_its_commit() -> None:
+    """`git archive` replaces the marker by the commit; a clone has the marker."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    archive = subprocess.run([*git, "archive", "HEAD", "salt_jax/run_folder.py"], capture_output=True)
+    text = subprocess.run(["tar", "-xO"], input=archive.stdout, capture_output=True).stdout.decode()
+    assert f'_ARCHIVED_COMMIT = "{head}"' in text
+    assert '_ARCHIVED_COMMIT = "$Format:%H$"' in (ROOT / "salt_jax/run_folder.py").read_text()
