@@ -222,7 +222,7 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit that this package comes from ("…-dirty" when changed), None where it is unknown."""
+    """The commit that this package comes from ("…-dirty" when changed), None if unknown."""
     package = pathlib.Path(__file__).resolve().parent
     if not (package.parent / ".git").exists():
         return None if _ARCHIVED_COMMIT.startswith("$") else _ARCHIVED_COMMIT

@@ -16,10 +16,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STAND_IN = pathlib.Path(__file__).parent / "stand_in.py"
-NAMES = (
-    "gcloud xpk docker sbatch srun scontrol squeue hostname uv python3 python3.11 python3.12 "
-    "python3.13 mountpoint sudo gcsfuse"
-).split()
+NAMES = ["gcloud", "xpk", "docker", "sbatch", "srun", "scontrol", "squeue", "hostname", "uv"]
+NAMES += ["python3", "python3.11", "python3.12", "python3.13", "mountpoint", "sudo", "gcsfuse"]
 
 # What must reach `salt` as it is, through one shell or three.
 AWKWARD = [

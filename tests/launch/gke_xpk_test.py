@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
-FLAGS = ["--cluster=pod", "--workload=nano", "--tpu-type=v6e-256", "--image=docker.pkg.dev/p/r/salt:1"]
+FLAGS = [
+    "--cluster=pod",
+    "--workload=nano",
+    "--tpu-type=v6e-256",
+    "--image=docker.pkg.dev/p/r/salt:1",
+]
 # The text that xpk gives to `bash -c` in the container, and how it asks for the end.
 TEMPLATE = """
 _sigterm() (kill -SIGTERM $! 2>/dev/null;);

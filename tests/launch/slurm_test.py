@@ -24,7 +24,7 @@ def submit(launch: Any, folder: pathlib.Path, *arguments: str) -> subprocess.Com
 
 
 def run_job(launch: Any, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    """Runs the job that was submitted last as SLURM does: a copy of the script, on the first node."""
+    """Runs the job that was submitted last as SLURM does: from a copy of the script."""
     words = launch.calls("sbatch")[-1]
     first = [word.startswith("--") for word in words].index(False)
     copy = launch.folder / "slurm_script"
@@ -65,7 +65,8 @@ def test_the_job(launch: Any, folder: pathlib.Path) -> None:
         "--multi_process=True",
     ]
     assert script.exists(), "the job runs a copy, whatever becomes of the clone"
-    assert [words[-1] for words in launch.calls("python") if "install" in words][0] == "jax[cuda13]"
+    versions, _ = [words for words in launch.calls("python") if "install" in words]
+    assert versions[-1] == "jax[cuda13]"
 
 
 def test_words_arrive_as_they_are_at_every_task(launch: Any, folder: pathlib.Path) -> None:
@@ -93,9 +94,7 @@ def test_refused_input_is_not_queued_again(launch: Any, folder: pathlib.Path) ->
     assert not launch.calls("scontrol")
 
 
-def test_failures_are_counted_from_one_start_to_the_next(
-    launch: Any, folder: pathlib.Path
-) -> None:
+def test_failures_are_counted_from_one_start_to_the_next(launch: Any, folder: pathlib.Path) -> None:
     """One task fails, the other saves and asks to be started again: that alone would never end."""
     launch.reply(salt_0=[75], salt_1=[1])
     submit(launch, folder, "--max-failures=1", "--", "train")

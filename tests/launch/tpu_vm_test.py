@@ -29,7 +29,9 @@ def test_one_run(launch: Any) -> None:
         "--runtime-version=v2-alpha-tpuv5-lite",
         "--reserved",
     }
-    assert launch.calls("salt") == [["train", "--output_dir=/mnt/b/run", "--multi_process=True"]] * 2
+    assert (
+        launch.calls("salt") == [["train", "--output_dir=/mnt/b/run", "--multi_process=True"]] * 2
+    )
     assert "salt runs on host0" in ended.stdout
     assert "salt runs on host1" not in ended.stdout
     assert "finished" in ended.stderr
@@ -54,7 +56,8 @@ def test_a_python_is_brought_where_the_image_has_an_old_one(launch: Any) -> None
         (local / "uv").symlink_to(launch.folder / "bin/uv")
     ended = launch("tpu_vm.sh", *FLAGS, *TRAIN)
     assert ended.returncode == 0, ended.stderr
-    assert launch.calls("python3").count("-m pip install --quiet --user uv".split()) == 2
+    pip = ["-m", "pip", "install", "--quiet", "--user", "uv"]
+    assert launch.calls("python3").count(pip) == 2
     assert launch.calls("uv").count(["python", "install", "--quiet", "3.12"]) == 2
     assert len(launch.calls("salt")) == 2
 
@@ -70,11 +73,17 @@ def test_a_bucket_is_mounted_once(launch: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "image"),
-    [("v6e-256", "v2-alpha-tpuv6e"), ("v5p-256", "v2-alpha-tpuv5"), ("v4-8", "tpu-ubuntu2204-base")],
+    [
+        ("v6e-256", "v2-alpha-tpuv6e"),
+        ("v5p-256", "v2-alpha-tpuv5"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+    ],
 )
 def test_several_slices(launch: Any, kind: str, image: str) -> None:
     flags = [*FLAGS, f"--accelerator-type={kind}", "--slices=2", "--dry-run"]
-    [create] = [x for x in launch("tpu_vm.sh", *flags, *TRAIN).stdout.splitlines() if " create " in x]
+    [create] = [
+        x for x in launch("tpu_vm.sh", *flags, *TRAIN).stdout.splitlines() if " create " in x
+    ]
     words = shlex.split(create)
     assert {"--node-count=2", "--node-prefix=nano", f"--runtime-version={image}"} <= {*words}
     assert not [word for word in words if word.startswith("--node-id")]
@@ -186,14 +195,18 @@ def test_a_start_ends_what_an_earlier_one_left(launch: Any) -> None:
     worker = launch.clone / "launch/worker.sh"
     home = launch.folder / "hosts/host0"
     environment = {**launch.environment, "HOME": str(home)}
+
     def call(*words: str) -> str:
         done = subprocess.run([worker, *words], env=environment, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     salt = str(launch.folder / "venv/bin/salt")
-    subprocess.run([launch.folder / "bin/python3", "-m", "venv", launch.folder / "venv"],
-                   env=environment, check=True)
+    subprocess.run(
+        [launch.folder / "bin/python3", "-m", "venv", launch.folder / "venv"],
+        env=environment,
+        check=True,
+    )
     call("start", salt, "train")
     assert call("state") == "salt_worker host0 running\n"
     call("start", salt, "train")
@@ -203,7 +216,9 @@ def test_a_start_ends_what_an_earlier_one_left(launch: Any) -> None:
 
 
 def test_a_dry_run_runs_nothing(launch: Any) -> None:
-    shown = launch("tpu_vm.sh", *FLAGS, "--delete-at-end", "--dry-run", "--", "salt", "train", *launch.awkward)
+    shown = launch(
+        "tpu_vm.sh", *FLAGS, "--delete-at-end", "--dry-run", "--", "salt", "train", *launch.awkward
+    )
     assert shown.returncode == 0, shown.stderr
     assert launch.log() == []
     assert not list(launch.folder.glob("*.tar.gz"))
