@@ -216,6 +216,9 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(
     out = tmp_path / "out"
     assert not convert(f"--model={run}", f"--output_dir={out}")
     shutil.rmtree(run / "checkpoints/0/params/head")
+    assert convert(f"--model={run}", f"--output_dir={out}") == 2, "found before anything is written"
+    assert (out / "config.json").exists()
+    (run / "checkpoints/0/digests.json").unlink()
     with pytest.raises(Exception, match=r"NOT_FOUND|not found|DATA_LOSS"):
         convert(f"--model={run}", f"--output_dir={out}")
     assert not (out / "config.json").exists()
