@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -118,8 +119,9 @@ def test_all_files_are_tested() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "rows", "stage1", "stage2"])
-def test_files_for_t5x_are_refused(name: str) -> None:
+def test_files_for_t5x_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are for its own train.py; tests/t5x_model_test.py has it read them."""
+    monkeypatch.setitem(sys.modules, "t5x", None)
     assert names("t5x") == {"tiny", "rows", "stage1", "stage2"}
     with pytest.raises(InputError, match=r"t5x/\w+\.gin, line \d+: ") as caught:
         settings(*PRETRAIN, f"--gin_file=t5x/{name}.gin")
