@@ -179,7 +179,7 @@ class Loop:
             self._note(pending, writer, bar)
             pending = None
             if saves or stopped_by:
-                self._save(done, state, must=done == setup.steps or bool(stopped_by))
+                self._save(done, state, done == setup.steps or bool(stopped_by))
             if stopped_by and done < setup.steps:
                 self._require_saved(done)
                 raise Interrupted(
