@@ -127,7 +127,6 @@ again_after() {
   for code; do
     # Who fails takes the others along: they save and end with 75, which says nothing then.
     case $outcome:$code in
-      *:2) outcome=2 ;;
       2:* | *:0) ;;
       *:75) [ "$outcome" != 0 ] || outcome=75 ;;
       *) outcome=$code ;;

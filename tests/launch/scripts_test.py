@@ -78,6 +78,29 @@ def test_help_names_every_flag(launch: Any, script: str) -> None:
             assert re.search(rf"^ *{flag}\b", shown, re.MULTILINE), flag
 
 
+@pytest.mark.parametrize(
+    ("codes", "code", "said"),
+    [
+        (("0", "0"), 0, "finished"),
+        (("0", "75"), 99, "interrupted and saved"),
+        (("75", "75"), 99, "interrupted and saved"),
+        (("75", "1"), 99, "failed (exit code 1), failure 1 of the 1"),
+        (("0", "137"), 99, "failed (exit code 137), failure 1 of the 1"),
+        (("75", "2"), 2, "refused its input"),
+        (("1", "2"), 2, "refused its input"),
+    ],
+)
+def test_what_the_exit_codes_of_all_mean(codes: tuple[str, str], code: int, said: str) -> None:
+    """In any order; 99 stands for a start."""
+    text = 'source "$1"; flag[max-failures]=1; again_after "$2" "$3"; exit 99'
+    common = str(ROOT / "launch/common.sh")
+    for order in (codes, codes[::-1]):
+        command = ["bash", "-c", text, "bash", common, *order]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == code
+        assert said in ended.stderr
+
+
 @hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"))))
 def test_quoted_words_mean_themselves(words: list[str]) -> None:

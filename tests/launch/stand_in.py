@@ -95,7 +95,7 @@ def salt() -> int:
     print(f"salt runs on {host()}", flush=True)
     reply = next_reply(f"salt {host()}", 0)
     if reply == "waits":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        signal.signal(signal.SIGTERM, lambda *_: (log("saved", []), sys.exit(75)))
         print("salt waits", flush=True)
         while True:
             signal.pause()
@@ -109,9 +109,13 @@ def srun() -> int:
     return max(subprocess.run(command, env=e).returncode for e in environments)
 
 
+def log(name: str, argv: list[str]) -> None:
+    with (FOLDER / "log").open("a") as file:
+        file.write(json.dumps({"name": name, "host": host(), "argv": argv}) + "\n")
+
+
 def main() -> int:
-    with (FOLDER / "log").open("a") as log:
-        log.write(json.dumps({"name": NAME, "host": host(), "argv": ARGUMENTS}) + "\n")
+    log(NAME, ARGUMENTS)
     known = {"gcloud": gcloud, "salt": salt, "srun": srun, "uv": uv}
     if NAME.startswith("python"):
         return python()

@@ -180,8 +180,10 @@ def test_ctrl_c_leaves_the_run_and_the_script_finds_it_again(launch: Any) -> Non
     assert second.stdout
     assert any("salt waits" in line for line in iter(second.stdout.readline, ""))
     assert len(launch.calls("salt")) == 2, "it is followed, not started once more"
-    for pid in launch.folder.glob("hosts/*/salt_worker/pid"):
-        os.kill(int(pid.read_text()), signal.SIGTERM)
+    for file in launch.folder.glob("hosts/*/salt_worker/pid"):
+        pid = int(file.read_text())
+        assert os.getpgid(pid) == pid, "what ends a connection and all it started leaves it"
+        os.kill(pid, signal.SIGTERM)
     _, said = second.communicate(timeout=60)
     assert second.returncode == 0, said
     assert "runs a command already" in said
@@ -210,6 +212,7 @@ def test_a_start_ends_what_an_earlier_one_left(launch: Any) -> None:
     call("start", salt, "train")
     assert call("state") == "salt_worker host0 running\n"
     call("start", salt, "train")
+    assert len(launch.calls("saved")) == 1
     call("follow", "+1")
     assert call("state") == "salt_worker host0 ended 0\n"
     assert len(launch.calls("salt")) == 2
