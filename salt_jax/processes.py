@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.data.durable_files import write_text
-from salt_jax.errors import INTERRUPTED, InputError
+from salt_jax.errors import INTERRUPTED, InputError, RunFailed
 
 PROCESSES_FOLDER = "processes"
 FLAGS = ("coordinator_address", "process_count", "process_index", "multi_process")
@@ -98,8 +98,8 @@ def join(settings: Mapping[str, str], saves_on_request: bool = False) -> Process
       saves_on_request: Whether the verb asks `multihost_utils.reached_preemption_sync_point`.
 
     Raises:
-      InputError: Some of the three are missing, not numbers, out of range, or the others did not
-        come.
+      InputError: Some of the three are missing, not numbers or out of range.
+      RunFailed: The others did not come.
     """
     given = _given(settings)
     address, count, index, found_out = (given[name] for name in FLAGS)
@@ -145,7 +145,7 @@ def _initialize(known: Mapping[str, Any], saves_on_request: bool) -> Processes:
         jax.distributed.initialize(**known, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
+        raise RunFailed(  # which launchers try again: a host may only be slow
             f"The processes did not meet ({reason}): start as many as --process_count says, each "
             "with its own --process_index and the address of process 0 as --coordinator_address."
         ) from error
