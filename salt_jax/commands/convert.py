@@ -27,19 +27,23 @@ from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.huggingface import Architecture, config_from_json, config_to_json
 from salt_jax.models.huggingface_tensors import (
+    HEADS,
     Path,
     Rule,
     leaf_shapes,
     refuse_other_tensors,
     tensor_shapes,
 )
-from salt_jax.run_folder import RUN_FILE, RunFolder, to_json
+from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, RunFolder, to_json
+from salt_jax.training.checkpoint_digests import complete_digests
 from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
 from salt_jax.training.converted_checkpoints import open_parameters, save_streamed
 
 CONFIG_FILE = "config.json"
 # Of a converted run: the tokenizer's files as they came, for the way back.
 TOKENIZER_FOLDER = "tokenizer"
+
+_COMPARED_ROWS = 1024
 
 
 def convert(
@@ -52,7 +56,7 @@ def convert(
     compute_dtype: str | None = None,
     eos_token: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    drop_padding: bool = False,
+    drop_padding: bool | None = None,
 ) -> None:
     """Converts a model from or to Hugging Face's files.
 
@@ -68,9 +72,10 @@ def convert(
         by default where the parameters have 16 bits.
       eos_token: The token that ends a document, where the folder taken in doesn't say.
       max_shard_bytes: Of the values in a file given out.
-      drop_padding: Give out no rows of the embedding beyond the vocabulary. A model trained here
-        has never learned that these ids don't occur: its own evaluation leaves them out, and
-        transformers doesn't.
+      drop_padding: Give out no rows of the embedding beyond the vocabulary. By default those of a
+        model trained here are left out, which has never learned that these ids don't occur (its own
+        evaluation leaves them out, and transformers would give them most of the probability), and
+        those of a model that was taken in are kept.
 
     Raises:
       InputError: No such model, one that salt_jax or transformers has no architecture for, damaged
@@ -91,7 +96,7 @@ def convert(
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes is {max_shard_bytes} and must be at least 1.")
     if huggingface is not None:
-        if drop_padding:
+        if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
         _take_in(run, pathlib.Path(huggingface), step or 0, dtype, compute_dtype, eos_token)
     else:
@@ -120,6 +125,7 @@ def _take_in(
     rules = architecture.rules(config)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
     refuse_other_tensors(config, rules, shapes, str(source))
+    _refuse_another_head(files, config, rules)
     param_dtype = _dtype_of(files, config, rules)
     if any(rule.less_one for rule in rules):
         param_dtype = "float32"  # 1 + w has more digits than w
@@ -192,6 +198,26 @@ def _parameters(
             yield path, _Parameter(files, rule, leaf, shapes[path], dtype)
 
 
+def _refuse_another_head(
+    files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
+) -> None:
+    """A head beside a tied embedding is the same table, or config.json is wrong about it."""
+    for head in HEADS & files.tensors.keys() if config.tied_embeddings else ():
+        embedding = _tables(config, rules)[0]
+        size, same = files.tensors[embedding].shape, files.tensors[head].shape
+        for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
+            rows = slice(first, min(first + _COMPARED_ROWS, size[0]))
+            if not np.array_equal(files.read(embedding, rows), files.read(head, rows)):
+                same = ()
+                break
+        if size != same:
+            raise InputError(
+                f"{files.path / CONFIG_FILE} sets tie_word_embeddings, and {head} is another "
+                f"tensor than {embedding}: set it to false there if the model has a head of its "
+                "own."
+            )
+
+
 def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
     """The tensors' dtype; float32 where they have several, since it holds the others exactly."""
     found = set()
@@ -245,6 +271,7 @@ def _is_there(
             )
     if step not in steps:
         return False
+    complete_digests(path / CHECKPOINTS_FOLDER / str(step), ("params", "progress"))
     progress = read_progress(path, step)
     if progress["source_digest"] != files.digest:
         raise InputError(
@@ -255,9 +282,11 @@ def _is_there(
 
 
 def _give_out(
-    run: RunFolder, saved: SavedModel, dtype: str, max_shard_bytes: int, drop_padding: bool
+    run: RunFolder, saved: SavedModel, dtype: str, max_shard_bytes: int, drop_padding: bool | None
 ) -> None:
     config = saved.config
+    if drop_padding is None:
+        drop_padding = "converted_from" not in read_progress(saved.path, saved.step)
     vocabulary = saved.load_vocabulary()
     rows = vocabulary.size if drop_padding else config.padded_vocab_size
     tokens = {"eos_token_id": vocabulary.eos_id, "bos_token_id": vocabulary.start_id}
@@ -271,8 +300,9 @@ def _give_out(
             "--output_dir."
         )
     rules = architecture.rules(config)
+    tables = _tables(config, rules)
     tensors = [
-        TensorInfo(name, dtype, (rows, *shape[1:]) if _is_table(shape, config) else shape)
+        TensorInfo(name, dtype, (rows, *shape[1:]) if name in tables else shape)
         for name, shape in tensor_shapes(config, rules)
     ]
     total = sum(tensor.num_bytes for tensor in tensors)
@@ -304,7 +334,7 @@ def _tensors(
     for rule in rules:
         if not rule.in_layers:
             parameter = parameters.pop(rule.leaves[0])
-            is_table = _is_table(parameter.shape, config)
+            is_table = rule.tensor in _tables(config, rules)
             values = parameter.read(slice(rows) if is_table else slice(None))
             yield rule.to_tensor([values], dtype)
             continue
@@ -316,8 +346,11 @@ def _tensors(
             yield rule.to_tensor(leaves, dtype)
 
 
-def _is_table(shape: tuple[int, ...], config: DecoderConfig) -> bool:
-    return shape == (config.padded_vocab_size, config.embed_dim)
+def _tables(config: DecoderConfig, rules: list[Rule]) -> list[str]:
+    """The tensors that have a row for each id: embedding, then head."""
+    outside = {rule.tensor for rule in rules if not rule.in_layers}
+    shape = (config.padded_vocab_size, config.embed_dim)
+    return [name for name, its in tensor_shapes(config, rules) if name in outside and its == shape]
 
 
 def _summarize(

@@ -105,6 +105,9 @@ def _texts(prompt: Sequence[str], prompts: str | None) -> list[str]:
             "or --prompts=FILE."
         )
     if prompts is None:
+        for text in prompt:
+            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise InputError(f"prompt is {text!r}, which is not UTF-8: change --prompt.")
         return list(prompt)
     path = pathlib.Path(prompts)
     if path.suffix not in (".txt", ".jsonl"):

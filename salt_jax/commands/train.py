@@ -246,7 +246,13 @@ def _student(
                 "take: add a gin file that sets it (--gin_file=models/llm_mini.gin, say), or "
                 "--initial=RUN."
             )
-        model = initial.config
+        # A model taken in may have 16 bits, which is enough to compute with and not to update.
+        model = dataclasses.replace(initial.config, param_dtype="float32")
+    if model.param_dtype != "float32":
+        raise InputError(
+            f"DecoderConfig.param_dtype is {model.param_dtype}, and a student's parameters and "
+            "moments are kept in float32: change it, and set dtype for what to compute in."
+        )
     if model.vocab_size not in (None, cache.vocabulary_size):
         raise InputError(
             f"DecoderConfig.vocab_size is {model.vocab_size} and the vocabulary of the cache "

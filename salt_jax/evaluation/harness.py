@@ -173,7 +173,8 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
                     f"A continuation has {len(target)} tokens and the model takes {longest}: leave "
                     "the task out, or use a model of longer max_length."
                 )
-            ids = (context + target)[-(longest + 1) :]
+            # White space moves from a context to the target, and may leave nothing.
+            ids = ((context or [self.prefix_token_id]) + target)[-(longest + 1) :]
             keys.append(self._log.key(["score", ids, len(target)]))
             if target and keys[-1] not in self._log:
                 missing[keys[-1]] = (ids, len(target))

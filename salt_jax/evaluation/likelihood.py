@@ -121,6 +121,7 @@ class Scorer:
         batch["subset"] = np.zeros(self._batch_size, np.int32)
         for row, (ids, scored) in enumerate(sequences):
             end = len(ids) - 1
+            assert 0 < scored <= end, f"{scored} of {len(ids)} ids to be scored"
             batch["inputs"][row, :end] = ids[:-1]
             batch["targets"][row, :end] = ids[1:]
             batch["segment_ids"][row, :end] = 1

@@ -143,7 +143,7 @@ def llama_rules(config: DecoderConfig, less_one: bool = False) -> list[Rule]:
 _BUFFERS = re.compile(
     r"\.(attention\.(bias|masked_bias|rotary_emb\.inv_freq)|self_attn\.rotary_emb\.inv_freq)$"
 )
-_HEADS = ("embed_out.weight", "lm_head.weight")
+HEADS = frozenset(("embed_out.weight", "lm_head.weight"))
 
 
 def refuse_other_tensors(
@@ -174,7 +174,7 @@ def refuse_other_tensors(
                 f"{list(shape)} by its config.json: download the folder again."
             )
     for name in shapes.keys() - expected:
-        is_tied_head = config.tied_embeddings and name in _HEADS
+        is_tied_head = config.tied_embeddings and name in HEADS
         if not is_tied_head and not _BUFFERS.search(name):
             raise InputError(
                 f"{where} has a tensor {name} of shape {list(shapes[name])}, which the model of "

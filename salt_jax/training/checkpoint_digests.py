@@ -30,6 +30,12 @@ def write_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
     write_text(folder / DIGESTS_FILE, json.dumps(digests, indent=1))
 
 
+def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
+    """Writes them where a kill came between a checkpoint's name and its digests."""
+    if not (folder / DIGESTS_FILE).exists():
+        write_digests(folder, items)
+
+
 def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
     """Compares the files of a checkpoint's items with their digests, if it has any.
 

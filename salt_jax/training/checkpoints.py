@@ -32,6 +32,7 @@ from salt_jax.training.checkpoint_digests import (
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_params
 
 _ITEMS = ("params", "optimizer", "progress")
+_CHUNK_BYTES = 8 << 20
 # What Orbax calls a checkpoint that isn't complete, after its step.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -150,7 +151,9 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
+                params=ocp.args.StandardSave(
+                    state.params, save_args=jax.tree.map(_chunks, state.params)
+                ),
                 optimizer=ocp.args.StandardSave(optimizer),
                 progress=ocp.args.JsonSave(dict(progress)),
             ),
@@ -217,6 +220,13 @@ class Checkpointer:
                 f"disk of {self._folder}. Training goes on, and the newest checkpoint is "
                 f"{f'that of step {newest}' if newest is not None else 'none'}: make room."
             )
+
+
+def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
+    """Small parts, by layers where there are layers, so that a reader need not hold all of it."""
+    if leaf.nbytes <= _CHUNK_BYTES:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,14 +105,14 @@ def test_a_run_that_trained_goes_out(
     random_models: Any, tmp_path: pathlib.Path, tiny_run: pathlib.Path
 ) -> None:
     out = tmp_path / "out"
-    assert not convert(f"--model={tiny_run}", f"--output_dir={out}")
+    assert not convert(f"--model={tiny_run}", "--drop_padding=False", f"--output_dir={out}")
     assert {file.name for file in out.iterdir()} >= {"model.safetensors", "config.json"}
     expected = random_models.our_logits(tiny_run)
     theirs = random_models.their_logits(out)
     np.testing.assert_allclose(theirs, expected, atol=PARITY, rtol=0)
     # The same softmax as in our own evaluation.
     shorter = tmp_path / "shorter"
-    assert not convert(f"--model={tiny_run}", "--drop_padding=True", f"--output_dir={shorter}")
+    assert not convert(f"--model={tiny_run}", f"--output_dir={shorter}")
     size = find_model(tiny_run, None, "model").config.vocab_size
     theirs = random_models.their_logits(shorter)
     assert theirs.shape[-1] == size == ByteVocabulary().size
@@ -368,3 +368,26 @@ def test_a_full_disk_is_named(
     assert "/params" in error
     assert "o space left" in error
     assert complete_steps(run) == []
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_refused(
+    random_models: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "theirs"
+    random_models.make(source, "llama")
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    assert convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}") == 2
+    assert "lm_head.weight is another tensor than model.embed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    # The same table under both names is what older versions of transformers saved.
+    files = values(source)
+    files["lm_head.weight"] = files["model.embed_tokens.weight"]
+    tensors = [TensorInfo(name, "float32", array.shape) for name, array in files.items()]
+    write_shards(source, tensors, iter(files.values()), 1 << 30)
+    assert not convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}")
+    # A kill between a checkpoint's name and its digests: the next conversion makes them.
+    digests = tmp_path / "run" / "checkpoints" / "0" / "digests.json"
+    digests.unlink()
+    assert not convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}")
+    assert digests.exists()

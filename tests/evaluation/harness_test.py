@@ -24,6 +24,7 @@ from tests.evaluation.conftest import CONFIG
 START = ByteVocabulary().start_id
 LONG = "A sentence that is longer than all that the model can read at once, " * 3
 PAIRS = [
+    (" ", "salt"),
     ("The sea", " is salt"),
     ("The sea ", "is salt"),  # the space goes to the continuation
     ("", "no context"),
@@ -79,7 +80,7 @@ def test_log_likelihoods_are_those_of_one_request_at_a_time(
     pairs = [*PAIRS, ("x", said)] if encode(said) == greedy[-4:] else PAIRS
     answers = model.loglikelihood(requests("loglikelihood", pairs))
     for (context, continuation), (total, is_greedy) in zip(pairs, answers, strict=True):
-        start = [START] if prepend_start or not context else []
+        start = [START] if prepend_start or not context.strip() else []
         count = len(encode(continuation)) + (len(context) - len(context.rstrip()))
         expected, right = scored(params, start + encode(context + continuation), count)
         assert total == pytest.approx(expected, abs=1e-3)
