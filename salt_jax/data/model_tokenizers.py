@@ -77,14 +77,15 @@ def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
     Returns:
       The names of the files; none for a vocabulary that transformers has no tokenizer for.
     """
-    if isinstance(vocabulary, HuggingFaceVocabulary):
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+    if isinstance(vocabulary, HuggingFaceVocabulary | SentencePieceVocabulary):
+        settings: dict[str, Any] = {
             "eos_token": vocabulary.token(vocabulary.eos_id),
             "bos_token": vocabulary.token(vocabulary.start_id),
             "pad_token": vocabulary.token(vocabulary.pad_id),
             "clean_up_tokenization_spaces": False,
         }
+    if isinstance(vocabulary, HuggingFaceVocabulary):
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         with whole_file(folder / TOKENIZER_FILE) as file:
             file.write(vocabulary.model_bytes())
         write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
@@ -92,7 +93,13 @@ def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
     if isinstance(vocabulary, SentencePieceVocabulary):
         with whole_file(folder / SENTENCEPIECE_FILE) as file:
             file.write(vocabulary.model_bytes())
-        return [SENTENCEPIECE_FILE]
+        # By the model's own class transformers would add special tokens of that class.
+        settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
+        settings["unk_token"] = vocabulary.token(vocabulary.unknown_id)
+        first = vocabulary.token(vocabulary.encode("a")[0])
+        settings["add_prefix_space"] = first.startswith("\u2581")
+        write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        return [SENTENCEPIECE_FILE, SETTINGS_FILE]
     return []
 
 

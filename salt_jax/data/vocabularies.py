@@ -220,6 +220,15 @@ class SentencePieceVocabulary(Vocabulary):
         self.start_id = bos_id if bos_id >= 0 else self.pad_id
         self.reserved = _checked_reserved(reserved)
 
+    @property
+    def unknown_id(self) -> int:
+        """What stands for what no piece covers."""
+        return int(self._processor.unk_id())
+
+    def token(self, token_id: int) -> str:
+        """An id's piece."""
+        return str(self._processor.IdToPiece(token_id))
+
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
 

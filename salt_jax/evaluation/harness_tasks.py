@@ -107,6 +107,8 @@ class Tasks:
         os.environ["DISABLE_MULTIPROC"] = "1"
         if allow_code_execution:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        else:  # it may have been set around us
+            os.environ["HF_ALLOW_CODE_EVAL"] = "0"
         self._allow_code_execution = allow_code_execution
         paths = [str(OWN_TASKS), *([folder] if folder else [])]
         self._manager = lm_eval.tasks.TaskManager(include_path=paths)
@@ -175,7 +177,8 @@ class Tasks:
                     "Python: name each folder after one of the tasks that --list_tasks=True shows."
                 )
             path = pathlib.Path(self._yaml.name) / f"{name}.yaml"
-            path.write_text(json.dumps({"include": str(entry.yaml_path), **settings}))
+            include = str(pathlib.Path(entry.yaml_path).absolute())
+            path.write_text(json.dumps({"include": include, **settings}))
             cfg = {**(entry.cfg or {}), **settings}
             self._manager.task_index[name] = dataclasses.replace(entry, yaml_path=path, cfg=cfg)
 
@@ -244,7 +247,7 @@ class Tasks:
         if scored:
             found: Any = lm_eval.evaluator.evaluate(
                 model,
-                {"tasks": scored, "groups": loaded["groups"] if not unscored else {}},
+                {"tasks": scored, "groups": _scored_groups(loaded, unscored)},
                 limit=limit,
                 bootstrap_iters=_BOOTSTRAPS,
                 confirm_run_unsafe_code=self._allow_code_execution,
@@ -252,6 +255,16 @@ class Tasks:
             results |= {name: _result(found, name) for name in found["results"]}
             samples |= found["samples"]
         return results, samples
+
+
+def _scored_groups(loaded: Loaded, unscored: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups of which every task is scored, so that they have an average."""
+    members: Mapping[str, Sequence[str]] = loaded["group_map"]
+
+    def is_scored(name: str) -> bool:
+        return name not in unscored and all(is_scored(one) for one in members.get(name, ()))
+
+    return {name: group for name, group in loaded["groups"].items() if is_scored(name)}
 
 
 def _data_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

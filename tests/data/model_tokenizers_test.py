@@ -81,10 +81,27 @@ def test_a_folder_with_a_sentencepiece_model_alone(tmp_path: pathlib.Path) -> No
     with pytest.raises(InputError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         model_vocabulary(tmp_path)
     trained = TrainedVocabulary(size=400).train([TEXT])
-    assert write_tokenizer(trained, tmp_path) == ["tokenizer.model"]
+    assert write_tokenizer(trained, tmp_path) == ["tokenizer.model", "tokenizer_config.json"]
     assert model_vocabulary(tmp_path) == trained
     with pytest.raises(InputError, match="leave --eos_token unset"):
         model_vocabulary(tmp_path, "</s>")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])
+def test_transformers_reads_a_sentencepiece_vocabulary_as_we_do(
+    model_type: str, tmp_path: pathlib.Path
+) -> None:
+    """Gemma's own tokenizer would add special tokens beyond the vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    trained = TrainedVocabulary(size=400).train([TEXT])
+    write_tokenizer(trained, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == trained.size
+    assert theirs.eos_token_id == trained.eos_id
+    assert (theirs.bos_token_id, theirs.pad_token_id) == (trained.start_id, trained.pad_id)
+    for text in (TEXT[:500], " leading", "a  b", "π ☃\n\n\tend"):
+        assert theirs.encode(text, add_special_tokens=False) == trained.encode(text)
 
 
 def test_a_damaged_tokenizer_is_refused(folder: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from salt_jax.errors import InputError
+from salt_jax.evaluation import harness_tasks
 from salt_jax.evaluation.harness import HarnessModel
 from salt_jax.evaluation.harness_tasks import SUITE, Tasks
 from salt_jax.evaluation.tasks import programs, reading, summaries
@@ -318,3 +319,10 @@ def test_a_real_model_answers_every_kind_of_task(harness: Make, tmp_path: pathli
     assert 0 <= results["piqa"].metrics["acc"][0] <= 1
     assert results["lambada_openai"].metrics["perplexity"][0] > 1
     assert len(samples["nq_open"]) == 2
+
+
+def test_a_task_that_is_not_scored_takes_no_other_group_s_average() -> None:
+    group_map = {"mine": ["a", "b"], "programs": ["c"], "all": ["mine", "programs"]}
+    loaded = {"tasks": {}, "groups": {name: name for name in group_map}, "group_map": group_map}
+    assert harness_tasks._scored_groups(loaded, {"c": None}) == {"mine": "mine"}
+    assert harness_tasks._scored_groups(loaded, {}).keys() == group_map.keys()
