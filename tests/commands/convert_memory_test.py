@@ -1,13 +1,16 @@
 """Memory of `salt convert`: by the largest tensor, whatever the model's size."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +18,14 @@ from salt_jax.data.safetensors_files import DTYPES, TensorInfo, write_shards
 from salt_jax.models.decoder_config import DecoderConfig
 from salt_jax.models.huggingface import config_to_json
 from salt_jax.models.huggingface_tensors import leaf_shapes, tensor_shapes
+from salt_jax.training.checkpoints import (
+    CheckpointConfig,
+    Checkpointer,
+    find_model,
+    read_progress,
+)
+from salt_jax.training.partitioning import MeshConfig
+from salt_jax.training.train_state import TrainState
 
 # 493 MB in float16. A table has 52 MB, and a kernel stacked over the layers 130 MB, so that whoever
 # holds that is found out.
@@ -74,6 +85,21 @@ def test_a_model_is_never_held_whole(random_models: Any, tmp_path: pathlib.Path)
     bounds = (2 * largest, 2 * largest + SHARD_BYTES)
     for toy, measured, bound in zip(flags("toy"), flags("model"), bounds, strict=True):
         assert grown(toy, measured) < bound
+    # As the training loop saves it, in Orbax's own way.
+    save_as_trained(tmp_path / "model" / "run")
+    _, out = flags("model")
+    again = [*out[:-1], f"--output_dir={tmp_path / 'again'}"]
+    assert grown(flags("toy")[1], again) < bounds[1]
+
+
+def save_as_trained(run: pathlib.Path) -> None:
+    """Puts a checkpoint of a converted run in its place as a run that trained writes it."""
+    mesh = MeshConfig(fsdp=1).make(jax.devices()[:1])
+    params, progress = find_model(run, 0, "model").load_params(mesh), read_progress(run, 0)
+    shutil.rmtree(run / "checkpoints")
+    zero = jax.numpy.int32(0)
+    with contextlib.closing(Checkpointer(run, CheckpointConfig())) as checkpointer:
+        checkpointer.save(0, TrainState(zero, params, {"count": zero}, zero), progress)
 
 
 def write_random(
