@@ -1,4 +1,4 @@
-"""The exceptions that main.py turns into a sentence and an exit code, and a part of sentences."""
+"""The exceptions that main.py turns into a sentence and an exit code, and what sentences share."""
 
 import difflib
 from collections.abc import Iterable
@@ -23,3 +23,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """ " (nearest: …)" where some known name is like `name`, else nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (nearest: {matches[0]})" if matches else ""
+
+
+def require_counts(at_least: int = 1, **settings: int | None) -> None:
+    """Refuses settings that are too small; None is none.
+
+    Raises:
+      InputError: With the flag.
+    """
+    for name, value in settings.items():
+        if value is not None and value < at_least:
+            raise InputError(f"{name} is {value} and must be at least {at_least}: change --{name}.")

@@ -23,7 +23,7 @@ from salt_jax.data.label_format import ENCODINGS, LabelFormat
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.distill import losses, schedules
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning import buffers, changes, estimate, hlo, table, topologies
@@ -115,8 +115,8 @@ def plan(
     if cache is not None:
         packed = PackedCache.open(cache if isinstance(cache, str) else cache[0])
         vocab_size, sequence_length = packed.vocabulary_size, packed.sequence_length
-    _check_counts(steps=steps, batch_size=batch_size, sequence_length=sequence_length)
-    _check_counts(microbatches=microbatches, stage1_microbatches=stage1_microbatches)
+    require_counts(steps=steps, batch_size=batch_size, sequence_length=sequence_length)
+    require_counts(microbatches=microbatches, stage1_microbatches=stage1_microbatches)
     stage1_steps = schedule.distill_steps(steps)
     if stage1_steps and teacher_model is None and soft_labels is None:
         raise InputError(
@@ -171,12 +171,6 @@ def plan(
     table.print_plans(plans)
     run.write_summary(_summary(job, arm, plans))
     _refuse_if_none_fits(plans)
-
-
-def _check_counts(**settings: int | None) -> None:
-    for name, value in settings.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
 
 
 def _stored_k(

@@ -15,7 +15,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.distill import losses, schedules
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
@@ -152,9 +152,9 @@ def train(
     initial_model = find_model(initial, initial_step, "initial", packed) if initial else None
     config = _student(model, initial_model, packed)
     device_mesh = mesh.make()
-    _check_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
-    _check_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
-    _check_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
+    require_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
+    require_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
+    require_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
     _check_seeds(max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
     _check_keep_steps(checkpoints, steps)
     parts = _check_batch(batch_size, (microbatches, stage1_microbatches), device_mesh)
@@ -270,12 +270,6 @@ def _student(
             "give the student the same shape, or leave model unset."
         )
     return model
-
-
-def _check_counts(**settings: int | None) -> None:
-    for name, value in settings.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value} and must be at least 1: change --{name}.")
 
 
 def _check_seeds(**settings: int) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.distill import losses
-from salt_jax.errors import InputError
+from salt_jax.errors import require_counts
 from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import SavedModel
@@ -81,14 +81,3 @@ class Examination(Protocol):
         Returns:
           Its part of summary.json.
         """
-
-
-def require_counts(at_least: int = 1, **settings: int | None) -> None:
-    """Refuses settings that are too small; None is none.
-
-    Raises:
-      InputError: With the flag.
-    """
-    for name, value in settings.items():
-        if value is not None and value < at_least:
-            raise InputError(f"{name} is {value} and must be at least {at_least}: change --{name}.")

@@ -11,8 +11,9 @@ import rich.console
 import rich.table
 
 from salt_jax.data.durable_files import write_text
+from salt_jax.errors import require_counts
 from salt_jax.evaluation.continuations import Continuations
-from salt_jax.evaluation.examination import Examinee, require_counts
+from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.harness_tasks import SUITE, TaskResult, Tasks
 from salt_jax.evaluation.likelihood import Scorer

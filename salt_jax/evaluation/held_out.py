@@ -10,7 +10,8 @@ import rich.console
 import rich.table
 
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.evaluation.examination import Examinee, require_counts
+from salt_jax.errors import require_counts
+from salt_jax.evaluation.examination import Examinee
 from salt_jax.training.evaluation import Evaluation, Evaluator
 from salt_jax.training.ledger import Cost
 
