@@ -399,9 +399,12 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_corpus(make_corpus, tmp_path):
-    """Four times the text in four times the shards: a cache that held it would take 30 MB more."""
+    """Four times the text in four times the shards: a cache that held it would take 48 MB more.
+
+    The less of the two fills every buffer already: below it, memory does grow.
+    """
     peaks = {}
-    for times in (1, 4):
+    for times in (4, 16):
         corpus = make_corpus(files=1, documents=20, name=f"corpus {times}")
         with open(corpus / "train" / "0.jsonl", "a") as file:
             for number in range(40 * times):
@@ -415,7 +418,7 @@ def test_memory_does_not_grow_with_the_corpus(make_corpus, tmp_path):
         assert PackedCache.open(tmp_path / f"{times}").manifest["splits"]["train"]["bytes"] > (
             4e6 * times
         )
-    assert peaks[4] < peaks[1] + 16, peaks
+    assert peaks[16] < peaks[4] + 16, peaks
 
 
 @pytest.mark.skipif(not MINIPILE.exists(), reason="the minipile corpus is not beside this checkout")
