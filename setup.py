@@ -22,6 +22,8 @@ BEAM = ["apache-beam>=2.77", "pyarrow>=18", "zstandard>=0.23"]
 PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 # Few-shot tasks through lm-evaluation-harness, and ROUGE.
 EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2"]
+# Folders in buckets, through fsspec: gs:// and s3://.
+GCS, S3 = ["gcsfs>=2025.3"], ["s3fs>=2025.3"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -53,6 +55,7 @@ setuptools.setup(
     install_requires=[
         "array-record>=0.8",
         "flax>=0.12",
+        "fsspec>=2025.3",
         "gin-config>=0.5",
         "grain>=0.2.10",
         "jax>=0.10,<0.13",
@@ -69,9 +72,11 @@ setuptools.setup(
     extras_require={
         "beam": BEAM,
         "eval": EVAL,
+        "gcs": GCS,
         "plan": PLAN,
         "prepare": PREPARE,
-        "test": TEST + EVAL + PLAN + PREPARE,
+        "s3": S3,
+        "test": TEST + EVAL + GCS + PLAN + PREPARE + S3,
     },
     entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},
 )

@@ -5,6 +5,7 @@ code: 0 finished, 1 the run failed, 2 bad input, 75 interrupted and saved (start
 Nothing else in the package knows gin.
 """
 
+import contextlib
 import errno
 import importlib
 import json
@@ -27,7 +28,9 @@ from salt_jax.command_line import (
     verbs,
 )
 from salt_jax.configuration import configure
+from salt_jax.data.buckets import is_remote
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
+from salt_jax.mirror import Mirror
 from salt_jax.run_folder import RunFolder
 from salt_jax.run_lock import RunLock
 from salt_jax.verb_process import GUARDED, run_guarded
@@ -76,12 +79,13 @@ def _run(argv: list[str]) -> int:
         return 0
     if not arguments.output_dir:
         raise InputError("No output folder was given: add --output_dir=FOLDER.")
-    if "://" in arguments.output_dir:
+    several = processes.are_several(arguments.processes)
+    if several and is_remote(arguments.output_dir):
         raise InputError(
-            f"--output_dir={arguments.output_dir} is not on this machine's disk: mount the bucket "
-            "(gcsfuse, s3fs) and name the mounted folder."
+            f"--output_dir={arguments.output_dir} is no folder that several processes share: mount "
+            "the bucket (gcsfuse, s3fs) and name the mounted folder."
         )
-    if processes.are_several(arguments.processes) and GUARDED not in os.environ:
+    if several and GUARDED not in os.environ:
         code = run_guarded(argv)
         if code == -signal.SIGABRT:
             raise Interrupted(processes.who_coordinated(pathlib.Path(arguments.output_dir)))
@@ -89,9 +93,9 @@ def _run(argv: list[str]) -> int:
     verb = configure(arguments)
     _quiet_libtpu()
     together = _join(arguments)
-    with RunLock() as lock:
+    with RunLock() as lock, _output_folder(arguments, lock) as path:
         folder = RunFolder(
-            path=pathlib.Path(arguments.output_dir),
+            path=path,
             verb=arguments.verb,
             config=gin.operative_config_str,
             command_line=["salt", *argv],
@@ -137,6 +141,16 @@ def _join(arguments: Arguments) -> processes.Processes:
     if not together.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the whole process)
     return together
+
+
+def _output_folder(
+    arguments: Arguments, lock: RunLock
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """The folder on the disk that the verb writes into."""
+    given = str(arguments.output_dir)
+    if is_remote(given):
+        return Mirror(given, arguments.verb, lock)
+    return contextlib.nullcontext(pathlib.Path(given))
 
 
 def _out_of_memory(verb: str, message: str) -> str:

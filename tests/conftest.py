@@ -10,10 +10,12 @@ os.environ["XLA_FLAGS"] = (
 
 import pathlib
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScores, RowScoresW
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill.scores import column_names
 from salt_jax.training.compilation import use_compilation_cache
+from tests.bucket_emulator import BucketEmulator
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same small programs, and compiling is most of what they do.
@@ -50,6 +53,22 @@ def make_cache(
 def cache(make_cache: Callable[..., PackedCache]) -> PackedCache:
     """A small cache with train, validation and test splits and two subsets."""
     return make_cache()
+
+
+@pytest.fixture
+def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketEmulator]:
+    """Buckets on this machine, which gs:// and s3:// stand for, in child processes too."""
+    with BucketEmulator() as emulator:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", emulator.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an-example-of-a-secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+        monkeypatch.setenv("SALT_LOCAL_COPIES", str(tmp_path / "copies"))
+        yield emulator
+    for scheme, library in {"gs": "gcsfs", "s3": "s3fs"}.items():
+        if library in sys.modules:  # its objects remember the server's port
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "salt_jax"
 # A part may import the parts named here, itself, and the leaves errors and run_folder.
 ALLOWED = {
     "main": {"commands", "command_line", "configuration", "config_errors", "processes"}
-    | {"run_lock", "verb_process"},
+    | {"data", "mirror", "run_lock", "verb_process"},
     "configuration": {"command_line", "config_errors", "setting_types"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"}
     | {"evaluation", "verb_process"},
@@ -31,6 +31,7 @@ ALLOWED = {
     "errors": set(),
     "run_folder": {"processes", "run_lock"},
     "processes": {"data"},
+    "mirror": {"data", "run_lock"},
     "run_lock": set(),
     "setting_types": set(),
     "verb_process": set(),

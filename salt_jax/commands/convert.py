@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data import model_tokenizers
+from salt_jax.data.buckets import local_folder
 from salt_jax.data.durable_files import write_text
 from salt_jax.data.safetensors_files import (
     DTYPES,
@@ -98,7 +99,7 @@ def convert(
     if huggingface is not None:
         if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
-        _take_in(run, pathlib.Path(huggingface), step or 0, dtype, compute_dtype, eos_token)
+        _take_in(run, local_folder(huggingface), step or 0, dtype, compute_dtype, eos_token)
     else:
         if compute_dtype is not None or eos_token is not None:
             raise InputError(

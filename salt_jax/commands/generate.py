@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from salt_jax.data.buckets import local_file
 from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
@@ -109,7 +110,7 @@ def _texts(prompt: Sequence[str], prompts: str | None) -> list[str]:
             if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise InputError(f"prompt is {text!r}, which is not UTF-8: change --prompt.")
         return list(prompt)
-    path = pathlib.Path(prompts)
+    path = local_file(prompts)
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"prompts is {path}: name a .txt file, or a .jsonl one.")
     try:

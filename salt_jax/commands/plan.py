@@ -14,11 +14,11 @@ their sizes; v5e:16x16*2 is two slices. docs/planning.md says how far the number
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salt_jax.data import denoisers
+from salt_jax.data.buckets import local_folder
 from salt_jax.data.label_format import ENCODINGS, LabelFormat
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.soft_labels import SoftLabels
@@ -184,7 +184,7 @@ def _stored_k(
             f"The soft labels {soft_labels} are of rows as they are, and objectives changes rows: "
             "leave it unset, or plan with a teacher_model instead."
         )
-    if not pathlib.Path(soft_labels).exists():
+    if not local_folder(soft_labels).exists():
         return stored_ids
     return SoftLabels.open(soft_labels).format.k
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from salt_jax.data.buckets import local_folder
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.verb_process import check_verbs, run_verb
@@ -110,7 +111,7 @@ def _check_names(
     given: Mapping[str, str],
 ) -> None:
     for name, folder in given.items():
-        if not isinstance(folder, str) or not pathlib.Path(folder).exists():
+        if not isinstance(folder, str) or not local_folder(folder).exists():
             raise InputError(f"given[{name!r}] is {folder!r}, which does not exist: correct it.")
     names = [*given, *inputs, *arms]
     for name in names:

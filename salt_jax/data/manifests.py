@@ -61,13 +61,12 @@ def new_manifest(kind: str, **parts: Any) -> dict[str, Any]:
     return {"kind": kind, "format_version": FORMAT_VERSIONS[kind], **parts}
 
 
-def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
     """The manifest of a finished folder of this kind.
 
     Raises:
       InputError: No such folder, no manifest, half-written, another kind or another format version.
     """
-    path = local_folder(folder)
     made_by, what = _MADE_BY[kind], f"finished {kind.replace('_', ' ')}"
     if not path.is_dir():
         raise InputError(
@@ -124,17 +123,3 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder as a local path.
-
-    Raises:
-      InputError: A URL such as gs://…, which must be mounted first.
-    """
-    if "://" in os.fspath(folder):
-        raise InputError(
-            f"{os.fspath(folder)} is a URL, expected a local path: mount the bucket "
-            "(for gs://, with gcsfuse) and name the folder below the mount point."
-        )
-    return pathlib.Path(folder)

@@ -22,6 +22,7 @@ from typing import Any, SupportsIndex
 
 from array_record.python import array_record_data_source
 
+from salt_jax.data.buckets import local_folder
 from salt_jax.data.cache_shards import (
     SHARD_FILE,
     DocumentCounts,
@@ -132,8 +133,9 @@ class PackedCache:
           InputError: Not there, half-written, another kind or version, a shard missing or cut
             short.
         """
-        manifest = read_manifest(path, KIND)
-        cache = cls(pathlib.Path(path), manifest, manifest_digest(manifest))
+        folder = local_folder(path)
+        manifest = read_manifest(folder, KIND)
+        cache = cls(folder, manifest, manifest_digest(manifest))
         for shard in cache._shards():
             file = cache.path / shard["file"]
             found = f"has {file.stat().st_size:,} bytes" if file.exists() else "does not exist"

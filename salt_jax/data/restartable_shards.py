@@ -29,7 +29,6 @@ from salt_jax.data.manifests import (
     MANIFEST_FILE,
     begin_writing,
     file_digest,
-    local_folder,
     manifest_digest,
     new_manifest,
     write_manifest,
@@ -84,7 +83,7 @@ class RestartableShards:
         """
         if shard_rows < 1:
             raise InputError(f"shard_rows is {shard_rows} and must be at least 1.")
-        shards = cls(local_folder(folder), rows, shard_rows, suffix, made_from)
+        shards = cls(pathlib.Path(folder), rows, shard_rows, suffix, made_from)
         begun = _read_json(shards.folder / PASS_FILE)
         return shards if begun is None else shards._as_begun(begun)
 

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from salt_jax.data import durable_files
+from salt_jax.data.buckets import local_folder
 from salt_jax.data.manifests import (
     begin_writing,
     file_digest,
-    local_folder,
     manifest_digest,
     new_manifest,
     read_manifest,
@@ -163,8 +163,8 @@ class RowScores:
         Raises:
           InputError: Not there, half-written, a shard missing or cut short, or of another cache.
         """
-        manifest = read_manifest(folder, "row_scores")
-        path = pathlib.Path(folder)
+        path = local_folder(folder)
+        manifest = read_manifest(path, "row_scores")
         _check_cache(path, "scores", manifest, cache_digest)
         scores = cls(path, manifest, manifest_digest(manifest))
         _ = scores._shards  # which looks at every file
@@ -267,7 +267,7 @@ class Selection:
           score: Which of them: k, statistic, unlearnable, min_learnable_fraction.
           cut: The lowest score selected.
         """
-        path = local_folder(folder)
+        path = pathlib.Path(folder)
         begin_writing(path)
         blocks = [row_ids_m] if isinstance(row_ids_m, np.ndarray) else row_ids_m
         rows = _write_row_ids(path / ROW_IDS_FILE, blocks)
@@ -300,8 +300,8 @@ class Selection:
         Raises:
           InputError: Not there, half-written, cut short, changed, or of another cache.
         """
-        manifest = read_manifest(folder, "selection")
-        path = pathlib.Path(folder)
+        path = local_folder(folder)
+        manifest = read_manifest(path, "selection")
         _check_cache(path, "selection", manifest, cache_digest)
         row_ids_m = _read_array(path / ROW_IDS_FILE, manifest, np.int64, "salt select")
         return cls(path, row_ids_m, manifest, _digest(manifest))

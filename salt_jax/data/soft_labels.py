@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data import durable_files
+from salt_jax.data.buckets import local_folder
 from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.manifests import FORMAT_VERSIONS, file_digest, manifest_digest, read_manifest
 from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
@@ -172,8 +173,8 @@ class SoftLabels:
         Raises:
           InputError: Not there, half-written, a shard missing or cut short, or of another cache.
         """
-        manifest = read_manifest(folder, "soft_labels")
-        path = pathlib.Path(folder)
+        path = local_folder(folder)
+        manifest = read_manifest(path, "soft_labels")
         if cache_digest is not None and manifest["cache_digest"] != cache_digest:
             raise InputError(
                 f"The soft labels in {path} belong to the cache {manifest['cache_digest'][:12]}…, "

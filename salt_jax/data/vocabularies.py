@@ -22,6 +22,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from salt_jax.data.buckets import local_file, local_folder
 from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
 from salt_jax.errors import InputError
 
@@ -338,7 +339,7 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     Raises:
       InputError: No vocabulary there, or one whose fingerprint is not the one saved with it.
     """
-    path = pathlib.Path(folder)
+    path = local_folder(folder)
     if (path / VOCABULARY_FOLDER).is_dir():
         path = path / VOCABULARY_FOLDER
     if not (path / SETTINGS_FILE).exists():
@@ -371,7 +372,7 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
 
 def _read_model(path: str | os.PathLike[str], what: str) -> bytes:
     try:
-        return pathlib.Path(path).read_bytes()
+        return local_file(path).read_bytes()
     except OSError as error:
         raise InputError(
             f"The tokenizer's file {os.fspath(path)} cannot be read ({error.strerror}): "

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from salt_jax.data.buckets import local_folder
 from salt_jax.data.manifests import MANIFEST_FILE
 from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
 from salt_jax.distill.scores import ScoreConfig
@@ -249,7 +250,9 @@ def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
     Raises:
       InputError: No folder, the same folder twice, or one that holds none of these.
     """
-    folders = [pathlib.Path(path) for path in paths]
+    folders = [
+        local_folder(path, lambda name: not name.startswith("checkpoints/")) for path in paths
+    ]
     if not folders:
         raise InputError("No run was given: `salt report` needs at least one folder, RUN….")
     resolved = [folder.resolve() for folder in folders]

@@ -1,12 +1,12 @@
 """The packed caches that a run trains on: folders in; orders of rows and a pipeline out."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from salt_jax.data.buckets import local_folder
 from salt_jax.data.denoisers import Denoising
 from salt_jax.data.input_pipeline import InputPipeline, Position
 from salt_jax.data.manifests import manifest_digest
@@ -43,7 +43,7 @@ class Caches:
           InputError: No cache or one twice, two of a name, other vocabularies or lengths, or
             weights that don't fit.
         """
-        folders = [pathlib.Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+        folders = [local_folder(path) for path in ([paths] if isinstance(paths, str) else paths)]
         names = [folder.absolute().name for folder in folders]
         if not names or len(set(names)) < len(names):
             raise InputError(

@@ -8,6 +8,7 @@ model, vocabulary, data position, counters, which teacher). A teacher or scorer 
 import contextlib
 import dataclasses
 import errno
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from salt_jax.data.buckets import is_remote, local_run
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
@@ -234,13 +236,14 @@ class SavedModel:
     """A model in a checkpoint, not loaded yet.
 
     Attributes:
-      path: The run's folder.
+      path: The run's folder on the disk.
       step: The checkpoint's step.
       config: The model.
       vocabulary_fingerprint: Of the tokenizer it was trained with.
       digest: SHA-256 of the checkpoint's parameter files.
       counters: What its training had cost by then (`ledger.Counters`); empty where that is not
         known.
+      url: Where the folder was copied from; "" where it wasn't.
     """
 
     path: pathlib.Path
@@ -249,11 +252,12 @@ class SavedModel:
     vocabulary_fingerprint: str
     digest: str
     counters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    url: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What records name this model by."""
-        return {"path": str(self.path), "step": self.step, "digest": self.digest}
+        return {"path": self.url or str(self.path), "step": self.step, "digest": self.digest}
 
     def load_vocabulary(self) -> Vocabulary:
         """The vocabulary kept beside the checkpoints.
@@ -295,7 +299,7 @@ def find_model(
     """Looks a model up in a run's folder.
 
     Args:
-      path: The run's folder.
+      path: The run's folder, or its URL in a bucket, of which this checkpoint alone is copied.
       step: The checkpoint's step; None is the newest.
       role: What the caller wants it for ("teacher"), for the error.
       cache: The rows it is to read; None leaves open whether it can. Its vocabulary may have more
@@ -305,7 +309,8 @@ def find_model(
       InputError: No such folder, no checkpoint in it, not that step, another vocabulary than the
         cache's, or rows longer than the model takes.
     """
-    path = pathlib.Path(path)
+    url = os.fspath(path) if is_remote(path) else ""
+    path = local_run(url, step) if url else pathlib.Path(path)
     folder = path / CHECKPOINTS_FOLDER
     if not path.exists():
         raise InputError(
@@ -338,6 +343,7 @@ def find_model(
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
         digest=item_digest(folder / str(step), "params"),
         counters=progress.get("counters") or {},
+        url=url,
     )
     if cache is not None:
         _require_fit(model, cache, role)

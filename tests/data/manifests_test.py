@@ -78,8 +78,3 @@ def test_broken_json(folder):
     (folder / MANIFEST_FILE).write_text("{")
     with pytest.raises(InputError, match="not readable JSON"):
         read_manifest(folder, "row_scores")
-
-
-def test_a_bucket_is_to_be_mounted():
-    with pytest.raises(InputError, match="gcsfuse"):
-        read_manifest("gs://bucket/cache", "packed_cache")

@@ -11,9 +11,9 @@ ROWS, M = 425_000_000, 73_728_000
 BYTES = 8 * ROWS  # the scores, the ids selected, and room to spare
 MOST_MEMORY = 4 << 30
 
-# A process of its own, whose peak of memory is its own: the kernel's count in /proc starts anew with a
-# program, that of getrusage at the peak of pytest's. The scores are drawn again to check.
-PROGRAM = """
+# A process of its own, whose peak is its own: the kernel's count in /proc starts anew with a
+# program, that of getrusage at pytest's peak. The scores are drawn again to check.
+PROGRAM = r"""
 import pathlib, re, sys
 import numpy as np
 from salt_jax.data.restartable_shards import RestartableShards, FinishedShards

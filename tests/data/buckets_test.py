@@ -1,0 +1,183 @@
+"""Folders in buckets, against a server on this machine that speaks as both stores do."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from salt_jax.data import buckets
+from salt_jax.data.buckets import BucketError, RemoteFolder, local_file, local_folder, local_run
+from salt_jax.errors import InputError
+from tests.bucket_emulator import BucketEmulator
+
+SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
+
+
+@pytest.fixture(params=["gs", "s3"])
+def url(request: pytest.FixtureRequest, bucket: BucketEmulator) -> str:
+    """Of the folder a/b of a bucket in which other things lie too."""
+    if importlib.util.find_spec({"gs": "gcsfs", "s3": "s3fs"}[request.param]) is None:
+        pytest.skip(f"nothing is installed that reads {request.param}://")
+    for name in ("other/b/x", "a/bc", "a/b"):
+        bucket.objects[f"bucket/{name}"] = b"not of the folder"
+    return f"{request.param}://bucket/a/b"
+
+
+def test_what_is_put_is_listed_and_fetched(url, bucket, tmp_path):
+    folder, content = (
+        RemoteFolder(url),
+        {"x": b"1", "d/e f+%/ü.bin": bytes(range(256)), "empty": b""},
+    )
+    for name, data in content.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert folder.files() == {}
+    folder.put(tmp_path, list(content))
+    assert {n: bucket.objects[f"bucket/a/b/{n}"] for n in bucket.names("bucket/a/b")} == content
+    assert {name: file.bytes for name, file in folder.files().items()} == {
+        name: len(data) for name, data in content.items()
+    }
+    folder.fetch(tmp_path / "back", list(content))
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in content} == content
+    folder.remove([*content, "never there"])
+    assert folder.files() == {}
+    assert "bucket/a/bc" in bucket.objects
+
+
+def test_marks_of_completeness_come_last_and_go_first(url, bucket, tmp_path):
+    names = ["COMPLETED", "a", "checkpoints/1/digests.json", "checkpoints/1/params/p", "z"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    folder = RemoteFolder(url)
+    folder.put(tmp_path, names)
+    written = [name.removeprefix("bucket/a/b/") for _, name in bucket.changed]
+    marks = {"COMPLETED", "checkpoints/1/digests.json"}
+    assert set(written[:3]) == set(names) - marks
+    assert set(written[3:]) == marks
+    bucket.failing = {"delete"}
+    with pytest.raises(BucketError):
+        folder.remove(names)
+    kind, name = bucket.changed[5]
+    assert kind == "delete"
+    assert name.removeprefix("bucket/a/b/") in marks
+
+
+def test_a_copy_fetches_only_what_changed(url, bucket):
+    for name in ("x", "y", "z"):
+        bucket.store(f"bucket/a/b/{name}", name.encode())
+    path = local_folder(url)
+    assert {file.name: file.read_text() for file in path.iterdir()} == {
+        "x": "x",
+        "y": "y",
+        "z": "z",
+    }
+    reads = bucket.asked["read"]
+    assert local_folder(f"{url}/") == path
+    assert bucket.asked["read"] == reads
+    bucket.store("bucket/a/b/y", b"Y")
+    del bucket.objects["bucket/a/b/z"]
+    (path / "x").write_text("damaged")
+    local_folder(url)
+    assert {file.name: file.read_text() for file in path.iterdir()} == {"x": "x", "y": "Y"}
+    assert bucket.asked["read"] == reads + 2
+
+
+def test_a_copy_that_fails_half_way_is_finished_later(url, bucket):
+    for name in ("COMPLETED", "x"):
+        bucket.store(f"bucket/a/b/{name}", name.encode())
+    bucket.failing = {"read"}
+    with pytest.raises(BucketError, match=f"{url} cannot be read.*rights"):
+        local_folder(url)
+    bucket.failing = set()
+    assert (local_folder(url) / "x").read_text() == "x"
+
+
+def test_one_file(url, bucket):
+    bucket.store("bucket/a/b/prompts.txt", b"hello\n")
+    bucket.store("bucket/a/b/large", b"0" * 100)
+    path = local_file(f"{url}/prompts.txt")
+    assert path.read_text() == "hello\n"
+    assert not (path.parent / "large").exists()
+    with pytest.raises(InputError, match=r"no file .*a/b/nothing"):
+        local_file(f"{url}/nothing")
+
+
+def test_of_a_run_one_checkpoint_is_copied(url, bucket):
+    for step in (5, 10, 15):
+        for name in ("params/p", "digests.json"):
+            bucket.store(f"bucket/a/b/checkpoints/{step}/{name}", str(step).encode())
+    del bucket.objects["bucket/a/b/checkpoints/15/digests.json"]  # half-sent
+    bucket.store("bucket/a/b/metrics.jsonl", b"{}\n")
+    path = local_run(url, None)
+    assert [p.name for p in (path / "checkpoints").iterdir()] == ["10"]
+    assert (path / "metrics.jsonl").exists()
+    local_run(url, 5)
+    assert {p.name for p in (path / "checkpoints").iterdir()} == {"5", "10"}
+    for name in [name for name in bucket.objects if "/10/" in name]:
+        del bucket.objects[name]
+    local_run(url, 5)
+    assert {p.name for p in (path / "checkpoints").iterdir()} == {"5"}  # no empty folder either
+    with pytest.raises(InputError, match="checkpoints of step 5, and step 10 is asked for"):
+        local_run(url, 10)
+
+
+def test_an_empty_folder_is_refused(url):
+    with pytest.raises(InputError, match=r"nothing in .*a/b/none"):
+        local_folder(f"{url}/none")
+
+
+def test_no_room_is_told_before_copying(url, bucket, monkeypatch):
+    bucket.store("bucket/a/b/x", b"0" * 5000)
+    monkeypatch.setattr(
+        buckets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4999})
+    )
+    with pytest.raises(InputError, match="SALT_LOCAL_COPIES"):
+        local_folder(url)
+    assert bucket.asked["read"] == 0
+
+
+def test_a_path_on_the_disk_stays_what_it_is():
+    assert local_folder("runs/a") == pathlib.Path("runs/a")
+    assert local_file("prompts.txt") == pathlib.Path("prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("ftp://host/x", "ftp:// is no kind of path"),
+        ("gs://bucket", "write gs://BUCKET/FOLDER"),
+        ("gs://", "write gs://BUCKET/FOLDER"),
+        ("s3://bucket/../x", "names no folder"),
+        (f"s3://id:{SECRET}@bucket/x", "give credentials as gcloud"),
+        (f"s3://bucket/x?X-Amz-Signature={SECRET}", "give credentials as gcloud"),
+    ],
+)
+def test_paths_that_name_no_folder(given, said):
+    with pytest.raises(InputError, match=said) as caught:
+        local_folder(given)
+    assert SECRET not in str(caught.value)
+
+
+def test_credentials_are_in_no_sentence(url, bucket, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    folder = RemoteFolder(url)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(f"signature with {SECRET} does not match")
+
+    monkeypatch.setattr(folder._files, "find", fail)
+    with pytest.raises(BucketError, match="does not match") as caught:
+        folder.files()
+    assert SECRET not in str(caught.value)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    import fsspec
+
+    def missing(scheme: str) -> None:
+        raise ImportError(scheme)
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(InputError, match=r"pip install 'salt_jax\[gcs\]'"):
+        RemoteFolder("gs://bucket/x")
