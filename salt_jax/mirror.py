@@ -9,10 +9,11 @@ A bucket that cannot be reached for a while is told of and tried again.
 import contextlib
 import os
 import pathlib
+import shutil
 import sys
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from salt_jax.data.buckets import (
     BucketError,
@@ -21,7 +22,7 @@ from salt_jax.data.buckets import (
     RemoteFile,
     RemoteFolder,
     changed_ns,
-    remote_steps,
+    checkpoint_of,
 )
 from salt_jax.data.manifests import COMPLETED_FILE
 from salt_jax.errors import InputError, RunFailed
@@ -85,11 +86,9 @@ class Mirror:
 
     def _take(self, there: Mapping[str, RemoteFile]) -> None:
         """Makes the folder what the bucket holds, whose half-sent checkpoints go."""
-        steps = {str(step) for step in remote_steps(there)}
+        whole = {checkpoint_of(name) for name in there if name.endswith("/digests.json")}
         self._folder.remove(
-            name
-            for name in there
-            if name.startswith("checkpoints/") and name.split("/")[1] not in steps
+            name for name in there if checkpoint_of(name) and checkpoint_of(name) not in whole
         )
         for name in self._states().keys() - there.keys():
             self._copy.drop(name)
@@ -141,17 +140,34 @@ class Mirror:
         ]
         if not changed and not gone:
             return
-        known |= {name: Copied(None, now.get(name, -1)) for name in (*changed, *gone)}
-        self._copy.note(known)
-        self._folder.remove(name for name in gone if name.rpartition("/")[2] == COMPLETED_FILE)
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile: next time
-            self._folder.put(self.path, changed)
-            there = self._folder.files()
-            known |= {name: Copied(there.get(name), now[name]) for name in changed}
+        with self._held(changed) as (folder, changed):
+            known |= {name: Copied(None, now.get(name, -1)) for name in (*changed, *gone)}
+            self._copy.note(known)
+            self._folder.remove(name for name in gone if name.rpartition("/")[2] == COMPLETED_FILE)
+            self._folder.put(folder, changed)
+        there = self._folder.files()
+        known |= {name: Copied(there.get(name), now[name]) for name in changed}
         self._folder.remove(gone)  # after a checkpoint that takes their place
         for name in gone:
             del known[name]
         self._copy.note(known)
+
+    @contextlib.contextmanager
+    def _held(self, names: Sequence[str]) -> Iterator[tuple[pathlib.Path, list[str]]]:
+        """A folder in which files stay as long as sending takes, whatever the run removes, and
+        those that are there: of a checkpoint all or none."""
+        folder, removed = self.path.parent / f".{self.path.name}.sending", set()
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(self.path / name, folder / name)
+                except FileNotFoundError:
+                    removed.add(checkpoint_of(name) or name)
+            yield folder, [name for name in names if (checkpoint_of(name) or name) not in removed]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _states(self) -> dict[str, int]:
         """The time of change of every file that is complete, by name."""

@@ -56,9 +56,13 @@ class BucketEmulator:
         return {n.removeprefix(f"{folder}/") for n in self.objects if n.startswith(f"{folder}/")}
 
     def wait_for(self, name: str) -> bool:
-        """Returns when an object of this name is there; False if that takes a minute."""
+        """Returns when there is an object whose name this matches; False if that takes a minute."""
+
+        def is_there() -> bool:
+            return any(re.fullmatch(name, found) for found in self.objects)
+
         with self._called:
-            return self._called.wait_for(lambda: name in self.objects, timeout=60)
+            return self._called.wait_for(is_there, timeout=60)
 
     def wait_for_call(self, writes: int) -> bool:
         """Returns when so many writes were asked for; False if that takes a minute."""

@@ -1,7 +1,9 @@
 """Output folders in a bucket: what is sent, what is taken, and what a kill or a network costs."""
 
 import contextlib
+import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -125,24 +127,39 @@ def test_a_checkpoint_that_was_sent_in_part_goes(bucket):
     assert bucket.names(f"{PLACE}/checkpoints") == {"10/params/p", "10/digests.json"}
 
 
-def test_what_was_removed_while_it_was_being_sent_is_not_left_behind(bucket, monkeypatch):
+def test_a_checkpoint_that_is_removed_while_it_is_sent_arrives_and_goes(bucket):
     with RunLock() as lock:
         mirror = Mirror(URL, "train", lock)
+        put = mirror._folder.put
+
+        def removed_meanwhile(folder: pathlib.Path, names: list[str]) -> None:
+            shutil.rmtree(mirror.path / "checkpoints")
+            put(folder, names)
+
         with mirror as path:
-            write(path / "a", "a")
-            put = mirror._folder.put
-
-            def vanish(folder: pathlib.Path, names: list[str]) -> None:
-                put(folder, names)
-                monkeypatch.undo()
-                raise FileNotFoundError("a")
-
-            monkeypatch.setattr(mirror._folder, "put", vanish)
+            for name in ("params/p", "digests.json"):
+                write(path / "checkpoints/10" / name, "10")
+            mirror._folder.put = removed_meanwhile
             mirror._send()
-            assert held(bucket) == {"a": "a"}
-            (path / "a").unlink()
-            write(path / "b", "b")
-    assert held(bucket) == {"b": "b"}
+            assert bucket.names(f"{PLACE}/checkpoints") == {"10/params/p", "10/digests.json"}
+            mirror._folder.put = put
+    assert held(bucket) == {}
+
+
+def test_of_a_checkpoint_that_is_being_removed_nothing_is_sent(bucket, monkeypatch):
+    with mirrored() as path:
+        write(path / "runs/checkpoints/10/params/p", "10")
+        write(path / "runs/checkpoints/10/digests.json", "10")
+        write(path / "metrics.jsonl", "1")
+        link = os.link
+
+        def removed_meanwhile(source: pathlib.Path, target: pathlib.Path) -> None:
+            if source.name == "p":
+                raise FileNotFoundError(source)
+            link(source, target)
+
+        monkeypatch.setattr(os, "link", removed_meanwhile)
+    assert held(bucket) == {"metrics.jsonl": "1"}
 
 
 def write_and_lose() -> None:

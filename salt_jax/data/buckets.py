@@ -135,14 +135,11 @@ class RemoteFolder:
 
         Raises:
           BucketError: One cannot be written.
-          FileNotFoundError: One is gone from the disk.
         """
         for rank in range(2):
             own = [name for name in names if _rank(name) == rank]
             if not own:
                 continue
-            if missing := [name for name in own if not (folder / name).exists()]:
-                raise FileNotFoundError(missing[0])
             with self._told("written"):
                 local = [str(folder / name) for name in own]
                 self._files.put(local, [self._at(name) for name in own])
@@ -169,8 +166,6 @@ class RemoteFolder:
         """Turns an error of a library or of the network, of whichever class, into a sentence."""
         try:
             yield
-        except FileNotFoundError:
-            raise
         except Exception as error:
             raise BucketError(
                 f"{self.url} cannot be {what} ({_reason(error)}): {_ADVICE}."
@@ -332,6 +327,12 @@ def remote_steps(files: Collection[str]) -> list[int]:
     """The steps of complete checkpoints among the names of a run's files, ascending."""
     found = (re.fullmatch(r"checkpoints/(\d+)/digests\.json", name) for name in files)
     return sorted(int(match[1]) for match in found if match)
+
+
+def checkpoint_of(name: str) -> str:
+    """The checkpoint that a file belongs to, "RUN/checkpoints/STEP"; "" where it is of none."""
+    found = re.match(r"(?:.*/)?checkpoints/\d+(?=/)", name)
+    return found[0] if found else ""
 
 
 def _listed(steps: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
-"""Real processes: killed, asked to stop, started again; the parameters must not know."""
+"""Real processes: killed, asked to stop, started again, moved; the parameters must not know."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+from salt_jax.data.buckets import RemoteFolder
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.training.checkpoints import find_model
+from salt_jax.training.checkpoints import complete_steps, find_model
 from salt_jax.training.partitioning import MeshConfig
+from tests.bucket_emulator import BucketEmulator
 
 STEPS = 60
 
@@ -111,3 +114,52 @@ def test_sigterm_saves_and_exits_75(
     assert f"continues at step {stopped}" in text
     for a, b in zip(params_of(tmp_path), params_of(straight), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("gcsfs", "s3fs")),
+    reason="gcsfs or s3fs is not installed",
+)
+def test_with_all_in_buckets_another_machine_goes_on(
+    cache: PackedCache,
+    slm: pathlib.Path,
+    straight: pathlib.Path,
+    bucket: BucketEmulator,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    send(cache.path, "gs://bucket/cache")
+    send(slm, "s3://bucket/slm")
+    moved = {
+        f"--cache={cache.path}": "--cache=gs://bucket/cache",
+        f"--teacher={slm}": "--teacher=s3://bucket/slm",
+        f"--output_dir={tmp_path}": "--output_dir=gs://bucket/runs/salt",
+    }
+    typed = [moved.get(argument, argument) for argument in command(cache, slm, tmp_path)]
+    monkeypatch.setenv("SALT_SEND_SECONDS", "0.05")
+    lost = start(typed)
+    assert bucket.wait_for(r"bucket/runs/salt/checkpoints/\d\d/digests\.json")
+    lost.kill()
+    lost.communicate()
+    monkeypatch.setenv("SALT_LOCAL_COPIES", str(tmp_path / "another machine"))
+    process = start(typed)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    assert "continues at step" in text
+    output = tmp_path / "taken"
+    for name in bucket.names("bucket/runs/salt"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(bucket.objects[f"bucket/runs/salt/{name}"])
+    for a, b in zip(params_of(output), params_of(straight), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert complete_steps(output) == complete_steps(straight)
+    assert {path.name for path in output.iterdir()} == {path.name for path in straight.iterdir()}
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in text
+    assert not [name for name, content in bucket.objects.items() if secret.encode() in content]
+
+
+def send(folder: pathlib.Path, url: str) -> None:
+    """Puts a folder into a bucket."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "programs" not in path.parts]
+    RemoteFolder(url).put(folder, [str(path.relative_to(folder)) for path in files])
