@@ -93,7 +93,7 @@ def _run(argv: list[str]) -> int:
     verb = configure(arguments)
     _quiet_libtpu()
     together = _join(arguments)
-    with RunLock() as lock, _output_folder(arguments, lock) as path:
+    with RunLock() as lock, _output_folder(arguments) as path:
         folder = RunFolder(
             path=path,
             verb=arguments.verb,
@@ -143,13 +143,11 @@ def _join(arguments: Arguments) -> processes.Processes:
     return together
 
 
-def _output_folder(
-    arguments: Arguments, lock: RunLock
-) -> contextlib.AbstractContextManager[pathlib.Path]:
+def _output_folder(arguments: Arguments) -> contextlib.AbstractContextManager[pathlib.Path]:
     """The folder on the disk that the verb writes into."""
     given = str(arguments.output_dir)
     if is_remote(given):
-        return Mirror(given, arguments.verb, lock)
+        return Mirror(given, arguments.verb)
     return contextlib.nullcontext(pathlib.Path(given))
 
 

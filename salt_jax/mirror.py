@@ -15,15 +15,8 @@ import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 
-from salt_jax.data.buckets import (
-    BucketError,
-    Copied,
-    Copy,
-    RemoteFile,
-    RemoteFolder,
-    changed_ns,
-    checkpoint_of,
-)
+from salt_jax.data.buckets import BucketError, RemoteFile, RemoteFolder, checkpoint_of
+from salt_jax.data.local_copies import Copied, Copy, changed_ns, copy_below
 from salt_jax.data.manifests import COMPLETED_FILE
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.run_lock import RunLock
@@ -41,17 +34,16 @@ class Mirror:
 
     Args:
       url: gs://BUCKET/PATH or s3://BUCKET/PATH.
-      verb: The verb that writes it.
-      lock: Keeps other processes of this machine out, as of any output folder.
+      verb: The verb that writes it, for other processes of this machine, which are kept out.
 
     Raises:
       InputError: See RemoteFolder.
     """
 
-    def __init__(self, url: str, verb: str, lock: RunLock) -> None:
+    def __init__(self, url: str, verb: str) -> None:
         self._folder = RemoteFolder(url)
-        self._verb, self._lock = verb, lock
-        self.path = self._folder.copy_below("output")
+        self._verb, self._lock = verb, RunLock()
+        self.path = copy_below("output", self._folder)
         self._copy = Copy(self._folder, self.path)
         self._known: dict[str, Copied] = {}
         self._seconds = _seconds()
@@ -67,8 +59,7 @@ class Mirror:
           BucketError: The bucket cannot be read.
         """
         there = self._folder.files()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire(self.path, self._verb)
+        self._lock.acquire(self.path, self._verb, at=self._copy.control)
         self._known = self._copy.known()
         if not self._is_ours(there):
             self._take(there)
@@ -102,6 +93,10 @@ class Mirror:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        with self._lock:
+            self._send_rest(error)
+
+    def _send_rest(self, error: BaseException | None) -> None:
         for left in reversed(range(_TRIES)):
             try:
                 self._send()
@@ -156,7 +151,7 @@ class Mirror:
     def _held(self, names: Sequence[str]) -> Iterator[tuple[pathlib.Path, list[str]]]:
         """A folder in which files stay as long as sending takes, whatever the run removes, and
         those that are there: of a checkpoint all or none."""
-        folder, removed = self.path.parent / f".{self.path.name}.sending", set()
+        folder, removed = self._copy.control / "sending", set()
         shutil.rmtree(folder, ignore_errors=True)
         try:
             for name in names:

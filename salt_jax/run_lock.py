@@ -26,7 +26,9 @@ class RunLock:
         self._path: pathlib.Path | None = None
         self._file: IO[str] | None = None
 
-    def acquire(self, folder: pathlib.Path, verb: str, part: str = "") -> None:
+    def acquire(
+        self, folder: pathlib.Path, verb: str, part: str = "", at: pathlib.Path | None = None
+    ) -> None:
         """Keeps other processes out; nothing happens where this one has done so already.
 
         Args:
@@ -34,11 +36,12 @@ class RunLock:
           verb: The verb that writes it, for those who are kept out.
           part: Which part of the work this process does, where several share a folder; each part
             has a lock of its own.
+          at: The folder that the lock lies in, if it isn't the output folder itself.
 
         Raises:
           InputError: Another process has it; its verb, number and host are named.
         """
-        path = folder / (f"{LOCK_FILE}-{part}" if part else LOCK_FILE)
+        path = (at or folder) / (f"{LOCK_FILE}-{part}" if part else LOCK_FILE)
         if self._path == path:
             return
         assert self._path is None, f"{self._path} is held, and {path} is asked for"

@@ -10,7 +10,6 @@ import pytest
 
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.mirror import Mirror
-from salt_jax.run_lock import RunLock
 from tests.bucket_emulator import BucketEmulator
 
 URL = "s3://bucket/runs/a"
@@ -27,7 +26,7 @@ def seldom(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def mirrored(url: str = URL) -> Iterator[pathlib.Path]:
-    with RunLock() as lock, Mirror(url, "train", lock) as path:
+    with Mirror(url, "train") as path:
         yield path
 
 
@@ -128,21 +127,20 @@ def test_a_checkpoint_that_was_sent_in_part_goes(bucket):
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_sent_arrives_and_goes(bucket):
-    with RunLock() as lock:
-        mirror = Mirror(URL, "train", lock)
-        put = mirror._folder.put
+    mirror = Mirror(URL, "train")
+    put = mirror._folder.put
 
-        def removed_meanwhile(folder: pathlib.Path, names: list[str]) -> None:
-            shutil.rmtree(mirror.path / "checkpoints")
-            put(folder, names)
+    def removed_meanwhile(folder: pathlib.Path, names: list[str]) -> None:
+        shutil.rmtree(mirror.path / "checkpoints")
+        put(folder, names)
 
-        with mirror as path:
-            for name in ("params/p", "digests.json"):
-                write(path / "checkpoints/10" / name, "10")
-            mirror._folder.put = removed_meanwhile
-            mirror._send()
-            assert bucket.names(f"{PLACE}/checkpoints") == {"10/params/p", "10/digests.json"}
-            mirror._folder.put = put
+    with mirror as path:
+        for name in ("params/p", "digests.json"):
+            write(path / "checkpoints/10" / name, "10")
+        mirror._folder.put = removed_meanwhile
+        mirror._send()
+        assert bucket.names(f"{PLACE}/checkpoints") == {"10/params/p", "10/digests.json"}
+        mirror._folder.put = put
     assert held(bucket) == {}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data import model_tokenizers
-from salt_jax.data.buckets import local_folder
 from salt_jax.data.durable_files import write_text
+from salt_jax.data.local_copies import local_folder
 from salt_jax.data.safetensors_files import (
     DTYPES,
     SafetensorsFolder,

@@ -17,8 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from salt_jax.data.buckets import local_file
 from salt_jax.data.durable_files import write_text
+from salt_jax.data.local_copies import local_file
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import compilation, partitioning

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salt_jax.data import denoisers
-from salt_jax.data.buckets import local_folder
 from salt_jax.data.label_format import ENCODINGS, LabelFormat
+from salt_jax.data.local_copies import local_folder
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.distill import losses, schedules

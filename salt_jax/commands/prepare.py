@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from salt_jax.data.buckets import state_of
 from salt_jax.data.manifests import COMPLETED_FILE
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
@@ -27,7 +28,6 @@ from salt_jax.preparation.cache_building import Building, EmptySplit
 from salt_jax.preparation.corpora import Corpus, text_corpus
 from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.packing import PackingPlan
-from salt_jax.preparation.reading_log import state_of
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.runners import LOCAL, JobRunner
 from salt_jax.preparation.text_files import TextFiles

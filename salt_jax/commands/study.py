@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from salt_jax.data.buckets import local_folder
+from salt_jax.data.local_copies import local_folder
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.verb_process import check_verbs, run_verb

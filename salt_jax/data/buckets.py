@@ -1,32 +1,25 @@
 """Folders and files in buckets, gs://BUCKET/PATH and s3://BUCKET/PATH, through fsspec.
 
-In: a path as it was typed. Out: where it lies on this machine's disk: itself, or a copy of what the
-bucket holds, of which only what has changed there is fetched again. Copies are kept below
-SALT_LOCAL_COPIES, ~/.cache/salt_jax by default. Credentials are found by gcsfs and s3fs, as by
-Google's and Amazon's own tools; this package never sees them.
+In: paths as they were typed. Out: what a bucket's folder holds, its files to and from the disk, or
+read in place. Credentials are found by gcsfs and s3fs, as by Google's and Amazon's own tools; this
+package never sees them.
 """
 
 import contextlib
-import fcntl
-import json
+import hashlib
 import os
 import pathlib
 import re
-import shutil
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError
-
-COPIES = "SALT_LOCAL_COPIES"
 
 # What installs the library of each scheme.
 _EXTRAS = {"gs": "gcs", "s3": "s3"}
 # By which file systems tell one content of a file from the next.
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
-# Files that say that others are complete go last, and are taken away first.
 _MARKS = ("COMPLETED", "digests.json")
 _ADVICE = "check the name, your rights to it and the network"
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -60,39 +53,13 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
-        # Otherwise gcsfs asks for the kind of bucket before each call, and warns where it may not.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        scheme, _, rest = url.partition("://")
-        if scheme not in _EXTRAS:
-            raise InputError(
-                f"{scheme}:// is no kind of path that is known: name a folder on this machine, "
-                f"or one of {', '.join(f'{known}://' for known in _EXTRAS)}."
-            )
-        if re.search(r"[@?#]", rest):
-            raise InputError(
-                f"A {scheme}:// path holds '@', '?' or '#', which stand for credentials and "
-                "queries: name the bucket and the folder alone, and give credentials as gcloud "
-                "and aws find them."
-            )
-        parts = [part for part in rest.split("/") if part]
+        self._root = _place(url)
+        scheme, parts = url.partition("://")[0], self._root.split("/")
         if len(parts) < 2 or ".." in parts or "." in parts:
             raise InputError(f"{url} names no folder of a bucket: write {scheme}://BUCKET/FOLDER.")
-        self.url = f"{scheme}://{'/'.join(parts)}"
+        self.url = f"{scheme}://{self._root}"
         self.parts = (scheme, *parts)
-        self._root = "/".join(parts)
-        try:
-            self._files = fsspec.filesystem(scheme)
-        except ImportError as error:
-            raise InputError(
-                f"{self.url} needs a library that is not installed: run "
-                f"pip install 'salt_jax[{_EXTRAS[scheme]}]'."
-            ) from error
-        except Exception as error:
-            raise BucketError(
-                f"{self.url} cannot be read ({_reason(error)}): {_ADVICE}."
-            ) from error
+        self._files, _ = _opened(url)
 
     def files(self) -> dict[str, RemoteFile]:
         """What it holds now, by names relative to it; empty where there is nothing.
@@ -100,7 +67,7 @@ class RemoteFolder:
         Raises:
           BucketError: It cannot be listed.
         """
-        with self._told("read"):
+        with _told(self.url, "read"):
             self._files.invalidate_cache()
             try:
                 found = self._files.find(self._root, detail=True)
@@ -118,16 +85,17 @@ class RemoteFolder:
         Raises:
           BucketError: One cannot be read.
         """
-        temporary = [folder / f"{name}.fetched.tmp" for name in names]
-        for path in temporary:
+        temporary = {name: folder / f"{name}.fetched.tmp" for name in names}
+        for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._told("read"):
-                self._files.get([self._at(name) for name in names], list(map(str, temporary)))
-            for name, path in sorted(zip(names, temporary, strict=True), key=lambda x: _rank(x[0])):
-                os.replace(path, folder / name)
+            with _told(self.url, "read"):
+                local = list(map(str, temporary.values()))
+                self._files.get([self._at(name) for name in names], local)
+            for name in sorted(names, key=completes):
+                os.replace(temporary[name], folder / name)
         finally:
-            for path in temporary:
+            for path in temporary.values():
                 path.unlink(missing_ok=True)
 
     def put(self, folder: pathlib.Path, names: Sequence[str]) -> None:
@@ -136,11 +104,11 @@ class RemoteFolder:
         Raises:
           BucketError: One cannot be written.
         """
-        for rank in range(2):
-            own = [name for name in names if _rank(name) == rank]
+        for last in (False, True):
+            own = [name for name in names if completes(name) == last]
             if not own:
                 continue
-            with self._told("written"):
+            with _told(self.url, "written"):
                 local = [str(folder / name) for name in own]
                 self._files.put(local, [self._at(name) for name in own])
 
@@ -150,183 +118,70 @@ class RemoteFolder:
         Raises:
           BucketError: One cannot be removed.
         """
-        for name in sorted(names, key=_rank, reverse=True):
-            with self._told("written"), contextlib.suppress(FileNotFoundError):
+        for name in sorted(names, key=completes, reverse=True):
+            with _told(self.url, "written"), contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._at(name))
-
-    def copy_below(self, kind: str) -> pathlib.Path:
-        """Where its copy lies on this machine."""
-        return _copies() / kind / pathlib.Path(*self.parts)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Turns an error of a library or of the network, of whichever class, into a sentence."""
-        try:
-            yield
-        except Exception as error:
-            raise BucketError(
-                f"{self.url} cannot be {what} ({_reason(error)}): {_ADVICE}."
-            ) from error
+
+def path_of(file: str) -> pathlib.Path:
+    """A file's path on the disk, or in a bucket: its name, its parent and its text are as any
+    path's; `open_file` and `state_of` read it."""
+    if not is_remote(file):
+        return pathlib.Path(file)
+    from etils import epath
+
+    return cast(pathlib.Path, epath.Path(file))
 
 
-class Copied(NamedTuple):
-    """A file of the bucket's as it was when it and its copy were the same (None while one is being
-    made the other), and the copy's time of change in nanoseconds."""
-
-    there: RemoteFile | None
-    changed_ns: int
-
-
-class Copy:
-    """A folder on the disk and which of its files are the bucket's.
-
-    Args:
-      folder: The bucket's.
-      path: The copy.
-    """
-
-    def __init__(self, folder: RemoteFolder, path: pathlib.Path) -> None:
-        self.folder, self.path = folder, path
-        self._record = path.parent / f".{path.name}.copy.json"
-
-    def known(self) -> dict[str, Copied]:
-        """The files that were copied, either way, by name; empty where nothing was."""
-        try:
-            known = json.loads(self._record.read_text())
-            return {
-                str(name): Copied(there and RemoteFile(*there), int(changed_ns))
-                for name, (there, changed_ns) in known.items()
-            }
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
-
-    def note(self, files: Mapping[str, Copied]) -> None:
-        """Remembers them."""
-        self._record.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._record, json.dumps(files, indent=0))
-
-    def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Makes the copy what the bucket holds now.
-
-        Args:
-          wanted: Which files to have; others that were copied before are kept while they are the
-            bucket's.
-
-        Raises:
-          InputError: There is no room for it.
-          BucketError: It cannot be read.
-        """
-        there, known = self.folder.files(), self.known()
-        current = {
-            name: copied
-            for name, copied in known.items()
-            if there.get(name) == copied.there and changed_ns(self.path / name) == copied.changed_ns
-        }
-        for name in sorted(known.keys() - there.keys(), key=_rank, reverse=True):
-            self.drop(name)
-        missing = [name for name in there if wanted(name) and name not in current]
-        if missing:
-            total = sum(there[name].bytes for name in missing)
-            self._require_space(total)
-            print(
-                f"Copying {len(missing)} files, {total / 1e6:,.1f} MB, from {self.folder.url} to "
-                f"{self.path}",
-                flush=True,
-            )
-            self.note(current)
-            self.folder.fetch(self.path, missing)
-        new = {name: Copied(there[name], changed_ns(self.path / name)) for name in missing}
-        if missing or known.keys() != current.keys():
-            self.note(current | new)
-
-    def drop(self, name: str) -> None:
-        """Takes a file out of the copy, and the folders that are empty without it."""
-        file = self.path / name
-        file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            for folder in file.relative_to(self.path).parents:
-                (self.path / folder).rmdir()
-
-    def _require_space(self, needed: int) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            raise InputError(
-                f"The disk of {self.path} has {free / 1e6:,.0f} MB free, and the copy of "
-                f"{self.folder.url} needs {needed / 1e6:,.0f} MB: set {COPIES} to a folder on a "
-                "larger disk, or mount the bucket."
-            )
-
-
-def local_folder(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
-) -> pathlib.Path:
-    """A folder on this machine's disk: the path itself, or a copy of a bucket's folder.
-
-    Args:
-      path: As it was typed.
-      wanted: Which of a bucket's files to copy, by their names relative to it.
+def matching(pattern: str) -> list[str]:
+    """The URLs of a bucket's files that a pattern names; ** crosses folders.
 
     Raises:
-      InputError: The bucket's folder cannot be read, or is empty.
+      InputError: See RemoteFolder.
+    """
+    files, place = _opened(pattern)
+    with _told(pattern, "read"):
+        files.invalidate_cache()
+        found = files.glob(place, detail=True)
+    scheme = pattern.partition("://")[0]
+    return [f"{scheme}://{name}" for name, info in sorted(found.items()) if info["type"] == "file"]
+
+
+def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
+    """A file to read, unbuffered where it is on the disk, and its state as it was opened.
+
+    Raises:
+      OSError: It cannot be read.
+      BucketError: It lies in a bucket, and cannot be read.
     """
     if not is_remote(path):
-        return pathlib.Path(path)
-    folder = RemoteFolder(os.fspath(path))
-    copy = Copy(folder, folder.copy_below("input"))
-    copy.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(copy.path.parent / f".{copy.path.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes on this machine one fetches
-        copy.fetch(wanted)
-    if not copy.path.is_dir():
-        raise InputError(f"There is nothing in {folder.url}: name another folder.")
-    return copy.path
+        file = cast(BinaryIO, open(path, "rb", buffering=0))  # noqa: SIM115 (the caller's)
+        status = os.fstat(file.fileno())
+        return file, (status.st_size, status.st_mtime_ns)
+    files, place = _opened(os.fspath(path))
+    with _told(os.fspath(path), "read"):
+        return files.open(place, "rb"), state_of(path)
 
 
-def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A file on this machine's disk: the path itself, or a copy of a bucket's file.
+def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """A file's size, and what changes with its content: the time of change in nanoseconds, or a
+    hash of what a bucket goes by.
 
     Raises:
-      InputError: The bucket's file cannot be read, or isn't there.
+      OSError: It cannot be read.
+      BucketError: It lies in a bucket, and cannot be read.
     """
     if not is_remote(path):
-        return pathlib.Path(path)
-    folder, _, name = os.fspath(path).rpartition("/")
-    file = local_folder(folder, lambda other: other == name) / name
-    if not file.exists():
-        raise InputError(f"There is no file {os.fspath(path)}: name another.")
-    return file
-
-
-def local_run(url: str, step: int | None) -> pathlib.Path:
-    """A copy of a run's folder in a bucket, with one of its checkpoints.
-
-    Args:
-      url: The run's.
-      step: The checkpoint's step; None is the newest.
-
-    Raises:
-      InputError: It cannot be read, is empty, or has no such checkpoint.
-    """
-    steps = remote_steps(RemoteFolder(url).files())
-    if step is not None and step not in steps:
-        raise InputError(
-            f"{url} has {f'checkpoints of {_listed(steps)}' if steps else 'no checkpoint'}, and "
-            f"step {step} is asked for: name another step."
-        )
-    kept = f"checkpoints/{step if step is not None else max(steps, default=None)}/"
-    return local_folder(
-        url, lambda name: not name.startswith("checkpoints/") or name.startswith(kept)
-    )
-
-
-def remote_steps(files: Collection[str]) -> list[int]:
-    """The steps of complete checkpoints among the names of a run's files, ascending."""
-    found = (re.fullmatch(r"checkpoints/(\d+)/digests\.json", name) for name in files)
-    return sorted(int(match[1]) for match in found if match)
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    files, place = _opened(os.fspath(path))
+    with _told(os.fspath(path), "read"):
+        info = files.info(place)
+    digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
+    return int(info["size"]), int.from_bytes(digest)
 
 
 def checkpoint_of(name: str) -> str:
@@ -335,25 +190,61 @@ def checkpoint_of(name: str) -> str:
     return found[0] if found else ""
 
 
-def _listed(steps: Sequence[int]) -> str:
-    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+def _place(url: str) -> str:
+    """The path that a URL names: BUCKET/FOLDER/FILE.
+
+    Raises:
+      InputError: Another scheme, or credentials in the URL.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme not in _EXTRAS:
+        raise InputError(
+            f"{scheme}:// is no kind of path that is known: name a folder on this machine, "
+            f"or one of {', '.join(f'{known}://' for known in _EXTRAS)}."
+        )
+    if re.search(r"[@#]|\?.*[=&]", rest):
+        raise InputError(
+            f"A {scheme}:// path holds '@', '#' or a query, which stand for credentials: name the "
+            "bucket and the folder alone, and give credentials as gcloud and aws find them."
+        )
+    return "/".join(part for part in rest.split("/") if part)
 
 
-def changed_ns(path: pathlib.Path) -> int:
-    """A file's time of change in nanoseconds; -1 where there is none."""
+def _opened(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and its path there.
+
+    Raises:
+      InputError: See `_place`; or the library is not installed.
+    """
+    import fsspec
+
+    # Otherwise gcsfs asks for the kind of bucket before each call, and warns where it may not.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    place, scheme = _place(url), url.partition("://")[0]
+    with _told(f"{scheme}://{place}", "read"):
+        try:
+            return fsspec.filesystem(scheme), place
+        except ImportError as error:
+            raise InputError(
+                f"{scheme}://{place} needs a library that is not installed: run "
+                f"pip install 'salt_jax[{_EXTRAS[scheme]}]'."
+            ) from error
+
+
+@contextlib.contextmanager
+def _told(url: str, what: str) -> Iterator[None]:
+    """Turns an error of a library or of the network, of whichever class, into a sentence."""
     try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return -1
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise BucketError(f"{url} cannot be {what} ({_reason(error)}): {_ADVICE}.") from error
 
 
-def _copies() -> pathlib.Path:
-    given = os.environ.get(COPIES)
-    return pathlib.Path(given or "~/.cache/salt_jax").expanduser().absolute()
-
-
-def _rank(name: str) -> int:
-    return int(name.rpartition("/")[2] in _MARKS)
+def completes(name: str) -> bool:
+    """Whether a file says that others are complete: it is sent last and removed first."""
+    return name.rpartition("/")[2] in _MARKS
 
 
 def _version(info: Mapping[str, Any]) -> str:

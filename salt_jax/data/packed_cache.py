@@ -22,7 +22,6 @@ from typing import Any, SupportsIndex
 
 from array_record.python import array_record_data_source
 
-from salt_jax.data.buckets import local_folder
 from salt_jax.data.cache_shards import (
     SHARD_FILE,
     DocumentCounts,
@@ -32,6 +31,7 @@ from salt_jax.data.cache_shards import (
     write_shard,
 )
 from salt_jax.data.features import Row
+from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import (
     begin_writing,
     file_digest,

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from salt_jax.data import durable_files
-from salt_jax.data.buckets import local_folder
+from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import (
     begin_writing,
     file_digest,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data import durable_files
-from salt_jax.data.buckets import local_folder
 from salt_jax.data.label_format import LabelFormat, Labels
+from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import FORMAT_VERSIONS, file_digest, manifest_digest, read_manifest
 from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
 from salt_jax.errors import InputError

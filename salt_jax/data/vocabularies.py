@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from salt_jax.data.buckets import local_file, local_folder
+from salt_jax.data.local_copies import local_file, local_folder
 from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
 from salt_jax.errors import InputError
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from salt_jax.data.buckets import path_of, state_of
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.preparation.part_files import TokenizedDocument, token_dtype
@@ -54,7 +55,7 @@ class TextUnit:
     @property
     def files(self) -> list[pathlib.Path]:
         """Its files."""
-        return list(map(pathlib.Path, self.paths))
+        return list(map(path_of, self.paths))
 
     def identity(self) -> dict[str, Any]:
         """What its documents depend on, apart from what stands in the files.
@@ -208,4 +209,4 @@ def _grouped(files: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
 
 
 def _text_bytes(file: pathlib.Path) -> float:
-    return file.stat().st_size * _EXPANSION.get(file.suffix.lower(), 1.0)
+    return state_of(file)[0] * _EXPANSION.get(file.suffix.lower(), 1.0)

@@ -11,6 +11,7 @@ import glob
 import os
 import sysconfig
 
+from salt_jax.data.buckets import state_of
 from salt_jax.preparation.text_files import TextFiles
 
 TEXT_VARIABLE = "SALT_TEXT"
@@ -49,6 +50,6 @@ def own_text(
     )
     if piece_bytes is not None:
         return files
-    text_bytes = sum(file.stat().st_size for file in files.files("train"))
+    text_bytes = sum(state_of(file)[0] for file in files.files("train"))
     piece_bytes = min(max(min(text_bytes, max_bytes or text_bytes) // 200, 200), 20_000)
     return dataclasses.replace(files, piece_bytes=piece_bytes)

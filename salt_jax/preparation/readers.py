@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
+from salt_jax.data.buckets import open_file
 from salt_jax.data.templates import Template, Unfit
 from salt_jax.errors import InputError
 from salt_jax.preparation.reading_log import ReadingLog
@@ -239,7 +240,7 @@ def _opened(path: pathlib.Path, log: ReadingLog, in_order: bool = True) -> Binar
         if in_order:
             return log.open(path)
         log.note(path)
-        return open(path, "rb")
+        return open_file(path)[0]
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): correct the task's files."

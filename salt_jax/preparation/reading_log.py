@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
-from salt_jax.data.manifests import file_digest
+from salt_jax.data.buckets import BucketError, open_file, state_of
 from salt_jax.errors import InputError
 
 _BUFFER_BYTES = 1 << 20
@@ -28,7 +28,7 @@ class SourceFile:
     Attributes:
       path: Where.
       bytes: Its size.
-      changed_ns: Its time of change, in nanoseconds.
+      changed_ns: Its time of change, in nanoseconds, or what else changes with it: `state_of`.
       digest: SHA-256 (hex).
       broken_lines: Lines passed over.
     """
@@ -44,7 +44,7 @@ class SourceFile:
         """Whether the file still has the size and the time of change that it was read with."""
         try:
             return state_of(self.path) == (self.bytes, self.changed_ns)
-        except OSError:
+        except (OSError, BucketError):
             return False
 
     def as_source(self) -> dict[str, Any]:
@@ -53,12 +53,6 @@ class SourceFile:
         broken = {"broken_lines": self.broken_lines} if self.broken_lines else {}
         name = os.path.basename(self.path)
         return {"file": name, "bytes": self.bytes, "digest": self.digest, **broken}
-
-
-def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """A file's size and time of change, in nanoseconds."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
 
 
 class ReadingLog:
@@ -95,7 +89,7 @@ class ReadingLog:
         state = file.state if file else self._noted.get(str(path)) or state_of(path)
         digest = file.digest if file else None
         source = SourceFile(
-            str(path), *state, digest or file_digest(path), self.broken_lines[str(path)]
+            str(path), *state, digest or source_digest(path), self.broken_lines[str(path)]
         )
         if not source.unchanged:
             raise InputError(
@@ -103,6 +97,15 @@ class ReadingLog:
                 "command again."
             )
         return source
+
+
+def source_digest(path: pathlib.Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with open_file(path)[0] as file:
+        while block := file.read(_BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _DigestedFile(io.RawIOBase):
@@ -114,17 +117,15 @@ class _DigestedFile(io.RawIOBase):
     """
 
     def __init__(self, path: pathlib.Path):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._file, self.state = open_file(path)
         self._sha256 = hashlib.sha256()
-        status = os.fstat(self._file.fileno())
-        self.state = (status.st_size, status.st_mtime_ns)
         self.digest: str | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(buffer)
+        count = self._file.readinto(buffer)  # type: ignore[attr-defined]
         assert count is not None, "a file on a disk never keeps its reader waiting"
         self._sha256.update(memoryview(buffer)[:count])
         if not count:

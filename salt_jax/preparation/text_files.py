@@ -18,12 +18,12 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from salt_jax.data.manifests import file_digest
+from salt_jax.data.buckets import is_remote, matching, path_of, state_of
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.templates import Template
 from salt_jax.errors import InputError
 from salt_jax.preparation.readers import Document, read_documents
-from salt_jax.preparation.reading_log import ReadingLog
+from salt_jax.preparation.reading_log import ReadingLog, source_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class TextFiles:
     """Text files as the splits of a task.
 
     Attributes:
-      train: Pattern or patterns ("corpus/**/*.jsonl.zst"); ** crosses folders, ~ is home.
+      train: Pattern or patterns ("corpus/**/*.jsonl.zst"); ** crosses folders, ~ is home, and
+        gs:// and s3:// name buckets.
       validation: Patterns of the validation split.
       test: Patterns of the test split.
       validation_fraction: Instead of `validation`: the fraction of the train files' documents that
@@ -221,11 +222,11 @@ class TextFiles:
         """
         by_size: dict[int, list[pathlib.Path]] = {}
         for file in self.all_files() if self.numbered else ():
-            by_size.setdefault(file.stat().st_size, []).append(file)
+            by_size.setdefault(state_of(file)[0], []).append(file)
         for files in by_size.values():
             seen: dict[str, pathlib.Path] = {}
             for file in files if len(files) > 1 else ():
-                other = seen.setdefault(file_digest(file), file)
+                other = seen.setdefault(source_digest(file), file)
                 if other is not file:
                     raise InputError(
                         f"{file} has the same content as {other}, so one of them stands in for "
@@ -235,12 +236,15 @@ class TextFiles:
     def _expand(self, patterns: Sequence[str]) -> list[pathlib.Path]:
         found: set[pathlib.Path] = set()
         for pattern in patterns:
-            paths = glob.glob(os.path.expanduser(pattern), recursive=True)
+            if is_remote(pattern):
+                paths = matching(pattern)
+            else:
+                found_here = glob.glob(os.path.expanduser(pattern), recursive=True)
+                paths = list(filter(os.path.isfile, found_here))
             matches = {
-                pathlib.Path(path)
+                path_of(path)
                 for path in paths
-                if os.path.isfile(path)
-                and not any(fnmatch.fnmatch(path, exclude) for exclude in self.exclude)
+                if not any(fnmatch.fnmatch(path, exclude) for exclude in self.exclude)
             }
             if not matches:
                 raise InputError(

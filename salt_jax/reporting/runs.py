@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from salt_jax.data.buckets import local_folder
+from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import MANIFEST_FILE
 from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
 from salt_jax.distill.scores import ScoreConfig

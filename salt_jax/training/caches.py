@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.data.buckets import local_folder
 from salt_jax.data.denoisers import Denoising
 from salt_jax.data.input_pipeline import InputPipeline, Position
+from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import manifest_digest
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import MixedOrder, Order, RowOrder, UnusedRows

@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from salt_jax.data.buckets import is_remote, local_run
+from salt_jax.data.buckets import is_remote
+from salt_jax.data.local_copies import local_run
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError

@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from salt_jax.data import buckets
-from salt_jax.data.buckets import BucketError, RemoteFolder, local_file, local_folder, local_run
+from salt_jax.data import local_copies
+from salt_jax.data.buckets import BucketError, RemoteFolder
+from salt_jax.data.local_copies import local_file, local_folder, local_run
 from salt_jax.errors import InputError
 from tests.bucket_emulator import BucketEmulator
 
@@ -130,7 +131,7 @@ def test_an_empty_folder_is_refused(url):
 def test_no_room_is_told_before_copying(url, bucket, monkeypatch):
     bucket.store("bucket/a/b/x", b"0" * 5000)
     monkeypatch.setattr(
-        buckets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4999})
+        local_copies.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4999})
     )
     with pytest.raises(InputError, match="SALT_LOCAL_COPIES"):
         local_folder(url)

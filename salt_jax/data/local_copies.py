@@ -1,0 +1,202 @@
+"""Copies on this machine's disk of what buckets hold.
+
+In: a path as it was typed. Out: where it lies on the disk: itself, or a copy, of which only what
+has changed in the bucket is fetched again. Copies are kept below SALT_LOCAL_COPIES, which is
+~/.cache/salt_jax by default.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from salt_jax.data.buckets import RemoteFile, RemoteFolder, completes, is_remote
+from salt_jax.data.durable_files import write_text
+from salt_jax.errors import InputError
+
+COPIES = "SALT_LOCAL_COPIES"
+
+
+class Copied(NamedTuple):
+    """A file of the bucket's as it was when it and its copy were the same (None while one is being
+    made the other), and the copy's time of change in nanoseconds."""
+
+    there: RemoteFile | None
+    changed_ns: int
+
+
+class Copy:
+    """A folder on the disk and which of its files are the bucket's.
+
+    Args:
+      folder: The bucket's.
+      path: The copy.
+
+    Attributes:
+      control: A folder for what is known of it.
+    """
+
+    def __init__(self, folder: RemoteFolder, path: pathlib.Path) -> None:
+        self.folder, self.path = folder, path
+        # Beside it, since the folder itself is the bucket's.
+        self.control = path.parent / f".{path.name}.copy"
+        self.control.mkdir(parents=True, exist_ok=True)
+        self._record = self.control / "copied.json"
+
+    def known(self) -> dict[str, Copied]:
+        """The files that were copied, either way, by name; empty where nothing was."""
+        try:
+            known = json.loads(self._record.read_text())
+            return {
+                str(name): Copied(there and RemoteFile(*there), int(changed_ns))
+                for name, (there, changed_ns) in known.items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def note(self, files: Mapping[str, Copied]) -> None:
+        """Remembers them."""
+        write_text(self._record, json.dumps(files, indent=0))
+
+    def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Makes the copy what the bucket holds now.
+
+        Args:
+          wanted: Which files to have; others that were copied before are kept while they are the
+            bucket's.
+
+        Raises:
+          InputError: There is no room for it.
+          BucketError: It cannot be read.
+        """
+        there, known = self.folder.files(), self.known()
+        current = {
+            name: copied
+            for name, copied in known.items()
+            if there.get(name) == copied.there and changed_ns(self.path / name) == copied.changed_ns
+        }
+        for name in sorted(known.keys() - there.keys(), key=completes, reverse=True):
+            self.drop(name)
+        missing = [name for name in there if wanted(name) and name not in current]
+        if missing:
+            total = sum(there[name].bytes for name in missing)
+            self._require_space(total)
+            print(
+                f"Copying {len(missing)} files, {total / 1e6:,.1f} MB, from {self.folder.url} to "
+                f"{self.path}",
+                flush=True,
+            )
+            self.note(current)
+            self.folder.fetch(self.path, missing)
+        new = {name: Copied(there[name], changed_ns(self.path / name)) for name in missing}
+        if missing or known.keys() != current.keys():
+            self.note(current | new)
+
+    def drop(self, name: str) -> None:
+        """Takes a file out of the copy, and the folders that are empty without it."""
+        file = self.path / name
+        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in file.relative_to(self.path).parents:
+                (self.path / folder).rmdir()
+
+    def _require_space(self, needed: int) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise InputError(
+                f"The disk of {self.path} has {free / 1e6:,.0f} MB free, and the copy of "
+                f"{self.folder.url} needs {needed / 1e6:,.0f} MB: set {COPIES} to a folder on a "
+                "larger disk, or mount the bucket."
+            )
+
+
+def local_folder(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> pathlib.Path:
+    """A folder on this machine's disk: the path itself, or a copy of a bucket's folder.
+
+    Args:
+      path: As it was typed.
+      wanted: Which of a bucket's files to copy, by their names relative to it.
+
+    Raises:
+      InputError: The bucket's folder cannot be read, or is empty.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    folder = RemoteFolder(os.fspath(path))
+    copy = Copy(folder, copy_below("input", folder))
+    with open(copy.control / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes on this machine one fetches
+        copy.fetch(wanted)
+    if not copy.path.is_dir():
+        raise InputError(f"There is nothing in {folder.url}: name another folder.")
+    return copy.path
+
+
+def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A file on this machine's disk: the path itself, or a copy of a bucket's file.
+
+    Raises:
+      InputError: The bucket's file cannot be read, or isn't there.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    folder, _, name = os.fspath(path).rpartition("/")
+    file = local_folder(folder, lambda other: other == name) / name
+    if not file.exists():
+        raise InputError(f"There is no file {os.fspath(path)}: name another.")
+    return file
+
+
+def local_run(url: str, step: int | None) -> pathlib.Path:
+    """A copy of a run's folder in a bucket, with one of its checkpoints.
+
+    Args:
+      url: The run's.
+      step: The checkpoint's step; None is the newest.
+
+    Raises:
+      InputError: It cannot be read, is empty, or has no such checkpoint.
+    """
+    steps = remote_steps(RemoteFolder(url).files())
+    if step is not None and step not in steps:
+        raise InputError(
+            f"{url} has {f'checkpoints of {_listed(steps)}' if steps else 'no checkpoint'}, and "
+            f"step {step} is asked for: name another step."
+        )
+    kept = f"checkpoints/{step if step is not None else max(steps, default=None)}/"
+    return local_folder(
+        url, lambda name: not name.startswith("checkpoints/") or name.startswith(kept)
+    )
+
+
+def remote_steps(files: Collection[str]) -> list[int]:
+    """The steps of complete checkpoints among the names of a run's files, ascending."""
+    found = (re.fullmatch(r"checkpoints/(\d+)/digests\.json", name) for name in files)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def changed_ns(path: pathlib.Path) -> int:
+    """A file's time of change in nanoseconds; -1 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+
+
+def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
+    """Where a folder's copy lies on this machine: for reading ("input"), or to write ("output")."""
+    given = os.environ.get(COPIES)
+    below = pathlib.Path(given or "~/.cache/salt_jax").expanduser().absolute()
+    return below / kind / pathlib.Path(*folder.parts)
