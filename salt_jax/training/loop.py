@@ -167,7 +167,8 @@ class Loop:
         for done in range(first_step + 1, setup.steps + 1):
             with self._watch.waiting_for(f"the input pipeline at step {done}"):
                 batch = next(batches)
-            state, metrics = self._step(done - 1, state, batch, programs)
+            with self._watch.waiting_for(f"the program of step {done}"):
+                state, metrics = self._step(done - 1, state, batch, programs)
             # The previous step's numbers are fetched while this one runs.
             self._note(pending, writer, bar)
             pending = (done, metrics)

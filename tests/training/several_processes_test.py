@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -25,9 +26,11 @@ SURVIVORS_SECONDS = 60  # the promise: nobody waits longer than this for a proce
 
 
 class Together:
-    """`salt ARGUMENTS` in `count` processes of `devices` devices each."""
+    """`salt ARGUMENTS` in `count` processes of `devices` devices each; one of them may be STUCK."""
 
-    def __init__(self, count: int, devices: int, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, count: int, devices: int, arguments: Sequence[str], stuck: int | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -42,7 +45,8 @@ class Together:
         self.members = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "salt_jax", *arguments),
+                    *(sys.executable, *(("-c", STUCK) if index == stuck else ("-m", "salt_jax"))),
+                    *arguments,
                     *(several if count > 1 else []),
                     *([f"--process_index={index}"] if count > 1 else []),
                 ],
@@ -86,6 +90,20 @@ def training(
         *("--gin.decoder.DecoderConfig.num_layers=2", "--gin.decoder.DecoderConfig.num_heads=2"),
         *(f"--compilation_cache={slm / 'programs'}", f"--output_dir={output}"),
     ]
+
+
+# `salt ARGUMENTS` whose third step's rows never come; pulses go on.
+STUCK = """
+import os, sys, threading
+from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.main import main
+from salt_jax.verb_process import GUARDED
+
+read = InputPipeline.batch
+InputPipeline.batch = lambda self, step: threading.Event().wait() if step == 3 else read(self, step)
+os.environ[GUARDED] = "1"
+sys.exit(main())
+"""
 
 
 def wait_for_step(together: Together, output: pathlib.Path, step: int) -> None:
@@ -207,3 +225,30 @@ def test_bad_flags(
     assert main([*training(cache, slm, output), *flags]) == 2
     assert expected in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_collective_that_hangs_is_told_of_with_stacks_and_names_what_hangs(
+    cache: PackedCache, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """One process's rows never come, so the other waits for it on the devices."""
+    arguments = [*training(cache, slm, tmp_path / "run"), "--hang_seconds=20"]
+    together = Together(2, 2, arguments, stuck=1)
+    told = [said_after_waiting(member) for member in together.members]
+    for index in (0, 1):
+        together.kill(index)
+    together.end()
+    assert re.search(r"FOR the (devices at|program of) step [45], and waits on", told[0])
+    assert "FOR the input pipeline at step 4, and waits on" in told[1]
+    assert all("loop.py" in text for text in told), told
+
+
+def said_after_waiting(member: "subprocess.Popen[str]") -> str:
+    """The report of a wait, with its stacks to their end: the main thread's is the last."""
+    assert member.stdout is not None
+    report = ""
+    for line in member.stdout:
+        if "HAS WAITED" in line or report:
+            report += line
+        if report and "in _run\n" in line and "main.py" in line:
+            return report
+    pytest.fail("the process ended without a report")
