@@ -62,6 +62,7 @@ class Examinee:
         """Its answers that are in a run's folder: one log for all examinations."""
         context = {
             "model": self.saved.digest,
+            "config": self.saved.config.to_json(),
             "vocabulary": vocabulary.fingerprint,
             "prepend_start": prepend_start,
         }

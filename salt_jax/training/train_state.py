@@ -78,16 +78,20 @@ class StateLayout:
 def abstract_params(
     config: decoder.DecoderConfig, mesh: Mesh, rules: partitioning.Rules, dtype: Any = None
 ) -> Any:
-    """Parameters as ShapeDtypeStructs with shardings, in `dtype` or the model's own."""
+    """Parameters as ShapeDtypeStructs with shardings, in `dtype` or the model's own.
+
+    Those of norms, which are computed in float32, keep their own: the model computes the same, bit
+    for bit, whether its other parameters are cast here or at each use.
+    """
     boxed = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     shardings = partitioning.param_shardings(boxed, mesh, rules)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, dtype or leaf.dtype, sharding=sharding
-        ),
-        nn.unbox(boxed),
-        shardings,
-    )
+
+    def laid_out(path: Any, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        of_norm = any(str(part.key).endswith("_norm") for part in path)
+        kept = leaf.dtype if of_norm or dtype is None else dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(laid_out, nn.unbox(boxed), shardings)
 
 
 def make_layout(

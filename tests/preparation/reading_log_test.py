@@ -39,7 +39,7 @@ def test_a_file_is_digested_while_it_is_read(path, monkeypatch, to_the_end):
     documents.close()
     expected = file_digest(path)
     if to_the_end:
-        monkeypatch.setattr(reading_log, "file_digest", None)  # not to be read a second time
+        monkeypatch.setattr(reading_log, "source_digest", None)  # not to be read a second time
         assert count > 100
     (source,) = log.sources([path])
     assert (source.path, source.digest) == (str(path), expected)

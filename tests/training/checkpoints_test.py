@@ -4,13 +4,16 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
+from salt_jax.models import decoder
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.partitioning import MeshConfig
 
@@ -36,8 +39,27 @@ def test_params_load_on_another_mesh(slm: pathlib.Path) -> None:
     assert len(jax.tree.leaves(sharded)[0].sharding.device_set) == 8
     for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(single), strict=True):
         np.testing.assert_array_equal(a, b)
-    half = model.load_params(MeshConfig().make(), dtype="bfloat16")
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+
+
+def test_params_held_in_the_dtype_of_computation_compute_the_same(slm: pathlib.Path) -> None:
+    model = find_model(slm, None, "teacher")
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    mesh = MeshConfig(fsdp=1).make(jax.devices()[:1])
+    batch = {
+        "inputs": jnp.arange(48).reshape(3, 16),
+        "segment_ids": jnp.ones((3, 16), jnp.int32),
+        "positions": jnp.tile(jnp.arange(16), (3, 1)),
+    }
+    whole, half = model.load_params(mesh), model.load_params(mesh, dtype="bfloat16")
+    scale_D = whole["final_norm"]["scale"]
+    assert not np.array_equal(scale_D, scale_D.astype(jnp.bfloat16)), "the test would not see it"
+    assert half["head"].dtype == jnp.bfloat16
+
+    def logits(params: Any) -> np.ndarray:
+        hidden = decoder.hidden_states(config, params, batch)
+        return np.asarray(decoder.logits(hidden, decoder.head_kernel(params, config), config))
+
+    np.testing.assert_array_equal(logits(whole), logits(half))
 
 
 def test_digest_names_the_parameters(slm: pathlib.Path) -> None:
