@@ -15,12 +15,13 @@ import numpy as np
 
 from salt_jax.data import model_tokenizers
 from salt_jax.data.durable_files import write_text
+from salt_jax.data.json_files import read_json_object
 from salt_jax.data.local_copies import local_folder
 from salt_jax.data.safetensors_files import (
+    DOWNLOAD,
     DTYPES,
     SafetensorsFolder,
     TensorInfo,
-    read_json_object,
     write_shards,
 )
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
@@ -117,7 +118,7 @@ def _take_in(
     compute_dtype: str | None,
     eos_token: str | None,
 ) -> None:
-    settings = read_json_object(source / CONFIG_FILE)
+    settings = read_json_object(source / CONFIG_FILE, DOWNLOAD)
     files = SafetensorsFolder(source)
     vocabulary = model_tokenizers.model_vocabulary(source, eos_token)
     architecture, config = config_from_json(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.data.durable_files import write_text
+from salt_jax.data.json_files import Shape, no_link_out, read_json_object, require_shape
 from salt_jax.errors import InputError
 
 MANIFEST_FILE = "manifest.json"
@@ -21,6 +22,57 @@ COMPLETED_FILE = "COMPLETED"
 # The version of each kind's layout on disk, raised whenever an older reader would misread a newer
 # folder.
 FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 2, "selection": 1, "soft_labels": 2}
+
+# What a pass of a model over rows took: of manifests, and of the file cost.json beside one.
+COST: Shape = {"flops": float, "tokens": float, "seconds": float}
+
+_SHARD = {"rows": int, "bytes": int, "digest": str}
+_SCORER = {"path": str, "step": int, "digest": str}
+_OF_ROWS = {"cache_digest": str, "split": str, "rows": int}
+_DOCUMENTS = ("documents", "bytes", "shared_documents", "duplicate_documents")
+_COUNTS = dict.fromkeys(("rows", "tokens", *_DOCUMENTS), int)
+
+# What a reader may ask of each kind without looking first.
+_SHAPES: Mapping[str, Shape] = {
+    "packed_cache": {
+        "sequence_length": int,
+        "subsets": [str],
+        "vocabulary": {"size": int, "fingerprint": str, "start_id": int},
+        "sources": [{"file": str, "bytes": int, "digest": str}],
+        "splits": {
+            str: {**_COUNTS, "by_subset": {str: _COUNTS}, "shards": [{**_SHARD, "file": str}]}
+        },
+    },
+    "row_scores": {
+        **_OF_ROWS,
+        "shard_rows": int,
+        "shards": [_SHARD],
+        "scorer": _SCORER,
+        "k": [int],
+        "columns": [[str]],
+        "nan_rows": int,
+    },
+    "selection": {
+        **_OF_ROWS,
+        "array_digest": str,
+        "how": {},
+        "scores_digest": (None, str),
+        "cut": (None, float),
+        "scorer": (None, _SCORER),
+        "score": (None, {}),
+        "scoring_cost": (None, COST),
+    },
+    "soft_labels": {
+        **_OF_ROWS,
+        "shard_rows": int,
+        "shards": [_SHARD],
+        "selection_digest": (None, str),
+        "row_ids_digest": (None, str),
+        "teacher": _SCORER,
+        "temperature": float,
+        "format": {"sequence_length": int, "vocab_size": int, "k": int, "encoding": str},
+    },
+}
 
 _MADE_BY = {
     "packed_cache": "salt prepare",
@@ -65,7 +117,8 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
     """The manifest of a finished folder of this kind.
 
     Raises:
-      InputError: No such folder, no manifest, half-written, another kind or another format version.
+      InputError: No such folder, no manifest, half-written, another kind or another format version,
+        or a manifest that lacks something.
     """
     made_by, what = _MADE_BY[kind], f"finished {kind.replace('_', ' ')}"
     if not path.is_dir():
@@ -82,24 +135,24 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
             f"{path} is half-written (it has no {COMPLETED_FILE}): run its `{made_by}` again "
             "to finish it."
         )
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path / MANIFEST_FILE} is not readable JSON ({error}): make the folder again with "
-            f"`{made_by}`."
-        ) from error
+    again = f"make the folder again with `{made_by}`"
+    for name in (MANIFEST_FILE, COMPLETED_FILE):
+        no_link_out(path, path / name, again)
+    manifest = read_json_object(path / MANIFEST_FILE, again)
     _check_kind(path, manifest, kind)
-    if (path / COMPLETED_FILE).read_text().strip() != manifest_digest(manifest):
+    with open(path / COMPLETED_FILE, "rb") as completed:
+        digest = completed.read(80).decode(errors="replace").strip()
+    if digest != manifest_digest(manifest):
         raise InputError(
             f"{path / MANIFEST_FILE} was changed after the folder was finished: make it again with "
             f"`{made_by}`."
         )
+    require_shape(path / MANIFEST_FILE, manifest, _SHAPES[kind], again)
     return manifest
 
 
-def _check_kind(path: pathlib.Path, manifest: Any, kind: str) -> None:
-    found = manifest.get("kind") if isinstance(manifest, dict) else None
+def _check_kind(path: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> None:
+    found = manifest.get("kind")
     if found != kind:
         raise InputError(
             f"{path} holds {str(found).replace('_', ' ')}, expected {kind.replace('_', ' ')}: "

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.data.durable_files import whole_file, write_text
-from salt_jax.data.safetensors_files import read_json_object
+from salt_jax.data.json_files import read_json_object
+from salt_jax.data.safetensors_files import DOWNLOAD
 from salt_jax.data.vocabularies import (
     HuggingFaceVocabulary,
     SentencePieceVocabulary,
@@ -141,4 +142,4 @@ def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> s
 
 
 def _settings(file: pathlib.Path) -> dict[str, Any]:
-    return read_json_object(file) if file.is_file() else {}
+    return read_json_object(file, DOWNLOAD) if file.is_file() else {}

@@ -31,8 +31,10 @@ from salt_jax.data.cache_shards import (
     write_shard,
 )
 from salt_jax.data.features import Row
+from salt_jax.data.json_files import inside, no_link_out
 from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import (
+    MANIFEST_FILE,
     begin_writing,
     file_digest,
     manifest_digest,
@@ -50,6 +52,7 @@ from salt_jax.data.vocabularies import (
 from salt_jax.errors import InputError
 
 KIND = "packed_cache"
+_AGAIN = "copy the cache again, or make it again with `salt prepare`"
 SPLITS = ("train", "validation", "test")
 
 
@@ -130,21 +133,22 @@ class PackedCache:
         """Opens a cache; file sizes and row counts are checked, contents by `verify`.
 
         Raises:
-          InputError: Not there, half-written, another kind or version, a shard missing or cut
-            short.
+          InputError: Not there, half-written, another kind or version, a shard missing, cut short
+            or outside of the folder.
         """
         folder = local_folder(path)
         manifest = read_manifest(folder, KIND)
         cache = cls(folder, manifest, manifest_digest(manifest))
+        cache._refuse_contradictions()
         for shard in cache._shards():
-            file = cache.path / shard["file"]
+            file = inside(cache.path, shard["file"], _AGAIN)
             found = f"has {file.stat().st_size:,} bytes" if file.exists() else "does not exist"
             if found != f"has {shard['bytes']:,} bytes":
                 raise InputError(
                     f"The shard {file} {found}, expected {shard['bytes']:,} bytes: "
                     "copy the cache again, or make it again with `salt prepare`."
                 )
-        if not (cache.path / VOCABULARY_FOLDER).is_dir():
+        if not no_link_out(cache.path, cache.path / VOCABULARY_FOLDER, _AGAIN).is_dir():
             raise InputError(
                 f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: copy it again, or make "
                 "it again with `salt prepare`."
@@ -220,6 +224,20 @@ class PackedCache:
                     f"The shard {self.path / shard['file']} has the digest {digest[:12]}…, "
                     f"its manifest says {shard['digest'][:12]}…: copy the cache again, "
                     "or make it again."
+                )
+
+    def _refuse_contradictions(self) -> None:
+        """Refuses counts that cannot all be right: reading would go wrong far from here."""
+        file = self.path / MANIFEST_FILE
+        for name in ("sequence_length", "subsets", "splits"):
+            if not self.manifest[name]:
+                raise InputError(f"{file}: {name} is {self.manifest[name]}: {_AGAIN}.")
+        for name, info in self.manifest["splits"].items():
+            rows = sum(shard["rows"] for shard in info["shards"])
+            if rows != info["rows"] or name not in SPLITS:
+                raise InputError(
+                    f"{file}: the split {name!r} has {info['rows']} rows and its shards {rows}, "
+                    f"expected the same of {', '.join(SPLITS)}: {_AGAIN}."
                 )
 
     def _shards(self) -> list[dict[str, Any]]:
@@ -333,7 +351,13 @@ class PackedCacheWriter:
 
 def begin_cache(folder: pathlib.Path) -> None:
     """Begins a cache: one begun there before is removed, known by its files' names; nothing else
-    is."""
+    is.
+
+    Raises:
+      InputError: A part of it is a link that leads out of the folder.
+    """
+    for name in (*SPLITS, VOCABULARY_FOLDER):
+        no_link_out(folder, folder / name, "choose another --output_dir")
     begin_writing(folder)
     for name in (*SPLITS, VOCABULARY_FOLDER):
         if not (folder / name).is_dir():

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from salt_jax.data import durable_files
+from salt_jax.data.json_files import no_link_out, read_json_object, require_shape
 from salt_jax.data.manifests import (
     COMPLETED_FILE,
     MANIFEST_FILE,
@@ -37,6 +38,9 @@ from salt_jax.errors import InputError
 
 PASS_FILE = "pass.json"
 SHARDS_FOLDER = "shards"
+
+_FACTS = {"rows": int, "bytes": int, "digest": str, "measured": {}}
+_OTHER = "choose another --output_dir"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,7 @@ class RestartableShards:
             # Several workers may begin it at the same time: the first one's plan stays.
             durable_files.write_new_text(path, json.dumps(self._plan, indent=2) + "\n")
         shards = self._as_begun(_read_json(path) or self._plan)
-        (self.folder / SHARDS_FOLDER).mkdir(exist_ok=True)
+        no_link_out(self.folder, self.folder / SHARDS_FOLDER, _OTHER).mkdir(exist_ok=True)
         if shards.completed and shards.unfinished():
             begin_writing(self.folder)
         return shards
@@ -179,6 +183,7 @@ class RestartableShards:
         facts = _read_json(_facts_path(path))
         if facts is None or facts.get("plan") != self._plan_digest or not path.exists():
             return None
+        require_shape(_facts_path(path), facts, _FACTS, "delete it, and the shard is made again")
         return facts if path.stat().st_size == facts["bytes"] else None
 
     def _all_facts(self) -> list[dict[str, Any]]:
@@ -254,7 +259,7 @@ class FinishedShards:
       made_by: The command that made it, for errors.
 
     Raises:
-      InputError: A shard is missing or cut short.
+      InputError: A shard is missing or cut short, or what the manifest says of them can't be.
     """
 
     def __init__(
@@ -264,17 +269,23 @@ class FinishedShards:
         self.shard_rows: int = manifest["shard_rows"]
         self._infos: Sequence[Mapping[str, Any]] = manifest["shards"]
         self._made_by = made_by
-        self._paths = [
-            shard_path(folder, index, self.rows, self.shard_rows, suffix)
-            for index in range(shard_count(self.rows, self.shard_rows))
-        ]
         self._verified: set[int] = set()
-        if len(self._paths) != len(self._infos):
+        again = f"make the folder again with `{made_by}`"
+        sizes = [info["rows"] for info in self._infos]
+        last = self.rows - self.shard_rows * (len(sizes) - 1)
+        expected = [*[self.shard_rows] * (len(sizes) - 1), last]
+        if not 0 < last <= self.shard_rows or sizes != expected:
             raise InputError(
-                f"{folder / MANIFEST_FILE} names {len(self._infos)} shards, expected "
-                f"{len(self._paths)} of {self.shard_rows} rows: make the folder again with "
-                f"`{made_by}`."
+                f"{folder / MANIFEST_FILE} names {len(sizes)} shards, expected "
+                f"{-(-self.rows // max(self.shard_rows, 1))} of {self.shard_rows} rows, "
+                f"{self.rows} in all: {again}."
             )
+        self._paths = [
+            no_link_out(
+                folder, shard_path(folder, index, self.rows, self.shard_rows, suffix), again
+            )
+            for index in range(len(sizes))
+        ]
         for path, info in zip(self._paths, self._infos, strict=True):
             found = f"has {path.stat().st_size:,} bytes" if path.exists() else "does not exist"
             if found != f"has {info['bytes']:,} bytes":
@@ -334,14 +345,9 @@ def _facts_path(path: pathlib.Path) -> pathlib.Path:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     """The object in a file; None where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path} is not readable JSON ({error}): delete it, or choose another --output_dir."
-        ) from error
+    return read_json_object(path, f"delete it, or {_OTHER}")
 
 
 def _identity(value: Any) -> Any:

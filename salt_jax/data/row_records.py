@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 
 from salt_jax.data.features import Row, make_row
+from salt_jax.errors import InputError
 
 _LARGEST_U16 = 2**16 - 1
 
@@ -63,21 +64,37 @@ class RecordFormat:
         )
 
     def decode(self, record: bytes, row_id: int) -> Row:
-        """The row of a record."""
-        length = self.sequence_length
-        subset, num_segments = np.frombuffer(record, "<u2", count=2)
-        at = 4
+        """The row of a record.
+
+        Raises:
+          InputError: The record is none of this format: its bytes have changed.
+        """
+        length, at = self.sequence_length, 4
+        subset, num_segments = np.frombuffer(record.ljust(at, b"\0"), "<u2", count=2)
+        other_bytes = -(-length // 8) + length * self.target_dtype.itemsize
+        if len(record) != at + 4 * int(num_segments) + other_bytes:
+            raise self._damage(row_id)
         lengths_S = np.frombuffer(record, "<u4", count=num_segments, offset=at)
         at += lengths_S.nbytes
         bits = np.frombuffer(record, np.uint8, count=-(-length // 8), offset=at)
         at += bits.nbytes
+        targets_L = np.frombuffer(record, self.target_dtype, count=length, offset=at)
+        # Lengths may say gigabytes, and an id outside a vocabulary reads another's embedding.
+        if lengths_S.sum(dtype=np.int64) > length or targets_L.max() >= self.vocabulary_size:
+            raise self._damage(row_id)
         segment_ids_L = np.zeros(length, np.int32)
         ids_of_tokens = np.repeat(np.arange(1, num_segments + 1, dtype=np.int32), lengths_S)
         segment_ids_L[: len(ids_of_tokens)] = ids_of_tokens
         return make_row(
-            targets_L=np.frombuffer(record, self.target_dtype, count=length, offset=at),
+            targets_L=targets_L,
             loss_weights_L=np.unpackbits(bits, count=length),
             segment_ids_L=segment_ids_L,
             subset=int(subset),
             row_id=row_id,
+        )
+
+    def _damage(self, row_id: int) -> InputError:
+        return InputError(
+            f"Row {row_id} of the cache is damaged: copy the cache again, or make it again with "
+            "`salt prepare`."
         )

@@ -13,13 +13,16 @@ import os
 import pathlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from salt_jax.data import durable_files
+from salt_jax.data.json_files import read_json_object, require_shape
 from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import (
+    COST,
+    MANIFEST_FILE,
     begin_writing,
     file_digest,
     manifest_digest,
@@ -28,16 +31,18 @@ from salt_jax.data.manifests import (
     write_manifest,
 )
 from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
+from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
 from salt_jax.data.shard_columns import SUFFIX, Column, layout_of, write_columns
 from salt_jax.errors import InputError
 
 AUDIT_FILE = "audit.json"
 COST_FILE = "cost.json"
-ROW_IDS_FILE = "row_ids.npy"
 
 # Columns beside the scorer's: the index of the row's subset, and a hash of its tokens.
 SUBSET, TARGETS_HASH = "subset", "targets_hash"
 
+_TYPES = ("<u8", "<f4", "<u2")
+_AGAIN = "copy the folder again, or run its `salt score` again"
 _NO_COST = types.MappingProxyType({"flops": 0.0, "tokens": 0, "seconds": 0.0})
 
 
@@ -167,6 +172,7 @@ class RowScores:
         manifest = read_manifest(path, "row_scores")
         _check_cache(path, "scores", manifest, cache_digest)
         scores = cls(path, manifest, manifest_digest(manifest))
+        _require_layout(path / MANIFEST_FILE, manifest)
         _ = scores._shards  # which looks at every file
         return scores
 
@@ -179,7 +185,11 @@ class RowScores:
     def cost(self) -> dict[str, Any] | None:
         """What scoring took: flops, tokens, seconds; None where it is not known."""
         path = self.path / COST_FILE
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        cost = read_json_object(path, _AGAIN)
+        require_shape(path, cost, COST, _AGAIN)
+        return cost
 
     def column(self, name: str) -> Column:
         """One column of all rows, on disk until it is read."""
@@ -270,7 +280,7 @@ class Selection:
         path = pathlib.Path(folder)
         begin_writing(path)
         blocks = [row_ids_m] if isinstance(row_ids_m, np.ndarray) else row_ids_m
-        rows = _write_row_ids(path / ROW_IDS_FILE, blocks)
+        rows = write_row_ids(path / ROW_IDS_FILE, blocks)
         manifest = new_manifest(
             "selection",
             cache_digest=cache_digest,
@@ -303,8 +313,29 @@ class Selection:
         path = local_folder(folder)
         manifest = read_manifest(path, "selection")
         _check_cache(path, "selection", manifest, cache_digest)
-        row_ids_m = _read_array(path / ROW_IDS_FILE, manifest, np.int64, "salt select")
+        row_ids_m = read_row_ids(path, manifest["rows"], manifest["array_digest"], "salt select")
         return cls(path, row_ids_m, manifest, _digest(manifest))
+
+
+def _require_layout(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses columns that shards of these sizes don't hold, or that are of another type."""
+    columns, row_bytes = manifest["columns"], 0
+    for column in columns:
+        if len(column) != 2 or column[1] not in _TYPES:
+            raise InputError(
+                f"{file}: columns has {column}, expected a name and one of {', '.join(_TYPES)}: "
+                f"{_AGAIN}."
+            )
+        row_bytes += np.dtype(column[1]).itemsize
+    expected = {TARGETS_HASH, SUBSET}
+    if len(dict(columns)) != len(columns) or not expected <= dict(columns).keys():
+        raise InputError(f"{file}: columns must have {', '.join(sorted(expected))}: {_AGAIN}.")
+    for shard in manifest["shards"]:
+        if shard["bytes"] != shard["rows"] * row_bytes:
+            raise InputError(
+                f"{file}: a shard of {shard['rows']} rows has {shard['bytes']} bytes, expected "
+                f"{row_bytes} a row: {_AGAIN}."
+            )
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -323,54 +354,3 @@ def _check_cache(
             f"expected the cache {cache_digest[:12]}…: name the cache they were made from, "
             "or make them again from this one."
         )
-
-
-def _write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
-    """Writes ids as an .npy file without holding them all; gives how many."""
-    rows, last = 0, -1
-    with durable_files.whole_file(path) as file:
-        _write_header(file, 0)
-        length = file.tell()
-        for block in blocks:
-            ids_n = np.asarray(block, np.int64)
-            assert ids_n.ndim == 1, f"a selection of shape {ids_n.shape}, expected [m]"
-            assert np.all(np.diff(ids_n, prepend=last) > 0), "row ids must ascend, each once"
-            file.write(np.ascontiguousarray(ids_n).tobytes())
-            rows += len(ids_n)
-            last = int(ids_n[-1]) if len(ids_n) else last
-        assert rows, "a selection of no rows"
-        file.seek(0)
-        _write_header(file, rows)
-        assert file.tell() == length, "the header of an .npy file has room for any count"
-    return rows
-
-
-def _write_header(file: BinaryIO, rows: int) -> None:
-    header = {"descr": "<i8", "fortran_order": False, "shape": (rows,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _read_array(
-    path: pathlib.Path, manifest: Mapping[str, Any], dtype: type[np.generic], made_by: str
-) -> np.ndarray:
-    """The array, mapped from disk, after a check of its type, its length and its digest."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): copy the folder again, or run its `{made_by}` again."
-        ) from error
-    rows = manifest["rows"]
-    if array.dtype != dtype or array.shape != (rows,):
-        raise InputError(
-            f"{path} holds {array.dtype}{list(array.shape)}, its manifest says "
-            f"{np.dtype(dtype)}[{rows}]: copy the folder again, or run its `{made_by}` again."
-        )
-    digest = file_digest(path)
-    if digest != manifest["array_digest"]:
-        raise InputError(
-            f"{path} has the digest {digest[:12]}…, its manifest says "
-            f"{manifest['array_digest'][:12]}…: copy the folder again, or run its `{made_by}` "
-            "again."
-        )
-    return array

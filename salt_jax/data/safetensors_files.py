@@ -26,6 +26,7 @@ import numpy as np
 import safetensors
 
 from salt_jax.data.durable_files import whole_file, write_text
+from salt_jax.data.json_files import read_json_object
 from salt_jax.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
@@ -39,6 +40,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = types.MappingProxyType(
     }
 )
 _CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What to do about a file of a model that isn't as it should be.
+DOWNLOAD = "name the folder of a downloaded model, or download it again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -161,7 +164,7 @@ class SafetensorsFolder:
         file = self.path / INDEX_FILE
         if (self.path / SINGLE_FILE).is_file() or not file.is_file():
             return {}
-        found = read_json_object(file).get("weight_map")
+        found = read_json_object(file, DOWNLOAD).get("weight_map")
         if not isinstance(found, dict) or not found:
             raise InputError(f"{file} has no weight_map of tensors: download the folder again.")
         for name, file_name in found.items():
@@ -211,25 +214,6 @@ def write_shards(
     }
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     return [*names, INDEX_FILE]
-
-
-def read_json_object(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-      InputError: It cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(
-            f"{file} cannot be read ({error.strerror}): name the folder of a downloaded model."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not readable JSON ({error}): copy it again.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} holds a {type(found).__name__}, expected a JSON object.")
-    return found
 
 
 def _read_header(file: pathlib.Path) -> list[_Place]:

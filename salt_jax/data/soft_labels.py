@@ -18,16 +18,25 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data import durable_files
+from salt_jax.data.json_files import read_json_object, require_shape
 from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.local_copies import local_folder
-from salt_jax.data.manifests import FORMAT_VERSIONS, file_digest, manifest_digest, read_manifest
+from salt_jax.data.manifests import (
+    COST,
+    FORMAT_VERSIONS,
+    MANIFEST_FILE,
+    file_digest,
+    manifest_digest,
+    read_manifest,
+)
 from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
+from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
 from salt_jax.errors import InputError
 
 SUFFIX = ".labels"
 COST_FILE = "cost.json"
-ROW_IDS_FILE = "row_ids.npy"
 MADE_BY = "salt score --soft_labels"
+_AGAIN = f"copy the folder again, or run its `{MADE_BY}` again"
 
 
 class SoftLabelsWriter:
@@ -89,8 +98,7 @@ class SoftLabelsWriter:
         """
         self.shards = self.shards.begin()
         if self._row_ids is not None:
-            with durable_files.whole_file(self.shards.folder / ROW_IDS_FILE) as file:
-                np.save(file, np.asarray(self._row_ids, np.int64))
+            write_row_ids(self.shards.folder / ROW_IDS_FILE, [self._row_ids])
 
     def row_ids(self, shard: Shard) -> Sequence[int]:
         """The rows of the split that a shard is of."""
@@ -182,13 +190,15 @@ class SoftLabels:
                 "make them again from this one."
             )
         labels = cls(path, manifest, manifest_digest(manifest))
+        labels._require_sizes()
         _ = labels._shards, labels._row_ids  # which look at every file
         return labels
 
     @property
     def format(self) -> LabelFormat:
         """The records."""
-        return LabelFormat(**self.manifest["format"])
+        fields = dataclasses.fields(LabelFormat)
+        return LabelFormat(**{field.name: self.manifest["format"][field.name] for field in fields})
 
     @property
     def rows(self) -> int:
@@ -198,12 +208,10 @@ class SoftLabels:
     @property
     def cost(self) -> dict[str, Any]:
         """What the teacher's pass took: flops, tokens, seconds."""
-        try:
-            return json.loads((self.path / COST_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.path / COST_FILE} cannot be read ({error}): copy the folder again."
-            ) from error
+        path = self.path / COST_FILE
+        cost = read_json_object(path, _AGAIN)
+        require_shape(path, cost, COST, _AGAIN)
+        return cost
 
     def read(self, row_ids: Sequence[int] | np.ndarray) -> Labels:
         """The labels of some rows of the split, in that order.
@@ -268,6 +276,18 @@ class SoftLabels:
                 "label all rows."
             )
 
+    def _require_sizes(self) -> None:
+        """Refuses records that shards of these sizes don't hold."""
+        form, file = self.format, self.path / MANIFEST_FILE
+        if not form.sequence_length:
+            raise InputError(f"{file}: sequence_length is 0: {_AGAIN}.")
+        for shard in self.manifest["shards"]:
+            if shard["bytes"] != shard["rows"] * form.record_bytes:
+                raise InputError(
+                    f"{file}: a shard of {shard['rows']} rows has {shard['bytes']} bytes, "
+                    f"expected {form.record_bytes} a row: {_AGAIN}."
+                )
+
     @functools.cached_property
     def _shards(self) -> FinishedShards:
         return FinishedShards(self.path, self.manifest, SUFFIX, MADE_BY)
@@ -276,13 +296,7 @@ class SoftLabels:
     def _row_ids(self) -> np.ndarray | None:
         if self.manifest["row_ids_digest"] is None:
             return None
-        path = self.path / ROW_IDS_FILE
-        if not path.exists() or file_digest(path) != self.manifest["row_ids_digest"]:
-            raise InputError(
-                f"{path} is missing or has changed: copy the folder again, or run its `{MADE_BY}` "
-                "again."
-            )
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return read_row_ids(self.path, self.rows, self.manifest["row_ids_digest"], MADE_BY)
 
     def _map(self, shard: int) -> np.ndarray:
         shape = self._shards.rows_of(shard), self.format.record_bytes

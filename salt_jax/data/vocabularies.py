@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,12 +23,17 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from salt_jax.data.durable_files import whole_file, write_text
+from salt_jax.data.json_files import Shape, read_json_object, require_shape
 from salt_jax.data.local_copies import local_file, local_folder
 from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
 from salt_jax.errors import InputError
 
 VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
 SETTINGS_FILE = "vocabulary.json"
+
+# Arrays of a vocabulary's size are held in memory; no tokenizer comes near it.
+_MOST_IDS = 1 << 24
 
 # UL2's: short spans, a prefix, extreme spans.
 MODES = ("R", "S", "X")
@@ -115,14 +121,16 @@ class Vocabulary(abc.ABC):
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         if self._model_file:
-            (path / self._model_file).write_bytes(self.model_bytes())
+            with whole_file(path / self._model_file) as file:
+                file.write(self.model_bytes())
         described = {**self.describe(), "settings": self._settings()}
-        (path / SETTINGS_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        write_text(path / SETTINGS_FILE, json.dumps(described, indent=2) + "\n")
 
     # What a subclass says of itself: the name its model file gets, the file's bytes, the keyword
-    # arguments that make it again, how ids that are none of the special ones become text, and how
-    # many bytes of it.
+    # arguments that make it again and their types, how ids that are none of the special ones become
+    # text, and how many bytes of it.
     _model_file = ""
+    _settings_shape: Mapping[str, Shape] = types.MappingProxyType({"reserved": int})
 
     def model_bytes(self) -> bytes:
         """The tokenizer's file; nothing where there is none."""
@@ -254,6 +262,9 @@ class HuggingFaceVocabulary(Vocabulary):
     """
 
     _model_file = "tokenizer.json"
+    _settings_shape = types.MappingProxyType(
+        {"reserved": int, "eos_token": str, "pad_token": (None, str), "start_token": (None, str)}
+    )
 
     def __init__(
         self,
@@ -282,7 +293,13 @@ class HuggingFaceVocabulary(Vocabulary):
         self._tokenizer.no_padding()
         self._tokens = {"eos_token": eos_token, "pad_token": pad_token, "start_token": start_token}
         # Some tokenizers leave gaps between their ids, so the largest id counts, not their number.
-        self.base_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.base_size = 1 + max(ids, default=-1)
+        if not 0 < self.base_size <= _MOST_IDS:
+            raise InputError(
+                f"{os.fspath(path)} has {self.base_size:,} ids, expected 1 to {_MOST_IDS:,}: name "
+                "another tokenizer.json."
+            )
         self.eos_id = self._id_of("eos_token", eos_token, path)
         self.pad_id = self._id_of("pad_token", pad_token or eos_token, path)
         self.start_id = self._id_of("start_token", start_token or eos_token, path)
@@ -326,6 +343,9 @@ _CLASSES: dict[str, type[Vocabulary]] = {
     kind.__name__: kind for kind in (ByteVocabulary, SentencePieceVocabulary, HuggingFaceVocabulary)
 }
 
+_SAVED = {"class": str, "fingerprint": str, "settings": {}}
+_COPY = "copy the folder again"
+
 # Every file that `save` may write.
 VOCABULARY_FILES = {SETTINGS_FILE, *(kind._model_file for kind in _CLASSES.values())} - {""}
 
@@ -347,20 +367,20 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
             f"{path} holds no {SETTINGS_FILE}: expected the folder of a vocabulary, or of a run or "
             "a cache that keeps one."
         )
-    try:
-        saved = json.loads((path / SETTINGS_FILE).read_text())
-    except ValueError as error:
-        raise InputError(
-            f"{path / SETTINGS_FILE} is not readable JSON ({error}): copy the folder again."
-        ) from error
+    saved = read_json_object(path / SETTINGS_FILE, _COPY)
+    require_shape(path / SETTINGS_FILE, saved, _SAVED, _COPY)
     kind = _CLASSES.get(saved["class"])
     if kind is None:
         raise InputError(
             f"{path} holds a {saved['class']}, expected one of {', '.join(_CLASSES)}: "
             "it was made by another version of salt_jax."
         )
+    settings = {**saved["settings"]}
+    if unknown := sorted(settings.keys() - kind._settings_shape.keys()):
+        raise InputError(f"{path / SETTINGS_FILE}: {kind.__name__} has no {unknown[0]}: {_COPY}.")
+    require_shape(path / SETTINGS_FILE, settings, kind._settings_shape, _COPY)
     model = {"path": path / kind._model_file} if kind._model_file else {}
-    vocabulary = kind(**model, **saved["settings"])
+    vocabulary = kind(**model, **settings)
     if vocabulary.fingerprint != saved["fingerprint"]:
         raise InputError(
             f"The vocabulary in {path} has the fingerprint {vocabulary.fingerprint[:12]}…, "
@@ -400,8 +420,9 @@ def _tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tokeniz
 
 
 def _checked_reserved(reserved: int) -> int:
-    if reserved < 0:
+    if not 0 <= reserved <= _MOST_IDS:
         raise InputError(
-            f"reserved is {reserved}, expected 0 or more ids: change the vocabulary's setting."
+            f"reserved is {reserved}, expected 0 to {_MOST_IDS:,} ids: change the vocabulary's "
+            "setting."
         )
     return reserved

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Sequence
 
 from salt_jax.data.durable_files import write_text
+from salt_jax.data.json_files import read_json_object, require_shape
 from salt_jax.data.manifests import file_digest
 from salt_jax.errors import InputError
 
@@ -86,11 +87,16 @@ def _known(folder: pathlib.Path) -> dict[str, str]:
     if not path.exists():  # of another version, or converted
         return {}
     try:
-        known = json.loads(path.read_text())
-    except ValueError as error:
+        known = read_json_object(path, "")
+        require_shape(path, known, {str: str}, "")
+    except InputError as error:
         raise damaged(folder, f"{DIGESTS_FILE} is not what was written") from error
-    return {str(name): str(digest) for name, digest in known.items()}
+    return known
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """An item's files; those that a link of someone else's puts there are none of a checkpoint."""
+    found = sorted(folder.rglob("*"))
+    if links := [path for path in (folder, *found) if path.is_symlink()]:
+        raise damaged(folder.parent, f"{links[0].relative_to(folder.parent)} is a link")
+    return [path for path in found if path.is_file()]

@@ -18,13 +18,18 @@ from salt_jax.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path):
-    write_manifest(tmp_path / "scores", new_manifest("row_scores", rows=3))
+    parts = {
+        **{"cache_digest": "c", "split": "train", "rows": 3, "shard_rows": 3, "k": [10]},
+        **{"shards": [], "columns": [], "nan_rows": 0},
+        "scorer": {"path": "slm", "step": 1, "digest": "d"},
+    }
+    write_manifest(tmp_path / "scores", new_manifest("row_scores", **parts))
     return tmp_path / "scores"
 
 
 def test_round_trip(folder):
     manifest = read_manifest(folder, "row_scores")
-    assert manifest == {"kind": "row_scores", "format_version": 2, "rows": 3}
+    assert (manifest["kind"], manifest["format_version"], manifest["rows"]) == ("row_scores", 2, 3)
     assert (folder / COMPLETED_FILE).read_text().strip() == manifest_digest(manifest)
 
 

@@ -112,7 +112,7 @@ def test_a_damaged_tokenizer_is_refused(folder: pathlib.Path) -> None:
             model_vocabulary(folder, "<s>")
     (folder / "tokenizer.json").write_text(whole)
     (folder / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(InputError, match="holds a list, expected a JSON object"):
+    with pytest.raises(InputError, match="holds a list, expected an object: name the folder"):
         model_vocabulary(folder)
 
 

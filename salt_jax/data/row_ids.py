@@ -1,0 +1,88 @@
+"""The ids of some rows of a split, as a file: ROW_IDS_FILE, an .npy of int64[m], ascending.
+
+In: ids, in memory or block by block. Out: the file; and the ids again, mapped from disk, after a
+check of their type, number, digest and order.
+"""
+
+import pathlib
+import tokenize
+from collections.abc import Iterable
+from typing import BinaryIO
+
+import numpy as np
+
+from salt_jax.data import durable_files
+from salt_jax.data.json_files import no_link_out
+from salt_jax.data.manifests import file_digest
+from salt_jax.errors import InputError
+
+ROW_IDS_FILE = "row_ids.npy"
+
+_BLOCK_ROWS = 1 << 20
+
+
+def write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
+    """Writes ids as an .npy file without holding them all; gives how many.
+
+    Args:
+      path: Where.
+      blocks: Ascending ids, each once, at least one.
+    """
+    rows, last = 0, -1
+    with durable_files.whole_file(path) as file:
+        _write_header(file, 0)
+        length = file.tell()
+        for block in blocks:
+            ids_n = np.asarray(block, np.int64)
+            assert ids_n.ndim == 1, f"a selection of shape {ids_n.shape}, expected [m]"
+            assert np.all(np.diff(ids_n, prepend=last) > 0), "row ids must ascend, each once"
+            file.write(np.ascontiguousarray(ids_n).tobytes())
+            rows += len(ids_n)
+            last = int(ids_n[-1]) if len(ids_n) else last
+        assert rows, "a selection of no rows"
+        file.seek(0)
+        _write_header(file, rows)
+        assert file.tell() == length, "the header of an .npy file has room for any count"
+    return rows
+
+
+def read_row_ids(folder: pathlib.Path, rows: int, digest: str, made_by: str) -> np.ndarray:
+    """int64[rows] of a folder's file, mapped from disk.
+
+    Args:
+      folder: Where the file lies.
+      rows: How many ids there must be.
+      digest: The file's.
+      made_by: The command that made it, for errors.
+
+    Raises:
+      InputError: It is missing, damaged or another one, or its ids don't ascend from 0 or more.
+    """
+    path, again = folder / ROW_IDS_FILE, f"copy the folder again, or run its `{made_by}` again"
+    no_link_out(folder, path, again)
+    try:
+        ids_m = np.lib.format.open_memmap(path, mode="r")
+    # numpy reads the header as Python literals, with Python's tokenizer.
+    except (OSError, ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {again}.") from error
+    if ids_m.dtype != np.int64 or ids_m.shape != (rows,):
+        raise InputError(
+            f"{path} holds {ids_m.dtype}{list(ids_m.shape)}, its manifest says int64[{rows}]: "
+            f"{again}."
+        )
+    if (found := file_digest(path)) != digest:
+        raise InputError(
+            f"{path} has the digest {found[:12]}…, its manifest says {digest[:12]}…: {again}."
+        )
+    last = -1
+    for start in range(0, rows, _BLOCK_ROWS):
+        ids_n = ids_m[start : start + _BLOCK_ROWS]
+        if not np.all(np.diff(ids_n, prepend=last) > 0):
+            raise InputError(f"{path}: its row ids don't ascend, each once: {again}.")
+        last = int(ids_n[-1])
+    return ids_m
+
+
+def _write_header(file: BinaryIO, rows: int) -> None:
+    header = {"descr": "<i8", "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(file, header)
