@@ -6,6 +6,7 @@ the libraries that they need.
 
 import ast
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -18,13 +19,19 @@ from salt_jax.errors import InputError, nearest
 
 COMMANDS = pathlib.Path(__file__).parent / "commands"
 
-_COMMON_FLAGS = ("gin_file", "output_dir", *processes.FLAGS)
+_COMMON_FLAGS = ("gin_file", "safe_gin", "output_dir", *processes.FLAGS)
+
+# Set for the commands that a command starts: what they read comes from the same files.
+SAFE_GIN = "SALT_SAFE_GIN"
+_SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 USAGE = """\
 usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]… --output_dir=FOLDER
 
   --gin_file=FILE     a gin file, found from here or among the package's own (gin/); repeatable,
                       a later file overrides an earlier one
+  --safe_gin          read no more than settings of salt_jax's own from gin files: without it, a gin
+                      file can run any code by importing it (docs/configuration.md)
   --gin.NAME=VALUE    one setting (train.train.seed=1) or macro (STEPS=500), over the files
   --SETTING=VALUE     a setting of the verb itself: --seed=1 is --gin.VERB.VERB.seed=1
   --output_dir=FOLDER where the verb writes config.gin, run.json, summary.json and its results
@@ -45,6 +52,7 @@ class Arguments(NamedTuple):
     positional: list[str]
     output_dir: str | None
     processes: dict[str, str]
+    safe_gin: bool
     help: bool
 
 
@@ -59,7 +67,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
       InputError: A flag without its value.
     """
-    arguments = Arguments(argv[0], [], [], {}, [], None, {}, False)
+    safe_gin = _switch(os.environ.get(SAFE_GIN) or "0", SAFE_GIN)
+    arguments = Arguments(argv[0], [], [], {}, [], None, {}, safe_gin, False)
     rest = iter(argv[1:])
     for argument in rest:
         if argument in ("--help", "-h"):
@@ -67,6 +76,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             continue
         if not argument.startswith("--"):
             arguments.positional.append(argument)
+            continue
+        if argument.partition("=")[0] == "--safe_gin":
+            # It can be asked for only: what a file has its commands started with can't undo it.
+            typed = _switch(argument.partition("=")[2] or "1", "--safe_gin")
+            arguments = arguments._replace(safe_gin=arguments.safe_gin or typed)
             continue
         name, separator, value = argument[2:].partition("=")
         if not separator:
@@ -84,6 +98,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         else:
             arguments.settings.setdefault(name, []).append(value)
     return arguments
+
+
+def _switch(value: str, name: str) -> bool:
+    if value not in _SWITCH:
+        raise InputError(f"{name} is {value!r}, expected True or False: correct it.")
+    return _SWITCH[value]
 
 
 def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[str]:

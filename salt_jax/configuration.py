@@ -1,6 +1,7 @@
 """gin files, bindings and flags in; a verb's function, ready to be called, out.
 
-Nothing else in the package knows gin, but for `main` and the words of its errors (`config_errors`).
+Nothing else in the package knows gin, but for `main`, the words of its errors (`config_errors`) and
+what may be read of it untrusted (`safe_gin`).
 """
 
 import copy
@@ -20,6 +21,7 @@ from salt_jax.command_line import Arguments, own_bindings, parameters_of, requir
 from salt_jax.config_errors import CONFIGS, explained, flag_of, plain
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RunFolder
+from salt_jax.safe_gin import require_safe_bindings, require_safe_file
 from salt_jax.setting_types import is_a
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
@@ -47,7 +49,11 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
             f"`salt {verb}` needs the library {error.name}, which is not installed: "
             "pip install 'salt_jax[prepare]'."
         ) from error
-    parsed = [explained(gin.parse_config_file, _find_gin_file(f)) for f in arguments.gin_files]
+    named = [_find_gin_file(file) for file in arguments.gin_files]
+    if arguments.safe_gin:
+        for file in named:
+            explained(require_safe_file, file, _find_gin_file)
+    parsed = [explained(gin.parse_config_file, file) for file in named]
     files, modules = _files_and_modules(parsed)
     _refuse_unknown_macros(arguments.bindings, files)
     lender = getattr(sys.modules[function.__module__], "SETTINGS_FROM", verb)
@@ -56,7 +62,10 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     # A reference registers the function with gin even when nothing is bound to it.
     register = [f"salt_{name} = @{name}.{name}" for name in (verb, lender)]
     bindings = [*arguments.bindings, *own, *register]
-    explained(gin.parse_config, "\n".join([*_imports({*modules, *commands}), *bindings]))
+    text = "\n".join([*_imports({*modules, *commands}), *bindings])
+    if arguments.safe_gin:
+        explained(require_safe_bindings, text)
+    explained(gin.parse_config, text)
     if lender != verb:
         _borrow_settings(function, verb, lender)
     _read_model_files(function, verb)

@@ -19,6 +19,7 @@ from typing import TextIO
 import gin
 from salt_jax import __version__, processes
 from salt_jax.command_line import (
+    SAFE_GIN,
     USAGE,
     Arguments,
     parse_arguments,
@@ -90,6 +91,8 @@ def _run(argv: list[str]) -> int:
         if code == -signal.SIGABRT:
             raise Interrupted(processes.who_coordinated(pathlib.Path(arguments.output_dir)))
         return code if code >= 0 else 1
+    if arguments.safe_gin:
+        os.environ[SAFE_GIN] = "1"
     verb = configure(arguments)
     _quiet_libtpu()
     together = _join(arguments)

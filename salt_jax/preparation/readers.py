@@ -2,7 +2,8 @@
 
 In: a file: .jsonl, .jsonl.gz, .jsonl.zst or .parquet with a `text` a row (or the fields that a
 template names) and perhaps a subset name, or any other file, which is one document of plain text.
-Out: documents, in the file's order. Memory holds one block of a file.
+Out: documents, in the file's order. Memory holds one block of a file and one line, whatever a
+compressed file makes of itself: a line too long is refused.
 
 A row's subset name is `meta.pile_set_name` (the Pile's), else `subset`; a plain file's is its
 suffix ("py").
@@ -24,6 +25,9 @@ from salt_jax.errors import InputError
 from salt_jax.preparation.reading_log import ReadingLog
 
 _BLOCK_BYTES = 1 << 20
+# 4 bytes of a zstandard frame may stand for 128 KB: so much gives 32 MB at most.
+_COMPRESSED_BYTES = 1 << 10
+_MOST_LINE_BYTES = 256 << 20
 _REPAIR = "mend the file, or skip such rows with skip_broken_lines=True"
 _PLAIN = Template()
 
@@ -120,10 +124,17 @@ def _document(row: Any, place: str, template: Template) -> Document:
 
 
 def _subset_name(row: Mapping[str, Any]) -> str:
+    """The name of a row's subset, "" where there is none.
+
+    Raises:
+      Unfit: It is no name.
+    """
     meta = row.get("meta")
     name = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
     name = row.get("subset") if name is None else name
-    return "" if name is None else str(name)
+    if not isinstance(name, str | int | float | None):
+        raise Unfit(f"the subset's name is a {type(name).__name__}, expected a text")
+    return "" if name is None else _valid_unicode(str(name))
 
 
 def _json_rows(path: pathlib.Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
@@ -134,25 +145,36 @@ def _json_rows(path: pathlib.Path, log: ReadingLog) -> Iterator[tuple[str, Any]]
         place = f"{path}, line {number}"
         try:
             yield place, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield place, _Broken(str(error))
 
 
 def _lines(path: pathlib.Path, log: ReadingLog) -> Iterator[bytes]:
     """The file's lines, without their line feeds."""
-    number, rest = 1, b""
+    number, held = 1, 0
+    pieces: list[bytes] = []  # of line `number`
     try:
         for block in _blocks(path, log):
-            *lines, rest = (rest + block).split(b"\n")
-            number += len(lines)
-            yield from lines
+            first, *others = block.split(b"\n")
+            pieces.append(first)
+            held += len(first)
+            if held > _MOST_LINE_BYTES:
+                raise InputError(
+                    f"{path}, line {number} has more than {_MOST_LINE_BYTES:,} bytes: cut it into "
+                    "several documents, or leave the file out."
+                )
+            if others:
+                yield b"".join(pieces)
+                yield from others[:-1]
+                number += len(others)
+                pieces, held = others[-1:], len(others[-1])
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
             f"{path} is cut short or damaged after line {number - 1} ({error}): "
             "fetch the file again."
         ) from error
-    if rest:
-        yield rest
+    if held:
+        yield b"".join(pieces)
 
 
 def _blocks(path: pathlib.Path, log: ReadingLog) -> Iterator[bytes]:
@@ -176,7 +198,7 @@ def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
 
     frame = zstandard.ZstdDecompressor().decompressobj()
     inside_frame = False
-    while compressed := file.read(_BLOCK_BYTES):
+    while compressed := file.read(_COMPRESSED_BYTES):
         while compressed:
             inside_frame = True
             try:

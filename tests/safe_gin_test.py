@@ -1,0 +1,199 @@
+"""--safe_gin: our own files pass, and a file that would run anything is one sentence."""
+
+import importlib
+import inspect
+import os
+import pathlib
+
+import pytest
+
+from salt_jax import safe_gin
+from salt_jax.command_line import SAFE_GIN, parse_arguments, verb_help, verbs
+from salt_jax.config_errors import CONFIGS
+from salt_jax.configuration import _find_gin_file
+from salt_jax.errors import InputError
+from salt_jax.main import main
+
+OWN_FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin"))
+OURS = "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+MARK = "run_by_gin"
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag is handed on by the environment, which other tests read too."""
+    monkeypatch.setenv(SAFE_GIN, "")
+
+
+@pytest.fixture
+def bad_module(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A module that gin could import; gives the file that importing it makes."""
+    made = tmp_path / MARK
+    (tmp_path / "not_ours.py").write_text(f"open({str(made)!r}, 'w').close()\nseed = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return made
+
+
+def refusal(
+    text: str, folder: pathlib.Path, capsys: pytest.CaptureFixture[str], *flags: str
+) -> str:
+    """What `salt train --safe_gin` says of a file of this text."""
+    (folder / "mine.gin").write_text(text)
+    output = folder / "out"
+    typed = ["train", "--safe_gin", f"--gin_file={folder}/mine.gin", *flags]
+    assert main([*typed, f"--output_dir={output}"]) == 2
+    assert not output.exists()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("file", OWN_FILES)
+def test_our_own_files_pass(file: str) -> None:
+    path = _find_gin_file(file)
+    # Those of T5X's own train.py, and a task that a module of anyone's registers.
+    if file.startswith("t5x/") or file == "data/registered.gin":
+        with pytest.raises(InputError, match=r"line \d+: .*--safe_gin"):
+            safe_gin.require_safe_file(path, _find_gin_file)
+    else:
+        safe_gin.require_safe_file(path, _find_gin_file)
+
+
+@pytest.mark.parametrize("name", sorted(safe_gin.NAMES))
+def test_every_name_is_a_public_one_of_ours(name: str) -> None:
+    module, _, last = name.rpartition(".")
+    found = getattr(importlib.import_module(module), last)
+    assert callable(found)
+    assert found.__module__.startswith("salt_jax.")
+
+
+def test_every_setting_that_runs_code_is_one_of_a_verb() -> None:
+    for name, harmless in safe_gin.RUN_CODE.items():
+        verb, _, setting = name.partition(".")
+        function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
+        assert inspect.signature(function).parameters[setting].default in harmless
+
+
+IMPORTS = [
+    "import not_ours",
+    "import not_ours as train",
+    "from not_ours import seed",
+    "import salt_jax_and_more",
+    "import os.path",
+]
+
+
+@pytest.mark.parametrize("line", IMPORTS)
+def test_other_modules_are_not_imported(
+    line: str,
+    bad_module: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = refusal(f"{OURS}{line}\n", bad_module.parent, capsys)
+    assert "mine.gin, line 3: --safe_gin keeps gin from importing" in said
+    assert not bad_module.exists()
+
+
+def test_gin_itself_would_import_them(
+    bad_module: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the flag is for."""
+    (bad_module.parent / "mine.gin").write_text("import not_ours\n")
+    typed = ["train", f"--gin_file={bad_module.parent}/mine.gin"]
+    assert main([*typed, f"--output_dir={bad_module.parent / 'out'}"]) == 2
+    assert bad_module.exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--gin.train.train.seed=3\nimport not_ours"],
+        ["--seed=@train.train\nimport not_ours"],
+        ["--cache=nowhere", "--gin.train.train.seed=%X\nX = 1\nimport not_ours"],
+    ],
+)
+def test_nor_by_a_binding(
+    typed: list[str], bad_module: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal("", bad_module.parent, capsys, *typed)
+    assert "the command line: --safe_gin keeps gin from importing not_ours" in said
+    assert not bad_module.exists()
+
+
+def test_nor_by_an_included_file(
+    bad_module: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = bad_module.parent
+    (folder / "inner.gin").write_text("\nimport not_ours\n")
+    (folder / "outer.gin").write_text(f"include '{folder}/inner.gin'\n")
+    said = refusal(f"include '{folder}/outer.gin'\n", folder, capsys)
+    assert f"{folder}/inner.gin, line 2: --safe_gin" in said
+    assert not bad_module.exists()
+
+
+@pytest.mark.parametrize(
+    ("imported", "line"),
+    [
+        ("from salt_jax.evaluation.tasks import programs", "X = @programs.pass_at_1()"),
+        ("from salt_jax.evaluation.tasks import programs as losses", "X = @losses.pass_at_1()"),
+        ("import salt_jax.evaluation.tasks.programs", "programs.pass_at_1.predictions = ('',)"),
+        ("from salt_jax.preparation import registered_task", "registered_task.RegisteredTask.x=1"),
+        ("", "train.train.seed = @train.pathlib.Path.cwd()"),
+        ("", "train.pathlib.os.system.command = 'touch x'"),
+        ("", "X = {'a': [(1, @train.RunFolder)]}"),
+        ("", "train.RunFolder:\n  path = 'x'"),
+        ("", "X = @gin.macro.__globals__.get()"),
+        ("from salt_jax.commands import evaluate", "evaluate.evaluate.task_folder = 'tasks'"),
+        ("from salt_jax.commands import evaluate", "a/evaluate.evaluate.task_folder = %X\nX = ''"),
+        ("from salt_jax.commands import evaluate", "evaluate.evaluate.allow_code_execution = True"),
+        ("from salt_jax.commands import prepare", "prepare.prepare.runner = 'not_ours.Runner'"),
+    ],
+)
+def test_only_settings_are_bound(
+    imported: str, line: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(f"{OURS}{imported}\n{line}\n", tmp_path, capsys)
+    assert said.startswith(f"salt: {tmp_path}/mine.gin, line ")
+    if "programs.pass_at_1.predictions" in line:  # not by that name
+        assert "not imported" in said
+    else:
+        assert "--safe_gin" in said
+
+
+def test_harmless_values_of_those_settings_pass(tmp_path: pathlib.Path) -> None:
+    """config.gin of a run holds them all."""
+    file = tmp_path / "config.gin"
+    lines = [f"from salt_jax.commands import {verb}\n" for verb in ("evaluate", "prepare")]
+    for name, harmless in safe_gin.RUN_CODE.items():
+        lines.append(f"{name.partition('.')[0]}.{name} = {harmless[0]!r}\n")
+    file.write_text("".join(lines))
+    safe_gin.require_safe_file(str(file), _find_gin_file)
+
+
+def test_the_flag_of_a_setting_that_runs_code(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["evaluate", "--safe_gin", "--task_folder=mine", f"--output_dir={tmp_path / 'out'}"]
+    assert main(typed) == 2
+    assert "--safe_gin allows task_folder of `salt evaluate` to be None only" in (
+        capsys.readouterr().err
+    )
+
+
+def test_commands_that_a_command_starts_are_asked_for_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "mine.gin").write_text("import os\n")
+    typed = ["report", "--safe_gin", f"--gin_file={tmp_path}/mine.gin", "--output_dir=x"]
+    assert main(typed) == 2
+    assert os.environ[SAFE_GIN] == "1"
+    assert parse_arguments(["train", "--safe_gin=False"]).safe_gin
+    monkeypatch.setenv(SAFE_GIN, "")
+    assert not parse_arguments(["train", "--safe_gin=False"]).safe_gin
+    assert not parse_arguments(["train"]).safe_gin
+    with pytest.raises(InputError, match="--safe_gin is 'maybe', expected True or False"):
+        parse_arguments(["train", "--safe_gin=maybe"])
+
+
+def test_help_says_so() -> None:
+    for verb in verbs():
+        assert "can run any code by importing it" in verb_help(verb)
