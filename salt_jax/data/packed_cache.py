@@ -11,13 +11,14 @@ In (reader): that folder. Out: rows by id, as Grain reads them; no TensorFlow, n
 its index in its split: row 0 is the first record of the first shard.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from array_record.python import array_record_data_source
@@ -93,15 +94,29 @@ class PackedSplit:
 
     def __getitem__(self, row_id: SupportsIndex) -> Row:
         index = self._checked(row_id)
-        return self._format.decode(self._records[index], index)
+        with self._refusing_damage():
+            record = self._records[index]
+        return self._format.decode(record, index)
 
     def __getitems__(self, row_ids: Sequence[SupportsIndex]) -> list[Row]:
         """Rows in the order asked for; reads several shards at once."""
         ids = [self._checked(row_id) for row_id in row_ids]
-        records = self._records.__getitems__(ids)
+        with self._refusing_damage():
+            records = self._records.__getitems__(ids)
         return [
             self._format.decode(record, row_id) for record, row_id in zip(records, ids, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _refusing_damage(self) -> Iterator[None]:
+        """What the library raises for bytes that it didn't write, in a sentence."""
+        try:
+            yield
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            raise InputError(
+                f"The {self.name} split of the cache {self._folder} cannot be read ({error}): "
+                f"{_AGAIN}."
+            ) from error
 
     def __repr__(self) -> str:
         return f"PackedSplit({str(self._folder)!r}, {self.name!r}, rows={len(self)})"
