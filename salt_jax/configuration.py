@@ -51,9 +51,9 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
         ) from error
     named = [_find_gin_file(file) for file in arguments.gin_files]
     if arguments.safe_gin:
-        for file in named:
-            explained(require_safe_file, file, _find_gin_file)
-    parsed = [explained(gin.parse_config_file, file) for file in named]
+        for path in named:
+            explained(require_safe_file, path, _find_gin_file)
+    parsed = [explained(gin.parse_config_file, path) for path in named]
     files, modules = _files_and_modules(parsed)
     _refuse_unknown_macros(arguments.bindings, files)
     lender = getattr(sys.modules[function.__module__], "SETTINGS_FROM", verb)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ Shape = Any
 _LARGEST_COUNT = 2**63 - 1
 # Its objects take several times that in memory; a cache of 100,000 shards needs a tenth of it.
 _MOST_BYTES = 256 << 20
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _CALLED = {int: "a whole number of 0 or more", float: "a number", str: "a text", bool: "a bool"}
 
@@ -39,14 +42,37 @@ def read_json_object(file: pathlib.Path, remedy: str) -> dict[str, Any]:
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        found = json.loads(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
+        found = parse_json(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): {remedy}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{file} is not readable JSON ({error}): {remedy}.") from error
     if not isinstance(found, dict):
         raise InputError(f"{file} holds a {type(found).__name__}, expected an object: {remedy}.")
     return found
+
+
+def parse_json(text: str | bytes, **settings: Any) -> Any:
+    """`json.loads`, with texts that can be written again.
+
+    Raises:
+      ValueError: It is no JSON, or too deep.
+    """
+    try:
+        found = json.loads(text, **settings)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    is_text = isinstance(text, str)
+    if _SURROGATE.search(text if is_text else text.decode("latin-1")):
+        found = json.loads(valid_unicode(json.dumps(found, ensure_ascii=False)))
+    return found
+
+
+def valid_unicode(text: str) -> str:
+    """A text in which half a surrogate pair, which JSON may hold and no file, is U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def require_shape(file: pathlib.Path, found: Mapping[str, Any], shape: Shape, remedy: str) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from salt_jax.data.buckets import open_file
+from salt_jax.data.json_files import valid_unicode
 from salt_jax.data.templates import Template, Unfit
 from salt_jax.errors import InputError
 from salt_jax.preparation.reading_log import ReadingLog
@@ -120,7 +121,7 @@ def _document(row: Any, place: str, template: Template) -> Document:
     if isinstance(row, _Broken):
         raise Unfit(f"this is not JSON ({row.reason})")
     prompt, text = template.fill(row if isinstance(row, Mapping) else {})
-    return Document(_valid_unicode(text), _subset_name(row), place, _valid_unicode(prompt))
+    return Document(valid_unicode(text), _subset_name(row), place, valid_unicode(prompt))
 
 
 def _subset_name(row: Mapping[str, Any]) -> str:
@@ -134,7 +135,7 @@ def _subset_name(row: Mapping[str, Any]) -> str:
     name = row.get("subset") if name is None else name
     if not isinstance(name, str | int | float | None):
         raise Unfit(f"the subset's name is a {type(name).__name__}, expected a text")
-    return "" if name is None else _valid_unicode(str(name))
+    return "" if name is None else valid_unicode(str(name))
 
 
 def _json_rows(path: pathlib.Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
@@ -267,10 +268,3 @@ def _opened(path: pathlib.Path, log: ReadingLog, in_order: bool = True) -> Binar
         raise InputError(
             f"{path} cannot be read ({error.strerror}): correct the task's files."
         ) from error
-
-
-def _valid_unicode(text: str) -> str:
-    """JSON may hold half a surrogate pair, which no tokenizer takes."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -8,7 +8,6 @@ of rows.
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import pathlib
 import shlex
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from salt_jax.data.json_files import parse_json, read_json_object, require_shape
 from salt_jax.data.local_copies import local_folder
 from salt_jax.data.manifests import MANIFEST_FILE
 from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
@@ -27,6 +27,7 @@ from salt_jax.reporting.costs import Costs, TeacherTraining
 from salt_jax.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
 
 CURVE_SPLIT = "validation"
+_WHOLE = "give the folder of a whole run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +278,7 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoredRows | SelectedRows:
         raise InputError(f"There is no folder {path}: name the output folder of a run.")
     origin = _origin(path)
     manifest = path / MANIFEST_FILE
-    kind = _json_object(manifest).get("kind") if manifest.exists() else None
+    kind = read_json_object(manifest, _WHOLE).get("kind") if manifest.exists() else None
     if origin.verb == "train":
         return _train_run(origin)
     if origin.verb == "score" or kind == "row_scores":
@@ -293,7 +294,7 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoredRows | SelectedRows:
             cut=content["cut"],
             scores_digest=content["scores_digest"],
             manifest=content,
-            audit=_json_object(audit) if audit.exists() else None,
+            audit=read_json_object(audit, _WHOLE) if audit.exists() else None,
         )
     what = f"a run of `salt {origin.verb}`" if origin.verb else "no run"
     raise InputError(
@@ -322,7 +323,7 @@ def labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
 def _train_run(origin: Origin) -> TrainRun:
     path = origin.path
     summary = path / SUMMARY_FILE
-    facts = _json_object(summary) if summary.exists() else {}
+    facts = read_json_object(summary, _WHOLE) if summary.exists() else {}
     metrics = path / METRICS_FILE
     if not metrics.exists():
         raise InputError(f"The run {path} has no {METRICS_FILE}: it has not begun training.")
@@ -358,8 +359,8 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line)
+            except ValueError:
                 record = None
             yield f"{path}, line {number}", record if isinstance(record, dict) else None
 
@@ -384,6 +385,8 @@ def _training_point(record: Mapping[str, Any], where: str) -> TrainingPoint:
 
 def _evaluation(record: Mapping[str, Any], where: str) -> Evaluation:
     subsets = record.get("by_subset") or {}
+    if not isinstance(subsets, dict) or not all(isinstance(x, dict) for x in subsets.values()):
+        raise InputError(f"{where}: by_subset is no object of objects: {_WHOLE}.")
     names = ("log_perplexity", "next_token_accuracy", "train_flops", "tokens", "seconds")
     return Evaluation(
         step=_step(record, where),
@@ -421,27 +424,23 @@ def _number(record: Mapping[str, Any], name: str, where: str) -> float:
 
 def _origin(path: pathlib.Path) -> Origin:
     run_file, config = path / RUN_FILE, path / CONFIG_FILE
-    content = _json_object(run_file) if run_file.exists() else {}
+    content = read_json_object(run_file, _WHOLE) if run_file.exists() else {}
     command_line = content.get("command_line") or ""
+    versions = content.get("versions") or {}
+    lists = {
+        "versions": {str: str},
+        "command_line": str if isinstance(command_line, str) else [str],
+    }
+    require_shape(run_file, {"versions": versions, "command_line": command_line}, lists, _WHOLE)
     return Origin(
         path=path,
         verb=str(content.get("verb", "")),
         command_line=command_line if isinstance(command_line, str) else shlex.join(command_line),
-        versions=content.get("versions") or {},
+        versions=versions,
         git_commit=content.get("git_commit"),
         started=str(content.get("started", "")),
         config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
     )
-
-
-def _json_object(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): is the run whole?") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not an object: is the run whole?")
-    return content
 
 
 def _runs_below(path: pathlib.Path) -> str:

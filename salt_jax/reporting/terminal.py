@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
+from salt_jax.errors import visible
 from salt_jax.reporting.tables import Table
 
 WIDTH_OFF_TERMINAL = 120
@@ -23,16 +24,20 @@ def print_table(table: Table) -> None:
     # Into a file or a pipe there is no width to keep to, and folded figures are hard to read.
     console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
     for part, columns in enumerate(_parts(table, console.width)):
-        title = Text(table.title if not part else f"{table.title}, continued", style="bold")
+        title = _text(table.title if not part else f"{table.title}, continued", style="bold")
         shown = TerminalTable(title=title, title_justify="left", box=SIMPLE_HEAD)
         for index in columns:
-            name = Text(table.columns[index])
+            name = _text(table.columns[index])
             shown.add_column(name, justify="right" if index else "left", no_wrap=not index)
         for row in table.rows:
-            shown.add_row(*(Text(row[index]) for index in columns))
+            shown.add_row(*(_text(row[index]) for index in columns))
         console.print(shown)
     if table.note:
-        console.print(Text(table.note, style="dim"))
+        console.print(_text(table.note, style="dim"))
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(visible(text), style=style)
 
 
 def _parts(table: Table, width: int) -> Iterator[list[int]]:
@@ -51,4 +56,4 @@ def _parts(table: Table, width: int) -> Iterator[list[int]]:
 def _width(table: Table, index: int) -> int:
     """What a column needs: a head may be folded between its words, a cell may not."""
     words = table.columns[index].split() if index else [table.columns[index]]
-    return max(Text(text).cell_len for text in [*words, *(row[index] for row in table.rows), ""])
+    return max(_text(text).cell_len for text in [*words, *(row[index] for row in table.rows), ""])

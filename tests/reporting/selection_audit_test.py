@@ -1,11 +1,14 @@
 """The audit of a selection on the page: what it holds, drawn and written as it is."""
 
+import html.parser
 import json
 
 import numpy as np
 import pytest
 
+from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import selection_audit as audits
+from salt_jax.main import main
 from salt_jax.reporting import page, selection_audit
 from salt_jax.reporting.runs import read_folders
 from salt_jax.reporting.sections import compose
@@ -159,3 +162,73 @@ def test_selections_by_several_scores_are_each_drawn_over_their_own(tmp_path, au
     assert "median_zero_k10" in captions[1]
     assert "zero: 50 rows" in captions[1]
     assert "zero" not in captions[0]
+
+
+# Out of an attribute, out of a text; matplotlib's own markup; what is no Unicode; a terminal's.
+MARKUP = "\"'></td></pre><script>&$\\frac{$\ud800\x1b[2J"
+# What the files' format fixes.
+FIXED = {"kind", "verb", "split", "digest"}
+
+
+def poisoned(value, key=""):
+    """A JSON value with markup in all its texts, and in the names of subsets and libraries."""
+    if isinstance(value, str):
+        return value if key in FIXED else value + MARKUP
+    if isinstance(value, list):
+        return [poisoned(item, key) for item in value]
+    if isinstance(value, dict):
+        named = key in ("by_subset", "versions", "how")
+        return {k + MARKUP * named: poisoned(item, k) for k, item in value.items()}
+    return value
+
+
+class Tags(html.parser.HTMLParser):
+    """Notes the tags and attributes that a browser would see."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes = set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_no_text_of_any_file_comes_out_raw(tmp_path, folders, capsys):
+    paths = folders.experiment(tmp_path / "a<b>&")
+    scores, chosen = paths[-2:]
+    overlap = {
+        "selection": "runs/k5",
+        "how": {"rule": "TopRows"},
+        "score": {"k": 5, "statistic": "median"},
+        "scorer": {"step": 94, "path": "slm"},
+        **audits.overlap(np.arange(50), np.arange(50), 400),
+    }
+    write_audit(Selection.open(chosen), RowScores.open(scores), [overlap])
+    before = main(["report", *map(str, paths), f"--output_dir={tmp_path / 'plain'}"])
+    assert before == 0
+    poisoned_files = 0
+    for folder in paths:
+        for name in ("summary.json", "run.json", "audit.json", "metrics.jsonl"):
+            if not (folder / name).exists():
+                continue
+            texts = (folder / name).read_text()
+            lines = texts.splitlines() if name.endswith("l") else [texts]
+            made = [json.dumps(poisoned(json.loads(line))) for line in lines]
+            assert made != lines
+            (folder / name).write_text("\n".join(made) + "\n")
+            poisoned_files += 1
+        (folder / "config.gin").write_text(f"# {MARKUP[:20]}\n")
+    assert poisoned_files == 5 * 3 + 3
+    capsys.readouterr()
+    assert main(["report", *map(str, paths), f"--output_dir={tmp_path / 'page'}"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    plain, text = ((tmp_path / name / "index.html").read_text() for name in ("plain", "page"))
+    assert "<script" not in text
+    escaped = "&quot;&#x27;&gt;&lt;/td&gt;&lt;/pre&gt;&lt;script&gt;&amp;"
+    assert text.count(escaped) > 100
+    for shown in ("salt_ds", "Github", "jax", "0123456789abcdef", "text of 0 &lt;"):
+        assert shown in text
+    before, after = Tags(plain), Tags(text)
+    assert (after.tags, after.attributes) == (before.tags, before.attributes)

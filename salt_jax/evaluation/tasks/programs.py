@@ -1,9 +1,14 @@
 """Programs: a model's code and its tests in; whether it passes them out.
 
-The code is executed, in a process of its own without this one's environment, and with no other
-protection: lm-eval calls this only where a user allows code execution.
+The code is executed, in a process of its own without this one's environment, and with little other
+protection: its output goes nowhere, its memory and the files it writes have a limit, and what it
+started ends with it, unless that left its process group. lm-eval calls this only where a user
+allows code execution.
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +18,15 @@ import datasets
 
 _EXAMPLES = (2, 3, 4)  # the ids of MBPP's own prompt (arXiv 2108.07732)
 _SECONDS = 3.0  # as in Hugging Face's code_eval
+
+# Sets the limits, which a program can't raise again, and becomes the program on its stdin.
+_LIMITED = f"""
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, ({4 << 30}, {4 << 30}))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({16 << 20}, {16 << 20}))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+os.execv(sys.executable, [sys.executable, "-I", "-"])
+"""
 
 
 def pass_at_1(references: Sequence[str], predictions: Sequence[str]) -> float:
@@ -30,17 +44,22 @@ def examples(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def _runs(program: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-c", _LIMITED],
+            cwd=folder,
+            env={},
+            # Not as an argument, which can hold neither NUL nor 200 KB.
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
-            finished = subprocess.run(
-                [sys.executable, "-I", "-c", program],
-                cwd=folder,
-                env={},
-                capture_output=True,
-                stdin=subprocess.DEVNULL,
-                timeout=_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return False
-    return finished.returncode == 0
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(program.encode(errors="replace"), timeout=_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    return child.returncode == 0
