@@ -69,7 +69,7 @@ def evaluate(
       split: Of the cache, "test" or "validation".
       rows: Rows of it to read, from the first on; all by default.
       tasks: Names of tasks or groups; the flag may be given again.
-      task_folder: A folder of YAML files of more tasks.
+      task_folder: A folder of YAML files of more tasks, which can run any code: one you trust.
       task_data: A folder of files in the place of tasks' data sets: TASK/SPLIT.jsonl, or .parquet.
       shots: Examples in a prompt, but for tasks that are meant to have none; each task's own number
         by default.

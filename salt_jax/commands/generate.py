@@ -132,7 +132,7 @@ def _texts(prompt: Sequence[str], prompts: str | None) -> list[str]:
 def _field(path: pathlib.Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}, line {number} is not JSON ({error}): correct it.") from error
     fields = record if isinstance(record, dict) else {}
     text = fields.get("prompt", fields.get("text"))

@@ -199,6 +199,8 @@ def _label_writer(
             f"The selection {selection} is of the {selected.manifest['split']} split, not of "
             f"{split}: set --split to it."
         )
+    if selected is not None:
+        selected.require_within(len(cache.split(split)))
     writer = SoftLabelsWriter(
         run.path,
         cache_digest=cache.digest,

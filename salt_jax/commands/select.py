@@ -90,6 +90,7 @@ def select(
                 f"compare names {folder}, a selection of the {other.manifest['split']} split, and "
                 f"this one is of {split}: leave it out."
             )
+        other.require_within(len(packed.split(split)))
     choice = _with_rows_like_another(rule, packed).select(candidates)
     by_score = not isinstance(rule, selection.RandomRows)
     run.begin()

@@ -316,6 +316,18 @@ class Selection:
         row_ids_m = read_row_ids(path, manifest["rows"], manifest["array_digest"], "salt select")
         return cls(path, row_ids_m, manifest, _digest(manifest))
 
+    def require_within(self, rows: int) -> None:
+        """Refuses a selection that has rows which a split of so many hasn't.
+
+        Raises:
+          InputError: With the row.
+        """
+        if self.row_ids[-1] >= rows:
+            raise InputError(
+                f"{self.path} selects the row {self.row_ids[-1]} of a split of {rows} rows: copy "
+                "the folder again, or run its `salt select` again."
+            )
+
 
 def _require_layout(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Refuses columns that shards of these sizes don't hold, or that are of another type."""

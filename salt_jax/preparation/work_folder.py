@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.data.durable_files import LEFTOVERS, write_text
+from salt_jax.data.json_files import no_link_out, read_json_object, require_shape
 from salt_jax.data.vocabularies import Vocabulary
 
 _PLAN_FILE = "plan.json"
@@ -90,7 +91,11 @@ class WorkFolder:
         Args:
           plan: What the work is for.
           vocabulary: Kept for the units.
+
+        Raises:
+          InputError: The folder is a link that leads elsewhere, where nothing is to be removed.
         """
+        no_link_out(self.path.parent, self.path, "choose another --output_dir")
         before = self.plan()
         if before is None or before.units != plan.units:
             self.discard()
@@ -106,7 +111,11 @@ class WorkFolder:
     def plan(self) -> Plan | None:
         """The plan that the folder's work is for; None where there is no work."""
         plan = self.read_json(self.path / _PLAN_FILE)
-        return Plan(**plan) if plan else None
+        if plan is None:
+            return None
+        shape = {"units": str, "buckets": str, "trained": (None, str)}
+        require_shape(self.path / _PLAN_FILE, plan, shape, self._again)
+        return Plan(*(plan[name] for name in shape))
 
     def discard(self) -> None:
         """Removes the folder; the plan first, so that no half of it is taken up again."""
@@ -129,10 +138,11 @@ class WorkFolder:
 
     def read_json(self, file: pathlib.Path) -> dict[str, Any] | None:
         """A record of this folder; None where there is none."""
-        try:
-            return json.loads(file.read_text())
-        except FileNotFoundError:
-            return None
+        return read_json_object(file, self._again) if file.exists() else None
+
+    @property
+    def _again(self) -> str:
+        return f"delete {self.path}, which is made again"
 
 
 def digest_of(value: Any) -> str:

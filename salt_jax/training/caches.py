@@ -99,7 +99,10 @@ class Caches:
                 f"{selection.manifest['cache_digest'][:12]}…, expected {known}: name the cache it "
                 "was made from, or select again."
             )
-        return digests.index(selection.manifest["cache_digest"])
+        source = digests.index(selection.manifest["cache_digest"])
+        cache = [*self.packed.values()][source]
+        selection.require_within(len(cache.split(selection.manifest["split"])))
+        return source
 
     def order(self, seed: int, without: tuple[int, np.ndarray] | None = None) -> Order:
         """All train rows of all caches, interleaved by weight.
