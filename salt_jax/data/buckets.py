@@ -14,6 +14,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from salt_jax.data.json_files import require_inside
 from salt_jax.errors import InputError
 
 # What installs the library of each scheme.
@@ -66,6 +67,7 @@ class RemoteFolder:
 
         Raises:
           BucketError: It cannot be listed.
+          InputError: A name in it leads out of a folder.
         """
         with _told(self.url, "read"):
             self._files.invalidate_cache()
@@ -73,11 +75,14 @@ class RemoteFolder:
                 found = self._files.find(self._root, detail=True)
             except FileNotFoundError:
                 return {}
-        return {
+        files = {
             name.removeprefix(f"{self._root}/"): RemoteFile(int(info["size"]), _version(info))
             for name, info in sorted(found.items())
             if info["type"] == "file" and name.startswith(f"{self._root}/")
         }
+        for name in filter(None, files):  # in a bucket ".." is a name as any other
+            require_inside(self.url, name, "rename or remove that object")
+        return files
 
     def fetch(self, folder: pathlib.Path, names: Sequence[str]) -> None:
         """Copies files into a folder on the disk, each whole or not at all.

@@ -97,12 +97,21 @@ def inside(folder: pathlib.Path, name: str, remedy: str) -> pathlib.Path:
     Raises:
       InputError: The name leads out of the folder: it is absolute, has "..", or follows a link.
     """
+    require_inside(str(folder), name, remedy)
+    return no_link_out(folder, folder / name, remedy)
+
+
+def require_inside(folder: str, name: str, remedy: str) -> None:
+    """Refuses a name that leads out of a folder, on the disk or in a bucket, by itself.
+
+    Raises:
+      InputError: It is absolute, has "..", or means something else elsewhere.
+    """
     parts = pathlib.PurePosixPath(name).parts
     if not parts or "\0" in name or "\\" in name or os.path.isabs(name) or ".." in parts:
         raise InputError(
             f"{folder} names its file {name!r}, expected one inside the folder: {remedy}."
         )
-    return no_link_out(folder, folder / name, remedy)
 
 
 def no_link_out(folder: pathlib.Path, path: pathlib.Path, remedy: str) -> pathlib.Path:

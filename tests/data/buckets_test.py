@@ -45,6 +45,13 @@ def test_what_is_put_is_listed_and_fetched(url, bucket, tmp_path):
     assert "bucket/a/bc" in bucket.objects
 
 
+@pytest.mark.parametrize("name", ["../out", "d/../../out", "..", "d/.."])
+def test_names_that_lead_out_of_a_copy_are_refused(name, url, bucket):
+    bucket.objects[f"bucket/a/b/{name}"] = b"of anyone"
+    with pytest.raises(InputError, match="expected one inside the folder: rename or remove"):
+        RemoteFolder(url).files()
+
+
 def test_marks_of_completeness_come_last_and_go_first(url, bucket, tmp_path):
     names = ["COMPLETED", "a", "checkpoints/1/digests.json", "checkpoints/1/params/p", "z"]
     for name in names:
