@@ -62,8 +62,7 @@ def parse_json(text: str | bytes, **settings: Any) -> Any:
         found = json.loads(text, **settings)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    is_text = isinstance(text, str)
-    if _SURROGATE.search(text if is_text else text.decode("latin-1")):
+    if _SURROGATE.search(text if isinstance(text, str) else text.decode("latin-1")):
         found = json.loads(valid_unicode(json.dumps(found, ensure_ascii=False)))
     return found
 
