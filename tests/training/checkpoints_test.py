@@ -53,7 +53,7 @@ def test_params_held_in_the_dtype_of_computation_compute_the_same(slm: pathlib.P
     whole, half = model.load_params(mesh), model.load_params(mesh, dtype="bfloat16")
     scale_D = whole["final_norm"]["scale"]
     assert not np.array_equal(scale_D, scale_D.astype(jnp.bfloat16)), "the test would not see it"
-    assert half["head"].dtype == jnp.bfloat16
+    assert half["embedding"].dtype == jnp.bfloat16
 
     def logits(params: Any) -> np.ndarray:
         hidden = decoder.hidden_states(config, params, batch)
