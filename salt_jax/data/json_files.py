@@ -56,13 +56,15 @@ def parse_json(text: str | bytes, **settings: Any) -> Any:
     """`json.loads`, with texts that can be written again.
 
     Raises:
-      ValueError: It is no JSON, or too deep.
+      ValueError: It is no JSON in UTF-8, or too deep.
     """
+    # json itself would let half a pair pass in bytes, and guess their encoding.
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
     try:
         found = json.loads(text, **settings)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if _SURROGATE.search(text if isinstance(text, str) else text.decode("latin-1")):
+    if _SURROGATE.search(text):
         found = json.loads(valid_unicode(json.dumps(found, ensure_ascii=False)))
     return found
 

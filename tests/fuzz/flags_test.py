@@ -16,7 +16,7 @@ from salt_jax.main import main
 fuzzed = settings(
     max_examples=int(os.environ.get("SALT_FUZZ_EXAMPLES", "40")),
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=list(HealthCheck),
 )
 
 BASE = ["--gin_file=runs/pretrain.gin", "--gin_file=methods/salt.gin", "--gin_file=models/base.gin"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from salt_jax.data.label_format import LabelFormat, Labels
@@ -25,7 +25,11 @@ from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
 from salt_jax.data.vocabularies import load_vocabulary
 from salt_jax.errors import InputError
 
-fuzzed = settings(max_examples=int(os.environ.get("SALT_FUZZ_EXAMPLES", "60")), deadline=None)
+fuzzed = settings(
+    max_examples=int(os.environ.get("SALT_FUZZ_EXAMPLES", "60")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 KINDS = ("cache", "scores", "selection", "labels")
 

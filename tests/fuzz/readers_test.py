@@ -20,7 +20,7 @@ from salt_jax.preparation.readers import read_documents
 fuzzed = settings(
     max_examples=int(os.environ.get("SALT_FUZZ_EXAMPLES", "30")),
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=list(HealthCheck),
 )
 
 TEXTS = st.text(st.characters(exclude_categories=()))  # surrogates and NUL too
