@@ -162,7 +162,12 @@ def _read_model_files(function: Callable[..., None], verb: str) -> None:
                 f"{file}, the model of --{name}, does not set {', '.join(unset)} of "
                 f"{MODEL_CLASS}: name a file of gin/models."
             )
-        module = next(m for m in imports if hasattr(importlib.import_module(m), MODEL_CLASS))
+        having = (m for m in imports if hasattr(explained(importlib.import_module, m), MODEL_CLASS))
+        if (module := next(having, None)) is None:
+            raise InputError(
+                f"{file}, the model of --{name}, imports no module that has {MODEL_CLASS}: add "
+                "`from salt_jax.models import decoder` to it."
+            )
         model = f"{name}/{module.rpartition('.')[2]}.{MODEL_CLASS}"
         lines = [f"{model}.{field} = {value!r}" for field, value in (defaults | settings).items()]
         lines = [*_imports([module, function.__module__]), *lines]

@@ -92,3 +92,38 @@ def test_gin_files(text: str, data: bytes, safe: bool, tmp_path: pathlib.Path) -
     file = tmp_path / "mine.gin"
     file.write_bytes(text.encode(errors="surrogatepass") + data)
     configured(["train", *BASE, *["--safe_gin"] * safe, f"--gin_file={file}"])
+
+
+FIELDS = ("num_layers", "embed_dim", "num_heads", "mlp_dim", "max_length", "nothing")
+LINES = st.sampled_from(
+    [
+        *("from salt_jax.models import decoder", "from salt_jax.models import nothing"),
+        *("from salt_jax.data import templates", "import salt_jax", "import os"),
+        *("decoder.DecoderConfig:", "include 'models/base.gin'", "include 'mine.gin'"),
+        *(f"decoder.DecoderConfig.{name} = 2" for name in FIELDS),
+    ]
+)
+
+
+@fuzzed
+@given(lines=st.lists(LINES | TEXTS, max_size=9))
+def test_model_files(lines: list[str], tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "mine.gin"
+    file.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+    configured(["train", *BASE, f"--model={file}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "imports no module that has DecoderConfig"),
+        ("from salt_jax.data import templates\n", "imports no module that has DecoderConfig"),
+        ("from salt_jax.models import nothing\n", "No module named"),
+    ],
+)
+def test_a_model_file_without_its_import(line: str, said: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "mine.gin"
+    fields = "".join(f"decoder.DecoderConfig.{name} = 2\n" for name in FIELDS[:5])
+    file.write_text(line + fields)
+    with pytest.raises(InputError, match=said):
+        configure(parse_arguments(["train", *BASE, f"--model={file}"]))

@@ -173,7 +173,7 @@ def _half_written_scores(path, folders):
         (_no_measurement, ["no measurement yet"]),
         (_missing_value, ["line 2", "seconds is missing"]),
         (_text_for_a_number, ["line 1", "log_perplexity is '4.0'"]),
-        (_broken_summary, ["summary.json", "cannot be read"]),
+        (_broken_summary, ["summary.json", "is not readable JSON"]),
         (_empty_summary_value, ["summary.json", "log_perplexity is missing"]),
         (_half_written_scores, ["COMPLETED"]),
     ],

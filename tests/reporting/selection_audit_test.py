@@ -228,7 +228,7 @@ def test_no_text_of_any_file_comes_out_raw(tmp_path, folders, capsys):
     assert "<script" not in text
     escaped = "&quot;&#x27;&gt;&lt;/td&gt;&lt;/pre&gt;&lt;script&gt;&amp;"
     assert text.count(escaped) > 100
-    for shown in ("salt_ds", "Github", "jax", "0123456789abcdef", "text of 0 &lt;"):
+    for shown in ("salt_ds", "Github", "jax", "0123456789abcdef", "text of "):
         assert shown in text
     before, after = Tags(plain), Tags(text)
     assert (after.tags, after.attributes) == (before.tags, before.attributes)
