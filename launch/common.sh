@@ -23,6 +23,7 @@ numbers=()         # flags that are whole numbers
 # What read_flags sets beside `flag`.
 extra=()   # all of --extra=…: handed on to gcloud, xpk or sbatch
 command=() # salt VERB …
+output_dir=''
 
 usage() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//p}}' "$0"; }
 
@@ -59,10 +60,32 @@ read_flags() {
   [ "${1:-}" != salt ] || shift
   [[ ${1:-} =~ ^[a-z] ]] || refuse "the command to run is missing: end with -- salt train --output_dir=FOLDER …"
   command=(salt "$@")
+  [ -f "$root/salt_jax/commands/$1.py" ] || refuse "there is no verb $1: see salt --help."
+  output_dir=$(output_dir_of "$@")
+  [ -n "$output_dir" ] || refuse "--output_dir is missing: add --output_dir=FOLDER to the command."
+  [[ ${flag[bucket]:-} != */* ]] || refuse "--bucket is '${flag[bucket]}', expected the name alone: write --bucket=$(basename "${flag[bucket]}")."
 }
 
-# The same command among several processes, which JAX finds.
+# output_dir_of WORD…: prints the last --output_dir among a command's words.
+output_dir_of() {
+  local found=
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --output_dir) found=${2:-} ;;
+      --output_dir=*) found=${1#*=} ;;
+    esac
+    shift
+  done
+  printf '%s\n' "$found"
+}
+
+# The same command among several processes, which JAX finds, on hosts that share a folder.
 among_several() {
+  local verb=${command[1]}
+  grep --quiet '^SEVERAL_PROCESSES = ' "$root/salt_jax/commands/$verb.py" ||
+    refuse "salt $verb runs in one process, and this starts several: run it on one machine, without a launcher."
+  [[ $output_dir == /* || $output_dir == *://* ]] ||
+    refuse "--output_dir is '$output_dir', expected a whole path that all hosts share: write --output_dir=/FOLDER."
   [[ " ${command[*]}" == *" --multi_process="* ]] || command+=(--multi_process=True)
 }
 

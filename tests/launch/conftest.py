@@ -21,6 +21,7 @@ NAMES += ["python3", "python3.11", "python3.12", "python3.13", "mountpoint", "su
 
 # What must reach `salt` as it is, through one shell or three.
 AWKWARD = [
+    "--output_dir=/mnt/b/the run",
     "--cache=/mnt/b/the cache",
     "--gin.NAME='it''s $HOME'",
     '--gin.TEXT="$(date) `id` \\ & ; # *"',
@@ -30,6 +31,7 @@ AWKWARD = [
     "--gin.DOLLARS='$$ $(HOSTNAME) ${X}'",
     "",
 ]
+TRAIN = ["--", "train", "--output_dir=/mnt/b/run"]
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +40,7 @@ def launcher_clone(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     clone = tmp_path_factory.mktemp("a clone") / "salt_jax"
     shutil.copytree(ROOT / "launch", clone / "launch")
     shutil.copytree(ROOT / "requirements", clone / "requirements")
+    shutil.copytree(ROOT / "salt_jax" / "commands", clone / "salt_jax" / "commands")
     shutil.copy(ROOT / "setup.py", clone)
     for command in ("init --quiet", "add .", "commit --quiet --message=All"):
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -57,6 +60,7 @@ class Launch:
     clone: pathlib.Path
     folder: pathlib.Path
     awkward = AWKWARD
+    train = TRAIN
 
     @property
     def environment(self) -> dict[str, str]:

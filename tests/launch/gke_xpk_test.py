@@ -59,7 +59,7 @@ def container(launch: Any) -> "subprocess.Popen[str]":
 def test_the_workload(launch: Any) -> None:
     ended = launch(
         "gke_xpk.sh", *FLAGS, "--slices=2", "--zone=us-east5-b", "--project=p",
-        "--extra=--storage=texts", "--max-restarts=7", "--", "salt", "train",
+        "--extra=--storage=texts", "--max-restarts=7", *launch.train,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     words = created(launch)
@@ -76,7 +76,7 @@ def test_the_workload(launch: Any) -> None:
         "--max-restarts=7",
         "--termination-grace-period-seconds=120",
         "--storage=texts",
-        "--command=exec salt train --multi_process=True",
+        "--command=exec salt train --output_dir=/mnt/b/run --multi_process=True",
     }
     place = ["--cluster=pod", "--project=p", "--zone=us-east5-b"]
     assert launch.calls("xpk")[1:] == [
@@ -96,7 +96,7 @@ def test_words_arrive_as_they_are(launch: Any) -> None:
 
 def test_a_request_to_stop_reaches_salt(launch: Any) -> None:
     launch.reply(salt_home=["waits"])
-    assert launch("gke_xpk.sh", *FLAGS, "--", "train").returncode == 0
+    assert launch("gke_xpk.sh", *FLAGS, *launch.train).returncode == 0
     run = container(launch)
     assert run.stdout
     assert any("salt waits" in line for line in iter(run.stdout.readline, ""))
@@ -107,12 +107,12 @@ def test_a_request_to_stop_reaches_salt(launch: Any) -> None:
 @pytest.mark.parametrize(("replies", "calls"), [([3], 1), ([0, 125], 2)])
 def test_the_exit_code_is_that_of_xpk(launch: Any, replies: list[int], calls: int) -> None:
     launch.reply(xpk=replies)
-    assert launch("gke_xpk.sh", *FLAGS, "--", "train").returncode == replies[-1]
+    assert launch("gke_xpk.sh", *FLAGS, *launch.train).returncode == replies[-1]
     assert len(launch.calls("xpk")) == calls
 
 
 def test_the_container_is_made_of_the_last_commit(launch: Any) -> None:
-    assert launch("gke_xpk.sh", *FLAGS, "--build", "--", "train").returncode == 0
+    assert launch("gke_xpk.sh", *FLAGS, "--build", *launch.train).returncode == 0
     build, push = launch.calls("docker")
     assert build[0] == "build"
     assert {"--file=launch/Dockerfile", "--build-arg=JAX=tpu", f"--tag={FLAGS[3][8:]}"} < set(build)

@@ -17,7 +17,7 @@ def test_words_arrive_as_they_are(launch: Any) -> None:
 
 @pytest.mark.parametrize("cuda", ["12", "13"])
 def test_the_environment_has_the_locked_versions_and_cuda(launch: Any, cuda: str) -> None:
-    assert launch("gpu.sh", *FLAGS, f"--cuda={cuda}", "--", "train").returncode == 0
+    assert launch("gpu.sh", *FLAGS, f"--cuda={cuda}", *launch.train).returncode == 0
     [versions, package] = [words for words in launch.calls("python") if "install" in words]
     lock = launch.clone / "requirements/lock-3.12.txt"
     assert versions[-2:] == [f"--requirement={lock}", f"jax[cuda{cuda}]"]
@@ -26,9 +26,9 @@ def test_the_environment_has_the_locked_versions_and_cuda(launch: Any, cuda: str
 
 def test_the_environment_is_made_once(launch: Any) -> None:
     for _ in range(2):
-        assert launch("gpu.sh", *FLAGS, "--", "train").returncode == 0
+        assert launch("gpu.sh", *FLAGS, *launch.train).returncode == 0
     assert len([words for words in launch.calls("python") if "install" in words]) == 2
-    assert launch("gpu.sh", *FLAGS, "--cuda=12", "--", "train").returncode == 0
+    assert launch("gpu.sh", *FLAGS, "--cuda=12", *launch.train).returncode == 0
     assert len([words for words in launch.calls("python") if "install" in words]) == 4
 
 
@@ -46,13 +46,13 @@ def test_what_an_exit_code_means(
     launch: Any, codes: list[int], failures: int, code: int, starts: int
 ) -> None:
     launch.reply(salt_home=codes)
-    ended = launch("gpu.sh", *FLAGS, f"--max-failures={failures}", "--", "train")
+    ended = launch("gpu.sh", *FLAGS, f"--max-failures={failures}", *launch.train)
     assert (ended.returncode, len(launch.calls("salt"))) == (code, starts), ended.stderr
 
 
 def test_a_request_to_stop_reaches_salt_and_is_not_answered_by_a_start(launch: Any) -> None:
     launch.reply(salt_home=["waits", 0])
-    started = launch.start("gpu.sh", *FLAGS, "--", "train")
+    started = launch.start("gpu.sh", *FLAGS, *launch.train)
     assert any("salt waits" in line for line in iter(started.stdout.readline, ""))
     os.kill(started.pid, signal.SIGTERM)
     _, said = started.communicate(timeout=60)

@@ -52,11 +52,18 @@ def test_a_missing_flag_is_one_sentence(launch: Any, script: str, flag: str) -> 
         (["--nodes", "2", "--", "train"], "--nodes has no value: write --nodes=VALUE"),
         (["--nodes=", "--", "train"], "--nodes has no value"),
         (["--dry-run=no", "--", "train"], "--dry-run takes no value"),
-        (["--cuda=11", "--", "train"], "--cuda is '11', expected 12 or 13"),
+        (["--cuda=11", "--", "train", "--output_dir=/x"], "--cuda is '11', expected 12 or 13"),
         ([], "the command to run is missing"),
         (["--"], "the command to run is missing"),
         (["--", "salt"], "the command to run is missing"),
         (["--", "--gin_file=x"], "the command to run is missing"),
+        (["--", "trian", "--output_dir=/x"], "there is no verb trian"),
+        (["--", "train"], "--output_dir is missing"),
+        (["--", "train", "--output_dir="], "--output_dir is missing"),
+        (["--", "train", "--output_dir"], "--output_dir is missing"),
+        (["--", "train", "--output_dir=run"], "--output_dir is 'run', expected a whole path"),
+        (["--", "train", "--output_dir=/x", "--output_dir", "y"], "--output_dir is 'y', expected"),
+        (["--", "generate", "--output_dir=/x"], "salt generate runs in one process"),
     ],
 )
 def test_bad_flags_are_one_sentence(launch: Any, arguments: list[str], said: str) -> None:
@@ -66,6 +73,20 @@ def test_bad_flags_are_one_sentence(launch: Any, arguments: list[str], said: str
     assert ended.stderr.count("\n") == 1
     assert not launch.log()
     assert not ended.stdout
+
+
+@pytest.mark.parametrize("bucket", ["gs://texts", "texts/", "a/b"])
+def test_a_bucket_is_its_name_alone(launch: Any, bucket: str) -> None:
+    flags = LAUNCHERS["tpu_vm.sh"]
+    ended = launch("tpu_vm.sh", *flags, f"--bucket={bucket}", *launch.train)
+    assert ended.returncode == 2
+    assert f"--bucket is '{bucket}', expected the name alone" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not launch.log()
+
+
+def test_one_machine_runs_any_verb_into_any_folder(launch: Any) -> None:
+    assert launch("gpu.sh", "--dry-run", "--", "generate", "--output_dir=texts").returncode == 0
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)

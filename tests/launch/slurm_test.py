@@ -80,14 +80,14 @@ def test_words_arrive_as_they_are_at_every_task(launch: Any, folder: pathlib.Pat
 
 def test_interrupted_jobs_are_queued_again(launch: Any, folder: pathlib.Path) -> None:
     launch.reply(salt_0=[75, 75, 0], salt_1=[75, 75, 0])
-    submit(launch, folder, "--max-failures=0", "--", "train")
+    submit(launch, folder, "--max-failures=0", *launch.train)
     assert [run_job(launch, folder).returncode for _ in range(3)] == [0, 0, 0]
     assert launch.calls("scontrol") == [["requeue", "7"]] * 2
 
 
 def test_refused_input_is_not_queued_again(launch: Any, folder: pathlib.Path) -> None:
     launch.reply(salt_0=[2], salt_1=[75])
-    submit(launch, folder, "--", "train")
+    submit(launch, folder, *launch.train)
     ended = run_job(launch, folder)
     assert ended.returncode == 2
     assert "slurm_job.sh: salt refused its input" in ended.stderr
@@ -97,16 +97,16 @@ def test_refused_input_is_not_queued_again(launch: Any, folder: pathlib.Path) ->
 def test_failures_are_counted_from_one_start_to_the_next(launch: Any, folder: pathlib.Path) -> None:
     """One task fails, the other saves and asks to be started again: that alone would never end."""
     launch.reply(salt_0=[75], salt_1=[1])
-    submit(launch, folder, "--max-failures=1", "--", "train")
+    submit(launch, folder, "--max-failures=1", *launch.train)
     assert [run_job(launch, folder).returncode for _ in range(2)] == [0, 1]
     assert len(launch.calls("scontrol")) == 1
-    submit(launch, folder, "--max-failures=1", "--", "train")
+    submit(launch, folder, "--max-failures=1", *launch.train)
     assert run_job(launch, folder).returncode == 0, "a new job counts from the beginning"
 
 
 def test_a_task_without_an_exit_code_is_a_failure(launch: Any, folder: pathlib.Path) -> None:
     launch.reply(srun=[1])
-    submit(launch, folder, "--max-failures=0", "--", "train")
+    submit(launch, folder, "--max-failures=0", *launch.train)
     (launch.folder / "bin/srun").write_text("#!/bin/sh\nexit 1\n")
     ended = run_job(launch, folder)
     assert ended.returncode == 1
@@ -115,7 +115,7 @@ def test_a_task_without_an_exit_code_is_a_failure(launch: Any, folder: pathlib.P
 
 def test_a_job_of_that_name_keeps_its_copy(launch: Any, folder: pathlib.Path) -> None:
     launch.reply(jobs=["7 h100 nano"])
-    ended = submit(launch, folder, "--", "train")
+    ended = submit(launch, folder, *launch.train)
     assert ended.returncode == 2
     assert "change --name" in ended.stderr
     assert launch.calls("squeue") == [["--noheader", "--me", "--name=nano"]]

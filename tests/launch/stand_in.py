@@ -121,6 +121,8 @@ def main() -> int:
         return python()
     if NAME in known:
         return known[NAME]()
+    if NAME == "docker" and ARGUMENTS[-1:] == ["-"]:
+        sys.stdin.buffer.read()  # what it is to build from
     if NAME == "hostname":
         print(host())
     if NAME == "squeue" and (jobs := next_reply("jobs", "")):
