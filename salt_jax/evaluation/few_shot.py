@@ -19,6 +19,8 @@ from salt_jax.evaluation.harness_tasks import SUITE, TaskResult, Tasks
 from salt_jax.evaluation.likelihood import Scorer
 from salt_jax.run_folder import to_json
 
+_NO_WIDTH = 1000
+
 
 class FewShot:
     """Asks tasks of lm-eval; an `Examination`.
@@ -108,7 +110,7 @@ def print_tasks(names: Sequence[str], task_folder: str | None = None) -> None:
     for name in names:
         for one in tasks.data_sets(name):
             table.add_row(one.task, one.path, one.name, one.kind)
-    rich.console.Console().print(table)
+    _show(table)
 
 
 def _print(results: Mapping[str, TaskResult], title: str) -> None:
@@ -125,4 +127,12 @@ def _print(results: Mapping[str, TaskResult], title: str) -> None:
             first = ("", "", "")
         if not result.metrics and result.documents is not None:
             table.add_row(*first, "generated, not scored", "", "")
-    rich.console.Console().print(table)
+    _show(table)
+
+
+def _show(table: rich.table.Table) -> None:
+    """Prints a table, whole where there is no terminal whose width it must keep to."""
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=_NO_WIDTH)
+    console.print(table)

@@ -88,7 +88,7 @@ class Tasks:
       data: A folder of files in the place of data sets: TASK/SPLIT.jsonl, or .parquet.
 
     Raises:
-      InputError: No such folder, or one in `data` that is no task or holds something else.
+      InputError: No such folder.
     """
 
     def __init__(
@@ -112,9 +112,12 @@ class Tasks:
         self._allow_code_execution = allow_code_execution
         paths = [str(OWN_TASKS), *([folder] if folder else [])]
         self._manager = lm_eval.tasks.TaskManager(include_path=paths)
-        self._data = data
-        if data is not None:
-            self._read_files(pathlib.Path(data))
+        self._data = None if data is None else pathlib.Path(data)
+        if self._data is not None and not self._data.is_dir():
+            raise InputError(
+                f"task_data is {data}, which is no folder: name one that holds TASK/SPLIT.jsonl."
+            )
+        self._yaml = tempfile.TemporaryDirectory(prefix="salt_jax_tasks_")
 
     def load(self, names: Sequence[str], shots: int | None = None) -> Loaded:
         """The tasks of these names, groups and tags, with their data sets.
@@ -125,11 +128,13 @@ class Tasks:
             are meant to have none.
 
         Raises:
-          InputError: An unknown name, a data set or a library that isn't there, or more shots than
-            there are examples.
+          InputError: An unknown name, a data set or a library that isn't there, files in `data`
+            that are no splits, or more shots than there are examples.
         """
         for name in names:
             self._require(name)
+        if self._data is not None:
+            self._read_files(self._data, names)
         do_without_the_hub_if_out_of_reach()
         try:
             loaded = self._manager.load(list(dict.fromkeys(names)))
@@ -160,23 +165,31 @@ class Tasks:
 
     def _require(self, name: str) -> None:
         if name not in self._manager.task_index:
+            near = nearest(name, self._manager.all_tasks)
             raise InputError(
-                f"There is no task {name}{nearest(name, self._manager.all_tasks)}: name tasks or "
-                "groups of lm-eval, of --task_folder, or salt_suite."
+                f"There is no task {name or 'without a name'}{near}: name tasks or groups of "
+                "lm-eval, of --task_folder, or salt_suite."
             )
 
-    def _read_files(self, folder: pathlib.Path) -> None:
-        """Makes tasks read files of a folder in the place of their data sets."""
-        self._yaml = tempfile.TemporaryDirectory(prefix="salt_jax_tasks_")
-        for name, settings in _data_files(folder).items():
-            self._require(name)
+    def _read_files(self, data: pathlib.Path, names: Sequence[str]) -> None:
+        """Makes tasks that are asked for read files in the place of their data sets."""
+        asked = {*names, *(one.task for name in names for one in self.data_sets(name))}
+        folders = [data / name for name in sorted(asked) if (data / name).is_dir()]
+        if not folders:
+            raise InputError(
+                f"task_data is {data}, which has no folder for any of the tasks "
+                f"{', '.join(sorted(asked))}: name its folders after tasks."
+            )
+        for name, settings in _data_files(folders).items():
             entry = self._manager.task_index[name]
             if entry.kind.name != "TASK":
                 raise InputError(
-                    f"{folder / name} of --task_data has the name of a group, or of a task in "
+                    f"{data / name} of --task_data has the name of a group, or of a task in "
                     "Python: name each folder after one of the tasks that --list_tasks=True shows."
                 )
             path = pathlib.Path(self._yaml.name) / f"{name}.yaml"
+            if entry.yaml_path == path:
+                continue  # of an earlier call
             include = str(pathlib.Path(entry.yaml_path).absolute())
             path.write_text(json.dumps({"include": include, **settings}))
             cfg = {**(entry.cfg or {}), **settings}
@@ -267,14 +280,10 @@ def _scored_groups(loaded: Loaded, unscored: Mapping[str, Any]) -> dict[str, Any
     return {name: group for name, group in loaded["groups"].items() if is_scored(name)}
 
 
-def _data_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """By task the settings that make it read its files in a folder."""
-    if not folder.is_dir():
-        raise InputError(
-            f"task_data is {folder}, which is no folder: name one that holds TASK/SPLIT.jsonl."
-        )
+def _data_files(folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
+    """By task the settings that make it read the files in its folder."""
     found = {}
-    for task in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for task in folders:
         files = {path.stem: path for path in sorted(task.iterdir())}
         kinds = {_FILE_KINDS.get(path.suffix) for path in files.values()}
         if len(kinds) != 1 or None in kinds:

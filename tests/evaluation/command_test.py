@@ -149,12 +149,16 @@ def _lm_eval_folder() -> pathlib.Path:
     return pathlib.Path(lm_eval.tasks.__file__).parent
 
 
-def test_the_suite_is_listed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--list_tasks=True", f"--output_dir={tmp_path / 'out'}"]) == 0
+def test_the_suite_is_listed_whole_and_nothing_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--list_tasks=True"]) == 0
     listed = capsys.readouterr().out
     for word in ("salt_suite", "triviaqa", "salt_wikilingua", "salt_mbpp"):
         assert word in listed
-    assert not (tmp_path / "out").exists()
+    assert "…" not in listed
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

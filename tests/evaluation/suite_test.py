@@ -297,16 +297,26 @@ def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
         Tasks(data=str(data)).load(["piqa"])
     (data / "piqa/train.jsonl").rename(data / "piqa/train.csv")
     with pytest.raises(InputError, match=r"piqa of --task_data holds test\.jsonl, train\.csv: exp"):
-        Tasks(data=str(data))
+        Tasks(data=str(data)).load(["piqa"])
     (data / "piqa").rename(data / "pika")
-    (data / "pika/train.csv").unlink()
-    with pytest.raises(InputError, match="There is no task pika "):
-        Tasks(data=str(data))
+    with pytest.raises(InputError, match="has no folder for any of the tasks piqa: name its fold"):
+        Tasks(data=str(data)).load(["piqa"])
     (data / "pika").rename(data / SUITE)
     with pytest.raises(InputError, match="salt_suite of --task_data has the name of a group"):
-        Tasks(data=str(data))
+        Tasks(data=str(data)).load([SUITE])
     with pytest.raises(InputError, match="task_data is nowhere"):
         Tasks(data="nowhere")
+
+
+def test_files_of_tasks_that_are_not_asked_for_are_passed_over(tmp_path: pathlib.Path) -> None:
+    tasks = local(tmp_path, "piqa", "boolq")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "about.md").write_text("Where the rows come from.")
+    (tmp_path / "boolq" / "about.md").write_text("As well.")
+    for _ in range(2):
+        assert tasks.load(["piqa"])["tasks"]["piqa"].DATASET_PATH == "json"
+    with pytest.raises(InputError, match=r"boolq of --task_data holds about\.md, test\.jsonl"):
+        tasks.load(["piqa", "boolq"])
 
 
 Make = Callable[..., HarnessModel]
