@@ -15,13 +15,13 @@ import rich.console
 import rich.table
 
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.errors import InputError, RunFailed
+from salt_jax.errors import InputError, RunFailed, require_counts
 from salt_jax.run_folder import SUMMARY_FILE, RunFolder
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.evaluation import Evaluation, Evaluator
-from salt_jax.verb_process import run_verb
+from salt_jax.verb_process import check_verbs, run_verb
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
 SPLIT = "test"
@@ -70,6 +70,14 @@ def smoke(
             f"scorer_step is {scorer_step} of {slm_steps} slm_steps and n_kd {n_kd} of {llm_steps} "
             "llm_steps: each must be at least 1 and at most the steps it is part of."
         )
+    if not 0 < selected_fraction <= 1:
+        raise InputError(
+            f"selected_fraction is {selected_fraction}, expected above 0 and at most 1: change "
+            "--selected_fraction."
+        )
+    if temperature <= 0:
+        raise InputError(f"temperature is {temperature}, expected above 0: change --temperature.")
+    require_counts(0, seed=seed)
     folder = run.path
     fresh = not run.begun
     if fresh and (folder / "cache").exists():
@@ -77,35 +85,36 @@ def smoke(
             f"{folder / 'cache'} is there and {folder} is no folder of `salt smoke`: choose "
             "another --output_dir."
         )
-    run.begin()
-
-    def salt(verb: str, name: str, *arguments: str) -> None:
-        _salt(folder / name, verb, *arguments, text=text)
-
-    try:
-        salt("prepare", "cache", *data)
-    except InputError:
-        if fresh:
-            run.withdraw()
-        raise
-    cache = f"--cache={folder / 'cache'}"
-    seeds = (f"--seed={seed}", f"--data_seed={seed}")
-    salt(
-        *("train", "slm", f"--gin_file={slm_gin}", "--gin_file=methods/baseline.gin", cache),
-        *(f"--steps={slm_steps}", f"--gin.KEEP_STEPS=({scorer_step},)", "--arm=slm", *seeds),
-    )
-    salt("score", "scores", f"--scorer={folder / 'slm'}", f"--scorer_step={scorer_step}", cache)
-    salt(
-        *("select", "selection", cache, f"--scores={folder / 'scores'}"),
-        *("--gin_file=methods/top_fraction.gin", f"--gin.FRACTION={selected_fraction}"),
-    )
+    cache, seeds = f"--cache={folder / 'cache'}", (f"--seed={seed}", f"--data_seed={seed}")
+    commands: dict[str, tuple[str, ...]] = {
+        "cache": ("prepare", *data),
+        "slm": (
+            *("train", f"--gin_file={slm_gin}", "--gin_file=methods/baseline.gin", cache, *seeds),
+            *(f"--steps={slm_steps}", f"--gin.KEEP_STEPS=({scorer_step},)", "--arm=slm"),
+        ),
+        "scores": ("score", f"--scorer={folder / 'slm'}", f"--scorer_step={scorer_step}", cache),
+        "selection": (
+            *("select", cache, f"--scores={folder / 'scores'}"),
+            *("--gin_file=methods/top_fraction.gin", f"--gin.FRACTION={selected_fraction}"),
+        ),
+    }
     for arm in ARMS:
         method = _method(arm, folder, n_kd, temperature)
-        salt("train", arm, f"--gin_file={llm_gin}", *method, cache, f"--steps={llm_steps}", *seeds)
+        llm = ("train", f"--gin_file={llm_gin}", *method, cache, f"--steps={llm_steps}", *seeds)
+        commands[arm] = llm
+    check_verbs(commands)
+    run.begin()
+    for name, (verb, *arguments) in commands.items():
+        try:
+            _salt(folder / name, verb, *arguments, text=text)
+        except InputError:
+            if fresh and name == "cache":
+                run.withdraw()
+            raise
     summary = _evaluate(folder)
     run.write_summary(summary)
     runs = [str(folder / name) for name in (*ARMS, "slm", "scores", "selection")]
-    salt("report", "report", *runs, "--title=SALT on this machine")
+    run_verb("report", [*runs, "--title=SALT on this machine"], folder / "report")
     _print_table(summary)
     _require_learning(summary)
     print(f"The page: {(folder / 'report' / 'index.html').resolve()}")
@@ -125,7 +134,7 @@ def _method(arm: str, folder: pathlib.Path, n_kd: int, temperature: float) -> li
 
 def _salt(output: pathlib.Path, verb: str, *arguments: str, text: str) -> None:
     """Runs one verb as its own process; does nothing where it has finished."""
-    if verb not in ("train", "report") and (output / SUMMARY_FILE).exists():
+    if verb != "train" and (output / SUMMARY_FILE).exists():
         print(f"\n{output} is there already")
         return
     run_verb(verb, arguments, output, {"SALT_TEXT": text})

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from salt_jax.data.local_copies import local_folder
-from salt_jax.errors import InputError, nearest
+from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.verb_process import check_verbs, run_verb
 
@@ -115,7 +115,8 @@ def _check_names(
             raise InputError(f"given[{name!r}] is {folder!r}, which does not exist: correct it.")
     names = [*given, *inputs, *arms]
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name == REPORT:
+        is_word = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_]+", name)
+        if not is_word or name == REPORT:
             raise InputError(
                 f"The study has the name {name!r}: use letters, digits and _, and not {REPORT!r}, "
                 "which is the report's folder."
@@ -146,12 +147,12 @@ def _check_flags(where: str, flags: Sequence[str], own: Sequence[str] = _OWN_FLA
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
-    whole = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
-    if not seeds or not whole or len({*seeds}) < len(seeds):
+    if not seeds or len({*seeds}) < len(seeds):
         raise InputError(
-            f"seeds is {seeds!r}: give whole numbers of 0 or more, each once, as in --seeds=0 "
-            "--seeds=1."
+            f"seeds is {seeds!r}: give whole numbers, each once, as in --seeds=0 --seeds=1."
         )
+    for seed in seeds:
+        require_counts(0, seeds=seed)
 
 
 def _input_steps(

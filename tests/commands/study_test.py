@@ -60,7 +60,7 @@ def test_arms_by_seed_with_their_own_flags_last() -> None:
         ({"inputs": {"slm": ()}}, "begins with 'nothing'"),
         ({"seeds": ()}, "seeds is"),
         ({"seeds": (0, 0)}, "each once"),
-        ({"seeds": (-1,)}, "0 or more"),
+        ({"seeds": (-1,)}, "seeds is -1"),
         ({"reference": "salt_ds"}, "reference is 'salt_ds', and the arms are baseline, salt"),
     ],
 )
