@@ -50,7 +50,7 @@ class Arguments(NamedTuple):
     bindings: list[str]
     settings: dict[str, list[str]]
     positional: list[str]
-    output_dir: str | None
+    output_dir: str
     processes: dict[str, str]
     safe_gin: bool
     help: bool
@@ -68,7 +68,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
       InputError: A flag without its value.
     """
     safe_gin = _switch(os.environ.get(SAFE_GIN) or "0", SAFE_GIN)
-    arguments = Arguments(argv[0], [], [], {}, [], None, {}, safe_gin, False)
+    arguments = Arguments(argv[0], [], [], {}, [], "", {}, safe_gin, False)
     rest = iter(argv[1:])
     for argument in rest:
         if argument in ("--help", "-h"):
@@ -88,6 +88,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             if not value or value.startswith("--"):
                 raise InputError(f"--{name} needs a value: --{name}=VALUE.")
         if name == "gin_file":
+            if not value:
+                raise InputError("--gin_file names no file: --gin_file=FILE.")
             arguments.gin_files.append(value)
         elif name.startswith("gin."):
             arguments.bindings.append(f"{name.removeprefix('gin.')} = {value}")
@@ -125,7 +127,7 @@ def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[st
         annotation = str(parameters[name].annotation)
         # "str | Sequence[str]" is a list from the second value on.
         is_one = annotation.startswith("str |") and len(values) == 1
-        is_list = "Sequence" in annotation and not is_one
+        is_list = "Sequence" in annotation and not is_one and "Mapping[" not in annotation
         if "bool" in annotation:
             values = [v.capitalize() if v.lower() in ("true", "false") else v for v in values]
         literals = [repr(v) if _is_text(v, annotation) else v for v in values]
@@ -139,7 +141,7 @@ def _is_text(value: str, annotation: str) -> bool:
     """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
     if re.match(r"[@%][A-Za-z_]", value) or value == "None":
         return False
-    if "str" in annotation:
+    if "str" in annotation and "Mapping[" not in annotation:
         return True
     try:
         ast.literal_eval(value)
@@ -195,11 +197,14 @@ def _explained(arguments: str) -> dict[str, str]:
     return explained
 
 
-def require_known(kind: str, name: str, known: Iterable[str], prefix: str = "") -> None:
+def require_known(
+    kind: str, name: str, known: Iterable[str], prefix: str = "", where: str = ""
+) -> None:
     """Raises InputError, with the nearest valid name, unless `name` is known."""
     known = sorted(known)
     if name not in known:
         listed = ", ".join(known) if known else "none"
         raise InputError(
-            f"There is no {kind} {prefix}{name}{nearest(name, known)}; the {kind}s are: {listed}."
+            f"There is no {kind} {prefix}{name}{where}{nearest(name, known)}; the {kind}s are: "
+            f"{listed}."
         )

@@ -30,12 +30,9 @@ def explained(
         raise
     except SyntaxError as error:
         where = f"{error.filename}, line {error.lineno}" if error.filename else "the command line"
-        text, message = str(error.text).strip(), str(error.msg).partition("\n")[0]
-        reason = "a text needs quotes of its own" if "malformed node" in message else message
         raise InputError(
-            f"{where}: gin cannot read {text!r}: {reason}, as in --gin.NAME=\"'text'\"."
-            if reason != message
-            else f"{where}: gin cannot read {text!r} ({message})."
+            f"{where}: {str(error.text).strip()!r} cannot be read: a line is an import, an include "
+            "or a setting, NAME = VALUE, and a text has quotes of its own, NAME = 'text'."
         ) from error
     except tokenize.TokenError as error:
         message, (line, _) = error.args
@@ -75,6 +72,10 @@ def _gin_sentence(message: str, location: str, files: Sequence[pathlib.Path]) ->
             f"{where}: {match[1]} has no setting {match[2]}{nearest(match[2], known)}: "
             "correct the name."
         )
+    if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
+        return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1])}."
+    if message.startswith("not enough values to unpack"):  # of a name without a module
+        return f"{where}: write a setting's whole name, as train.train.steps, where it is set."
     if match := re.match(r"(\S+) set to `%gin.REQUIRED`", message):
         name = match[1].removesuffix("/gin.macro.value").removesuffix("/macro.value")
         # gin shortens the name; the file has it in full.
@@ -82,7 +83,8 @@ def _gin_sentence(message: str, location: str, files: Sequence[pathlib.Path]) ->
             pattern = rf"^\s*((?:\w+[./])*{re.escape(name)})\s*=\s*%gin\.REQUIRED"
             if found := re.search(pattern, file.read_text(), re.M):
                 name = plain(found[1])
-                return f"{name} must be set ({file} leaves it open): add {flag_of(found[1])}."
+                shown = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
+                return f"{name} must be set ({shown} leaves it open): add {flag_of(found[1])}."
         return f"{plain(name)} must be set: add {flag_of(name)}."
     return f"{where}: {message.rstrip('.')}."
 

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import tokenize
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from salt_jax.config_errors import CONFIGS, explained, flag_of, plain
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RunFolder
 from salt_jax.safe_gin import require_safe_bindings, require_safe_file
-from salt_jax.setting_types import is_a
+from salt_jax.setting_types import described, is_a
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MODEL_CLASS = "DecoderConfig"
@@ -49,6 +50,7 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
             f"`salt {verb}` needs the library {error.name}, which is not installed: "
             "pip install 'salt_jax[prepare]'."
         ) from error
+    _refuse_unreadable(arguments.bindings)
     named = [_find_gin_file(file) for file in arguments.gin_files]
     if arguments.safe_gin:
         for path in named:
@@ -155,7 +157,8 @@ def _read_model_files(function: Callable[..., None], verb: str) -> None:
         imports = _read_model_file(file, settings)
         fields = inspect.signature(models[0]).parameters
         for setting in settings:
-            require_known(f"setting of {MODEL_CLASS} in {file}", setting, fields)
+            where = f" of {MODEL_CLASS}, which {file} sets"
+            require_known("setting", setting, fields, where=where)
         defaults = {f.name: f.default for f in fields.values() if f.default is not f.empty}
         if unset := sorted(fields.keys() - defaults.keys() - settings.keys()):
             raise InputError(
@@ -198,6 +201,24 @@ def _read_model_file(file: str, settings: dict[str, Any]) -> list[str]:
 def _statements(file: str) -> list[Any]:
     with open(file) as lines:
         return list(gin.config_parser.ConfigParser(lines, _References()))
+
+
+def _refuse_unreadable(bindings: Iterable[str]) -> None:
+    """Refuses a --gin.NAME=VALUE that gin cannot read, or that is more than one setting."""
+    for binding in bindings:
+        name, _, value = binding.partition(" = ")
+        try:
+            [statement] = gin.config_parser.ConfigParser(binding, _References())
+            if isinstance(statement, gin.config_parser.BindingStatement):
+                continue
+        except (SyntaxError, ValueError, tokenize.TokenError):
+            pass
+        is_plain = value.isprintable() and not {*value} & {*"'\""}
+        text = value if is_plain and value else "text"
+        raise InputError(
+            f"--gin.{name}={value} cannot be read: write a text in quotes of its own, "
+            f"--gin.{name or 'NAME'}=\"'{text}'\", and numbers, True, None and (lists,) without."
+        )
 
 
 class _Reference(typing.NamedTuple):
@@ -251,9 +272,9 @@ def _refuse_unknown_macros(bindings: Iterable[str], files: Iterable[pathlib.Path
     used = set(re.findall(r"%(\w+)", "\n".join([*texts.values(), *bindings]))) - {"gin"}
     texts[""] = "\n".join(bindings)
     for file, text in texts.items():
-        where = f" of {file}" if file else ""
+        where = f", which {file} sets" if file else ""
         for name in re.findall(r"^(\w+)\s*=", text, re.M):
-            require_known(f"macro{where}", name, used, prefix="" if file else "--gin.")
+            require_known("macro", name, used, prefix="" if file else "--gin.", where=where)
 
 
 def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[str]:
@@ -303,10 +324,12 @@ def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
         if list(_references([value])) == macros and name in hints:
             given = copy.deepcopy(value)
             if not is_a(given, hints[name]):
-                kind = str(inspect.signature(function).parameters[name].annotation)
-                kind = hints[name].__name__ if isinstance(hints[name], type) else kind
-                shown = plain(f"{selector}.{name}")
-                raise InputError(f"{shown} is {given!r}, and must be of type {kind}.")
+                full = f"{selector}.{name}"
+                flag = flag_of("/".join(macros[0].scopes) if macros else full)
+                raise InputError(
+                    f"{plain(full)} is {given!r}, expected {described(hints[name])}: change "
+                    f"{flag.partition('=')[0]}."
+                )
 
 
 def _references(value: Any) -> Iterator[Any]:

@@ -31,7 +31,7 @@ def visible(text: str) -> str:
 
 
 def require_counts(at_least: int = 1, **settings: int | None) -> None:
-    """Refuses settings that are too small; None is none.
+    """Refuses settings that are too small, or no int32; None is none.
 
     Raises:
       InputError: With the flag.
@@ -39,3 +39,5 @@ def require_counts(at_least: int = 1, **settings: int | None) -> None:
     for name, value in settings.items():
         if value is not None and value < at_least:
             raise InputError(f"{name} is {value} and must be at least {at_least}: change --{name}.")
+        if value is not None and value >= 2**31:
+            raise InputError(f"{name} is {value} and must be below 2³¹: change --{name}.")

@@ -56,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         raised = _as_raised(error)
-        if raised.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        name = visible(str(raised.filename or "--output_dir"))
+        if raised.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            cannot = "be written", "make room, or choose another --output_dir"
+        elif raised.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+            cannot = "be opened", "name another file or folder, or change its permissions"
+        else:
             raise
-        print(
-            f"salt: {raised.filename or '--output_dir'} cannot be written ({raised.strerror}): "
-            "make room, or choose another --output_dir.",
-            file=sys.stderr,
-        )
+        print(f"salt: {name} cannot {cannot[0]} ({raised.strerror}): {cannot[1]}.", file=sys.stderr)
         return 2
 
 
@@ -78,7 +79,7 @@ def _run(argv: list[str]) -> int:
     if arguments.help:
         print(verb_help(arguments.verb), end="")
         return 0
-    if not arguments.output_dir:
+    if not arguments.output_dir and not _prints_only(arguments):
         raise InputError("No output folder was given: add --output_dir=FOLDER.")
     several = processes.are_several(arguments.processes)
     if several and is_remote(arguments.output_dir):
@@ -132,6 +133,13 @@ def check(file: TextIO) -> int:
     return 0
 
 
+def _prints_only(arguments: Arguments) -> bool:
+    """Whether the verb is asked for nothing but a print, for which it needs no folder."""
+    module = importlib.import_module(f"salt_jax.commands.{arguments.verb}")
+    typed = arguments.settings.get(getattr(module, "PRINTS_ONLY", ""), [])
+    return typed[-1:] in (["True"], ["true"])
+
+
 def _join(arguments: Arguments) -> processes.Processes:
     """Meets the other processes, if there are any; of several, one prints."""
     module = importlib.import_module(f"salt_jax.commands.{arguments.verb}")
@@ -148,7 +156,7 @@ def _join(arguments: Arguments) -> processes.Processes:
 
 def _output_folder(arguments: Arguments) -> contextlib.AbstractContextManager[pathlib.Path]:
     """The folder on the disk that the verb writes into."""
-    given = str(arguments.output_dir)
+    given = arguments.output_dir
     if is_remote(given):
         return Mirror(given, arguments.verb)
     return contextlib.nullcontext(pathlib.Path(given))
@@ -179,5 +187,5 @@ def _as_raised(error: OSError) -> OSError:
 
 
 def _sentence(error: Exception) -> str:
-    """An error's own text, without what gin appends to errors that pass through it."""
+    """An error's own text on one line, without what gin appends to errors that pass through it."""
     return visible(str(error).partition("\n  In call to configurable")[0])

@@ -72,6 +72,11 @@ class RunFolder:
     lock: RunLock | None = None
     processes: Processes = dataclasses.field(default_factory=Processes)
 
+    def __post_init__(self) -> None:
+        there = next((part for part in (self.path, *self.path.parents) if part.exists()), None)
+        if there is not None and not there.is_dir():
+            raise InputError(f"{there} is a file: --output_dir must name a folder.")
+
     def begin(
         self, replace: bool = False, may_change: Collection[str] = (), part: str = ""
     ) -> list[str]:
@@ -149,8 +154,6 @@ class RunFolder:
 
     def _changes(self, config: str, replace: bool, may_change: Collection[str]) -> list[str]:
         """How the configuration differs from the folder's; refuses another run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file: --output_dir must name a folder.")
         run_file = self.path / RUN_FILE
         if not run_file.exists():
             return []

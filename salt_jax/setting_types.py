@@ -1,19 +1,29 @@
-"""Whether a plain value is of the type that a setting is annotated with.
+"""Whether a plain value is of the type that a setting is annotated with, and what that is called.
 
 In: a value as a gin file or a flag gives it, and a type hint. Out: yes or no; of types that are not
-known here any value is.
+known here any value is. And the hint in plain words.
 """
 
+import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+_WORDS: Mapping[Any, tuple[str, str]] = {
+    bool: ("True or False", "Trues and Falses"),
+    float: ("a number", "numbers"),
+    int: ("a whole number", "whole numbers"),
+    str: ("a text", "texts"),
+    type(None): ("None", "Nones"),
+}
+_UNIONS = (typing.Union, types.UnionType)
 
 
 def is_a(value: Any, hint: Any) -> bool:
     """Whether a plain value is of a type; of types unknown here, anything is."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin in _UNIONS:
         return any(is_a(value, part) for part in parts)
     if origin is typing.Literal:
         return True  # the dataclass itself lists the choices
@@ -23,10 +33,27 @@ def is_a(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
     # A dataclass or protocol wants an object, which no plain value is.
     return hint is Any or not isinstance(value, bool | int | float | str | list | tuple)
+
+
+def described(hint: Any) -> str:
+    """A type in plain words: "a whole number or None"."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(described(part) for part in parts)
+    if origin in (Sequence, list, tuple):
+        of = _WORDS.get(parts[0] if parts else None)
+        return f"a list of {of[1]}" if of else "a list"
+    if origin is Mapping:
+        return "a dictionary"
+    if hint in _WORDS:
+        return _WORDS[hint][0]
+    name = getattr(hint, "__name__", str(hint))
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name} of a gin file"

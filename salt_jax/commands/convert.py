@@ -25,7 +25,7 @@ from salt_jax.data.safetensors_files import (
     write_shards,
 )
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.huggingface import Architecture, config_from_json, config_to_json
 from salt_jax.models.huggingface_tensors import (
@@ -44,6 +44,8 @@ from salt_jax.training.converted_checkpoints import open_parameters, save_stream
 CONFIG_FILE = "config.json"
 # Of a converted run: the tokenizer's files as they came, for the way back.
 TOKENIZER_FOLDER = "tokenizer"
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 _COMPARED_ROWS = 1024
 
@@ -93,14 +95,27 @@ def convert(
         raise InputError(
             f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}: change --dtype."
         )
-    if step is not None and step < 0:
-        raise InputError(f"step is {step}, expected 0 or more: change --step.")
+    if compute_dtype not in (None, *COMPUTE_DTYPES):
+        raise InputError(
+            f"compute_dtype is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}: "
+            "change --compute_dtype."
+        )
+    require_counts(0, step=step)
     if max_shard_bytes < 1:
-        raise InputError(f"max_shard_bytes is {max_shard_bytes} and must be at least 1.")
+        raise InputError(
+            f"max_shard_bytes is {max_shard_bytes} and must be at least 1: change "
+            "--max_shard_bytes."
+        )
     if huggingface is not None:
         if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
-        _take_in(run, local_folder(huggingface), step or 0, dtype, compute_dtype, eos_token)
+        source = local_folder(huggingface)
+        if not (source / CONFIG_FILE).is_file():
+            raise InputError(
+                f"huggingface is {huggingface!r}, where no {CONFIG_FILE} is: name the folder of a "
+                "downloaded model, --huggingface=FOLDER."
+            )
+        _take_in(run, source, step or 0, dtype, compute_dtype, eos_token)
     else:
         if compute_dtype is not None or eos_token is not None:
             raise InputError(
@@ -260,11 +275,16 @@ def _is_there(
                 for name, value in vars(there).items()
                 if value != getattr(config, name)
             }
-            dtypes = differing.keys() <= {"dtype", "param_dtype"}
-            change = "change --dtype and --compute_dtype, or " if dtypes else ""
+            if differing.keys() <= {"dtype", "param_dtype"}:
+                raise InputError(
+                    f"{path} holds step {other} with --dtype={there.param_dtype} "
+                    f"--compute_dtype={there.dtype}, and this is --dtype={config.param_dtype} "
+                    f"--compute_dtype={config.dtype}: give all steps the same two, or choose "
+                    "another --output_dir."
+                )
             raise InputError(
                 f"{path} holds step {other} of another model, with "
-                f"{', '.join(differing.values())}: {change}choose another --output_dir."
+                f"{', '.join(differing.values())}: choose another --output_dir."
             )
         if progress["vocabulary_fingerprint"] != vocabulary.fingerprint:
             raise InputError(

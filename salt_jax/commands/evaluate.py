@@ -4,7 +4,7 @@
     salt evaluate --model=out/salt --tasks=gsm8k --tasks=ai2_arc --shots=5 --output_dir=out/few_shot
     salt evaluate --model=out/salt --tasks=salt_suite --output_dir=out/suite
     salt evaluate --model=out/tuned --gin_file=data/responses.gin … --output_dir=out/answers
-    salt evaluate --list_tasks=True --output_dir=out/suite
+    salt evaluate --list_tasks=True
 
 Three examinations, of which one run may hold several. Held-out rows (--cache) give log-perplexity,
 bits per byte and next-token accuracy, whole and by subset. Tasks (--tasks) are any of
@@ -29,6 +29,9 @@ from salt_jax.training.checkpoints import find_model
 
 # It may be one of several processes.
 SEVERAL_PROCESSES = True
+
+# With this setting it prints, and needs no folder.
+PRINTS_ONLY = "list_tasks"
 
 
 def evaluate(

@@ -112,7 +112,7 @@ def _texts(prompt: Sequence[str], prompts: str | None) -> list[str]:
         return list(prompt)
     path = local_file(prompts)
     if path.suffix not in (".txt", ".jsonl"):
-        raise InputError(f"prompts is {path}: name a .txt file, or a .jsonl one.")
+        raise InputError(f"prompts is {prompts!r}: name a .txt file, or a .jsonl one.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
@@ -123,7 +123,8 @@ def _texts(prompt: Sequence[str], prompts: str | None) -> list[str]:
         raise InputError(f"prompts is {path}, which is not UTF-8 ({error}): convert it.") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise InputError(f"prompts is {path}, which is empty: put a prompt on each line.")
+        line = "a prompt" if path.suffix == ".txt" else '{"prompt": "TEXT"}'
+        raise InputError(f"prompts is {path}, which is empty: put {line} on each line.")
     if path.suffix == ".txt":
         return [line.removesuffix("\r") for _, line in numbered]
     return [_field(path, number, line) for number, line in numbered]

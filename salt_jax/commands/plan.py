@@ -44,6 +44,7 @@ from salt_jax.planning.stored_labels import (
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
 from salt_jax.training.optimizers import OptimizerConfig
+from salt_jax.training.teacher import check_dtype
 
 SETTINGS_FROM = "train"
 # What must be set where train's files ask for it: with it, a plan is another one.
@@ -117,6 +118,8 @@ def plan(
         vocab_size, sequence_length = packed.vocabulary_size, packed.sequence_length
     require_counts(steps=steps, batch_size=batch_size, sequence_length=sequence_length)
     require_counts(microbatches=microbatches, stage1_microbatches=stage1_microbatches)
+    require_counts(stored_ids=stored_ids)
+    check_dtype(teacher_dtype)
     stage1_steps = schedule.distill_steps(steps)
     if stage1_steps and teacher_model is None and soft_labels is None:
         raise InputError(

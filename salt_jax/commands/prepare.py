@@ -255,8 +255,6 @@ def _refuse_folder(run: RunFolder) -> None:
     existing = run.path
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"{existing} is a file: --output_dir must name a folder.")
     if not os.access(existing, os.W_OK):
         raise InputError(
             f"The output folder {run.path} cannot be written: choose another --output_dir."

@@ -26,7 +26,7 @@ from salt_jax.data.row_scores import RowScores, RowScoresWriter, Selection
 from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
 from salt_jax.distill import losses
 from salt_jax.distill.scores import checked_ks, column_names
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoints import SavedModel, find_model
@@ -92,9 +92,7 @@ def score(
       InputError: No such model or cache, another vocabulary, k over the vocabulary's size, or a
         folder that was begun with another cache, model, k or shard_rows.
     """
-    for name, value in (("batch_size", batch_size), ("chunk_tokens", chunk_tokens)):
-        if value < 1:
-            raise InputError(f"{name} is {value} and must be at least 1.")
+    require_counts(batch_size=batch_size, chunk_tokens=chunk_tokens, shard_rows=shard_rows)
     ks = checked_ks(k)
     packed = PackedCache.open(cache)
     model = find_model(scorer, scorer_step, "scorer", packed)
@@ -222,12 +220,15 @@ def _own_part(worker: int | None, workers: int | None) -> tuple[int, int]:
     """Which part of the pass is this process's."""
     if (worker is None) != (workers is None):
         raise InputError(
-            f"worker is {worker} and workers is {workers}: set both, or neither of them."
+            f"worker is {worker} and workers is {workers}: set both, or neither of them, as in "
+            "--worker=0 --workers=4."
         )
     if worker is None or workers is None:
         return jax.process_index(), jax.process_count()
     if not 0 <= worker < workers:
-        raise InputError(f"worker is {worker} of {workers} workers, which count from 0.")
+        raise InputError(
+            f"worker is {worker} of {workers} workers, which count from 0: change --worker."
+        )
     return worker, workers
 
 

@@ -149,19 +149,19 @@ def train(
     """
     caches = Caches.open(cache, cache_weights)
     packed = caches.first
-    initial_model = find_model(initial, initial_step, "initial", packed) if initial else None
+    initial_model = _initial(initial, initial_step, packed)
     config = _student(model, initial_model, packed)
     device_mesh = mesh.make()
     require_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
     require_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
     require_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
-    _check_seeds(max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
+    require_counts(0, max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
     _check_keep_steps(checkpoints, steps)
     parts = _check_batch(batch_size, (microbatches, stage1_microbatches), device_mesh)
     stage1_steps = schedule.distill_steps(steps)
     start = _position(run)
     selected = _selection(selection, selection_steps, stage1_steps)
-    refuse_unused(schedule, stage1_steps, selection_steps, teacher, soft_labels)
+    refuse_unused(schedule, stage1_steps, selection_steps, teacher, teacher_step, soft_labels)
     # A run that goes on in stage 2 has no need of its teacher, which may be gone.
     teacher_model, labels = None, None
     if start.step < stage1_steps and soft_labels is not None:
@@ -236,6 +236,16 @@ def _position(run: RunFolder) -> Position:
     return Position(steps[-1], rows["stage1"], rows["stage2"])
 
 
+def _initial(path: str | None, step: int | None, cache: PackedCache) -> SavedModel | None:
+    if path is not None:
+        return find_model(path, step, "initial", cache)
+    if step is not None:
+        raise InputError(
+            f"initial_step is {step} and initial is not set: leave it out, or add --initial=RUN."
+        )
+    return None
+
+
 def _student(
     model: DecoderConfig | None, initial: SavedModel | None, cache: PackedCache
 ) -> DecoderConfig:
@@ -265,17 +275,17 @@ def _student(
             f"DecoderConfig.max_length is {model.max_length}: raise it, or prepare shorter rows."
         )
     if initial is not None and initial.config.shape != model.shape:
+        theirs, ours = vars(initial.config.shape), vars(model.shape)
+        differing = [
+            f"{name} {value!r} (the student has {ours[name]!r})"
+            for name, value in theirs.items()
+            if value != ours[name]
+        ]
         raise InputError(
-            f"The initial model {initial.path} is a {initial.config} and the student a {model}: "
-            "give the student the same shape, or leave model unset."
+            f"initial is {initial.path}, a model with {', '.join(differing)}: give the student the "
+            "same shape, or leave model unset."
         )
     return model
-
-
-def _check_seeds(**settings: int) -> None:
-    for name, value in settings.items():
-        if not 0 <= value < 2**31:
-            raise InputError(f"{name} is {value} and must be 0 to 2³¹ - 1: change --{name}.")
 
 
 def _check_keep_steps(checkpoints: CheckpointConfig, steps: int) -> None:

@@ -22,7 +22,7 @@ from salt_jax.data import features
 from salt_jax.data.denoisers import Denoising
 from salt_jax.data.row_order import Draw, Order
 from salt_jax.data.soft_labels import SoftLabels
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 
 # The number of selected rows' first epoch, as denoising takes it: no other rows come so far.
 _SELECTED_EPOCHS = 1 << 31
@@ -95,8 +95,7 @@ class InputPipeline:
                 f"batch_size {self.batch_size} is not divisible by {self.parts} processes: "
                 "change batch_size."
             )
-        if self.read_threads < 1:
-            raise InputError(f"read_threads is {self.read_threads} and must be at least 1.")
+        require_counts(read_threads=self.read_threads)
 
     @property
     def extra_features(self) -> tuple[str, ...]:

@@ -128,6 +128,8 @@ def local_folder(
     Raises:
       InputError: The bucket's folder cannot be read, or is empty.
     """
+    if not os.fspath(path):
+        raise InputError("A folder has an empty name: name the one that is meant.")
     if not is_remote(path):
         return pathlib.Path(path)
     folder = RemoteFolder(os.fspath(path))

@@ -74,6 +74,12 @@ _SHAPES: Mapping[str, Shape] = {
     },
 }
 
+_CALLED = {
+    "packed_cache": "a packed cache",
+    "row_scores": "scores",
+    "selection": "a selection",
+    "soft_labels": "soft labels",
+}
 _MADE_BY = {
     "packed_cache": "salt prepare",
     "row_scores": "salt score",
@@ -120,14 +126,13 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
       InputError: No such folder, no manifest, half-written, another kind or another format version,
         or a manifest that lacks something.
     """
-    made_by, what = _MADE_BY[kind], f"finished {kind.replace('_', ' ')}"
+    made_by, what = _MADE_BY[kind], _CALLED[kind]
     if not path.is_dir():
-        raise InputError(
-            f"{path} does not exist: expected the folder of a {what} made by `{made_by}`."
-        )
+        found = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {found}: expected the folder of {what}, made by `{made_by}`.")
     if not (path / MANIFEST_FILE).exists():
         raise InputError(
-            f"{path} holds no {MANIFEST_FILE}: expected a {what} made by `{made_by}`; "
+            f"{path} holds no {MANIFEST_FILE}: expected the folder of {what}, made by `{made_by}`; "
             f"if that command was interrupted here, run it again."
         )
     if not (path / COMPLETED_FILE).exists():
@@ -155,7 +160,7 @@ def _check_kind(path: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> N
     found = manifest.get("kind")
     if found != kind:
         raise InputError(
-            f"{path} holds {str(found).replace('_', ' ')}, expected {kind.replace('_', ' ')}: "
+            f"{path} holds {_CALLED.get(str(found), 'something else')}, expected {_CALLED[kind]}: "
             f"name the output folder of `{_MADE_BY[kind]}`."
         )
     version = manifest.get("format_version")

@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 
 from salt_jax.errors import InputError, nearest
 
+# Fields of a row, in an error.
+_MOST_NAMED = 8
+_LONGEST_SHOWN = 40  # characters of a value
+
 
 class Unfit(ValueError):  # noqa: N818 (says what the row is)
     """A row that a template cannot take; the message says why, without the row's place."""
@@ -104,9 +108,11 @@ class Template:
                     f"the `{field}` of this row is {value!r}, expected one of {', '.join(words)}"
                 )
             return words[str(value)]
+        if field not in row:
+            held = ", ".join(f"`{name}`" for name in list(row)[:_MOST_NAMED]) or "no fields"
+            raise Unfit(f"this row has no `{field}`{nearest(field, map(str, row))}, it has {held}")
         if not isinstance(value, str):
-            near = "" if field in row else nearest(field, map(str, row))
-            raise Unfit(f"this row has no `{field}` of type string{near}")
+            raise Unfit(f"the `{field}` of this row is {_shown(value)}, expected a text")
         return value
 
     def _fields_of(self, name: str) -> list[str]:
@@ -116,6 +122,12 @@ class Template:
     def _parts(self) -> dict[str, list[tuple[str, str | None, str]]]:
         """Literals with the field, if any, and the format that follow each; by template."""
         return {name: list(_parsed(name, getattr(self, name))) for name in ("prompt", "response")}
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written, where that is short."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__}"
 
 
 def _parsed(name: str, template: str) -> Iterator[tuple[str, str | None, str]]:

@@ -363,9 +363,10 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     if (path / VOCABULARY_FOLDER).is_dir():
         path = path / VOCABULARY_FOLDER
     if not (path / SETTINGS_FILE).exists():
+        taken = "; a model of Hugging Face's is taken in first, by `salt convert`"
         raise InputError(
             f"{path} holds no {SETTINGS_FILE}: expected the folder of a vocabulary, or of a run or "
-            "a cache that keeps one."
+            f"a cache that keeps one{taken if (path / 'config.json').exists() else ''}."
         )
     saved = read_json_object(path / SETTINGS_FILE, _COPY)
     require_shape(path / SETTINGS_FILE, saved, _SAVED, _COPY)

@@ -183,10 +183,7 @@ class Building:
     def _refuse_empty_splits(self, units: Mapping[str, MappedUnit]) -> None:
         for split in self.buckets:
             if not any(unit.documents.get(split) for unit in units.values()):
-                raise EmptySplit(
-                    f"The {split} split of the text is empty: give it more, hold out a larger "
-                    "fraction, or cut plain text into smaller pieces (piece_bytes)."
-                )
+                raise EmptySplit(_empty(split))
 
     def _merge_settings(self, units: Mapping[str, MappedUnit]) -> MergeSettings:
         found = {name for unit in units.values() for name in unit.subsets}
@@ -305,6 +302,18 @@ class Building:
 
 class EmptySplit(InputError):  # noqa: N818 (says what was found)
     """A split has no documents: no other start with the same text can go on from here."""
+
+
+def _empty(split: str) -> str:
+    if split == "train":
+        return (
+            "There is no text to train on: set TextFiles.train to files that hold text, or hold "
+            "out a smaller fraction of it."
+        )
+    return (
+        f"The {split} split of the text is empty: set TextFiles.{split}_fraction higher or "
+        f"TextFiles.{split} to more text, or cut plain text into smaller pieces (piece_bytes)."
+    )
 
 
 def _described(unit: Unit) -> str:

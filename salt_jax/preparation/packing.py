@@ -66,6 +66,8 @@ class PackingPlan:
             if not whole or (least is not None and value < least):
                 least_words = "" if least is None else f" of {least} or more"
                 raise InputError(f"{name} is {value!r}, expected a whole number{least_words}.")
+            if least is not None and value >= 2**31:
+                raise InputError(f"{name} is {value} and must be below 2³¹: change --{name}.")
         if self.long_documents not in LONG_DOCUMENTS:
             raise InputError(
                 f"long_documents is {self.long_documents!r}, expected one of "

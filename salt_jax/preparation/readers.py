@@ -29,7 +29,7 @@ _BLOCK_BYTES = 1 << 20
 # 4 bytes of a zstandard frame may stand for 128 KB: so much gives 32 MB at most.
 _COMPRESSED_BYTES = 1 << 10
 _MOST_LINE_BYTES = 256 << 20
-_REPAIR = "mend the file, or skip such rows with skip_broken_lines=True"
+_REPAIR = "mend the file{templates}, or skip such rows with skip_broken_lines=True"
 _PLAIN = Template()
 
 
@@ -100,7 +100,10 @@ def read_documents(
             yield _document(row, place, template)
         except Unfit as error:
             if not skip_broken_lines:
-                raise InputError(f"{place}: {error}: {_REPAIR}.") from error
+                templates = "" if template == _PLAIN else ", or correct PROMPT and RESPONSE"
+                raise InputError(
+                    f"{place}: {error}: {_REPAIR.format(templates=templates)}."
+                ) from error
             skipped += 1
             # Now, since the reader may stop at any document; a second reading counts anew.
             log.broken_lines[str(path)] = max(log.broken_lines[str(path)], skipped)

@@ -248,8 +248,8 @@ class TextFiles:
             }
             if not matches:
                 raise InputError(
-                    f"No file matches {pattern!r}: expected files of text; "
-                    "correct the task's patterns."
+                    f"No file matches {pattern!r}, a pattern of TextFiles: correct it, or the "
+                    "folder that this is started in."
                 )
             found |= matches
         return sorted(found)

@@ -69,8 +69,8 @@ class TrainedVocabulary:
         sample = sample_texts(texts, self.sample_bytes)
         if not sample:
             raise InputError(
-                "There is no text to train a vocabulary on: the train split is empty; "
-                "correct the task's files."
+                "There is no text to train a vocabulary on, the train split is empty: set "
+                "TextFiles.train (--gin.TEXT) to files that hold text."
             )
         model = io.BytesIO()
         try:

@@ -311,17 +311,8 @@ def find_model(
         cache's, or rows longer than the model takes.
     """
     url = os.fspath(path) if is_remote(path) else ""
-    path = local_run(url, step) if url else pathlib.Path(path)
+    path = _run_path(local_run(url, step) if url else path, role)
     folder = path / CHECKPOINTS_FOLDER
-    if not path.exists():
-        raise InputError(
-            f"{role} is {path}, which does not exist: name the output folder of a `salt train` run."
-        )
-    if not folder.is_dir():
-        raise InputError(
-            f"{role} is {path}, and there are no checkpoints in {folder}: name the output "
-            "folder of a `salt train` run."
-        )
     steps = complete_steps(path)
     if not steps:
         raise InputError(f"{role} is {path}, which has no complete checkpoint yet.")
@@ -349,6 +340,25 @@ def find_model(
     if cache is not None:
         _require_fit(model, cache, role)
     return model
+
+
+def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
+    """The folder that was named, which has checkpoints."""
+    name = "name the output folder of a `salt train` run"
+    if not str(path):
+        raise InputError(f"{role} is an empty text: {name}.")
+    path = pathlib.Path(path)
+    if (path / CHECKPOINTS_FOLDER).is_dir():
+        return path
+    if (path / "config.json").exists():
+        raise InputError(
+            f"{role} is {path}, a model of Hugging Face's: take it in first, `salt convert "
+            f"--huggingface={path} --output_dir=RUN`, and name that RUN."
+        )
+    if path.is_dir():
+        raise InputError(f"{role} is {path}, where no {CHECKPOINTS_FOLDER} are: {name}.")
+    found = "which is a file" if path.exists() else "which does not exist"
+    raise InputError(f"{role} is {path}, {found}: {name}.")
 
 
 def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:

@@ -92,6 +92,15 @@ class TrainingSetup:
     max_skipped_updates: int = 10
     hang_seconds: float = 600.0
 
+    def __post_init__(self) -> None:
+        if not self.arm.strip() or not self.arm.isprintable():
+            raise InputError(f"arm is {self.arm!r}, expected a name for reports: change --arm.")
+        if self.hang_seconds < 0:
+            raise InputError(
+                f"hang_seconds is {self.hang_seconds}, expected seconds, or 0 for never: change "
+                "--hang_seconds."
+            )
+
     @property
     def stage1_steps(self) -> int:
         """Steps with a teacher."""

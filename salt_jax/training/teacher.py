@@ -60,9 +60,15 @@ def refuse_unused(
     stage1_steps: int,
     selection_steps: int | None,
     teacher: str | None,
+    teacher_step: int | None,
     soft_labels: str | None,
 ) -> None:
     """Raises InputError where a teacher or soft labels are set that no step has a use for."""
+    if teacher_step is not None and teacher is None:
+        raise InputError(
+            f"teacher_step is {teacher_step} and teacher is not set: leave it out, or add "
+            "--teacher=RUN."
+        )
     for name, folder in (("teacher", teacher), ("soft_labels", soft_labels)):
         if folder is not None and not stage1_steps:
             raise InputError(
@@ -73,6 +79,15 @@ def refuse_unused(
         raise InputError(
             f"selection_steps is {selection_steps} and stage 1 has {stage1_steps} steps, and soft "
             "labels are read with its rows: leave selection_steps unset."
+        )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises InputError where nothing can be held in teacher_dtype; None is as it was saved."""
+    if dtype not in (None, *DTYPES):
+        raise InputError(
+            f"teacher_dtype is {dtype!r}, expected one of {', '.join(DTYPES)}: change "
+            "--teacher_dtype."
         )
 
 
@@ -102,8 +117,7 @@ def find_teacher(
       InputError: None is set, there is none, it is of another vocabulary, or it lacks ids that it
         would have to read or, by the divergence, to give probability.
     """
-    if dtype not in (None, *DTYPES):
-        raise InputError(f"teacher_dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     if path is None:
         raise InputError(
             f"The schedule {type(schedule).__name__} needs a teacher and none is set: add "
