@@ -15,6 +15,7 @@ import pytest
 import gin
 from salt_jax.command_line import parse_arguments, verbs
 from salt_jax.commands.report import report
+from salt_jax.commands.study import study
 from salt_jax.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import main
@@ -26,93 +27,6 @@ IMPORTS = "from __gin__ import dynamic_registration\nfrom salt_jax.commands impo
 FULL = [*BASELINE, "--cache=nowhere", "--steps=3", "--batch_size=8"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["trian"], ["no verb trian", "nearest: train"]),
-        (["train", "--steps"], ["--steps needs a value"]),
-        (["report"], ["salt report FOLDER…"]),
-        (["prepare", "--show=3"], ["holds no finished cache"]),
-        (["prepare", "--gin_file=data/text.gin", "--gin.TEXT=a/*.md"], ["quotes of its own"]),
-        (["score", "--scorer=x", "--cache=y", "--k=0"], ["k is 0"]),
-        (["train", "--steps=3", "elsewhere"], ["takes no argument 'elsewhere'"]),
-        (["train", "--gin_file=runs/pretrian.gin"], ["pretrian.gin", "nearest: runs/pretrain.gin"]),
-        (["train", "--gin_file=runs/pretrain.gin"], ["LEARNING_RATE must be set", "pretrain.gin"]),
-        ([*PRETRAIN, "--gin.WARMUP_STEP=3"], ["--gin.WARMUP_STEP", "nearest: WARMUP_STEPS"]),
-        ([*PRETRAIN, "--stepps=3"], ["--stepps", "nearest: steps"]),
-        ([*PRETRAIN, "--gin.train.train.stepps=3"], ["stepps", "nearest: steps"]),
-        ([*PRETRAIN, "--gin.trian.train.steps=3"], ["trian", "nearest: train"]),
-        ([*PRETRAIN, "--gin.train.trian.steps=3"], ["train.trian", "nearest: train"]),
-        ([*PRETRAIN, "--gin.decoder.DecodrConfig.num_layers=3"], ["nearest: DecoderConfig"]),
-        ([*PRETRAIN, "--gin.decoder.DecoderConfig.num_layer=3"], ["nearest: num_layers"]),
-        ([*PRETRAIN, "--gin.train.train.steps=[3"], ["cannot read"]),
-        (BASELINE, ["must be set", "cache"]),
-        ([*PRETRAIN, "--cache=x", "--steps=3", "--batch_size=8"], ["schedule is not set"]),
-        (
-            [*FULL, "--gin_file=methods/salt.gin"],
-            ["salt: teacher must be set", "distillation.gin", "--teacher=VALUE"],
-        ),
-        (FULL, ["nowhere does not exist"]),
-        ([*FULL, "--steps=2.5"], ["salt: steps is 2.5", "type int"]),
-        ([*FULL, "--steps=many"], ["salt: steps is 'many'", "type int"]),
-        ([*FULL, "--gin.LEARNING_RATE='fast'"], ["LearningRate.peak is 'fast'", "float"]),
-        ([*FULL, "--gin.train.train.optimizer=3"], ["salt: optimizer is 3", "OptimizerConfig"]),
-        (["prepare", "--skip_broken_lines=maybe"], ["skip_broken_lines is 'maybe'", "bool"]),
-    ],
-)
-def test_refuses_in_one_sentence(
-    arguments: list[str],
-    expected: list[str],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: pathlib.Path,
-) -> None:
-    folder = tmp_path / "out"
-    assert main([*arguments, f"--output_dir={folder}"]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    for text in expected:
-        assert text in lines[0]
-    assert not folder.exists()
-
-
-def error_of(file: pathlib.Path, text: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `salt train` says of a gin file of one's own."""
-    file.write_text(text)
-    output = file.parent / "out"
-    assert main([*FULL, f"--gin_file={file}", f"--output_dir={output}"]) == 2
-    return capsys.readouterr().err
-
-
-def test_unknown_name_in_a_file_names_file_and_line(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "mine.gin"
-    error = error_of(file, IMPORTS + "train.train.batchsize = 8\n", capsys)
-    assert "mine.gin, line 3" in error
-    assert "nearest: batch_size" in error
-
-
-def test_unused_macro_in_a_file(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = error_of(tmp_path / "mine.gin", "WARMUP_STEP = 3\n", capsys)
-    assert "mine.gin" in error
-    assert "nearest: WARMUP_STEPS" in error
-
-
-def test_required_names_the_users_own_file(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "mine.gin"
-    error = error_of(file, IMPORTS + "WIDTH = %gin.REQUIRED\ntrain.train.seed = %WIDTH\n", capsys)
-    assert f"WIDTH must be set ({file} leaves it open)" in error
-
-
-def test_an_open_bracket_names_file_and_line(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = error_of(tmp_path / "mine.gin", IMPORTS + "train.train.steps = [3\n", capsys)
-    assert "mine.gin, line 4: a bracket or a text is left open" in error
-
-
 def test_scopes_and_booleans() -> None:
     scoped = "--gin.train.train.model=@big/decoder.DecoderConfig()"
     arguments = [*FULL, scoped, "--gin.big/decoder.DecoderConfig.embed_dim=320"]
@@ -120,16 +34,6 @@ def test_scopes_and_booleans() -> None:
     for typed, value in (("false", False), ("True", True)):
         configure(parse_arguments(["prepare", f"--skip_broken_lines={typed}"]))
         assert gin.get_bindings("prepare.prepare")["skip_broken_lines"] is value
-
-
-def test_remote_output_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FULL, "--output_dir=gs://bucket/run"]) == 2
-    assert "mount the bucket" in capsys.readouterr().err
-
-
-def test_no_output_dir(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train"]) == 2
-    assert "add --output_dir" in capsys.readouterr().err
 
 
 def test_later_files_and_flags_override(tmp_path: pathlib.Path) -> None:
@@ -174,38 +78,14 @@ def test_too_little_memory_is_one_sentence(
     assert "`salt plan`" in error
 
 
-def test_a_gin_file_that_is_none(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    binary, itself = tmp_path / "binary.gin", tmp_path / "itself.gin"
-    binary.write_bytes(bytes(range(128, 256)))
-    itself.write_text(f"include '{itself}'\n")
-    for file, reason in ((binary, "it is not text"), (itself, "includes itself")):
-        assert main(["train", f"--gin_file={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
-        error = capsys.readouterr().err
-        assert str(file) in error
-        assert reason in error
-
-
-def test_an_output_dir_of_no_name_is_none(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", "somewhere", "--output_dir="]) == 2
-    assert "add --output_dir=FOLDER" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_no_flag_can_set_is_asked_for_as_a_gin_file(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["select", "--cache=x", f"--output_dir={tmp_path / 'out'}"]) == 2
-    assert "--gin_file=methods/top_fraction.gin" in capsys.readouterr().err
-
-
 def test_text_flags_stay_text() -> None:
     configure(parse_arguments(["report", "1", "2e3", "--title=3"]))
     assert gin.get_bindings(report) == {"runs": ("1", "2e3"), "title": "3"}
+
+
+def test_a_dictionary_may_be_a_flag() -> None:
+    configure(parse_arguments(["study", "--arms={'a': ('--steps=3',)}", "--given={'slm': 'x'}"]))
+    assert gin.get_bindings(study) == {"arms": {"a": ("--steps=3",)}, "given": {"slm": "x"}}
 
 
 def test_folder_records_configuration_and_refuses_another(

@@ -202,7 +202,7 @@ def _unknown_subset(corpus):
 
 BAD_INPUT = {
     "no such file": (lambda _: {"task": TextFiles(train="none/*.zst")}, "No file matches"),
-    "empty corpus": (_empty_corpus, "split .* is empty"),
+    "empty corpus": (_empty_corpus, "no text to train on"),
     "no text": (_bad_row, r"0\.jsonl, line 81: this row has no `text`"),
     "truncated": (_truncated, r"1\.jsonl\.zst is cut short"),
     "unknown subset": (_unknown_subset, "line 1: the subset name 'code', expected one of the 2"),

@@ -39,8 +39,12 @@ def test_words_stand_for_values_of_any_type():
 
 @pytest.mark.parametrize("row", [{"qestion": "a", "answer": "b"}, {"question": 3, "answer": "b"}])
 def test_a_row_without_a_field_of_text_is_unfit(row):
-    near = r" \(nearest: qestion\)$" if "qestion" in row else "$"
-    with pytest.raises(Unfit, match=f"this row has no `question` of type string{near}"):
+    said = (
+        r"this row has no `question` \(nearest: qestion\), it has `qestion`, `answer`$"
+        if "qestion" in row
+        else "the `question` of this row is 3, expected a text$"
+    )
+    with pytest.raises(Unfit, match=said):
         GSM8K.fill(row)
 
 

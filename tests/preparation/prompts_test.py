@@ -210,7 +210,10 @@ def test_settings_that_would_part_examples_are_refused(tmp_path, changes, messag
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"question": "a"}', "line 41: this row has no `answer` of type string: mend the file"),
+        (
+            '{"question": "a"}',
+            "line 41: this row has no `answer`, it has `question`: mend the file",
+        ),
         ('{"question": "a", "answer": " "}', "line 41: this row's response is empty"),
         ("{", "line 41: this is not JSON"),
     ],

@@ -88,7 +88,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
 BAD_LINES = {
     "not JSON": b'{"text": "a',
     "no `text`": b'{"content": "a"}',
-    "of type string": b'{"text": 3}',
+    "is 3, expected a text": b'{"text": 3}',
     "has no `text`": b"[1]",
     "this is not JSON": b'{"text": "\xff"}',
 }

@@ -19,7 +19,6 @@ from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
-from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 from salt_jax.training.partitioning import MeshConfig
 
@@ -31,34 +30,12 @@ SALT = schedules.Step(omega=0.6, n_kd=3)
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"steps": 0}, "steps is 0"),
-        ({"evaluate_every": 0}, "evaluate_every is 0"),
-        ({"max_skipped_updates": -1}, "max_skipped_updates is -1"),
-        ({"evaluation_rows": 0}, "evaluation_rows is 0"),
-        ({"log_every": 0}, "log_every is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"data_seed": 10**20}, "data_seed is 100000000000000000000"),
-        ({"stage1_microbatches": 0}, "stage1_microbatches is 0"),
-        ({"teacher": "somewhere"}, "teacher is somewhere, and the schedule NoDistillation has no"),
-        ({"soft_labels": "somewhere"}, "soft_labels is somewhere, and the schedule"),
-        ({"schedule": SALT, "teacher": "x", "teacher_dtype": "foo"}, "teacher_dtype is 'foo'"),
-        ({"selection_steps": 3}, "selection_steps is 3 and there is no selection"),
-        ({"selection_steps": 0}, "selection_steps is 0 and must be at least 1"),
-        ({"checkpoints": CheckpointConfig(keep_steps=(7,))}, "keep_steps is (7,)"),
-        ({"batch_size": 9}, "batch_size 9 can't be split over 8 devices"),
-        ({"microbatches": 3}, "8 devices in 3 microbatches"),
         ({"stage1_microbatches": 3}, "8 devices in 3 microbatches"),
-        ({"microbatches": 0}, "at least 1"),
         ({"mesh": MeshConfig(data=3)}, "need 6 devices and there are 8"),
         ({"mesh": MeshConfig(data=3, fsdp=1)}, "need 3 devices and there are 8"),
-        ({"model": dataclasses.replace(STUDENT, max_length=8)}, "max_length is 8"),
         ({"model": dataclasses.replace(STUDENT, vocab_size=100)}, "has 259 ids"),
         ({"model": dataclasses.replace(STUDENT, vocab_size=300)}, "has 259 ids"),
         ({"schedule": SALT}, "needs a teacher and none is set"),
-        ({"schedule": SALT, "teacher": "nowhere"}, "teacher is nowhere"),
-        ({"cache": "nowhere"}, "nowhere does not exist"),
-        ({"selection": "nowhere"}, "nowhere"),
-        ({"initial": "nowhere"}, "initial is nowhere"),
     ],
 )
 def test_train_refuses(

@@ -69,47 +69,6 @@ def test_prompts_from_files(slm: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ([], "set one of them, --prompt=TEXT or --prompts=FILE"),
-        (["--prompt=a", "--prompts=b.txt"], "set one of them"),
-        (["--prompts=missing.txt"], "missing.txt, which cannot be read (No such file"),
-        (["--prompts=prompts.csv"], "prompts.csv: name a .txt file, or a .jsonl one"),
-        (["--prompts={here}/empty.txt"], "is empty: put a prompt on each line"),
-        (["--prompts={here}/latin.txt"], "is not UTF-8"),
-        (["--prompts={here}/broken.jsonl"], "broken.jsonl, line 2 is not JSON"),
-        (["--prompts={here}/other.jsonl"], 'line 1 has no text in "prompt" or "text"'),
-        (["--prompts={here}/half.jsonl"], 'line 1 has no text in "prompt" or "text"'),
-        (["--prompt=a", "--temperature=-1"], "temperature is -1"),
-        (["--prompt=a", "--top_p=2"], "top_p is 2"),
-        (["--prompt=a", "--max_new_tokens=64"], "Prompt 0 has 2 tokens and max_new_tokens is 64"),
-        (["--prompt=a", "--stop="], "stop text is empty"),
-        (["--prompt=a", "--batch_size=0"], "batch_size is 0"),
-        (["--prompt=a", "--step=5"], "asks for step 5"),
-        (["--prompt=a", "--max_tokens=5"], "nearest: max_new_tokens"),
-    ],
-)
-def test_refuses_in_one_sentence(
-    flags: list[str],
-    words: str,
-    slm: pathlib.Path,
-    tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (tmp_path / "other.jsonl").write_text('{"prompt": 3}\n')
-    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
-    flags = [flag.format(here=tmp_path) for flag in flags]
-    out = tmp_path / "out"
-    assert main(["generate", f"--model={slm}", *flags, f"--output_dir={out}"]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert words in line
-    assert not out.exists()
-
-
 def test_a_run_without_its_vocabulary_is_refused(
     slm: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

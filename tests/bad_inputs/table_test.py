@@ -1,0 +1,85 @@
+"""Commands that cannot be right, VERB.txt for each verb, and the sentence that each is answered by.
+
+A `$` line is typed in the folder `material`, with --output_dir=out where it has none; the line
+below it is all that stderr says, … standing for anything. NAME = WORDS makes $NAME stand for words,
+<newline> and <long> are characters no keyboard gives. The exit code is 2, and nothing is written.
+"""
+
+import pathlib
+import re
+import shlex
+import shutil
+import string
+from collections.abc import Iterator
+
+import pytest
+
+from salt_jax.command_line import verbs
+from salt_jax.main import main
+
+TABLES = sorted(pathlib.Path(__file__).parent.glob("*.txt"))
+TYPED = {"<newline>": "\n", "<long>": "x" * 5000}
+
+# What only someone who reads the code can make sense of.
+INTERNAL = re.compile(r"configurable|config string|collections|object at 0x|Traceback|salt_jax\.")
+
+
+def cases(table: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """A table's commands and answers, as they are written."""
+    lines = [line for line in table.read_text().splitlines() if line and line[0] != "#"]
+    for line, answer in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("$ salt "):
+            yield line.removeprefix("$ salt "), answer
+
+
+def words(command: str, table: pathlib.Path) -> list[str]:
+    """What a command's line stands for."""
+    names = dict(re.findall(r"^([A-Z]+) = (.*)$", table.read_text(), re.M))
+    typed = shlex.split(string.Template(command).substitute(names))
+    for name, meaning in TYPED.items():
+        typed = [word.replace(name, meaning) for word in typed]
+    has_folder = any(word.startswith("--output_dir=") for word in typed)
+    return typed if has_folder else [*typed, "--output_dir=out"]
+
+
+def tree(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below, with what changes when it does."""
+    states = {str(path): path.lstat() for path in folder.rglob("*")}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+@pytest.mark.parametrize(
+    ("table", "command", "answer"),
+    [
+        pytest.param(table, command, answer, id=f"salt {command}")
+        for table in TABLES
+        for command, answer in cases(table)
+    ],
+)
+def test_is_refused_in_one_sentence_and_nothing_is_written(
+    table: pathlib.Path,
+    command: str,
+    answer: str,
+    material: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(material)
+    before = tree(material)
+    code = main(words(command, table))
+    after = tree(material)
+    shutil.rmtree(material / "out", ignore_errors=True)  # what failed here shall not fail others
+    said = capsys.readouterr().err
+    assert code == 2
+    assert re.fullmatch(".*".join(map(re.escape, answer.split("…"))) + "\n", said), said
+    assert answer.startswith("salt: ")
+    assert answer.endswith(".")
+    assert not INTERNAL.search(said), said
+    assert after == before
+
+
+def test_every_verb_has_a_table() -> None:
+    assert [table.stem for table in TABLES] == verbs()
+    sizes = {table.stem: len(list(cases(table))) for table in TABLES}
+    assert min(sizes.values()) >= 10, sizes
+    assert sum(sizes.values()) >= 100, sizes
