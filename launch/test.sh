@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every check: ruff, mypy and pytest. Makes .venv first if there is none.
 #
-#   launch/test.sh                          everything
+#   launch/test.sh                          everything, on up to four cores
 #   launch/test.sh tests/distill -k oracle  arguments go to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment tests
@@ -10,4 +10,6 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 ruff check .
 ruff format --check .
 mypy
+# A file's tests stay together: they share what is slow to make.
+[ $# -gt 0 ] || set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
 exec python -m pytest "$@"
