@@ -17,9 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from salt_jax.data.features import make_row
 from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.manifests import file_digest, manifest_digest
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
 from salt_jax.data.vocabularies import load_vocabulary
@@ -209,6 +211,23 @@ def test_vocabularies(data: st.DataObject, folders: dict[str, pathlib.Path]) -> 
         _only_input_errors(load_vocabulary, folders["cache"])
     finally:
         file.write_text(before)
+
+
+@fuzzed
+@given(data=st.data())
+def test_records(data: st.DataObject) -> None:
+    """Of a cache's rows, below the check sums of the file that they are in."""
+    form = RecordFormat(sequence_length=16, vocabulary_size=300)
+    segments_L = np.repeat([1, 2, 0], [9, 5, 2])
+    row = make_row(np.arange(16) + 280, np.ones(16), segments_L)
+    record = _damaged(data, form.encode(row | {"targets": row["targets"] % 300}))
+    try:
+        read = form.decode(record, 3)
+    except InputError:
+        return
+    assert all(read[name].shape == row[name].shape for name in row)
+    assert read["targets"].max() < 300
+    assert read["segment_ids"].max() <= 16
 
 
 def _damaged(data: st.DataObject, before: bytes) -> bytes:
