@@ -171,7 +171,9 @@ class RestartableShards:
                     f"{self.folder} was begun with the {name} {_shown(before)}, and now the {name} "
                     f"is {_shown(now)}: go back to that {name}, or choose another --output_dir."
                 )
-        return dataclasses.replace(self, made_from={name: begun.get(name) for name in self.made_from})
+        return dataclasses.replace(
+            self, made_from={name: begun.get(name) for name in self.made_from}
+        )
 
     def _shard(self, index: int) -> Shard:
         first = index * self.shard_rows
