@@ -66,9 +66,11 @@ def test_is_refused_in_one_sentence_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(material)
     before = tree(material)
-    code = main(words(command, table))
-    after = tree(material)
-    shutil.rmtree(material / "out", ignore_errors=True)  # what failed here shall not fail others
+    try:
+        code = main(words(command, table))
+    finally:
+        after = tree(material)
+        shutil.rmtree(material / "out", ignore_errors=True)  # one failure is not to be many
     said = capsys.readouterr().err
     assert code == 2
     assert re.fullmatch(".*".join(map(re.escape, answer.split("…"))) + "\n", said), said
