@@ -108,9 +108,10 @@ class Template:
                     f"the `{field}` of this row is {value!r}, expected one of {', '.join(words)}"
                 )
             return words[str(value)]
-        if field not in row:
-            held = ", ".join(f"`{name}`" for name in list(row)[:_MOST_NAMED]) or "no fields"
-            raise Unfit(f"this row has no `{field}`{nearest(field, map(str, row))}, it has {held}")
+        if value is None:
+            names = [str(name) for name, each in row.items() if each is not None]
+            held = ", ".join(f"`{name}`" for name in names[:_MOST_NAMED]) or "no fields"
+            raise Unfit(f"this row has no `{field}`{nearest(field, names)}, it has {held}")
         if not isinstance(value, str):
             raise Unfit(f"the `{field}` of this row is {_shown(value)}, expected a text")
         return value
