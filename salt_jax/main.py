@@ -97,9 +97,11 @@ def _run(argv: list[str]) -> int:
     verb = configure(arguments)
     _quiet_libtpu()
     together = _join(arguments)
-    with RunLock() as lock, _output_folder(arguments) as path:
+    with RunLock() as lock, _mirrored(arguments) as mirror:
         folder = RunFolder(
-            path=path,
+            path=mirror.path if mirror else pathlib.Path(arguments.output_dir),
+            url=arguments.output_dir if mirror else "",
+            send=mirror.send if mirror else lambda: None,
             verb=arguments.verb,
             config=gin.operative_config_str,
             command_line=["salt", *argv],
@@ -154,12 +156,11 @@ def _join(arguments: Arguments) -> processes.Processes:
     return together
 
 
-def _output_folder(arguments: Arguments) -> contextlib.AbstractContextManager[pathlib.Path]:
-    """The folder on the disk that the verb writes into."""
-    given = arguments.output_dir
-    if is_remote(given):
-        return Mirror(given, arguments.verb)
-    return contextlib.nullcontext(pathlib.Path(given))
+def _mirrored(arguments: Arguments) -> contextlib.AbstractContextManager[Mirror | None]:
+    """What sends the output to a bucket, where it is to go to one."""
+    if is_remote(arguments.output_dir):
+        return Mirror(arguments.output_dir, arguments.verb)
+    return contextlib.nullcontext()
 
 
 def _out_of_memory(verb: str, message: str) -> str:

@@ -63,6 +63,8 @@ class RunFolder:
       command_line: What was typed.
       lock: Keeps other processes out from `begin` on; None lets them in.
       processes: Those that run it; the first of them writes.
+      url: Where a copy of it is kept in a bucket; "" where none is.
+      send: Sends what is in the folder there.
     """
 
     path: pathlib.Path
@@ -71,6 +73,8 @@ class RunFolder:
     command_line: Sequence[str] = ()
     lock: RunLock | None = None
     processes: Processes = dataclasses.field(default_factory=Processes)
+    url: str = ""
+    send: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         there = next((part for part in (self.path, *self.path.parents) if part.exists()), None)
@@ -93,13 +97,24 @@ class RunFolder:
 
         Raises:
           InputError: The folder holds another run, another process writes it, or it cannot be
-            written.
+            written, here or in the bucket; or a part of the work has no folder that all share.
         """
-        config = self.config()
+        if part and self.url:
+            raise InputError(
+                f"--output_dir={self.url} is no folder that several workers share: mount the "
+                "bucket (gcsfuse, s3fs) and name the mounted folder."
+            )
+        config, begun = self.config(), self.begun
         changes = self._changes(config, replace, may_change)
         self.processes.wait("looked")  # all have, before the first one writes
         if self.processes.is_first:
             self._write_origin(config, part)
+            try:
+                self.send()
+            except InputError:
+                if not begun:
+                    self.withdraw()
+                raise
         self.processes.wait("begun")
         self.processes.watch(self.path)
         return changes

@@ -18,6 +18,8 @@ from salt_jax.verb_process import check_verbs, run_verb
 
 MAKERS = ("prepare", "train", "score", "select")
 REPORT = "report"
+# Folders of the study that are not those of its parts.
+_TAKEN = (REPORT, "processes", "work")
 _OWN_FLAGS = ("--output_dir",)
 _OWN_FLAGS_OF_ARMS = (*_OWN_FLAGS, "--arm", "--seed", "--data_seed")
 
@@ -116,10 +118,10 @@ def _check_names(
     names = [*given, *inputs, *arms]
     for name in names:
         is_word = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_]+", name)
-        if not is_word or name == REPORT:
+        if not is_word or name in _TAKEN:
             raise InputError(
-                f"The study has the name {name!r}: use letters, digits and _, and not {REPORT!r}, "
-                "which is the report's folder."
+                f"The study has the name {name!r}: use letters, digits and _, and none of "
+                f"{', '.join(_TAKEN)}, which are its own folders."
             )
         if names.count(name) > 1:
             raise InputError(

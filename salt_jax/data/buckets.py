@@ -67,7 +67,7 @@ class RemoteFolder:
 
         Raises:
           BucketError: It cannot be listed.
-          InputError: A name in it leads out of a folder.
+          InputError: A name in it leads out of a folder, or is that of no file on a disk.
         """
         with _told(self.url, "read"):
             self._files.invalidate_cache()
@@ -80,8 +80,11 @@ class RemoteFolder:
             for name, info in sorted(found.items())
             if info["type"] == "file" and name.startswith(f"{self._root}/")
         }
-        for name in filter(None, files):  # in a bucket ".." is a name as any other
+        # What stands for a folder has no content. In a bucket ".." is a name as any other.
+        files = {name: file for name, file in files.items() if name and not name.endswith("/")}
+        for name in files:
             require_inside(self.url, name, "rename or remove that object")
+        _require_files(self.url, files)
         return files
 
     def fetch(self, folder: pathlib.Path, names: Sequence[str]) -> None:
@@ -241,10 +244,22 @@ def _told(url: str, what: str) -> Iterator[None]:
     """Turns an error of a library or of the network, of whichever class, into a sentence."""
     try:
         yield
-    except InputError:
+    except (InputError, TypeError, AttributeError, NameError, LookupError, AssertionError):
         raise
-    except Exception as error:
+    except Exception as error:  # each library has classes of its own
         raise BucketError(f"{url} cannot be {what} ({_reason(error)}): {_ADVICE}.") from error
+
+
+def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
+    """Refuses names that can't be those of files on a disk, all at once."""
+    for name in files:
+        parts = name.split("/")
+        folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
+        if "" in parts or any(folder in files for folder in folders):
+            raise InputError(
+                f"{url} has an object {name!r}, which can't be a file beside its others: rename or "
+                "remove it."
+            )
 
 
 def completes(name: str) -> bool:

@@ -7,11 +7,13 @@ has changed in the bucket is fetched again. Copies are kept below SALT_LOCAL_COP
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
+import urllib.parse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,13 +23,19 @@ from salt_jax.errors import InputError
 
 COPIES = "SALT_LOCAL_COPIES"
 
+_LONGEST_NAME = 200
+
+
+# A file's size, time of change in nanoseconds and inode; nothing where there is none.
+State = tuple[int, ...]
+
 
 class Copied(NamedTuple):
     """A file of the bucket's as it was when it and its copy were the same (None while one is being
-    made the other), and the copy's time of change in nanoseconds."""
+    made the other), and the copy's `state_on_disk` then."""
 
     there: RemoteFile | None
-    changed_ns: int
+    here: State
 
 
 class Copy:
@@ -44,7 +52,7 @@ class Copy:
     def __init__(self, folder: RemoteFolder, path: pathlib.Path) -> None:
         self.folder, self.path = folder, path
         # Beside it, since the folder itself is the bucket's.
-        self.control = path.parent / f".{path.name}.copy"
+        self.control = path.with_name(f"{path.name}.copy")
         self.control.mkdir(parents=True, exist_ok=True)
         self._record = self.control / "copied.json"
 
@@ -53,8 +61,8 @@ class Copy:
         try:
             known = json.loads(self._record.read_text())
             return {
-                str(name): Copied(there and RemoteFile(*there), int(changed_ns))
-                for name, (there, changed_ns) in known.items()
+                str(name): Copied(there and RemoteFile(*there), tuple(map(int, here)))
+                for name, (there, here) in known.items()
             }
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
@@ -78,7 +86,7 @@ class Copy:
         current = {
             name: copied
             for name, copied in known.items()
-            if there.get(name) == copied.there and changed_ns(self.path / name) == copied.changed_ns
+            if there.get(name) == copied.there and state_on_disk(self.path / name) == copied.here
         }
         for name in sorted(known.keys() - there.keys(), key=completes, reverse=True):
             self.drop(name)
@@ -93,7 +101,7 @@ class Copy:
             )
             self.note(current)
             self.folder.fetch(self.path, missing)
-        new = {name: Copied(there[name], changed_ns(self.path / name)) for name in missing}
+        new = {name: Copied(there[name], state_on_disk(self.path / name)) for name in missing}
         if missing or known.keys() != current.keys():
             self.note(current | new)
 
@@ -185,12 +193,13 @@ def remote_steps(files: Collection[str]) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def changed_ns(path: pathlib.Path) -> int:
-    """A file's time of change in nanoseconds; -1 where there is none."""
+def state_on_disk(path: pathlib.Path) -> State:
+    """What tells a file's content from what was there before."""
     try:
-        return path.stat().st_mtime_ns
+        status = path.stat()
     except OSError:
-        return -1
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -198,7 +207,13 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
-    """Where a folder's copy lies on this machine: for reading ("input"), or to write ("output")."""
+    """Where a folder's copy lies on this machine: for reading ("input"), or to write ("output").
+
+    Its name is the folder's own; no copy lies in another one.
+    """
     given = os.environ.get(COPIES)
     below = pathlib.Path(given or "~/.cache/salt_jax").expanduser().absolute()
-    return below / kind / pathlib.Path(*folder.parts)
+    place = urllib.parse.quote(folder.url, safe="")
+    if len(place) > _LONGEST_NAME:
+        place = f"{place[:100]}-{hashlib.sha256(folder.url.encode()).hexdigest()}"
+    return below / kind / place / folder.parts[-1]

@@ -311,6 +311,12 @@ def find_model(
         cache's, or rows longer than the model takes.
     """
     url = os.fspath(path) if is_remote(path) else ""
+    if url and step is None and jax.process_count() > 1:
+        flag = "--step" if role == "model" else f"--{role}_step"
+        raise InputError(
+            f"{role} is {url}, whose newest checkpoint may be another one for each of several "
+            f"processes: name it with {flag}."
+        )
     path = _run_path(local_run(url, step) if url else path, role)
     folder = path / CHECKPOINTS_FOLDER
     steps = complete_steps(path)

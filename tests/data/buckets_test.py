@@ -101,6 +101,21 @@ def test_a_copy_that_fails_half_way_is_finished_later(url, bucket):
     assert (local_folder(url) / "x").read_text() == "x"
 
 
+def test_objects_that_stand_for_folders_are_passed_over(url, bucket):
+    for name in ("a/b/", "a/b/sub/", "a/b/sub/x"):
+        bucket.store(f"bucket/{name}", b"")
+    assert set(RemoteFolder(url).files()) == {"sub/x"}
+    assert (local_folder(url) / "sub/x").exists()
+
+
+@pytest.mark.parametrize("names", [("x", "x/y"), ("x//y",)])
+def test_objects_that_cannot_be_files_together(url, bucket, names):
+    for name in names:
+        bucket.store(f"bucket/a/b/{name}", b"1")
+    with pytest.raises(InputError, match="can't be a file beside its others"):
+        local_folder(url)
+
+
 def test_one_file(url, bucket):
     bucket.store("bucket/a/b/prompts.txt", b"hello\n")
     bucket.store("bucket/a/b/large", b"0" * 100)
