@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 from salt_jax.commands.train import MAY_CHANGE
+from salt_jax.data.buckets import BucketError
 from salt_jax.errors import InputError
-from salt_jax.run_folder import RunFolder, library_versions, to_json
+from salt_jax.run_folder import RUN_FILE, RunFolder, library_versions, to_json
 
 LONG = """import train
 
@@ -113,3 +114,22 @@ def test_json_has_no_nan() -> None:
         "a": None,
         "b": [None, 1.5],
     }
+
+
+def test_a_bucket_that_takes_nothing_is_told_of_before_the_run(tmp_path):
+    def refused() -> None:
+        raise BucketError("s3://bucket/run cannot be written.")
+
+    with pytest.raises(BucketError):
+        RunFolder(tmp_path / "new", "train", send=refused).begin()
+    assert not (tmp_path / "new").exists()
+    RunFolder(tmp_path / "old", "train").begin()
+    with pytest.raises(BucketError):
+        RunFolder(tmp_path / "old", "train", send=refused).begin()
+    assert (tmp_path / "old" / RUN_FILE).exists()
+
+
+def test_workers_share_no_folder_in_a_bucket(tmp_path):
+    with pytest.raises(InputError, match="s3://bucket/run is no folder that several workers share"):
+        RunFolder(tmp_path / "run", "score", url="s3://bucket/run").begin(part="0-of-2")
+    assert not (tmp_path / "run").exists()

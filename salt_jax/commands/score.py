@@ -117,7 +117,7 @@ def score(
         settings = (ks, writer, *where)
         make = functools.partial(score_rows, model.config)
     # What must stay the same is in pass.json; workers share the folder.
-    run.begin(replace=True, part=f"{worker}-of-{workers}")
+    run.begin(replace=True, part=f"{worker}-of-{workers}" if workers > 1 else "")
     writer.begin()
     missing = writer.shards.unfinished(worker, workers)
     # Processes that know of each other wait for one another when they load a model, so those that
