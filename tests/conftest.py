@@ -55,6 +55,13 @@ def cache(make_cache: Callable[..., PackedCache]) -> PackedCache:
     return make_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Compiled programs of a file's tests go with it: all tests' take 10 GB."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketEmulator]:
     """Buckets on this machine, which gs:// and s3:// stand for, in child processes too."""
