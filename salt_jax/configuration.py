@@ -70,7 +70,7 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     explained(gin.parse_config, text)
     if lender != verb:
         _borrow_settings(function, verb, lender)
-    _read_model_files(function, verb)
+    _read_model_files(function, verb, arguments.safe_gin)
     if lender != verb:
         _close_unused_settings(function, files, arguments.bindings, {*modules, *commands})
     explained(gin.finalize, files=files)
@@ -141,7 +141,7 @@ def _is_open(value: Any) -> bool:
     return is_reference and value.configurable.selector == "gin.constant"
 
 
-def _read_model_files(function: Callable[..., None], verb: str) -> None:
+def _read_model_files(function: Callable[..., None], verb: str, safe_gin: bool) -> None:
     """Makes a model of every setting for a DecoderConfig that names a gin file instead.
 
     The file is read on its own: nothing that is bound elsewhere, to the student for one, reaches
@@ -153,6 +153,8 @@ def _read_model_files(function: Callable[..., None], verb: str) -> None:
         if not models or not isinstance(bound.get(name), str):
             continue
         file = _find_gin_file(bound[name], f"--{name}")
+        if safe_gin:
+            explained(require_safe_file, file, _find_gin_file)
         settings: dict[str, Any] = {}
         imports = _read_model_file(file, settings)
         fields = inspect.signature(models[0]).parameters

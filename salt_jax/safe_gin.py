@@ -3,12 +3,13 @@
 In: the text that gin is to read, before it does. Out: nothing, or one sentence with file and line.
 
 gin imports any module that a file names, and calls any function in it: reading a file can run
-anything. Here a file may import modules of salt_jax only, and bind and refer to nothing but the
-verbs and the names below, none of which imports, runs or writes what its settings name. Settings of
+anything. Here a file may bind and refer to nothing but the verbs and the names below, none of which
+imports, runs or writes what its settings name, and import nothing but their modules. Settings of
 theirs that do are refused as well. What is checked is what was parsed, with gin's own parser, of
 every file that is included too; nothing is imported for it.
 """
 
+import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -38,14 +39,19 @@ NAMES = frozenset(
     )
 )
 
-# Settings of the verbs that make Python run what they name, and the values that don't.
+# Settings of the verbs by which what they name is run, and the values that do no such thing.
+_OWN_PROGRAMS = ("~/.cache/salt_jax/programs", "")
 RUN_CODE: Mapping[str, tuple[Any, ...]] = {
+    **{
+        f"{verb}.compilation_cache": _OWN_PROGRAMS
+        for verb in ("evaluate", "generate", "score", "train")
+    },
     "evaluate.allow_code_execution": (False,),
     "evaluate.task_folder": (None,),
     "prepare.runner": ("local",),
 }
 
-_DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
+_DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 _WITHOUT = "leave it out, or leave out --safe_gin where you trust who wrote it"
 
 
@@ -99,12 +105,17 @@ def _require_safe(lines: typing.TextIO | str, file: str) -> Iterator[str]:
     """Checks a text; yields the files that it includes."""
     references = _References()
     parser = config_parser.ConfigParser(lines, references)
-    modules = {"gin": "gin"}  # what dynamic registration imports of itself
+    is_dynamic, modules = False, dict[str, str]()
     for statement in parser:
         where = f"{file}, line {statement.location.line_num}" if file else "the command line"
         if isinstance(statement, config_parser.ImportStatement):
-            if statement.module != _DYNAMIC_REGISTRATION:
-                _require_own_module(statement.module, where)
+            # As a whole: "import __gin__.dynamic_registration" is an import as any other.
+            if statement.format() == _DYNAMIC_REGISTRATION:
+                is_dynamic = True
+                continue
+            _require_own_module(statement.module, where)
+            # Else gin looks names up among all that any module has registered.
+            if is_dynamic:
                 is_whole = statement.is_from or statement.alias
                 modules[statement.bound_name()] = statement.module if is_whole else "salt_jax"
         elif isinstance(statement, config_parser.IncludeStatement):
@@ -120,22 +131,30 @@ def _require_safe(lines: typing.TextIO | str, file: str) -> Iterator[str]:
             references.found.clear()
 
 
+@functools.cache
+def _own_names() -> frozenset[str]:
+    return NAMES | {f"salt_jax.commands.{verb}.{verb}" for verb in verbs()}
+
+
 def _require_own_module(module: str, where: str) -> None:
-    if module.partition(".")[0] != "salt_jax":
+    own = {name.rpartition(".")[0] for name in _own_names()}
+    if module not in own:
         raise InputError(
-            f"{where}: --safe_gin keeps gin from importing {module}, which is no module of "
-            f"salt_jax: {_WITHOUT}."
+            f"{where}: --safe_gin keeps gin from importing {module}, which is none of the modules "
+            f"of salt_jax that have settings{nearest(module, own)}: {_WITHOUT}."
         )
 
 
 def _require_own_name(name: str, modules: Mapping[str, str], where: str) -> None:
     first, _, rest = name.partition(".")
-    if first not in modules:  # which gin itself refuses
-        return
-    full = f"{modules[first]}.{rest}"
-    own = NAMES | {f"salt_jax.commands.{verb}.{verb}" for verb in verbs()}
-    if full not in own:
-        last_names = {one.rpartition(".")[2] for one in own}
+    if first not in modules:
+        raise InputError(
+            f"{where}: {first} is not imported there{nearest(first, modules)}, and "
+            "--safe_gin lets gin look nowhere else: correct the name, or import its module, after "
+            f"`{_DYNAMIC_REGISTRATION}`."
+        )
+    if f"{modules[first]}.{rest}" not in _own_names():
+        last_names = {one.rpartition(".")[2] for one in _own_names()}
         raise InputError(
             f"{where}: {name} is none of the names that --safe_gin lets gin use"
             f"{nearest(name.rpartition('.')[2], last_names)}: {_WITHOUT}."
@@ -147,6 +166,6 @@ def _require_no_code(statement: config_parser.BindingStatement, where: str) -> N
     harmless = RUN_CODE.get(f"{verb}.{setting}", (statement.value,))
     if statement.value not in harmless:
         raise InputError(
-            f"{where}: --safe_gin allows {setting} of `salt {verb}` to be {harmless[0]!r} only, "
-            f"since Python runs what else it names: {_WITHOUT}."
+            f"{where}: --safe_gin allows {setting} of `salt {verb}` to be "
+            f"{' or '.join(map(repr, harmless))} only, since what else it names is run: {_WITHOUT}."
         )

@@ -7,8 +7,9 @@ import pathlib
 
 import pytest
 
+import gin
 from salt_jax import safe_gin
-from salt_jax.command_line import SAFE_GIN, parse_arguments, verb_help, verbs
+from salt_jax.command_line import SAFE_GIN, parameters_of, parse_arguments, verb_help, verbs
 from salt_jax.config_errors import CONFIGS
 from salt_jax.configuration import _find_gin_file
 from salt_jax.errors import InputError
@@ -17,6 +18,15 @@ from salt_jax.main import main
 OWN_FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin"))
 OURS = "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
 MARK = "run_by_gin"
+
+_calls: list[str] = []
+
+
+@gin.register(module="anyones_library")
+def run_it() -> int:
+    """What any module that is there may have given gin, by a name that files may use."""
+    _calls.append("run")
+    return 3
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +89,10 @@ IMPORTS = [
     "from not_ours import seed",
     "import salt_jax_and_more",
     "import os.path",
+    "from salt_jax import not_of_ours",
+    "import salt_jax.preparation.registered_task",
+    "from salt_jax.evaluation.tasks import programs",
+    "import __gin__.dynamic_registration",
 ]
 
 
@@ -119,7 +133,7 @@ def test_nor_by_a_binding(
     assert "--safe_gin keeps gin from importing not_ours" in said or "cannot be read" in said
     assert not bad_module.exists()
     with pytest.raises(InputError, match="the command line: --safe_gin keeps gin from importing"):
-        safe_gin.require_safe_bindings("train.train.seed = 3\nimport not_ours")
+        safe_gin.require_safe_bindings(f"{OURS}train.train.seed = 3\nimport not_ours")
 
 
 def test_nor_by_an_included_file(
@@ -136,10 +150,13 @@ def test_nor_by_an_included_file(
 @pytest.mark.parametrize(
     ("imported", "line"),
     [
-        ("from salt_jax.evaluation.tasks import programs", "X = @programs.pass_at_1()"),
-        ("from salt_jax.evaluation.tasks import programs as losses", "X = @losses.pass_at_1()"),
-        ("import salt_jax.evaluation.tasks.programs", "programs.pass_at_1.predictions = ('',)"),
-        ("from salt_jax.preparation import registered_task", "registered_task.RegisteredTask.x=1"),
+        ("from salt_jax.distill import schedules as losses", "X = @losses.LossConfig()"),
+        ("import salt_jax.distill.losses", "X = @losses.LossConfig()"),
+        ("", "X = @evaluate.evaluate"),
+        ("", "X = @run_it()"),
+        ("", "X = @anyones_library.run_it()"),
+        ("", "singleton.constructor = @train.train"),
+        ("", "gin.singleton.constructor = @train.train"),
         ("", "train.train.seed = @train.pathlib.Path.cwd()"),
         ("", "train.pathlib.os.system.command = 'touch x'"),
         ("", "X = {'a': [(1, @train.RunFolder)]}"),
@@ -156,18 +173,78 @@ def test_only_settings_are_bound(
 ) -> None:
     said = refusal(f"{OURS}{imported}\n{line}\n", tmp_path, capsys)
     assert said.startswith(f"salt: {tmp_path}/mine.gin, line ")
-    if "programs.pass_at_1.predictions" in line:  # not by that name
-        assert "not imported" in said
-    else:
-        assert "--safe_gin" in said
+    assert "--safe_gin" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RUN = @run_it()",
+        "RUN = @anyones_library.run_it()",
+        "import salt_jax.commands.train\nRUN = @run_it()",
+        "RUN = @singleton()\nRUN/singleton.constructor = @run_it",
+        "singleton.constructor = @macro",
+        "x/macro.value = 3",
+        "X = @x/macro()",
+        "train.steps = 3",
+        "singleton:\n  constructor = 3",
+        f"import salt_jax.commands.train as run_it\n{OURS}RUN = @run_it()",
+    ],
+)
+def test_what_is_registered_elsewhere_is_out_of_reach(
+    text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without dynamic registration gin finds names wherever any module has registered them."""
+    (tmp_path / "inner.gin").write_text(f"{text}\n")
+    outer = f"{OURS}include '{tmp_path}/inner.gin'\ntrain.train.steps = %RUN\n"
+    said = refusal(outer, tmp_path, capsys, "--cache=nowhere")
+    assert said.startswith(f"salt: {tmp_path}/inner.gin, line ")
+    assert "not imported there" in said
+    assert "--safe_gin" in said
+    assert not _calls
+
+
+def test_compiled_programs_are_ones_own(tmp_path: pathlib.Path) -> None:
+    """Those of a folder are run as they are."""
+    file, having = tmp_path / "mine.gin", set()
+    for verb in verbs():
+        function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
+        for name, parameter in parameters_of(function).items():
+            if name != "compilation_cache":
+                continue
+            having.add(verb)
+            text = f"{OURS}from salt_jax.commands import {verb}\n{verb}.{verb}.{name}"
+            for value in (parameter.default, ""):
+                file.write_text(f"{text} = {value!r}\n")
+                safe_gin.require_safe_file(str(file), _find_gin_file)
+            file.write_text(f"{text} = 'theirs'\n")
+            with pytest.raises(
+                InputError, match=f"allows {name} of `salt {verb}` to be '~.* or ''"
+            ):
+                safe_gin.require_safe_file(str(file), _find_gin_file)
+    assert having >= {"train", "score", "evaluate", "generate"}
+
+
+@pytest.mark.parametrize("line", ["import salt_jax.not_of_ours", "X = @run_it()"])
+def test_the_file_of_a_model(
+    line: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting names it, so that it is none of the gin files."""
+    model = tmp_path / "model.gin"
+    model.write_text(f"include '{CONFIGS}/models/llm_smoke.gin'\n{line}\n")
+    files = ("runs/pretrain.gin", "methods/baseline.gin")
+    said = refusal("".join(f"include '{f}'\n" for f in files), tmp_path, capsys, f"--model={model}")
+    assert said.startswith(f"salt: {model}, line 2: ")
+    assert "--safe_gin" in said
 
 
 def test_harmless_values_of_those_settings_pass(tmp_path: pathlib.Path) -> None:
     """config.gin of a run holds them all."""
     file = tmp_path / "config.gin"
-    lines = [f"from salt_jax.commands import {verb}\n" for verb in ("evaluate", "prepare")]
+    lines = [f"from salt_jax.commands import {verb}\n" for verb in verbs()]
+    lines.insert(0, "from __gin__ import dynamic_registration\n")
     for name, harmless in safe_gin.RUN_CODE.items():
-        lines.append(f"{name.partition('.')[0]}.{name} = {harmless[0]!r}\n")
+        lines += [f"{name.partition('.')[0]}.{name} = {value!r}\n" for value in harmless]
     file.write_text("".join(lines))
     safe_gin.require_safe_file(str(file), _find_gin_file)
 
