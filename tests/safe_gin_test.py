@@ -186,7 +186,7 @@ def test_only_settings_are_bound(
         "singleton.constructor = @macro",
         "x/macro.value = 3",
         "X = @x/macro()",
-        "train.steps = 3",
+        "from salt_jax.commands import train\ntrain.train.steps = 3",
         "singleton:\n  constructor = 3",
         f"import salt_jax.commands.train as run_it\n{OURS}RUN = @run_it()",
     ],
