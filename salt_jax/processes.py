@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from salt_jax.data.durable_files import write_text
 from salt_jax.errors import INTERRUPTED, InputError, RunFailed
 
 PROCESSES_FOLDER = "processes"
@@ -25,6 +24,9 @@ FLAGS = ("coordinator_address", "process_count", "process_index", "multi_process
 _TRUE, _FALSE = ("True", "true", "1"), ("False", "false", "0")
 _BEAT_SECONDS = 2.0
 _PATIENCE_SECONDS = 30.0
+# What a pulse can hold at most: two reasons, of characters of which JSON makes 12 bytes each.
+_FILE_BYTES = 8192
+_REASON_CHARACTERS = 300
 
 
 class Processes:
@@ -174,7 +176,10 @@ class Pulse:
     """Tells the other processes that this one lives, and this one when another doesn't.
 
     Each process counts up a number in OUTPUT/processes/INDEX.json. The first watches all, the
-    others watch the first, which names who is missing; clocks are never compared.
+    others watch the first, which names who is missing; clocks are never compared. The file is
+    written over in place and keeps its size, so that a disk that has become full stops no pulse;
+    only its end grows, so that of a file that was read while it was written nothing is mistaken
+    for an end.
 
     Args:
       folder: The output folder, which all share.
@@ -185,7 +190,10 @@ class Pulse:
         self._folder = folder / PROCESSES_FOLDER
         self._index, self._count = processes.index, processes.count
         self._own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
+        self._states: dict[int, dict[str, Any]] = {}
         self._seen: dict[int, tuple[Any, float]] = {}
+        self._failing = False
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._parent = os.getppid()
         self._thread = threading.Thread(target=self._run, daemon=True, name="pulse")
@@ -199,31 +207,34 @@ class Pulse:
     def stop(self, ended: str = "") -> None:
         """Ends, and says why if this process is not finished."""
         self._stopped.set()
-        self._own["ended"] = ended
-        self._write()
+        self._write(ended=ended[:_REASON_CHARACTERS])
 
     def wait(self, seconds: float) -> None:
         """Lets the thread go on for a while."""
         self._thread.join(seconds)
 
+    def beat(self) -> str:
+        """Counts on by one; gives who is gone, "" while nobody is."""
+        if not self._write(beat=self._own["beat"] + 1):
+            self._seen.clear()  # nor may the others be able to: their silence says nothing
+        return self._lost()
+
     def _run(self) -> None:
         while not self._stopped.wait(_BEAT_SECONDS):
             if os.getppid() != self._parent:  # what started this process was killed
                 os._exit(INTERRUPTED)
-            self._own["beat"] += 1
-            lost = self._lost()
+            lost = self.beat()
             if lost and not self._stopped.is_set():
-                self._own["lost"] = lost
-                self._write()
+                self._write(lost=lost[:_REASON_CHARACTERS])
                 sentence = f"salt: {lost}: run the same command on every host again to go on.\n"
                 os.write(2, sentence.encode())
                 os._exit(INTERRUPTED)  # the main thread may be waiting for ever
-            self._write()
 
     def _lost(self) -> str:
-        """Who is gone; "" while nobody is."""
         for index in range(1, self._count) if self._index == 0 else (0,):
-            state = _read(self._folder / f"{index}.json")
+            # What cannot be read, or not as a whole, is as it was: no news, and no beat.
+            state = _read(self._folder / f"{index}.json") or self._states.get(index, {})
+            self._states[index] = state
             if state.get("lost"):
                 return str(state["lost"])
             who = f"process {index} of {self._count} on {state.get('host', 'an unknown host')}"
@@ -237,11 +248,27 @@ class Pulse:
                 return f"{who} (pid {state.get('pid')}) has gone missing"
         return ""
 
-    def _write(self) -> None:
-        try:
-            write_text(self._folder / f"{self._index}.json", json.dumps(self._own))
-        except OSError as error:
-            print(f"salt: the pulse could not be written ({error.strerror})", file=sys.stderr)
+    def _write(self, **news: Any) -> bool:
+        """Whether the others can read the news."""
+        with self._lock:
+            if "ended" not in self._own:
+                self._own.update(news)
+            text = json.dumps(self._own).encode().ljust(_FILE_BYTES - 1) + b"\n"
+            try:
+                # Not emptied when opened, and closed: network file systems send it then.
+                flags = os.O_WRONLY | os.O_CREAT
+                with open(
+                    os.open(self._folder / f"{self._index}.json", flags, 0o666), "wb"
+                ) as file:
+                    file.write(text)
+            except OSError as error:
+                if not self._failing:
+                    sentence = f"salt: the pulse could not be written ({error.strerror})"
+                    print(sentence, file=sys.stderr)
+                self._failing = True
+                return False
+            self._failing = False
+            return True
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ ALLOWED = {
     "config_errors": {"command_line"},
     "errors": set(),
     "run_folder": {"processes", "run_lock"},
-    "processes": {"data"},
+    "processes": set(),
     "mirror": {"data", "run_lock"},
     "run_lock": set(),
     "safe_gin": {"command_line"},
