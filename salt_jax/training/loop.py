@@ -143,16 +143,23 @@ class Loop:
           RunFailed: More non-finite updates than allowed.
         """
         setup = self._setup
-        with contextlib.closing(self._checkpointer), StopRequests(self._together) as stop:
-            first_step, state = self._start()
+        waiting_for = self._watch.waiting_for
+        with (
+            self._watch,
+            contextlib.closing(self._checkpointer),
+            StopRequests(self._together) as stop,
+        ):
+            with waiting_for("the state to start from, and the teacher"):
+                first_step, state = self._start()
             with self._ledger.compiling():
-                programs = self._compile()
-                self._compile_the_rest(state)
+                with waiting_for("the steps' programs to compile"):
+                    programs = self._compile()
+                with waiting_for("the evaluation's program to compile"):
+                    self._compile_the_rest(state)
             batches = setup.pipeline.batches(first_step, setup.steps)
             with (
                 MetricWriter(self._folder.path, self._folder.processes.is_first) as writer,
                 ProgressBar(setup.arm, setup.steps, first_step) as bar,
-                self._watch,
             ):
                 if first_step:
                     bar.say(f"continues at step {first_step}")
@@ -183,7 +190,8 @@ class Loop:
             pending = (done, metrics)
             saves = setup.checkpoints.saves(done, setup.steps)
             evaluates = done % setup.evaluate_every == 0 or done == setup.steps
-            stopped_by = stop.asked_by(done)
+            with self._watch.waiting_for(f"the processes to agree after step {done}"):
+                stopped_by = stop.asked_by(done)
             if not (saves or evaluates or stopped_by):
                 continue
             self._note(pending, writer, bar)
@@ -364,7 +372,8 @@ class Loop:
 
     def _require_saved(self, step: int) -> None:
         """Waits for a checkpoint, without which the run can't end as it says it does."""
-        self._checkpointer.wait()
+        with self._watch.waiting_for(f"the checkpoint of step {step} to be on the disk"):
+            self._checkpointer.wait()
         newest = self._checkpointer.latest_step()
         if newest != step:
             where = f"step {newest}" if newest is not None else "its beginning"
