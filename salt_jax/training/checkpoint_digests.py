@@ -1,12 +1,15 @@
 """Digests of a checkpoint's files: Orbax would load an array of which a byte was flipped.
 
 In: a checkpoint's folder, STEP/{params,optimizer,progress}. Out: STEP/digests.json, written before
-the folder gets its name; and a sentence about the first file that is not what it was.
+the folder gets its name; and a sentence about the first file that is not what it was, or about
+there being none to check.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from salt_jax.data.durable_files import write_text
@@ -38,7 +41,7 @@ def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
 
 
 def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Compares the files of a checkpoint's items with their digests, if it has any.
+    """Compares the files of a checkpoint's items with their digests; says so if it has none.
 
     Args:
       folder: RUN/checkpoints/STEP.
@@ -84,7 +87,8 @@ def damaged(folder: pathlib.Path, what: str) -> InputError:
 
 def _known(folder: pathlib.Path) -> dict[str, str]:
     path = folder / DIGESTS_FILE
-    if not path.exists():  # of another version, or converted
+    if not path.exists():
+        _tell_unchecked(folder.absolute())
         return {}
     try:
         known = read_json_object(path, "")
@@ -92,6 +96,16 @@ def _known(folder: pathlib.Path) -> dict[str, str]:
     except InputError as error:
         raise damaged(folder, f"{DIGESTS_FILE} is not what was written") from error
     return known
+
+
+@functools.cache
+def _tell_unchecked(folder: pathlib.Path) -> None:
+    """Once for each checkpoint. No error: runs of older versions are to go on."""
+    print(
+        f"salt: {folder} has no {DIGESTS_FILE} (made by an older version, or half-deleted): its "
+        "files are not checked.",
+        file=sys.stderr,
+    )
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +99,9 @@ def test_refuses_bad_settings(bad: dict[str, int]) -> None:
 
 
 def test_a_flipped_byte_is_found_in_every_file(run_train: Run, tmp_path: pathlib.Path) -> None:
-    run, rng = run_train(), np.random.default_rng()
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")  # which a failure shows
+    run, rng = run_train(), np.random.default_rng(seed)
     step = run / "checkpoints" / "4"
     files = [
         path.relative_to(run)
@@ -122,6 +125,24 @@ def test_a_flipped_byte_is_found_in_every_file(run_train: Run, tmp_path: pathlib
             find_model(copy, 4, "teacher")
         shutil.copy(run / file, copy / file)
     assert find_model(copy, 4, "teacher").digest == find_model(run, 4, "teacher").digest
+
+
+def test_without_digests_a_checkpoint_is_loaded_and_said_to_be_unchecked(
+    run_train: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run_train(), copy)
+    find_model(copy, 4, "teacher")
+    assert "not checked" not in capsys.readouterr().err
+    for step in (4, 6):
+        (copy / "checkpoints" / str(step) / "digests.json").unlink()
+    assert find_model(copy, 4, "teacher").step == 4
+    find_model(copy, 4, "scorer")
+    (sentence,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("salt: ")]
+    assert f"{copy / 'checkpoints' / '4'} has no digests.json" in sentence
+    assert "its files are not checked" in sentence
+    run_train(copy, steps=6)
+    assert f"{copy / 'checkpoints' / '6'} has no digests.json" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_from_an_older_checkpoint_only_when_asked(
