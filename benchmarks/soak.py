@@ -1,19 +1,24 @@
 """Runs that are killed again and again, against runs that are left alone: the same parameters?
 
     python benchmarks/soak.py --kills 50
-    python benchmarks/soak.py --kills 200 --arms salt_ds --processes 2 --work soak
+    python benchmarks/soak.py --kills 200 --arms salt_ds --processes 2 --work soak --seed 7
 
 Makes a cache of this package's own text, an SLM, its scores and a selection; trains an LLM of every
 arm once without a kill; then trains it again under SIGKILL at random instants of its life, starting
-the same command until it has finished, and compares the last checkpoint bit by bit. It goes on with
-further runs until there were as many kills as asked for. Where each kill hit is told by what it
-left: before the first step (imports, loading, compiling), in stage 1, within ten steps of the
-switch, in stage 2, and how often a checkpoint was half-written. "differing" must be 0.
+the same command until it has finished, and compares the last checkpoint, parameters and optimizer,
+bit by bit. It goes on with further runs until there were as many kills as asked for. In every
+second run every second start has to compile, and the next one finds what a kill left of that. Where
+each kill hit is told by what it left: before the run said what it would do (imports, looking at
+inputs), while it loaded (and compiled), in stage 1, within ten steps of the switch, in stage 2, and
+how often a checkpoint was half-written. "differing" must be 0.
 
-Of several processes all are killed, or one of them, in turn; the others must end by themselves.
+Of several processes all are killed, or one of them, in turn, once they have met; the others must
+then end by themselves with 75 and say who has gone missing.
 """
 
 import collections
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,14 +29,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import measurement
 import numpy as np
+import orbax.checkpoint as ocp
 
-from salt_jax.training.checkpoints import complete_steps, find_model
-from salt_jax.training.partitioning import MeshConfig
+from salt_jax.run_folder import CHECKPOINTS_FOLDER
+from salt_jax.training.checkpoint_digests import check_digests
+from salt_jax.training.checkpoints import complete_steps
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 ARMS = {
@@ -43,6 +51,7 @@ ARMS = {
     ),
 }
 SURVIVORS_SECONDS = 90
+SAYS_WHAT_IT_WILL_DO = " parameters, "  # all processes have met by then
 
 
 class Soak:
@@ -53,13 +62,23 @@ class Soak:
       arm: A name of ARMS.
       steps: Of a run; half of them are stage 1.
       processes: How many train together.
+      chance: Draws when and whom to kill.
     """
 
-    def __init__(self, work: pathlib.Path, arm: str, steps: int, processes: int) -> None:
+    def __init__(
+        self, work: pathlib.Path, arm: str, steps: int, processes: int, chance: random.Random
+    ) -> None:
         self._work, self._arm, self._steps, self._processes = work, arm, steps, processes
+        self._chance = chance
+        self._programs = work / f"{arm}-{os.getpid()}-programs"
 
-    def start(self, output: pathlib.Path) -> list["subprocess.Popen[bytes]"]:
-        """The processes of the run in a folder, begun or to be begun."""
+    def start(self, output: pathlib.Path, programs: pathlib.Path) -> "Start":
+        """The processes of the run in a folder, begun or to be begun.
+
+        Args:
+          output: The folder.
+          programs: Where compiled programs are, or will be.
+        """
         flags = [flag.format(work=self._work) for flag in ARMS[self._arm]]
         flags += [f"--gin.N_KD={self._steps // 2}"] if self._arm != "baseline" else []
         together = []
@@ -75,72 +94,149 @@ class Soak:
             *("--gin.SAVE_EVERY=10", f"--gin.EVALUATE_EVERY={self._steps}", "--batch_size=8"),
             *("--gin.decoder.DecoderConfig.embed_dim=32", "--gin.decoder.DecoderConfig.mlp_dim=64"),
             *("--gin.decoder.DecoderConfig.num_heads=2", f"--output_dir={output}"),
-            *(f"--compilation_cache={self._work}/programs", *together),
+            *(f"--compilation_cache={programs}", *together),
         ]
-        with open(f"{output}.log", "ab") as log:
-            return [
-                subprocess.Popen(
-                    [*command, *([f"--process_index={index}"] if together else [])],
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-                for index in range(self._processes)
-            ]
+        path = pathlib.Path(f"{output}.log")
+        with path.open("ab") as log:
+            return Start(
+                log=path,
+                logged=log.tell(),
+                compiles=not programs.exists(),
+                members=[
+                    subprocess.Popen(
+                        [*command, *([f"--process_index={index}"] if together else [])],
+                        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                    for index in range(self._processes)
+                ],
+            )
 
     def train(self, output: pathlib.Path) -> float:
         """A run that is left alone; gives its seconds."""
         begun = time.monotonic()
-        codes = [process.wait() for process in self.start(output)]
-        if codes != [0] * self._processes:
-            raise SystemExit(f"{output}.log says why a run ended with {codes}.")
+        started = self.start(output, self._programs)
+        started.require([member.wait() for member in started.members] == [0] * self._processes)
         return time.monotonic() - begun
 
-    def torment(self, output: pathlib.Path, seconds: float, most: int) -> collections.Counter[str]:
-        """A run that is killed up to `most` times, at instants of `seconds`, until it has ended."""
+    def torment(
+        self, output: pathlib.Path, seconds: float, most: int, compiles: bool
+    ) -> collections.Counter[str]:
+        """A run that is killed until it has ended; gives where it was hit.
+
+        Args:
+          output: Its folder.
+          seconds: Of a life that is left alone, of which every instant is as likely.
+          most: Kills.
+          compiles: Whether every second start has no compiled programs; the one after it has what
+            a kill has left of them.
+        """
         hits: collections.Counter[str] = collections.Counter()
+        programs = self._programs
         while True:
-            members = self.start(output)
-            until = time.monotonic() + random.uniform(0.0, seconds)
-            may_kill = hits.total() < most
-            while any(member.poll() is None for member in members):
-                if may_kill and time.monotonic() > until:
+            if compiles:
+                programs = pathlib.Path(f"{output}-programs-{hits.total() // 2}")
+            started = self.start(output, programs)
+            until = time.monotonic() + self._chance.uniform(0.0, seconds)
+            while started.running():
+                if hits.total() < most and time.monotonic() > until:
                     break
                 time.sleep(0.01)
-            codes = [member.poll() for member in members]
-            if None not in codes:
-                if codes == [0] * len(members):
-                    return hits
-                raise SystemExit(f"{output}.log says why a run ended with {codes}.")
-            hits[self._where(output)] += 1
-            victims = members if hits.total() % 2 else [random.choice(members)]
-            for victim in victims:
-                os.killpg(victim.pid, signal.SIGKILL)
-            for member in members:
-                member.wait(SURVIVORS_SECONDS)
+            if not started.running():
+                started.require(
+                    [member.poll() for member in started.members] == [0] * self._processes
+                )
+                return hits
+            hits[self._where(output, started)] += 1
+            self._kill(started, output, all_of_them=hits.total() % 2 == 1)
 
-    def _where(self, output: pathlib.Path) -> str:
+    def _kill(self, started: "Start", output: pathlib.Path, all_of_them: bool) -> None:
+        """All, or one that the others must miss, if they have met it."""
+        all_of_them = all_of_them or SAYS_WHAT_IT_WILL_DO not in started.said()
+        victims = started.members if all_of_them else [self._chance.choice(started.members)]
+        _kill_all(victims)
+        survivors = [member for member in started.members if member not in victims]
+        try:
+            codes = [survivor.wait(SURVIVORS_SECONDS) for survivor in survivors]
+        except subprocess.TimeoutExpired:
+            codes = []
+            _kill_all(survivors)
+        if survivors and not (output / "COMPLETED").exists():
+            started.require(codes == [75] * len(survivors) and "gone missing" in started.said())
+
+    def _where(self, output: pathlib.Path, started: "Start") -> str:
+        if SAYS_WHAT_IT_WILL_DO not in started.said():
+            return "before it said what it would do"
+        metrics, begun = output / "metrics.jsonl", output / "run.json"  # written at every start
+        lines: list[str] = []
+        if metrics.exists() and metrics.stat().st_mtime >= begun.stat().st_mtime:
+            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+        if not lines:
+            return "while it loaded or compiled" if started.compiles else "while it loaded"
         if any((output / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
             return "while a checkpoint was written"
-        metrics, begun = output / "metrics.jsonl", output / "run.json"  # written at every start
-        if not metrics.exists() or metrics.stat().st_mtime < begun.stat().st_mtime:
-            return "before the first step"
-        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-        if not lines:
-            return "before the first step"
         step, switch = json.loads(lines[-1])["step"], self._steps // 2
         if self._arm != "baseline" and abs(step - switch) <= 10:
             return "within 10 steps of the switch"
         return "in stage 1" if step < switch and self._arm != "baseline" else "in stage 2"
 
 
-def parameters(output: pathlib.Path, steps: int) -> list[np.ndarray]:
-    """Those of a run's last checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One start of a run.
+
+    Attributes:
+      log: What they say, after what earlier ones said.
+      logged: Bytes of what earlier ones said.
+      compiles: Whether it finds no compiled programs.
+      members: Its processes.
+    """
+
+    log: pathlib.Path
+    logged: int
+    compiles: bool
+    members: list["subprocess.Popen[bytes]"]
+
+    def running(self) -> bool:
+        """Whether one of the processes is."""
+        return any(member.poll() is None for member in self.members)
+
+    def said(self) -> str:
+        """What they have said so far."""
+        with self.log.open("rb") as log:
+            log.seek(self.logged)
+            return log.read().decode(errors="replace")
+
+    def require(self, as_promised: bool) -> None:
+        """Ends the soak where a run ended as none may."""
+        if not as_promised:
+            codes = [member.returncode for member in self.members]
+            raise SystemExit(f"{self.log} says why a run ended with {codes}.")
+
+
+def _kill_all(members: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for member in members:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(member.pid, signal.SIGKILL)
+    for member in members:
+        member.wait()
+
+
+def last_state(output: pathlib.Path, steps: int) -> list[np.ndarray]:
+    """Parameters and optimizer of a run's last checkpoint."""
     if complete_steps(output)[-1] != steps:
         raise SystemExit(f"{output} has no checkpoint of step {steps}.")
-    mesh = MeshConfig(fsdp=1).make(jax.devices()[:1])
-    params = find_model(output, steps, "model").load_params(mesh)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    leaves: list[np.ndarray] = []
+    for item in ("params", "optimizer"):
+        folder = output / CHECKPOINTS_FOLDER / str(steps) / item
+        check_digests(folder.parent, (item,))
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(folder).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            leaves += jax.tree.leaves(checkpointer.restore(folder, restore_args=as_numpy))
+    return leaves
 
 
 def prepare(work: pathlib.Path) -> None:
@@ -172,6 +268,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=200)
     made.add_argument("--processes", type=int, default=1)
     made.add_argument("--kills_a_run", type=int, default=10)
+    made.add_argument("--seed", type=int, default=int(time.time()), help="of when and whom to kill")
     made.add_argument("--work", type=pathlib.Path, help="kept; a temporary folder by default")
     arguments = made.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -181,25 +278,26 @@ def main() -> None:
         results: dict[str, Any] = {}
         for arm in arguments.arms:
             results[arm] = soak(work, arm, arguments)
-        measurement.report("soak", results)
+        measurement.report("soak", {"seed": arguments.seed, **results})
     if any(result["differing"] for result in results.values()):
         sys.exit(1)
 
 
 def soak(work: pathlib.Path, arm: str, arguments: Any) -> dict[str, Any]:
     """Kills of one arm, where they hit, and how many runs ended otherwise than the one alone."""
-    one = Soak(work, arm, arguments.steps, arguments.processes)
+    chance = random.Random(f"{arguments.seed} {arm}")
+    one = Soak(work, arm, arguments.steps, arguments.processes, chance)
     stem = f"{arm}-{os.getpid()}"
-    one.train(work / f"{stem}-warm")  # compiles
-    seconds = one.train(work / f"{stem}-alone")
-    expected = parameters(work / f"{stem}-alone", arguments.steps)
+    lives = {True: one.train(work / f"{stem}-compiled")}
+    lives[False] = one.train(work / f"{stem}-alone")
+    expected = last_state(work / f"{stem}-alone", arguments.steps)
     hits: collections.Counter[str] = collections.Counter()
     runs = differing = 0
     while hits.total() < arguments.kills:
-        output = work / f"{stem}-{runs}"
+        output, compiles = work / f"{stem}-{runs}", runs % 2 == 1
         most = min(arguments.kills_a_run, arguments.kills - hits.total())
-        hits += one.torment(output, seconds, most)
-        found = parameters(output, arguments.steps)
+        hits += one.torment(output, lives[compiles], most, compiles)
+        found = last_state(output, arguments.steps)
         same = all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         runs, differing = runs + 1, differing + (not same)
     return {"kills": hits.total(), "where": dict(hits), "runs": runs, "differing": differing}
