@@ -255,12 +255,7 @@ class Pulse:
                 self._own.update(news)
             text = json.dumps(self._own).encode().ljust(_FILE_BYTES - 1) + b"\n"
             try:
-                # Not emptied when opened, and closed: network file systems send it then.
-                flags = os.O_WRONLY | os.O_CREAT
-                with open(
-                    os.open(self._folder / f"{self._index}.json", flags, 0o666), "wb"
-                ) as file:
-                    file.write(text)
+                _write_over(self._folder / f"{self._index}.json", text)
             except OSError as error:
                 if not self._failing:
                     sentence = f"salt: the pulse could not be written ({error.strerror})"
@@ -269,6 +264,12 @@ class Pulse:
                 return False
             self._failing = False
             return True
+
+
+def _write_over(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that keeps its blocks, and closes it: network file systems send it then."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+        file.write(content)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
