@@ -91,6 +91,8 @@ def test_what_is_read_in_part_is_neither_a_beat_nor_an_end(
     contents.append(path.read_bytes())
     second.stop("it said }, and {")
     contents.append(path.read_bytes())
+    second.beat()
+    assert path.read_bytes() == contents[-1], "after an end nothing changes"
     assert len({len(content) for content in contents}) == 1
     torn = 0
     for old, new in ((contents[0], contents[1]), (contents[1], contents[2])):
