@@ -80,15 +80,17 @@ def abstract_params(
 ) -> Any:
     """Parameters as ShapeDtypeStructs with shardings, in `dtype` or the model's own.
 
-    Those of norms, which are computed in float32, keep their own: the model computes the same, bit
-    for bit, whether its other parameters are cast here or at each use.
+    Those of norms, which are computed in float32, lose nothing of their own: the model computes the
+    same, bit for bit, whether its other parameters are cast here or at each use.
     """
     boxed = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     shardings = partitioning.param_shardings(boxed, mesh, rules)
 
     def laid_out(path: Any, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         of_norm = any(str(part.key).endswith("_norm") for part in path)
-        kept = leaf.dtype if of_norm or dtype is None else dtype
+        kept = leaf.dtype if dtype is None else jnp.dtype(dtype)
+        if of_norm:
+            kept = jnp.promote_types(kept, leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(laid_out, nn.unbox(boxed), shardings)

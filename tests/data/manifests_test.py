@@ -61,7 +61,7 @@ def test_writing_again_takes_the_old_completion_away(folder):
 
 
 def test_another_kind(folder):
-    with pytest.raises(InputError, match="holds row scores, expected packed cache"):
+    with pytest.raises(InputError, match="holds scores, expected a packed cache"):
         read_manifest(folder, "packed_cache")
 
 

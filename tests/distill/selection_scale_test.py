@@ -14,12 +14,11 @@ MOST_MEMORY = 4 << 30
 # A process of its own, whose peak is its own: the kernel's count in /proc starts anew with a
 # program, that of getrusage at pytest's peak. The scores are drawn again to check.
 PROGRAM = r"""
-import pathlib, re, sys
+import json, pathlib, re, sys
 import numpy as np
 from salt_jax.data.restartable_shards import RestartableShards, FinishedShards
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.shard_columns import SUFFIX, Column, write_columns
-from salt_jax.data.manifests import read_manifest
 from salt_jax.distill.selection import Candidates, TopRows
 
 folder, rows, m = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -40,7 +39,7 @@ for shard in all_shards:
         write_columns(file, layout, {"score": drawn(shard)})
         file.finish({}, {})
 shards.complete("row_scores")
-manifest = read_manifest(folder / "scores", "row_scores")
+manifest = json.loads((folder / "scores/manifest.json").read_text())
 column = Column(FinishedShards(folder / "scores", manifest, SUFFIX, "salt score"), layout, "score")
 
 choice = TopRows(m).select(Candidates.of(column))

@@ -291,7 +291,7 @@ def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
     data = tmp_path / "data"
     tasks = local(data, "piqa")
     (data / "piqa/validation.jsonl").unlink()
-    with pytest.raises(InputError, match=r"task piqa .*correct the files of --task_data"):
+    with pytest.raises(InputError, match=r"tasks piqa cannot .*its splits in --task_data"):
         tasks.load(["piqa"])
     with pytest.raises(InputError, match=r"piqa .*validation.*its splits in --task_data"):
         Tasks(data=str(data)).load(["piqa"])

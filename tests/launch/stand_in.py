@@ -96,6 +96,7 @@ def salt() -> int:
     reply = next_reply(f"salt {host()}", 0)
     if reply == "waits":
         signal.signal(signal.SIGTERM, lambda *_: (log("saved", []), sys.exit(75)))
+        log("waits", [])
         print("salt waits", flush=True)
         while True:
             signal.pause()

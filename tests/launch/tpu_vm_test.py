@@ -210,7 +210,8 @@ def test_a_start_ends_what_an_earlier_one_left(launch: Any) -> None:
         check=True,
     )
     call("start", salt, "train")
-    assert call("state") == "salt_worker host0 running\n"
+    while not launch.calls("waits"):  # until it can be asked to end
+        assert call("state") == "salt_worker host0 running\n"
     call("start", salt, "train")
     assert len(launch.calls("saved")) == 1
     call("follow", "+1")

@@ -146,7 +146,7 @@ def _fails(folders, words, *, split="train", **changes):
 
 def test_bad_folders_are_named(folders, tmp_path, write_scores):
     _fails(folders, "does not exist", cache=str(tmp_path / "none"))
-    _fails(folders, "expected selection", selection=str(folders / "scores"))
+    _fails(folders, "expected a selection", selection=str(folders / "scores"))
     _fails(folders, "not of validation", split="validation")
     stranger = Selection.write(
         tmp_path / "selection", np.array([0]), cache_digest="c" * 64, split="train", how={}
