@@ -301,6 +301,7 @@ def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
     (data / "piqa").rename(data / "pika")
     with pytest.raises(InputError, match="has no folder for any of the tasks piqa: name its fold"):
         Tasks(data=str(data)).load(["piqa"])
+    (data / "pika/train.csv").unlink()
     (data / "pika").rename(data / SUITE)
     with pytest.raises(InputError, match="salt_suite of --task_data has the name of a group"):
         Tasks(data=str(data)).load([SUITE])
