@@ -97,13 +97,7 @@ class Mirror:
 
     def _take(self) -> None:
         """Makes the folder what the bucket holds, but for what is of no whole checkpoint there."""
-        known = self._known
-        unsent = [
-            name
-            for name, state in self._states().items()
-            if name not in known or not known[name].there or known[name].here != state
-        ]
-        if unsent:
+        if unsent := self._unsent(self._states()):
             kept = self._copy.control / f"unsent-{time.time_ns()}"
             os.replace(self.path, kept)
             self._copy.note({})
@@ -183,11 +177,7 @@ class Mirror:
     def _send(self, now: Mapping[str, State]) -> None:
         known = self._known
         gone = [name for name in known if name not in now]
-        changed = [
-            name
-            for name, state in now.items()
-            if name not in known or not known[name].there or known[name].here != state
-        ]
+        changed = self._unsent(now)
         if not changed and not gone:
             return
         with self._held(changed) as (folder, changed):
@@ -207,6 +197,15 @@ class Mirror:
             del known[name]
         self._left_out -= stale
         self._copy.note(known)
+
+    def _unsent(self, now: Mapping[str, State]) -> list[str]:
+        """The names of files that the bucket doesn't hold as they are."""
+        known = self._known
+        return [
+            name
+            for name, state in now.items()
+            if name not in known or not known[name].there or known[name].here != state
+        ]
 
     @contextlib.contextmanager
     def _held(self, names: Sequence[str]) -> Iterator[tuple[pathlib.Path, list[str]]]:

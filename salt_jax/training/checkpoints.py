@@ -311,8 +311,8 @@ def find_model(
         cache's, or rows longer than the model takes.
     """
     url = os.fspath(path) if is_remote(path) else ""
+    flag = "--step" if role == "model" else f"--{role}_step"
     if url and step is None and jax.process_count() > 1:
-        flag = "--step" if role == "model" else f"--{role}_step"
         raise InputError(
             f"{role} is {url}, whose newest checkpoint may be another one for each of several "
             f"processes: name it with {flag}."
@@ -325,7 +325,6 @@ def find_model(
     if step is None:
         step = steps[-1]
     if step not in steps:
-        flag = "--step" if role == "model" else f"--{role}_step"
         raise InputError(
             f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}: "
             f"change {flag}."
