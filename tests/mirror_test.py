@@ -104,6 +104,25 @@ def test_a_run_goes_on_on_another_machine_and_comes_back(bucket, monkeypatch, tm
         assert not (path / "old").exists()
 
 
+@pytest.mark.parametrize(("scheme", "library"), [("gs", "gcsfs"), ("s3", "s3fs")])
+def test_a_folder_of_several_pages_goes_to_another_machine(
+    bucket, monkeypatch, tmp_path, scheme, library
+):
+    pytest.importorskip(library)
+    bucket.page = 3
+    names = [f"cache/rows-{number}" for number in range(10)]
+    with mirrored(f"{scheme}://{PLACE}") as path:
+        for name in names:
+            write(path / name, name)
+    assert held(bucket) == {name: name for name in names}
+    on_another_machine(monkeypatch, tmp_path, "second")
+    with mirrored(f"{scheme}://{PLACE}") as path:
+        assert {name: (path / name).read_text() for name in names} == {n: n for n in names}
+        (path / names[0]).unlink()
+        write(path / names[9], "anew")
+    assert held(bucket) == {name: name for name in names[1:9]} | {names[9]: "anew"}
+
+
 def test_what_a_kill_left_unsent_is_sent_by_the_same_machine(bucket):
     with mirrored() as path:
         write(path / "metrics.jsonl", "1")
@@ -249,19 +268,19 @@ def kill_at(n: int, mirror: Mirror, patch: pytest.MonkeyPatch) -> None:
     calls = itertools.count(1)
 
     def counted(function: Callable[..., None]) -> Callable[..., None]:
-        def call(*given: Any) -> None:
+        def call(*given: Any, **settings: Any) -> None:
             if next(calls) == n:
                 raise Killed
-            function(*given)
+            function(*given, **settings)
 
         return call
 
     files = mirror._folder._files
     put_one = counted(files.put)
 
-    def put(sources: list[str], targets: list[str]) -> None:
+    def put(sources: list[str], targets: list[str], **settings: Any) -> None:
         for source, target in zip(sources, targets, strict=True):
-            put_one([source], [target])
+            put_one([source], [target], **settings)
 
     patch.setattr(files, "put", put)
     patch.setattr(files, "rm_file", counted(files.rm_file))

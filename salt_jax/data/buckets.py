@@ -7,6 +7,7 @@ package never sees them.
 
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import re
@@ -23,7 +24,20 @@ _EXTRAS = {"gs": "gcs", "s3": "s3"}
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
 _MARKS = ("COMPLETED", "digests.json")
 _ADVICE = "check the name, your rights to it and the network"
+# Else fsspec holds 50 MB or more of each file, and of as many files as may be open: some thousands.
+_FILES_AT_ONCE = 16
+_PART_BYTES = 8 * 2**20
+_MOST_PARTS, _PART_UNIT = 10_000, 2**18  # S3's limit to a file; what GCS's parts are multiples of
+# Of a file; s3fs reads on after a lost connection only where a file is not read in parallel.
+_PUT = {"gs": {}, "s3": {"max_concurrency": 2}}
+_GET = {
+    "gs": {"concurrency": 2, "chunk_size": _PART_BYTES, "max_prefetch_size": 2 * _PART_BYTES},
+    "s3": {"max_concurrency": 1},
+}
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+
+# It logs the stack of an error that it also raises, and that is then told in a sentence.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 class BucketError(InputError):
@@ -99,7 +113,8 @@ class RemoteFolder:
         try:
             with _told(self.url, "read"):
                 local = list(map(str, temporary.values()))
-                self._files.get([self._at(name) for name in names], local)
+                there = [self._at(name) for name in names]
+                self._files.get(there, local, batch_size=_FILES_AT_ONCE, **_GET[self.parts[0]])
             for name in sorted(names, key=completes):
                 os.replace(temporary[name], folder / name)
         finally:
@@ -118,7 +133,13 @@ class RemoteFolder:
                 continue
             with _told(self.url, "written"):
                 local = [str(folder / name) for name in own]
-                self._files.put(local, [self._at(name) for name in own])
+                self._files.put(
+                    local,
+                    [self._at(name) for name in own],
+                    batch_size=_FILES_AT_ONCE,
+                    chunksize=_part_bytes(max(map(os.path.getsize, local))),
+                    **_PUT[self.parts[0]],
+                )
 
     def remove(self, names: Iterable[str]) -> None:
         """Takes files away, those first that say that others are complete.
@@ -265,6 +286,12 @@ def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
 def completes(name: str) -> bool:
     """Whether a file says that others are complete: it is sent last and removed first."""
     return name.rpartition("/")[2] in _MARKS
+
+
+def _part_bytes(size: int) -> int:
+    """Of a part of a file of so many bytes."""
+    units = -(-size // (_MOST_PARTS * _PART_UNIT))
+    return max(_PART_BYTES, units * _PART_UNIT)
 
 
 def _version(info: Mapping[str, Any]) -> str:

@@ -1,16 +1,26 @@
 """Folders in buckets, against a server on this machine that speaks as both stores do."""
 
+import asyncio
 import importlib.util
 import pathlib
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
-from salt_jax.data import local_copies
-from salt_jax.data.buckets import BucketError, RemoteFolder
+from salt_jax.data import buckets, local_copies
+from salt_jax.data.buckets import BucketError, RemoteFolder, matching
 from salt_jax.data.local_copies import local_file, local_folder, local_run
 from salt_jax.errors import InputError
 from tests.bucket_emulator import BucketEmulator
+from tests.bucket_store import CUT
 
+LARGE = random.Random(0).randbytes(12 * 2**20 + 1)
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 
 
@@ -43,6 +53,154 @@ def test_what_is_put_is_listed_and_fetched(url, bucket, tmp_path):
     folder.remove([*content, "never there"])
     assert folder.files() == {}
     assert "bucket/a/bc" in bucket.objects
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are the smallest that S3 takes: LARGE has three."""
+    monkeypatch.setattr(buckets, "_PART_BYTES", 5 * 2**20)
+
+
+@pytest.fixture
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is so at once."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds, result=None: sleep(0, result))
+
+
+def test_a_large_file_is_sent_in_parts(url, bucket, tmp_path, small_parts):
+    (tmp_path / "large").write_bytes(LARGE)
+    folder = RemoteFolder(url)
+    folder.put(tmp_path, ["large"])
+    assert bucket.objects["bucket/a/b/large"] == LARGE
+    assert (bucket.asked["begin"], bucket.asked["part"], bucket.asked["write"]) == (1, 3, 0)
+    assert bucket.changed == [("write", "bucket/a/b/large")]
+    there = folder.files()["large"]
+    assert there.bytes == len(LARGE)
+    assert there.version.endswith('-3"') or url.startswith("gs")
+    folder.fetch(tmp_path / "back", ["large"])
+    assert (tmp_path / "back/large").read_bytes() == LARGE
+
+
+def test_a_large_file_whose_connection_is_lost_twice_is_read_on(
+    url, bucket, tmp_path, without_waiting
+):
+    content = np.arange(26 * 2**20, dtype=np.int32).tobytes()  # gcsfs reads 100 MiB in parallel
+    bucket.store("bucket/a/b/large", content)
+    bucket.answers["read"] = [CUT, CUT]
+    RemoteFolder(url).fetch(tmp_path, ["large"])
+    assert (tmp_path / "large").read_bytes() == content
+    assert bucket.asked["read"] > 2
+
+
+@pytest.mark.parametrize("answer", [403, 500, CUT])
+def test_a_part_that_fails_leaves_the_object_as_it_was(
+    url, bucket, tmp_path, small_parts, without_waiting, answer, caplog
+):
+    bucket.store("bucket/a/b/large", b"old")
+    (tmp_path / "large").write_bytes(LARGE)
+    folder = RemoteFolder(url)
+    bucket.answers["part"] = [None, *[answer] * 1000]
+    with pytest.raises(BucketError, match=f"^{url} cannot be written .*: check the name"):
+        folder.put(tmp_path, ["large"])
+    assert bucket.asked["part"] > 1
+    assert bucket.objects["bucket/a/b/large"] == b"old"
+    assert not bucket.uploads  # given up, and not left for the bucket's owner to pay for
+    assert not [record for record in caplog.records if record.name == "gcsfs"]
+    bucket.answers.clear()
+    folder.put(tmp_path, ["large"])
+    assert bucket.objects["bucket/a/b/large"] == LARGE
+
+
+SENDER = """
+import pathlib, sys
+from salt_jax.data import buckets
+buckets._PART_BYTES = 5 * 2**20
+buckets.RemoteFolder(sys.argv[1]).put(pathlib.Path(sys.argv[2]), ["large"])
+"""
+
+
+def test_a_sender_killed_between_parts_leaves_no_object(url, bucket, tmp_path, small_parts):
+    (tmp_path / "large").write_bytes(LARGE)
+    senders: list[subprocess.Popen[bytes]] = []
+    bucket.answers["part"] = [None, lambda: senders[0].kill()]
+    senders.append(subprocess.Popen([sys.executable, "-c", SENDER, url, str(tmp_path)]))
+    assert senders[0].wait() == -signal.SIGKILL
+    assert bucket.asked["part"] >= 2
+    folder = RemoteFolder(url)
+    assert folder.files() == {}
+    folder.put(tmp_path, ["large"])
+    assert bucket.objects["bucket/a/b/large"] == LARGE
+
+
+@pytest.mark.parametrize("answer", [429, 500, 503, CUT])
+def test_answers_of_a_busy_bucket_are_waited_out(
+    url, bucket, tmp_path, small_parts, without_waiting, answer
+):
+    if answer == 429 and url.startswith("s3"):
+        pytest.skip("S3 says 503 instead")
+    content = {"large": LARGE, "small": b"small"}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    kinds = ("begin", "part", "complete", "write", "list", "read", "delete")
+    bucket.answers = {kind: [answer] * 2 for kind in kinds}
+    folder = RemoteFolder(url)
+    folder.put(tmp_path, list(content))
+    assert {n: bucket.objects[f"bucket/a/b/{n}"] for n in bucket.names("bucket/a/b")} == content
+    assert set(folder.files()) == set(content)
+    folder.fetch(tmp_path / "back", list(content))
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in content} == content
+    folder.remove(content)
+    assert not bucket.names("bucket/a/b")
+    assert not any(bucket.answers[kind] for kind in kinds if bucket.asked[kind])
+
+
+def test_a_folder_of_several_pages(url, bucket):
+    bucket.page = 3
+    names = {f"{folder}x{number}" for folder in ("", "d/", "d/e f/") for number in range(5)}
+    for name in names:
+        bucket.store(f"bucket/a/b/{name}", name.encode())
+    assert set(RemoteFolder(url).files()) == names
+    assert bucket.asked["list"] >= 5
+    assert len(matching(f"{url}/**/x*")) == len(names)
+    assert len(matching(f"{url}/x*")) == 5
+    path = local_folder(url)
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("x*")}
+    assert {name: file.read_text() for name, file in files.items()} == {n: n for n in names}
+
+
+def test_memory_is_bounded_by_few_files_at_once(url, bucket, tmp_path, monkeypatch):
+    names = [str(number) for number in range(40)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    folder = RemoteFolder(url)
+    most: dict[str, int] = {}
+
+    def counted(kind: str) -> Callable[..., Awaitable[None]]:
+        function, running = getattr(folder._files, kind), 0
+
+        async def call(*given: Any, **settings: Any) -> None:
+            nonlocal running
+            running += 1
+            most[kind] = max(running, most.get(kind, 0))
+            await function(*given, **settings)
+            running -= 1
+
+        return call
+
+    for kind in ("_put_file", "_get_file"):
+        monkeypatch.setattr(folder._files, kind, counted(kind))
+    folder.put(tmp_path, names)
+    folder.fetch(tmp_path / "back", names)
+    assert most == {"_put_file": 16, "_get_file": 16}
+
+
+def test_the_largest_files_have_no_more_parts_than_s3_takes():
+    for size in (1, 10**9, 10_000 * 2**23 + 1, 5 * 10**12):
+        part = buckets._part_bytes(size)
+        assert part % 2**18 == 0
+        assert -(-size // part) <= 10_000
+    assert buckets._part_bytes(10**9) == 2**23
 
 
 @pytest.mark.parametrize("name", ["../out", "d/../../out", "..", "d/.."])
