@@ -24,13 +24,14 @@ _EXTRAS = {"gs": "gcs", "s3": "s3"}
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
 _MARKS = ("COMPLETED", "digests.json")
 _ADVICE = "check the name, your rights to it and the network"
-# Else fsspec holds 50 MB or more of each file, and of as many files as may be open: some thousands.
+# Otherwise fsspec takes as many files at once as an eighth of those that may be open, and holds
+# 50 MB and more of each.
 _FILES_AT_ONCE = 16
 _PART_BYTES = 8 * 2**20
-_MOST_PARTS, _PART_UNIT = 10_000, 2**18  # S3's limit to a file; what GCS's parts are multiples of
-# Of a file; s3fs reads on after a lost connection only where a file is not read in parallel.
-_PUT = {"gs": {}, "s3": {"max_concurrency": 2}}
-_GET = {
+_MOST_PARTS, _PART_UNIT = 10_000, 2**18  # of a file on S3; of what GCS's parts are multiples
+# Of one file. s3fs reads on after a lost connection only where it reads a file in no parts.
+_PUT: dict[str, dict[str, int]] = {"gs": {}, "s3": {"max_concurrency": 2}}
+_GET: dict[str, dict[str, int]] = {
     "gs": {"concurrency": 2, "chunk_size": _PART_BYTES, "max_prefetch_size": 2 * _PART_BYTES},
     "s3": {"max_concurrency": 1},
 }
