@@ -126,10 +126,11 @@ commit_to_send() {
 }
 
 # supervise WORD…: runs a command, passes SIGTERM on to it and waits until it has saved. Returns its
-# exit code; `stopped` says whether this script was asked to stop.
+# exit code; `stopped` says whether this script was asked to stop, SECONDS how long the command ran.
 stopped=no
 supervise() {
   local child='' code=0
+  SECONDS=0
   # The terminal sends Ctrl-C to both.
   trap 'stopped=yes' INT
   trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM
@@ -142,12 +143,17 @@ supervise() {
   return "$code"
 }
 
-# again_after EXIT_CODE…: returns when the command is to be started again, after the exit codes of
-# all its processes; ends the script otherwise. `failures` counts towards --max-failures.
+# again_after ENDING…: returns when the command is to be started again, after the endings of all its
+# processes, each "EXIT_CODE SECONDS" with the time that it ran; ends the script otherwise.
+# `failures` counts towards --max-failures. An interruption that comes soon is one: what interrupts
+# every start would be paid for without end. A later one is taken for progress, and the count begins
+# anew. What failed counts however long it ran: every start may come as far and fail there.
 failures=0
 again_after() {
-  local code outcome=0
-  for code; do
+  local ending code seconds outcome=0 ran=0 what
+  for ending; do
+    read -r code seconds <<<"$ending"
+    ((seconds <= ran)) || ran=$seconds
     # Who fails takes the others along: they save and end with 75, which says nothing then.
     case $outcome:$code in
       2:* | *:0) ;;
@@ -164,14 +170,20 @@ again_after() {
       say "salt refused its input (exit code 2), as it says above: change the command; it is not started again."
       exit 2
       ;;
-    75) say "interrupted and saved (exit code 75): the same command is started again." ;;
-    *)
-      failures=$((failures + 1))
-      if [ "$failures" -gt "${flag[max-failures]}" ]; then
-        say "salt failed (exit code $outcome) and has failed $failures times, more than --max-failures=${flag[max-failures]} allows: it is not started again."
-        exit 1
+    75)
+      if [ "$ran" -ge "${flag[min-run-seconds]}" ]; then
+        failures=0
+        say "interrupted and saved (exit code 75): the same command is started again."
+        return
       fi
-      say "salt failed (exit code $outcome), failure $failures of the ${flag[max-failures]} that --max-failures allows: the same command is started again."
+      what="salt was interrupted (exit code 75) $ran seconds after its start, which counts as a failure before --min-run-seconds=${flag[min-run-seconds]}"
       ;;
+    *) what="salt failed (exit code $outcome)" ;;
   esac
+  failures=$((failures + 1))
+  if [ "$failures" -gt "${flag[max-failures]}" ]; then
+    say "$what, failure $failures in a row, more than --max-failures=${flag[max-failures]} allows: it is not started again; mend what is said above, or raise --max-failures."
+    exit 1
+  fi
+  say "$what, failure $failures of the ${flag[max-failures]} in a row that --max-failures allows: the same command is started again."
 }

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs `salt` on TPU slices of a GKE cluster, through xpk. Kubernetes starts it again when it was
-# interrupted (exit code 75) or a node was taken away; any other failure ends it.
+# interrupted (exit code 75), killed, or a node was taken away; any other failure ends it. Each such
+# start counts towards --max-restarts (failurePolicy.maxRestarts of the JobSet), however long the one
+# before ran, and nothing sets that count back: it is what bounds a loop of interruptions.
 #
 #   launch/gke_xpk.sh --cluster=CLUSTER --workload=NAME --tpu-type=TYPE --image=IMAGE [FLAGS] -- salt train …
 #
@@ -13,7 +15,7 @@
 #   --project=PROJECT     by default gcloud's
 #   --zone=ZONE           by default gcloud's
 #   --extra=FLAG          one more flag for `xpk workload create`, as --extra=--storage=NAME; repeat it
-#   --max-restarts=100    starts, before giving up
+#   --max-restarts=100    such starts, before giving up
 #   --grace-seconds=120   time to save after SIGTERM
 #   --detach              do not wait for the end
 #   --dry-run             print the commands, run none

@@ -4,13 +4,15 @@
 #
 #   launch/gpu.sh [FLAGS] -- salt train --gin_file=hardware/h100x8.gin … --output_dir=FOLDER
 #
-#   --cuda=13           CUDA of the wheels: 13 (driver 580 or newer) or 12 (525 or newer)
-#   --max-failures=3    starts after a failure, before giving up
-#   --poll-seconds=10   pause before a start
-#   --dry-run           print the commands, run none
+#   --cuda=13               CUDA of the wheels: 13 (driver 580 or newer) or 12 (525 or newer)
+#   --max-failures=3        failures in a row after which it is started again; an interruption
+#                           --min-run-seconds after the start, or later, begins the count anew
+#   --min-run-seconds=600   an interruption sooner after the start counts as a failure
+#   --poll-seconds=10       pause before a start
+#   --dry-run               print the commands, run none
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-flag+=([cuda]=13 [max-failures]=3 [poll-seconds]=10)
-numbers=(max-failures poll-seconds)
+flag+=([cuda]=13 [max-failures]=3 [min-run-seconds]=600 [poll-seconds]=10)
+numbers=(max-failures min-run-seconds poll-seconds)
 read_flags "$@"
 jax=$(cuda_extra)
 
@@ -28,6 +30,6 @@ while true; do
     say "stopped; the same command goes on."
     exit "$code"
   fi
-  again_after "$code"
+  again_after "$code $SECONDS"
   sleep "${flag[poll-seconds]}"
 done

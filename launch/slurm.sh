@@ -6,7 +6,7 @@
 #   launch/slurm.sh --name=NAME [FLAGS] -- salt train --output_dir=FOLDER …
 #
 #   --name=NAME            of the job
-#   --folder=FOLDER        for the copy, the log and exit codes; runs/slurm/NAME by default
+#   --folder=FOLDER        for the copy, the log, how tasks ended and the count of failures; runs/slurm/NAME by default
 #   --nodes=1
 #   --gpus-per-node=8
 #   --time=LIMIT           as 24:00:00; the partition's by default
@@ -14,13 +14,15 @@
 #   --cuda=13              CUDA of the wheels: 13 (driver 580 or newer) or 12 (525 or newer)
 #   --save-seconds=300     SIGTERM so long before the time limit
 #   --extra=FLAG           one more flag for sbatch, as --extra=--account=TEAM; repeat it
-#   --max-failures=3       starts after a failure, before giving up
+#   --max-failures=3       failures in a row after which it is started again; an interruption
+#                          --min-run-seconds after the start, or later, begins the count anew
+#   --min-run-seconds=600  an interruption sooner after the start counts as a failure
 #   --dry-run              print the commands, run none
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 flag+=([name]='' [folder]='' [nodes]=1 [gpus-per-node]=8 [time]='' [partition]='' [cuda]=13 [save-seconds]=300)
-flag+=([extra]='' [max-failures]=3)
+flag+=([extra]='' [max-failures]=3 [min-run-seconds]=600)
 needed=(name)
-numbers=(nodes gpus-per-node save-seconds max-failures)
+numbers=(nodes gpus-per-node save-seconds max-failures min-run-seconds)
 read_flags "$@"
 command[0]=${VENV:-$root/.venv}/bin/salt
 among_several
@@ -45,5 +47,5 @@ run_line "$(quoted git -C "$root" archive "$commit") | $(quoted tar --extract --
 run sbatch --job-name="${flag[name]}" --nodes="${flag[nodes]}" --gpus-per-node="${flag[gpus-per-node]}" \
   --ntasks-per-node="${flag[gpus-per-node]}" "${limits[@]}" --requeue --signal="TERM@${flag[save-seconds]}" \
   --open-mode=append --output="$folder/log" "${extra[@]}" \
-  "$folder/salt_jax/launch/slurm_job.sh" "$folder" "${flag[max-failures]}" "${command[@]}"
+  "$folder/salt_jax/launch/slurm_job.sh" "$folder" "${flag[max-failures]}" "${flag[min-run-seconds]}" "${command[@]}"
 say "what it says: $(quoted tail --follow=name --retry "$folder/log")"

@@ -15,17 +15,19 @@
 #   --bucket=BUCKET          mount gs://BUCKET at /mnt/BUCKET on every worker
 #   --spot                   cheaper, and may be taken away
 #   --extra=FLAG             one more flag for `queued-resources create`, as --extra=--reserved; repeat it
-#   --max-failures=3         starts after a failure, before giving up
+#   --max-failures=3         failures in a row after which it is started again; an interruption
+#                            --min-run-seconds after the start, or later, begins the count anew
+#   --min-run-seconds=600    an interruption sooner after the start counts as a failure
 #   --max-recreations=20     new TPUs after one was taken away, before giving up
-#   --poll-seconds=30        between two looks
+#   --poll-seconds=30        between two looks, and before a start after an end
 #   --delete-at-end          delete the TPU when this script ends, however it ends
 #   --dry-run                print the commands, run none
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 flag+=([name]='' [zone]='' [accelerator-type]='' [slices]=1 [runtime-version]='' [project]='' [bucket]='' [spot]=no)
-flag+=([extra]='' [max-failures]=3 [max-recreations]=20 [poll-seconds]=30 [delete-at-end]=no)
+flag+=([extra]='' [max-failures]=3 [min-run-seconds]=600 [max-recreations]=20 [poll-seconds]=30 [delete-at-end]=no)
 switches+=(spot delete-at-end)
 needed=(name zone accelerator-type)
-numbers=(slices max-failures max-recreations poll-seconds)
+numbers=(slices max-failures min-run-seconds max-recreations poll-seconds)
 read_flags "$@"
 among_several
 commit=$(commit_to_send)
@@ -156,9 +158,11 @@ while true; do
   else
     prepared=no
     if [ "$started" = yes ] && ! grep --quiet ' idle$' <<<"$answer"; then
-      mapfile -t codes < <(sed -n 's/.* ended //p' <<<"$answer")
-      again_after "${codes[@]}"
-      prepared=yes
+      mapfile -t endings < <(sed -n 's/.* ended //p' <<<"$answer")
+      again_after "${endings[@]}"
+      # An ending is judged once, though the next start may not succeed.
+      prepared=yes started=no
+      sleep "${flag[poll-seconds]}"
     fi
     if { [ "$prepared" = yes ] || set_up; } && start; then
       started=yes set_up_failures=0

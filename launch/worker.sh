@@ -4,8 +4,8 @@
 #   launch/worker.sh install [BUCKET]    makes the environment; mounts gs://BUCKET at /mnt/BUCKET
 #   launch/worker.sh start COMMAND…      starts it in the background, ending what an earlier start left
 #   launch/worker.sh follow LINES        prints what it says until it ends: +1 all, 20 the last 20 and on
-#   launch/worker.sh state               one line: salt_worker HOST idle, running or ended EXIT_CODE
-#   launch/worker.sh record FOLDER COMMAND…   runs it; its exit code goes into a file of the folder
+#   launch/worker.sh state               one line: salt_worker HOST idle, running or ended EXIT_CODE SECONDS
+#   launch/worker.sh record FOLDER COMMAND…   runs it; EXIT_CODE SECONDS go into a file of the folder
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 folder=$HOME/salt_worker
 
@@ -54,7 +54,7 @@ start() {
   export PATH=$HOME/salt_venv/bin:$PATH
   cd "$HOME"
   # A session of its own, so that the end of this connection is not the end of it.
-  setsid "$root/launch/worker.sh" record "$folder/codes" "$@" </dev/null >"$folder/log" 2>&1 &
+  setsid "$root/launch/worker.sh" record "$folder/endings" "$@" </dev/null >"$folder/log" 2>&1 &
   echo $! >"$folder/pid"
 }
 
@@ -69,18 +69,18 @@ state() {
   if is_running; then
     what=running
   elif [ -f "$folder/pid" ]; then
-    # No code: killed together with what was to write it.
-    what="ended $(cat "$folder"/codes/* 2>/dev/null || echo 137)"
+    # None: killed together with what was to write it.
+    what="ended $(cat "$folder"/endings/* 2>/dev/null || echo 137 0)"
   fi
   echo "salt_worker $(hostname) $what"
 }
 
 record() {
-  local codes=$1 code=0
+  local endings=$1 code=0
   shift
-  mkdir -p "$codes"
+  mkdir -p "$endings"
   supervise "$@" || code=$?
-  echo "$code" >"$codes/$(hostname)-${SLURM_PROCID:-0}"
+  echo "$code $SECONDS" >"$endings/$(hostname)-${SLURM_PROCID:-0}"
   exit "$code"
 }
 

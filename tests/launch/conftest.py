@@ -74,13 +74,33 @@ class Launch:
             "HOME": str(self.folder / "home"),
             "TMPDIR": str(self.folder),
             "GIT_CONFIG_GLOBAL": os.devnull,
+            "BASH_ENV": str(self.folder / "bash_env"),
+            # Where bash begins to count: as if every script were up for long.
+            "SECONDS": "9999",
         }
+
+    def stand_in(self, name: str) -> None:
+        """Puts a stand-in for a program on PATH."""
+        program = self.folder / "bin" / name
+        # -S: without site-packages it starts at once; stand-ins start stand-ins.
+        program.write_text(f"#!{sys.executable} -SE\n{STAND_IN.read_text()}")
+        program.chmod(0o755)
 
     def reply(self, **replies: Sequence[Any]) -> None:
         """Sets what the calls of a stand-in do, one after the other."""
         path = self.folder / "replies.json"
         names = {name.replace("salt_", "salt "): list(them) for name, them in replies.items()}
         path.write_text(json.dumps({**json.loads(path.read_text()), **names}))
+
+    def each_run_takes(self, seconds: int) -> None:
+        """To a script that waits for a command it is as if that had run so long."""
+        (self.folder / "bash_env").write_text(
+            f'wait() {{ local c=0; builtin wait "$@" || c=$?; SECONDS={seconds}; return $c; }}'
+        )
+
+    def order(self, *names: str) -> list[str]:
+        """Which of these stand-ins was called after which."""
+        return [line["name"] for line in self.log() if line["name"] in names]
 
     def command(self, script: str, *arguments: str) -> list[str]:
         """The words that start a launcher."""
@@ -133,15 +153,13 @@ class Launch:
 def launch(launcher_clone: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Launch]:
     """Two workers, on which `salt` ends well unless told otherwise."""
     (tmp_path / "bin").mkdir()
+    launch = Launch(launcher_clone, tmp_path)
     for name in NAMES:
-        program = tmp_path / "bin" / name
-        # -S: without site-packages it starts at once; stand-ins start stand-ins.
-        program.write_text(f"#!{sys.executable} -SE\n{STAND_IN.read_text()}")
-        program.chmod(0o755)
+        launch.stand_in(name)
     for folder in ("home", "hosts/host0", "hosts/host1"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "replies.json").write_text("{}")
-    yield Launch(launcher_clone, tmp_path)
+    yield launch
     for pid in tmp_path.glob("hosts/*/salt_worker/pid"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)

@@ -89,6 +89,7 @@ def test_the_workload(launch: Any) -> None:
 def test_words_arrive_as_they_are(launch: Any) -> None:
     assert launch("gke_xpk.sh", *FLAGS, "--detach", "--", "train", *launch.awkward).returncode == 0
     assert len(launch.calls("xpk")) == 1, "--detach waits for nothing"
+    assert "--max-restarts=100" in created(launch), "what bounds it is never left to xpk"
     run = container(launch)
     assert run.wait(60) == 0
     assert launch.calls("salt") == [["train", *launch.awkward, "--multi_process=True"]]

@@ -37,8 +37,9 @@ def test_the_environment_is_made_once(launch: Any) -> None:
     [
         ([75, 75, 0], 0, 0, 3),
         ([2], 3, 2, 1),
-        ([1, 75, 134, 0], 2, 0, 4),
-        ([1, 75, 134, 0], 1, 1, 3),
+        ([1, 134, 0], 2, 0, 3),
+        ([1, 134, 0], 1, 1, 2),
+        ([1, 75, 134, 0], 1, 0, 4),
         ([1], 0, 1, 1),
     ],
 )
@@ -46,8 +47,35 @@ def test_what_an_exit_code_means(
     launch: Any, codes: list[int], failures: int, code: int, starts: int
 ) -> None:
     launch.reply(salt_home=codes)
-    ended = launch("gpu.sh", *FLAGS, f"--max-failures={failures}", *launch.train)
+    flags = [*FLAGS, "--min-run-seconds=0", f"--max-failures={failures}"]
+    ended = launch("gpu.sh", *flags, *launch.train)
     assert (ended.returncode, len(launch.calls("salt"))) == (code, starts), ended.stderr
+
+
+def test_what_interrupts_every_start_ends_it(launch: Any) -> None:
+    launch.reply(salt_home=[75])
+    ended = launch("gpu.sh", *FLAGS, *launch.train)
+    assert ended.returncode == 1
+    assert len(launch.calls("salt")) == 4
+    assert "before --min-run-seconds=600, failure 4 in a row, more than --max-fai" in ended.stderr
+
+
+@pytest.mark.parametrize(("seconds", "code", "starts"), [(600, 0, 4), (599, 1, 1)])
+def test_an_interruption_counts_by_how_long_the_command_ran(
+    launch: Any, seconds: int, code: int, starts: int
+) -> None:
+    launch.reply(salt_home=[75, 75, 75, 0])
+    launch.each_run_takes(seconds)
+    ended = launch("gpu.sh", *FLAGS, "--max-failures=0", *launch.train)
+    assert (ended.returncode, len(launch.calls("salt"))) == (code, starts), ended.stderr
+
+
+def test_there_is_a_pause_before_a_start(launch: Any) -> None:
+    launch.stand_in("sleep")
+    launch.reply(salt_home=[75, 1, 0])
+    assert launch("gpu.sh", "--poll-seconds=7", *launch.train).returncode == 0
+    assert launch.calls("sleep") == [["7"]] * 2
+    assert launch.order("salt", "sleep") == ["salt", "sleep"] * 2 + ["salt"]
 
 
 def test_a_request_to_stop_reaches_salt_and_is_not_answered_by_a_start(launch: Any) -> None:

@@ -18,6 +18,7 @@ LAUNCHERS = {
     "slurm.sh": ["--name=n"],
     "gpu.sh": [],
 }
+NUMBER = re.compile(r"\[([a-z-]+)\]=(\d+)")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -100,27 +101,77 @@ def test_help_names_every_flag(launch: Any, script: str) -> None:
             assert re.search(rf"^ *{flag}\b", shown, re.MULTILINE), flag
 
 
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_tells_the_numbers_that_it_has(script: str) -> None:
+    text = (ROOT / "launch" / script).read_text()
+    said = dict(re.findall(r"^# +--([a-z-]+)=(\d+)\b", text, re.MULTILINE))
+    has = {
+        n: v
+        for line in re.findall(r"^flag\+=.*", text, re.MULTILINE)
+        for n, v in NUMBER.findall(line)
+    }
+    assert said == has
+    assert set(re.findall(r"^numbers=\((.*)\)", text, re.MULTILINE)[0].split()) <= set(has)
+
+
 @pytest.mark.parametrize(
     ("codes", "code", "said"),
     [
         (("0", "0"), 0, "finished"),
         (("0", "75"), 99, "interrupted and saved"),
         (("75", "75"), 99, "interrupted and saved"),
-        (("75", "1"), 99, "failed (exit code 1), failure 1 of the 1"),
-        (("0", "137"), 99, "failed (exit code 137), failure 1 of the 1"),
+        (("75", "1"), 99, "salt failed (exit code 1), failure 1 of the 1 in a row"),
+        (("0", "137"), 99, "salt failed (exit code 137), failure 1 of the 1 in a row"),
         (("75", "2"), 2, "refused its input"),
         (("1", "2"), 2, "refused its input"),
     ],
 )
 def test_what_the_exit_codes_of_all_mean(codes: tuple[str, str], code: int, said: str) -> None:
     """In any order; 99 stands for a start."""
-    text = 'source "$1"; flag[max-failures]=1; again_after "$2" "$3"; exit 99'
-    common = str(ROOT / "launch/common.sh")
-    for order in (codes, codes[::-1]):
-        command = ["bash", "-c", text, "bash", common, *order]
-        ended = subprocess.run(command, capture_output=True, text=True)
+    endings = [f"{ending} 600" for ending in codes]
+    for order in (endings, endings[::-1]):
+        ended = judged('again_after "$@"; exit 99', 1, *order)
         assert ended.returncode == code
         assert said in ended.stderr
+
+
+def judged(text: str, max_failures: int, *endings: str) -> subprocess.CompletedProcess[str]:
+    """What common.sh makes of endings, with --min-run-seconds=600."""
+    flags = f"flag+=([max-failures]={max_failures} [min-run-seconds]=600)"
+    command = ["bash", "-c", f'source "$0"; {flags}; {text}', str(ROOT / "launch/common.sh")]
+    return subprocess.run([*command, *endings], capture_output=True, text=True)
+
+
+def test_failures_are_counted_in_a_row() -> None:
+    """A row ends with an interruption after long enough; a failure never ends it."""
+    endings = ["75 599", "75 0", "1 9999", "137 0", "75 600", "75 0", "1 600", "75 601"]
+    ended = judged('for one; do again_after "$one"; echo "$failures"; done', 9, *endings)
+    assert ended.stdout.split() == ["1", "2", "3", "4", "0", "1", "2", "0"], ended.stderr
+
+
+def test_of_several_processes_the_longest_says_how_long_the_start_ran() -> None:
+    """Of what was killed with its recorder nobody knows the time."""
+    for endings in (["75 600", "75 0"], ["75 0", "75 600"], ["75", "75 600"]):
+        ended = judged('again_after "$@"; exit 99', 0, *endings)
+        assert ended.returncode == 99, ended.stderr
+
+
+@pytest.mark.parametrize("seconds", [0, 12, 599])
+def test_interruptions_that_come_soon_end_in_one_sentence(seconds: int) -> None:
+    ended = judged('again_after "$@"; again_after "$@"; again_after "$@"', 1, f"75 {seconds}")
+    assert ended.returncode == 1
+    first, last = ended.stderr.splitlines()
+    said = (
+        f"bash: salt was interrupted (exit code 75) {seconds} seconds after its start, "
+        "which counts as a failure before --min-run-seconds=600, failure "
+    )
+    assert first == (
+        f"{said}1 of the 1 in a row that --max-failures allows: the same command is started again."
+    )
+    assert last == (
+        f"{said}2 in a row, more than --max-failures=1 allows: it is not started again; mend what "
+        "is said above, or raise --max-failures."
+    )
 
 
 @hypothesis.settings(max_examples=30, deadline=None)

@@ -59,6 +59,7 @@ def test_the_job(launch: Any, folder: pathlib.Path) -> None:
         str(script),
         str(folder),
         "3",
+        "600",
         str(salt),
         "train",
         "--output_dir=/lustre/run",
@@ -80,9 +81,24 @@ def test_words_arrive_as_they_are_at_every_task(launch: Any, folder: pathlib.Pat
 
 def test_interrupted_jobs_are_queued_again(launch: Any, folder: pathlib.Path) -> None:
     launch.reply(salt_0=[75, 75, 0], salt_1=[75, 75, 0])
-    submit(launch, folder, "--max-failures=0", *launch.train)
+    submit(launch, folder, "--max-failures=0", "--min-run-seconds=0", *launch.train)
     assert [run_job(launch, folder).returncode for _ in range(3)] == [0, 0, 0]
     assert launch.calls("scontrol") == [["requeue", "7"]] * 2
+
+
+def test_what_interrupts_every_start_ends_it(launch: Any, folder: pathlib.Path) -> None:
+    """A start that ran long enough before it was interrupted has the count begin anew."""
+    launch.reply(salt_0=[75], salt_1=[75])
+    submit(launch, folder, "--max-failures=1", *launch.train)
+    codes = []
+    for seconds in (0, 600, 599, 0):
+        launch.each_run_takes(seconds)
+        ended = run_job(launch, folder)
+        codes.append(ended.returncode)
+    assert codes == [0, 0, 0, 1]
+    assert "salt was interrupted (exit code 75)" in ended.stderr
+    assert "failure 2 in a row, more than --max-failures=1" in ended.stderr
+    assert len(launch.calls("scontrol")) == 3
 
 
 def test_refused_input_is_not_queued_again(launch: Any, folder: pathlib.Path) -> None:

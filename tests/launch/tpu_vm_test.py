@@ -96,11 +96,38 @@ def test_words_arrive_as_they_are(launch: Any) -> None:
 
 def test_interrupted_runs_are_started_again(launch: Any) -> None:
     launch.reply(states=["", "ACTIVE"], salt_host0=[75, 75, 0], salt_host1=[75, 75, 0])
+    launch.each_run_takes(600)
     ended = launch("tpu_vm.sh", *FLAGS, "--max-failures=0", *TRAIN)
     assert ended.returncode == 0, ended.stderr
     assert launch.gcloud() == [*ONE_RUN, "start", "follow", "start", "follow"]
     assert ended.stdout.count("salt runs on host0") == 3
     assert len({*map(tuple, launch.calls("salt"))}) == 1
+
+
+def test_what_interrupts_every_start_ends_it(launch: Any) -> None:
+    launch.reply(states=["ACTIVE"], salt_host0=[75], salt_host1=[75])
+    ended = launch("tpu_vm.sh", *FLAGS, *TRAIN)
+    assert ended.returncode == 1
+    assert len(launch.calls("salt")) == 4 * 2
+    assert "before --min-run-seconds=600, failure 4 in a row, more than --max-fai" in ended.stderr
+
+
+def test_there_is_a_pause_before_a_start_on_the_same_machine(launch: Any) -> None:
+    launch.stand_in("sleep")
+    launch.reply(states=["ACTIVE"], salt_host0=[75, 0], salt_host1=[1, 0])
+    assert launch("tpu_vm.sh", *FLAGS, "--poll-seconds=7", *TRAIN).returncode == 0
+    assert launch.calls("sleep") == [["7"]]
+    assert launch.order("salt", "sleep") == ["salt", "salt", "sleep", "salt", "salt"]
+
+
+def test_an_ending_counts_once_though_the_next_start_finds_no_connection(launch: Any) -> None:
+    # They answer to: state, install, start, follow, state; start does not; then the same again.
+    launch.reply(states=["ACTIVE"], ssh=[0, 0, 0, 0, 0, 255, 0], salt_host0=[1, 0])
+    ended = launch("tpu_vm.sh", *FLAGS, "--max-failures=1", *TRAIN)
+    assert ended.returncode == 0, ended.stderr
+    again = ["start", "install", "start", "follow"]
+    assert [verb for verb in launch.gcloud() if verb != "scp"] == [*ONE_RUN[2:], *again]
+    assert ended.stderr.count("failure 1 of the 1") == 1
 
 
 def test_refused_input_is_not_started_again(launch: Any) -> None:
@@ -193,30 +220,43 @@ def test_ctrl_c_leaves_the_run_and_the_script_finds_it_again(launch: Any) -> Non
 def test_a_start_ends_what_an_earlier_one_left(launch: Any) -> None:
     """One worker's process hangs when the machine was set up anew on the other."""
     launch.reply(salt_host0=["waits", 0])
+    launch.each_run_takes(12)
     assert launch("worker.sh", "state").stdout == "salt_worker home idle\n"
-    worker = launch.clone / "launch/worker.sh"
-    home = launch.folder / "hosts/host0"
-    environment = {**launch.environment, "HOME": str(home)}
-
-    def call(*words: str) -> str:
-        done = subprocess.run([worker, *words], env=environment, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    salt = str(launch.folder / "venv/bin/salt")
-    subprocess.run(
-        [launch.folder / "bin/python3", "-m", "venv", launch.folder / "venv"],
-        env=environment,
-        check=True,
-    )
-    call("start", salt, "train")
-    while not launch.calls("waits"):  # until it can be asked to end
-        assert call("state") == "salt_worker host0 running\n"
-    call("start", salt, "train")
+    salt = waiting_worker(launch)
+    call_worker(launch, "start", salt, "train")
     assert len(launch.calls("saved")) == 1
-    call("follow", "+1")
-    assert call("state") == "salt_worker host0 ended 0\n"
+    call_worker(launch, "follow", "+1")
+    assert call_worker(launch, "state") == "salt_worker host0 ended 0 12\n"
     assert len(launch.calls("salt")) == 2
+
+
+def test_a_worker_that_was_killed_has_no_time(launch: Any) -> None:
+    launch.reply(salt_host0=["waits"])
+    waiting_worker(launch)
+    os.killpg(int((launch.folder / "hosts/host0/salt_worker/pid").read_text()), signal.SIGKILL)
+    while (state := call_worker(launch, "state")) == "salt_worker host0 running\n":
+        pass
+    assert state == "salt_worker host0 ended 137 0\n"
+
+
+def call_worker(launch: Any, *words: str) -> str:
+    """Runs worker.sh on the first host; returns what it printed."""
+    environment = {**launch.environment, "HOME": str(launch.folder / "hosts/host0")}
+    command = [launch.clone / "launch/worker.sh", *words]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def waiting_worker(launch: Any) -> str:
+    """Starts `salt` there, until it can be asked to end; returns its path."""
+    make = [launch.folder / "bin/python3", "-m", "venv", launch.folder / "venv"]
+    subprocess.run(make, env=launch.environment, check=True)
+    salt = str(launch.folder / "venv/bin/salt")
+    call_worker(launch, "start", salt, "train")
+    while not launch.calls("waits"):
+        assert call_worker(launch, "state") == "salt_worker host0 running\n"
+    return salt
 
 
 def test_a_dry_run_runs_nothing(launch: Any) -> None:
