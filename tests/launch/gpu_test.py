@@ -53,7 +53,7 @@ def test_what_an_exit_code_means(
 
 
 def test_what_interrupts_every_start_ends_it(launch: Any) -> None:
-    launch.reply(salt_home=[75])
+    launch.reply(salt_home=[75, 75, 75, 75, 0])
     ended = launch("gpu.sh", *FLAGS, *launch.train)
     assert ended.returncode == 1
     assert len(launch.calls("salt")) == 4

@@ -105,7 +105,7 @@ def test_interrupted_runs_are_started_again(launch: Any) -> None:
 
 
 def test_what_interrupts_every_start_ends_it(launch: Any) -> None:
-    launch.reply(states=["ACTIVE"], salt_host0=[75], salt_host1=[75])
+    launch.reply(states=["ACTIVE"], salt_host0=[75, 75, 75, 75, 0], salt_host1=[75, 75, 75, 75, 0])
     ended = launch("tpu_vm.sh", *FLAGS, *TRAIN)
     assert ended.returncode == 1
     assert len(launch.calls("salt")) == 4 * 2
