@@ -23,6 +23,7 @@ _COMMON_FLAGS = ("gin_file", "safe_gin", "output_dir", *processes.FLAGS)
 
 # Set for the commands that a command starts: what they read comes from the same files.
 SAFE_GIN = "SALT_SAFE_GIN"
+_NO_VALUE = "--{name} needs a value: --{name}=VALUE."
 _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 USAGE = """\
@@ -86,7 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         if not separator:
             value = next(rest, "")
             if not value or value.startswith("--"):
-                raise InputError(f"--{name} needs a value: --{name}=VALUE.")
+                raise InputError(_NO_VALUE.format(name=name))
         if name == "gin_file":
             if not value:
                 raise InputError("--gin_file names no file: --gin_file=FILE.")
@@ -109,7 +110,11 @@ def _switch(value: str, name: str) -> bool:
 
 
 def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[str]:
-    """The bindings that --SETTING=VALUE flags and positional arguments stand for."""
+    """The bindings that --SETTING=VALUE flags and positional arguments stand for.
+
+    Raises:
+      InputError: No such setting, or one without its value.
+    """
     parameters = parameters_of(function)
     settings = dict(arguments.settings)
     if arguments.positional:
@@ -124,6 +129,8 @@ def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[st
     bindings = []
     for name, values in settings.items():
         require_known("setting", name, [*parameters, *_COMMON_FLAGS], prefix="--")
+        if "" in values and not isinstance(parameters[name].default, str):
+            raise InputError(_NO_VALUE.format(name=name))
         annotation = str(parameters[name].annotation)
         # "str | Sequence[str]" is a list from the second value on.
         is_one = annotation.startswith("str |") and len(values) == 1

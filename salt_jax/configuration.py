@@ -63,11 +63,10 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     own = own_bindings(function, arguments)
     # A reference registers the function with gin even when nothing is bound to it.
     register = [f"salt_{name} = @{name}.{name}" for name in (verb, lender)]
-    bindings = [*arguments.bindings, *own, *register]
-    text = "\n".join([*_imports({*modules, *commands}), *bindings])
+    text = "\n".join([*_imports({*modules, *commands}), *arguments.bindings, *own])
     if arguments.safe_gin:
         explained(require_safe_bindings, text)
-    explained(gin.parse_config, text)
+    explained(gin.parse_config, "\n".join([text, *register]))
     if lender != verb:
         _borrow_settings(function, verb, lender)
     _read_model_files(function, verb, arguments.safe_gin)

@@ -3,10 +3,10 @@
 In: the text that gin is to read, before it does. Out: nothing, or one sentence with file and line.
 
 gin imports any module that a file names, and calls any function in it: reading a file can run
-anything. Here a file may bind and refer to nothing but the verbs and the names below, none of which
-imports, runs or writes what its settings name, and import nothing but their modules. Settings of
-theirs that do are refused as well. What is checked is what was parsed, with gin's own parser, of
-every file that is included too; nothing is imported for it.
+anything. Here a file may bind nothing but the verbs and the names below, and refer to nothing but
+those names, none of which imports, runs or writes what its settings name, and import nothing but
+their modules. Settings of theirs that do are refused as well. What is checked is what was parsed,
+with gin's own parser, of every file that is included too; nothing is imported for it.
 """
 
 import functools
@@ -18,7 +18,7 @@ from gin import config_parser
 from salt_jax.command_line import verbs
 from salt_jax.errors import InputError, nearest
 
-# What files may bind and refer to, besides the verbs.
+# What files may bind and refer to; the verbs they may bind.
 NAMES = frozenset(
     f"salt_jax.{name}"
     for name in (
@@ -123,9 +123,10 @@ def _require_safe(lines: typing.TextIO | str, file: str) -> Iterator[str]:
         else:
             # A macro's name is no selector: it has no setting.
             is_macro = getattr(statement, "arg_name", None) == ""
-            named = [] if is_macro else [statement.selector]
-            for name in [*named, *references.found]:
-                _require_own_name(name, modules, where)
+            if not is_macro:
+                _require_own_name(statement.selector, modules, where, _own_names())
+            for name in references.found:
+                _require_own_name(name, modules, where, NAMES)  # a value that is a verb runs it
             if isinstance(statement, config_parser.BindingStatement) and not is_macro:
                 _require_no_code(statement, where)
             references.found.clear()
@@ -145,7 +146,9 @@ def _require_own_module(module: str, where: str) -> None:
         )
 
 
-def _require_own_name(name: str, modules: Mapping[str, str], where: str) -> None:
+def _require_own_name(
+    name: str, modules: Mapping[str, str], where: str, own: frozenset[str]
+) -> None:
     first, _, rest = name.partition(".")
     if first not in modules:
         raise InputError(
@@ -153,10 +156,10 @@ def _require_own_name(name: str, modules: Mapping[str, str], where: str) -> None
             "--safe_gin lets gin look nowhere else: correct the name, or import its module, after "
             f"`{_DYNAMIC_REGISTRATION}`."
         )
-    if f"{modules[first]}.{rest}" not in _own_names():
-        last_names = {one.rpartition(".")[2] for one in _own_names()}
+    if f"{modules[first]}.{rest}" not in own:
+        last_names = {one.rpartition(".")[2] for one in own}
         raise InputError(
-            f"{where}: {name} is none of the names that --safe_gin lets gin use"
+            f"{where}: {name} is none of the names that --safe_gin lets gin use there"
             f"{nearest(name.rpartition('.')[2], last_names)}: {_WITHOUT}."
         )
 

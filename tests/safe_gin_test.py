@@ -153,6 +153,8 @@ def test_nor_by_an_included_file(
         ("from salt_jax.distill import schedules as losses", "X = @losses.LossConfig()"),
         ("import salt_jax.distill.losses", "X = @losses.LossConfig()"),
         ("", "X = @evaluate.evaluate"),
+        ("", "train.train.teacher = @train.train()"),
+        ("from salt_jax.commands import convert", "train.train.seed = (1, @convert.convert())"),
         ("", "X = @run_it()"),
         ("", "X = @anyones_library.run_it()"),
         ("", "singleton.constructor = @train.train"),

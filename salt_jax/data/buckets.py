@@ -302,7 +302,8 @@ def _version(info: Mapping[str, Any]) -> str:
 def _reason(error: Exception) -> str:
     """What went wrong, in one line, without anything that opens the bucket."""
     text = " ".join(str(error).split())
-    for secret in filter(None, (os.environ.get(name) for name in _SECRETS)):
+    secrets = {os.environ.get(name, "") for name in _SECRETS} - {""}
+    for secret in sorted(secrets, key=len, reverse=True):  # one may begin like another
         text = text.replace(secret, "…").replace(urllib.parse.quote(secret, safe=""), "…")
     text = text[:200].rstrip(".")  # only now: half a secret would not be found
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

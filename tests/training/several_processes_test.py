@@ -1,5 +1,6 @@
 """Several real processes that run one command: trained together, stopped, moved, killed."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -8,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -23,6 +24,18 @@ pytestmark = pytest.mark.slow
 
 STEPS = 12
 SURVIVORS_SECONDS = 60  # the promise: nobody waits longer than this for a process that is gone
+
+
+_started: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def _none_is_left() -> Iterator[None]:
+    """A test that failed leaves processes that wait for each other."""
+    yield
+    while _started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(_started.pop().pid, signal.SIGKILL)
 
 
 class Together:
@@ -58,6 +71,7 @@ class Together:
             )
             for index in range(count)
         ]
+        _started.extend(self.members)
 
     def end(self, timeout: float | None = None) -> list[tuple[int, str]]:
         """Exit code and text of each."""
