@@ -113,8 +113,8 @@ def evaluate(
     if responses is not None:
         examinations.append(Responding(examinee, responses))
     if not tasks:
-        for_tasks = {"shots": shots, "limit": limit, "max_new_tokens": max_new_tokens}
-        for_tasks |= {"task_data": task_data, "task_folder": task_folder}
+        for_tasks: dict[str, Any] = {"shots": shots, "limit": limit, "task_data": task_data}
+        for_tasks |= {"max_new_tokens": max_new_tokens, "task_folder": task_folder}
         for name in [name for name, value in for_tasks.items() if value is not None]:
             raise InputError(f"{name} is for few-shot tasks: add --tasks=NAME, or leave it unset.")
     else:
