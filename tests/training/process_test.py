@@ -40,7 +40,13 @@ def command(cache: PackedCache, slm: pathlib.Path, output: pathlib.Path) -> list
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    """Of programs that are compiled as they are where users train."""
+    return {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "PYTHONUNBUFFERED": "1",
+        "XLA_FLAGS": "",
+    }
 
 
 def start(arguments: Sequence[str]) -> "subprocess.Popen[str]":

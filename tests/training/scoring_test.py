@@ -53,13 +53,11 @@ class Commands:
     """Real `salt` processes."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
         )
         self._log = folder / "log"
 
@@ -206,7 +204,6 @@ def test_asked_to_stop_it_ends_with_75_and_goes_on(
     """As the installed command is started, with what it does about signals."""
     process = subprocess.Popen(
         [sys.executable, "-m", "salt_jax", *argv(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -255,7 +252,6 @@ def test_hosts_that_know_of_each_other_share_a_pass(
     argv: Callable[..., list[str]], alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Each on a mesh of its own two devices, and again when one host alone has something left."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     for _ in range(2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -263,7 +259,6 @@ def test_hosts_that_know_of_each_other_share_a_pass(
         hosts = [
             subprocess.Popen(
                 [sys.executable, "-c", DISTRIBUTED, port, str(host), *argv(tmp_path)],
-                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

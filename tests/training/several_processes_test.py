@@ -50,9 +50,7 @@ class Together:
         several = [f"--coordinator_address=127.0.0.1:{port}", f"--process_count={count}"]
         environment = {
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": "",
             "PYTHONUNBUFFERED": "1",
         }
         self.members = [
