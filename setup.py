@@ -23,7 +23,7 @@ PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 # Few-shot tasks through lm-evaluation-harness, and ROUGE.
 EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2"]
 # Folders in buckets, through fsspec: gs:// and s3://.
-GCS, S3 = ["gcsfs>=2025.3"], ["s3fs>=2025.3"]
+GCS, S3 = ["gcsfs>=2026.10"], ["s3fs>=2025.3"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
