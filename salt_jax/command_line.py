@@ -129,9 +129,10 @@ def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[st
     bindings = []
     for name, values in settings.items():
         require_known("setting", name, [*parameters, *_COMMON_FLAGS], prefix="--")
-        if "" in values and not isinstance(parameters[name].default, str):
-            raise InputError(_NO_VALUE.format(name=name))
         annotation = str(parameters[name].annotation)
+        may_be_empty = "Sequence[str]" in annotation and not annotation.startswith("str |")
+        if "" in values and not (may_be_empty or isinstance(parameters[name].default, str)):
+            raise InputError(_NO_VALUE.format(name=name))
         # "str | Sequence[str]" is a list from the second value on.
         is_one = annotation.startswith("str |") and len(values) == 1
         is_list = "Sequence" in annotation and not is_one and "Mapping[" not in annotation
