@@ -278,6 +278,7 @@ def main() -> None:
         results: dict[str, Any] = {}
         for arm in arguments.arms:
             results[arm] = soak(work, arm, arguments)
+            print(arm, results[arm], flush=True)
         measurement.report("soak", {"seed": arguments.seed, **results})
     if any(result["differing"] for result in results.values()):
         sys.exit(1)
