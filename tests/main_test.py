@@ -148,12 +148,12 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "verb", ["train", "score", "select", "evaluate", "generate", "plan", "report"]
 )
-def test_only_preparation_imports_tensorflow(verb: str) -> None:
+def test_no_verb_but_prepare_imports_tensorflow_or_torch(verb: str) -> None:
     code = (
         "import sys; from salt_jax.command_line import parse_arguments\n"
         "from salt_jax.configuration import configure\n"
         f"import salt_jax.commands.{verb}\n"
-        "bad = {'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)\n"
+        "bad = {'tensorflow', 'seqio', 'tensorflow_datasets', 'torch'} & set(sys.modules)\n"
         "sys.exit(f'imported: {bad}' if bad else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -17,9 +17,17 @@ from typing import Any
 
 import rich.console
 import rich.progress
-import tensorboardX
 
 from salt_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
+
+# tensorboardX imports torch where it is installed, for graphs that nobody asks it for here: half of
+# what a command needs to start.
+_torch_is_there = "torch" in sys.modules
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+import tensorboardX  # noqa: E402
+
+if not _torch_is_there:
+    del sys.modules["torch"]
 
 
 class MetricWriter:

@@ -39,19 +39,13 @@ def command(cache: PackedCache, slm: pathlib.Path, output: pathlib.Path) -> list
     ]
 
 
-def environment() -> dict[str, str]:
-    """Of programs that are compiled as they are where users train."""
-    return {
-        **os.environ,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-        "PYTHONUNBUFFERED": "1",
-        "XLA_FLAGS": "",
-    }
-
-
 def start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
