@@ -45,12 +45,29 @@ setuptools.setup(
     description="SALT, small-model aided large-model training, in JAX",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The salt_jax authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    url="https://arxiv.org/abs/2410.18779",
+    project_urls={"Paper": "https://arxiv.org/abs/2410.18779"},
+    keywords=["language models", "distillation", "data selection", "pre-training", "JAX", "TPU"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.14",
     # gin/ and tasks/ are linked into the package as configs/ and tasks/, so that a clone, an
     # editable install and a plain one all find them under one import name.
     packages=["salt_jax", "salt_jax.configs"]
     + [f"salt_jax.{name}" for name in setuptools.find_packages("salt_jax")],
     package_data={
+        "salt_jax": ["py.typed"],
         "salt_jax.configs": ["**/*.gin"],
         "salt_jax.evaluation.tasks": ["*.yaml", "*.yml"],
     },
