@@ -22,7 +22,6 @@ from salt_jax.data.label_format import ENCODINGS, LabelFormat
 from salt_jax.data.local_copies import local_folder
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.soft_labels import SoftLabels
-from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
@@ -42,39 +41,27 @@ from salt_jax.planning.stored_labels import (
     stored_labels,
 )
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import partitioning
-from salt_jax.training.optimizers import OptimizerConfig
+from salt_jax.training.config import Teacher, TrainConfig
 from salt_jax.training.teacher import check_dtype
 
-SETTINGS_FROM = "train"
-# What must be set where train's files ask for it: with it, a plan is another one.
-STAYS_REQUIRED = ("soft_labels",)
+# What a run needs and a plan does not: what they name need not be there. None but for KEEP_STEPS.
+NEEDS_NO = {
+    "config.Data.cache": None,
+    "config.Data.selection": None,
+    "config.Initial.path": None,
+    "config.Teacher.path": None,
+    "checkpoints.CheckpointConfig.keep_steps": (),
+}
 
 
 def plan(
     run: RunFolder,
     *,
-    model: DecoderConfig,
-    steps: int,
-    batch_size: int,
-    optimizer: OptimizerConfig,
-    schedule: schedules.Schedule,
-    loss: losses.LossConfig,
+    config: TrainConfig,
     topology: Sequence[str] = (topologies.LOCAL,),
     teacher_model: DecoderConfig | None = None,
-    teacher_dtype: str | None = None,
-    soft_labels: str | None = None,
-    objectives: denoisers.Objectives | None = None,
-    teacher_objectives: str = "all",
     vocab_size: int = 256_000,
     sequence_length: int = 1280,
-    cache: str | Sequence[str] | None = None,
-    mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
-    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-    teacher_rules: partitioning.Rules | None = None,
-    microbatches: int = 1,
-    stage1_microbatches: int | None = None,
-    arm: str = "",
     hbm_gib: float | None = None,
     try_changes: bool = True,
     stored_ids: int = 64,
@@ -83,76 +70,63 @@ def plan(
 
     Args:
       run: The folder for summary.json.
-      model: The student.
-      steps: Updates of the whole run.
-      batch_size: B, rows of the global batch.
-      optimizer: The optimizer.
-      schedule: ω by step: how many steps have a teacher.
-      loss: The loss; its chunk_tokens decides over memory.
+      config: The run's settings. A cache that they name gives vocab_size and sequence_length.
       topology: What to compile for; repeat the flag for more than one.
       teacher_model: The teacher, or a gin file of gin/models; computes as the student does.
-      teacher_dtype: What to hold it in, "bfloat16" for one; its param_dtype by default.
-      soft_labels: The folder of soft labels that stand for the teacher. It need not be there:
-        stored_ids is then how many ids it has.
-      objectives: What rows are trained on; None is next tokens alone.
-      teacher_objectives: "causal" for a teacher that has a word in causal rows alone, or "all".
       vocab_size: Ids of the vocabulary, for models that don't set it.
       sequence_length: L, tokens of a row.
-      cache: A folder made by `salt prepare`, to take both from; the first of several.
-      mesh: How many devices along each mesh axis.
-      rules: From the model's logical axes to the mesh's.
-      teacher_rules: The same for the teacher; rules if None.
-      microbatches: Parts of a batch computed one after the other.
-      stage1_microbatches: The same in stage 1; microbatches if None.
-      arm: The method's name.
       hbm_gib: Memory of a chip, GiB, instead of what is known of it.
       try_changes: Whether to look for settings that make a stage fit.
-      stored_ids: Ids a token of stored soft labels, to say what storing them would take.
+      stored_ids: Ids a token of stored soft labels, to say what storing them would take; also of
+        config's soft labels where they are not there yet.
 
     Raises:
       InputError: Settings that don't fit each other, an unknown topology, or libtpu is missing;
         or the run fits no topology, which summary.json then says in full.
     """
-    if cache is not None:
-        packed = PackedCache.open(cache if isinstance(cache, str) else cache[0])
+    data, method, devices = config.data, config.method, config.devices
+    if data.cache is not None:
+        packed = PackedCache.open(data.cache if isinstance(data.cache, str) else data.cache[0])
         vocab_size, sequence_length = packed.vocabulary_size, packed.sequence_length
-    require_counts(steps=steps, batch_size=batch_size, sequence_length=sequence_length)
-    require_counts(microbatches=microbatches, stage1_microbatches=stage1_microbatches)
-    require_counts(stored_ids=stored_ids)
-    check_dtype(teacher_dtype)
-    stage1_steps = schedule.distill_steps(steps)
-    if stage1_steps and teacher_model is None and soft_labels is None:
+    require_counts(sequence_length=sequence_length, stored_ids=stored_ids)
+    if config.model is None:
         raise InputError(
-            f"The schedule {type(schedule).__name__} has a stage 1 of {stage1_steps} steps and no "
-            "teacher_model is set: add --teacher_model=models/slm_1_5b.gin, or another model file, "
-            "or --soft_labels=FOLDER."
+            "model is not set: add a gin file that sets it (--gin_file=models/llm_2_8b.gin, say)."
         )
-    if cache is not None and model.vocab_size not in (None, vocab_size):
+    taught = method.teacher or Teacher(path=None)
+    check_dtype(taught.dtype)
+    if config.stage1_steps and teacher_model is None and method.soft_labels is None:
         raise InputError(
-            f"DecoderConfig.vocab_size is {model.vocab_size} and the vocabulary of the cache has "
-            f"{vocab_size} ids: leave vocab_size unset."
+            f"The schedule {type(method.schedule).__name__} has a stage 1 of {config.stage1_steps} "
+            "steps and no teacher_model is set: add --teacher_model=models/slm_1_5b.gin, or "
+            "another model file, or --soft_labels=FOLDER."
         )
-    student = _with_vocabulary(model, vocab_size)
-    stored_k = _stored_k(soft_labels, stored_ids, objectives) if stage1_steps else 0
+    if data.cache is not None and config.model.vocab_size not in (None, vocab_size):
+        raise InputError(
+            f"DecoderConfig.vocab_size is {config.model.vocab_size} and the vocabulary of the "
+            f"cache has {vocab_size} ids: leave vocab_size unset."
+        )
+    student = _with_vocabulary(config.model, vocab_size)
+    stored_k = _stored_k(config, stored_ids) if config.stage1_steps else 0
     job = Job(
         model=student,
         teacher=_teacher(teacher_model, student)
-        if stage1_steps and teacher_model and not stored_k
+        if config.stage1_steps and teacher_model and not stored_k
         else None,
-        teacher_dtype=teacher_dtype,
-        optimizer=optimizer,
-        loss=loss,
-        steps=steps,
-        stage1_steps=stage1_steps,
-        batch_size=batch_size,
+        teacher_dtype=taught.dtype,
+        optimizer=config.optimizer,
+        loss=method.loss,
+        steps=config.steps,
+        stage1_steps=config.stage1_steps,
+        batch_size=data.batch_size,
         sequence_length=sequence_length,
-        microbatches=microbatches,
-        stage1_microbatches=microbatches if stage1_microbatches is None else stage1_microbatches,
-        mesh=mesh,
-        rules=rules,
-        teacher_rules=teacher_rules,
+        microbatches=devices.microbatches_of(2),
+        stage1_microbatches=devices.microbatches_of(1),
+        mesh=devices.mesh,
+        rules=devices.rules,
+        teacher_rules=taught.rules,
         soft_labels=stored_k,
-        extra_features=_features(objectives, teacher_objectives, student),
+        extra_features=_features(data.objectives, taught.objectives, student),
     )
     if sequence_length > student.max_length:
         raise InputError(
@@ -169,27 +143,26 @@ def plan(
         for stage in _stages(job):
             check_batch(job, where, stage)
     run.begin(replace=True)
-    print(f"[{arm or 'plan'}] {_describe(job)}", flush=True)
+    print(f"[{method.arm}] {_describe(job)}", flush=True)
     plans = [_plan(job, where, try_changes, stored_ids) for where in found]
     table.print_plans(plans)
-    run.write_summary(_summary(job, arm, plans))
+    run.write_summary(_summary(job, method.arm, plans))
     _refuse_if_none_fits(plans)
 
 
-def _stored_k(
-    soft_labels: str | None, stored_ids: int, objectives: denoisers.Objectives | None
-) -> int:
+def _stored_k(config: TrainConfig, stored_ids: int) -> int:
     """Ids a token of the labels that stand for a teacher; 0 without such labels."""
-    if soft_labels is None:
+    folder = config.method.soft_labels
+    if folder is None:
         return 0
-    if objectives is not None:
+    if config.data.objectives is not None:
         raise InputError(
-            f"The soft labels {soft_labels} are of rows as they are, and objectives changes rows: "
+            f"The soft labels {folder} are of rows as they are, and objectives changes rows: "
             "leave it unset, or plan with a teacher_model instead."
         )
-    if not local_folder(soft_labels).exists():
+    if not local_folder(folder).exists():
         return stored_ids
-    return SoftLabels.open(soft_labels).format.k
+    return SoftLabels.open(folder).format.k
 
 
 def _features(

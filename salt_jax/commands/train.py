@@ -5,7 +5,6 @@ a whole run (gin/runs). A run that was stopped goes on when the same command is 
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 
@@ -14,8 +13,7 @@ from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
-from salt_jax.distill import losses, schedules
-from salt_jax.errors import InputError, require_counts
+from salt_jax.errors import InputError
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
@@ -29,18 +27,19 @@ from salt_jax.training.checkpoints import (
     read_progress,
     state_bytes,
 )
+from salt_jax.training.config import Devices, Initial, TrainConfig
 from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
 from salt_jax.training.loop import Loop, TrainingSetup
-from salt_jax.training.optimizers import OptimizerConfig
 from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, make_layout
 
 # What sets the settings that no flag can.
 FROM_FILES = {
+    "data": "runs/pretrain.gin",
     "optimizer": "runs/pretrain.gin",
+    "method": "methods/baseline.gin",
     "schedule": "methods/baseline.gin",
-    "loss": "methods/baseline.gin",
 }
 
 # It may be one of several processes, and asks whether one of them was asked to stop.
@@ -49,174 +48,78 @@ SEVERAL_PROCESSES = SAVES_ON_REQUEST = True
 # What may change when a run goes on: how it is computed and when it is told of, and the batch size,
 # since positions count rows.
 MAY_CHANGE = (
-    *("train.batch_size", "train.microbatches", "train.stage1_microbatches", "train.read_threads"),
-    *("train.mesh", "MeshConfig", "train.rules", "train.teacher_rules"),
+    *("Data.batch_size", "Data.read_threads", "Devices", "MeshConfig", "Teacher.rules"),
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
-    *("train.checkpoints", "CheckpointConfig", "train.evaluate_every", "train.log_every"),
-    *("train.max_skipped_updates", "train.hang_seconds", "train.compilation_cache"),
+    *("TrainConfig.devices", "TrainConfig.checkpoints", "CheckpointConfig"),
+    *("TrainConfig.evaluation", "Evaluation.every", "TrainConfig.log_every"),
+    *("TrainConfig.max_skipped_updates", "TrainConfig.hang_seconds"),
     # Folders may be moved: what is in them is compared by digests.
-    *("train.cache", "train.teacher", "train.selection", "train.soft_labels"),
+    *("Data.cache", "Teacher.path", "Data.selection", "Method.soft_labels"),
 )
 
 
-def train(
-    run: RunFolder,
-    *,
-    model: DecoderConfig | None = None,
-    cache: str | Sequence[str],
-    steps: int,
-    batch_size: int,
-    optimizer: OptimizerConfig,
-    schedule: schedules.Schedule,
-    loss: losses.LossConfig,
-    arm: str,
-    seed: int = 0,
-    data_seed: int = 0,
-    teacher: str | None = None,
-    teacher_step: int | None = None,
-    teacher_dtype: str | None = None,
-    soft_labels: str | None = None,
-    selection: str | None = None,
-    selection_steps: int | None = None,
-    stage2_rows: str = "all",
-    cache_weights: Sequence[float] | None = None,
-    objectives: denoisers.Objectives | None = None,
-    teacher_objectives: str = "all",
-    initial: str | None = None,
-    initial_step: int | None = None,
-    mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
-    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-    teacher_rules: partitioning.Rules | None = None,
-    microbatches: int = 1,
-    stage1_microbatches: int | None = None,
-    checkpoints: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
-    evaluate_every: int = 1000,
-    evaluation_rows: int | None = None,
-    log_every: int = 10,
-    read_threads: int = 2,
-    max_skipped_updates: int = 10,
-    hang_seconds: float = 600.0,
-    compilation_cache: str = compilation.DEFAULT_FOLDER,
-) -> None:
+def train(run: RunFolder, *, config: TrainConfig) -> None:
     """Trains a model on a packed cache, with or without a teacher.
 
     Args:
       run: The folder for checkpoints, metrics and results.
-      model: The student, the initial model's shape by default; its vocab_size is the cache's where
-        it is not set.
-      cache: A folder made by `salt prepare`; several are mixed (repeat the flag).
-      steps: Updates of the whole run.
-      batch_size: B, rows of the global batch; may change when a run goes on.
-      optimizer: The optimizer and its learning rate.
-      schedule: ω by step: which steps have a teacher, and how much it counts.
-      loss: Temperatures, divergence, z-loss.
-      arm: The method's name in reports ("baseline", "salt").
-      seed: Of the student's initialisation.
-      data_seed: Of the order of rows; the same for all arms that are to be compared.
-      teacher: A run's folder whose model teaches in stage 1.
-      teacher_step: Its checkpoint; the newest by default.
-      teacher_dtype: What to hold it in, "bfloat16" for one; as it was saved by default.
-      soft_labels: A folder made by `salt score --soft_labels=K`, in place of a teacher.
-      selection: A folder made by `salt select`: stage 1 reads its rows alone (SALT_DS).
-      selection_steps: How many steps read the selection; stage 1's by default. Set it to read
-        selected rows without a teacher.
-      stage2_rows: "all", or "unused": stage 2 leaves out the rows that stage 1 read of a selection.
-      cache_weights: How much of what is read is to be of each cache; by default their rows, so that
-        all come to an epoch's end together. Only proportions matter.
-      objectives: What rows are trained on: UL2's mixture, for one; None is next tokens alone.
-      teacher_objectives: "causal" for a teacher that was trained on next tokens alone: its ω is 0
-        on other rows. "all" lets it teach them all.
-      initial: A run's folder to start the student from, instead of from the seed.
-      initial_step: Its checkpoint; the newest by default.
-      mesh: How many devices along each mesh axis.
-      rules: From the model's logical axes to the mesh's.
-      teacher_rules: The same for the teacher's parameters, which have no gradients and no optimizer
-        state and so may fit whole where the student's don't; rules by default.
-      microbatches: Parts of a batch computed one after the other, to save memory.
-      stage1_microbatches: The same in stage 1, where the teacher needs room; microbatches if None.
-      checkpoints: When to save, what to keep.
-      evaluate_every: Steps between evaluations on the validation split.
-      evaluation_rows: Rows of it to read; all by default.
-      log_every: Steps between lines of metrics.
-      read_threads: Threads that read batches ahead.
-      max_skipped_updates: Non-finite updates to skip before the run stops.
-      hang_seconds: Where a step's rows, a device or a checkpoint take longer, the stacks of all
-        threads are printed; 0 is never.
-      compilation_cache: Where compiled programs are kept between runs; "" keeps none.
+      config: The run's settings.
 
     Raises:
       InputError: Settings that don't fit each other, the cache, the teacher or the devices.
     """
-    caches = Caches.open(cache, cache_weights)
+    data, devices = config.data, config.devices
+    if data.cache is None:
+        raise InputError("cache is not set: add --cache=FOLDER, made by `salt prepare`.")
+    caches = Caches.open(data.cache, data.weights)
     packed = caches.first
-    initial_model = _initial(initial, initial_step, packed)
-    config = _student(model, initial_model, packed)
-    device_mesh = mesh.make()
-    require_counts(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every)
-    require_counts(log_every=log_every, evaluation_rows=evaluation_rows, microbatches=microbatches)
-    require_counts(stage1_microbatches=stage1_microbatches, selection_steps=selection_steps)
-    require_counts(0, max_skipped_updates=max_skipped_updates, seed=seed, data_seed=data_seed)
-    _check_keep_steps(checkpoints, steps)
-    parts = _check_batch(batch_size, (microbatches, stage1_microbatches), device_mesh)
-    stage1_steps = schedule.distill_steps(steps)
+    initial_model = _initial(config.initial, packed)
+    student = _student(config.model, initial_model, packed)
+    mesh = devices.mesh.make()
+    parts = _check_batch(data.batch_size, devices, mesh)
     start = _position(run)
-    selected = _selection(selection, selection_steps, stage1_steps)
-    refuse_unused(schedule, stage1_steps, selection_steps, teacher, teacher_step, soft_labels)
+    selected = _selection(config)
+    refuse_unused(config)
     # A run that goes on in stage 2 has no need of its teacher, which may be gone.
     teacher_model, labels = None, None
-    if start.step < stage1_steps and soft_labels is not None:
-        labels = find_labels(soft_labels, teacher, caches, selected, loss, objectives)
-    elif start.step < stage1_steps:
-        asked = teacher, teacher_step, teacher_dtype, packed
-        teacher_model = find_teacher(*asked, schedule, loss, objectives, teacher_objectives)
-    layout = make_layout(config, optimizer.make(steps), device_mesh, rules)
+    if start.step < config.stage1_steps and config.method.soft_labels is not None:
+        labels = find_labels(config, caches, selected)
+    elif start.step < config.stage1_steps:
+        teacher_model = find_teacher(config, packed)
+    layout = make_layout(student, config.optimizer.make(config.steps), mesh, devices.rules)
     setup = TrainingSetup(
-        arm=arm,
-        steps=steps,
-        seed=seed,
+        config=config,
         layout=layout,
-        loss=loss,
-        schedule=schedule,
         pipeline=make_pipeline(
             caches,
-            partitioning.batch_part(device_mesh),
-            batch_size=batch_size,
-            seed=data_seed,
+            partitioning.batch_part(mesh),
+            batch_size=data.batch_size,
+            seed=data.seed,
             selected=selected,
-            stage1_steps=min(selection_steps or stage1_steps, steps),
-            stage2_rows=stage2_rows,
+            stage1_steps=min(data.selection_steps or config.stage1_steps, config.steps),
+            stage2_rows=data.stage2_rows,
             start=start,
-            denoising=_denoising(objectives, packed, data_seed, teacher_objectives, config),
+            denoising=_denoising(config, packed, student),
             soft_labels=labels,
-            read_threads=read_threads,
+            read_threads=data.read_threads,
         ),
         sequence_length=packed.sequence_length,
-        evaluator=_evaluator(caches, layout, batch_size // max(parts), evaluation_rows, loss),
-        evaluation_rows=_held_out_rows(caches, evaluation_rows),
-        learning_rate=optimizer.learning_rate.schedule(steps),
-        checkpoints=checkpoints,
-        origin=origin_of(config, caches, schedule, selected, teacher_model, labels),
+        evaluator=_evaluator(caches, layout, data.batch_size // max(parts), config),
+        evaluation_rows=_held_out_rows(caches, config.evaluation.rows),
+        origin=origin_of(student, caches, config.method.schedule, selected, teacher_model, labels),
         teacher=teacher_model,
-        teacher_dtype=teacher_dtype,
-        teacher_rules=teacher_rules,
-        scoring=scoring_cost(selected, labels, arm),
+        scoring=scoring_cost(selected, labels, config.method.arm),
         initial=initial_model,
-        microbatches=microbatches,
-        stage1_microbatches=stage1_microbatches,
-        evaluate_every=evaluate_every,
-        log_every=log_every,
-        max_skipped_updates=max_skipped_updates,
-        hang_seconds=hang_seconds,
     )
     _begin(run, setup, packed)
-    compilation.use_compilation_cache(compilation_cache)
+    compilation.use_compilation_cache(devices.compilation_cache)
     run.write_summary(Loop(setup, run).run())
 
 
 def _begin(run: RunFolder, setup: TrainingSetup, cache: PackedCache) -> None:
-    _require_space(run, setup.checkpoints, state_bytes(setup.layout))
+    _require_space(run, setup.config.checkpoints, state_bytes(setup.layout))
     for change in run.begin(may_change=MAY_CHANGE):
-        print(f"[{setup.arm}] {change}")
+        print(f"[{setup.config.method.arm}] {change}")
     if run.processes.is_first:
         cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
     _describe(setup)
@@ -236,14 +139,12 @@ def _position(run: RunFolder) -> Position:
     return Position(steps[-1], rows["stage1"], rows["stage2"])
 
 
-def _initial(path: str | None, step: int | None, cache: PackedCache) -> SavedModel | None:
-    if path is not None:
-        return find_model(path, step, "initial", cache)
-    if step is not None:
-        raise InputError(
-            f"initial_step is {step} and initial is not set: leave it out, or add --initial=RUN."
-        )
-    return None
+def _initial(initial: Initial | None, cache: PackedCache) -> SavedModel | None:
+    if initial is None:
+        return None
+    if initial.path is None:
+        raise InputError("initial is set without a folder: add --initial=RUN.")
+    return find_model(initial.path, initial.step, "initial", cache)
 
 
 def _student(
@@ -288,42 +189,31 @@ def _student(
     return model
 
 
-def _check_keep_steps(checkpoints: CheckpointConfig, steps: int) -> None:
-    if any(not 0 < step <= steps for step in checkpoints.keep_steps):
-        raise InputError(
-            f"CheckpointConfig.keep_steps is {tuple(checkpoints.keep_steps)} and the run has "
-            f"{steps} steps: keep steps from 1 to {steps} (--gin.KEEP_STEPS), or raise --steps."
-        )
-
-
-def _check_batch(
-    batch_size: int, microbatches: tuple[int, int | None], mesh: jax.sharding.Mesh
-) -> tuple[int, int]:
-    """The microbatches of a plain step and of one with a teacher."""
-    plain, stage1 = microbatches
+def _check_batch(batch_size: int, devices: Devices, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """The microbatches of a step of stage 1 and of stage 2."""
     divisor = partitioning.batch_divisor(mesh)
-    for parts in (plain, stage1 or plain):
+    first, second = devices.microbatches_of(1), devices.microbatches_of(2)
+    for parts in (second, first):
         if batch_size % (divisor * parts):
             raise InputError(
                 f"batch_size {batch_size} can't be split over {divisor} devices in {parts} "
                 "microbatches: make it a multiple of devices × microbatches, or change "
                 "microbatches or the mesh."
             )
-    return plain, stage1 or plain
+    return first, second
 
 
-def _selection(
-    path: str | None, selection_steps: int | None, stage1_steps: int
-) -> Selection | None:
+def _selection(config: TrainConfig) -> Selection | None:
+    path, steps = config.data.selection, config.data.selection_steps
     if path is None:
-        if selection_steps is not None:
+        if steps is not None:
             raise InputError(
-                f"selection_steps is {selection_steps} and there is no selection to read: add "
+                f"selection_steps is {steps} and there is no selection to read: add "
                 "--selection=FOLDER."
             )
         return None
     selection = Selection.open(path)
-    if selection_steps is None and stage1_steps == 0:
+    if steps is None and config.stage1_steps == 0:
         raise InputError(
             f"selection is {path}, but the schedule has no stage 1 to read it in: leave selection "
             "unset, choose a schedule with n_kd over 0, or set selection_steps."
@@ -337,29 +227,26 @@ def _selection(
 
 
 def _denoising(
-    objectives: denoisers.Objectives | None,
-    cache: PackedCache,
-    seed: int,
-    teacher_objectives: str,
-    config: DecoderConfig,
+    config: TrainConfig, cache: PackedCache, student: DecoderConfig
 ) -> denoisers.Denoising | None:
-    if teacher_objectives not in denoisers.TEACHER_OBJECTIVES:
-        raise InputError(f"teacher_objectives is {teacher_objectives!r}: choose 'all' or 'causal'.")
+    objectives, teacher = config.data.objectives, config.method.teacher
+    taught = teacher.objectives if teacher else "all"
+    if taught not in denoisers.TEACHER_OBJECTIVES:
+        raise InputError(
+            f"The teacher's objectives are {taught!r}: set --teacher.objectives to 'all' or "
+            "'causal'."
+        )
     if objectives is None:
         return None
     if objectives.bidirectional_prefix:
-        require_bidirectional(config.attention_backend)
+        require_bidirectional(student.attention_backend)
     return denoisers.Denoising(
-        objectives, cache.vocabulary, cache.sequence_length, seed, teacher_objectives
+        objectives, cache.vocabulary, cache.sequence_length, config.data.seed, taught
     )
 
 
 def _evaluator(
-    caches: Caches,
-    layout: StateLayout,
-    batch_size: int,
-    rows: int | None,
-    loss: losses.LossConfig,
+    caches: Caches, layout: StateLayout, batch_size: int, config: TrainConfig
 ) -> Evaluator | MixtureEvaluator:
     """For the validation rows of every cache; causal, whatever the objectives."""
     evaluators = {
@@ -370,8 +257,8 @@ def _evaluator(
             batch_size,
             layout.mesh,
             layout.rules,
-            rows,
-            loss.chunk_tokens,
+            config.evaluation.rows,
+            config.method.loss.chunk_tokens,
         )
         for name, cache in caches.packed.items()
     }
@@ -385,8 +272,8 @@ def _held_out_rows(caches: Caches, rows: int | None) -> int:
 
 def _describe(setup: TrainingSetup) -> None:
     """Says what is about to run, and what a reader might not expect of it."""
-    pipeline = setup.pipeline
-    epochs = pipeline.epochs(setup.steps)
+    pipeline, steps, stage1_steps = setup.pipeline, setup.config.steps, setup.config.stage1_steps
+    says, epochs = f"[{setup.config.method.arm}]", pipeline.epochs(steps)
     sizes = (pipeline.unused_rows or pipeline.all_rows).sizes()
     read = [
         f"{epochs[name]:.2f} epochs of {sizes[i]:,} rows"
@@ -394,14 +281,14 @@ def _describe(setup: TrainingSetup) -> None:
         for i, name in enumerate(pipeline.sources)
     ]
     print(
-        f"[{setup.arm}] {setup.layout.config.num_parameters:,} parameters, {setup.steps} steps of "
+        f"{says} {setup.layout.config.num_parameters:,} parameters, {steps} steps of "
         f"{pipeline.batch_size} × {setup.sequence_length} tokens, {', '.join(read)}, "
-        f"{setup.stage1_steps} steps with a teacher"
+        f"{stage1_steps} steps with a teacher"
     )
-    n_kd = getattr(setup.schedule, "n_kd", None)
-    if n_kd is not None and n_kd > setup.steps:
+    n_kd = getattr(setup.config.method.schedule, "n_kd", None)
+    if n_kd is not None and n_kd > steps:
         print(
-            f"[{setup.arm}] n_kd {n_kd} is over the run's {setup.steps} steps: the teacher stays "
+            f"{says} n_kd {n_kd} is over the run's {steps} steps: the teacher stays "
             "to the end, and there is no stage 2"
         )
     if pipeline.selected_rows is None:
@@ -410,9 +297,9 @@ def _describe(setup: TrainingSetup) -> None:
     needed = pipeline.position(max(pipeline.stage1_steps, pipeline.start.step)).stage1_rows
     if selected < needed:
         print(
-            f"[{setup.arm}] {selected:,} selected rows are fewer than the {needed:,} that are "
+            f"{says} {selected:,} selected rows are fewer than the {needed:,} that are "
             f"read of them ({pipeline.stage1_steps} steps × batch_size): each is read "
             f"{epochs[SELECTED]:.1f} times"
         )
     else:
-        print(f"[{setup.arm}] stage 1 reads {needed:,} of the {selected:,} selected rows, once")
+        print(f"{says} stage 1 reads {needed:,} of the {selected:,} selected rows, once")

@@ -15,17 +15,17 @@ import jax
 import numpy as np
 
 from salt_jax.data.input_pipeline import InputPipeline, Position
-from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError, Interrupted, RunFailed
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
+from salt_jax.training.checkpoints import Checkpointer, SavedModel
+from salt_jax.training.config import TrainConfig
 from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
 from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
 from salt_jax.training.stop_requests import StopRequests
-from salt_jax.training.teacher import Teacher
+from salt_jax.training.teacher import LoadedTeacher
 from salt_jax.training.train_state import StateLayout, TrainState
 from salt_jax.training.train_step import (
     BATCH_FEATURES,
@@ -37,89 +37,47 @@ from salt_jax.training.train_step import (
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSetup:
-    """Everything a run needs, checked by the caller.
+    """A run's settings, and what they name, opened and checked by the caller.
 
     Attributes:
-      arm: The method's name.
-      steps: Of the whole run.
-      seed: Of the student's initialisation.
+      config: The settings.
       layout: The student's state over the mesh.
-      loss: The loss.
-      schedule: ω by step.
       pipeline: The batches, from where the newest checkpoint stands.
       sequence_length: L, tokens a row.
       evaluator: For the validation split, of every cache.
       evaluation_rows: Rows of it that an evaluation reads.
-      learning_rate: The rate by step, for the metrics.
-      checkpoints: When to save, what to keep.
       origin: What checkpoints record besides counters: model, vocabulary, cache, teacher.
       teacher: The frozen model of stage 1, or None.
-      teacher_dtype: What to hold it in; None is as saved.
-      teacher_rules: From its logical axes to the mesh's; None is the student's rules.
       scoring: What it cost to score the rows that the selection was made from, and to make soft
         labels.
-      initial: A checkpoint to start the student from; None starts from `seed`.
-      microbatches: Parts of a batch computed one after the other.
-      stage1_microbatches: The same in stage 1; None is microbatches.
-      evaluate_every: Steps between evaluations; the last step is always evaluated.
-      log_every: Steps between lines of metrics.
-      max_skipped_updates: Non-finite updates to skip before the run stops.
-      hang_seconds: A wait that is worth a report; 0 is never.
+      initial: A checkpoint to start the student from; None starts from the seed.
     """
 
-    arm: str
-    steps: int
-    seed: int
+    config: TrainConfig
     layout: StateLayout
-    loss: losses.LossConfig
-    schedule: schedules.Schedule
     pipeline: InputPipeline
     sequence_length: int
     evaluator: Evaluator | MixtureEvaluator
     evaluation_rows: int
-    learning_rate: Any
-    checkpoints: CheckpointConfig
     origin: Mapping[str, Any]
     teacher: SavedModel | None = None
-    teacher_dtype: Any = None
-    teacher_rules: partitioning.Rules | None = None
     scoring: Cost | None = None
     initial: SavedModel | None = None
-    microbatches: int = 1
-    stage1_microbatches: int | None = None
-    evaluate_every: int = 1000
-    log_every: int = 10
-    max_skipped_updates: int = 10
-    hang_seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        if not self.arm.strip() or not self.arm.isprintable():
-            raise InputError(f"arm is {self.arm!r}, expected a name for reports: change --arm.")
-        if self.hang_seconds < 0:
-            raise InputError(
-                f"hang_seconds is {self.hang_seconds}, expected seconds, or 0 for never: change "
-                "--hang_seconds."
-            )
-
-    @property
-    def stage1_steps(self) -> int:
-        """Steps with a teacher."""
-        return self.schedule.distill_steps(self.steps)
 
     def stage_of(self, step: int) -> int:
         """1 while the teacher runs, then 2."""
-        return 1 if step < self.stage1_steps else 2
+        return 1 if step < self.config.stage1_steps else 2
 
 
 class Loop:
     """One run, from its newest checkpoint or its beginning to its last step."""
 
     def __init__(self, setup: TrainingSetup, folder: RunFolder) -> None:
-        self._setup = setup
-        self._checkpointer = Checkpointer(folder.path, setup.checkpoints, self._report)
+        self._setup, self._config = setup, setup.config
+        self._checkpointer = Checkpointer(folder.path, self._config.checkpoints, self._report)
         self._folder, self._together = folder, folder.processes.count > 1
-        self._watch = HangWatch(setup.hang_seconds, self._report)
-        self._teacher: Teacher | None = None
+        self._watch = HangWatch(self._config.hang_seconds, self._report)
+        self._teacher: LoadedTeacher | None = None
         denoising = setup.pipeline.denoising
         self._origin = {**setup.origin, "objectives": denoising and denoising.identity}
         self._skipped = 0
@@ -156,10 +114,10 @@ class Loop:
                     programs = self._compile()
                 with waiting_for("the evaluation's program to compile"):
                     self._compile_the_rest(state)
-            batches = setup.pipeline.batches(first_step, setup.steps)
+            batches = setup.pipeline.batches(first_step, self._config.steps)
             with (
                 MetricWriter(self._folder.path, self._folder.processes.is_first) as writer,
-                ProgressBar(setup.arm, setup.steps, first_step) as bar,
+                ProgressBar(self._config.method.arm, self._config.steps, first_step) as bar,
             ):
                 if first_step:
                     bar.say(f"continues at step {first_step}")
@@ -176,11 +134,10 @@ class Loop:
         stop: StopRequests,
     ) -> dict[str, Any]:
         """The steps themselves; the run's results."""
-        setup = self._setup
         evaluation: Evaluation | None = None
         pending: tuple[int, Any] | None = None
         self._ledger.start_clock()
-        for done in range(first_step + 1, setup.steps + 1):
+        for done in range(first_step + 1, self._config.steps + 1):
             with self._watch.waiting_for(f"the input pipeline at step {done}"):
                 batch = next(batches)
             with self._watch.waiting_for(f"the program of step {done}"):
@@ -188,8 +145,8 @@ class Loop:
             # The previous step's numbers are fetched while this one runs.
             self._note(pending, writer, bar)
             pending = (done, metrics)
-            saves = setup.checkpoints.saves(done, setup.steps)
-            evaluates = done % setup.evaluate_every == 0 or done == setup.steps
+            saves = self._config.checkpoints.saves(done, self._config.steps)
+            evaluates = done % self._config.evaluation.every == 0 or done == self._config.steps
             with self._watch.waiting_for(f"the processes to agree after step {done}"):
                 stopped_by = stop.asked_by(done)
             if not (saves or evaluates or stopped_by):
@@ -197,18 +154,18 @@ class Loop:
             self._note(pending, writer, bar)
             pending = None
             if saves or stopped_by:
-                self._save(done, state, done == setup.steps or bool(stopped_by))
-            if stopped_by and done < setup.steps:
+                self._save(done, state, done == self._config.steps or bool(stopped_by))
+            if stopped_by and done < self._config.steps:
                 self._require_saved(done)
                 raise Interrupted(
-                    f"stopped by {stopped_by} after step {done} of {setup.steps}, which is saved "
-                    f"in {self._folder.path}: run the same command again to go on."
+                    f"stopped by {stopped_by} after step {done} of {self._config.steps}, which is "
+                    f"saved in {self._folder.path}: run the same command again to go on."
                 )
             if evaluates:
                 evaluation = self._evaluate(done, state, writer, bar)
             self._ledger.start_clock()
-        evaluation = evaluation or self._evaluate(setup.steps, state, writer, bar)
-        self._require_saved(setup.steps)
+        evaluation = evaluation or self._evaluate(self._config.steps, state, writer, bar)
+        self._require_saved(self._config.steps)
         return self._summary(state, evaluation)
 
     def _start(self) -> tuple[int, TrainState]:
@@ -226,20 +183,22 @@ class Loop:
             params = setup.initial.load_params(layout.mesh, layout.rules, layout.config.param_dtype)
             state = setup.layout.around(params)
         else:
-            state = setup.layout.create(setup.seed)
+            state = setup.layout.create(self._config.seed)
         first_step = latest or 0
         start = setup.pipeline.start
         assert start.step == first_step, f"a pipeline from {start} for a run at step {first_step}"
-        if setup.teacher is not None and first_step < setup.stage1_steps:
-            rules = setup.teacher_rules or setup.layout.rules
-            self._teacher = Teacher(setup.teacher, setup.layout.mesh, rules, setup.teacher_dtype)
+        if setup.teacher is not None and first_step < self._config.stage1_steps:
+            asked = self._config.method.teacher
+            assert asked is not None, "a teacher was found, so one was asked for"
+            rules = asked.rules or setup.layout.rules
+            self._teacher = LoadedTeacher(setup.teacher, setup.layout.mesh, rules, asked.dtype)
         return first_step, state
 
     def _counters(self, progress: Mapping[str, Any], step: int) -> Counters:
         """A checkpoint's counters, with the evaluation that came after it at the same step."""
         where = f"The checkpoint of step {step} in {self._folder.path}"
         counters = Counters.from_json(progress["counters"], where)
-        later = recorded(self._folder.path, "eval", step) if step < self._setup.steps else None
+        later = recorded(self._folder.path, "eval", step) if step < self._config.steps else None
         names = ("evaluation_flops", "evaluation_tokens", "evaluation_seconds")
         return dataclasses.replace(counters, **{name: later[name] for name in names if later})
 
@@ -268,12 +227,12 @@ class Loop:
         setup, teacher = self._setup, self._teacher
         return compile_programs(
             setup.layout,
-            setup.loss,
+            self._config.method.loss,
             (setup.pipeline.batch_size, setup.sequence_length),
-            microbatches=setup.microbatches,
+            microbatches=self._config.devices.microbatches,
             teacher_config=teacher.model.config if teacher else None,
             teacher_params=teacher.params if teacher else None,
-            distill_microbatches=setup.stage1_microbatches,
+            distill_microbatches=self._config.devices.stage1_microbatches,
             extra_features=setup.pipeline.extra_features,
             soft_labels=self._soft_labels,
         )
@@ -282,7 +241,7 @@ class Loop:
     def _soft_labels(self) -> int:
         """K of the soft labels that stand for a teacher; 0 without, or when stage 1 is over."""
         pipeline = self._setup.pipeline
-        if pipeline.soft_labels is None or pipeline.start.step >= self._setup.stage1_steps:
+        if pipeline.soft_labels is None or pipeline.start.step >= self._config.stage1_steps:
             return 0
         return pipeline.soft_labels.format.k
 
@@ -291,8 +250,9 @@ class Loop:
         setup = self._setup
         setup.evaluator(state.params, rows=1)
         # Asked step by step, the schedule would run on the devices, behind the steps in flight.
-        rates = jax.jit(setup.learning_rate)(np.arange(setup.steps, dtype=np.int32))
-        self._learning_rates = np.broadcast_to(np.asarray(rates), (setup.steps,))
+        schedule = self._config.optimizer.learning_rate.schedule(self._config.steps)
+        rates = jax.jit(schedule)(np.arange(self._config.steps, dtype=np.int32))
+        self._learning_rates = np.broadcast_to(np.asarray(rates), (self._config.steps,))
 
     def _step(
         self, step: int, state: TrainState, batch: Mapping[str, np.ndarray], programs: Programs
@@ -310,7 +270,7 @@ class Loop:
             return programs.plain(state, on_device)
         if programs.distill is None:
             raise AssertionError("stage 1 has its program")
-        omega = np.float32(self._setup.schedule.omega_at(step))
+        omega = np.float32(self._config.method.schedule.omega_at(step))
         teacher_params = self._teacher.params if self._teacher else None
         return programs.distill(state, on_device, teacher_params, omega)
 
@@ -329,20 +289,20 @@ class Loop:
         # The optimizer counts the updates that it applied, and so does its learning rate.
         rate_step = done - 1 - self._skipped
         self._skipped = int(metrics["skipped_updates"])
-        if self._skipped > setup.max_skipped_updates:
+        if self._skipped > self._config.max_skipped_updates:
             raise RunFailed(
-                f"{self._skipped} updates were not finite, the last at step {done}, "
-                f"and max_skipped_updates is {setup.max_skipped_updates}: the parameters are still "
-                "finite; start again in another --output_dir with a lower learning rate or a "
+                f"{self._skipped} updates were not finite, the last at step {done}, and "
+                f"max_skipped_updates is {self._config.max_skipped_updates}: the parameters are "
+                "still finite; start again in another --output_dir with a lower learning rate or a "
                 "higher limit."
             )
-        if done % setup.log_every == 0 or done == setup.steps:
+        if done % self._config.log_every == 0 or done == self._config.steps:
             record = {
                 "kind": "train",
                 "step": done,
                 "stage": stage,
                 **self._ledger.close_window(),
-                "omega": setup.schedule.omega_at(done - 1),
+                "omega": self._config.method.schedule.omega_at(done - 1),
                 "learning_rate": float(self._learning_rates[rate_step]),
                 "epochs": setup.pipeline.epochs(done),
             }
@@ -401,24 +361,24 @@ class Loop:
         )
 
     def _report(self, sentence: str) -> None:
-        print(f"[{self._setup.arm}] {sentence}", file=sys.stderr)
+        print(f"[{self._config.method.arm}] {sentence}", file=sys.stderr)
 
     def _summary(self, state: TrainState, evaluation: Evaluation) -> dict[str, Any]:
         setup = self._setup
         return {
-            "arm": setup.arm,
-            "steps": setup.steps,
-            "distill_steps": setup.stage1_steps,
+            "arm": self._config.method.arm,
+            "steps": self._config.steps,
+            "distill_steps": self._config.stage1_steps,
             "parameters": setup.layout.config.num_parameters,
             **evaluation.to_json(),
             **self._ledger.counters.to_json(),
             "teacher": self._origin["teacher"],
             "skipped_updates": int(state.skipped_updates),
-            "seed": setup.seed,
+            "seed": self._config.seed,
             "cache_digest": setup.origin["cache_digest"],
             "caches": setup.origin["caches"],
-            "rows_consumed": rows_consumed(setup.pipeline.position(setup.steps)),
-            "epochs": setup.pipeline.epochs(setup.steps),
+            "rows_consumed": rows_consumed(setup.pipeline.position(self._config.steps)),
+            "epochs": setup.pipeline.epochs(self._config.steps),
         }
 
 

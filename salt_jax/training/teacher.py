@@ -11,20 +11,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from salt_jax.data import denoisers
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import SoftLabels
-from salt_jax.distill import losses, schedules
+from salt_jax.distill import losses
 from salt_jax.errors import InputError
 from salt_jax.training import partitioning
 from salt_jax.training.caches import Caches
 from salt_jax.training.checkpoints import SavedModel, find_model
+from salt_jax.training.config import TrainConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Teacher:
+class LoadedTeacher:
     """A frozen model on the mesh.
 
     Args:
@@ -55,127 +55,96 @@ class Teacher:
         self.params = None
 
 
-def refuse_unused(
-    schedule: schedules.Schedule,
-    stage1_steps: int,
-    selection_steps: int | None,
-    teacher: str | None,
-    teacher_step: int | None,
-    soft_labels: str | None,
-) -> None:
+def refuse_unused(config: TrainConfig) -> None:
     """Raises InputError where a teacher or soft labels are set that no step has a use for."""
-    if teacher_step is not None and teacher is None:
-        raise InputError(
-            f"teacher_step is {teacher_step} and teacher is not set: leave it out, or add "
-            "--teacher=RUN."
-        )
-    for name, folder in (("teacher", teacher), ("soft_labels", soft_labels)):
-        if folder is not None and not stage1_steps:
+    method, steps = config.method, config.data.selection_steps
+    teacher = method.teacher and method.teacher.path
+    for name, folder in (("teacher", teacher), ("soft_labels", method.soft_labels)):
+        if folder is not None and not config.stage1_steps:
             raise InputError(
-                f"{name} is {folder}, and the schedule {type(schedule).__name__} has no stage 1 to "
-                f"use it in: leave {name} unset, or take another method (--gin_file=methods/…)."
+                f"{name} is {folder}, and the schedule {type(method.schedule).__name__} has no "
+                f"stage 1 to use it in: leave {name} unset, or take another method "
+                "(--gin_file=methods/…)."
             )
-    if soft_labels is not None and selection_steps not in (None, stage1_steps):
+    if method.soft_labels is not None and steps not in (None, config.stage1_steps):
         raise InputError(
-            f"selection_steps is {selection_steps} and stage 1 has {stage1_steps} steps, and soft "
+            f"selection_steps is {steps} and stage 1 has {config.stage1_steps} steps, and soft "
             "labels are read with its rows: leave selection_steps unset."
         )
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raises InputError where nothing can be held in teacher_dtype; None is as it was saved."""
+    """Raises InputError where a teacher can't be held in a dtype; None is as it was saved."""
     if dtype not in (None, *DTYPES):
         raise InputError(
-            f"teacher_dtype is {dtype!r}, expected one of {', '.join(DTYPES)}: change "
-            "--teacher_dtype."
+            f"The teacher's dtype is {dtype!r}, expected one of {', '.join(DTYPES)}: change "
+            "--teacher.dtype."
         )
 
 
-def find_teacher(
-    path: str | None,
-    step: int | None,
-    dtype: str | None,
-    cache: PackedCache,
-    schedule: schedules.Schedule,
-    loss: losses.LossConfig,
-    objectives: denoisers.Objectives | None,
-    teacher_objectives: str,
-) -> SavedModel:
+def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
     """The model that teaches.
 
     Args:
-      path: A run's folder.
-      step: Its checkpoint; the newest by default.
-      dtype: What it is to be held in.
+      config: The run's settings.
       cache: What is trained on, with its vocabulary.
-      schedule: Which asks for it.
-      loss: The loss that it is for.
-      objectives: What becomes of rows; None is nothing.
-      teacher_objectives: Which of them it teaches, "all" or "causal".
 
     Raises:
       InputError: None is set, there is none, it is of another vocabulary, or it lacks ids that it
         would have to read or, by the divergence, to give probability.
     """
-    check_dtype(dtype)
-    if path is None:
+    method, asked = config.method, config.method.teacher
+    if asked is None or asked.path is None:
         raise InputError(
-            f"The schedule {type(schedule).__name__} needs a teacher and none is set: add "
+            f"The schedule {type(method.schedule).__name__} needs a teacher and none is set: add "
             "--teacher=FOLDER, the output of a `salt train` run, or --soft_labels=FOLDER."
         )
-    model = find_model(path, step, "teacher", cache)
+    check_dtype(asked.dtype)
+    model = find_model(asked.path, asked.step, "teacher", cache)
     ids, lacks = cache.vocabulary_size, cache.vocabulary_size - (model.config.vocab_size or 0)
-    read = objectives if teacher_objectives == "all" else None
-    if lacks and read is not None and read.uses_reserved_ids:
+    objectives = config.data.objectives if asked.objectives == "all" else None
+    if lacks and objectives is not None and objectives.uses_reserved_ids:
         raise InputError(
-            f"The teacher {path} lacks the last {lacks} of the cache's {ids} ids, the modes and "
-            "sentinels of objectives: add --teacher_objectives=causal, which makes ω 0 on "
+            f"The teacher {asked.path} lacks the last {lacks} of the cache's {ids} ids, the modes "
+            "and sentinels of objectives: add --teacher.objectives=causal, which makes ω 0 on "
             "denoised rows, or take a teacher that has them."
         )
-    losses.check_vocab_size(loss, ids, ids, ids - lacks, None)
+    losses.check_vocab_size(method.loss, ids, ids, ids - lacks, None)
     return model
 
 
-def find_labels(
-    path: str,
-    teacher: str | None,
-    caches: Caches,
-    selected: Selection | None,
-    loss: losses.LossConfig,
-    objectives: denoisers.Objectives | None,
-) -> SoftLabels:
+def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None) -> SoftLabels:
     """The soft labels that stand for a teacher.
 
     Args:
-      path: A folder made by `salt score --soft_labels=K`.
-      teacher: The run of a teacher, which must not be set as well.
+      config: The run's settings, with soft labels.
       caches: What is trained on.
       selected: Stage 1's own rows.
-      loss: The loss that they are for.
-      objectives: What becomes of rows.
 
     Raises:
-      InputError: They are not of these rows, or not for this loss.
+      InputError: They are not of these rows, or not for this loss; or a teacher is set as well.
     """
-    if teacher is not None:
+    method, path = config.method, config.method.soft_labels
+    assert path is not None, "soft labels are set"
+    if method.teacher is not None:
         raise InputError(
-            f"Both the teacher {teacher} and the soft labels {path} are set: leave one out "
-            "(--teacher=None)."
+            f"Both the teacher {method.teacher.path} and the soft labels {path} are set: leave one "
+            "out (--teacher=None)."
         )
     if len(caches.packed) > 1:
         raise InputError(
             f"The soft labels {path} are of one cache, and cache names {len(caches.packed)}: name "
             "one, or set a teacher instead."
         )
-    if objectives is not None:
+    if config.data.objectives is not None:
         raise InputError(
             f"The soft labels {path} are of rows as they are, and objectives changes rows: leave "
             "it unset, or set a teacher instead."
         )
     labels = SoftLabels.open(path, cache_digest=caches.first.digest)
     labels.require_fit(
-        temperature=loss.teacher_temperature,
-        k=loss.teacher_top_k,
+        temperature=method.loss.teacher_temperature,
+        k=method.loss.teacher_top_k,
         selection_digest=selected.digest if selected else None,
     )
     return labels

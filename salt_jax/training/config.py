@@ -1,0 +1,213 @@
+"""The settings of a training run, one tree for `salt train` and `salt plan`.
+
+gin files bind what is in it, in blocks that a fork changes by one line:
+
+    config.Method:
+      arm = 'salt'
+      schedule = @schedules.Step()
+      teacher = @config.Teacher()
+
+A flag finds the group that has its field: --cache is Data's, --teacher.step a Teacher's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from salt_jax.data.denoisers import Objectives
+from salt_jax.distill.losses import LossConfig
+from salt_jax.distill.schedules import Schedule
+from salt_jax.errors import InputError, require_counts
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.training import compilation, partitioning
+from salt_jax.training.checkpoints import CheckpointConfig
+from salt_jax.training.optimizers import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Which rows are trained on, and how many at once.
+
+    Attributes:
+      cache: A folder made by `salt prepare`; several are mixed (repeat the flag).
+      batch_size: B, rows of the global batch; may change when a run goes on.
+      weights: How much of what is read is to be of each cache; by default their rows, so that all
+        come to an epoch's end together. Only proportions matter.
+      selection: A folder made by `salt select`: stage 1 reads its rows alone (SALT_DS).
+      selection_steps: How many steps read the selection; stage 1's by default. Set it to read
+        selected rows without a teacher.
+      stage2_rows: "all", or "unused": stage 2 leaves out the rows that stage 1 read of a selection.
+      objectives: What rows are trained on: UL2's mixture, for one; None is next tokens alone.
+      seed: Of the order of rows; the same for all arms that are to be compared.
+      read_threads: Threads that read batches ahead.
+    """
+
+    cache: str | Sequence[str] | None
+    batch_size: int
+    weights: Sequence[float] | None = None
+    selection: str | None = None
+    selection_steps: int | None = None
+    stage2_rows: str = "all"
+    objectives: Objectives | None = None
+    seed: int = 0
+    read_threads: int = 2
+
+    def __post_init__(self) -> None:
+        require_counts(batch_size=self.batch_size, selection_steps=self.selection_steps)
+        require_counts(0, **{"data.seed": self.seed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The frozen model that teaches in stage 1.
+
+    Attributes:
+      path: The folder of its run.
+      step: Its checkpoint; the newest by default.
+      dtype: What to hold it in, "bfloat16" for one; as it was saved by default.
+      objectives: "causal" for a teacher that was trained on next tokens alone: its ω is 0 on other
+        rows. "all" lets it teach them all.
+      rules: From the model's logical axes to the mesh's for its parameters, which have no gradients
+        and no optimizer state and so may fit whole where the student's don't; the student's by
+        default.
+    """
+
+    path: str | None
+    step: int | None = None
+    dtype: str | None = None
+    objectives: str = "all"
+    rules: partitioning.Rules | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How the student learns: an arm of a comparison.
+
+    Attributes:
+      arm: Its name in reports ("baseline", "salt").
+      schedule: ω by step: which steps have a teacher, and how much it counts.
+      loss: Temperatures, divergence, z-loss.
+      teacher: The model that teaches in stage 1.
+      soft_labels: A folder made by `salt score --soft_labels=K`, in the teacher's place.
+    """
+
+    arm: str
+    schedule: Schedule
+    loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
+    teacher: Teacher | None = None
+    soft_labels: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.arm.strip() or not self.arm.isprintable():
+            raise InputError(f"arm is {self.arm!r}, expected a name for reports: change --arm.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """A model to start from, instead of from the seed.
+
+    Attributes:
+      path: The folder of its run.
+      step: Its checkpoint; the newest by default.
+    """
+
+    path: str | None
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """How a program lies on the devices.
+
+    Attributes:
+      mesh: How many devices along each mesh axis.
+      rules: From the model's logical axes to the mesh's.
+      microbatches: Parts of a batch computed one after the other, to save memory.
+      stage1_microbatches: The same in stage 1, where the teacher needs room; microbatches if None.
+      compilation_cache: Where compiled programs are kept between runs; "" keeps none.
+    """
+
+    mesh: partitioning.MeshConfig = partitioning.MeshConfig()  # noqa: RUF009 (frozen)
+    rules: partitioning.Rules = partitioning.DEFAULT_RULES
+    microbatches: int = 1
+    stage1_microbatches: int | None = None
+    compilation_cache: str = compilation.DEFAULT_FOLDER
+
+    def __post_init__(self) -> None:
+        require_counts(microbatches=self.microbatches, stage1_microbatches=self.stage1_microbatches)
+
+    def microbatches_of(self, stage: int) -> int:
+        """Microbatches of a step of stage 1 or 2."""
+        return (self.stage1_microbatches if stage == 1 else None) or self.microbatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """When a run is evaluated on the validation split.
+
+    Attributes:
+      every: Steps between evaluations; the last step is always evaluated.
+      rows: Rows of each cache's split to read; all by default.
+    """
+
+    every: int = 1000
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        require_counts(**{"evaluation.every": self.every, "evaluation.rows": self.rows})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+      data: The rows.
+      method: The arm: schedule, loss, teacher.
+      optimizer: The optimizer and its learning rate.
+      steps: Updates of the whole run.
+      model: The student, the initial model's shape by default; its vocab_size is the cache's where
+        it is not set.
+      initial: A model to start from.
+      devices: The mesh, microbatches and where programs are kept.
+      evaluation: When to evaluate.
+      checkpoints: When to save, what to keep.
+      seed: Of the student's initialisation.
+      log_every: Steps between lines of metrics.
+      max_skipped_updates: Non-finite updates to skip before the run stops.
+      hang_seconds: Where a step's rows, a device or a checkpoint take longer, the stacks of all
+        threads are printed; 0 is never.
+    """
+
+    data: Data
+    method: Method
+    optimizer: OptimizerConfig
+    steps: int
+    model: DecoderConfig | None = None
+    initial: Initial | None = None
+    devices: Devices = Devices()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: CheckpointConfig = CheckpointConfig()  # noqa: RUF009 (frozen)
+    seed: int = 0
+    log_every: int = 10
+    max_skipped_updates: int = 10
+    hang_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        require_counts(steps=self.steps, log_every=self.log_every)
+        require_counts(0, max_skipped_updates=self.max_skipped_updates, seed=self.seed)
+        if self.hang_seconds < 0:
+            raise InputError(
+                f"hang_seconds is {self.hang_seconds}, expected seconds, or 0 for never: change "
+                "--hang_seconds."
+            )
+        keep_steps = tuple(self.checkpoints.keep_steps)
+        if any(not 0 < step <= self.steps for step in keep_steps):
+            raise InputError(
+                f"CheckpointConfig.keep_steps is {keep_steps} and the run has {self.steps} steps: "
+                f"keep steps from 1 to {self.steps} (--gin.KEEP_STEPS), or raise --steps."
+            )
+
+    @property
+    def stage1_steps(self) -> int:
+        """Steps with a teacher."""
+        return self.method.schedule.distill_steps(self.steps)
