@@ -37,7 +37,7 @@ from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import compilation, loop
+from salt_jax.training import compilation, config, loop
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 
@@ -100,29 +100,35 @@ def run(flags: argparse.Namespace, folder: pathlib.Path) -> tuple[list[float], i
         student, embed_dim=64 * heads, num_heads=heads, mlp_dim=256 * heads
     )
     settings: dict[str, Any] = {
-        "cache": str(folder / "cache"),
-        "batch_size": flags.batch,
+        "data": config.Data(str(folder / "cache"), flags.batch),
         "optimizer": OptimizerConfig(LearningRate(1e-3, warmup_steps=5)),
-        "loss": losses.LossConfig(teacher_temperature=0.25),
         "checkpoints": CheckpointConfig(save_every=0),
-        "compilation_cache": "",
+        "devices": config.Devices(compilation_cache=""),
     }
+    loss = losses.LossConfig(teacher_temperature=0.25)
     plain = schedules.NoDistillation()
     train(
         RunFolder(folder / "slm", "train"),
-        **{"model": teacher, "schedule": plain, "arm": "slm", "steps": 1, **settings},
+        config=config.TrainConfig(
+            model=teacher, method=config.Method("slm", plain, loss), steps=1, **settings
+        ),
     )
     with counted_programs() as made:
         train(
             RunFolder(folder / "salt", "train"),
-            model=student,
-            schedule=schedules.Step(omega=2 / 3, n_kd=flags.n_kd),
-            teacher=str(folder / "slm"),
-            arm="salt",
-            steps=flags.steps,
-            evaluate_every=flags.steps,
-            log_every=1,
-            **settings,
+            config=config.TrainConfig(
+                model=student,
+                method=config.Method(
+                    "salt",
+                    schedules.Step(omega=2 / 3, n_kd=flags.n_kd),
+                    loss,
+                    teacher=config.Teacher(str(folder / "slm")),
+                ),
+                steps=flags.steps,
+                evaluation=config.Evaluation(every=flags.steps),
+                log_every=1,
+                **settings,
+            ),
         )
     lines = (folder / "salt" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]

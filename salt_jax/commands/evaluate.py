@@ -24,8 +24,9 @@ from salt_jax.evaluation.examination import Examination, Examinee
 from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.evaluation.responses import Responding, Responses
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import compilation, partitioning
+from salt_jax.training import compilation
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.config import Devices
 
 # It may be one of several processes.
 SEVERAL_PROCESSES = True
@@ -55,10 +56,8 @@ def evaluate(
     seed: int = 0,
     list_tasks: bool = False,
     batch_size: int = 64,
-    mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
-    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    devices: Devices = Devices(),
     chunk_tokens: int = losses.LossConfig.chunk_tokens,
-    compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Evaluates a checkpoint on held-out rows, on few-shot tasks and by its responses.
 
@@ -86,10 +85,8 @@ def evaluate(
       seed: Of tasks that draw tokens by lot.
       list_tasks: Print the tasks of salt_suite, or of `tasks`, with their data sets; nothing else.
       batch_size: Rows, sequences of tasks or prompts at once.
-      mesh: How many devices along each mesh axis.
-      rules: From the model's logical axes to the mesh's.
+      devices: The mesh, and where compiled programs are kept.
       chunk_tokens: Tokens whose logits a device holds at once.
-      compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
       InputError: No such model, cache, split, task or data set, another vocabulary, bad examples.
@@ -106,7 +103,7 @@ def evaluate(
             "leave them out, or run them on the devices of one machine."
         )
     saved = find_model(model, step, "model", packed)
-    examinee = Examinee(saved, mesh.make(), rules, batch_size, chunk_tokens)
+    examinee = Examinee(saved, devices.mesh.make(), devices.rules, batch_size, chunk_tokens)
     examinations: list[Examination] = []
     if packed is not None:
         examinations.append(HeldOut(examinee, packed, split, rows))
@@ -138,8 +135,8 @@ def evaluate(
             "--gin_file=data/responses.gin, or several of them."
         )
     run.begin()
-    compilation.use_compilation_cache(compilation_cache)
-    params = saved.load_params(examinee.mesh, rules)
+    compilation.use_compilation_cache(devices.compilation_cache)
+    params = saved.load_params(examinee.mesh, devices.rules)
     summary: dict[str, Any] = {"model": saved.identity}
     for examination in examinations:
         summary |= examination(params, run.path)

@@ -21,8 +21,9 @@ from salt_jax.data.durable_files import write_text
 from salt_jax.data.local_copies import local_file
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import compilation, partitioning
+from salt_jax.training import compilation
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.config import Devices
 from salt_jax.training.generation import Generator, Sampling
 
 GENERATIONS_FILE = "generations.jsonl"
@@ -42,9 +43,7 @@ def generate(
     seed: int = Sampling.seed,
     stop: Sequence[str] = (),
     batch_size: int = 16,
-    mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
-    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
-    compilation_cache: str = compilation.DEFAULT_FOLDER,
+    devices: Devices = Devices(),
 ) -> None:
     """Continues prompts with a checkpoint.
 
@@ -61,9 +60,7 @@ def generate(
       seed: Of the draws.
       stop: A text to end at; the flag may be given again.
       batch_size: Prompts at once.
-      mesh: How many devices along each mesh axis.
-      rules: From the model's logical axes to the mesh's.
-      compilation_cache: Where compiled programs are kept between runs; "" keeps none.
+      devices: The mesh, and where compiled programs are kept.
 
     Raises:
       InputError: No such model, no prompts or one that is too long, or a setting out of range.
@@ -72,14 +69,16 @@ def generate(
     texts = _texts(prompt, prompts)
     saved = find_model(model, step, "model")
     vocabulary = saved.load_vocabulary()
-    device_mesh = mesh.make()
-    generator = Generator(saved.config, vocabulary, device_mesh, rules, batch_size=batch_size)
+    device_mesh = devices.mesh.make()
+    generator = Generator(
+        saved.config, vocabulary, device_mesh, devices.rules, batch_size=batch_size
+    )
     ids = vocabulary.encode_many(texts)
     generator.check(ids, max_new_tokens, stop)
     run.begin(replace=True)
-    compilation.use_compilation_cache(compilation_cache)
+    compilation.use_compilation_cache(devices.compilation_cache)
     # Held as it is computed with: reading the parameters is most of what a token costs.
-    params = saved.load_params(device_mesh, rules, saved.config.dtype)
+    params = saved.load_params(device_mesh, devices.rules, saved.config.dtype)
     records: list[dict[str, Any]] = [{}] * len(texts)
     start = time.perf_counter()
     completions = generator.stream(params, ids, max_new_tokens, sampling=sampling, stop_texts=stop)

@@ -28,8 +28,9 @@ from salt_jax.distill import losses
 from salt_jax.distill.scores import checked_ks, column_names
 from salt_jax.errors import InputError, require_counts
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import compilation, partitioning
+from salt_jax.training import compilation
 from salt_jax.training.checkpoints import SavedModel, find_model
+from salt_jax.training.config import Devices
 from salt_jax.training.ledger import Cost
 from salt_jax.training.row_progress import RowProgress
 from salt_jax.training.scoring import own_mesh, score_rows
@@ -58,10 +59,8 @@ def score(
     worker: int | None = None,
     workers: int | None = None,
     batch_size: int = 64,
-    mesh: partitioning.MeshConfig = partitioning.MeshConfig(),  # noqa: B008 (frozen)
-    rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    devices: Devices = Devices(),
     chunk_tokens: int = losses.LossConfig.chunk_tokens,
-    compilation_cache: str = compilation.DEFAULT_FOLDER,
 ) -> None:
     """Scores every row of a split with a frozen model, or stores its soft labels.
 
@@ -82,11 +81,9 @@ def score(
       worker: Which of the workers this process is, from 0; jax's own number by default.
       workers: How many processes share the pass; as many as jax knows of by default.
       batch_size: Rows at once.
-      mesh: How many devices along each mesh axis; of several processes each has a mesh of its own
-        devices, on which all but tensor are fsdp.
-      rules: From the model's logical axes to the mesh's.
+      devices: The mesh, and where compiled programs are kept; of several processes each has a mesh
+        of its own devices, on which all but tensor are fsdp.
       chunk_tokens: Tokens whose logits a device holds at once.
-      compilation_cache: Where compiled programs are kept between runs; "" keeps none.
 
     Raises:
       InputError: No such model or cache, another vocabulary, k over the vocabulary's size, or a
@@ -97,8 +94,8 @@ def score(
     packed = PackedCache.open(cache)
     model = find_model(scorer, scorer_step, "scorer", packed)
     worker, workers = _own_part(worker, workers)
-    device_mesh = own_mesh(mesh)
-    where = (batch_size, device_mesh, rules, chunk_tokens, worker, workers)
+    device_mesh = own_mesh(devices.mesh)
+    where = (batch_size, device_mesh, devices.rules, chunk_tokens, worker, workers)
     writer: RowScoresWriter | SoftLabelsWriter
     settings: tuple[Any, ...]
     make: Callable[..., None]
@@ -123,8 +120,8 @@ def score(
     # Processes that know of each other wait for one another when they load a model, so those that
     # have nothing to score load it too.
     if missing or (jax.process_count() > 1 and not writer.shards.completed):
-        compilation.use_compilation_cache(compilation_cache)
-        params = model.load_params(device_mesh, rules)
+        compilation.use_compilation_cache(devices.compilation_cache)
+        params = model.load_params(device_mesh, devices.rules)
         with RowProgress("score", sum(len(shard.rows) for shard in missing)) as progress:
             make(params, packed, split, *settings, progress.add)
     run.processes.wait("scored")

@@ -153,7 +153,7 @@ class Evaluation:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        require_counts(**{"evaluation.every": self.every, "evaluation.rows": self.rows})
+        require_counts(1, **{"evaluation.every": self.every, "evaluation.rows": self.rows})
 
 
 @dataclasses.dataclass(frozen=True)

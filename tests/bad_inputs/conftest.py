@@ -32,6 +32,7 @@ from salt_jax.models.huggingface_tensors import tensor_shapes
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from tests.run_settings import train_config
 
 ROWS = 48
 
@@ -103,17 +104,21 @@ def material(
 def _train(name: str, cache: str) -> None:
     train(
         RunFolder(pathlib.Path(name), "train"),
-        model=DecoderConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32, max_length=512),
-        cache=cache,
-        steps=2,
-        batch_size=8,
-        optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
-        schedule=schedules.NoDistillation(),
-        loss=losses.LossConfig(),
-        arm="slm",
-        checkpoints=CheckpointConfig(save_every=1, keep_last=2),
-        evaluate_every=2,
-        compilation_cache="",
+        config=train_config(
+            model=DecoderConfig(
+                embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32, max_length=512
+            ),
+            cache=cache,
+            steps=2,
+            batch_size=8,
+            optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
+            schedule=schedules.NoDistillation(),
+            loss=losses.LossConfig(),
+            arm="slm",
+            checkpoints=CheckpointConfig(save_every=1, keep_last=2),
+            evaluate_every=2,
+            compilation_cache="",
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 from salt_jax.training.partitioning import MeshConfig
+from tests.run_settings import train_config
 
 IDS, ROWS = 300, 320
 
@@ -123,16 +124,18 @@ def tiny_run(cache: PackedCache, tmp_path_factory: pytest.TempPathFactory) -> pa
     )
     train(
         RunFolder(folder, "train"),
-        model=config,
-        cache=str(cache.path),
-        steps=2,
-        batch_size=8,
-        optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
-        schedule=schedules.NoDistillation(),
-        loss=losses.LossConfig(),
-        arm="test",
-        evaluate_every=2,
-        compilation_cache="",
+        config=train_config(
+            model=config,
+            cache=str(cache.path),
+            steps=2,
+            batch_size=8,
+            optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
+            schedule=schedules.NoDistillation(),
+            loss=losses.LossConfig(),
+            arm="test",
+            evaluate_every=2,
+            compilation_cache="",
+        ),
     )
     return folder
 

@@ -18,6 +18,7 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 from salt_jax.training.partitioning import MeshConfig
+from tests.run_settings import train_config
 
 GSM8K = pathlib.Path(__file__).parents[2].joinpath("../shared/data/gsm8k").resolve()
 
@@ -27,19 +28,23 @@ def model(cache: PackedCache, tmp_path_factory: pytest.TempPathFactory) -> pathl
     folder = tmp_path_factory.mktemp("runs") / "slm"
     train(
         RunFolder(folder, "train"),
-        model=DecoderConfig(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32, max_length=2048),
-        cache=str(cache.path),
-        steps=2,
-        batch_size=8,
-        optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
-        schedule=schedules.NoDistillation(),
-        loss=losses.LossConfig(),
-        arm="test",
-        mesh=MeshConfig(),
-        checkpoints=CheckpointConfig(),
-        evaluate_every=2,
-        log_every=1,
-        compilation_cache="",
+        config=train_config(
+            model=DecoderConfig(
+                embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32, max_length=2048
+            ),
+            cache=str(cache.path),
+            steps=2,
+            batch_size=8,
+            optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
+            schedule=schedules.NoDistillation(),
+            loss=losses.LossConfig(),
+            arm="test",
+            mesh=MeshConfig(),
+            checkpoints=CheckpointConfig(),
+            evaluate_every=2,
+            log_every=1,
+            compilation_cache="",
+        ),
     )
     return folder
 

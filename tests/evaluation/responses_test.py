@@ -19,8 +19,10 @@ from salt_jax.models.decoder import DecoderConfig
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
+from salt_jax.training.config import Devices
 from salt_jax.training.generation import Sampling
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from tests.run_settings import train_config
 
 TEMPLATE = Template("Q: {question}\nA:", " {answer}")
 # A model of this size learns them by heart within the steps below.
@@ -53,17 +55,19 @@ def model(tmp_path_factory):
     )
     train(
         RunFolder(folder / "run", "train"),
-        model=DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=48),
-        cache=str(folder / "cache"),
-        steps=150,
-        batch_size=8,
-        optimizer=OptimizerConfig(LearningRate(1e-2, warmup_steps=5)),
-        schedule=schedules.NoDistillation(),
-        loss=losses.LossConfig(),
-        arm="test",
-        checkpoints=CheckpointConfig(save_every=0),
-        log_every=50,
-        compilation_cache="",
+        config=train_config(
+            model=DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=48),
+            cache=str(folder / "cache"),
+            steps=150,
+            batch_size=8,
+            optimizer=OptimizerConfig(LearningRate(1e-2, warmup_steps=5)),
+            schedule=schedules.NoDistillation(),
+            loss=losses.LossConfig(),
+            arm="test",
+            checkpoints=CheckpointConfig(save_every=0),
+            log_every=50,
+            compilation_cache="",
+        ),
     )
     return folder / "run"
 
@@ -73,7 +77,8 @@ def _other(path: pathlib.Path) -> tuple[str]:
 
 
 def _evaluate(model, folder, responses, **changes):
-    settings = {"model": str(model), "responses": responses, "compilation_cache": "", **changes}
+    quiet = {"devices": Devices(compilation_cache="")}
+    settings = {"model": str(model), "responses": responses, **quiet, **changes}
     evaluate(RunFolder(folder, "evaluate"), **settings)
     lines = (folder / "responses.jsonl").read_text().splitlines()
     summary = json.loads((folder / "summary.json").read_text())

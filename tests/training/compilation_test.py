@@ -1,6 +1,5 @@
 """Nothing compiles once the first step has begun, and what was compiled once is kept."""
 
-import inspect
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,12 +10,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from salt_jax.commands.evaluate import evaluate
-from salt_jax.commands.score import score
-from salt_jax.commands.train import train
 from salt_jax.distill import schedules
 from salt_jax.training import compilation, loop
 from salt_jax.training.checkpoints import CheckpointConfig
+from salt_jax.training.config import Devices
 from salt_jax.training.train_step import Programs, make_step
 
 SALT: dict[str, Any] = {
@@ -100,10 +97,8 @@ def test_the_counter_counts_while_it_is_entered() -> None:
     assert (counter.traced, counter.compiled) == counted
 
 
-@pytest.mark.parametrize("command", [train, score, evaluate])
-def test_the_persistent_cache_is_on_by_default(command: Callable[..., None]) -> None:
-    default = inspect.signature(command).parameters["compilation_cache"].default
-    assert default == compilation.DEFAULT_FOLDER != ""
+def test_the_persistent_cache_is_on_by_default() -> None:
+    assert Devices().compilation_cache == compilation.DEFAULT_FOLDER != ""
 
 
 def test_what_was_compiled_is_found_again(tmp_path: pathlib.Path) -> None:

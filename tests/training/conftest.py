@@ -15,6 +15,7 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 from salt_jax.training.partitioning import MeshConfig
+from tests.run_settings import train_config
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64)
 TEACHER = dataclasses.replace(STUDENT, embed_dim=16, mlp_dim=32)
@@ -43,7 +44,8 @@ def run_train(
             "log_every": 1,
             "compilation_cache": "",
         }
-        train(RunFolder(folder, "train"), **{**defaults, **settings})
+        config = train_config(**{**defaults, **settings})
+        train(RunFolder(folder, "train"), config=config)
         return folder
 
     return run

@@ -23,6 +23,7 @@ from salt_jax.models import decoder
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.config import Devices
 from salt_jax.training.evaluation import Evaluation, MixtureEvaluator, Quality
 from salt_jax.training.ledger import Cost
 from salt_jax.training.partitioning import MeshConfig
@@ -53,7 +54,7 @@ def test_evaluation_equals_numpy(
         cache=str(cache.path),
         split="validation",
         batch_size=8,
-        compilation_cache="",
+        devices=Devices(compilation_cache=""),
     )
     summary = json.loads((tmp_path / "summary.json").read_text())
     batch, log_p_BxLxV = log_p(slm, cache, "validation", None)
@@ -109,7 +110,7 @@ def test_scores_equal_numpy_and_are_selected_from(
         k=(5, 3),
         shard_rows=20,
         batch_size=9,
-        compilation_cache="",
+        devices=Devices(compilation_cache=""),
     )
     scores = RowScores.open(tmp_path / "scores", cache_digest=cache.digest)
     batch, log_p_BxLxV = log_p(slm, cache, "train", 4)
@@ -168,7 +169,7 @@ def test_scores_of_another_cache_are_refused(
         RunFolder(tmp_path / "scores", "score"),
         scorer=str(slm),
         cache=str(other.path),
-        compilation_cache="",
+        devices=Devices(compilation_cache=""),
     )
     with pytest.raises(InputError, match="belong to the cache"):
         select(

@@ -22,6 +22,7 @@ from salt_jax.errors import InputError, RunFailed
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
+from salt_jax.training.config import Devices
 from salt_jax.training.ledger import Cost, Counters
 from salt_jax.training.optimizers import LearningRate, OptimizerConfig
 from salt_jax.training.partitioning import MeshConfig
@@ -255,7 +256,12 @@ def test_salt_ds_is_charged_for_its_scoring(
     run_train: Run, slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path
 ) -> None:
     shared = {"cache": str(cache.path)}
-    score(RunFolder(tmp_path / "scores", "score"), scorer=str(slm), compilation_cache="", **shared)
+    score(
+        RunFolder(tmp_path / "scores", "score"),
+        scorer=str(slm),
+        devices=Devices(compilation_cache=""),
+        **shared,
+    )
     scored = {"scores": str(tmp_path / "scores"), **shared}
     select(RunFolder(tmp_path / "top", "select"), rule=TopRows(m=24), **scored)
     select(RunFolder(tmp_path / "random", "select"), rule=RandomRows(m=24), **shared)

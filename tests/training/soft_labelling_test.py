@@ -21,6 +21,7 @@ from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import soft_labelling
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.config import Devices
 from salt_jax.training.ledger import Cost
 from tests.training.loop_test import assert_same, metrics_of, params_of
 
@@ -41,7 +42,7 @@ def make_labels(
             "soft_labels": cache.vocabulary_size,
             "soft_label_temperature": 0.5,
             "batch_size": 8,
-            "compilation_cache": "",
+            "devices": Devices(compilation_cache=""),
         }
         score(RunFolder(folder, "score"), **{**defaults, **settings})
         return folder

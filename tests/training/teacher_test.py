@@ -13,7 +13,7 @@ from salt_jax.distill import schedules
 from salt_jax.training import loop
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.partitioning import DEFAULT_RULES, MeshConfig
-from salt_jax.training.teacher import Teacher
+from salt_jax.training.teacher import LoadedTeacher
 
 Run = Callable[..., pathlib.Path]
 WHOLE_ON_EVERY_DEVICE = tuple((name, None) for name, _ in DEFAULT_RULES)
@@ -24,12 +24,12 @@ def teachers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Shardings of every teacher that a loop loads, in order."""
     loaded: list[Any] = []
 
-    def load(*arguments: Any) -> Teacher:
-        teacher = Teacher(*arguments)
+    def load(*arguments: Any) -> LoadedTeacher:
+        teacher = LoadedTeacher(*arguments)
         loaded.append([array.sharding for array in jax.tree.leaves(teacher.params)])
         return teacher
 
-    monkeypatch.setattr(loop, "Teacher", load)
+    monkeypatch.setattr(loop, "LoadedTeacher", load)
     return loaded
 
 
@@ -75,7 +75,7 @@ def test_a_teacher_may_have_rules_of_its_own(
 
 
 def test_freeing_gives_the_memory_back(slm: pathlib.Path) -> None:
-    teacher = Teacher(find_model(slm, None, "teacher"), MeshConfig().make())
+    teacher = LoadedTeacher(find_model(slm, None, "teacher"), MeshConfig().make())
     arrays = jax.tree.leaves(teacher.params)
     teacher.free()
     assert teacher.params is None

@@ -1,0 +1,215 @@
+"""The settings of a verb as a tree: its parameters, and the fields of the dataclasses among them.
+
+A flag names a setting by the end of its path: --cache is data.cache where no other group has a
+`cache`, --teacher.step is method.teacher.step. A flag that names a group with a `path` sets that:
+--teacher=RUN.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import gin
+from salt_jax.errors import InputError, nearest
+from salt_jax.run_folder import RunFolder
+
+# A verb's parameter of this name is the tree itself, and not a part of its settings' paths.
+ROOT = "config"
+# What a flag may hold in a plain value's place.
+_REFERENCE = re.compile(r"[@%][A-Za-z_]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A parameter of a verb, or a field of a group of its settings.
+
+    Attributes:
+      path: "method.teacher.step".
+      owner: The function or class whose parameter it is.
+      scope: The gin scope in which its owner is made; "" for none.
+      name: The parameter's name.
+      hint: Its type.
+      default: Its default; inspect.Parameter.empty where it has none.
+      group: The class that makes it, where it is a group of settings itself.
+    """
+
+    path: str
+    owner: Callable[..., Any]
+    scope: str
+    name: str
+    hint: Any
+    default: Any
+    group: type | None = None
+
+    @property
+    def selector(self) -> str:
+        """What gin calls it once its owner's module is imported: "config.Teacher.step"."""
+        module = self.owner.__module__.rpartition(".")[2]
+        return f"{self.scope and self.scope + '/'}{module}.{self.owner.__qualname__}.{self.name}"
+
+    def bind(self, value: str) -> str:
+        """The gin text that binds it to a value, given as gin writes it."""
+        return f"{import_of(self.owner)}\n{self.selector} = {value}"
+
+
+def import_of(target: Callable[..., Any]) -> str:
+    """The gin statement that imports a function's or class's module."""
+    package, _, module = target.__module__.rpartition(".")
+    return f"from {package} import {module}" if package else f"import {module}"
+
+
+def settings_of(
+    function: Callable[..., Any], path: tuple[str, ...] = (), scope: str = ""
+) -> Iterator[Setting]:
+    """Every setting of a verb's function, those of groups after the group.
+
+    What a gin file makes a setting of decides which settings come below it; else its type does.
+    """
+    constructor = function.__init__ if inspect.isclass(function) else function
+    hints = typing.get_type_hints(constructor)
+    bound = _bindings(function, scope)
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints.get(name, Any)
+        if hint is RunFolder:
+            continue
+        group, inner = _group(bound.get(name), hint)
+        own = (*path, name) if path or name != ROOT else ()
+        yield Setting(".".join(own), function, scope, name, hint, parameter.default, group=group)
+        if group is not None:
+            yield from settings_of(group, own, inner)
+
+
+def _bindings(function: Callable[..., Any], scope: str) -> dict[str, Any]:
+    with gin.config_scope(scope or None):
+        return gin.get_bindings(function, resolve_references=False)
+
+
+def _group(value: Any, hint: Any) -> tuple[type | None, str]:
+    """The dataclass that makes a setting, and the scope it is made in."""
+    while isinstance(value, gin.config.ConfigurableReference):
+        made = value.configurable.wrapped
+        scope = "/".join(value.scopes)
+        if value.configurable.selector == "gin.macro":
+            with gin.config_scope(scope):
+                value = gin.get_bindings("gin.macro", resolve_references=False).get("value")
+            continue
+        is_group = value.evaluate and inspect.isclass(made) and dataclasses.is_dataclass(made)
+        return (made, scope) if is_group else (None, "")
+    return (None, "") if value is not None else (_dataclass_of(hint), "")
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    """The dataclass that a hint is of, or that it is of or None."""
+    for part in _alternatives(hint):
+        if inspect.isclass(part) and dataclasses.is_dataclass(part):
+            return part
+    return None
+
+
+def _alternatives(hint: Any) -> Sequence[Any]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def default_groups(function: Callable[..., Any]) -> Iterator[str]:
+    """gin texts that make the groups which are neither bound nor optional, the outer ones first."""
+    for setting in settings_of(function):
+        if setting.group is not None and type(None) not in _alternatives(setting.hint):
+            yield from _link(setting)
+
+
+def _link(setting: Setting) -> Iterator[str]:
+    """Binds a setting to its group, where it is bound to nothing."""
+    if setting.name not in _bindings(setting.owner, setting.scope) and setting.group:
+        module = setting.group.__module__.rpartition(".")[2]
+        made = f"@{module}.{setting.group.__qualname__}()"
+        yield f"{import_of(setting.group)}\n{setting.bind(made)}"
+
+
+def bindings_of(
+    function: Callable[..., Any], name: str, values: Sequence[str], macros: Iterable[str] = ()
+) -> Iterator[str]:
+    """gin texts for a flag --name=VALUE, which may have been given several times.
+
+    Args:
+      function: The verb's.
+      name: "cache", or "teacher.step".
+      values: As they were typed.
+      macros: Those that gin files set, for a misspelt name.
+
+    Raises:
+      InputError: No such setting, several of them, or no value.
+    """
+    every = {setting.path: setting for setting in settings_of(function) if setting.path}
+    setting = every[_find(name, every, macros)]
+    is_plain = values[-1] != "None" and not _REFERENCE.match(values[-1])
+    if is_plain and f"{setting.path}.path" in every:
+        setting = every[f"{setting.path}.path"]
+    for path, outer in every.items():
+        if outer is not setting and setting.path.startswith(f"{path}."):
+            yield from _link(outer)
+    yield setting.bind(_literal(name, values, setting))
+
+
+def _find(name: str, every: dict[str, Setting], macros: Iterable[str]) -> str:
+    if name in every:
+        return name
+    found = [path for path in every if path.endswith(f".{name}")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        flags = ", ".join(f"--{flag_of(every, path)}" for path in found)
+        raise InputError(f"--{name} could be any of {flags}: write which one is meant.")
+    known = {path.rpartition(".")[2].lower(): f"--{flag_of(every, path)}" for path in every}
+    known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
+    close = nearest(name.rpartition(".")[2].lower(), known)
+    if match := re.search(r"nearest: (.*)\)", close):
+        close = f" (nearest: {known[match[1]]})"
+    raise InputError(f"There is no setting --{name}{close}: `salt VERB --help` lists them.")
+
+
+def flag_of(every: Iterable[str], path: str) -> str:
+    """The shortest name by which a flag finds a setting."""
+    parts = path.split(".")
+    for count in range(1, len(parts)):
+        name = ".".join(parts[-count:])
+        if name not in every and sum(f".{p}".endswith(f".{name}") for p in every) == 1:
+            return name
+    return path
+
+
+def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
+    """A flag's values as gin writes them."""
+    kinds = _alternatives(setting.hint)
+    lists = [part for part in kinds if typing.get_origin(part) in (Sequence, list, tuple)]
+    of_texts = any(str in typing.get_args(part) for part in lists)
+    if (
+        "" in values
+        and not (of_texts and str not in kinds)
+        and not isinstance(setting.default, str)
+    ):
+        raise InputError(f"--{name} needs a value: --{name}=VALUE.")
+    if bool in kinds:
+        values = [v.capitalize() if v.lower() in ("true", "false") else v for v in values]
+    literals = [repr(v) if _is_text(v, of_texts or str in kinds) else v for v in values]
+    is_whole = len(literals) == 1 and literals[0].startswith(("(", "["))
+    is_one = len(literals) == 1 and str in kinds
+    return f"({', '.join(literals)},)" if lists and not is_whole and not is_one else literals[-1]
+
+
+def _is_text(value: str, texts: bool) -> bool:
+    """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
+    if _REFERENCE.match(value) or value == "None":
+        return False
+    if texts:
+        return True
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return True
+    return False
