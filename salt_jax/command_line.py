@@ -5,19 +5,20 @@ the libraries that they need.
 """
 
 import ast
-import inspect
 import os
 import pathlib
 import re
-import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from salt_jax import processes
 from salt_jax.errors import InputError, nearest
 
-COMMANDS = pathlib.Path(__file__).parent / "commands"
+PACKAGE = pathlib.Path(__file__).parent
+COMMANDS = PACKAGE / "commands"
+# A verb's parameter of this name is the tree of its settings, and no part of their paths.
+ROOT = "config"
 
 _COMMON_FLAGS = ("gin_file", "safe_gin", "output_dir", *processes.FLAGS)
 
@@ -109,64 +110,6 @@ def _switch(value: str, name: str) -> bool:
     return _SWITCH[value]
 
 
-def own_bindings(function: Callable[..., None], arguments: Arguments) -> list[str]:
-    """The bindings that --SETTING=VALUE flags and positional arguments stand for.
-
-    Raises:
-      InputError: No such setting, or one without its value.
-    """
-    parameters = parameters_of(function)
-    settings = dict(arguments.settings)
-    if arguments.positional:
-        module = sys.modules[function.__module__]
-        name = getattr(module, "POSITIONAL", None)
-        if name is None:
-            raise InputError(
-                f"`salt {arguments.verb}` takes no argument {arguments.positional[0]!r}: "
-                "settings are written --NAME=VALUE."
-            )
-        settings[name] = [*settings.get(name, []), *arguments.positional]
-    bindings = []
-    for name, values in settings.items():
-        require_known("setting", name, [*parameters, *_COMMON_FLAGS], prefix="--")
-        annotation = str(parameters[name].annotation)
-        may_be_empty = "Sequence[str]" in annotation and not annotation.startswith("str |")
-        if "" in values and not (may_be_empty or isinstance(parameters[name].default, str)):
-            raise InputError(_NO_VALUE.format(name=name))
-        # "str | Sequence[str]" is a list from the second value on.
-        is_one = annotation.startswith("str |") and len(values) == 1
-        is_list = "Sequence" in annotation and not is_one and "Mapping[" not in annotation
-        if "bool" in annotation:
-            values = [v.capitalize() if v.lower() in ("true", "false") else v for v in values]
-        literals = [repr(v) if _is_text(v, annotation) else v for v in values]
-        is_whole = len(literals) == 1 and literals[0].startswith(("(", "["))
-        literal = f"({', '.join(literals)},)" if is_list and not is_whole else literals[-1]
-        bindings.append(f"{arguments.verb}.{arguments.verb}.{name} = {literal}")
-    return bindings
-
-
-def _is_text(value: str, annotation: str) -> bool:
-    """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
-    if re.match(r"[@%][A-Za-z_]", value) or value == "None":
-        return False
-    if "str" in annotation and "Mapping[" not in annotation:
-        return True
-    try:
-        ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return True
-    return False
-
-
-def parameters_of(function: Callable[..., None]) -> Mapping[str, inspect.Parameter]:
-    """The settings of a verb's function."""
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-
-
 def verb_table() -> str:
     """A line for each verb."""
     lines = []
@@ -179,30 +122,122 @@ def verb_table() -> str:
 
 def verb_help(verb: str) -> str:
     """What a verb does and its settings, read without importing its libraries."""
-    tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
-    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == verb)
-    text, _, rest = (ast.get_docstring(function) or "").partition("\nArgs:\n")
-    explained = _explained(rest)
-    about = (ast.get_docstring(tree) or "").partition("\n")[2]
+    source = Source.of(COMMANDS / f"{verb}.py")
+    function = next(
+        n for n in source.tree.body if isinstance(n, ast.FunctionDef) and n.name == verb
+    )
+    text = (ast.get_docstring(function) or "").partition("\nArgs:\n")[0]
+    about = (ast.get_docstring(source.tree) or "").partition("\n")[2]
     lines = [f"salt {verb}: {text.strip()}", about, "", "Settings:"]
-    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        kind = ast.unparse(argument.annotation) if argument.annotation else ""
+    arguments = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    fields = [Field(a.arg, a.annotation, default) for a, default in arguments]
+    explained = _explained(function, "Args")
+    settings = list(_described(fields, explained, source, ()))
+    paths = [path for path, *_ in settings]
+    groups = {path.rpartition(".")[0] for path in paths}
+    for path, kind, default, words in settings:
         value = "required" if default is None else f"default {ast.unparse(default)}"
-        lines.append(f"  --{argument.arg}: {kind} ({value})")
-        words = textwrap.wrap(explained[argument.arg], 94, break_on_hyphens=False)
-        lines += textwrap.indent("\n".join(words), " " * 6).splitlines()
+        setting = f"  --{shortest(paths, path)}: {kind} ({value})"
+        lines.append(f"\n  {path or 'all'} ({kind})" if path in groups or not path else setting)
+        wrapped = textwrap.wrap(words, 94, break_on_hyphens=False)
+        lines += textwrap.indent("\n".join(wrapped), " " * 6).splitlines()
     return "\n".join([*lines, "", USAGE])
 
 
-def _explained(arguments: str) -> dict[str, str]:
-    """The arguments of a docstring by name, from the part that begins with the first."""
+class Field(NamedTuple):
+    """A parameter, or a dataclass's field, as it stands in the source."""
+
+    name: str
+    hint: ast.expr | None
+    default: ast.expr | None
+
+
+class Source(NamedTuple):
+    """A module's source, parsed, and what the names that it imports from this package stand for."""
+
+    tree: ast.Module
+    imports: Mapping[str, tuple[str, str]]
+
+    @classmethod
+    def of(cls, file: pathlib.Path) -> "Source":
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        named = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        imports = {
+            alias.asname or alias.name: (node.module, alias.name)
+            for node in named
+            for alias in node.names
+            if node.module and node.module.startswith("salt_jax.")
+        }
+        return cls(tree, imports)
+
+    def dataclass(self, hint: ast.expr | None) -> tuple[ast.ClassDef, "Source"] | None:
+        """The first dataclass of this package that a type hint names, and where it stands."""
+        for node in [hint.left, hint.right] if isinstance(hint, ast.BinOp) else [hint]:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = ".".join(self.imports.get(node.value.id, ("", "")))
+                found = _class(module, node.attr)
+            elif isinstance(node, ast.Name):
+                here = [n for n in self.tree.body if isinstance(n, ast.ClassDef)]
+                own = next((n for n in here if n.name == node.id), None)
+                found = (own, self) if own else _class(*self.imports.get(node.id, ("", "")))
+            else:
+                continue
+            if found and any("dataclass" in ast.unparse(d) for d in found[0].decorator_list):
+                return found
+        return None
+
+
+def _class(module: str, name: str) -> tuple[ast.ClassDef, Source] | None:
+    """A class by the module that has it, which may have imported it from another one."""
+    file = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+    if not module.startswith("salt_jax.") or not file.is_file():
+        return None
+    source = Source.of(file)
+    for node in source.tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node, source
+    return _class(*source.imports[name]) if name in source.imports else None
+
+
+def _described(
+    fields: Iterable[Field], explained: Mapping[str, str], source: Source, outer: tuple[str, ...]
+) -> Iterator[tuple[str, str, ast.expr | None, str]]:
+    """Path, type, default and description of each setting, groups before what is in them."""
+    for field in fields:
+        path = (*outer, field.name) if outer or field.name != ROOT else ()
+        kind = ast.unparse(field.hint) if field.hint else ""
+        yield ".".join(path), kind, field.default, explained.get(field.name, "")
+        if group := source.dataclass(field.hint):
+            node, where = group
+            inner = [
+                Field(part.target.id, part.annotation, part.value)
+                for part in node.body
+                if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+            ]
+            yield from _described(inner, _explained(node, "Attributes"), where, path)
+
+
+def _explained(node: ast.FunctionDef | ast.ClassDef, section: str) -> dict[str, str]:
+    """What a docstring says of each name in one of its sections."""
+    text = (ast.get_docstring(node) or "").partition(f"\n{section}:\n")[2].partition("\n\n")[0]
     explained: dict[str, str] = {}
-    for line in arguments.partition("\n\n")[0].splitlines():
-        if start := re.match(r"  (\w+): (.*)", line):
+    name = ""
+    for line in textwrap.dedent(text).splitlines():
+        if start := re.match(r"(\w+): (.*)", line):
             name, explained[start[1]] = start.groups()
-        else:
+        elif name:
             explained[name] += f" {line.strip()}"
     return explained
+
+
+def shortest(paths: Sequence[str], path: str) -> str:
+    """The shortest end of a setting's path that no other one has: what its flag is called."""
+    parts = path.split(".")
+    for count in range(1, len(parts)):
+        name = ".".join(parts[-count:])
+        if name not in paths and sum(f".{p}".endswith(f".{name}") for p in paths) == 1:
+            return name
+    return path
 
 
 def require_known(

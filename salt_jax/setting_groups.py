@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import gin
+from salt_jax.command_line import ROOT, shortest
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RunFolder
 
-# A verb's parameter of this name is the tree itself, and not a part of its settings' paths.
-ROOT = "config"
 # What a flag may hold in a plain value's place.
 _REFERENCE = re.compile(r"[@%][A-Za-z_]")
 
@@ -163,24 +162,14 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        flags = ", ".join(f"--{flag_of(every, path)}" for path in found)
+        flags = ", ".join(f"--{shortest([*every], path)}" for path in found)
         raise InputError(f"--{name} could be any of {flags}: write which one is meant.")
-    known = {path.rpartition(".")[2].lower(): f"--{flag_of(every, path)}" for path in every}
+    known = {path.rpartition(".")[2].lower(): f"--{shortest([*every], path)}" for path in every}
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
     close = nearest(name.rpartition(".")[2].lower(), known)
     if match := re.search(r"nearest: (.*)\)", close):
         close = f" (nearest: {known[match[1]]})"
     raise InputError(f"There is no setting --{name}{close}: `salt VERB --help` lists them.")
-
-
-def flag_of(every: Iterable[str], path: str) -> str:
-    """The shortest name by which a flag finds a setting."""
-    parts = path.split(".")
-    for count in range(1, len(parts)):
-        name = ".".join(parts[-count:])
-        if name not in every and sum(f".{p}".endswith(f".{name}") for p in every) == 1:
-            return name
-    return path
 
 
 def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
