@@ -7,17 +7,16 @@ what may be read of it untrusted (`safe_gin`).
 import copy
 import importlib
 import inspect
-import os
 import pathlib
-import re
 import sys
-import tokenize
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import gin
+from gin import config_parser
+from salt_jax import gin_files
 from salt_jax.command_line import Arguments, own_bindings, parameters_of, require_known
 from salt_jax.config_errors import CONFIGS, explained, flag_of, plain
 from salt_jax.errors import InputError, nearest
@@ -38,8 +37,8 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     gin.clear_config()
     # No public call empties these lists. gin's other reader looks into Python packages, for which
     # it takes any folder of a gin file's name in the working directory.
-    gin.config._LOCATION_PREFIXES[:] = ["", str(CONFIGS)]
-    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin.config._LOCATION_PREFIXES[:] = [""]
+    gin.config._FILE_READERS[:] = [(_open_gin_file, lambda name: True)]
     verb = arguments.verb
     try:
         function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
@@ -54,10 +53,12 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     named = [_find_gin_file(file) for file in arguments.gin_files]
     if arguments.safe_gin:
         for path in named:
-            explained(require_safe_file, path, _find_gin_file)
-    parsed = [explained(gin.parse_config_file, path) for path in named]
-    files, modules = _files_and_modules(parsed)
-    _refuse_unknown_macros(arguments.bindings, files)
+            require_safe_file(path, _find_gin_file)
+    in_files = [one for path in named for one in gin_files.statements_of(path, _find_gin_file)]
+    for path in named:
+        explained(gin.parse_config_file, path, statements=in_files)
+    modules = {one.module for one in in_files if isinstance(one, config_parser.ImportStatement)}
+    _refuse_unknown_macros(arguments.bindings, in_files)
     lender = getattr(sys.modules[function.__module__], "SETTINGS_FROM", verb)
     commands = {f"salt_jax.commands.{name}" for name in (verb, lender)}
     own = own_bindings(function, arguments)
@@ -65,14 +66,14 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     register = [f"salt_{name} = @{name}.{name}" for name in (verb, lender)]
     text = "\n".join([*_imports({*modules, *commands}), *arguments.bindings, *own])
     if arguments.safe_gin:
-        explained(require_safe_bindings, text)
-    explained(gin.parse_config, "\n".join([text, *register]))
+        require_safe_bindings(text)
+    list(gin_files.statements_in(text))  # or it is told what cannot be read of it
+    explained(gin.parse_config, "\n".join([text, *register]), statements=in_files)
     if lender != verb:
         _borrow_settings(function, verb, lender)
     _read_model_files(function, verb, arguments.safe_gin)
-    if lender != verb:
-        _close_unused_settings(function, files, arguments.bindings, {*modules, *commands})
-    explained(gin.finalize, files=files)
+    _close_unused_settings(function)
+    explained(gin.finalize, statements=in_files)
     missing = list(_missing_settings(function, set()))
     if not missing:
         _refuse_wrong_types(function, set())
@@ -94,7 +95,11 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
 def _imports(modules: Iterable[str]) -> list[str]:
     """The lines that bring modules into a text for gin."""
     split = [m.rpartition(".") for m in sorted({*modules} - {"__gin__.dynamic_registration"})]
-    return [DYNAMIC_REGISTRATION, *(f"from {package} import {name}" for package, _, name in split)]
+    lines = [
+        f"from {package} import {name}" if package else f"import {name}"
+        for package, _, name in split
+    ]
+    return [DYNAMIC_REGISTRATION, *lines]
 
 
 def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> None:
@@ -112,26 +117,22 @@ def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> N
             gin.bind_parameter(f"{verb}.{verb}.{name}", theirs[name])
 
 
-def _close_unused_settings(
-    function: Callable[..., None],
-    files: Iterable[pathlib.Path],
-    bindings: Iterable[str],
-    modules: Iterable[str],
-) -> None:
-    """Lets what files leave REQUIRED be None where nothing that the verb calls refers to it."""
+def _close_unused_settings(function: Callable[..., None]) -> None:
+    """Lets what files leave REQUIRED be None where nothing that the verb calls refers to it.
+
+    But for what is not of this package: code of anyone's may ask gin for it by other ways.
+    """
     reached: set[str] = set()
     list(_missing_settings(function, reached))
-    text = "\n".join([*(file.read_text() for file in files), *bindings])
-    names = set(re.findall(r"^\s*([\w./]+)\s*=\s*%gin\.REQUIRED", text, re.M))
     # By the last name: a class may be reached through another module than it is bound through.
     last_names = {name.rpartition(".")[2] for name in reached}
-    unused = [n for n in sorted(names) if _owner(n).rpartition(".")[2] not in last_names]
-    explained(gin.parse_config, "\n".join([*_imports(modules), *(f"{n} = None" for n in unused)]))
-
-
-def _owner(name: str) -> str:
-    """What a binding's name sets something of: train.train of train.train.seed, a macro itself."""
-    return name.rpartition(".")[0] or name
+    for (scope, selector), settings in [*gin.config._CONFIG.items()]:
+        is_own = selector.startswith(("gin.macro", "salt_jax."))
+        owner = f"%{scope}" if selector == "gin.macro" else selector.rpartition(".")[2]
+        if not is_own or owner in last_names:
+            continue
+        for name in [name for name, value in settings.items() if _is_open(value)]:
+            gin.bind_parameter((scope, selector, name), None)
 
 
 def _is_open(value: Any) -> bool:
@@ -153,9 +154,8 @@ def _read_model_files(function: Callable[..., None], verb: str, safe_gin: bool) 
             continue
         file = _find_gin_file(bound[name], f"--{name}")
         if safe_gin:
-            explained(require_safe_file, file, _find_gin_file)
-        settings: dict[str, Any] = {}
-        imports = _read_model_file(file, settings)
+            require_safe_file(file, _find_gin_file)
+        imports, settings = _read_model_file(file)
         fields = inspect.signature(models[0]).parameters
         for setting in settings:
             where = f" of {MODEL_CLASS}, which {file} sets"
@@ -178,30 +178,23 @@ def _read_model_files(function: Callable[..., None], verb: str, safe_gin: bool) 
         explained(gin.parse_config, "\n".join([*lines, f"{verb}.{verb}.{name} = @{model}()"]))
 
 
-def _read_model_file(file: str, settings: dict[str, Any]) -> list[str]:
-    """Adds the settings that a model's file makes, its includes first; gives what it imports."""
-    modules = []
-    for statement in explained(_statements, file):
-        if isinstance(statement, gin.config_parser.ImportStatement):
-            modules += [m for m in [statement.module] if m.startswith("salt_jax.")]
-        elif isinstance(statement, gin.config_parser.IncludeStatement):
-            modules += _read_model_file(_find_gin_file(statement.filename, file), settings)
-        elif isinstance(statement, gin.config_parser.BindingStatement):
-            is_own = statement.selector.rpartition(".")[2] == MODEL_CLASS and not statement.scope
-            if not is_own or isinstance(statement.value, _Reference):
-                what = statement.value.name if is_own else statement.selector
-                raise InputError(
-                    f"{file}, line {statement.location.line_num}: {what} has no place in a model's "
-                    f"file that a setting names: it sets {MODEL_CLASS} alone, to plain values, and "
-                    "may include files that do."
-                )
-            settings[statement.arg_name] = statement.value
-    return modules
-
-
-def _statements(file: str) -> list[Any]:
-    with open(file) as lines:
-        return list(gin.config_parser.ConfigParser(lines, _References()))
+def _read_model_file(file: str) -> tuple[list[str], dict[str, Any]]:
+    """What a model's file and its includes import, and the settings that they make."""
+    statements = list(gin_files.statements_of(file, _find_gin_file))
+    imports = [one.module for one in statements if isinstance(one, config_parser.ImportStatement)]
+    settings: dict[str, Any] = {}
+    for _, binding in gin_files.bindings_in(statements):
+        is_own = binding.selector.rpartition(".")[2] == MODEL_CLASS and not binding.scope
+        references = list(gin_files.references_in(binding.value))
+        if not is_own or references:
+            what = references[0] if is_own else binding.selector
+            raise InputError(
+                f"{gin_files.place_of(binding)}: {what} has no place in a model's file that a "
+                f"setting names: it sets {MODEL_CLASS} alone, to plain values, and may include "
+                "files that do."
+            )
+        settings[binding.arg_name] = binding.value
+    return [module for module in imports if module.startswith("salt_jax.")], settings
 
 
 def _refuse_unreadable(bindings: Iterable[str]) -> None:
@@ -209,10 +202,10 @@ def _refuse_unreadable(bindings: Iterable[str]) -> None:
     for binding in bindings:
         name, _, value = binding.partition(" = ")
         try:
-            [statement] = gin.config_parser.ConfigParser(binding, _References())
-            if isinstance(statement, gin.config_parser.BindingStatement):
+            [statement] = gin_files.statements_in(binding)
+            if isinstance(statement, config_parser.BindingStatement):
                 continue
-        except (SyntaxError, ValueError, tokenize.TokenError):
+        except ValueError:
             pass
         is_plain = value.isprintable() and not {*value} & {*"'\""}
         text = value if is_plain and value else "text"
@@ -220,22 +213,6 @@ def _refuse_unreadable(bindings: Iterable[str]) -> None:
             f"--gin.{name}={value} cannot be read: write a text in quotes of its own, "
             f"--gin.{name or 'NAME'}=\"'{text}'\", and numbers, True, None and (lists,) without."
         )
-
-
-class _Reference(typing.NamedTuple):
-    """A value that comes from elsewhere."""
-
-    name: str
-
-
-class _References(gin.config_parser.ParserDelegate):
-    """Leaves references and macros what they are when a file is parsed."""
-
-    def configurable_reference(self, name: str, evaluate: bool) -> _Reference:
-        return _Reference(f"@{name}{'()' if evaluate else ''}")
-
-    def macro(self, name: str) -> _Reference:
-        return _Reference(f"%{name}")
 
 
 def _name_of(hint: Any) -> str:
@@ -254,28 +231,23 @@ def _find_gin_file(name: str, setting: str = "--gin_file") -> str:
     )
 
 
-def _files_and_modules(parsed: Iterable[Any]) -> tuple[list[pathlib.Path], list[str]]:
-    files: list[pathlib.Path] = []
-    modules: list[str] = []
-    for file in parsed:
-        paths = (pathlib.Path(file.filename), CONFIGS / file.filename)
-        files.append(next(path for path in paths if path.is_file()))
-        modules += file.imports
-        more_files, more_modules = _files_and_modules(file.includes)
-        files += more_files
-        modules += more_modules
-    return files, modules
+def _open_gin_file(name: str) -> TextIO:
+    return gin_files.open_text(_find_gin_file(name))
 
 
-def _refuse_unknown_macros(bindings: Iterable[str], files: Iterable[pathlib.Path]) -> None:
-    """gin takes any NAME = value as a macro; one that nothing refers to is a slip of the pen."""
-    texts = {str(file): file.read_text() for file in files}
-    used = set(re.findall(r"%(\w+)", "\n".join([*texts.values(), *bindings]))) - {"gin"}
-    texts[""] = "\n".join(bindings)
-    for file, text in texts.items():
-        where = f", which {file} sets" if file else ""
-        for name in re.findall(r"^(\w+)\s*=", text, re.M):
-            require_known("macro", name, used, prefix="" if file else "--gin.", where=where)
+def _refuse_unknown_macros(
+    bindings: Iterable[str], in_files: Iterable[gin_files.Statement]
+) -> None:
+    """gin takes any NAME = value as a macro; a flag's that nothing refers to is a slip of the pen.
+
+    A file may set macros for those who include it, and not all of them use all.
+    """
+    flags = list(gin_files.bindings_in(gin_files.statements_in("\n".join(bindings))))
+    every = [*flags, *gin_files.bindings_in(in_files)]
+    used = {one.macro for _, b in every for one in gin_files.references_in(b.value)} - {""}
+    for name, binding in flags:
+        if not binding.arg_name:
+            require_known("macro", name, used, prefix="--gin.")
 
 
 def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[str]:
@@ -293,20 +265,31 @@ def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[
         )
         if required and name not in bindings and parameter.annotation is not RunFolder:
             yield f"{scoped}.{name}"
-    for reference in _references(list(bindings.values())):
-        target = reference.configurable.wrapped
+    yield from _missing_in(bindings, seen)
+
+
+def _missing_in(values: Any, seen: set[str]) -> Iterator[str]:
+    """The same for all that making `values` would need."""
+    for reference in _references(values):
+        scopes, target = reference.scopes, reference.configurable.wrapped
+        if isinstance(target, types.BuiltinFunctionType):
+            continue
         if reference.configurable.selector == "gin.macro":
-            macro = "/".join(reference.scopes)
-            seen.add(macro)
-            with gin.config_scope(macro):
-                value = gin.get_bindings("gin.macro", resolve_references=False)
-            if not value:
-                yield macro
-            for inner in _references(list(value.values())):
-                yield from _missing_settings(inner.configurable.wrapped, seen)
-        elif not isinstance(target, types.BuiltinFunctionType) and reference.evaluate:
-            with gin.config_scope(reference.scopes or None):
+            own = f"%{'/'.join(scopes)}"
+        elif reference.evaluate:
+            with gin.config_scope(scopes or None):
                 yield from _missing_settings(target, seen)
+            continue
+        else:  # what calls it gives it the rest
+            own = f"@.{target.__name__}"
+        if own in seen:
+            continue
+        seen.add(own)
+        with gin.config_scope(scopes or None):
+            settings = gin.get_bindings(target, resolve_references=False)
+        if own[0] == "%" and not settings:
+            yield own[1:]
+        yield from _missing_in(settings, seen)
 
 
 def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
@@ -323,7 +306,10 @@ def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
                 _refuse_wrong_types(reference.configurable.wrapped, seen)
         macros = [r for r in _references([value]) if r.configurable.selector == "gin.macro"]
         if list(_references([value])) == macros and name in hints:
-            given = copy.deepcopy(value)
+            try:
+                given = copy.deepcopy(value)
+            except RecursionError as error:
+                raise InputError(f"{value} refers to itself: give it a value.") from error
             if not is_a(given, hints[name]):
                 full = f"{selector}.{name}"
                 flag = flag_of("/".join(macros[0].scopes) if macros else full)

@@ -62,7 +62,17 @@ _TEXTS: dict[str, bytes] = {
     "required.gin": _TRAIN + b"WIDTH = %gin.REQUIRED\ntrain.train.seed = %WIDTH\n",
     "short.gin": _TRAIN + b"train.steps = 3\n",
     "unknown.gin": _TRAIN + b"train.train.batchsize = 8\n",
-    "unused.gin": b"WARMUP_STEP = 3\n",
+    "utf16.gin": "\ufeffWARMUP_STEPS = 3\n".encode("utf-16-le"),
+    "nul.gin": b"WARMUP_STEPS = 3\n\0",
+    "dedent.gin": _TRAIN + b"train.train:\n    steps = 3\n  seed = 3\n",
+    "empty_block.gin": _TRAIN + b"train.train:\ntrain.train.steps = 3\n",
+    "block.gin": _TRAIN + b"train.train:\n  # as T5X's\n\n  seed = 3\n  batchsize = 8\n",
+    "other_block.gin": _TRAIN + b"trian.train:\n  seed = 3\n",
+    "includes.gin": _TRAIN + b"include 'open.gin'\n",
+    "includes_none.gin": _TRAIN + b"\ninclude 'methods/slat.gin'\n",
+    "round.gin": b"include 'about.gin'\n",
+    "about.gin": b"include 'round.gin'\n",
+    "deep.gin": b"X = " + b"(" * 5000 + b"1" + b")" * 5000,
     "study.gin": (
         b"from __gin__ import dynamic_registration\nfrom salt_jax.commands import study\n"
         b"study.study.arms = {'baseline': ('--steps=3',)}\n"
