@@ -34,7 +34,7 @@ usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]…
                       a later file overrides an earlier one
   --safe_gin          read no more than settings of salt_jax's own from gin files: without it, a gin
                       file can run any code by importing it (docs/configuration.md)
-  --gin.NAME=VALUE    one setting (train.train.seed=1) or macro (STEPS=500), over the files
+  --gin.NAME=VALUE    one setting (config.TrainConfig.seed=1) or macro (STEPS=500), over the files
   --SETTING=VALUE     a setting of the verb itself: --seed=1 is --gin.VERB.VERB.seed=1
   --output_dir=FOLDER where the verb writes config.gin, run.json, summary.json and its results
   --coordinator_address=HOST:PORT --process_count=N --process_index=I, or --multi_process=True
@@ -114,7 +114,7 @@ def verb_table() -> str:
     """A line for each verb."""
     lines = []
     for verb in verbs():
-        tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
+        tree = ast.parse((COMMANDS / f"{verb}.py").read_text(encoding="utf-8"))
         first = (ast.get_docstring(tree) or "").partition("\n")[0]
         lines.append(f"  {verb:10} {first.partition(': ')[2] or first}\n")
     return "".join(lines) + "\n`salt VERB --help` lists a verb's settings.\n"
@@ -137,7 +137,8 @@ def verb_help(verb: str) -> str:
     groups = {path.rpartition(".")[0] for path in paths}
     for path, kind, default, words in settings:
         value = "required" if default is None else f"default {ast.unparse(default)}"
-        setting = f"  --{shortest(paths, path)}: {kind} ({value})"
+        flag = shortest(paths, path.removesuffix(".path"))
+        setting = f"  --{flag}: {kind} ({value})"
         lines.append(f"\n  {path or 'all'} ({kind})" if path in groups or not path else setting)
         wrapped = textwrap.wrap(words, 94, break_on_hyphens=False)
         lines += textwrap.indent("\n".join(wrapped), " " * 6).splitlines()

@@ -9,10 +9,13 @@ import logging
 import pathlib
 import re
 import sys
-import tokenize
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gin.config_parser import ImportStatement
+
+from salt_jax import gin_files
 from salt_jax.command_line import verbs
 from salt_jax.errors import InputError, nearest
 
@@ -20,43 +23,48 @@ CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
 def explained(
-    parse: Callable[..., Any], *arguments: Any, files: Sequence[pathlib.Path] = ()
+    parse: Callable[..., Any],
+    *arguments: Any,
+    statements: Sequence[gin_files.Statement] = (),
+    flags: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Any:
-    """Calls gin; its errors become one sentence with the name, the file and the nearest name."""
+    """Calls gin; its errors become one sentence with the name, the file and the nearest name.
+
+    Args:
+      parse: What to call.
+      *arguments: For it.
+      statements: Those of all files, to say where a name comes from.
+      flags: What settings are called on the command line; see `plain`.
+    """
     logging.disable(logging.ERROR)  # gin logs every place where it looks for a file in vain
     try:
         return parse(*arguments)
     except InputError:
         raise
-    except SyntaxError as error:
-        where = f"{error.filename}, line {error.lineno}" if error.filename else "the command line"
-        raise InputError(
-            f"{where}: {str(error.text).strip()!r} cannot be read: a line is an import, an include "
-            "or a setting, NAME = VALUE, and a text has quotes of its own, NAME = 'text'."
-        ) from error
-    except tokenize.TokenError as error:
-        message, (line, _) = error.args
-        text_or_file = str(arguments[0])
-        where = "the command line" if "\n" in text_or_file else f"{text_or_file}, line {line}"
-        raise InputError(f"{where}: a bracket or a text is left open ({message}).") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{arguments[0]} is no gin file: it is not text ({error}).") from error
-    except RecursionError as error:
-        raise InputError(f"{arguments[0]} includes itself: take that include out.") from error
     except (NameError, AttributeError, ValueError, ImportError, TypeError, OSError) as error:
         message, _, location = str(error).partition("\n")
-        raise InputError(_gin_sentence(message, location, files)) from error
+        raise InputError(_gin_sentence(message, location, statements, flags)) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _gin_sentence(message: str, location: str, files: Sequence[pathlib.Path]) -> str:
+def _gin_sentence(
+    message: str,
+    location: str,
+    statements: Sequence[gin_files.Statement],
+    flags: Mapping[str, str],
+) -> str:
     place = re.search(r'In file "([^"]*)", line (\d+)', location)
-    where = f"{place[1]}, line {place[2]}" if place else "the command line"
+    where = f"{place[1]}, line {place[2]}" if place else gin_files.COMMAND_LINE
     if match := re.match(r"'(\w+)' was not provided by an import statement", message):
-        imported = re.findall(r"from [\w.]+ import (\w+)", _text_of(place)) + verbs()
+        imported = {
+            one.bound_name()
+            for one in statements
+            if isinstance(one, ImportStatement) and place and one.location.filename == place[1]
+        }
+        known = sorted(imported.union(verbs()))
         return (
-            f"{where}: {match[1]} is not imported there{nearest(match[1], imported)}: correct "
+            f"{where}: {match[1]} is not imported there{nearest(match[1], known)}: correct "
             "the name, or add the import of its module."
         )
     if match := re.match(
@@ -73,27 +81,24 @@ def _gin_sentence(message: str, location: str, files: Sequence[pathlib.Path]) ->
             "correct the name."
         )
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
-        return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1])}."
+        return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1], flags)}."
     if message.startswith("not enough values to unpack"):  # of a name without a module
-        return f"{where}: write a setting's whole name, as train.train.steps, where it is set."
+        return (
+            f"{where}: write a setting's whole name, as config.TrainConfig.steps, where it is set."
+        )
     if match := re.match(r"(\S+) set to `%gin.REQUIRED`", message):
         name = match[1].removesuffix("/gin.macro.value").removesuffix("/macro.value")
-        # gin shortens the name; the file has it in full.
-        for file in files:
-            pattern = rf"^\s*((?:\w+[./])*{re.escape(name)})\s*=\s*%gin\.REQUIRED"
-            if found := re.search(pattern, file.read_text(), re.M):
-                name = plain(found[1])
+        for whole, binding in gin_files.bindings_in(reversed(statements)):
+            # gin shortens the name; the file has it in full.
+            is_it = f".{whole}".replace("/", ".").endswith(f".{name}".replace("/", "."))
+            if is_it and binding.value == gin_files.REQUIRED:
+                name = name if plain(name, flags) != name else whole
+                file = pathlib.Path(binding.location.filename)
                 shown = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
-                return f"{name} must be set ({shown} leaves it open): add {flag_of(found[1])}."
-        return f"{plain(name)} must be set: add {flag_of(name)}."
+                is_open = f"{plain(name, flags)} must be set ({shown} leaves it open)"
+                return f"{is_open}: add {flag_of(name, flags)}."
+        return f"{plain(name, flags)} must be set: add {flag_of(name, flags)}."
     return f"{where}: {message.rstrip('.')}."
-
-
-def _text_of(place: re.Match[str] | None) -> str:
-    if place is None:
-        return ""
-    paths = [pathlib.Path(place[1]), CONFIGS / place[1]]
-    return next((p.read_text() for p in paths if p.is_file()), "")
 
 
 def _parameters_of(selector: str) -> list[str]:
@@ -107,14 +112,17 @@ def _parameters_of(selector: str) -> list[str]:
     return []
 
 
-def flag_of(name: str) -> str:
-    """The flag that sets a name: --SETTING for a verb's own, --gin.NAME for any other."""
-    return f"--{plain(name)}=VALUE" if plain(name) != name else f"--gin.{name}=VALUE"
+def flag_of(name: str, flags: Mapping[str, str]) -> str:
+    """The flag that sets a name: --SETTING where there is one, --gin.NAME for any other."""
+    shown = plain(name, flags)
+    return f"--{shown}=VALUE" if shown != name else f"--gin.{name}=VALUE"
 
 
-def plain(name: str) -> str:
-    """A setting as it is called on the command line: `steps` of train.train.steps; those that are
-    no verb's own keep their whole names."""
-    owner, _, setting = name.rpartition(".")
-    module, _, function = owner.partition(".")
-    return setting if module in verbs() and function in ("", module) else name
+def plain(name: str, flags: Mapping[str, str]) -> str:
+    """A setting as it is called on the command line, where it has a flag.
+
+    Args:
+      name: "config.Data.cache".
+      flags: "Data.cache" → "cache", for all settings of the verb.
+    """
+    return flags.get(".".join(name.rpartition("/")[2].split(".")[-2:]), name)

@@ -7,22 +7,29 @@ what may be read of it untrusted (`safe_gin`).
 import copy
 import importlib
 import inspect
-import os
 import pathlib
-import re
 import sys
-import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import gin
-from salt_jax.command_line import Arguments, own_bindings, parameters_of, require_known
+from gin import config_parser
+from salt_jax import gin_files
+from salt_jax.command_line import Arguments, require_known
 from salt_jax.config_errors import CONFIGS, explained, flag_of, plain
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RunFolder
 from salt_jax.safe_gin import require_safe_bindings, require_safe_file
+from salt_jax.setting_groups import (
+    alternatives,
+    bindings_of,
+    bound_value,
+    default_groups,
+    flags_of,
+    settings_of,
+)
 from salt_jax.setting_types import described, is_a
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
@@ -38,8 +45,8 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     gin.clear_config()
     # No public call empties these lists. gin's other reader looks into Python packages, for which
     # it takes any folder of a gin file's name in the working directory.
-    gin.config._LOCATION_PREFIXES[:] = ["", str(CONFIGS)]
-    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin.config._LOCATION_PREFIXES[:] = [""]
+    gin.config._FILE_READERS[:] = [(_open_gin_file, lambda name: True)]
     verb = arguments.verb
     try:
         function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
@@ -54,36 +61,46 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     named = [_find_gin_file(file) for file in arguments.gin_files]
     if arguments.safe_gin:
         for path in named:
-            explained(require_safe_file, path, _find_gin_file)
-    parsed = [explained(gin.parse_config_file, path) for path in named]
-    files, modules = _files_and_modules(parsed)
-    _refuse_unknown_macros(arguments.bindings, files)
-    lender = getattr(sys.modules[function.__module__], "SETTINGS_FROM", verb)
-    commands = {f"salt_jax.commands.{name}" for name in (verb, lender)}
-    own = own_bindings(function, arguments)
+            require_safe_file(path, _find_gin_file)
+    in_files = [one for path in named for one in gin_files.statements_of(path, _find_gin_file)]
+    for path in named:
+        explained(gin.parse_config_file, path, statements=in_files)
+    modules = {one.module for one in in_files if isinstance(one, config_parser.ImportStatement)}
+    _refuse_unknown_macros(arguments.bindings, in_files)
+    groups = {one.group.__module__ for one in settings_of(function) if one.group}
+    modules |= {f"salt_jax.commands.{verb}", *groups}
+
+    def bind(text: str) -> None:
+        if arguments.safe_gin:
+            require_safe_bindings(text)
+        list(gin_files.statements_in(text))  # or it is told what cannot be read of it
+        explained(gin.parse_config, text, statements=in_files)
+
+    bind("\n".join([*_imports(modules), *arguments.bindings]))
     # A reference registers the function with gin even when nothing is bound to it.
-    register = [f"salt_{name} = @{name}.{name}" for name in (verb, lender)]
-    text = "\n".join([*_imports({*modules, *commands}), *arguments.bindings, *own])
-    if arguments.safe_gin:
-        explained(require_safe_bindings, text)
-    explained(gin.parse_config, "\n".join([text, *register]))
-    if lender != verb:
-        _borrow_settings(function, verb, lender)
-    _read_model_files(function, verb, arguments.safe_gin)
-    if lender != verb:
-        _close_unused_settings(function, files, arguments.bindings, {*modules, *commands})
-    explained(gin.finalize, files=files)
+    explained(gin.parse_config, "\n".join([*_imports(modules), f"salt_{verb} = @{verb}.{verb}"]))
+    _make_groups(function)
+    for name, values in _flags(function, arguments):
+        macros = [n for n, one in gin_files.bindings_in(in_files) if not one.arg_name]
+        for binding in bindings_of(function, name, values, macros):
+            bind("\n".join([*_imports(modules), binding]))
+    _make_groups(function)
+    _read_model_files(function, arguments.safe_gin)
+    _close_what_is_not_needed(function)
+    _close_unused_settings(function)
+    flags = flags_of(function)
+    explained(gin.finalize, statements=in_files, flags=flags)
     missing = list(_missing_settings(function, set()))
     if not missing:
-        _refuse_wrong_types(function, set())
+        _refuse_wrong_types(function, set(), flags)
     elif missing[0].rpartition(".")[2] == getattr(
         sys.modules[function.__module__], "POSITIONAL", 0
     ):
         raise InputError(f"Nothing to {verb} was named: `salt {verb} FOLDER…`.")
     else:
-        name, flag = plain(missing[0]), flag_of(missing[0])
+        name, flag = plain(missing[0], flags), flag_of(missing[0], flags)
         examples = getattr(sys.modules[function.__module__], "FROM_FILES", {})
-        if file := examples.get(name.rpartition(".")[2]):
+        if file := examples.get(missing[0].rpartition(".")[2]):
             raise InputError(
                 f"{name} is not set: add a gin file that sets it (--gin_file={file}, say)."
             )
@@ -91,47 +108,64 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     return gin.get_configurable(function)
 
 
+def _flags(
+    function: Callable[..., None], arguments: Arguments
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """The verb's flags and positional arguments, by setting."""
+    settings = dict(arguments.settings)
+    if arguments.positional:
+        name = getattr(sys.modules[function.__module__], "POSITIONAL", None)
+        if name is None:
+            raise InputError(
+                f"`salt {arguments.verb}` takes no argument {arguments.positional[0]!r}: "
+                "settings are written --NAME=VALUE."
+            )
+        settings[name] = [*settings.get(name, []), *arguments.positional]
+    yield from settings.items()
+
+
+def _make_groups(function: Callable[..., None]) -> None:
+    """Binds the verb's groups of settings that nothing is bound to."""
+    for text in default_groups(function):
+        explained(gin.parse_config, f"{DYNAMIC_REGISTRATION}\n{text}")
+
+
+def _close_what_is_not_needed(function: Callable[..., None]) -> None:
+    """Lets what files leave REQUIRED be what the verb's NEEDS_NO says."""
+    closed = getattr(sys.modules[function.__module__], "NEEDS_NO", {})
+    for setting in settings_of(function):
+        key = f"{setting.owner.__qualname__}.{setting.name}"
+        if key in closed and _is_open(bound_value(setting)):
+            module = f"{DYNAMIC_REGISTRATION}\n"
+            explained(gin.parse_config, module + setting.bind(repr(closed[key])))
+
+
 def _imports(modules: Iterable[str]) -> list[str]:
     """The lines that bring modules into a text for gin."""
     split = [m.rpartition(".") for m in sorted({*modules} - {"__gin__.dynamic_registration"})]
-    return [DYNAMIC_REGISTRATION, *(f"from {package} import {name}" for package, _, name in split)]
+    lines = [
+        f"from {package} import {name}" if package else f"import {name}"
+        for package, _, name in split
+    ]
+    return [DYNAMIC_REGISTRATION, *lines]
 
 
-def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> None:
-    """Gives a verb's unbound settings what another verb's settings of the same name are bound to.
+def _close_unused_settings(function: Callable[..., None]) -> None:
+    """Lets what files leave REQUIRED be None where nothing that the verb calls refers to it.
 
-    A verb asks for it by SETTINGS_FROM in its module. What the lender leaves open stays unbound,
-    but for the verb's STAYS_REQUIRED.
+    But for what is not of this package: code of anyone's may ask gin for it by other ways.
     """
-    stays_required = getattr(sys.modules[function.__module__], "STAYS_REQUIRED", ())
-    mine = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
-    theirs = gin.get_bindings(f"{lender}.{lender}", resolve_references=False)
-    for name in theirs.keys() & parameters_of(function).keys() - mine.keys():
-        is_open = _is_open(theirs[name])
-        if theirs[name] is not None and (not is_open or name in stays_required):
-            gin.bind_parameter(f"{verb}.{verb}.{name}", theirs[name])
-
-
-def _close_unused_settings(
-    function: Callable[..., None],
-    files: Iterable[pathlib.Path],
-    bindings: Iterable[str],
-    modules: Iterable[str],
-) -> None:
-    """Lets what files leave REQUIRED be None where nothing that the verb calls refers to it."""
     reached: set[str] = set()
     list(_missing_settings(function, reached))
-    text = "\n".join([*(file.read_text() for file in files), *bindings])
-    names = set(re.findall(r"^\s*([\w./]+)\s*=\s*%gin\.REQUIRED", text, re.M))
     # By the last name: a class may be reached through another module than it is bound through.
     last_names = {name.rpartition(".")[2] for name in reached}
-    unused = [n for n in sorted(names) if _owner(n).rpartition(".")[2] not in last_names]
-    explained(gin.parse_config, "\n".join([*_imports(modules), *(f"{n} = None" for n in unused)]))
-
-
-def _owner(name: str) -> str:
-    """What a binding's name sets something of: train.train of train.train.seed, a macro itself."""
-    return name.rpartition(".")[0] or name
+    for (scope, selector), settings in [*gin.config._CONFIG.items()]:
+        is_own = selector.startswith(("gin.macro", "salt_jax."))
+        owner = f"%{scope}" if selector == "gin.macro" else selector.rpartition(".")[2]
+        if not is_own or owner in last_names:
+            continue
+        for name in [name for name, value in settings.items() if _is_open(value)]:
+            gin.bind_parameter((scope, selector, name), None)
 
 
 def _is_open(value: Any) -> bool:
@@ -140,26 +174,25 @@ def _is_open(value: Any) -> bool:
     return is_reference and value.configurable.selector == "gin.constant"
 
 
-def _read_model_files(function: Callable[..., None], verb: str, safe_gin: bool) -> None:
+def _read_model_files(function: Callable[..., None], safe_gin: bool) -> None:
     """Makes a model of every setting for a DecoderConfig that names a gin file instead.
 
     The file is read on its own: nothing that is bound elsewhere, to the student for one, reaches
     the model. Its settings get a scope of the setting's name, so that config.gin has them too.
     """
-    bound = gin.get_bindings(f"{verb}.{verb}", resolve_references=False)
-    for name, hint in typing.get_type_hints(function).items():
-        models = [t for t in (hint, *typing.get_args(hint)) if _name_of(t) == MODEL_CLASS]
-        if not models or not isinstance(bound.get(name), str):
+    for setting in list(settings_of(function)):
+        models = [t for t in alternatives(setting.hint) if _name_of(t) == MODEL_CLASS]
+        value, name = bound_value(setting), setting.name
+        if not models or not isinstance(value, str):
             continue
-        file = _find_gin_file(bound[name], f"--{name}")
+        file = _find_gin_file(value, f"--{name}")
         if safe_gin:
-            explained(require_safe_file, file, _find_gin_file)
-        settings: dict[str, Any] = {}
-        imports = _read_model_file(file, settings)
+            require_safe_file(file, _find_gin_file)
+        imports, settings = _read_model_file(file)
         fields = inspect.signature(models[0]).parameters
-        for setting in settings:
+        for field in settings:
             where = f" of {MODEL_CLASS}, which {file} sets"
-            require_known("setting", setting, fields, where=where)
+            require_known("setting", field, fields, where=where)
         defaults = {f.name: f.default for f in fields.values() if f.default is not f.empty}
         if unset := sorted(fields.keys() - defaults.keys() - settings.keys()):
             raise InputError(
@@ -174,34 +207,27 @@ def _read_model_files(function: Callable[..., None], verb: str, safe_gin: bool) 
             )
         model = f"{name}/{module.rpartition('.')[2]}.{MODEL_CLASS}"
         lines = [f"{model}.{field} = {value!r}" for field, value in (defaults | settings).items()]
-        lines = [*_imports([module, function.__module__]), *lines]
-        explained(gin.parse_config, "\n".join([*lines, f"{verb}.{verb}.{name} = @{model}()"]))
+        lines = [*_imports([module]), *lines, setting.bind(f"@{model}()")]
+        explained(gin.parse_config, "\n".join(lines))
 
 
-def _read_model_file(file: str, settings: dict[str, Any]) -> list[str]:
-    """Adds the settings that a model's file makes, its includes first; gives what it imports."""
-    modules = []
-    for statement in explained(_statements, file):
-        if isinstance(statement, gin.config_parser.ImportStatement):
-            modules += [m for m in [statement.module] if m.startswith("salt_jax.")]
-        elif isinstance(statement, gin.config_parser.IncludeStatement):
-            modules += _read_model_file(_find_gin_file(statement.filename, file), settings)
-        elif isinstance(statement, gin.config_parser.BindingStatement):
-            is_own = statement.selector.rpartition(".")[2] == MODEL_CLASS and not statement.scope
-            if not is_own or isinstance(statement.value, _Reference):
-                what = statement.value.name if is_own else statement.selector
-                raise InputError(
-                    f"{file}, line {statement.location.line_num}: {what} has no place in a model's "
-                    f"file that a setting names: it sets {MODEL_CLASS} alone, to plain values, and "
-                    "may include files that do."
-                )
-            settings[statement.arg_name] = statement.value
-    return modules
-
-
-def _statements(file: str) -> list[Any]:
-    with open(file) as lines:
-        return list(gin.config_parser.ConfigParser(lines, _References()))
+def _read_model_file(file: str) -> tuple[list[str], dict[str, Any]]:
+    """What a model's file and its includes import, and the settings that they make."""
+    statements = list(gin_files.statements_of(file, _find_gin_file))
+    imports = [one.module for one in statements if isinstance(one, config_parser.ImportStatement)]
+    settings: dict[str, Any] = {}
+    for _, binding in gin_files.bindings_in(statements):
+        is_own = binding.selector.rpartition(".")[2] == MODEL_CLASS and not binding.scope
+        references = list(gin_files.references_in(binding.value))
+        if not is_own or references:
+            what = references[0] if is_own else binding.selector
+            raise InputError(
+                f"{gin_files.place_of(binding)}: {what} has no place in a model's file that a "
+                f"setting names: it sets {MODEL_CLASS} alone, to plain values, and may include "
+                "files that do."
+            )
+        settings[binding.arg_name] = binding.value
+    return [module for module in imports if module.startswith("salt_jax.")], settings
 
 
 def _refuse_unreadable(bindings: Iterable[str]) -> None:
@@ -209,10 +235,10 @@ def _refuse_unreadable(bindings: Iterable[str]) -> None:
     for binding in bindings:
         name, _, value = binding.partition(" = ")
         try:
-            [statement] = gin.config_parser.ConfigParser(binding, _References())
-            if isinstance(statement, gin.config_parser.BindingStatement):
+            [statement] = gin_files.statements_in(binding)
+            if isinstance(statement, config_parser.BindingStatement):
                 continue
-        except (SyntaxError, ValueError, tokenize.TokenError):
+        except ValueError:
             pass
         is_plain = value.isprintable() and not {*value} & {*"'\""}
         text = value if is_plain and value else "text"
@@ -220,22 +246,6 @@ def _refuse_unreadable(bindings: Iterable[str]) -> None:
             f"--gin.{name}={value} cannot be read: write a text in quotes of its own, "
             f"--gin.{name or 'NAME'}=\"'{text}'\", and numbers, True, None and (lists,) without."
         )
-
-
-class _Reference(typing.NamedTuple):
-    """A value that comes from elsewhere."""
-
-    name: str
-
-
-class _References(gin.config_parser.ParserDelegate):
-    """Leaves references and macros what they are when a file is parsed."""
-
-    def configurable_reference(self, name: str, evaluate: bool) -> _Reference:
-        return _Reference(f"@{name}{'()' if evaluate else ''}")
-
-    def macro(self, name: str) -> _Reference:
-        return _Reference(f"%{name}")
 
 
 def _name_of(hint: Any) -> str:
@@ -254,28 +264,23 @@ def _find_gin_file(name: str, setting: str = "--gin_file") -> str:
     )
 
 
-def _files_and_modules(parsed: Iterable[Any]) -> tuple[list[pathlib.Path], list[str]]:
-    files: list[pathlib.Path] = []
-    modules: list[str] = []
-    for file in parsed:
-        paths = (pathlib.Path(file.filename), CONFIGS / file.filename)
-        files.append(next(path for path in paths if path.is_file()))
-        modules += file.imports
-        more_files, more_modules = _files_and_modules(file.includes)
-        files += more_files
-        modules += more_modules
-    return files, modules
+def _open_gin_file(name: str) -> TextIO:
+    return gin_files.open_text(_find_gin_file(name))
 
 
-def _refuse_unknown_macros(bindings: Iterable[str], files: Iterable[pathlib.Path]) -> None:
-    """gin takes any NAME = value as a macro; one that nothing refers to is a slip of the pen."""
-    texts = {str(file): file.read_text() for file in files}
-    used = set(re.findall(r"%(\w+)", "\n".join([*texts.values(), *bindings]))) - {"gin"}
-    texts[""] = "\n".join(bindings)
-    for file, text in texts.items():
-        where = f", which {file} sets" if file else ""
-        for name in re.findall(r"^(\w+)\s*=", text, re.M):
-            require_known("macro", name, used, prefix="" if file else "--gin.", where=where)
+def _refuse_unknown_macros(
+    bindings: Iterable[str], in_files: Iterable[gin_files.Statement]
+) -> None:
+    """gin takes any NAME = value as a macro; a flag's that nothing refers to is a slip of the pen.
+
+    A file may set macros for those who include it, and not all of them use all.
+    """
+    flags = list(gin_files.bindings_in(gin_files.statements_in("\n".join(bindings))))
+    every = [*flags, *gin_files.bindings_in(in_files)]
+    used = {one.macro for _, b in every for one in gin_files.references_in(b.value)} - {""}
+    for name, binding in flags:
+        if not binding.arg_name:
+            require_known("macro", name, used, prefix="--gin.")
 
 
 def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[str]:
@@ -293,23 +298,36 @@ def _missing_settings(function: Callable[..., Any], seen: set[str]) -> Iterator[
         )
         if required and name not in bindings and parameter.annotation is not RunFolder:
             yield f"{scoped}.{name}"
-    for reference in _references(list(bindings.values())):
-        target = reference.configurable.wrapped
+    yield from _missing_in(bindings, seen)
+
+
+def _missing_in(values: Any, seen: set[str]) -> Iterator[str]:
+    """The same for all that making `values` would need."""
+    for reference in _references(values):
+        scopes, target = reference.scopes, reference.configurable.wrapped
+        if isinstance(target, types.BuiltinFunctionType):
+            continue
         if reference.configurable.selector == "gin.macro":
-            macro = "/".join(reference.scopes)
-            seen.add(macro)
-            with gin.config_scope(macro):
-                value = gin.get_bindings("gin.macro", resolve_references=False)
-            if not value:
-                yield macro
-            for inner in _references(list(value.values())):
-                yield from _missing_settings(inner.configurable.wrapped, seen)
-        elif not isinstance(target, types.BuiltinFunctionType) and reference.evaluate:
-            with gin.config_scope(reference.scopes or None):
+            own = f"%{'/'.join(scopes)}"
+        elif reference.evaluate:
+            with gin.config_scope(scopes or None):
                 yield from _missing_settings(target, seen)
+            continue
+        else:  # what calls it gives it the rest
+            own = f"@.{target.__name__}"
+        if own in seen:
+            continue
+        seen.add(own)
+        with gin.config_scope(scopes or None):
+            settings = gin.get_bindings(target, resolve_references=False)
+        if own[0] == "%" and not settings:
+            yield own[1:]
+        yield from _missing_in(settings, seen)
 
 
-def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
+def _refuse_wrong_types(
+    function: Callable[..., Any], seen: set[str], flags: Mapping[str, str]
+) -> None:
     """Checks plain values against the annotations, of `function` and of all that it refers to."""
     selector = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
     if selector in seen:
@@ -320,15 +338,18 @@ def _refuse_wrong_types(function: Callable[..., Any], seen: set[str]) -> None:
     for name, value in gin.get_bindings(function, resolve_references=False).items():
         for reference in _references([value]):
             if reference.configurable.selector != "gin.macro" and reference.evaluate:
-                _refuse_wrong_types(reference.configurable.wrapped, seen)
+                _refuse_wrong_types(reference.configurable.wrapped, seen, flags)
         macros = [r for r in _references([value]) if r.configurable.selector == "gin.macro"]
         if list(_references([value])) == macros and name in hints:
-            given = copy.deepcopy(value)
+            try:
+                given = copy.deepcopy(value)
+            except RecursionError as error:
+                raise InputError(f"{value} refers to itself: give it a value.") from error
             if not is_a(given, hints[name]):
                 full = f"{selector}.{name}"
-                flag = flag_of("/".join(macros[0].scopes) if macros else full)
+                flag = flag_of("/".join(macros[0].scopes) if macros else full, flags)
                 raise InputError(
-                    f"{plain(full)} is {given!r}, expected {described(hints[name])}: change "
+                    f"{plain(full, flags)} is {given!r}, expected {described(hints[name])}: change "
                     f"{flag.partition('=')[0]}."
                 )
 

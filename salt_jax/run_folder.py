@@ -52,6 +52,10 @@ _LIBRARIES = [
 ]
 
 
+# Before the settings of `salt train` were grouped each was one of the verb's own.
+_OLD_FORM = re.compile(r"train\.train\.(?!config$)")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """An output folder and what is to be recorded in it.
@@ -184,6 +188,12 @@ class RunFolder:
                 f"choose another --output_dir for this `salt {self.verb}`."
             )
         before, now = _settings((self.path / CONFIG_FILE).read_text()), _settings(config)
+        if any(_OLD_FORM.match(name) for name in before):
+            raise InputError(
+                f"The output folder {self.path} holds a run whose {CONFIG_FILE} is of an older "
+                "version of salt_jax, with other names of settings: finish it with that version, "
+                "or choose another --output_dir; --initial, --teacher and the other verbs take it."
+            )
         own = f"{self.verb}.{self.verb}."
         changes = {
             name: f"{name.removeprefix(own)} was {before.get(name, 'unset')} and is now "

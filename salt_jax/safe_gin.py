@@ -10,11 +10,11 @@ with gin's own parser, of every file that is included too; nothing is imported f
 """
 
 import functools
-import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gin import config_parser
+from salt_jax import gin_files
 from salt_jax.command_line import verbs
 from salt_jax.errors import InputError, nearest
 
@@ -35,17 +35,17 @@ NAMES = frozenset(
         *("preparation.own_text.own_text", "preparation.pile.pile_files"),
         *("preparation.text_files.TextFiles", "preparation.trained_vocabulary.TrainedVocabulary"),
         *("training.checkpoints.CheckpointConfig", "training.optimizers.LearningRate"),
+        *("training.config.Data", "training.config.Devices", "training.config.Evaluation"),
+        *("training.config.Initial", "training.config.Method", "training.config.Teacher"),
+        "training.config.TrainConfig",
         *("training.optimizers.OptimizerConfig", "training.partitioning.MeshConfig"),
     )
 )
 
-# Settings of the verbs by which what they name is run, and the values that do no such thing.
+# Settings by which what they name is run, and the values that do no such thing.
 _OWN_PROGRAMS = ("~/.cache/salt_jax/programs", "")
 RUN_CODE: Mapping[str, tuple[Any, ...]] = {
-    **{
-        f"{verb}.compilation_cache": _OWN_PROGRAMS
-        for verb in ("evaluate", "generate", "score", "train")
-    },
+    "Devices.compilation_cache": _OWN_PROGRAMS,
     "evaluate.allow_code_execution": (False,),
     "evaluate.task_folder": (None,),
     "prepare.runner": ("local",),
@@ -55,81 +55,50 @@ _DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 _WITHOUT = "leave it out, or leave out --safe_gin where you trust who wrote it"
 
 
-class _Elsewhere:
-    """A value that comes from a macro, or from what another name gives."""
-
-
-class _References(config_parser.ParserDelegate):
-    """Notes the references of a statement, wherever they stand in its value."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def configurable_reference(self, scoped_name: str, evaluate: bool) -> _Elsewhere:
-        self.found.append(scoped_name.rpartition("/")[2])
-        return _Elsewhere()
-
-    def macro(self, name: str) -> _Elsewhere:
-        return _Elsewhere()
-
-
-def require_safe_file(
-    file: str, find: Callable[[str, str], str], seen: frozenset[str] = frozenset()
-) -> None:
+def require_safe_file(file: str, find: gin_files.Finder) -> None:
     """Refuses a gin file, and those that it includes, that could do more than set our settings.
 
     Args:
       file: Which.
-      find: Gives the path of an included file; its second argument is the file that includes it.
-      seen: The files that include it.
+      find: Finds what it includes.
 
     Raises:
       InputError: With file and line.
-      SyntaxError, ValueError, OSError, TokenError: What gin raises for what it cannot read.
     """
-    with open(file) as lines:
-        includes = list(_require_safe(lines, file))
-    for included in includes:
-        path = find(included, file)
-        if path not in seen:
-            require_safe_file(path, find, seen | {file, path})
+    _require_safe(gin_files.statements_of(file, find))
 
 
 def require_safe_bindings(text: str) -> None:
     """Refuses the bindings of a command line likewise; see `require_safe_file`."""
-    for included in _require_safe(text, ""):
-        raise InputError(f"the command line: include {included!r} has no place in a flag.")
+    _require_safe(gin_files.statements_in(text))
 
 
-def _require_safe(lines: typing.TextIO | str, file: str) -> Iterator[str]:
-    """Checks a text; yields the files that it includes."""
-    references = _References()
-    parser = config_parser.ConfigParser(lines, references)
-    is_dynamic, modules = False, dict[str, str]()
-    for statement in parser:
-        where = f"{file}, line {statement.location.line_num}" if file else "the command line"
+def _require_safe(statements: Iterable[Any]) -> None:
+    # By file. gin looks names up among all that any module has registered where a file has no
+    # dynamic registration: of such a file no name is known.
+    imported: dict[str, dict[str, str]] = {}
+    for statement in statements:
+        file, where = statement.location.filename, gin_files.place_of(statement)
+        modules = imported.get(file, {})
+        if isinstance(statement, config_parser.IncludeStatement):
+            raise InputError(f"{where}: include {statement.filename!r} has no place in a flag.")
         if isinstance(statement, config_parser.ImportStatement):
             # As a whole: "import __gin__.dynamic_registration" is an import as any other.
             if statement.format() == _DYNAMIC_REGISTRATION:
-                is_dynamic = True
+                imported.setdefault(file, {})
                 continue
             _require_own_module(statement.module, where)
-            # Else gin looks names up among all that any module has registered.
-            if is_dynamic:
-                is_whole = statement.is_from or statement.alias
-                modules[statement.bound_name()] = statement.module if is_whole else "salt_jax"
-        elif isinstance(statement, config_parser.IncludeStatement):
-            yield statement.filename
-        else:
-            # A macro's name is no selector: it has no setting.
-            is_macro = getattr(statement, "arg_name", None) == ""
-            if not is_macro:
-                _require_own_name(statement.selector, modules, where, _own_names())
-            for name in references.found:
-                _require_own_name(name, modules, where, NAMES)  # a value that is a verb runs it
-            if isinstance(statement, config_parser.BindingStatement) and not is_macro:
-                _require_no_code(statement, where)
-            references.found.clear()
+            is_whole = statement.is_from or statement.alias
+            modules[statement.bound_name()] = statement.module if is_whole else "salt_jax"
+            continue
+        is_binding = isinstance(statement, config_parser.BindingStatement)
+        if not is_binding or statement.arg_name:  # a macro's name is no selector
+            _require_own_name(statement.selector, modules, where, _own_names())
+        if is_binding:
+            for reference in gin_files.references_in(statement.value):
+                if name := reference.configurable:  # a value that is a verb runs it
+                    _require_own_name(name, modules, where, NAMES)
+            _require_no_code(statement, where)
 
 
 @functools.cache
@@ -165,10 +134,10 @@ def _require_own_name(
 
 
 def _require_no_code(statement: config_parser.BindingStatement, where: str) -> None:
-    verb, setting = statement.selector.rpartition(".")[2], statement.arg_name
-    harmless = RUN_CODE.get(f"{verb}.{setting}", (statement.value,))
+    owner, setting = statement.selector.rpartition(".")[2], statement.arg_name
+    harmless = RUN_CODE.get(f"{owner}.{setting}", (statement.value,))
     if statement.value not in harmless:
         raise InputError(
-            f"{where}: --safe_gin allows {setting} of `salt {verb}` to be "
+            f"{where}: --safe_gin allows {setting} of {owner} to be "
             f"{' or '.join(map(repr, harmless))} only, since what else it names is run: {_WITHOUT}."
         )

@@ -34,7 +34,7 @@ class Setting:
       name: The parameter's name.
       hint: Its type.
       default: Its default; inspect.Parameter.empty where it has none.
-      group: The class that makes it, where it is a group of settings itself.
+      group: What makes it, where it is a group of settings itself: a class, or a function.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Setting:
     name: str
     hint: Any
     default: Any
-    group: type | None = None
+    group: Callable[..., Any] | None = None
 
     @property
     def selector(self) -> str:
@@ -71,54 +71,76 @@ def settings_of(
     """
     constructor = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(constructor)
-    bound = _bindings(function, scope)
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, Any)
         if hint is RunFolder:
             continue
-        group, inner = _group(bound.get(name), hint)
         own = (*path, name) if path or name != ROOT else ()
-        yield Setting(".".join(own), function, scope, name, hint, parameter.default, group=group)
+        setting = Setting(".".join(own), function, scope, name, hint, parameter.default)
+        group, inner = _group(bound_value(setting), hint)
+        yield dataclasses.replace(setting, group=group)
         if group is not None:
             yield from settings_of(group, own, inner)
 
 
 def _bindings(function: Callable[..., Any], scope: str) -> dict[str, Any]:
     with gin.config_scope(scope or None):
-        return gin.get_bindings(function, resolve_references=False)
+        try:
+            return gin.get_bindings(function, resolve_references=False)
+        except ValueError:  # no gin file has named it
+            return {}
 
 
-def _group(value: Any, hint: Any) -> tuple[type | None, str]:
-    """The dataclass that makes a setting, and the scope it is made in."""
-    while isinstance(value, gin.config.ConfigurableReference):
+def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
+    """What makes a setting, and the scope it is made in."""
+    if isinstance(value, gin.config.ConfigurableReference):
         made = value.configurable.wrapped
-        scope = "/".join(value.scopes)
-        if value.configurable.selector == "gin.macro":
-            with gin.config_scope(scope):
-                value = gin.get_bindings("gin.macro", resolve_references=False).get("value")
-            continue
-        is_group = value.evaluate and inspect.isclass(made) and dataclasses.is_dataclass(made)
-        return (made, scope) if is_group else (None, "")
+        is_made = value.evaluate and not value.configurable.selector.startswith("gin.")
+        is_group = is_made and isinstance(made, type | types.FunctionType)
+        return (made, "/".join(value.scopes)) if is_group else (None, "")
     return (None, "") if value is not None else (_dataclass_of(hint), "")
 
 
 def _dataclass_of(hint: Any) -> type | None:
     """The dataclass that a hint is of, or that it is of or None."""
-    for part in _alternatives(hint):
+    for part in alternatives(hint):
         if inspect.isclass(part) and dataclasses.is_dataclass(part):
             return part
     return None
 
 
-def _alternatives(hint: Any) -> Sequence[Any]:
+def alternatives(hint: Any) -> Sequence[Any]:
+    """The types of a union, or the one type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
+
+
+def bound_value(setting: Setting) -> Any:
+    """What gin has bound a setting to, macros followed; None for nothing."""
+    value = _bindings(setting.owner, setting.scope).get(setting.name)
+    while (
+        isinstance(value, gin.config.ConfigurableReference)
+        and value.configurable.selector == "gin.macro"
+    ):
+        with gin.config_scope("/".join(value.scopes)):
+            value = gin.get_bindings("gin.macro", resolve_references=False).get("value")
+    return value
+
+
+def flags_of(function: Callable[..., Any]) -> dict[str, str]:
+    """The flag of every setting of a verb, by owner and name: "Data.cache" → "cache"."""
+    every = [setting for setting in settings_of(function) if setting.path]
+    paths = [setting.path for setting in every]
+    return {
+        f"{s.owner.__qualname__}.{s.name}": shortest(paths, s.path.removesuffix(".path"))
+        for s in every
+    }
 
 
 def default_groups(function: Callable[..., Any]) -> Iterator[str]:
     """gin texts that make the groups which are neither bound nor optional, the outer ones first."""
     for setting in settings_of(function):
-        if setting.group is not None and type(None) not in _alternatives(setting.hint):
+        if setting.group is not None and type(None) not in alternatives(setting.hint):
             yield from _link(setting)
 
 
@@ -164,9 +186,10 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str]) -> str:
     if found:
         flags = ", ".join(f"--{shortest([*every], path)}" for path in found)
         raise InputError(f"--{name} could be any of {flags}: write which one is meant.")
-    known = {path.rpartition(".")[2].lower(): f"--{shortest([*every], path)}" for path in every}
+    flags = [shortest([*every], path) for path in every]
+    known = {flag.replace(".", "_").lower(): f"--{flag}" for flag in flags}
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
-    close = nearest(name.rpartition(".")[2].lower(), known)
+    close = nearest(name.replace(".", "_").lower(), known)
     if match := re.search(r"nearest: (.*)\)", close):
         close = f" (nearest: {known[match[1]]})"
     raise InputError(f"There is no setting --{name}{close}: `salt VERB --help` lists them.")
@@ -174,7 +197,7 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str]) -> str:
 
 def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
     """A flag's values as gin writes them."""
-    kinds = _alternatives(setting.hint)
+    kinds = alternatives(setting.hint)
     lists = [part for part in kinds if typing.get_origin(part) in (Sequence, list, tuple)]
     of_texts = any(str in typing.get_args(part) for part in lists)
     if (

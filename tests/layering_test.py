@@ -11,7 +11,8 @@ PACKAGE = ROOT / "salt_jax"
 ALLOWED = {
     "main": {"commands", "command_line", "configuration", "config_errors", "processes"}
     | {"data", "mirror", "run_lock", "verb_process"},
-    "configuration": {"command_line", "config_errors", "safe_gin", "setting_types"},
+    "configuration": {"command_line", "config_errors", "gin_files", "safe_gin", "setting_groups"}
+    | {"setting_types"},
     "commands": {"training", "preparation", "planning", "reporting", "distill", "models", "data"}
     | {"evaluation", "verb_process"},
     "training": {"distill", "models", "data"},
@@ -25,13 +26,15 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "command_line": {"processes"},
-    "config_errors": {"command_line"},
+    "config_errors": {"command_line", "gin_files"},
     "errors": set(),
     "run_folder": {"processes", "run_lock"},
     "processes": set(),
     "mirror": {"data", "run_lock"},
     "run_lock": set(),
-    "safe_gin": {"command_line"},
+    "gin_files": set(),
+    "safe_gin": {"command_line", "gin_files"},
+    "setting_groups": {"command_line"},
     "setting_types": set(),
     "verb_process": set(),
     "__init__": set(),
@@ -43,7 +46,7 @@ LIBRARIES = {
     "tensorflow tensorflow_datasets tensorflow_text seqio": {"preparation", "tasks"},
     "lm_eval rouge_score": {"evaluation"},
     "t5x": {"t5x_model"},
-    "gin": {"main", "configuration", "safe_gin"},
+    "gin": {"main", "configuration", "config_errors", "gin_files", "safe_gin", "setting_groups"},
 }
 IMPORTERS = {name: parts for names, parts in LIBRARIES.items() for name in names.split()}
 

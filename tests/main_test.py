@@ -1,7 +1,6 @@
 """The command: every slip of the pen is one sentence with the name and the nearest valid one."""
 
 import importlib
-import inspect
 import json
 import os
 import pathlib
@@ -13,24 +12,30 @@ import sys
 import pytest
 
 import gin
-from salt_jax.command_line import parse_arguments, verbs
+from salt_jax.command_line import parse_arguments, shortest, verbs
 from salt_jax.commands.report import report
 from salt_jax.commands.study import study
 from salt_jax.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.distill import schedules
 from salt_jax.main import main
+from salt_jax.setting_groups import settings_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRETRAIN = ["train", "--gin_file=runs/pretrain.gin", "--gin.LEARNING_RATE=1e-3"]
 BASELINE = [*PRETRAIN, "--gin_file=methods/baseline.gin", "--gin_file=models/slm_smoke.gin"]
-IMPORTS = "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+IMPORTS = (
+    "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+    "from salt_jax.training import config\n"
+)
 FULL = [*BASELINE, "--cache=nowhere", "--steps=3", "--batch_size=8"]
 
 
 def test_scopes_and_booleans() -> None:
-    scoped = "--gin.train.train.model=@big/decoder.DecoderConfig()"
+    scoped = "--gin.config.TrainConfig.model=@big/decoder.DecoderConfig()"
     arguments = [*FULL, scoped, "--gin.big/decoder.DecoderConfig.embed_dim=320"]
-    assert gin.get_bindings(configure(parse_arguments(arguments)))["model"].embed_dim == 320
+    seen = gin.get_bindings(configure(parse_arguments(arguments)))["config"]
+    assert seen.model.embed_dim == 320
     for typed, value in (("false", False), ("True", True)):
         configure(parse_arguments(["prepare", f"--skip_broken_lines={typed}"]))
         assert gin.get_bindings("prepare.prepare")["skip_broken_lines"] is value
@@ -39,12 +44,9 @@ def test_scopes_and_booleans() -> None:
 def test_later_files_and_flags_override(tmp_path: pathlib.Path) -> None:
     arguments = [*FULL, "--gin_file=methods/salt.gin", "--gin.N_KD=5", "--teacher=here"]
     function = configure(parse_arguments([*arguments, "--gin.OMEGA=0.25", "--seed=7"]))
-    seen = gin.get_bindings(function)
-    assert seen["schedule"].omega == 0.25
-    assert seen["schedule"].n_kd == 5
-    assert seen["seed"] == 7
-    assert seen["arm"] == "salt"
-    assert seen["teacher"] == "here"
+    seen = gin.get_bindings(function)["config"]
+    assert seen.method.schedule == schedules.Step(omega=0.25, n_kd=5)
+    assert (seen.seed, seen.method.arm, seen.method.teacher.path) == (7, "salt", "here")
 
 
 def test_a_folder_of_results_named_like_a_folder_of_configurations_is_no_package(
@@ -57,7 +59,7 @@ def test_a_folder_of_results_named_like_a_folder_of_configurations_is_no_package
     function = configure(
         parse_arguments([*includes, "--cache=here", "--steps=3", "--gin.KEEP_STEPS=(2,)"])
     )
-    assert gin.get_bindings(function)["batch_size"] == 16
+    assert gin.get_bindings(function)["config"].data.batch_size == 16
 
 
 @pytest.mark.parametrize(("verb", "advice"), [("train", "microbatches"), ("score", "batch_size")])
@@ -129,12 +131,13 @@ def test_help_lists_and_explains_every_setting(
     assert main([verb, "--help"]) == 0
     text = capsys.readouterr().out
     function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
-    settings = [n for n in inspect.signature(function).parameters if n != "run"]
+    gin.clear_config()
+    settings = [one for one in settings_of(function) if one.path and one.group is None]
+    paths = [one.path for one in settings_of(function) if one.path]
     assert settings
-    for name in settings:
+    for name in [shortest(paths, one.path.removesuffix(".path")) for one in settings]:
         assert text.count(f"  --{name}: ") == 1
         assert re.search(rf"^  --{name}: .*\n      \S", text, re.M), f"{name} is not explained"
-        assert not re.search(rf"^ +{name}: \S", text, re.M), f"{name} is listed twice"
     assert "Raises:" not in text
 
 

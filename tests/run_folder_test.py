@@ -12,13 +12,13 @@ from salt_jax.run_folder import RUN_FILE, RunFolder, library_versions, to_json
 
 LONG = """import train
 
-# Parameters for train.train:
+# Parameters for checkpoints.CheckpointConfig:
 # ==============================================================================
-train.train.keep_steps = \\
+checkpoints.CheckpointConfig.keep_steps = \\
     (1000,
      2000,
      {last})
-train.train.steps = {steps}
+config.TrainConfig.steps = {steps}
 """
 
 
@@ -44,8 +44,8 @@ def test_another_configuration_is_refused(tmp_path: pathlib.Path, change: dict[s
 
 
 MACROS = """
-train.train.steps = 5
-train.train.batch_size = {batch}
+config.TrainConfig.steps = 5
+config.Data.batch_size = {batch}
 partitioning.MeshConfig.fsdp = %DEVICES
 DEVICES = {devices}
 PEAK = {peak}
@@ -58,41 +58,43 @@ def test_what_may_change_is_said_and_the_rest_is_refused(tmp_path: pathlib.Path)
         text = MACROS.format(batch=batch, devices=devices, peak=peak)
         return RunFolder(tmp_path / "a", "train", lambda: text).begin(may_change=may_change)
 
-    allowed = ("train.batch_size", "MeshConfig")
+    allowed = ("Data.batch_size", "MeshConfig")
     assert begin(*allowed) == begin(*allowed) == []
     assert begin(*allowed, batch=16, devices=4) == [
         "DEVICES was 1 and is now 4",
-        "batch_size was 8 and is now 16",
+        "config.Data.batch_size was 8 and is now 16",
     ]
     assert begin(*allowed, batch=16, devices=4) == []
     with pytest.raises(InputError, match=r"configuration: PEAK was 0.1 and is now 0.2; choose"):
         begin(*allowed, batch=8, peak=0.2)
-    for left in (("train.batch_size",), ("MeshConfig",), ("batch", "MeshConfig")):
+    for left in (("Data.batch_size",), ("MeshConfig",), ("batch", "MeshConfig")):
         with pytest.raises(InputError, match="holds a run with another configuration"):
             begin(*left)
 
 
 def test_a_macro_may_change_if_all_that_it_is_given_to_may(tmp_path: pathlib.Path) -> None:
     def begin(rows: int, *may_change: str) -> list[str]:
-        text = f"train.train.batch_size = %ROWS\nselection.RandomRows.m = %ROWS\nROWS = {rows}\n"
+        text = f"config.Data.batch_size = %ROWS\nselection.RandomRows.m = %ROWS\nROWS = {rows}\n"
         return RunFolder(tmp_path / "a", "train", lambda: text).begin(may_change=may_change)
 
     begin(5)
     with pytest.raises(InputError, match="ROWS was 5 and is now 6"):
-        begin(6, "train.batch_size")
-    assert begin(6, "train.batch_size", "RandomRows.m") == ["ROWS was 5 and is now 6"]
+        begin(6, "Data.batch_size")
+    assert begin(6, "Data.batch_size", "RandomRows.m") == ["ROWS was 5 and is now 6"]
 
 
 def test_a_run_goes_on_where_its_inputs_were_moved(tmp_path: pathlib.Path) -> None:
     def begin(folder: str, seed: int = 0) -> list[str]:
-        names = ("cache", "teacher", "selection", "soft_labels")
-        lines = [f"train.train.{name} = '{folder}/{name}'" for name in names]
-        text = "\n".join([*lines, f"train.train.seed = {seed}"])
+        names = ("Data.cache", "Teacher.path", "Data.selection", "Method.soft_labels")
+        lines = [f"config.{name} = '{folder}/{name}'" for name in names]
+        text = "\n".join([*lines, f"config.TrainConfig.seed = {seed}"])
         return RunFolder(tmp_path, "train", lambda: text).begin(may_change=MAY_CHANGE)
 
     begin("then")
     assert len(begin("now")) == 4
-    with pytest.raises(InputError, match="configuration: seed was 0 and is now 1"):
+    with pytest.raises(
+        InputError, match=r"config\.TrainConfig\.seed was 0 and is now 1"
+    ):
         begin("later", seed=1)
 
 

@@ -9,14 +9,18 @@ import pytest
 
 import gin
 from salt_jax import safe_gin
-from salt_jax.command_line import SAFE_GIN, parameters_of, parse_arguments, verb_help, verbs
+from salt_jax.command_line import SAFE_GIN, parse_arguments, verb_help, verbs
 from salt_jax.config_errors import CONFIGS
 from salt_jax.configuration import _find_gin_file
 from salt_jax.errors import InputError
 from salt_jax.main import main
+from salt_jax.training import compilation
 
 OWN_FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.gin"))
-OURS = "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+OURS = (
+    "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+    "from salt_jax.training import config\n"
+)
 MARK = "run_by_gin"
 
 _calls: list[str] = []
@@ -78,8 +82,9 @@ def test_every_name_is_a_public_one_of_ours(name: str) -> None:
 
 def test_every_setting_that_runs_code_is_one_of_a_verb() -> None:
     for name, harmless in safe_gin.RUN_CODE.items():
-        verb, _, setting = name.partition(".")
-        function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
+        owner, _, setting = name.partition(".")
+        module = "training.config" if owner == "Devices" else f"commands.{owner}"
+        function = getattr(importlib.import_module(f"salt_jax.{module}"), owner)
         assert inspect.signature(function).parameters[setting].default in harmless
 
 
@@ -103,7 +108,7 @@ def test_other_modules_are_not_imported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     said = refusal(f"{OURS}{line}\n", bad_module.parent, capsys)
-    assert "mine.gin, line 3: --safe_gin keeps gin from importing" in said
+    assert "mine.gin, line 4: --safe_gin keeps gin from importing" in said
     assert not bad_module.exists()
 
 
@@ -120,9 +125,9 @@ def test_gin_itself_would_import_them(
 @pytest.mark.parametrize(
     "typed",
     [
-        ["--gin.train.train.seed=3\nimport not_ours"],
+        ["--gin.config.TrainConfig.seed=3\nimport not_ours"],
         ["--seed=@train.train\nimport not_ours"],
-        ["--cache=nowhere", "--gin.train.train.seed=%X\nX = 1\nimport not_ours"],
+        ["--cache=nowhere", "--gin.config.TrainConfig.seed=%X\nX = 1\nimport not_ours"],
     ],
 )
 def test_nor_by_a_binding(
@@ -133,7 +138,7 @@ def test_nor_by_a_binding(
     assert "--safe_gin" in said or "cannot be read" in said
     assert not bad_module.exists()
     with pytest.raises(InputError, match="the command line: --safe_gin keeps gin from importing"):
-        safe_gin.require_safe_bindings(f"{OURS}train.train.seed = 3\nimport not_ours")
+        safe_gin.require_safe_bindings(f"{OURS}config.TrainConfig.seed = 3\nimport not_ours")
 
 
 def test_nor_by_an_included_file(
@@ -153,13 +158,16 @@ def test_nor_by_an_included_file(
         ("from salt_jax.distill import schedules as losses", "X = @losses.LossConfig()"),
         ("import salt_jax.distill.losses", "X = @losses.LossConfig()"),
         ("", "X = @evaluate.evaluate"),
-        ("", "train.train.teacher = @train.train()"),
-        ("from salt_jax.commands import convert", "train.train.seed = (1, @convert.convert())"),
+        ("", "config.Teacher.path = @train.train()"),
+        (
+            "from salt_jax.commands import convert",
+            "config.Data.seed = (1, @convert.convert())",
+        ),
         ("", "X = @run_it()"),
         ("", "X = @anyones_library.run_it()"),
         ("", "singleton.constructor = @train.train"),
         ("", "gin.singleton.constructor = @train.train"),
-        ("", "train.train.seed = @train.pathlib.Path.cwd()"),
+        ("", "config.TrainConfig.seed = @train.pathlib.Path.cwd()"),
         ("", "train.pathlib.os.system.command = 'touch x'"),
         ("", "X = {'a': [(1, @train.RunFolder)]}"),
         ("", "train.RunFolder:\n  path = 'x'"),
@@ -188,7 +196,7 @@ def test_only_settings_are_bound(
         "singleton.constructor = @macro",
         "x/macro.value = 3",
         "X = @x/macro()",
-        "from salt_jax.commands import train\ntrain.train.steps = 3",
+        "from salt_jax.training import config\nconfig.TrainConfig.steps = 3",
         "singleton:\n  constructor = 3",
         f"import salt_jax.commands.train as run_it\n{OURS}RUN = @run_it()",
     ],
@@ -198,7 +206,7 @@ def test_what_is_registered_elsewhere_is_out_of_reach(
 ) -> None:
     """Without dynamic registration gin finds names wherever any module has registered them."""
     (tmp_path / "inner.gin").write_text(f"{text}\n")
-    outer = f"{OURS}include '{tmp_path}/inner.gin'\ntrain.train.steps = %RUN\n"
+    outer = f"{OURS}include '{tmp_path}/inner.gin'\nconfig.TrainConfig.steps = %RUN\n"
     said = refusal(outer, tmp_path, capsys, "--cache=nowhere")
     assert said.startswith(f"salt: {tmp_path}/inner.gin, line ")
     assert "not imported there" in said
@@ -208,23 +216,13 @@ def test_what_is_registered_elsewhere_is_out_of_reach(
 
 def test_compiled_programs_are_ones_own(tmp_path: pathlib.Path) -> None:
     """Those of a folder are run as they are."""
-    file, having = tmp_path / "mine.gin", set()
-    for verb in verbs():
-        function = getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
-        for name, parameter in parameters_of(function).items():
-            if name != "compilation_cache":
-                continue
-            having.add(verb)
-            text = f"{OURS}from salt_jax.commands import {verb}\n{verb}.{verb}.{name}"
-            for value in (parameter.default, ""):
-                file.write_text(f"{text} = {value!r}\n")
-                safe_gin.require_safe_file(str(file), _find_gin_file)
-            file.write_text(f"{text} = 'theirs'\n")
-            with pytest.raises(
-                InputError, match=f"allows {name} of `salt {verb}` to be '~.* or ''"
-            ):
-                safe_gin.require_safe_file(str(file), _find_gin_file)
-    assert having >= {"train", "score", "evaluate", "generate"}
+    file, text = tmp_path / "mine.gin", f"{OURS}config.Devices.compilation_cache"
+    for value in (compilation.DEFAULT_FOLDER, ""):
+        file.write_text(f"{text} = {value!r}\n")
+        safe_gin.require_safe_file(str(file), _find_gin_file)
+    file.write_text(f"{text} = 'theirs'\n")
+    with pytest.raises(InputError, match=r"allows compilation_cache of Devices to be '~.* or ''"):
+        safe_gin.require_safe_file(str(file), _find_gin_file)
 
 
 @pytest.mark.parametrize("line", ["import salt_jax.not_of_ours", "X = @run_it()"])
@@ -245,8 +243,11 @@ def test_harmless_values_of_those_settings_pass(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "config.gin"
     lines = [f"from salt_jax.commands import {verb}\n" for verb in verbs()]
     lines.insert(0, "from __gin__ import dynamic_registration\n")
+    lines.append("from salt_jax.training import config\n")
     for name, harmless in safe_gin.RUN_CODE.items():
-        lines += [f"{name.partition('.')[0]}.{name} = {value!r}\n" for value in harmless]
+        owner = name.partition(".")[0]
+        module = "config" if owner == "Devices" else owner
+        lines += [f"{module}.{name} = {value!r}\n" for value in harmless]
     file.write_text("".join(lines))
     safe_gin.require_safe_file(str(file), _find_gin_file)
 
@@ -256,9 +257,7 @@ def test_the_flag_of_a_setting_that_runs_code(
 ) -> None:
     typed = ["evaluate", "--safe_gin", "--task_folder=mine", f"--output_dir={tmp_path / 'out'}"]
     assert main(typed) == 2
-    assert "--safe_gin allows task_folder of `salt evaluate` to be None only" in (
-        capsys.readouterr().err
-    )
+    assert "--safe_gin allows task_folder of evaluate to be None only" in (capsys.readouterr().err)
 
 
 def test_commands_that_a_command_starts_are_asked_for_the_same(

@@ -46,11 +46,11 @@ from salt_jax.training.teacher import check_dtype
 
 # What a run needs and a plan does not: what they name need not be there. None but for KEEP_STEPS.
 NEEDS_NO = {
-    "config.Data.cache": None,
-    "config.Data.selection": None,
-    "config.Initial.path": None,
-    "config.Teacher.path": None,
-    "checkpoints.CheckpointConfig.keep_steps": (),
+    "Data.cache": None,
+    "Data.selection": None,
+    "Initial.path": None,
+    "Teacher.path": None,
+    "CheckpointConfig.keep_steps": (),
 }
 
 

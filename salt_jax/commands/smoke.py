@@ -85,7 +85,7 @@ def smoke(
             f"{folder / 'cache'} is there and {folder} is no folder of `salt smoke`: choose "
             "another --output_dir."
         )
-    cache, seeds = f"--cache={folder / 'cache'}", (f"--seed={seed}", f"--data_seed={seed}")
+    cache, seeds = f"--cache={folder / 'cache'}", (f"--seed={seed}", f"--data.seed={seed}")
     commands: dict[str, tuple[str, ...]] = {
         "cache": ("prepare", *data),
         "slm": (

@@ -21,7 +21,7 @@ REPORT = "report"
 # Folders of the study that are not those of its parts.
 _TAKEN = (REPORT, "processes", "work")
 _OWN_FLAGS = ("--output_dir",)
-_OWN_FLAGS_OF_ARMS = (*_OWN_FLAGS, "--arm", "--seed", "--data_seed")
+_OWN_FLAGS_OF_ARMS = (*_OWN_FLAGS, "--arm", "--seed", "--data.seed")
 
 
 class Step(NamedTuple):
@@ -180,7 +180,7 @@ def _runs(
         for arm, flags in arms.items():
             output = root / arm / f"seed-{seed}"
             filled = _filled(f"arms[{arm!r}]", [*common, *flags], folders)
-            own = (f"--arm={arm}", f"--seed={seed}", f"--data_seed={seed}")
+            own = (f"--arm={arm}", f"--seed={seed}", f"--data.seed={seed}")
             yield Step(output, "train", (*filled, *own))
             folders[arm] = str(output)
 

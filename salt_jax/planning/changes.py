@@ -42,7 +42,7 @@ class Change(NamedTuple):
     @property
     def flags(self) -> str:
         """The settings as flags of `salt train`."""
-        own = "train.train."
+        own = "config.Devices."
         return shlex.join(
             f"--{name.removeprefix(own) if name.startswith(own) else f'gin.{name}'}={value!r}"
             for name, value in self.settings.items()
@@ -131,7 +131,7 @@ def _microbatches(change: Change, topology: Topology, stage: int) -> Iterator[Ch
             if stage == 2 and job.has_stage1:
                 # Not set, it would follow.
                 fields = {"stage1_microbatches": job.stage1_microbatches, **fields}
-            settings = {f"train.train.{name}": value for name, value in fields.items()}
+            settings = {f"config.Devices.{name}": value for name, value in fields.items()}
             split: Job = dataclasses.replace(job, **cast(Any, fields))
             yield Change({**change.settings, **settings}, split)
         parts *= 2
@@ -178,7 +178,7 @@ def _mesh(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
     }
     if parts != {name: getattr(job, name) for name in parts}:
         job = dataclasses.replace(job, **cast(Any, parts))
-        settings |= {f"train.train.{name}": value for name, value in parts.items()}
+        settings |= {f"config.Devices.{name}": value for name, value in parts.items()}
     yield Change({**change.settings, **settings}, job)
 
 

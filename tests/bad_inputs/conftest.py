@@ -36,7 +36,10 @@ from tests.run_settings import train_config
 
 ROWS = 48
 
-_TRAIN = b"from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+_TRAIN = (
+    b"from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+    b"from salt_jax.training import config\n"
+)
 _TEXTS: dict[str, bytes] = {
     "documents.jsonl": b"".join(
         json.dumps({"text": f"document {i} of salt", "meta": {"n": i}}).encode() + b"\n"
@@ -59,11 +62,21 @@ _TEXTS: dict[str, bytes] = {
     "cut.parquet": b"PAR1",
     "binary.gin": bytes(range(128, 256)),
     "itself.gin": b"include 'itself.gin'\n",
-    "open.gin": _TRAIN + b"train.train.steps = [3\n",
-    "required.gin": _TRAIN + b"WIDTH = %gin.REQUIRED\ntrain.train.seed = %WIDTH\n",
+    "open.gin": _TRAIN + b"config.TrainConfig.steps = [3\n",
+    "required.gin": _TRAIN + b"WIDTH = %gin.REQUIRED\nconfig.TrainConfig.seed = %WIDTH\n",
     "short.gin": _TRAIN + b"train.steps = 3\n",
     "unknown.gin": _TRAIN + b"train.train.batchsize = 8\n",
-    "unused.gin": b"WARMUP_STEP = 3\n",
+    "utf16.gin": "\ufeffWARMUP_STEPS = 3\n".encode("utf-16-le"),
+    "nul.gin": b"WARMUP_STEPS = 3\n\0",
+    "dedent.gin": _TRAIN + b"train.train:\n    steps = 3\n  seed = 3\n",
+    "empty_block.gin": _TRAIN + b"train.train:\nconfig.TrainConfig.steps = 3\n",
+    "block.gin": _TRAIN + b"train.train:\n  # as T5X's\n\n  seed = 3\n  batchsize = 8\n",
+    "other_block.gin": _TRAIN + b"trian.train:\n  seed = 3\n",
+    "includes.gin": _TRAIN + b"include 'open.gin'\n",
+    "includes_none.gin": _TRAIN + b"\ninclude 'methods/slat.gin'\n",
+    "round.gin": b"include 'about.gin'\n",
+    "about.gin": b"include 'round.gin'\n",
+    "deep.gin": b"X = " + b"(" * 5000 + b"1" + b")" * 5000,
     "study.gin": (
         b"from __gin__ import dynamic_registration\nfrom salt_jax.commands import study\n"
         b"study.study.arms = {'baseline': ('--steps=3',)}\n"

@@ -103,31 +103,26 @@ def test_plans_both_stages(
 
 
 def test_settings_come_from_train(salt: list[str]) -> None:
-    configure(
-        parse_arguments([*salt, "--gin.train.train.microbatches=2", "--stage1_microbatches=4"])
-    )
-    seen = gin.get_bindings("plan.plan")
-    assert seen["steps"] == 100
-    assert seen["microbatches"] == 2
-    assert seen["stage1_microbatches"] == 4
-    assert seen["schedule"].n_kd == 25
-    assert seen["arm"] == "salt"
-    assert "cache" not in seen
+    typed = [*salt, "--gin.config.Devices.microbatches=2", "--stage1_microbatches=4"]
+    seen = gin.get_bindings(configure(parse_arguments(typed)))["config"]
+    assert (seen.steps, seen.method.schedule.n_kd, seen.method.arm) == (100, 25, "salt")
+    assert (seen.devices.microbatches, seen.devices.stage1_microbatches) == (2, 4)
+    assert seen.data.cache is seen.method.teacher.path is None
 
 
 def test_own_settings_come_first(salt: list[str]) -> None:
-    configure(parse_arguments([*salt, "--gin.train.train.steps=7", "--gin.train.train.arm='x'"]))
-    seen = gin.get_bindings("plan.plan")
-    assert seen["steps"] == 100
-    assert seen["arm"] == "x"
+    typed = [*salt, "--gin.config.TrainConfig.steps=7", "--gin.config.Method.arm='x'"]
+    seen = gin.get_bindings(configure(parse_arguments(typed)))["config"]
+    assert (seen.steps, seen.method.arm) == (100, "x")
 
 
 def test_what_both_need_is_demanded(
     salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without = [argument for argument in salt if not argument.startswith("--steps")]
-    assert "salt: steps is not set: add --steps=VALUE" in error_of(
-        without, tmp_path / "plan", capsys
+    assert (
+        "salt: steps must be set (runs/pretrain.gin leaves it open): add --steps=VALUE"
+        in error_of(without, tmp_path / "plan", capsys)
     )
     without = [argument for argument in salt if "N_KD" not in argument]
     assert "N_KD must be set" in error_of(without, tmp_path / "plan", capsys)
@@ -138,8 +133,8 @@ def test_what_both_need_is_demanded(
 def test_the_teacher_is_read_in_isolation(salt: list[str], tmp_path: pathlib.Path) -> None:
     configure(parse_arguments(salt))
     seen = gin.get_bindings("plan.plan")
-    assert seen["model"].num_kv_heads == 2
-    assert seen["model"].dtype == "bfloat16"
+    assert seen["config"].model.num_kv_heads == 2
+    assert seen["config"].model.dtype == "bfloat16"
     teacher = seen["teacher_model"]
     assert (teacher.embed_dim, teacher.num_layers) == (16, 1)
     assert teacher.num_kv_heads is None
@@ -174,7 +169,7 @@ def test_any_model_setting_may_name_a_file(files: dict[str, pathlib.Path]) -> No
     arguments = ["train", "--gin_file=runs/pretrain.gin", "--gin_file=methods/baseline.gin", *SIZES]
     arguments += ["--gin.LEARNING_RATE=1e-3", "--cache=x", f"--model={files['teacher']}"]
     configure(parse_arguments(arguments))
-    assert gin.get_bindings("train.train")["model"].embed_dim == 16
+    assert gin.get_bindings("train.train")["config"].model.embed_dim == 16
 
 
 @pytest.mark.parametrize(
@@ -182,7 +177,7 @@ def test_any_model_setting_may_name_a_file(files: dict[str, pathlib.Path]) -> No
     [
         ("decoder.DecoderConfig.mlp_dim = %MLP\n", "%MLP has no place in a model's file"),
         ("decoder.DecoderConfig.mlp_dim = @x.y()\n", "@x.y() has no place in a model's file"),
-        ("train.train.steps = 3\n", "train.train has no place in a model's file"),
+        ("config.TrainConfig.steps = 3\n", "config.TrainConfig has no place in a model's file"),
         ("MLP = 3\n", "MLP has no place"),
         ("decoder.DecoderConfig.mlp_dims = 3\n", "nearest: mlp_dim"),
         ("decoder.DecoderConfig.mlp_dim = 0\n", "mlp_dim is 0"),
@@ -246,7 +241,7 @@ def test_what_does_not_fit_gets_a_change_that_does(
     first = stages[0]
     assert not first["fits"]
     assert first["needed_gib"] == first["peak_hbm_gib"] > limit
-    assert "train.train.stage1_microbatches" in first["change"]["settings"]
+    assert "config.Devices.stage1_microbatches" in first["change"]["settings"]
     assert first["change"]["peak_hbm_gib"] <= limit
     assert first["tried"][-1]["settings"].items() <= first["change"]["settings"].items()
     printed = capsys.readouterr().out
@@ -288,7 +283,7 @@ def test_stored_soft_labels_stand_for_the_teacher(
     """The folder need not be there; the teacher of the run before is not in memory."""
     stored = [*salt, "--gin_file=methods/soft_labels.gin"]
     error = error_of(stored, tmp_path / "plan", capsys)
-    assert "salt: soft_labels must be set: add --soft_labels=VALUE" in error
+    assert "salt: soft_labels must be set (methods/soft_labels.gin leaves it open)" in error
     stored += ["--soft_labels=not/there/yet", "--stored_ids=8"]
     summary = run(stored, tmp_path / "labels")
     (plan,) = summary["plans"]
@@ -315,7 +310,7 @@ def test_objectives_are_planned_with(
     salt: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = run(salt, tmp_path / "plain")
-    ul2 = [*salt, "--gin_file=objectives/ul2.gin", "--teacher_objectives=causal"]
+    ul2 = [*salt, "--gin_file=objectives/ul2.gin", "--teacher.objectives=causal"]
     ul2 += ["--gin.denoisers.Objectives.bidirectional_prefix=True"]
     changed = run(ul2, tmp_path / "ul2")
     rows = changed["tokens_per_step"] / 32 / changed["plans"][0]["chips"]
@@ -327,7 +322,7 @@ def test_objectives_are_planned_with(
         assert more * 2**30 == pytest.approx(rows * (4 + 32))  # a weight a row, a bool a token
     splash = [*ul2, "--gin.decoder.DecoderConfig.attention_backend='splash'"]
     assert "bidirectional_prefix" in error_of(splash, tmp_path / "plan", capsys)
-    some = [*ul2, "--teacher_objectives=some"]
+    some = [*ul2, "--teacher.objectives=some"]
     assert "teacher_objectives is 'some'" in error_of(some, tmp_path / "plan", capsys)
 
 

@@ -89,7 +89,7 @@ def test_a_pythia_teaches_a_student_that_transformers_loads(
         *(f"--scores={scores}", f"--cache={cache}"),
         to="selection",
     )
-    taught = (f"--teacher={pythia}", "--teacher_step=143000", f"--selection={selection}")
+    taught = (f"--teacher={pythia}", "--teacher.step=143000", f"--selection={selection}")
     student = salt("train", *STUDENT, *taught, f"--cache={cache}", to="student")
     teacher = find_model(pythia, 143_000, "teacher")
     progress = read_progress(student, 5)

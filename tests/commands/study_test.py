@@ -35,7 +35,7 @@ def test_arms_by_seed_with_their_own_flags_last() -> None:
     ]
     assert steps[2].arguments == (
         *("--cache=.", "--steps=9", "--steps=3"),
-        *("--arm=baseline", "--seed=4", "--data_seed=4"),
+        *("--arm=baseline", "--seed=4", "--data.seed=4"),
     )
     assert "--flops_of=study/baseline/seed-4" in steps[3].arguments
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from salt_jax.command_line import SAFE_GIN, parameters_of, parse_arguments, verbs
+from salt_jax.command_line import SAFE_GIN, parse_arguments, verbs
 from salt_jax.configuration import configure
 from salt_jax.errors import InputError
 from salt_jax.main import main
+from salt_jax.setting_groups import settings_of
 
 fuzzed = settings(
     max_examples=int(os.environ.get("SALT_FUZZ_EXAMPLES", "40")),
@@ -23,7 +24,7 @@ BASE = ["--gin_file=runs/pretrain.gin", "--gin_file=methods/salt.gin", "--gin_fi
 # What means something to gin, and what is next to it.
 WORDS = st.sampled_from(
     [
-        *("train", "train.train", "train.train.steps", "decoder", "decoder.DecoderConfig"),
+        *("train", "train.train", "config.TrainConfig.steps", "decoder", "decoder.DecoderConfig"),
         *("decoder.DecoderConfig.num_layers", "LEARNING_RATE", "N_KD", "gin.REQUIRED"),
         *("@", "%", "()", "(", ")", "[", "]", "{", "}", ":", "=", ",", "'", '"', '"""', "\\"),
         *("/", ".", "\n", "\n  ", "\t", "\0", "\ud800", "#", "1e999", "-", "9" * 5000, "b'a'"),
@@ -56,8 +57,9 @@ def test_overrides(name: str, value: str, safe: bool) -> None:
 
 @fuzzed
 @given(
-    name=st.sampled_from(["train.train.steps", "train.train.cache", "train.train.mesh"])
-    | st.sampled_from(["decoder.DecoderConfig.num_layers", "LEARNING_RATE", "train.train.model"]),
+    name=st.sampled_from(["config.TrainConfig.steps", "config.Data.cache", "config.Devices.mesh"])
+    | st.sampled_from(["decoder.DecoderConfig.num_layers", "LEARNING_RATE"])
+    | st.just("config.TrainConfig.model"),
     value=TEXTS,
 )
 def test_values_of_overrides(name: str, value: str) -> None:
@@ -67,7 +69,9 @@ def test_values_of_overrides(name: str, value: str) -> None:
 SETTINGS = [
     (verb, name)
     for verb in verbs()
-    for name in parameters_of(getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb))
+    for setting in settings_of(getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb))
+    for name in [setting.path, setting.name]
+    if setting.path
 ]
 
 

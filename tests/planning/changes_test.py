@@ -22,7 +22,7 @@ def test_order(make_job: Callable[..., Job]) -> None:
     tried = [
         dict(change.settings) for change in changes.candidates(changes.Change({}, job), LOCAL, 1)
     ]
-    parts, chunk = "train.train.stage1_microbatches", "losses.LossConfig.chunk_tokens"
+    parts, chunk = "config.Devices.stage1_microbatches", "losses.LossConfig.chunk_tokens"
     remat = "decoder.DecoderConfig.remat"
     mesh = {f"partitioning.MeshConfig.{axis}": 1 for axis in ("slice", "data", "tensor")}
     mesh["partitioning.MeshConfig.fsdp"] = -1
@@ -61,10 +61,10 @@ def test_together_with_the_mesh_where_its_devices_leave_no_room_for_microbatches
     """Over 4 of 8 devices (tensor 2) a batch of 32 takes 8 microbatches, over all of them 4."""
     job = make_job(mesh=partitioning.MeshConfig(fsdp=4, tensor=2))
     tried = list(changes.candidates(changes.Change({}, job), LOCAL, 2))
-    assert {"train.train.microbatches": 8}.items() <= tried[2].settings.items()
+    assert {"config.Devices.microbatches": 8}.items() <= tried[2].settings.items()
     last = tried[-1]
     assert last.job.mesh.make().shape["fsdp"] == 8
-    assert last.job.microbatches == last.settings["train.train.microbatches"] == 4
+    assert last.job.microbatches == last.settings["config.Devices.microbatches"] == 4
     assert last.job.model.remat == "full"
     alone = make_job(mesh=partitioning.MeshConfig(fsdp=4, tensor=2), microbatches=8)
     (mesh,) = changes._mesh(changes.Change({}, alone), LOCAL, 1)
@@ -95,11 +95,11 @@ def test_the_first_that_fits_is_chosen(make_job: Callable[..., Job]) -> None:
     stages = {2: compile_stage(job, LOCAL, 2)}
     fit = changes.find_change(job, LOCAL, stages, compile_stage, tried)
     assert fit is not None
-    assert fit.change.settings == {"train.train.microbatches": 4}
+    assert fit.change.settings == {"config.Devices.microbatches": 4}
     assert fit.stages == {2: of_gib(1.0)}
     assert told == [
-        (2, {"train.train.microbatches": 2}, None),
-        (2, {"train.train.microbatches": 4}, None),
+        (2, {"config.Devices.microbatches": 2}, None),
+        (2, {"config.Devices.microbatches": 4}, None),
     ]
 
 
@@ -128,8 +128,8 @@ def test_changes_for_both_stages_add_up(make_job: Callable[..., Job]) -> None:
     fit = changes.find_change(job, LOCAL, stages, compile_stage, lambda *_: None)
     assert fit is not None
     assert fit.change.settings == {
-        "train.train.stage1_microbatches": 2,
-        "train.train.microbatches": 2,
+        "config.Devices.stage1_microbatches": 2,
+        "config.Devices.microbatches": 2,
     }
     assert (fit.change.job.stage1_microbatches, fit.change.job.microbatches) == (2, 2)
 

@@ -40,13 +40,13 @@ def test_a_stage_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_stage_that_fits_with_a_change(capsys: pytest.CaptureFixture[str]) -> None:
-    change = {"flags": "--gin.train.train.microbatches=2", "peak_hbm_gib": 8.5}
+    change = {"flags": "--gin.config.Devices.microbatches=2", "peak_hbm_gib": 8.5}
     print_plans([plan_of(fits=False, peak_hbm_gib=None, needed_gib=22.25, change=change)])
     printed = capsys.readouterr().out
     assert "no*" in printed
     assert "needs 22.25 GiB and has 15.75 GiB" in printed
     assert "8.50" in printed
-    assert "It fits, as shown, with --gin.train.train.microbatches=2\n" in printed
+    assert "It fits, as shown, with --gin.config.Devices.microbatches=2\n" in printed
 
 
 def test_memory_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:

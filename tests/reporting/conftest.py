@@ -114,7 +114,7 @@ def write_origin(folder: pathlib.Path, verb: str) -> None:
         "started": "2025-01-31T12:00:00+00:00",
     }
     (folder / "run.json").write_text(json.dumps(origin))
-    (folder / "config.gin").write_text(f"{verb}.{verb}.seed = 0\ntrain.train.steps = 750\n")
+    (folder / "config.gin").write_text(f"{verb}.{verb}.seed = 0\nconfig.TrainConfig.steps = 750\n")
 
 
 def summary_of(arm: str, last: Mapping[str, Any], **values: Any) -> dict[str, Any]:

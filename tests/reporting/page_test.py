@@ -45,7 +45,7 @@ def test_the_page_shows_every_part(tmp_path, folders):
         *("<h1>Four arms</h1>", "At equal steps: 750", "At equal train FLOPs", "By subset"),
         *("At equal training time", "Results at the end of each run", "one seed per arm"),
         *("salt_ds", "PubMed Abstracts", "interpolated linearly", "config.gin"),
-        *("train.train.steps = 750", "0123456789abcdef", "jax 0.10.1", "Scores of rows"),
+        *("config.TrainConfig.steps = 750", "0123456789abcdef", "jax 0.10.1", "Scores of rows"),
     ):
         assert part in text, part
     assert not re.search(r"\b(best|better than|beats|wins|outperforms)\b", text)

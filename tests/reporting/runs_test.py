@@ -33,7 +33,7 @@ def test_reads_a_finished_run(tmp_path, folders):
     assert run.final.train_flops == 1e11
     assert run.final.by_subset["Github"].tokens == 7
     assert run.origin.command_line.startswith("salt train --gin_file=runs/smoke.gin")
-    assert "train.train.steps = 750" in run.origin.config
+    assert "config.TrainConfig.steps = 750" in run.origin.config
 
 
 def test_the_later_of_two_lines_for_a_step_wins(tmp_path, folders):

@@ -121,7 +121,7 @@ def test_what_may_change_by_the_command(
     assert "[baseline] SAVE_EVERY was 1000 and is now 1" in said
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows_consumed"]
     assert rows == {"stage1": 0, "stage2": 32}
-    assert main([*command, *changes, "--data_seed=1"]) == 2
+    assert main([*command, *changes, "--data.seed=1"]) == 2
     assert "configuration: data_seed was 0 and is now 1" in capsys.readouterr().err
 
 
@@ -315,7 +315,7 @@ def test_ul2_with_a_teacher_without_reserved_ids(
     assert "distilled" not in history(plain)[0]
     assert find_model(teacher, None, "scorer", reserved).config.vocab_size == cache.vocabulary_size
     refused = {**settings, "folder": tmp_path / "out"}
-    with pytest.raises(InputError, match=r"lacks the last 12 of .* --teacher_objectives=causal"):
+    with pytest.raises(InputError, match=r"lacks the last 12 of .* --teacher.objectives=causal"):
         run_train(**refused, objectives=UL2, loss=loss)
     with pytest.raises(InputError, match="reverse_kl, which is infinite for the 12 ids"):
         run_train(**refused, loss=losses.LossConfig(divergence="reverse_kl"))

@@ -1,0 +1,158 @@
+"""The statements of gin files and bindings, read by gin's own parser and carried out by nobody.
+
+In: a file, whose includes are looked up by the caller, or bindings as text. Out: imports and
+bindings in the order in which they take effect, whether a setting is written on a line of its own
+or in a block. Nothing is imported and nothing is bound.
+"""
+
+import dataclasses
+import io
+import pathlib
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from gin import config_parser
+from salt_jax.errors import InputError
+
+# A BindingStatement, BlockDeclaration or ImportStatement of gin's, which is not typed.
+Statement = Any
+# Gives the path of a gin file by its name; the second argument is what to correct if there is none.
+Finder = Callable[[str, str], str]
+
+COMMAND_LINE = "the command line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A value that comes from elsewhere, as it is written: "%STEPS", "@decoder.DecoderConfig()"."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @property
+    def macro(self) -> str:
+        """The macro's name, "" for what is none."""
+        return self.text[1:] if self.text[0] == "%" and self != REQUIRED else ""
+
+    @property
+    def configurable(self) -> str:
+        """The function's or class's name, without scopes and brackets; "" for a macro."""
+        return self.text[1:].removesuffix("()").rpartition("/")[2] if self.text[0] == "@" else ""
+
+
+REQUIRED = Reference("%gin.REQUIRED")
+
+
+class _References(config_parser.ParserDelegate):
+    """Leaves references and macros what they are."""
+
+    def configurable_reference(self, name: str, evaluate: bool) -> Reference:
+        return Reference(f"@{name}{'()' if evaluate else ''}")
+
+    def macro(self, name: str) -> Reference:
+        return Reference(f"%{name}")
+
+
+class _NamedText(io.StringIO):
+    """A text whose statements know the file that it comes from."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text, newline=None)
+        self.name = name
+
+
+def open_text(path: str) -> io.StringIO:
+    """A gin file's text: UTF-8, whatever the locale, and without a byte order mark.
+
+    Raises:
+      InputError: It is no such text.
+    """
+    reason = "it has NUL bytes"
+    try:
+        text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text, reason = "\0", str(error)
+    if "\0" in text:
+        raise InputError(
+            f"{path} is no gin file: it is not UTF-8 text ({reason}): name another file, or save "
+            "it as UTF-8."
+        )
+    return _NamedText(text, path)
+
+
+def statements_in(text: str) -> Iterator[Statement]:
+    """The statements of a text, includes among them.
+
+    Raises:
+      InputError: What gin cannot read, with its line.
+    """
+    return _parsed(io.StringIO(text), "")
+
+
+def statements_of(file: str, find: Finder, above: tuple[str, ...] = ()) -> Iterator[Statement]:
+    """The statements of a file, each include replaced by those of the file that it names.
+
+    Args:
+      file: Its path.
+      find: Finds what it includes.
+      above: The files that include it.
+
+    Raises:
+      InputError: What gin cannot read, with file and line; a file that is missing, no text, or
+        includes itself.
+    """
+    if file in above:
+        raise InputError(f"{file} includes itself: take that include out.")
+    for statement in _parsed(open_text(file), file):
+        if isinstance(statement, config_parser.IncludeStatement):
+            included = find(statement.filename, place_of(statement))
+            yield from statements_of(included, find, (*above, file))
+        else:
+            yield statement
+
+
+def references_in(value: Any) -> Iterator[Reference]:
+    """The references in a value, wherever they stand in it."""
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from references_in([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from references_in(item)
+
+
+def bindings_in(statements: Iterable[Statement]) -> Iterator[tuple[str, Statement]]:
+    """The bindings among statements, each with the name that it sets: "config.Data.seed", "STEPS",
+    "big/decoder.DecoderConfig.num_layers"."""
+    for one in statements:
+        if isinstance(one, config_parser.BindingStatement):
+            name = f"{one.selector}.{one.arg_name}" if one.arg_name else one.selector
+            yield f"{one.scope}/{name}" if one.scope else name, one
+
+
+def place_of(statement: Statement) -> str:
+    """Where a statement stands."""
+    file = statement.location.filename
+    return f"{file}, line {statement.location.line_num}" if file else COMMAND_LINE
+
+
+def _parsed(lines: io.StringIO, file: str) -> Iterator[Statement]:
+    try:
+        yield from config_parser.ConfigParser(lines, _References())
+    except SyntaxError as error:
+        where = f"{file}, line {error.lineno}" if file else COMMAND_LINE
+        raise InputError(
+            f"{where}: {str(error.text).strip()!r} cannot be read: a line is an import, an include "
+            "or a setting, NAME = VALUE, alone or indented below NAME:, and a text has quotes of "
+            "its own, NAME = 'text'."
+        ) from error
+    except tokenize.TokenError as error:
+        message, (line, _) = error.args
+        where = f"{file}, line {line}" if file else COMMAND_LINE
+        raise InputError(f"{where}: a bracket or a text is left open ({message}).") from error
+    except RecursionError as error:
+        raise InputError(f"{file or COMMAND_LINE}: its brackets are nested too deeply.") from error
