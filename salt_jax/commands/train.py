@@ -46,16 +46,21 @@ FROM_FILES = {
 # It may be one of several processes, and asks whether one of them was asked to stop.
 SEVERAL_PROCESSES = SAVES_ON_REQUEST = True
 
-# What may change when a run goes on: how it is computed and when it is told of, and the batch size,
-# since positions count rows.
-MAY_CHANGE = (
-    *("train.batch_size", "train.microbatches", "train.stage1_microbatches", "train.read_threads"),
+# How the run is computed and when it is told of: no result changes, but for rounding.
+CHANGES_NO_RESULT = (
+    *("train.microbatches", "train.stage1_microbatches", "train.read_threads", "train.log_every"),
     *("train.mesh", "MeshConfig", "train.rules", "train.teacher_rules"),
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
-    *("train.checkpoints", "CheckpointConfig", "train.evaluate_every", "train.log_every"),
-    *("train.max_skipped_updates", "train.hang_seconds", "train.compilation_cache"),
+    *("train.hang_seconds", "train.compilation_cache"),
+)
+
+# What may change when a run goes on: the batch size too, since positions count rows.
+MAY_CHANGE = (
+    *CHANGES_NO_RESULT,
+    *("train.batch_size", "train.max_skipped_updates"),
+    *("train.checkpoints", "CheckpointConfig", "train.evaluate_every"),
     # Folders may be moved: what is in them is compared by digests.
-    *("train.cache", "train.teacher", "train.selection", "train.soft_labels"),
+    *("train.cache", "train.teacher", "train.teacher_step", "train.selection", "train.soft_labels"),
 )
 
 
