@@ -22,6 +22,7 @@ import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from salt_jax import gin_files
 from salt_jax.errors import InputError
 from salt_jax.processes import Processes
 from salt_jax.run_lock import RunLock
@@ -93,11 +94,13 @@ class RunFolder:
         Args:
           replace: Whether a folder with another configuration of the same verb may be written over.
           may_change: The settings that may differ from the folder's all the same, each by the last
-            parts of its name: "train.batch_size" for one, "MeshConfig" for all of a class.
+            parts of its name: "train.batch_size" for one, "MeshConfig" for all of a class. A verb
+            lists those that change no result of its as CHANGES_NO_RESULT.
           part: Which part of the work this process does, where several may share the folder.
 
         Returns:
-          What did change, a phrase for each setting ("batch_size was 8 and is now 16").
+          What did change, a phrase for each setting ("batch_size was 8 and is now 16"); nothing
+          with `replace`.
 
         Raises:
           InputError: The folder holds another run, another process writes it, or it cannot be
@@ -187,23 +190,31 @@ class RunFolder:
                 f"The output folder {self.path} holds a run of `salt {verb}`: "
                 f"choose another --output_dir for this `salt {self.verb}`."
             )
-        before, now = _settings((self.path / CONFIG_FILE).read_text()), _settings(config)
+        if replace:
+            return []
+        try:
+            before = _settings((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path / CONFIG_FILE} is damaged: choose another --output_dir, or delete "
+                f"{self.path}."
+            ) from error
         if any(_OLD_FORM.match(name) for name in before):
             raise InputError(
                 f"The output folder {self.path} holds a run whose {CONFIG_FILE} is of an older "
                 "version of salt_jax, with other names of settings: finish it with that version, "
                 "or choose another --output_dir; --initial, --teacher and the other verbs take it."
             )
-        own = f"{self.verb}.{self.verb}."
+        now, own = _settings(config), f"{self.verb}.{self.verb}."
         changes = {
-            name: f"{name.removeprefix(own)} was {before.get(name, 'unset')} and is now "
-            f"{now.get(name, 'unset')}"
+            name: f"{name.removeprefix(own)} was {_shown(before, name)} and is now "
+            f"{_shown(now, name)}"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
+            if _shown(before, name) != _shown(now, name)
         }
         both = [*before.items(), *now.items()]
         differences = [text for name, text in changes.items() if not _may(name, both, may_change)]
-        if differences and not replace:
+        if differences:
             more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
             raise InputError(
                 f"The output folder {self.path} holds a run with another configuration: "
@@ -266,27 +277,25 @@ def git_commit() -> str | None:
     return commit + ("-dirty" if git("status", "--porcelain") else "")
 
 
-def _settings(config: str) -> dict[str, str]:
-    """Settings by name from a configuration's text, comments and line breaks aside."""
-    settings: dict[str, str] = {}
-    name = ""
-    for line in config.splitlines():
-        if line.startswith("#"):
-            continue
-        start = re.match(r"([\w./]+) = (.*)", line)
-        if start:
-            name = start[1]
-            settings[name] = start[2].strip(" \\")
-        elif name:
-            settings[name] = f"{settings[name]} {line.strip()}".strip()
-    return settings
+def _settings(config: str) -> dict[str, Any]:
+    """Settings by name from a configuration's text."""
+    bindings = gin_files.bindings_in(gin_files.statements_in(config))
+    return {name: binding.value for name, binding in bindings}
 
 
-def _may(name: str, settings: Sequence[tuple[str, str]], may_change: Collection[str]) -> bool:
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "unset"
+
+
+def _may(name: str, settings: Sequence[tuple[str, Any]], may_change: Collection[str]) -> bool:
     """Whether a setting may change; a macro may if all that it is given to may."""
     if "." in name:
         return any(f".{allowed}." in f".{name}." for allowed in may_change)
-    users = [user for user, value in settings if re.search(rf"%{name}\b", value)]
+    users = [
+        user
+        for user, value in settings
+        if any(one.macro == name for one in gin_files.references_in(value))
+    ]
     return bool(users) and all(_may(user, settings, may_change) for user in users)
 
 

@@ -28,7 +28,7 @@ ALLOWED = {
     "command_line": {"processes"},
     "config_errors": {"command_line", "gin_files"},
     "errors": set(),
-    "run_folder": {"processes", "run_lock"},
+    "run_folder": {"gin_files", "processes", "run_lock"},
     "processes": set(),
     "mirror": {"data", "run_lock"},
     "run_lock": set(),

@@ -92,9 +92,7 @@ def test_a_run_goes_on_where_its_inputs_were_moved(tmp_path: pathlib.Path) -> No
 
     begin("then")
     assert len(begin("now")) == 4
-    with pytest.raises(
-        InputError, match=r"config\.TrainConfig\.seed was 0 and is now 1"
-    ):
+    with pytest.raises(InputError, match=r"config\.TrainConfig\.seed was 0 and is now 1"):
         begin("later", seed=1)
 
 

@@ -45,6 +45,9 @@ CONFIG_FILE = "config.json"
 # Of a converted run: the tokenizer's files as they came, for the way back.
 TOKENIZER_FOLDER = "tokenizer"
 
+# What changes no tensor when a model is given out again.
+CHANGES_NO_RESULT = ("convert.max_shard_bytes",)
+
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 _COMPARED_ROWS = 1024
@@ -329,7 +332,7 @@ def _give_out(
     ]
     total = sum(tensor.num_bytes for tensor in tensors)
     run.require_space(total, "the tensors")
-    run.begin()
+    run.begin(may_change=CHANGES_NO_RESULT)
     # Without it no folder is a model: it goes first and comes last.
     for file in old:
         file.unlink(missing_ok=True)

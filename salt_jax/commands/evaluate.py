@@ -31,6 +31,12 @@ from salt_jax.training.config import Devices
 # It may be one of several processes.
 SEVERAL_PROCESSES = True
 
+# What changes no result, but for rounding, when the command is given again.
+CHANGES_NO_RESULT = (
+    *("evaluate.devices", "Devices", "MeshConfig"),
+    *("evaluate.batch_size", "evaluate.chunk_tokens", "evaluate.save_samples"),
+)
+
 # With this setting it prints, and needs no folder.
 PRINTS_ONLY = "list_tasks"
 
@@ -134,7 +140,7 @@ def evaluate(
             "There is nothing to evaluate on: add --cache=FOLDER, --tasks=NAME, "
             "--gin_file=data/responses.gin, or several of them."
         )
-    run.begin()
+    run.begin(may_change=CHANGES_NO_RESULT)
     compilation.use_compilation_cache(devices.compilation_cache)
     params = saved.load_params(examinee.mesh, devices.rules)
     summary: dict[str, Any] = {"model": saved.identity}

@@ -42,6 +42,12 @@ _SAMPLE_ROWS = 1 << 20
 # It may be one of several processes.
 SEVERAL_PROCESSES = True
 
+# What changes no result, but for rounding; pass.json compares the rest when a pass goes on.
+CHANGES_NO_RESULT = (
+    *("score.devices", "Devices", "MeshConfig", "score.batch_size", "score.chunk_tokens"),
+    *("score.worker", "score.workers", "score.shard_rows"),
+)
+
 
 def score(
     run: RunFolder,
@@ -87,7 +93,7 @@ def score(
 
     Raises:
       InputError: No such model or cache, another vocabulary, k over the vocabulary's size, or a
-        folder that was begun with another cache, model, k or shard_rows.
+        folder that was begun with another cache, model or k.
     """
     require_counts(batch_size=batch_size, chunk_tokens=chunk_tokens, shard_rows=shard_rows)
     ks = checked_ks(k)
@@ -113,6 +119,10 @@ def score(
         writer = _score_writer(run, packed, split, model, ks, shard_rows or 65_536)
         settings = (ks, writer, *where)
         make = functools.partial(score_rows, model.config)
+    if shard_rows not in (None, writer.shards.shard_rows):
+        print(
+            f"{run.path} was begun with shards of {writer.shards.shard_rows:,} rows, and keeps them"
+        )
     # What must stay the same is in pass.json; workers share the folder.
     run.begin(replace=True, part=f"{worker}-of-{workers}" if workers > 1 else "")
     writer.begin()

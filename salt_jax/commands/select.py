@@ -34,6 +34,9 @@ from salt_jax.run_folder import RunFolder
 # What sets the settings that no flag can.
 FROM_FILES = {"rule": "methods/top_fraction.gin"}
 
+# What changes no result when the command is given again: rows with NaN are never selected.
+CHANGES_NO_RESULT = ("select.allow_nan",)
+
 # Rows of a selection without scores that are read from the cache for its audit.
 _MOST_ROWS_READ = 200_000
 
@@ -93,7 +96,7 @@ def select(
         other.require_within(len(packed.split(split)))
     choice = _with_rows_like_another(rule, packed).select(candidates)
     by_score = not isinstance(rule, selection.RandomRows)
-    run.begin()
+    run.begin(may_change=CHANGES_NO_RESULT)
     chosen = Selection.write(
         run.path,
         choice.blocks(),

@@ -5,6 +5,8 @@ arms, and the seeds. Every step is a `salt` command that is printed before it ru
 was stopped goes on when the same command is given again; arms and seeds may be added to it.
 """
 
+import dataclasses
+import importlib
 import json
 import pathlib
 import re
@@ -213,9 +215,26 @@ def _refuse_other_flags(step: Step, root: pathlib.Path) -> None:
     if then.endswith(inside):
         folder = re.compile(rf"(?<![\w./-]){re.escape(then.removesuffix(inside))}(?=/)")
         before = [folder.sub(lambda _: str(root), part) for part in before]
-    if typed[1] != step.verb or before != list(step.arguments):
-        changed = sorted({*before} ^ {*step.arguments}) or ["their order"]
+    if typed[1] == step.verb and before == list(step.arguments):
+        return
+    before, now = (_that_count(step.verb, flags) for flags in (before, step.arguments))
+    if typed[1] != step.verb or before != now:
+        changed = sorted({*before} ^ {*now}) or ["their order"]
         raise InputError(
             f"{step.output} was made with other flags (they differ in {', '.join(changed)}): "
             "give the arm or input another name, or choose another --output_dir."
         )
+
+
+def _that_count(verb: str, flags: Sequence[str]) -> list[str]:
+    """The flags but for those of settings that change no result of a verb's."""
+    module = importlib.import_module(f"salt_jax.commands.{verb}")
+    names: set[str] = set()
+    for name in getattr(module, "CHANGES_NO_RESULT", ()):
+        last = name.rpartition(".")[2]
+        group = getattr(module, last, None)
+        is_group = dataclasses.is_dataclass(group)
+        names |= {field.name for field in dataclasses.fields(group)} if is_group else {last}
+    return [
+        flag for flag in flags if re.split(r"[.=]|^--", flag.partition("=")[0])[-1] not in names
+    ]

@@ -45,16 +45,20 @@ FROM_FILES = {
 # It may be one of several processes, and asks whether one of them was asked to stop.
 SEVERAL_PROCESSES = SAVES_ON_REQUEST = True
 
-# What may change when a run goes on: how it is computed and when it is told of, and the batch size,
-# since positions count rows.
-MAY_CHANGE = (
-    *("Data.batch_size", "Data.read_threads", "Devices", "MeshConfig", "Teacher.rules"),
+# How the run is computed and when it is told of: no result changes, but for rounding.
+CHANGES_NO_RESULT = (
+    *("TrainConfig.devices", "Devices", "MeshConfig", "Data.read_threads", "Teacher.rules"),
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
-    *("TrainConfig.devices", "TrainConfig.checkpoints", "CheckpointConfig"),
-    *("TrainConfig.evaluation", "Evaluation.every", "TrainConfig.log_every"),
-    *("TrainConfig.max_skipped_updates", "TrainConfig.hang_seconds"),
+    *("TrainConfig.log_every", "TrainConfig.hang_seconds"),
+)
+
+# What may change when a run goes on: the batch size too, since positions count rows.
+MAY_CHANGE = (
+    *CHANGES_NO_RESULT,
+    *("Data.batch_size", "TrainConfig.max_skipped_updates"),
+    *("TrainConfig.checkpoints", "CheckpointConfig", "TrainConfig.evaluation", "Evaluation.every"),
     # Folders may be moved: what is in them is compared by digests.
-    *("Data.cache", "Teacher.path", "Data.selection", "Method.soft_labels"),
+    *("Data.cache", "Teacher.path", "Teacher.step", "Data.selection", "Method.soft_labels"),
 )
 
 

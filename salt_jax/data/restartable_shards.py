@@ -80,7 +80,8 @@ class RestartableShards:
         suffix: str,
         made_from: Mapping[str, Any],
     ) -> "RestartableShards":
-        """A new pass, or the one that the folder holds; nothing is written yet.
+        """A new pass, or the one that the folder holds, in shards of its size; nothing is written
+        yet.
 
         Raises:
           InputError: The folder was begun with something else, or shard_rows is below 1.
@@ -165,15 +166,19 @@ class RestartableShards:
     def _as_begun(self, begun: Mapping[str, Any]) -> "RestartableShards":
         """This pass, in the words it was begun with."""
         for name in [*self._plan, *(name for name in begun if name not in self._plan)]:
+            if name == "shard_rows":
+                continue  # which changes no value: the folder keeps the shards that it has
             before, now = (_identity(each.get(name)) for each in (begun, self._plan))
             if before != now:
                 raise InputError(
                     f"{self.folder} was begun with the {name} {_shown(before)}, and now the {name} "
                     f"is {_shown(now)}: go back to that {name}, or choose another --output_dir."
                 )
-        return dataclasses.replace(
-            self, made_from={name: begun.get(name) for name in self.made_from}
-        )
+        shard_rows = begun.get("shard_rows")
+        if type(shard_rows) is not int or shard_rows < 1:
+            raise InputError(f"{self.folder / PASS_FILE} has shard_rows {shard_rows!r}: {_OTHER}.")
+        made_from = {name: begun.get(name) for name in self.made_from}
+        return dataclasses.replace(self, shard_rows=shard_rows, made_from=made_from)
 
     def _shard(self, index: int) -> Shard:
         first = index * self.shard_rows

@@ -118,7 +118,6 @@ def test_shards_of_another_pass_do_not_count(tmp_path):
         ({"scorer": {"path": "slm", "digest": "e" * 64}}, "the scorer dddddddddddd…"),
         ({"k": [5, 10]}, r"with the k \[10\], and now the k is \[5, 10\]: go back to that k"),
         ({"rows": 11}, "with the rows 10, and now the rows is 11"),
-        ({"shard_rows": 4}, "with the shard_rows 3, and now the shard_rows is 4"),
         ({"tau": 1}, "with the tau None, and now the tau is 1"),
     ],
 )
@@ -134,6 +133,22 @@ def test_the_same_model_may_be_named_otherwise_and_keeps_its_name(tmp_path):
     of(tmp_path).begin()
     again = of(tmp_path, scorer={"path": "../slm", "digest": "d" * 64})
     assert again.made_from == MADE_FROM
+
+
+def test_a_pass_goes_on_in_the_shards_that_it_was_begun_with(tmp_path):
+    first = of(tmp_path).begin()
+    make(first, first.unfinished()[0])
+    again = of(tmp_path, shard_rows=4)
+    assert [shard.rows for shard in again.begin().unfinished()] == [
+        range(3, 6),
+        range(6, 9),
+        range(9, 10),
+    ]
+    begun = json.loads((tmp_path / "pass.json").read_text())
+    for damaged in (0, "3", None, True):
+        (tmp_path / "pass.json").write_text(json.dumps({**begun, "shard_rows": damaged}))
+        with pytest.raises(InputError, match=r"pass.json has shard_rows .*: choose another --out"):
+            of(tmp_path)
 
 
 def test_no_reader_accepts_a_pass_that_lacks_a_shard(tmp_path):
