@@ -103,10 +103,9 @@ def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
 
 def _dataclass_of(hint: Any) -> type | None:
     """The dataclass that a hint is of, or that it is of or None."""
-    for part in alternatives(hint):
-        if inspect.isclass(part) and dataclasses.is_dataclass(part):
-            return part
-    return None
+    parts = [part for part in alternatives(hint) if part is not type(None)]
+    is_group = len(parts) == 1 and inspect.isclass(parts[0]) and dataclasses.is_dataclass(parts[0])
+    return parts[0] if is_group else None
 
 
 def alternatives(hint: Any) -> Sequence[Any]:
@@ -167,7 +166,7 @@ def bindings_of(
       InputError: No such setting, several of them, or no value.
     """
     every = {setting.path: setting for setting in settings_of(function) if setting.path}
-    setting = every[_find(name, every, macros)]
+    setting = every[_find(name, every, macros, function.__name__)]
     is_plain = values[-1] != "None" and not _REFERENCE.match(values[-1])
     if is_plain and f"{setting.path}.path" in every:
         setting = every[f"{setting.path}.path"]
@@ -177,7 +176,7 @@ def bindings_of(
     yield setting.bind(_literal(name, values, setting))
 
 
-def _find(name: str, every: dict[str, Setting], macros: Iterable[str]) -> str:
+def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str) -> str:
     if name in every:
         return name
     found = [path for path in every if path.endswith(f".{name}")]
@@ -186,13 +185,15 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str]) -> str:
     if found:
         flags = ", ".join(f"--{shortest([*every], path)}" for path in found)
         raise InputError(f"--{name} could be any of {flags}: write which one is meant.")
-    flags = [shortest([*every], path) for path in every]
-    known = {flag.replace(".", "_").lower(): f"--{flag}" for flag in flags}
+    known = {
+        flag.replace(".", "_").lower(): f"--{flag}"
+        for flag in (shortest([*every], path) for path in every)
+    }
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
     close = nearest(name.replace(".", "_").lower(), known)
     if match := re.search(r"nearest: (.*)\)", close):
         close = f" (nearest: {known[match[1]]})"
-    raise InputError(f"There is no setting --{name}{close}: `salt VERB --help` lists them.")
+    raise InputError(f"There is no setting --{name}{close}: `salt {verb} --help` lists them.")
 
 
 def _literal(name: str, values: Sequence[str], setting: Setting) -> str:

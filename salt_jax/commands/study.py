@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from salt_jax.data.local_copies import local_folder
 from salt_jax.errors import InputError, nearest, require_counts
@@ -232,9 +232,7 @@ def _that_count(verb: str, flags: Sequence[str]) -> list[str]:
     names: set[str] = set()
     for name in getattr(module, "CHANGES_NO_RESULT", ()):
         last = name.rpartition(".")[2]
-        group = getattr(module, last, None)
-        is_group = dataclasses.is_dataclass(group)
-        names |= {field.name for field in dataclasses.fields(group)} if is_group else {last}
-    return [
-        flag for flag in flags if re.split(r"[.=]|^--", flag.partition("=")[0])[-1] not in names
-    ]
+        group: Any = getattr(module, last, None)
+        names |= {last} if group is None else {field.name for field in dataclasses.fields(group)}
+    # By the last part: --devices.mesh is --mesh.
+    return [flag for flag in flags if re.split("--|[.]", flag.partition("=")[0])[-1] not in names]

@@ -128,7 +128,7 @@ def test_the_last_arms_flags_are_checked_before_anything_runs(tmp_path: pathlib.
     plain = ("--gin_file=methods/baseline.gin",)
     for wrong, message in (
         ("--gin_file=methods/salt_dss.gin", r"last/seed-0: There is no gin file .*salt_ds\.gin"),
-        ("--stepss=3", r"last/seed-0: There is no setting --stepss \(nearest: steps\)"),
+        ("--stepss=3", r"last/seed-0: There is no setting --stepss \(nearest: --steps\)"),
         ("--gin_file=methods/salt.gin", r"last/seed-0: .*must be set"),
     ):
         arms = {"baseline": plain, "last": (*plain, wrong)}
