@@ -92,7 +92,7 @@ def _gin_sentence(
             # gin shortens the name; the file has it in full.
             is_it = f".{whole}".replace("/", ".").endswith(f".{name}".replace("/", "."))
             if is_it and binding.value == gin_files.REQUIRED:
-                name = name if plain(name, flags) != name else whole
+                name = whole if flag_of(name, flags).startswith("--gin.") else name
                 file = pathlib.Path(binding.location.filename)
                 shown = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
                 is_open = f"{plain(name, flags)} must be set ({shown} leaves it open)"
@@ -113,16 +113,18 @@ def _parameters_of(selector: str) -> list[str]:
 
 
 def flag_of(name: str, flags: Mapping[str, str]) -> str:
-    """The flag that sets a name: --SETTING where there is one, --gin.NAME for any other."""
-    shown = plain(name, flags)
-    return f"--{shown}=VALUE" if shown != name else f"--gin.{name}=VALUE"
-
-
-def plain(name: str, flags: Mapping[str, str]) -> str:
-    """A setting as it is called on the command line, where it has a flag.
+    """The flag that sets a name: --SETTING where there is one, --gin.NAME for any other.
 
     Args:
       name: "config.Data.cache".
       flags: "Data.cache" → "cache", for all settings of the verb.
     """
-    return flags.get(".".join(name.rpartition("/")[2].split(".")[-2:]), name)
+    flag = flags.get(".".join(name.rpartition("/")[2].split(".")[-2:]), f"gin.{name}")
+    return f"--{flag}=VALUE"
+
+
+def plain(name: str, flags: Mapping[str, str]) -> str:
+    """A setting as a person calls it: those of a verb and of `training.config` as their flags are
+    called, all others by their whole names."""
+    is_verbs = name.partition(".")[0] in (*verbs(), "config")
+    return flag_of(name, flags).removeprefix("--").removesuffix("=VALUE") if is_verbs else name

@@ -95,10 +95,12 @@ def test_a_model_is_as_large_as_its_name(name: str) -> None:
 
 
 def test_what_a_model_lacks_is_named_as_gin_files_name_it() -> None:
-    with pytest.raises(InputError, match=r"^embed_dim is not set: add --embed_dim=VALUE"):
+    with pytest.raises(
+        InputError, match=r"^decoder\.DecoderConfig\.embed_dim is not set: add --embed_dim"
+    ):
         settings(*PRETRAIN)
     flag = "--gin.decoder.DecoderConfig.embed_dim='wide'"
-    with pytest.raises(InputError, match=r"^embed_dim is 'wide'"):
+    with pytest.raises(InputError, match=r"^decoder\.DecoderConfig\.embed_dim is 'wide'"):
         settings(*PRETRAIN, "--gin_file=models/llm_2_8b.gin", flag)
 
 
