@@ -17,6 +17,8 @@ from salt_jax.data import model_tokenizers
 from salt_jax.data.durable_files import write_text
 from salt_jax.data.json_files import read_json_object
 from salt_jax.data.local_copies import local_folder
+from salt_jax.data.model_folders import CONFIG_FILE, refuse_repository, require_config
+from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER
 from salt_jax.data.safetensors_files import (
     DOWNLOAD,
     DTYPES,
@@ -27,23 +29,25 @@ from salt_jax.data.safetensors_files import (
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.models.huggingface import Architecture, config_from_json, config_to_json
+from salt_jax.models.huggingface import (
+    Architecture,
+    config_from_json,
+    config_to_json,
+    unread_fields,
+)
 from salt_jax.models.huggingface_tensors import (
     HEADS,
     Path,
     Rule,
     leaf_shapes,
     refuse_other_tensors,
+    require_finite,
     tensor_shapes,
 )
-from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, RunFolder, to_json
+from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, SUMMARY_FILE, RunFolder, to_json
 from salt_jax.training.checkpoint_digests import complete_digests
 from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
 from salt_jax.training.converted_checkpoints import open_parameters, save_streamed
-
-CONFIG_FILE = "config.json"
-# Of a converted run: the tokenizer's files as they came, for the way back.
-TOKENIZER_FOLDER = "tokenizer"
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -109,12 +113,9 @@ def convert(
     if huggingface is not None:
         if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
+        refuse_repository(huggingface)
         source = local_folder(huggingface)
-        if not (source / CONFIG_FILE).is_file():
-            raise InputError(
-                f"huggingface is {huggingface!r}, where no {CONFIG_FILE} is: name the folder of a "
-                "downloaded model, --huggingface=FOLDER."
-            )
+        require_config(huggingface, source)
         _take_in(run, source, step or 0, dtype, compute_dtype, eos_token)
     else:
         if compute_dtype is not None or eos_token is not None:
@@ -156,9 +157,14 @@ def _take_in(
         print(f"{run.path} has step {step} of {source} already: nothing was converted.")
         return
     run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
+    if unread := unread_fields(architecture, settings):
+        print(
+            f"{source / CONFIG_FILE} sets {', '.join(unread)}, which no forward pass of "
+            f"{architecture.model_type} reads: passed over."
+        )
+    digest = _inspected(files, config, rules)
     run.begin(replace=True)
     vocabulary.save(run.path / VOCABULARY_FOLDER)
-    (run.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
     model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
     save_streamed(
         run.path,
@@ -169,12 +175,24 @@ def _take_in(
             "vocabulary_fingerprint": vocabulary.fingerprint,
             "counters": {},
             "converted_from": str(source.resolve()),
-            "source_digest": files.digest,
+            "source_digest": digest,
         },
     )
     saved = find_model(run.path, step, "model")
     _summarize(run, architecture, config, {"model": saved.identity})
     print(f"{run.path} has step {step}: {_described(architecture, config)}")
+
+
+def _inspected(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
+    """The files' digest; refuses values that are not finite, or will not be, before a write."""
+    names = {name for name, _ in tensor_shapes(config, rules)}
+    dtype, where = DTYPES[config.param_dtype], str(files.path)
+
+    def look(name: str, values: np.ndarray[Any, Any]) -> None:
+        if name in names:
+            require_finite(values, dtype, name, where)
+
+    return files.inspect(look)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +242,8 @@ def _refuse_another_head(
         size, same = files.tensors[embedding].shape, files.tensors[head].shape
         for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
             rows = slice(first, min(first + _COMPARED_ROWS, size[0]))
-            if not np.array_equal(files.read(embedding, rows), files.read(head, rows)):
+            ours, theirs = (files.read(name, rows).view(np.uint8) for name in (embedding, head))
+            if not np.array_equal(ours, theirs):
                 same = ()
                 break
         if size != same:
@@ -240,6 +259,12 @@ def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
     found = set()
     for name, _ in tensor_shapes(config, rules):
         dtype = files.tensors[name].dtype
+        if dtype == "F64":
+            raise InputError(
+                f"The tensor {name} of {files.path} is of float64, expected one of "
+                f"{', '.join(DTYPES)}: make it float32 with transformers, "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).float().save_pretrained(NEW_FOLDER)."
+            )
         if dtype not in DTYPES:
             raise InputError(
                 f"The tensor {name} of {files.path} is of {dtype}, expected one of "
@@ -313,12 +338,10 @@ def _give_out(
     rows = vocabulary.size if drop_padding else config.padded_vocab_size
     tokens = {"eos_token_id": vocabulary.eos_id, "bos_token_id": vocabulary.start_id}
     architecture, settings = config_to_json(config, rows, dtype, tokens)
-    old = [run.path / CONFIG_FILE, *run.path.glob("model*.safetensors*")]
-    names = [file.name for file in old] + list(model_tokenizers.TOKENIZER_FILES)
-    others = [name for name in names if (run.path / name).exists()]
-    if others and not (run.path / RUN_FILE).exists():
+    old = _files_of_a_model(run.path)
+    if old and not (run.path / RUN_FILE).exists():
         raise InputError(
-            f"{run.path} holds a {others[0]} that `salt convert` didn't write: choose another "
+            f"{run.path} holds a {old[0].name} that `salt convert` didn't write: choose another "
             "--output_dir."
         )
     rules = architecture.rules(config)
@@ -330,27 +353,41 @@ def _give_out(
     total = sum(tensor.num_bytes for tensor in tensors)
     run.require_space(total, "the tensors")
     run.begin()
-    # Without it no folder is a model: it goes first and comes last.
+    # Without config.json no folder is a model: it goes first and comes last.
     for file in old:
-        file.unlink(missing_ok=True)
-    written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
-    if not written:
-        written = model_tokenizers.write_tokenizer(vocabulary, run.path)
+        file.unlink()
+    try:
+        arrays = _tensors(saved, rules, DTYPES[dtype], rows)
+        names = write_shards(run.path, tensors, arrays, max_shard_bytes)
+        written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
+        if not written:
+            written = model_tokenizers.write_tokenizer(vocabulary, run.path)
+        settings |= {"eos_token_id": model_tokenizers.settle_generation(run.path, tokens)}
+    except InputError:
+        for file in (run.path / SUMMARY_FILE, *_files_of_a_model(run.path)):
+            file.unlink(missing_ok=True)
+        run.withdraw()
+        raise
     if not written:
         print(f"transformers has no tokenizer like {vocabulary}: none was written.")
-    arrays = _tensors(saved, rules, DTYPES[dtype], rows)
-    names = write_shards(run.path, tensors, arrays, max_shard_bytes)
     write_text(run.path / CONFIG_FILE, to_json(settings, indent=2) + "\n")
     files = [*written, *names, CONFIG_FILE]
     _summarize(run, architecture, config, {"model": saved.identity, "bytes": total, "files": files})
     print(f"{run.path} has {_described(architecture, config)}")
 
 
+def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What a folder holds of a model of Hugging Face's, config.json first."""
+    names = [CONFIG_FILE, *model_tokenizers.tokenizer_files(folder)]
+    files = [folder / name for name in names if (folder / name).exists()]
+    return files + sorted(folder.glob("model*.safetensors*"))
+
+
 def _tensors(
     saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
 ) -> Iterator[np.ndarray[Any, Any]]:
     """The tensors in the order of tensor_shapes, each made when its turn comes."""
-    config = saved.config
+    config, where = saved.config, f"{saved.path} (step {saved.step})"
     # Taken out when their turn comes, so that what they have read goes with them.
     parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
     for rule in rules:
@@ -358,6 +395,7 @@ def _tensors(
             parameter = parameters.pop(rule.leaves[0])
             is_table = rule.tensor in _tables(config, rules)
             values = parameter.read(slice(rows) if is_table else slice(None))
+            require_finite(values, dtype, rule.tensor, where)
             yield rule.to_tensor([values], dtype)
             continue
         stacked = [parameters.pop(("layers", *leaf)) for leaf in rule.leaves if config.scan_layers]
@@ -365,6 +403,8 @@ def _tensors(
             leaves = [leaf.read(slice(layer, layer + 1))[0] for leaf in stacked] or [
                 parameters.pop((f"layers_{layer}", *leaf)).read() for leaf in rule.leaves
             ]
+            for values in leaves:
+                require_finite(values, dtype, rule.tensor.format(layer=layer), where)
             yield rule.to_tensor(leaves, dtype)
 
 
