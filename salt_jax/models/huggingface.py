@@ -50,7 +50,8 @@ class Architecture:
     def read(self) -> set[str]:
         """config.json's fields that are read."""
         return {
-            *(*self.fields, *self.must_be, self.theta_field, "hidden_act", *_ROPE_FIELDS),
+            *(*self.fields, *self.must_be, self.theta_field, *_ROPE_FIELDS),
+            *("hidden_act", _OTHER_ACTIVATION),
             *(("rotary_pct",) if self.model_type == "gpt_neox" else ()),
         }
 
@@ -134,6 +135,7 @@ ARCHITECTURES: Mapping[str, Architecture] = types.MappingProxyType(
     {known.model_type: known for known in (_GPT_NEOX, _LLAMA, _GEMMA)}
 )
 
+_OTHER_ACTIVATION = "hidden_activation"
 _ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 _ACTIVATIONS = {
     "silu": "silu",
@@ -210,10 +212,10 @@ def unread_fields(architecture: Architecture, settings: Mapping[str, Any]) -> li
     The usual ones are left out: token ids, dropout, settings of generation.
     """
     fields = unknown_fields(settings, architecture.read)
-    if architecture is _GEMMA:
-        other = settings.get("hidden_activation")
-        if other not in (None, settings.get("hidden_act") or architecture.activation):
-            fields.append("hidden_activation")
+    # transformers 5 reads hidden_act alone; older versions read this of a Gemma.
+    other, activation = settings.get(_OTHER_ACTIVATION), _activation(architecture, settings, "")
+    if other is not None and _ACTIVATIONS.get(str(other)) != activation:
+        fields.append(_OTHER_ACTIVATION)
     return fields
 
 
@@ -301,10 +303,7 @@ def _refuse_other_values(
 def _refuse_other_computations(
     architecture: Architecture, settings: Mapping[str, Any], config: DecoderConfig, where: str
 ) -> None:
-    read = architecture.read | ({"hidden_activation"} if architecture is _GEMMA else set())
-    for field in other_computations(settings, read, config):
-        if field == "hidden_activation" and settings[field] == settings.get("hidden_act"):
-            continue
+    for field in other_computations(settings, architecture.read, config):
         raise InputError(
             f"{where} sets {field} to {settings[field]!r}, which salt_jax doesn't have for "
             f"{architecture.model_type}: take another model, or delete the setting if you know "
@@ -338,16 +337,18 @@ def _rotary(
             f"{where} sets {unknown[0]} of the rotary embedding, which salt_jax doesn't have: take "
             "another model."
         )
-    theta = _value(settings, architecture.theta_field, 10_000.0, where)
-    fraction = _value(settings, "rotary_pct", architecture.rope_fraction, where)
-    theta = _value(rope, "rope_theta", theta, where)
-    fraction = _value(rope, "partial_rotary_factor", fraction, where)
+    theta = float(_value(settings, architecture.theta_field, 10_000.0, where))
+    fraction = architecture.rope_fraction
+    if architecture is _GPT_NEOX:
+        fraction = float(_value(settings, "rotary_pct", fraction, where))
+    theta = float(_value(rope, "rope_theta", theta, where))
+    fraction = float(_value(rope, "partial_rotary_factor", fraction, where))
     if fraction != architecture.fixed.get("rope_fraction", fraction):
         raise InputError(
             f"{where} sets partial_rotary_factor to {fraction}, and {architecture.model_type} "
             "turns whole heads: take another model."
         )
-    return float(theta), float(fraction)
+    return theta, fraction
 
 
 def _is_dict(value: Any) -> bool:
