@@ -42,7 +42,7 @@ def refuse_repository(name: str) -> None:
 
 
 def require_config(name: str, folder: pathlib.Path) -> None:
-    """Refuses what has no config.json.
+    """Refuses what has no config.json, or adapters beside it, which transformers would apply.
 
     Args:
       name: The folder as it was typed.
@@ -51,7 +51,8 @@ def require_config(name: str, folder: pathlib.Path) -> None:
     Raises:
       InputError: With what it is instead, as far as that can be told.
     """
-    if (folder / CONFIG_FILE).is_file():
+    adapters = folder / "adapter_config.json"
+    if (folder / CONFIG_FILE).is_file() and not adapters.is_file():
         return
     if folder.is_file():
         if advice := _other_formats([folder]):
@@ -60,10 +61,12 @@ def require_config(name: str, folder: pathlib.Path) -> None:
             f"huggingface is {name!r}, a file: name the folder that it is in, --huggingface=FOLDER."
         )
     if folder.is_dir():
+        if adapters.is_file():
+            raise InputError(f"huggingface is {name!r}, with {_other_formats([adapters])}.")
         if (folder / "checkpoints").is_dir():
             raise InputError(
-                f"huggingface is {name!r}, a run of salt's: take it as it is, or give it out with "
-                f"--model={name}."
+                f"huggingface is {name!r}, a run of salt's: other verbs take it as it is, and "
+                f"--model={name} gives it out."
             )
         # As in the cache of huggingface_hub, and where something was unpacked.
         inner = sorted([*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"*/*/{CONFIG_FILE}")])

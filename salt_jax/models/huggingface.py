@@ -177,11 +177,8 @@ def config_from_json(
     rows = _value(settings, "vocab_size", ..., where)
     if rows < num_ids:
         raise InputError(
-            f"{where} sets vocab_size to {rows} and the tokenizer has {num_ids} ids, so that its "
-            f"tokens from id {rows} on have no row in the embedding: take them out of "
-            "tokenizer.json, where they are added_tokens, or resize the embedding with "
-            f"transformers, resize_token_embeddings({num_ids}); if they are no added ones, the "
-            "tokenizer is another model's."
+            f"{where} sets vocab_size to {rows} and the tokenizer has {num_ids} ids: it is another "
+            "model's tokenizer; download the folder again."
         )
     try:
         config = DecoderConfig(

@@ -37,9 +37,10 @@ _WITHOUT_EFFECT = frozenset(
         *("begin_suppress_tokens", "exponential_decay_length_penalty", "cache_implementation"),
     )
 )
-# Ids of tokens; dropout, which only training has; by what kernel attention is computed.
+# Ids of tokens; dropout, which only training has; with what kernel, and on how many devices.
 _WITHOUT_EFFECT_PATTERN = re.compile(
-    r"_token_ids?$|dropout|pdrop|layerdrop|layer_drop|attn_implementation|flash_attn|flash_attention"
+    r"_token_ids?$|dropout|pdrop|layerdrop|layer_drop|attn_implementation|flash_attn"
+    r"|flash_attention|(model|tensor|pipeline|sequence)_parallel|vocab_size_multiple"
 )
 
 # Words that fields are named by which other families' forward passes read.

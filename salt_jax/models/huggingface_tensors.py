@@ -231,9 +231,10 @@ def require_finite(values: Array, dtype: np.dtype[Any], tensor: str, where: str)
     with np.errstate(over="ignore"):
         cast = largest.astype(dtype)
     if not np.isfinite(cast):
+        wider = "--dtype=bfloat16 or --dtype=float32" if dtype == np.float16 else "--dtype=float32"
         raise InputError(
             f"The tensor {tensor} of {where} has values that {dtype} can't hold, "
-            f"{float(largest):.6g} for one: choose --dtype=bfloat16 or --dtype=float32."
+            f"{float(largest):.6g} for one: choose {wider}."
         )
 
 

@@ -17,6 +17,7 @@ from salt_jax.errors import InputError
         (["tiny.Q4_1.gguf"], r"with tiny.Q4_1.gguf, a GGUF file .* config.json and safetensors"),
         (["adapter_config.json", "adapter_model.safetensors"], r"LoRA.*merge_and_unload\(\)"),
         (["adapter_config.json", "adapter_model.bin"], r"LoRA.*merge_and_unload\(\)"),
+        (["adapter_config.json", "config.json", "model.safetensors"], "with adapter_config.json"),
         (["consolidated.00.pth", "params.json"], "with consolidated.00.pth, a pickle"),
         (["pytorch_model.bin"], r"a pickle.*save_pretrained\(NEW_FOLDER\)"),
         (["checkpoints/0/digests.json"], "a run of salt's: .*--model="),
@@ -24,7 +25,7 @@ from salt_jax.errors import InputError
         (["gemma/config.json"], "--huggingface=.*/gemma.$"),
     ],
 )
-def test_folders_without_a_config(files: list[str], expected: str, tmp_path: pathlib.Path) -> None:
+def test_folders_that_are_no_model(files: list[str], expected: str, tmp_path: pathlib.Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
