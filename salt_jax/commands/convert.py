@@ -8,7 +8,7 @@ are read and written, a tensor at a time.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,17 +37,20 @@ from salt_jax.models.huggingface import (
 )
 from salt_jax.models.huggingface_tensors import (
     HEADS,
-    Path,
     Rule,
-    leaf_shapes,
     refuse_other_tensors,
-    require_finite,
     tensor_shapes,
 )
 from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, SUMMARY_FILE, RunFolder, to_json
 from salt_jax.training.checkpoint_digests import complete_digests
 from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
-from salt_jax.training.converted_checkpoints import open_parameters, save_streamed
+from salt_jax.training.converted_checkpoints import save_streamed
+from salt_jax.training.converted_tensors import (
+    inspected_digest,
+    parameters_of,
+    tables_of,
+    tensors_of,
+)
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -162,14 +165,14 @@ def _take_in(
             f"{source / CONFIG_FILE} sets {', '.join(unread)}, which no forward pass of "
             f"{architecture.model_type} reads: passed over."
         )
-    digest = _inspected(files, config, rules)
+    digest = inspected_digest(files, config, rules)
     run.begin(replace=True)
     vocabulary.save(run.path / VOCABULARY_FOLDER)
     model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
     save_streamed(
         run.path,
         step,
-        dict(_parameters(files, config, rules)),
+        parameters_of(files, config, rules),
         {
             "model": config.to_json(),
             "vocabulary_fingerprint": vocabulary.fingerprint,
@@ -183,62 +186,12 @@ def _take_in(
     print(f"{run.path} has step {step}: {_described(architecture, config)}")
 
 
-def _inspected(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
-    """The files' digest; refuses values that are not finite, or will not be, before a write."""
-    names = {name for name, _ in tensor_shapes(config, rules)}
-    dtype, where = DTYPES[config.param_dtype], str(files.path)
-
-    def look(name: str, values: np.ndarray[Any, Any]) -> None:
-        if name in names:
-            require_finite(values, dtype, name, where)
-
-    return files.inspect(look)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Parameter:
-    """A parameter made of a model's files: a layer's part of it of a tensor of that layer."""
-
-    files: SafetensorsFolder
-    rule: Rule
-    leaf: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def read(self, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
-        start, stop, _ = rows.indices(self.shape[0])
-        if not self.rule.in_layers:
-            rows_shape = (stop - start, *self.shape[1:])
-            tensor = self.files.read(self.rule.tensor, rows)
-            return self.rule.to_leaf(tensor, self.leaf, rows_shape, self.dtype)
-        layers = [
-            self.rule.to_leaf(
-                self.files.read(self.rule.tensor.format(layer=layer)),
-                self.leaf,
-                self.shape[1:],
-                self.dtype,
-            )
-            for layer in range(start, stop)
-        ]
-        return layers[0][None] if len(layers) == 1 else np.stack(layers)
-
-
-def _parameters(
-    files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
-) -> Iterator[tuple[Path, _Parameter]]:
-    shapes, dtype = leaf_shapes(config), DTYPES[config.param_dtype]
-    for rule in rules:
-        for leaf in rule.leaves:
-            path = ("layers", *leaf) if rule.in_layers else leaf
-            yield path, _Parameter(files, rule, leaf, shapes[path], dtype)
-
-
 def _refuse_another_head(
     files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
 ) -> None:
     """A head beside a tied embedding is the same table, or config.json is wrong about it."""
     for head in HEADS & files.tensors.keys() if config.tied_embeddings else ():
-        embedding = _tables(config, rules)[0]
+        embedding = tables_of(config, rules)[0]
         size, same = files.tensors[embedding].shape, files.tensors[head].shape
         for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
             rows = slice(first, min(first + _COMPARED_ROWS, size[0]))
@@ -345,7 +298,7 @@ def _give_out(
             "--output_dir."
         )
     rules = architecture.rules(config)
-    tables = _tables(config, rules)
+    tables = tables_of(config, rules)
     tensors = [
         TensorInfo(name, dtype, (rows, *shape[1:]) if name in tables else shape)
         for name, shape in tensor_shapes(config, rules)
@@ -357,7 +310,7 @@ def _give_out(
     for file in old:
         file.unlink()
     try:
-        arrays = _tensors(saved, rules, DTYPES[dtype], rows)
+        arrays = tensors_of(saved, rules, DTYPES[dtype], rows)
         names = write_shards(run.path, tensors, arrays, max_shard_bytes)
         written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
         if not written:
@@ -381,38 +334,6 @@ def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:
     names = [CONFIG_FILE, *model_tokenizers.tokenizer_files(folder)]
     files = [folder / name for name in names if (folder / name).exists()]
     return files + sorted(folder.glob("model*.safetensors*"))
-
-
-def _tensors(
-    saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
-) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensors in the order of tensor_shapes, each made when its turn comes."""
-    config, where = saved.config, f"{saved.path} (step {saved.step})"
-    # Taken out when their turn comes, so that what they have read goes with them.
-    parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
-    for rule in rules:
-        if not rule.in_layers:
-            parameter = parameters.pop(rule.leaves[0])
-            is_table = rule.tensor in _tables(config, rules)
-            values = parameter.read(slice(rows) if is_table else slice(None))
-            require_finite(values, dtype, rule.tensor, where)
-            yield rule.to_tensor([values], dtype)
-            continue
-        stacked = [parameters.pop(("layers", *leaf)) for leaf in rule.leaves if config.scan_layers]
-        for layer in range(config.num_layers):
-            leaves = [leaf.read(slice(layer, layer + 1))[0] for leaf in stacked] or [
-                parameters.pop((f"layers_{layer}", *leaf)).read() for leaf in rule.leaves
-            ]
-            for values in leaves:
-                require_finite(values, dtype, rule.tensor.format(layer=layer), where)
-            yield rule.to_tensor(leaves, dtype)
-
-
-def _tables(config: DecoderConfig, rules: list[Rule]) -> list[str]:
-    """The tensors that have a row for each id: embedding, then head."""
-    outside = {rule.tensor for rule in rules if not rule.in_layers}
-    shape = (config.padded_vocab_size, config.embed_dim)
-    return [name for name, its in tensor_shapes(config, rules) if name in outside and its == shape]
 
 
 def _summarize(

@@ -412,7 +412,7 @@ def test_a_run_with_a_value_that_is_not_finite_does_not_go_out(
     assert not convert(f"--model={run}", f"--output_dir={out}")
     with_value(source, QKV, np.nan)
     with monkeypatch.context() as patch:
-        patch.setattr("salt_jax.commands.convert.require_finite", lambda *arguments: None)
+        patch.setattr("salt_jax.training.converted_tensors.require_finite", lambda *arguments: None)
         assert not convert(f"--huggingface={source}", "--step=1", f"--output_dir={run}")
     capfd.readouterr()
     for folder in (out, tmp_path / "new"):  # one that an older step went to, and none
