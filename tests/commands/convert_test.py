@@ -400,7 +400,9 @@ def test_a_value_that_is_not_finite_is_named(
     }
 
 
+@pytest.mark.parametrize("tensor", [QKV, "gpt_neox.embed_in.weight"])
 def test_a_run_with_a_value_that_is_not_finite_does_not_go_out(
+    tensor: str,
     random_models: Any,
     tmp_path: pathlib.Path,
     capfd: pytest.CaptureFixture[str],
@@ -410,14 +412,14 @@ def test_a_run_with_a_value_that_is_not_finite_does_not_go_out(
     write_model(source, random_models)
     assert not convert(f"--huggingface={source}", f"--output_dir={run}")
     assert not convert(f"--model={run}", f"--output_dir={out}")
-    with_value(source, QKV, np.nan)
+    with_value(source, tensor, np.nan)
     with monkeypatch.context() as patch:
         patch.setattr("salt_jax.training.converted_tensors.require_finite", lambda *arguments: None)
         assert not convert(f"--huggingface={source}", "--step=1", f"--output_dir={run}")
     capfd.readouterr()
     for folder in (out, tmp_path / "new"):  # one that an older step went to, and none
         assert convert(f"--model={run}", f"--output_dir={folder}") == 2
-        assert f"{QKV} of {run} (step 1) has values that are not" in capfd.readouterr().err
+        assert f"{tensor} of {run} (step 1) has values that are not" in capfd.readouterr().err
         assert not folder.exists()
 
 

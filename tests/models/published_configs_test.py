@@ -423,6 +423,7 @@ def test_defaults_are_those_of_transformers_5() -> None:
     for name in ("pythia-70m", "Llama-2-7b-hf", "gemma-7b"):
         full = PUBLISHED[name][0]
         settings = {field: full[field] for field in ("model_type", "vocab_size", *sizes)}
+        settings["num_attention_heads"] = 32  # so that 16 for keys and values is seen
         architecture, config = config_from_json(settings, settings["vocab_size"], "config.json")
         theirs = transformers.AutoConfig.for_model(**settings).to_dict()
         for field, (setting, _) in architecture.fields.items():
