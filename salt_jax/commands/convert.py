@@ -27,7 +27,7 @@ from salt_jax.data.safetensors_files import (
     write_shards,
 )
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
-from salt_jax.errors import InputError, require_counts
+from salt_jax.errors import InputError, require_counts, visible
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.huggingface import (
     Architecture,
@@ -90,7 +90,8 @@ def convert(
 
     Raises:
       InputError: No such model, one that salt_jax or transformers has no architecture for, damaged
-        files, or a folder that holds something else. Nothing is written then.
+        files, values that are not finite or that dtype can't hold, or a folder that holds something
+        else. Nothing is written then.
     """
     if (huggingface is None) == (model is None):
         given = "neither is" if model is None else "both are"
@@ -162,7 +163,7 @@ def _take_in(
     run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
     if unread := unread_fields(architecture, settings):
         print(
-            f"{source / CONFIG_FILE} sets {', '.join(unread)}, which no forward pass of "
+            f"{source / CONFIG_FILE} sets {visible(', '.join(unread))}, which no forward pass of "
             f"{architecture.model_type} reads: passed over."
         )
     digest = inspected_digest(files, config, rules)

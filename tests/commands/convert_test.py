@@ -428,11 +428,12 @@ def test_fields_that_nothing_reads_pass_with_a_notice(
 ) -> None:
     source = tmp_path / "theirs"
     fields = {"is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "_x": None}
+    fields |= {"\x1b[31mred": 1}
     write_model(source, random_models, **fields, unk_token_id=3)
     assert not convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}")
     notice = (
-        f"{source / 'config.json'} sets is_llama_config, transformers.js_config, which no forward "
-        "pass of gpt_neox reads: passed over."
+        f"{source / 'config.json'} sets \\x1b[31mred, is_llama_config, transformers.js_config, "
+        "which no forward pass of gpt_neox reads: passed over."
     )
     assert capsys.readouterr().out.splitlines().count(notice) == 1
 
