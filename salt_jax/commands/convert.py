@@ -8,7 +8,7 @@ are read and written, a tensor at a time.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from salt_jax.data import model_tokenizers
 from salt_jax.data.durable_files import write_text
 from salt_jax.data.json_files import read_json_object
 from salt_jax.data.local_copies import local_folder
+from salt_jax.data.model_folders import CONFIG_FILE, refuse_repository, require_config
+from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER
 from salt_jax.data.safetensors_files import (
     DOWNLOAD,
     DTYPES,
@@ -25,25 +27,30 @@ from salt_jax.data.safetensors_files import (
     write_shards,
 )
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
-from salt_jax.errors import InputError, require_counts
+from salt_jax.errors import InputError, require_counts, visible
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.models.huggingface import Architecture, config_from_json, config_to_json
+from salt_jax.models.huggingface import (
+    Architecture,
+    config_from_json,
+    config_to_json,
+    unread_fields,
+)
 from salt_jax.models.huggingface_tensors import (
     HEADS,
-    Path,
     Rule,
-    leaf_shapes,
     refuse_other_tensors,
     tensor_shapes,
 )
-from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, RunFolder, to_json
+from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, SUMMARY_FILE, RunFolder, to_json
 from salt_jax.training.checkpoint_digests import complete_digests
 from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
-from salt_jax.training.converted_checkpoints import open_parameters, save_streamed
-
-CONFIG_FILE = "config.json"
-# Of a converted run: the tokenizer's files as they came, for the way back.
-TOKENIZER_FOLDER = "tokenizer"
+from salt_jax.training.converted_checkpoints import save_streamed
+from salt_jax.training.converted_tensors import (
+    inspected_digest,
+    parameters_of,
+    tables_of,
+    tensors_of,
+)
 
 # What changes no tensor when a model is given out again.
 CHANGES_NO_RESULT = ("convert.max_shard_bytes",)
@@ -86,7 +93,8 @@ def convert(
 
     Raises:
       InputError: No such model, one that salt_jax or transformers has no architecture for, damaged
-        files, or a folder that holds something else. Nothing is written then.
+        files, values that are not finite or that dtype can't hold, or a folder that holds something
+        else. Nothing is written then.
     """
     if (huggingface is None) == (model is None):
         given = "neither is" if model is None else "both are"
@@ -112,12 +120,9 @@ def convert(
     if huggingface is not None:
         if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
+        refuse_repository(huggingface)
         source = local_folder(huggingface)
-        if not (source / CONFIG_FILE).is_file():
-            raise InputError(
-                f"huggingface is {huggingface!r}, where no {CONFIG_FILE} is: name the folder of a "
-                "downloaded model, --huggingface=FOLDER."
-            )
+        require_config(huggingface, source)
         _take_in(run, source, step or 0, dtype, compute_dtype, eos_token)
     else:
         if compute_dtype is not None or eos_token is not None:
@@ -159,20 +164,25 @@ def _take_in(
         print(f"{run.path} has step {step} of {source} already: nothing was converted.")
         return
     run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
+    if unread := unread_fields(architecture, settings):
+        print(
+            f"{source / CONFIG_FILE} sets {visible(', '.join(unread))}, which no forward pass of "
+            f"{architecture.model_type} reads: passed over."
+        )
+    digest = inspected_digest(files, config, rules)
     run.begin(replace=True)
     vocabulary.save(run.path / VOCABULARY_FOLDER)
-    (run.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
     model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
     save_streamed(
         run.path,
         step,
-        dict(_parameters(files, config, rules)),
+        parameters_of(files, config, rules),
         {
             "model": config.to_json(),
             "vocabulary_fingerprint": vocabulary.fingerprint,
             "counters": {},
             "converted_from": str(source.resolve()),
-            "source_digest": files.digest,
+            "source_digest": digest,
         },
     )
     saved = find_model(run.path, step, "model")
@@ -180,54 +190,17 @@ def _take_in(
     print(f"{run.path} has step {step}: {_described(architecture, config)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parameter:
-    """A parameter made of a model's files: a layer's part of it of a tensor of that layer."""
-
-    files: SafetensorsFolder
-    rule: Rule
-    leaf: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def read(self, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
-        start, stop, _ = rows.indices(self.shape[0])
-        if not self.rule.in_layers:
-            rows_shape = (stop - start, *self.shape[1:])
-            tensor = self.files.read(self.rule.tensor, rows)
-            return self.rule.to_leaf(tensor, self.leaf, rows_shape, self.dtype)
-        layers = [
-            self.rule.to_leaf(
-                self.files.read(self.rule.tensor.format(layer=layer)),
-                self.leaf,
-                self.shape[1:],
-                self.dtype,
-            )
-            for layer in range(start, stop)
-        ]
-        return layers[0][None] if len(layers) == 1 else np.stack(layers)
-
-
-def _parameters(
-    files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
-) -> Iterator[tuple[Path, _Parameter]]:
-    shapes, dtype = leaf_shapes(config), DTYPES[config.param_dtype]
-    for rule in rules:
-        for leaf in rule.leaves:
-            path = ("layers", *leaf) if rule.in_layers else leaf
-            yield path, _Parameter(files, rule, leaf, shapes[path], dtype)
-
-
 def _refuse_another_head(
     files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
 ) -> None:
     """A head beside a tied embedding is the same table, or config.json is wrong about it."""
     for head in HEADS & files.tensors.keys() if config.tied_embeddings else ():
-        embedding = _tables(config, rules)[0]
+        embedding = tables_of(config, rules)[0]
         size, same = files.tensors[embedding].shape, files.tensors[head].shape
         for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
             rows = slice(first, min(first + _COMPARED_ROWS, size[0]))
-            if not np.array_equal(files.read(embedding, rows), files.read(head, rows)):
+            ours, theirs = (files.read(name, rows).view(np.uint8) for name in (embedding, head))
+            if not np.array_equal(ours, theirs):
                 same = ()
                 break
         if size != same:
@@ -243,6 +216,12 @@ def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
     found = set()
     for name, _ in tensor_shapes(config, rules):
         dtype = files.tensors[name].dtype
+        if dtype == "F64":
+            raise InputError(
+                f"The tensor {name} of {files.path} is of float64, expected one of "
+                f"{', '.join(DTYPES)}: make it float32 with transformers, "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).float().save_pretrained(NEW_FOLDER)."
+            )
         if dtype not in DTYPES:
             raise InputError(
                 f"The tensor {name} of {files.path} is of {dtype}, expected one of "
@@ -316,16 +295,14 @@ def _give_out(
     rows = vocabulary.size if drop_padding else config.padded_vocab_size
     tokens = {"eos_token_id": vocabulary.eos_id, "bos_token_id": vocabulary.start_id}
     architecture, settings = config_to_json(config, rows, dtype, tokens)
-    old = [run.path / CONFIG_FILE, *run.path.glob("model*.safetensors*")]
-    names = [file.name for file in old] + list(model_tokenizers.TOKENIZER_FILES)
-    others = [name for name in names if (run.path / name).exists()]
-    if others and not (run.path / RUN_FILE).exists():
+    old = _files_of_a_model(run.path)
+    if old and not (run.path / RUN_FILE).exists():
         raise InputError(
-            f"{run.path} holds a {others[0]} that `salt convert` didn't write: choose another "
+            f"{run.path} holds a {old[0].name} that `salt convert` didn't write: choose another "
             "--output_dir."
         )
     rules = architecture.rules(config)
-    tables = _tables(config, rules)
+    tables = tables_of(config, rules)
     tensors = [
         TensorInfo(name, dtype, (rows, *shape[1:]) if name in tables else shape)
         for name, shape in tensor_shapes(config, rules)
@@ -333,49 +310,34 @@ def _give_out(
     total = sum(tensor.num_bytes for tensor in tensors)
     run.require_space(total, "the tensors")
     run.begin(may_change=CHANGES_NO_RESULT)
-    # Without it no folder is a model: it goes first and comes last.
+    # Without config.json no folder is a model: it goes first and comes last.
     for file in old:
-        file.unlink(missing_ok=True)
-    written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
-    if not written:
-        written = model_tokenizers.write_tokenizer(vocabulary, run.path)
+        file.unlink()
+    try:
+        arrays = tensors_of(saved, rules, DTYPES[dtype], rows)
+        names = write_shards(run.path, tensors, arrays, max_shard_bytes)
+        written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
+        if not written:
+            written = model_tokenizers.write_tokenizer(vocabulary, run.path)
+        settings |= {"eos_token_id": model_tokenizers.settle_generation(run.path, tokens)}
+    except InputError:
+        for file in (run.path / SUMMARY_FILE, *_files_of_a_model(run.path)):
+            file.unlink(missing_ok=True)
+        run.withdraw()
+        raise
     if not written:
         print(f"transformers has no tokenizer like {vocabulary}: none was written.")
-    arrays = _tensors(saved, rules, DTYPES[dtype], rows)
-    names = write_shards(run.path, tensors, arrays, max_shard_bytes)
     write_text(run.path / CONFIG_FILE, to_json(settings, indent=2) + "\n")
     files = [*written, *names, CONFIG_FILE]
     _summarize(run, architecture, config, {"model": saved.identity, "bytes": total, "files": files})
     print(f"{run.path} has {_described(architecture, config)}")
 
 
-def _tensors(
-    saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
-) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensors in the order of tensor_shapes, each made when its turn comes."""
-    config = saved.config
-    # Taken out when their turn comes, so that what they have read goes with them.
-    parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
-    for rule in rules:
-        if not rule.in_layers:
-            parameter = parameters.pop(rule.leaves[0])
-            is_table = rule.tensor in _tables(config, rules)
-            values = parameter.read(slice(rows) if is_table else slice(None))
-            yield rule.to_tensor([values], dtype)
-            continue
-        stacked = [parameters.pop(("layers", *leaf)) for leaf in rule.leaves if config.scan_layers]
-        for layer in range(config.num_layers):
-            leaves = [leaf.read(slice(layer, layer + 1))[0] for leaf in stacked] or [
-                parameters.pop((f"layers_{layer}", *leaf)).read() for leaf in rule.leaves
-            ]
-            yield rule.to_tensor(leaves, dtype)
-
-
-def _tables(config: DecoderConfig, rules: list[Rule]) -> list[str]:
-    """The tensors that have a row for each id: embedding, then head."""
-    outside = {rule.tensor for rule in rules if not rule.in_layers}
-    shape = (config.padded_vocab_size, config.embed_dim)
-    return [name for name, its in tensor_shapes(config, rules) if name in outside and its == shape]
+def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What a folder holds of a model of Hugging Face's, config.json first."""
+    names = [CONFIG_FILE, *model_tokenizers.tokenizer_files(folder)]
+    files = [folder / name for name in names if (folder / name).exists()]
+    return files + sorted(folder.glob("model*.safetensors*"))
 
 
 def _summarize(

@@ -10,6 +10,7 @@ import jax
 
 from salt_jax.data import denoisers
 from salt_jax.data.input_pipeline import SELECTED, Position
+from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
@@ -126,7 +127,15 @@ def _begin(run: RunFolder, setup: TrainingSetup, cache: PackedCache) -> None:
         print(f"[{setup.config.method.arm}] {change}")
     if run.processes.is_first:
         cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
+        _keep_tokenizer(run, setup.initial, cache)
     _describe(setup)
+
+
+def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCache) -> None:
+    """A model that was taken in keeps its chat template and the like when it is trained on."""
+    # Without reserved ids the vocabularies are the same one, which find_model has seen to.
+    if initial is not None and not cache.vocabulary.reserved:
+        copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
 
 
 def _require_space(run: RunFolder, checkpoints: CheckpointConfig, state: int) -> None:

@@ -25,12 +25,18 @@ TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 SETTINGS_FILE = "tokenizer_config.json"
 
+GENERATION_FILE = "generation_config.json"
+
 # All that belongs to a tokenizer, and what generation starts and stops with.
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "generation_config.json"),
+    *("chat_template.jinja", GENERATION_FILE),
 )
+_TEMPLATES = "additional_chat_templates"  # a folder of more templates, each by its name
+
+# Of a run whose model was taken in, or started from such a one: these files as they came.
+TOKENIZER_FOLDER = "tokenizer"
 
 
 def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Vocabulary:
@@ -59,13 +65,48 @@ def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Voca
     )
 
 
+def tokenizer_files(folder: pathlib.Path) -> list[str]:
+    """The names of a tokenizer's files that a folder has."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    templates = sorted(folder.glob(f"{_TEMPLATES}/*.jinja"))
+    return names + [f"{_TEMPLATES}/{file.name}" for file in templates]
+
+
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
-    """Copies a tokenizer's files as they are; gives their names, none where there are none."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    """Copies a tokenizer's files as they are; gives their names, none where there are none.
+
+    Args:
+      source: Where from; it need not exist.
+      folder: Where to; it is made.
+    """
+    names = tokenizer_files(source)
     for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with (source / name).open("rb") as original, whole_file(folder / name) as copy:
             shutil.copyfileobj(original, copy)
     return names
+
+
+def settle_generation(folder: pathlib.Path, tokens: Mapping[str, int]) -> int | list[int]:
+    """Makes a folder's generation_config.json agree with what a model starts and stops with.
+
+    Args:
+      folder: The folder of a model; without such a file nothing is done.
+      tokens: Of the model: "eos_token_id" and "bos_token_id".
+
+    Returns:
+      The ids that end a text: the file's if the model's is one of them.
+    """
+    eos = tokens["eos_token_id"]
+    if not (settings := _settings(folder / GENERATION_FILE)):
+        return eos
+    theirs = settings.get("eos_token_id")
+    ids = theirs if isinstance(theirs, list) else [theirs]
+    settled = {**settings, **tokens, "eos_token_id": theirs if eos in ids else eos}
+    if settled != settings:
+        write_text(folder / GENERATION_FILE, json.dumps(settled, indent=2) + "\n")
+    ends: int | list[int] = settled["eos_token_id"]
+    return ends
 
 
 def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:

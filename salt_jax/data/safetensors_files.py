@@ -18,7 +18,7 @@ import math
 import os
 import pathlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +27,7 @@ import safetensors
 
 from salt_jax.data.durable_files import whole_file, write_text
 from salt_jax.data.json_files import read_json_object
+from salt_jax.data.model_folders import refuse_without_safetensors
 from salt_jax.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
@@ -42,7 +43,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = types.MappingProxyType(
 _CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What to do about a file of a model that isn't as it should be.
 DOWNLOAD = "name the folder of a downloaded model, or download it again"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_GIT_LFS = b"version https://git-lfs"
+_READ_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ class _Place:
     info: TensorInfo
     path: pathlib.Path
     offset: int  # of its first byte in the file
+    end: int  # the byte after its last
 
 
 class SafetensorsFolder:
@@ -112,11 +115,39 @@ class SafetensorsFolder:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the files' names and bytes; all of them are read for it."""
+        return self.inspect(lambda name, values: None)
+
+    def inspect(self, look: Callable[[str, np.ndarray[Any, Any]], None]) -> str:
+        """Reads all files once and shows each tensor's values, a part of it at a time.
+
+        Args:
+          look: Gets a tensor's name and some of its values, flat, in the file's dtype. Tensors of
+            other dtypes than DTYPES are not shown.
+
+        Returns:
+          The digest.
+        """
         digest = hashlib.sha256()
         for path in self._paths:
+            places = sorted(
+                (place for place in self._places.values() if place.path == path),
+                key=lambda place: place.offset,
+            )
+            of_file = hashlib.sha256()
             with path.open("rb") as file:
-                digest.update(path.name.encode() + b"\0")
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                for place in places:
+                    # Places follow one another without a gap; what is before them is the header.
+                    of_file.update(file.read(place.offset - file.tell()))
+                    while size := min(_READ_BYTES, place.end - file.tell()):
+                        part = file.read(size)
+                        if len(part) != size:
+                            raise InputError(f"{path} has become shorter: copy it again.")
+                        of_file.update(part)
+                        if place.info.dtype in DTYPES:
+                            look(place.info.name, np.frombuffer(part, DTYPES[place.info.dtype]))
+                of_file.update(file.read())
+            digest.update(path.name.encode() + b"\0")
+            digest.update(of_file.digest())
         return digest.hexdigest()
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
@@ -144,20 +175,7 @@ class SafetensorsFolder:
             return [self.path / SINGLE_FILE]
         if names := set(self._index().values()):
             return [self.path / name for name in sorted(names)]
-        if not self.path.is_dir():
-            raise InputError(f"{self.path} is no folder: name one that holds {SINGLE_FILE}.")
-        pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            raise InputError(
-                f"{self.path} has {pickles[0]}, a pickle, which may run any code when it is read, "
-                f"and no {SINGLE_FILE}: take a revision of the model with safetensors, or make "
-                "them where you trust the file, with transformers: "
-                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
-            )
-        raise InputError(
-            f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: name the folder of a "
-            "downloaded model."
-        )
+        refuse_without_safetensors(self.path, f"{SINGLE_FILE} nor {INDEX_FILE}")
 
     def _index(self) -> dict[str, str]:
         """Each tensor's file as the index has it; nothing where there is a single file, or none."""
@@ -226,6 +244,11 @@ def _read_header(file: pathlib.Path) -> list[_Place]:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length), object_pairs_hook=_without_doubles)
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(_GIT_LFS):
+            raise InputError(
+                f"{file} is a pointer of Git LFS's and not the file: run `git lfs pull` in its "
+                "folder, or download it again."
+            ) from error
         raise InputError(
             f"{file} is no whole safetensors file ({error}): download it again."
         ) from error
@@ -233,7 +256,7 @@ def _read_header(file: pathlib.Path) -> list[_Place]:
         _Place(
             TensorInfo(name, _CODES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])),
             file,
-            8 + length + entry["data_offsets"][0],
+            *(8 + length + offset for offset in entry["data_offsets"]),
         )
         for name, entry in header.items()
         if name != "__metadata__"

@@ -3,7 +3,8 @@
 In: the settings of a config.json. Out: the architecture and the DecoderConfig that compute the
 same, or an error that names what salt_jax can't do; and from a DecoderConfig the settings of a
 config.json of the architecture that can express it. A setting that might change what a model
-computes is never passed over. Where the tensors are is huggingface_tensors.py's part.
+computes is never passed over (huggingface_fields.py). Where the tensors are is
+huggingface_tensors.py's part.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 
 from salt_jax.errors import InputError
 from salt_jax.models.decoder_config import DecoderConfig
+from salt_jax.models.huggingface_fields import other_computations, unknown_fields
 from salt_jax.models.huggingface_tensors import Rule, gpt_neox_rules, llama_rules
 
 
@@ -43,6 +45,15 @@ class Architecture:
     fixed: Mapping[str, Any]
     must_be: Mapping[str, Any]
     rules: Callable[[DecoderConfig], list[Rule]]
+
+    @property
+    def read(self) -> set[str]:
+        """config.json's fields that are read."""
+        return {
+            *(*self.fields, *self.must_be, self.theta_field, *_ROPE_FIELDS),
+            *("hidden_act", _OTHER_ACTIVATION),
+            *(("rotary_pct",) if self.model_type == "gpt_neox" else ()),
+        }
 
 
 _SIZES: Mapping[str, tuple[str, Any]] = {
@@ -108,6 +119,8 @@ _GEMMA = Architecture(
     class_name="GemmaForCausalLM",
     fields={
         **_LLAMA_SIZES,
+        "max_position_embeddings": ("max_length", 8192),
+        "num_key_value_heads": ("num_kv_heads", 16),
         "head_dim": ("head_dim", 256),
         "tie_word_embeddings": ("tied_embeddings", True),
     },
@@ -115,22 +128,15 @@ _GEMMA = Architecture(
     rope_fraction=1.0,
     theta_field="rope_theta",
     fixed={**_LLAMA_FIXED, "scale_embeddings": True},
-    must_be={"attention_bias": False, "use_bidirectional_attention": None},
+    must_be={"attention_bias": False},
     rules=functools.partial(llama_rules, less_one=True),
 )
 ARCHITECTURES: Mapping[str, Architecture] = types.MappingProxyType(
     {known.model_type: known for known in (_GPT_NEOX, _LLAMA, _GEMMA)}
 )
 
-# Fields that a forward pass without dropout does not read, or that are read elsewhere.
-_WITHOUT_EFFECT = {
-    *("architectures", "model_type", "transformers_version", "_name_or_path", "vocab_size"),
-    *("torch_dtype", "dtype", "use_cache", "initializer_range", "pretraining_tp", "is_decoder"),
-    *("attention_dropout", "hidden_dropout", "classifier_dropout"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-}
-_ROPE_FIELDS = ("rope_parameters", "rope_scaling")
-_ACTIVATION_FIELDS = ("hidden_act", "hidden_activation")
+_OTHER_ACTIVATION = "hidden_activation"
+_ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -162,7 +168,7 @@ def config_from_json(
             f"{', '.join(ARCHITECTURES)}: salt_jax has no other architecture."
         )
     architecture = ARCHITECTURES[model_type]
-    _refuse_unknown_fields(architecture, settings, where)
+    _refuse_other_values(architecture, settings, where)
     found = {
         setting: _value(settings, field, default, where)
         for field, (setting, default) in architecture.fields.items()
@@ -193,7 +199,21 @@ def config_from_json(
         config = dataclasses.replace(config, num_kv_heads=None)
     if config.head_width * config.num_heads == config.embed_dim:
         config = dataclasses.replace(config, head_dim=None)
+    _refuse_other_computations(architecture, settings, config, where)
     return architecture, config
+
+
+def unread_fields(architecture: Architecture, settings: Mapping[str, Any]) -> list[str]:
+    """The fields that a config.json sets and that nothing reads, here as in transformers 5.
+
+    The usual ones are left out: token ids, dropout, settings of generation.
+    """
+    fields = unknown_fields(settings, architecture.read)
+    # transformers 5 reads hidden_act alone; older versions read this of a Gemma.
+    other, activation = settings.get(_OTHER_ACTIVATION), _activation(architecture, settings, "")
+    if other is not None and _ACTIVATIONS.get(str(other)) != activation:
+        fields.append(_OTHER_ACTIVATION)
+    return fields
 
 
 def config_to_json(
@@ -266,7 +286,7 @@ def _obstacles(architecture: Architecture, config: DecoderConfig) -> list[str]:
     return needs
 
 
-def _refuse_unknown_fields(
+def _refuse_other_values(
     architecture: Architecture, settings: Mapping[str, Any], where: str
 ) -> None:
     for field, needed in architecture.must_be.items():
@@ -275,51 +295,57 @@ def _refuse_unknown_fields(
                 f"{where} sets {field} to {settings[field]!r}, and salt_jax has "
                 f"{architecture.model_type} with {needed!r} alone: take another model."
             )
-    known = {
-        *(*architecture.fields, *architecture.must_be, *_WITHOUT_EFFECT),
-        *(*_ROPE_FIELDS, *_ACTIVATION_FIELDS, architecture.theta_field),
-        *(("rotary_pct",) if architecture is _GPT_NEOX else ()),
-    }
-    for field in settings.keys() - known:
-        # What is off, or empty, does nothing.
-        if settings[field] not in (None, False, [], {}):
-            raise InputError(
-                f"{where} sets {field} to {settings[field]!r}, which salt_jax doesn't have for "
-                f"{architecture.model_type}: take another model, or delete the setting if you know "
-                "that the logits don't depend on it."
-            )
+
+
+def _refuse_other_computations(
+    architecture: Architecture, settings: Mapping[str, Any], config: DecoderConfig, where: str
+) -> None:
+    for field in other_computations(settings, architecture.read, config):
+        raise InputError(
+            f"{where} sets {field} to {settings[field]!r}, which salt_jax doesn't have for "
+            f"{architecture.model_type}: take another model, or delete the setting if you know "
+            "that the logits don't depend on it."
+        )
 
 
 def _rotary(
     architecture: Architecture, settings: Mapping[str, Any], where: str
 ) -> tuple[float, float]:
     """Base of the wavelengths, and the share of a head that is turned."""
-    rope: dict[str, Any] = {}
     for field in _ROPE_FIELDS:
         found = settings.get(field) or {}
-        kind = found.get("rope_type", found.get("type", "default")) if _is_dict(found) else found
-        if kind != "default":
+        kind = found.get("rope_type", found.get("type", "default")) if _is_dict(found) else None
+        if kind != "default" and not (kind == "linear" and found.get("factor") == 1):
             raise InputError(
                 f"{where} sets {field} to {settings[field]!r}, and salt_jax has no scaled rotary "
                 "embedding: take another model."
             )
-        rope.update(found)
-    unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    # As transformers 5 has it, which reads one of the two.
+    rope: dict[str, Any]
+    rope = next((settings[field] for field in _ROPE_FIELDS if settings.get(field)), {})
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    unknown = [
+        field
+        for field in sorted(rope.keys() - known - {"original_max_position_embeddings"})
+        if rope[field] is not None and not (field == "factor" and rope[field] == 1)
+    ]
     if unknown:
         raise InputError(
-            f"{where} sets {sorted(unknown)[0]} of the rotary embedding, which salt_jax doesn't "
-            "have: take another model."
+            f"{where} sets {unknown[0]} of the rotary embedding, which salt_jax doesn't have: take "
+            "another model."
         )
-    theta = _value(settings, architecture.theta_field, 10_000.0, where)
-    fraction = _value(settings, "rotary_pct", architecture.rope_fraction, where)
-    theta = _value(rope, "rope_theta", theta, where)
-    fraction = _value(rope, "partial_rotary_factor", fraction, where)
+    theta = float(_value(settings, architecture.theta_field, 10_000.0, where))
+    fraction = architecture.rope_fraction
+    if architecture is _GPT_NEOX:
+        fraction = float(_value(settings, "rotary_pct", fraction, where))
+    theta = float(_value(rope, "rope_theta", theta, where))
+    fraction = float(_value(rope, "partial_rotary_factor", fraction, where))
     if fraction != architecture.fixed.get("rope_fraction", fraction):
         raise InputError(
             f"{where} sets partial_rotary_factor to {fraction}, and {architecture.model_type} "
             "turns whole heads: take another model."
         )
-    return float(theta), float(fraction)
+    return theta, fraction
 
 
 def _is_dict(value: Any) -> bool:
@@ -328,10 +354,8 @@ def _is_dict(value: Any) -> bool:
 
 def _activation(architecture: Architecture, settings: Mapping[str, Any], where: str) -> str:
     name = settings.get("hidden_act") or architecture.activation
-    if architecture is _GEMMA:
-        name = settings.get("hidden_activation") or name
-        # Gemma's first files say gelu and mean its approximation.
-        name = "gelu_pytorch_tanh" if name == "gelu" else name
+    if architecture is _GEMMA and name == "gelu":
+        name = "gelu_pytorch_tanh"  # which Gemma's first files mean by it
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise InputError(
             f"{where} sets hidden_act to {name!r}, expected one of {', '.join(_ACTIVATIONS)}: "
@@ -353,10 +377,11 @@ def _value(settings: Mapping[str, Any], field: str, default: Any, where: str) ->
     if isinstance(default, bool):
         kinds = (bool,)
     is_kind = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
-    if not is_kind or value is None or not abs(value) < 2**31:
+    # Bases of rotary wavelengths go beyond what a size can be, 3.6e9 for one.
+    limit, called = (1e30, "a number") if float in kinds else (2**31, "a number below 2³¹")
+    if not is_kind or value is None or not abs(value) < limit:
         raise InputError(
             f"{where} sets {field} to {value!r}, expected "
-            f"{'a truth value' if bool in kinds else 'a number below 2³¹'}: download the folder "
-            "again."
+            f"{'a truth value' if bool in kinds else called}: download the folder again."
         )
     return value

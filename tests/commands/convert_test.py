@@ -3,12 +3,14 @@ named."""
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from salt_jax.data.safetensors_files import DTYPES, SafetensorsFolder, TensorInfo, write_shards
 from salt_jax.data.vocabularies import ByteVocabulary
@@ -288,6 +290,7 @@ def test_what_is_off_or_without_effect_is_taken(random_models: Any, tmp_path: pa
         (["--huggingface=x", "--model=y"], "both are set"),
         (["--huggingface=x", "--dtype=int8"], "dtype is 'int8'"),
         (["--huggingface=x"], "huggingface is 'x', where no config.json is"),
+        (["--huggingface=x/y"], "`hf download x/y --include"),
         (["--huggingface=x", "--step=-1"], "step is -1"),
         (["--huggingface=x", "--drop_padding=True"], "drop_padding is for --model"),
         (["--model=y"], "model is y, which does not exist"),
@@ -330,19 +333,189 @@ def test_no_folder_of_anothers_is_written_over(
     assert [file.name for file in weights.iterdir()] == ["model.safetensors"]
 
 
+def with_value(folder: pathlib.Path, tensor: str, value: float) -> None:
+    """Puts a value into a tensor of a model's."""
+    tensors = values(folder)
+    tensors[tensor].reshape(-1)[-1] = value
+    infos = [TensorInfo(n, str(v.dtype), v.shape) for n, v in tensors.items()]
+    write_shards(folder, infos, iter(tensors.values()), 1 << 30)
+
+
+QKV = "gpt_neox.layers.1.attention.query_key_value.weight"
+
+
 def test_values_beyond_float16_are_refused(
-    random_models: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    random_models: Any, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, run, out = tmp_path / "theirs", tmp_path / "run", tmp_path / "out"
+    write_model(source, random_models)
+    with_value(source, QKV, 1e6)
+    expected = (
+        f"salt: The tensor {QKV} of {{}} has values that float16 can't hold, 1e+06 for one: choose "
+        "--dtype=bfloat16 or --dtype=float32.\n"
+    )
+    narrow = "--dtype=float16"
+    assert convert(f"--huggingface={source}", f"--output_dir={run}", narrow) == 2
+    assert capfd.readouterr().err == expected.format(source)
+    assert not run.exists()
+    assert not convert(f"--huggingface={source}", f"--output_dir={run}")
+    assert convert(f"--model={run}", f"--output_dir={out}", narrow, "--max_shard_bytes=9999") == 2
+    assert capfd.readouterr().err == expected.format(f"{run} (step 0)")
+    assert not out.exists()
+    # The largest value that there is rounds to one of float16's.
+    with_value(source, QKV, 65519.0)
+    assert not convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'narrow'}", narrow)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        (QKV, np.nan),
+        ("gpt_neox.layers.0.input_layernorm.bias", np.inf),
+        ("gpt_neox.embed_in.weight", -np.inf),
+    ],
+)
+def test_a_value_that_is_not_finite_is_named(
+    dtype: str,
+    tensor: str,
+    value: float,
+    random_models: Any,
+    tmp_path: pathlib.Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     source, run = tmp_path / "theirs", tmp_path / "run"
+    write_model(source, random_models, dtype=dtype)
+    assert not convert(f"--huggingface={source}", f"--output_dir={run}")
+    before = sorted(run.rglob("*"))
+    with_value(source, tensor, value)
+    capfd.readouterr()
+    assert convert(f"--huggingface={source}", f"--output_dir={run}", "--step=1") == 2
+    assert sorted(run.rglob("*")) == before, "nothing is left behind"
+    assert convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'new'}") == 2
+    assert not (tmp_path / "new").exists()
+    assert set(capfd.readouterr().err.splitlines()) == {
+        f"salt: The tensor {tensor} of {source} has values that are not finite ({abs(value)}), and "
+        "so the model computes none: take another step of it, or download it again."
+    }
+
+
+@pytest.mark.parametrize("tensor", [QKV, "gpt_neox.embed_in.weight"])
+def test_a_run_with_a_value_that_is_not_finite_does_not_go_out(
+    tensor: str,
+    random_models: Any,
+    tmp_path: pathlib.Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, run, out = tmp_path / "theirs", tmp_path / "run", tmp_path / "out"
     write_model(source, random_models)
-    tensors = values(source)
-    tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"][0] = 1e6
-    infos = [TensorInfo(n, "float32", v.shape) for n, v in tensors.items()]
-    write_shards(source, infos, iter(tensors.values()), 1 << 30)
-    flags = [f"--huggingface={source}", f"--output_dir={run}"]
-    assert convert(*flags, "--dtype=float16") == 2
-    assert "mlp.dense_h_to_4h.bias has values that float16 can't hold" in capsys.readouterr().err
-    assert complete_steps(run) == []
+    assert not convert(f"--huggingface={source}", f"--output_dir={run}")
+    assert not convert(f"--model={run}", f"--output_dir={out}")
+    with_value(source, tensor, np.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr("salt_jax.training.converted_tensors.require_finite", lambda *arguments: None)
+        assert not convert(f"--huggingface={source}", "--step=1", f"--output_dir={run}")
+    capfd.readouterr()
+    for folder in (out, tmp_path / "new"):  # one that an older step went to, and none
+        assert convert(f"--model={run}", f"--output_dir={folder}") == 2
+        assert f"{tensor} of {run} (step 1) has values that are not" in capfd.readouterr().err
+        assert not folder.exists()
+
+
+def test_fields_that_nothing_reads_pass_with_a_notice(
+    random_models: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "theirs"
+    fields = {"is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "_x": None}
+    fields |= {"\x1b[31mred": 1}
+    write_model(source, random_models, **fields, unk_token_id=3)
+    assert not convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}")
+    notice = (
+        f"{source / 'config.json'} sets \\x1b[31mred, is_llama_config, transformers.js_config, "
+        "which no forward pass of gpt_neox reads: passed over."
+    )
+    assert capsys.readouterr().out.splitlines().count(notice) == 1
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"hidden_act": "relu", "hidden_activation": "gelu_pytorch_tanh"},
+        {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "relu"},
+        {"hidden_act": "gelu", "use_bidirectional_attention": False},
+    ],
+)
+def test_a_gemma_computes_what_transformers_does_of_its_files(
+    named: dict[str, Any], random_models: Any, tmp_path: pathlib.Path
+) -> None:
+    source, run = tmp_path / "theirs", tmp_path / "run"
+    random_models.make(source, "gemma")
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, **named}))
+    assert not convert(f"--huggingface={source}", f"--output_dir={run}")
+    expected = random_models.their_logits(source)
+    np.testing.assert_allclose(random_models.our_logits(run), expected, atol=PARITY, rtol=0)
+
+
+def test_the_tokenizers_files_go_out_as_they_came(
+    random_models: Any, tmp_path: pathlib.Path
+) -> None:
+    source, run, out = tmp_path / "theirs", tmp_path / "run", tmp_path / "out"
+    write_model(source, random_models)
+    texts = {
+        "special_tokens_map.json": '{"pad_token": "<|padding|>"}',
+        "added_tokens.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "generation_config.json": '{"eos_token_id": [0, 5], "temperature": 0.5}',
+    }
+    (source / "additional_chat_templates").mkdir()
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    assert not convert(f"--huggingface={source}", f"--output_dir={run}")
+    assert not convert(f"--model={run}", f"--output_dir={out}")
+    expected = {"eos_token_id": [0, 5], "temperature": 0.5, "bos_token_id": 0}
+    assert json.loads((out / "generation_config.json").read_text()) == expected
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [0, 5]
+    del texts["generation_config.json"]
+    for name, text in texts.items():
+        assert (out / name).read_text() == text
+    listed = json.loads((out / "summary.json").read_text())["files"]
+    assert {*texts, "generation_config.json", "config.json", "model.safetensors"} <= {*listed}
+    # Where the end of a document was chosen, generation stops there too; and a model without a
+    # template that goes to the same place has none.
+    (source / "chat_template.jinja").unlink()
+    other = tmp_path / "other"
+    end = "--eos_token=<|padding|>"
+    assert not convert(f"--huggingface={source}", f"--output_dir={other}", end)
+    assert not convert(f"--model={other}", f"--output_dir={tmp_path / 'another'}")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "another" / name).read_text())["eos_token_id"] == 1
+    (run / "tokenizer/chat_template.jinja").unlink()
+    assert not convert(f"--model={run}", f"--output_dir={out}")
+    assert not (out / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("F64", "is of float64, .*make it float32 with transformers"), ("I8", "not quantized")],
+)
+def test_dtypes_that_are_not_taken(
+    dtype: str,
+    expected: str,
+    random_models: Any,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "theirs"
+    write_model(source, random_models)
+    numbers = {"F64": np.float64, "I8": np.int8}[dtype]
+    arrays = {name: value.astype(numbers) for name, value in values(source).items()}
+    safetensors.numpy.save_file(arrays, source / "model.safetensors")
+    assert convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}") == 2
+    assert re.search(expected, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_is_named(
@@ -379,6 +552,14 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(
     (source / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
     assert convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}") == 2
     assert "lm_head.weight is another tensor than model.embed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    # The other way round: a tied model whose config.json doesn't say so.
+    untied = tmp_path / "untied"
+    random_models.make(untied, "llama_grouped_tied")
+    theirs = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**theirs, "tie_word_embeddings": False}))
+    assert convert(f"--huggingface={untied}", f"--output_dir={tmp_path / 'run'}") == 2
+    assert "no tensor lm_head.weight, and its config.json doesn't" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     # The same table under both names is what older versions of transformers saved.
     files = values(source)

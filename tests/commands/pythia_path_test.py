@@ -119,6 +119,9 @@ def test_a_student_goes_on_from_a_converted_model(
 ) -> None:
     """--initial takes 16-bit parameters into a float32 student of the same shape."""
     random_models.make(tmp_path / "theirs", "neox", "float16")
+    kept = {"chat_template.jinja": "{{ messages }}", "generation_config.json": '{"top_k": 5}'}
+    for name, text in kept.items():
+        (tmp_path / "theirs" / name).write_text(text)
     pythia, cache = tmp_path / "pythia", tmp_path / "cache"
     flags = [f"--huggingface={tmp_path / 'theirs'}", f"--output_dir={pythia}"]
     assert main(["convert", *flags]) == 0
@@ -152,6 +155,16 @@ def test_a_student_goes_on_from_a_converted_model(
     tuned += ["--compilation_cache=", f"--output_dir={tmp_path / 'tuned'}"]
     assert main(tuned) == 0
     assert find_model(tmp_path / "tuned", None, "model").config.param_dtype == "float32"
+    # Whoever loads it prompts it as before.
+    out = tmp_path / "out"
+    assert main(["convert", f"--model={tmp_path / 'tuned'}", f"--output_dir={out}"]) == 0
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"top_k": 5, "eos_token_id": 0, "bos_token_id": 0}
+    import transformers
+
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
+    assert transformers.GenerationConfig.from_pretrained(out).top_k == 5
     half = "--gin.decoder.DecoderConfig.param_dtype='float16'"
     assert main([*train[:-1], half, f"--output_dir={tmp_path / 'half'}"]) == 2
 

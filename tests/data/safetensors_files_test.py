@@ -1,5 +1,6 @@
 """safetensors files: what is written is read, by the library too; hostile ones are refused."""
 
+import hashlib
 import json
 import pathlib
 import tempfile
@@ -196,6 +197,32 @@ def test_a_truncated_file_is_refused(
         (folder / SINGLE_FILE).write_bytes(whole[: int(kept * len(whole))])
         with pytest.raises(InputError, match="no whole safetensors file"):
             SafetensorsFolder(folder)
+
+
+def test_inspection_shows_every_value_once_and_digests_the_files(tmp_path: pathlib.Path) -> None:
+    """Also of a tensor of several parts, and of one that is not shown for its dtype."""
+    shown: dict[str, list[np.ndarray]] = {}
+    arrays = {
+        "large": np.arange(5 << 20, dtype=np.float32).reshape(5, -1),
+        "small": np.arange(3, dtype=np.float16),
+        "empty": np.zeros((0, 2), np.float32),
+        "ids": np.arange(3),
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "model-1.safetensors")
+    (tmp_path / INDEX_FILE).write_text(
+        json.dumps({"weight_map": dict.fromkeys(arrays, "model-1.safetensors")})
+    )
+    files = SafetensorsFolder(tmp_path)
+    digest = files.inspect(lambda name, values: shown.setdefault(name, []).append(values))
+    assert {name: len(parts) for name, parts in shown.items()} == {"large": 5, "small": 1}
+    for name, parts in shown.items():
+        np.testing.assert_array_equal(np.concatenate(parts), arrays[name].reshape(-1))
+    of_file = hashlib.sha256((tmp_path / "model-1.safetensors").read_bytes()).digest()
+    assert digest == hashlib.sha256(b"model-1.safetensors\0" + of_file).hexdigest()
+    safetensors.numpy.save_file({}, tmp_path / SINGLE_FILE)  # a header alone
+    of_file = hashlib.sha256((tmp_path / SINGLE_FILE).read_bytes()).digest()
+    expected = hashlib.sha256(SINGLE_FILE.encode() + b"\0" + of_file).hexdigest()
+    assert SafetensorsFolder(tmp_path).digest == expected
 
 
 def test_a_digest_is_of_all_the_bytes(tmp_path: pathlib.Path) -> None:

@@ -16,6 +16,7 @@ from salt_jax.models.huggingface import (
     ARCHITECTURES,
     config_from_json,
     config_to_json,
+    unread_fields,
     vocab_multiple,
 )
 from salt_jax.models.huggingface_tensors import leaf_shapes, tensor_shapes
@@ -178,19 +179,45 @@ def test_old_and_new_spellings_are_the_same_model() -> None:
     assert (other.rope_fraction, other.rope_theta) == (1.0, 500.0)
 
 
+GEMMA = {
+    "model_type": "gemma",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8,
+    "vocab_size": 9,
+}
+
+
 def test_gemma_says_gelu_and_means_its_approximation() -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    gemma = {"model_type": "gemma", **sizes, "intermediate_size": 8, "vocab_size": 9}
     for named in ({"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activation": None}, {}):
-        config = config_from_json({**gemma, **named}, 9, "config.json")[1]
+        config = config_from_json({**GEMMA, **named}, 9, "config.json")[1]
         assert config.mlp_activation == "gelu_tanh"
         assert (config.head_width, config.tied_embeddings, config.scale_embeddings) == (
             256,
             True,
             True,
         )
-    named = {"hidden_act": "gelu", "hidden_activation": "silu"}
-    assert config_from_json({**gemma, **named}, 9, "config.json")[1].mlp_activation == "silu"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"hidden_act": "gelu", "hidden_activation": "relu"},
+        {"hidden_act": "relu", "hidden_activation": "gelu_pytorch_tanh"},
+        {"hidden_activation": "relu"},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+    ],
+)
+def test_gemmas_hidden_act_alone_is_read_as_by_transformers_5(named: dict[str, str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    architecture, config = config_from_json({**GEMMA, **named}, 9, "config.json")
+    theirs = transformers.AutoConfig.for_model(**{**GEMMA, **named}).hidden_act
+    ours = {"gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}[config.mlp_activation]
+    assert ours == theirs
+    differs = named["hidden_activation"] != theirs
+    assert unread_fields(architecture, {**GEMMA, **named}) == ["hidden_activation"] * differs
 
 
 JSON = st.recursive(

@@ -66,8 +66,11 @@ def _metrics(run: pathlib.Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(run_train: Run) -> pathlib.Path:
-    """Pre-trained on other text with the same vocabulary."""
-    return run_train(model=STUDENT, steps=8)
+    """Pre-trained on other text with the same vocabulary, and as if it had been taken in."""
+    run = run_train(model=STUDENT, steps=8)
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer/chat_template.jinja").write_text("{{ messages }}")
+    return run
 
 
 def test_fine_tuning_lowers_the_loss_of_held_out_responses(
@@ -93,6 +96,8 @@ def test_fine_tuning_lowers_the_loss_of_held_out_responses(
     tuned = find_model(tmp_path / "tuned", None, "model")
     assert tuned.config == find_model(trained, None, "model").config
     assert tuned.load_vocabulary() == ByteVocabulary()
+    # What goes out of it has the template of the model that it started from.
+    assert (tmp_path / "tuned/tokenizer/chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_the_shape_must_come_from_somewhere(

@@ -1,0 +1,128 @@
+"""A model's tensors as our parameters and the other way, a part of them at a time.
+
+In: safetensors files, or a checkpoint, and the rules of the architecture. Out: parameters that are
+read when they are asked for; tensors that are made when their turn comes. Values that are not
+finite, or will not be in the dtype asked for, are refused.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from salt_jax.data.safetensors_files import DTYPES, SafetensorsFolder
+from salt_jax.models.decoder_config import DecoderConfig
+from salt_jax.models.huggingface_tensors import (
+    Path,
+    Rule,
+    leaf_shapes,
+    require_finite,
+    tensor_shapes,
+)
+from salt_jax.training.checkpoints import SavedModel
+from salt_jax.training.converted_checkpoints import StreamedParameter, open_parameters
+
+
+def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
+    """The files' digest, for which all of them are read.
+
+    Args:
+      files: The model's.
+      config: The model, in the dtype that it is to have.
+      rules: Its tensors.
+
+    Raises:
+      InputError: A tensor has values that are not finite, or that the dtype can't hold.
+    """
+    names = {name for name, _ in tensor_shapes(config, rules)}
+    dtype, where = DTYPES[config.param_dtype], str(files.path)
+
+    def look(name: str, values: np.ndarray[Any, Any]) -> None:
+        if name in names:
+            require_finite(values, dtype, name, where)
+
+    return files.inspect(look)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """A parameter made of a model's files: a layer's part of it of a tensor of that layer."""
+
+    files: SafetensorsFolder
+    rule: Rule
+    leaf: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
+        start, stop, _ = rows.indices(self.shape[0])
+        if not self.rule.in_layers:
+            rows_shape = (stop - start, *self.shape[1:])
+            tensor = self.files.read(self.rule.tensor, rows)
+            return self.rule.to_leaf(tensor, self.leaf, rows_shape, self.dtype)
+        layers = [
+            self.rule.to_leaf(
+                self.files.read(self.rule.tensor.format(layer=layer)),
+                self.leaf,
+                self.shape[1:],
+                self.dtype,
+            )
+            for layer in range(start, stop)
+        ]
+        return layers[0][None] if len(layers) == 1 else np.stack(layers)
+
+
+def parameters_of(
+    files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
+) -> dict[Path, StreamedParameter]:
+    """Every parameter by its path in the tree, read from the files when it is asked for."""
+    parameters: dict[Path, StreamedParameter] = {}
+    shapes, dtype = leaf_shapes(config), DTYPES[config.param_dtype]
+    for rule in rules:
+        for leaf in rule.leaves:
+            path = ("layers", *leaf) if rule.in_layers else leaf
+            parameters[path] = _Parameter(files, rule, leaf, shapes[path], dtype)
+    return parameters
+
+
+def tensors_of(
+    saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
+) -> Iterator[np.ndarray[Any, Any]]:
+    """The tensors in the order of tensor_shapes, each made when its turn comes.
+
+    Args:
+      saved: The checkpoint.
+      rules: The tensors.
+      dtype: What they are to have.
+      rows: Of the embedding and of the head, the first ones.
+
+    Raises:
+      InputError: A tensor has values that are not finite, or that the dtype can't hold.
+    """
+    config, where = saved.config, f"{saved.path} (step {saved.step})"
+    # Taken out when their turn comes, so that what they have read goes with them.
+    parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
+    for rule in rules:
+        if not rule.in_layers:
+            parameter = parameters.pop(rule.leaves[0])
+            is_table = rule.tensor in tables_of(config, rules)
+            values = parameter.read(slice(rows) if is_table else slice(None))
+            require_finite(values, dtype, rule.tensor, where)
+            yield rule.to_tensor([values], dtype)
+            continue
+        stacked = [parameters.pop(("layers", *leaf)) for leaf in rule.leaves if config.scan_layers]
+        for layer in range(config.num_layers):
+            leaves = [leaf.read(slice(layer, layer + 1))[0] for leaf in stacked] or [
+                parameters.pop((f"layers_{layer}", *leaf)).read() for leaf in rule.leaves
+            ]
+            for values in leaves:
+                require_finite(values, dtype, rule.tensor.format(layer=layer), where)
+            yield rule.to_tensor(leaves, dtype)
+
+
+def tables_of(config: DecoderConfig, rules: list[Rule]) -> list[str]:
+    """The tensors that have a row for each id: embedding, then head."""
+    outside = {rule.tensor for rule in rules if not rule.in_layers}
+    shape = (config.padded_vocab_size, config.embed_dim)
+    return [name for name, its in tensor_shapes(config, rules) if name in outside and its == shape]
