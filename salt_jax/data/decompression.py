@@ -23,6 +23,12 @@ _ZSTANDARD_BYTES = 1 << 10
 # As far as `zstd --long=31` goes. Memory of a frame's own window is taken, and no more.
 _LONGEST_WINDOW = 1 << 31
 
+# What zstandard's errors are about where a file is whole.
+_UNREAD = {
+    "memory": "a longer window than can be read here, 2 GiB with enough memory",
+    "ictionary": "a dictionary of its own, which is not read",
+}
+
 
 def decompressed_blocks(
     path: str | os.PathLike[str], file: BinaryIO, compression: str
@@ -101,11 +107,11 @@ def _zstandard_blocks(path: str | os.PathLike[str], file: BinaryIO) -> Iterator[
             try:
                 block = frame.decompress(compressed)
             except zstandard.ZstdError as error:
-                if "memory" not in str(error):
+                why = next((why for word, why in _UNREAD.items() if word in str(error)), "")
+                if not why:
                     raise EOFError(str(error)) from error
                 raise InputError(
-                    f"{path} was compressed with a longer window than can be read here, 2 GiB with "
-                    f"enough memory ({error}): recompress it, as by "
+                    f"{path} was compressed with {why} ({error}): recompress it, as by "
                     "`zstd -dc --long=31 --memory=4GB FILE | zstd --long=27`."
                 ) from error
             yield block

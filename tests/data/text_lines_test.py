@@ -157,6 +157,13 @@ def test_a_window_that_is_too_long_is_told_apart_from_damage(read, monkeypatch):
         read("a.jsonl.zst", packed)
 
 
+def test_a_dictionary_is_told_apart_from_damage(read):
+    dictionary = zstandard.train_dictionary(4096, LINES.splitlines())
+    packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(LINES)
+    with pytest.raises(InputError, match=r"a dictionary of its own.*: recompress it"):
+        read("a.jsonl.zst", packed)
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [
