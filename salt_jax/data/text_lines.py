@@ -42,7 +42,10 @@ def text_blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """
     kind = kind_of(path)
     reader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BLOCK_BYTES)  # type: ignore[type-var]
-    refuse_other_content(path, reader.peek(HEAD_BYTES)[:HEAD_BYTES], kind.compression)
+    packed = reader.peek(HEAD_BYTES)[:HEAD_BYTES]
+    if kind.compression and not packed:
+        raise InputError(f"{path} is empty, as no compressed file is: fetch the file again.")
+    refuse_other_content(path, packed, kind.compression)
     head, blocks = _head_of(decompressed_blocks(path, reader, kind.compression))
     if kind.compression:
         refuse_other_content(path, head[:HEAD_BYTES], "", decompressed=True)

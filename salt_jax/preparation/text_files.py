@@ -333,8 +333,8 @@ def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -
     names = sorted(name for name, kept in left_out.items() if kept in places)
     if names:
         print(
-            f"Each file is read once: left out {len(names):,} more names of files and folders, "
-            f"such as {visible(names[0])}, which is {visible(left_out[names[0]])}.",
+            f"Each file is read once; names left out: {len(names):,}, such as "
+            f"{visible(names[0])}, which is {visible(left_out[names[0]])}.",
             flush=True,
         )
 

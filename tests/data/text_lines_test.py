@@ -125,6 +125,7 @@ def test_bytes_that_are_no_utf_8(read):
         ("a.jsonl.gz", lzma.compress(LINES), "compressed with xz"),
         ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "once decompressed, holds gzip"),
         ("a.jsonl.xz", lzma.compress(bytes(257) + b"ustar"), "holds an archive"),
+        ("a.jsonl.gz", b"", "is empty"),
         ("a.jsonl", b"PK\3\4 and so on", "holds a ZIP archive"),
         ("a.jsonl", b"ARROW1\0\0", "holds an Arrow table"),
         ("a.jsonl", b"%PDF-1.7\n", "holds a PDF document"),
