@@ -113,7 +113,7 @@ def prepare(
     if finished:
         cache = PackedCache.open(run.path)
         _refuse_changed_sources(cache, task)
-        run.begin()
+        run.begin(may_change=_may_change(cache, skip_broken_lines))
         WorkFolder.of_cache(run.path).discard()
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
@@ -245,9 +245,10 @@ def _checked(
             "No vocabulary was given: set vocabulary "
             "(@vocabularies.ByteVocabulary(), or a gin file of data/)."
         )
+    task = task.listed(skip_broken_lines=skip_broken_lines or task.skip_broken_lines)
     for split in task.splits:
         task.files(split)
-    return dataclasses.replace(task, skip_broken_lines=True) if skip_broken_lines else task
+    return task
 
 
 def _refuse_folder(run: RunFolder) -> None:
@@ -302,6 +303,14 @@ def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask
             f"The cache {cache.path} was made when {changed[0][0]} was another file: choose "
             "another --output_dir, or remove the cache."
         )
+
+
+def _may_change(cache: PackedCache, skip_broken_lines: bool) -> list[str]:
+    """The settings that a finished cache would be the same with."""
+    names = ["workers", "runner", "beam_options", "show"]
+    if skip_broken_lines or not _broken_lines(cache):
+        names += ["skip_broken_lines"]
+    return [f"prepare.{name}" for name in names]
 
 
 def _broken_lines(cache: PackedCache) -> Mapping[str, int]:

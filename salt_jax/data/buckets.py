@@ -7,6 +7,7 @@ package never sees them.
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import pathlib
@@ -167,7 +168,8 @@ def path_of(file: str) -> pathlib.Path:
 
 
 def matching(pattern: str) -> list[str]:
-    """The URLs of a bucket's files that a pattern names; ** crosses folders.
+    """The URLs of a bucket's files that a pattern names; ** crosses folders. Brackets that are in a
+    name stand for themselves, and a pattern that is a file's name means that file alone.
 
     Raises:
       InputError: See RemoteFolder.
@@ -175,9 +177,17 @@ def matching(pattern: str) -> list[str]:
     files, place = _opened(pattern)
     with _told(pattern, "read"):
         files.invalidate_cache()
-        found = files.glob(place, detail=True)
+        readings = (files.glob(reading, detail=True) for reading in _readings(place))
+        found: dict[str, Any] = next(filter(None, readings), {})
+    found = {place: found[place]} if place in found else found
     scheme = pattern.partition("://")[0]
     return [f"{scheme}://{name}" for name, info in sorted(found.items()) if info["type"] == "file"]
+
+
+def _readings(place: str) -> Iterator[str]:
+    """What brackets in a pattern may mean, those first that are part of names."""
+    parts = ((part.replace("[", "[[]"), part) for part in place.split("/"))
+    return map("/".join, itertools.product(*map(dict.fromkeys, parts)))
 
 
 def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:

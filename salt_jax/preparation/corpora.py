@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data.buckets import path_of, state_of
+from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.preparation.part_files import TokenizedDocument, token_dtype
@@ -28,7 +29,8 @@ from salt_jax.preparation.text_files import TextFiles
 # Files are put together up to about so much text.
 _UNIT_TEXT_BYTES = 8_000_000
 # Text in a byte of a compressed file, roughly.
-_EXPANSION = {".zst": 4.0, ".gz": 3.0, ".parquet": 3.0}
+_EXPANSION = {"zstandard": 4.0, "xz": 4.0, "bzip2": 4.0, "gzip": 3.0}
+_PARQUET_EXPANSION = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,4 +211,6 @@ def _grouped(files: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
 
 
 def _text_bytes(file: pathlib.Path) -> float:
-    return state_of(file)[0] * _EXPANSION.get(file.suffix.lower(), 1.0)
+    kind = kind_of(file)
+    plain = _PARQUET_EXPANSION if kind.suffix == ".parquet" else 1.0
+    return state_of(file)[0] * _EXPANSION.get(kind.compression, plain)

@@ -6,7 +6,6 @@ fractions. A file's subset is its suffix. Nothing is copied into this project: t
 where it lies, when it is asked for.
 """
 
-import dataclasses
 import glob
 import os
 import sysconfig
@@ -39,17 +38,17 @@ def own_text(
     library = sysconfig.get_path("stdlib")
     given = os.environ.get(TEXT_VARIABLE)
     # A minimal installation has sources and no text files.
-    patterns = [f"{library}/**/*.{suffix}" for suffix in ("py", "txt", "rst")]
+    patterns = [f"{glob.escape(library)}/**/*.{suffix}" for suffix in ("py", "txt", "rst")]
     files = TextFiles(
-        train=given or [pattern for pattern in patterns if glob.glob(pattern, recursive=True)],
+        train=given or [p for p in patterns if next(glob.iglob(p, recursive=True), None)],
         exclude=() if given else _EXCLUDED,
         max_bytes=max_bytes,
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
         piece_bytes=piece_bytes or 0,
-    )
+    ).listed()
     if piece_bytes is not None:
         return files
     text_bytes = sum(state_of(file)[0] for file in files.files("train"))
     piece_bytes = min(max(min(text_bytes, max_bytes or text_bytes) // 200, 200), 20_000)
-    return dataclasses.replace(files, piece_bytes=piece_bytes)
+    return files.listed(piece_bytes=piece_bytes)

@@ -6,6 +6,7 @@ there twice. The released train files are understood to hold
 the upsampled text already.
 """
 
+import glob
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,7 @@ def pile_files(
       max_bytes: See TextFiles.
       skip_broken_lines: See TextFiles.
     """
+    folder = glob.escape(folder)
     return TextFiles(
         train=f"{folder}/train/*.jsonl.zst",
         validation=f"{folder}/val.jsonl.zst",

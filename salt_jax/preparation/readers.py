@@ -1,34 +1,31 @@
 """Documents out of files, one at a time.
 
-In: a file: .jsonl, .jsonl.gz, .jsonl.zst or .parquet with a `text` a row (or the fields that a
-template names) and perhaps a subset name, or any other file, which is one document of plain text.
+In: a file: rows of JSON (.jsonl, .ndjson, .json) or of a .parquet, with a `text` a row (or the
+fields that a template names) and perhaps a subset name, or any other file, which is one document
+of plain text. All but Parquet may be compressed: .gz, .bz2, .xz, .zst.
 Out: documents, in the file's order. Memory holds one block of a file and one line, whatever a
 compressed file makes of itself: a line too long is refused.
 
 A row's subset name is `meta.pile_set_name` (the Pile's), else `subset`; a plain file's is its
-suffix ("py").
+suffix ("py"). What is no text, by its name or its first bytes, is refused (`data/file_kinds.py`).
 
 The libraries of compressed files are imported when one is read: what only describes a corpus needs
 no more than the package itself does.
 """
 
-import gzip
 import json
 import pathlib
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from salt_jax.data.buckets import open_file
+from salt_jax.data.file_kinds import FileKind, kind_of
 from salt_jax.data.json_files import valid_unicode
 from salt_jax.data.templates import Template, Unfit
+from salt_jax.data.text_lines import MOST_LINE_BYTES, Broken, json_rows, text_blocks
 from salt_jax.errors import InputError
 from salt_jax.preparation.reading_log import ReadingLog
 
-_BLOCK_BYTES = 1 << 20
-# 4 bytes of a zstandard frame may stand for 128 KB: so much gives 32 MB at most.
-_COMPRESSED_BYTES = 1 << 10
-_MOST_LINE_BYTES = 256 << 20
 _REPAIR = "mend the file{templates}, or skip such rows with skip_broken_lines=True"
 _PLAIN = Template()
 
@@ -73,26 +70,22 @@ def read_documents(
       template: How a row becomes a document.
 
     Raises:
-      InputError: The file cannot be read, is cut short, or has a broken line: file and line are
-        named; or it is plain text, and the template asks for fields.
+      InputError: The file cannot be read, is no text, is cut short, or has a broken line: file and
+        line are named; or it is plain text, and the template asks for fields.
     """
-    name = path.name.lower()
+    kind = kind_of(path)
     log = log or ReadingLog()
-    if name.endswith(".parquet"):
+    if kind.suffix == ".parquet":
         rows = _parquet_rows(path, template, log)
-    elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    elif kind.is_json:
         rows = _json_rows(path, log)
-    elif name.endswith((".gz", ".zst")):
-        raise InputError(
-            f"{path} is compressed, but is no .jsonl.gz and no .jsonl.zst: decompress it first."
-        )
     elif template != _PLAIN:
         raise InputError(
             f"{path} is plain text, and the templates need rows with {', '.join(template.fields)}: "
-            "name .jsonl or .parquet files."
+            "name .jsonl, .json or .parquet files."
         )
     else:
-        yield from _plain_documents(path, piece_bytes, log)
+        yield from _plain_documents(path, kind, piece_bytes, log)
         return
     skipped = 0
     for place, row in rows:
@@ -109,19 +102,13 @@ def read_documents(
             log.broken_lines[str(path)] = max(log.broken_lines[str(path)], skipped)
 
 
-class _Broken(NamedTuple):
-    """A line that is no JSON, and why."""
-
-    reason: str
-
-
 def _document(row: Any, place: str, template: Template) -> Document:
     """A row's document.
 
     Raises:
       Unfit: It is no JSON, or lacks what the template needs.
     """
-    if isinstance(row, _Broken):
+    if isinstance(row, Broken):
         raise Unfit(f"this is not JSON ({row.reason})")
     prompt, text = template.fill(row if isinstance(row, Mapping) else {})
     return Document(valid_unicode(text), _subset_name(row), place, valid_unicode(prompt))
@@ -142,81 +129,8 @@ def _subset_name(row: Mapping[str, Any]) -> str:
 
 
 def _json_rows(path: pathlib.Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
-    """Each non-blank line's place and value; a line that is no JSON gives _Broken."""
-    for number, line in enumerate(_lines(path, log), start=1):
-        if line.isspace() or not line:
-            continue
-        place = f"{path}, line {number}"
-        try:
-            yield place, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield place, _Broken(str(error))
-
-
-def _lines(path: pathlib.Path, log: ReadingLog) -> Iterator[bytes]:
-    """The file's lines, without their line feeds."""
-    number, held = 1, 0
-    pieces: list[bytes] = []  # of line `number`
-    try:
-        for block in _blocks(path, log):
-            first, *others = block.split(b"\n")
-            pieces.append(first)
-            held += len(first)
-            if held > _MOST_LINE_BYTES:
-                raise InputError(
-                    f"{path}, line {number} has more than {_MOST_LINE_BYTES:,} bytes: cut it into "
-                    "several documents, or leave the file out."
-                )
-            if others:
-                yield b"".join(pieces)
-                yield from others[:-1]
-                number += len(others)
-                pieces, held = others[-1:], len(others[-1])
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(
-            f"{path} is cut short or damaged after line {number - 1} ({error}): "
-            "fetch the file again."
-        ) from error
-    if held:
-        yield b"".join(pieces)
-
-
-def _blocks(path: pathlib.Path, log: ReadingLog) -> Iterator[bytes]:
     with _opened(path, log) as file:
-        if path.name.lower().endswith(".zst"):
-            yield from _zstandard_blocks(file)
-            return
-        stream = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
-
-
-def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Decompresses frame by frame: the library's stream reader takes a truncated frame for a whole
-    one.
-
-    Raises:
-      EOFError: The file is cut short or damaged.
-    """
-    import zstandard
-
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    inside_frame = False
-    while compressed := file.read(_COMPRESSED_BYTES):
-        while compressed:
-            inside_frame = True
-            try:
-                block = frame.decompress(compressed)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            yield block
-            if not frame.eof:
-                break
-            compressed = frame.unused_data
-            inside_frame = False
-            frame = zstandard.ZstdDecompressor().decompressobj()
-    if inside_frame:
-        raise EOFError("the last zstandard frame has no end")
+        yield from json_rows(path, file)
 
 
 def _parquet_rows(
@@ -225,40 +139,124 @@ def _parquet_rows(
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     with _opened(path, log, in_order=False) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            names = table.schema_arrow.names
-            wanted = dict.fromkeys((*template.fields, "meta", "subset"))
-            columns = [name for name in wanted if name in names]
+            schema = table.schema_arrow
+            names = schema.names
+            columns = [name for name in (*template.fields, "subset") if name in names]
+            if "meta" in names and pyarrow.types.is_struct(schema.field("meta").type):
+                columns.append("meta.pile_set_name")
             for field in template.fields:
                 if field not in columns:
                     raise InputError(
                         f"{path} has no column `{field}`, it has "
                         f"{', '.join(names)}: rename the column, or correct the templates."
                     )
-            number = 0
             for batch in table.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
+                for values in zip(*map(_values, batch.columns), strict=True):
                     number += 1
+                    row = dict(zip(batch.schema.names, values, strict=True))
                     yield f"{path}, row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
+            if "UTF8" in str(error):  # of a dictionary whose indices Arrow converts, say
+                raise InputError(
+                    f"{path} has text that is no UTF-8 after row {number}, in a column of which "
+                    "Arrow does not read such text: write it as a column of strings."
+                ) from error
             raise InputError(
                 f"{path} is no whole Parquet file ({error}): fetch the file again."
             ) from error
 
 
-def _plain_documents(path: pathlib.Path, piece_bytes: int, log: ReadingLog) -> Iterator[Document]:
+def _values(column: Any) -> list[Any]:
+    """A column's values. Text may be of any of Arrow's types for it, or in plain bytes; bytes that
+    are no UTF-8, which a writer may have let pass, become U+FFFD."""
+    import pyarrow
+    from pyarrow import types
+
+    kind = column.type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _values(column.storage)
+    if types.is_dictionary(kind):
+        texts = _values(column.dictionary)
+        return [None if index is None else texts[index] for index in column.indices.to_pylist()]
+    if types.is_struct(kind):
+        rows = zip(*map(_values, column.flatten()), strict=True)
+        names = [field.name for field in kind]
+        return [dict(zip(names, row, strict=True)) for row in rows]
+    if types.is_nested(kind):
+        return [[]] * len(column)  # whatever is in it, it is no text
+    if any(is_text(kind) for is_text in _text_types(types)):
+        texts = column.cast(pyarrow.large_binary()).to_pylist()
+        return [text if text is None else text.decode(errors="replace") for text in texts]
+    return column.to_pylist()
+
+
+def _text_types(types: Any) -> tuple[Any, ...]:
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    return (*strings, types.is_binary, types.is_large_binary, types.is_binary_view)
+
+
+def _plain_documents(
+    path: pathlib.Path, kind: FileKind, piece_bytes: int, log: ReadingLog
+) -> Iterator[Document]:
     """The file as one document, or as pieces; bytes that are no UTF-8 become U+FFFD."""
-    subset = path.suffix.removeprefix(".").lower() or "text"
+    subset = kind.suffix.removeprefix(".") or "text"
     with _opened(path, log) as file:
-        if not piece_bytes:
-            yield Document(file.read().decode(errors="replace"), subset, str(path))
-            return
-        for lines in iter(lambda: file.readlines(piece_bytes), []):
-            yield Document(b"".join(lines).decode(errors="replace"), subset, str(path))
+        blocks = text_blocks(path, file)
+        for number, piece in enumerate(_pieces(path, blocks, piece_bytes, kind.compression)):
+            if b"\0" in piece:
+                raise InputError(
+                    f"{path} holds NUL bytes, so it is no text: convert it, or leave it out of "
+                    "the files."
+                )
+            if not number:
+                _refuse_rows(path, piece)
+            yield Document(piece.decode(errors="replace"), subset, str(path))
+
+
+def _pieces(
+    path: pathlib.Path, blocks: Iterator[bytes], piece_bytes: int, compression: str
+) -> Iterator[bytearray]:
+    """A text cut behind the first line end after every `piece_bytes`; 0 doesn't cut."""
+    held, searched = bytearray(), 0
+    for block in blocks:
+        held += block
+        start = 0
+        while piece_bytes:
+            end = held.find(b"\n", max(start + piece_bytes, searched)) + 1
+            if not end:
+                break
+            yield held[start:end]
+            start = end
+        del held[:start]
+        searched = len(held)
+        if compression and searched > MOST_LINE_BYTES:
+            raise InputError(
+                f"{path} gives a document of more than {MOST_LINE_BYTES:,} bytes: cut it by "
+                "TextFiles.piece_bytes, or leave the file out."
+            )
+    if held or not piece_bytes:
+        yield held
+
+
+def _refuse_rows(path: pathlib.Path, text: bytearray) -> None:
+    """Refuses rows of JSON in a file that is named as plain text."""
+    if not text.startswith(b"{"):
+        return
+    try:
+        row = json.loads(text.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return
+    if _PLAIN.fields[0] in row:
+        raise InputError(
+            f"{path} holds rows of JSON, which its name doesn't say: name it ….jsonl (before a "
+            "….gz, ….zst and so on)."
+        )
 
 
 def _opened(path: pathlib.Path, log: ReadingLog, in_order: bool = True) -> BinaryIO:

@@ -11,17 +11,18 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
-import glob
 import hashlib
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from salt_jax.data.buckets import is_remote, matching, path_of, state_of
+from salt_jax.data.buckets import path_of, state_of
+from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.templates import Template
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, visible
+from salt_jax.preparation.file_patterns import names_of, once, real_paths
 from salt_jax.preparation.readers import Document, read_documents
 from salt_jax.preparation.reading_log import ReadingLog, source_digest
 
@@ -32,7 +33,7 @@ class TextFiles:
 
     Attributes:
       train: Pattern or patterns ("corpus/**/*.jsonl.zst"); ** crosses folders, ~ is home, and
-        gs:// and s3:// name buckets.
+        gs:// and s3:// name buckets. Each file is read once, whatever links lead to it.
       validation: Patterns of the validation split.
       test: Patterns of the test split.
       validation_fraction: Instead of `validation`: the fraction of the train files' documents that
@@ -124,17 +125,21 @@ class TextFiles:
           InputError: A pattern that matches no file, a file that is in another split too, or a
             missing shard.
         """
-        files = self._expand(getattr(self, split) or self.train)
+        found = self._found(split)
+        files = sorted(found)
         if self.numbered and not (split != "train" and getattr(self, split)):
             _refuse_missing_shard(files, self.shards)
         for other in SPLITS[: SPLITS.index(split)]:
             if getattr(self, split) and getattr(self, other):
-                shared = set(files) & set(self._expand(getattr(self, other)))
-                if shared:
-                    raise InputError(
-                        f"{min(shared)} is both a {other} and a {split} file: "
-                        "make the patterns apart, or hold out a fraction instead."
-                    )
+                others = {real: file for file, real in self._found(other).items()}
+                for file in files:
+                    if found[file] in others:
+                        also = others[found[file]]
+                        name = f" (as {also})" if also != file else ""
+                        raise InputError(
+                            f"{file} is both a {other}{name} and a {split} file: "
+                            "make the patterns apart, or hold out a fraction instead."
+                        )
         if self.max_documents or self.max_bytes:
             files.sort(key=lambda file: hashlib.sha256(str(file).encode()).digest())
         return files
@@ -233,26 +238,50 @@ class TextFiles:
                         "another shard: fetch it again."
                     )
 
-    def _expand(self, patterns: Sequence[str]) -> list[pathlib.Path]:
+    def listed(self, **changes: Any) -> "TextFiles":
+        """The same, perhaps with other settings, for which a pattern is looked up once: in a bucket
+        that takes as many calls as there are files."""
+        files = dataclasses.replace(self, **changes)
+        object.__setattr__(files, "_known", dict(getattr(self, "_known", {})))
+        return files
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes are told which files to read.
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
+    def _found(self, split: str) -> dict[pathlib.Path, str]:
+        """The files of a split, with their real paths."""
+        patterns = getattr(self, split) or self.train
+        known: dict[Any, dict[pathlib.Path, str]] = getattr(self, "_known", {})
+        key = (patterns, self.exclude, self.numbered)
+        if key not in known:
+            known[key] = self._expand(patterns)
+        return known[key]
+
+    def _expand(self, patterns: Sequence[str]) -> dict[pathlib.Path, str]:
         found: set[pathlib.Path] = set()
+        left_out: dict[str, str] = {}
         for pattern in patterns:
-            if is_remote(pattern):
-                paths = matching(pattern)
-            else:
-                found_here = glob.glob(os.path.expanduser(pattern), recursive=True)
-                paths = list(filter(os.path.isfile, found_here))
-            matches = {
-                path_of(path)
-                for path in paths
-                if not any(fnmatch.fnmatch(path, exclude) for exclude in self.exclude)
-            }
-            if not matches:
+            names = [name for name in names_of(pattern, left_out) if not self._excludes(name)]
+            if not names:
                 raise InputError(
                     f"No file matches {pattern!r}, a pattern of TextFiles: correct it, or the "
                     "folder that this is started in."
                 )
-            found |= matches
-        return sorted(found)
+            found.update(map(path_of, names))
+        for file in found:
+            kind_of(file)  # refuses what is no text before anything is read
+        if self.numbered:
+            return real_paths(found)  # a shard that is a link to another is refused
+        files = once(found, left_out)
+        _tell_left_out(files, left_out)
+        return files
+
+    def _excludes(self, name: str) -> bool:
+        return any(
+            fnmatch.fnmatch(name, exclude) or fnmatch.fnmatch(name, exclude.replace("[", "[[]"))
+            for exclude in self.exclude
+        )
 
     def _named(self, document: Document) -> Document:
         named = document if document.subset else document._replace(subset=self.default_subset)
@@ -296,6 +325,18 @@ class TextFiles:
                 places[split].add(place)
                 moved[place] = split
         return moved
+
+
+def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -> None:
+    """Says which names of files, and of folders that hold some, were left out."""
+    places = {str(place) for file in files for place in (file, *file.parents)} if left_out else ()
+    names = sorted(name for name, kept in left_out.items() if kept in places)
+    if names:
+        print(
+            f"Each file is read once; names left out: {len(names):,}, such as "
+            f"{visible(names[0])}, which is {visible(left_out[names[0]])}.",
+            flush=True,
+        )
 
 
 def _refuse_missing_shard(files: Sequence[pathlib.Path], expected: int) -> None:

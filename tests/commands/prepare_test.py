@@ -15,6 +15,8 @@ from salt_jax.data.manifests import COMPLETED_FILE, MANIFEST_FILE
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import ByteVocabulary, HuggingFaceVocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation import text_files
+from salt_jax.preparation.file_patterns import names_of
 from salt_jax.preparation.own_text import own_text
 from salt_jax.preparation.pile import pile_files
 from salt_jax.preparation.registered_task import RegisteredTask
@@ -142,6 +144,42 @@ def test_a_finished_cache_is_not_made_again_but_shown(corpus, run, capsys):
     corpus.add(json.dumps({"text": "changed"}))
     with pytest.raises(InputError, match=r"made when 0\.jsonl was another file"):
         prepare(run, **settings)
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """The patterns that were looked up."""
+    patterns = []
+
+    def counted(pattern, left_out):
+        patterns.append(pattern)
+        return names_of(pattern, left_out)
+
+    monkeypatch.setattr(text_files, "names_of", counted)
+    return patterns
+
+
+@pytest.mark.parametrize("place", ["the disk", "gs", "s3"])
+def test_a_pattern_is_looked_up_once(place, corpus, run, bucket, looked):
+    """In a bucket that is a call for every thousand files, whatever the splits."""
+    task = dataclasses.replace(corpus.files, skip_broken_lines=True)
+    if place != "the disk":
+        pytest.importorskip({"gs": "gcsfs", "s3": "s3fs"}[place])
+        bucket.store("bucket/text/0.jsonl", (corpus.folder / "0.jsonl").read_bytes())
+        task = dataclasses.replace(task, train=f"{place}://bucket/text/*.jsonl")
+    prepare(run, task=task, vocabulary=TrainedVocabulary(size=300), workers=1)
+    assert looked == list(task.train)
+    assert bucket.asked["list"] == (place != "the disk")
+    looked.clear()
+    prepare(run, task=task, vocabulary=TrainedVocabulary(size=300), workers=1)
+    assert looked == list(task.train)
+
+
+def test_own_text_is_looked_up_once(tmp_path, run, looked, monkeypatch):
+    (tmp_path / "a.md").write_text("".join(f"# {number}\n" for number in range(3000)))
+    monkeypatch.setenv("SALT_TEXT", f"{tmp_path}/*.md")
+    prepare(run, task=own_text(), vocabulary=ByteVocabulary(), workers=1, skip_broken_lines=True)
+    assert len(looked) == 1
 
 
 def test_broken_lines_are_refused_or_counted(corpus, run):

@@ -169,6 +169,24 @@ def test_a_folder_of_several_pages(url, bucket):
     assert {name: file.read_text() for name, file in files.items()} == {n: n for n in names}
 
 
+def test_signs_that_are_part_of_a_name(url, bucket):
+    names = ["corpus [v2]/a.jsonl", "corpus [v2]/in/b[1].jsonl", "base[1].jsonl", "what?.jsonl"]
+    for name in [*names, "corpus v/other.jsonl", "base1.jsonl", "what1.jsonl"]:
+        bucket.store(f"bucket/a/b/{name}", b"x")
+
+    def found(pattern: str) -> list[str]:
+        return [name.removeprefix(f"{url}/") for name in matching(f"{url}/{pattern}")]
+
+    assert found("corpus [v2]/*.jsonl") == names[:1]
+    assert found("corpus [v2]/**/*.jsonl") == names[:2]
+    assert found("corpus [v2]/in/b[0-9].jsonl") == []
+    assert found("corpus [v2]/in/b[[][0-9]].jsonl") == names[1:2]
+    assert found("corpus [v2]/a.jsonl") == names[:1]
+    assert found("base[1].jsonl") == names[2:3]
+    assert found("what?.jsonl") == names[3:4]
+    assert found("base[0-9].jsonl") == ["base1.jsonl"]
+
+
 def test_memory_is_bounded_by_few_files_at_once(url, bucket, tmp_path, monkeypatch):
     names = [str(number) for number in range(40)]
     for name in names:

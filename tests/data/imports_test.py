@@ -7,7 +7,7 @@ from salt_jax.data.packed_cache import PackedCache
 
 READERS = [
     *("features", "manifests", "packed_cache", "restartable_shards", "row_records", "row_scores"),
-    *("row_text", "shard_columns"),
+    *("row_text", "shard_columns", "text_lines"),
 ]
 
 

@@ -1,7 +1,9 @@
 """Files of documents that anyone may have made: documents or one sentence, in bounded memory."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import pathlib
 import subprocess
@@ -13,6 +15,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from salt_jax.data.decompression import decompressed_blocks
 from salt_jax.errors import InputError
 from salt_jax.preparation import readers
 from salt_jax.preparation.readers import read_documents
@@ -43,7 +46,10 @@ LINES = st.one_of(
 FILES = st.lists(LINES, max_size=5).map(b"\n".join)
 PACK = {
     ".jsonl": lambda data: data,
+    ".json": lambda data: data,
     ".jsonl.gz": gzip.compress,
+    ".jsonl.bz2": bz2.compress,
+    ".jsonl.xz": lzma.compress,
     ".jsonl.zst": zstandard.ZstdCompressor().compress,
 }
 
@@ -148,4 +154,4 @@ def test_a_block_of_a_bomb_is_small(tmp_path: pathlib.Path) -> None:
     path.write_bytes(zstandard.ZstdCompressor().compress(bytes(1 << 28)))
     assert path.stat().st_size < 1 << 16
     with path.open("rb") as file:
-        assert max(map(len, readers._zstandard_blocks(file))) <= 32 << 20
+        assert max(map(len, decompressed_blocks(path, file, "zstandard"))) <= 32 << 20

@@ -1,13 +1,21 @@
 """Readers: every format gives the same documents; bad files are named with their line."""
 
+import array
+import bz2
+import codecs
 import gzip
+import io
 import json
+import lzma
+import random
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
+from salt_jax.data import decompression
 from salt_jax.errors import InputError
 from salt_jax.preparation.readers import read_documents
 from salt_jax.preparation.reading_log import ReadingLog
@@ -19,6 +27,13 @@ ROWS = [
     for text, name in zip(TEXTS, ["Github", "ArXiv", "Github", "Pile-CC"], strict=True)
 ]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+COMPRESSIONS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zstd": zstandard.ZstdCompressor().compress,
+}
 
 
 def _write(path, data=LINES):
@@ -80,6 +95,18 @@ def test_lines_longer_than_a_block_and_several_zstandard_frames(tmp_path):
     assert [d.text for d in read_documents(tmp_path / "a.jsonl.zst")] == [r["text"] for r in rows]
 
 
+def test_bytes_that_are_no_utf_8(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x\xffy", "subset": "\xff"}\n')
+    assert [d[:2] for d in read_documents(tmp_path / "a.jsonl")] == [("x\ufffdy", "\ufffd")]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.json"):
+        text = b"text" if name == "a.txt" else b'{"text": "text"}'
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + text)
+        assert [document.text for document in read_documents(tmp_path / name)] == ["text"]
+
+
 def test_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d\\ude42b\\ud83d"}')
     assert [document.text for document in read_documents(tmp_path / "a.jsonl")] == ["a🙂b�"]
@@ -90,7 +117,7 @@ BAD_LINES = {
     "no `text`": b'{"content": "a"}',
     "is 3, expected a text": b'{"text": 3}',
     "has no `text`": b"[1]",
-    "this is not JSON": b'{"text": "\xff"}',
+    "this is not JSON": b'{"text": "\x01"}',
 }
 
 
@@ -158,8 +185,116 @@ def test_parquet_with_an_empty_row(tmp_path):
         list(read_documents(path))
 
 
-def test_a_file_that_is_not_there_and_an_unknown_compression(tmp_path):
+def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         list(read_documents(tmp_path / "none.jsonl"))
-    with pytest.raises(InputError, match="decompress it first"):
-        list(read_documents(_write(tmp_path / "a.txt.gz")))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("piece_bytes", [0, 100])
+def test_compressed_plain_text(tmp_path, compression, piece_bytes):
+    text = "".join(f"Zeile {number} 🙂\n" for number in range(100))
+    packed = COMPRESSIONS[compression](codecs.BOM_UTF8 + text.encode())
+    (tmp_path / f"a.py{compression}").write_bytes(packed)
+    documents = list(read_documents(tmp_path / f"a.py{compression}", piece_bytes=piece_bytes))
+    assert "".join(document.text for document in documents) == text
+    assert {document.subset for document in documents} == {"py"}
+    assert (len(documents) > 1) == bool(piece_bytes)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 5, 64, 1000])
+def test_pieces_are_whole_lines_of_more_than_their_bytes(tmp_path, piece_bytes, monkeypatch):
+    """As `readlines(piece_bytes)` gives them: what is held out hangs on it."""
+    generator = random.Random(0)
+    text = b"".join(b"x" * generator.randrange(90) + b"\n" for _ in range(200)) + b"end"
+    (tmp_path / "a.txt").write_bytes(text)
+    file = io.BufferedReader(io.BytesIO(text))
+    expected = [b"".join(lines) for lines in iter(lambda: file.readlines(piece_bytes), [])]
+    for block_bytes in (1, 7, 1 << 20):
+        monkeypatch.setattr(decompression, "BLOCK_BYTES", block_bytes)
+        pieces = read_documents(tmp_path / "a.txt", piece_bytes=piece_bytes)
+        assert [piece.text.encode() for piece in pieces] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"text\n" * 900 + b"\0", "holds NUL bytes"),
+        ("a.txt", "text".encode("utf-16"), "holds text in UTF-16"),
+        ("a.txt", gzip.compress(b"text"), "is compressed with gzip"),
+        ("a.txt.gz", gzip.compress(b"PAR1\x15\4"), "once decompressed, holds a Parquet"),
+        ("part-00000", LINES, "holds rows of JSON"),
+        ("part-00000.gz", gzip.compress(LINES), "holds rows of JSON"),
+        ("a.zip", b"", "is an archive"),
+        ("a.tar.xz", b"", "is an archive"),
+    ],
+)
+def test_what_is_no_plain_text(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name},? .*{said}"):
+        list(read_documents(tmp_path / name))
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = _write(tmp_path / "a.txt.gz")
+    path.rename(tmp_path / "a.jsonl.zst")
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(InputError, match=r"needs the library zstandard.*salt_jax\[prepare\]"):
+        list(read_documents(tmp_path / "a.jsonl.zst"))
+
+
+def _not_utf_8(kind):
+    """["a", "x\\xffy"], as a writer that doesn't look gives it."""
+    offsets = array.array("q" if kind == pyarrow.large_string() else "i", [0, 1, 4]).tobytes()
+    return pyarrow.Array.from_buffers(
+        kind, 2, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"ax\xffy")]
+    )
+
+
+_VIEW = _not_utf_8(pyarrow.binary()).cast(pyarrow.binary_view())
+TEXT_COLUMNS = {
+    "string": _not_utf_8(pyarrow.string()),
+    "large_string": _not_utf_8(pyarrow.large_string()),
+    "binary": _not_utf_8(pyarrow.binary()),
+    "binary_view": _VIEW,
+    "dictionary": pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0, 1], pyarrow.int32()), _not_utf_8(pyarrow.string())
+    ),
+    "string_view": pyarrow.Array.from_buffers(pyarrow.string_view(), 2, _VIEW.buffers()),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_COLUMNS)
+def test_bytes_that_are_no_utf_8_in_parquet(tmp_path, kind):
+    """In text, names and what isn't read at all, whatever the column's type."""
+    texts = TEXT_COLUMNS[kind]
+    meta = pyarrow.StructArray.from_arrays([texts, texts], ["pile_set_name", "url"])
+    for names in ({"subset": texts}, {"meta": meta}, {"meta": meta, "subset": texts}):
+        table = pyarrow.table({"text": texts, **names, "url": texts})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        documents = list(read_documents(tmp_path / "a.parquet"))
+        assert [(document.text, document.subset) for document in documents] == [
+            ("a", "a"),
+            ("x\ufffdy", "x\ufffdy"),
+        ]
+
+
+def test_a_dictionary_that_arrow_does_not_read(tmp_path):
+    column = pyarrow.DictionaryArray.from_arrays([0, 1], _not_utf_8(pyarrow.string()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="text that is no UTF-8 after row 0"):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_columns_that_are_no_text(tmp_path):
+    bad = _not_utf_8(pyarrow.string())
+    for column in (pyarrow.ListArray.from_arrays([0, 1, 2], bad), pyarrow.array([1, 2])):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=r"row 1: .*expected a text"):
+            list(read_documents(tmp_path / "a.parquet"))
+    meta = pyarrow.array([None, {"n": 1}])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", "b"], "meta": meta}), tmp_path / "b.parquet"
+    )
+    assert [document.subset for document in read_documents(tmp_path / "b.parquet")] == ["", ""]

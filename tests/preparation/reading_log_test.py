@@ -1,7 +1,9 @@
 """The log of a reading: the digest comes on the way, and a change is noticed."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 
 import pyarrow
@@ -17,9 +19,11 @@ from salt_jax.preparation.reading_log import ReadingLog, state_of
 
 LINES = "".join(json.dumps({"text": f"{n} " * 50}) + "\n" for n in range(4000)).encode()
 PACKED = {
-    "a.txt": LINES,
+    "a.txt": LINES.replace(b"{", b"").replace(b"}", b""),
+    "a.txt.xz": lzma.compress(LINES.replace(b"{", b"").replace(b"}", b"")),
     "a.jsonl": LINES,
     "a.jsonl.gz": gzip.compress(LINES),
+    "a.jsonl.bz2": bz2.compress(LINES),
     "a.jsonl.zst": zstandard.ZstdCompressor().compress(LINES),
 }
 
