@@ -32,6 +32,7 @@ from salt_jax.training.checkpoint_digests import (
     write_digests,
 )
 from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading
+from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_params
 
 _CHUNK_BYTES = 8 << 20
@@ -285,11 +286,17 @@ class SavedModel:
         rules: partitioning.Rules = partitioning.DEFAULT_RULES,
         dtype: Any = None,
     ) -> Any:
-        """The parameters, sharded over `mesh`, in `dtype` or the one they were saved in."""
+        """The parameters, sharded over `mesh`, in `dtype` or the one they were saved in.
+
+        Raises:
+          InputError: They cannot be read, or are not all finite.
+        """
         abstract = abstract_params(self.config, mesh, rules, dtype)
         folder = (self.path / CHECKPOINTS_FOLDER / str(self.step)).absolute()
         with reading(folder), ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder / "params", abstract)
+            params = checkpointer.restore(folder / "params", abstract)
+        require_finite(params, mesh, folder)
+        return params
 
 
 def find_model(
