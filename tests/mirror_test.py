@@ -65,6 +65,24 @@ def test_what_is_complete_is_sent_and_the_rest_stays(bucket):
     }
 
 
+@pytest.mark.parametrize(("scheme", "library"), [("gs", "gcsfs"), ("s3", "s3fs")])
+def test_a_url_is_no_pattern(bucket, monkeypatch, tmp_path, scheme, library):
+    pytest.importorskip(library)
+    url, names = f"{scheme}://bucket/lr[0.003]/run*?", {"run.json", "[1]*/x"}
+    with mirrored(f"{scheme}://bucket/lr0/run_1") as path:
+        write(path / "other", "")
+    with mirrored(url) as path:
+        for name in (*names, "gone?"):
+            write(path / name, name)
+    with mirrored(url) as path:
+        (path / "gone?").unlink()
+    assert set(bucket.names("bucket/lr[0.003]/run*?")) == names
+    on_another_machine(monkeypatch, tmp_path, "there")
+    with mirrored(url) as path:
+        assert {name: (path / name).read_text() for name in names} == {n: n for n in names}
+    assert set(bucket.names("bucket/lr0/run_1")) == {"other"}
+
+
 def test_it_is_sent_while_the_run_goes_on(bucket, monkeypatch):
     monkeypatch.setenv("SALT_SEND_SECONDS", "0.01")
     with mirrored() as path:

@@ -61,6 +61,7 @@ def score(
     soft_label_temperature: float = losses.LossConfig.teacher_temperature,
     soft_label_encoding: str = "float16",
     selection: str | None = None,
+    allow_nan: bool = False,
     shard_rows: int | None = None,
     worker: int | None = None,
     workers: int | None = None,
@@ -82,6 +83,8 @@ def score(
       soft_label_temperature: τ of those probabilities.
       soft_label_encoding: Of their logs: "float16", or "uint8".
       selection: Label the rows of a selection alone.
+      allow_nan: Whether to go on where the scorer's losses are not finite, for `salt select` to
+        leave such rows out. Soft labels must be finite.
       shard_rows: Rows that are written, and lost by a kill, together; best a multiple of
         batch_size. By default 65,536, for soft labels 4,096.
       worker: Which of the workers this process is, from 0; jax's own number by default.
@@ -92,8 +95,8 @@ def score(
       chunk_tokens: Tokens whose logits a device holds at once.
 
     Raises:
-      InputError: No such model or cache, another vocabulary, k over the vocabulary's size, or a
-        folder that was begun with another cache, model or k.
+      InputError: No such model or cache, another vocabulary, k over the vocabulary's size, a folder
+        that was begun with another cache, model or k, or a model that is not finite.
     """
     require_counts(batch_size=batch_size, chunk_tokens=chunk_tokens, shard_rows=shard_rows)
     ks = checked_ks(k)
@@ -118,7 +121,7 @@ def score(
         _check_ks(ks, packed, selection)
         writer = _score_writer(run, packed, split, model, ks, shard_rows or 65_536)
         settings = (ks, writer, *where)
-        make = functools.partial(score_rows, model.config)
+        make = functools.partial(score_rows, model.config, allow_nan=allow_nan)
     if shard_rows not in (None, writer.shards.shard_rows):
         print(
             f"{run.path} was begun with shards of {writer.shards.shard_rows:,} rows, and keeps them"
@@ -267,8 +270,8 @@ def _summarize(run: RunFolder, scores: RowScores) -> None:
         print(f"  {name:18} median {quantiles.get('0.5', -np.inf):.3f}{nothing}")
     if manifest["nan_rows"]:
         print(
-            f"  {manifest['nan_rows']:,} rows have NaN scores: the scorer is broken there; `salt "
-            "select` refuses them unless --allow_nan=True leaves them out."
+            f"  {manifest['nan_rows']:,} rows have scores that are not finite: the scorer is "
+            "broken there; `salt select` refuses them unless --allow_nan=True leaves them out."
         )
     run.write_summary(summary)
 

@@ -130,9 +130,9 @@ def _open_scores(
     broken = scores.manifest["nan_rows"]
     if broken and not allow_nan:
         raise InputError(
-            f"{broken:,} of the {scores.rows:,} rows in {folder} have NaN scores, so the scorer "
-            "was broken there: score with another checkpoint, or add --allow_nan=True to leave "
-            "those rows out."
+            f"{broken:,} of the {scores.rows:,} rows in {folder} have scores that are not finite, "
+            "so the scorer was broken there: score with another checkpoint, or add "
+            "--allow_nan=True to leave those rows out."
         )
     return scores
 

@@ -47,6 +47,11 @@ class Labels(NamedTuple):
     rest: np.ndarray
     teacher_loss: np.ndarray
 
+    def are_broken(self) -> np.ndarray:
+        """bool[N]: which rows have a number that is not finite."""
+        floats = (self.log_q, self.rest, self.teacher_loss)
+        return np.any([~np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in floats], axis=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelFormat:

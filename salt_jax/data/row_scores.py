@@ -109,7 +109,7 @@ class RowScoresWriter:
         nan_n = np.zeros(len(shard.rows), bool)
         for values_n in columns.values():
             if values_n.dtype == np.float32:
-                nan_n |= np.isnan(values_n)
+                nan_n |= ~(values_n < np.inf)  # −∞ is the score of a row without a learnable token
         with self.shards.write(shard) as file:
             write_columns(file, self._layout, columns)
             file.finish({"nan_rows": int(nan_n.sum())}, measured)
@@ -193,9 +193,8 @@ class RowScores:
 
     def column(self, name: str) -> Column:
         """One column of all rows, on disk until it is read."""
-        return Column(
-            self._shards, [(each, dtype) for each, dtype in self.manifest["columns"]], name
-        )
+        layout = [(each, dtype) for each, dtype in self.manifest["columns"]]
+        return Column(self._shards, layout, name, may_be_nan=self.manifest["nan_rows"] > 0)
 
     def scores(
         self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0

@@ -47,10 +47,14 @@ class Column:
       shards: The shards that hold it.
       layout: Their columns.
       name: Which of them.
+      may_be_nan: Whether rows are known to have no number: else NaN and ∞ are refused (−∞ is the
+        score of a row without a learnable token).
     """
 
-    def __init__(self, shards: FinishedShards, layout: Layout, name: str) -> None:
-        self._shards, self._name = shards, name
+    def __init__(
+        self, shards: FinishedShards, layout: Layout, name: str, may_be_nan: bool = False
+    ) -> None:
+        self._shards, self._name, self._may_be_nan = shards, name, may_be_nan
         self.dtype = np.dtype(dict(layout)[name])
         names = [each for each, _ in layout]
         before = layout[: names.index(name)]
@@ -63,18 +67,28 @@ class Column:
         """An array in memory of the rows asked for, in that order.
 
         Raises:
-          InputError: A shard's bytes have changed.
+          InputError: A shard's bytes have changed, or hold NaN.
         """
         if isinstance(rows, slice):
             first, stop, step = rows.indices(len(self))
             assert step == 1, f"rows in steps of {step}"
-            return self._read(first, stop)
+            return self._checked(self._read(first, stop), first)
         shard_m = rows // self._shards.shard_rows
         values_m = np.empty(len(rows), self.dtype)
         for index in np.unique(shard_m):
             here_m = shard_m == index
             values_m[here_m] = self._map(index)[rows[here_m] - index * self._shards.shard_rows]
-        return values_m
+        return self._checked(values_m, rows)
+
+    def _checked(self, values_n: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
+        """Refuses what is no number; `rows` are the rows' ids, or the first of them."""
+        if self.dtype.kind != "f" or self._may_be_nan or (values_n < np.inf).all():
+            return values_n
+        at = int((values_n < np.inf).argmin())
+        row = rows + at if isinstance(rows, int) else rows[at]
+        shard = int(row) // self._shards.shard_rows
+        what = f"has a {self._name} of {values_n[at]} for row {row}, which is not finite"
+        raise self._shards.damage(shard, what)
 
     def _read(self, first: int, stop: int) -> np.ndarray:
         size = self._shards.shard_rows

@@ -115,17 +115,19 @@ class SoftLabelsWriter:
           workers: Among how many the pass is divided.
 
         Raises:
-          InputError: A label is NaN: the teacher is broken.
+          InputError: A label is not finite: the teacher is broken.
         """
-        start = time.perf_counter()
+        start, row_ids, written = time.perf_counter(), self.row_ids(shard), 0
         with self.shards.write(shard) as file:
             for labels in batches:
-                if any(np.isnan(x).any() for x in (labels.log_q, labels.rest, labels.teacher_loss)):
+                if (broken_n := labels.are_broken()).any():
                     raise InputError(
-                        f"The teacher {self.shards.made_from['scorer']['path']} gives NaN for rows "
-                        f"of shard {shard.index}: name another --scorer_step."
+                        f"The teacher {self.shards.made_from['scorer']['path']} gives numbers that "
+                        f"are not finite for row {row_ids[written + int(broken_n.argmax())]} of "
+                        f"{self.shards.made_from['split']}: name another --scorer_step."
                     )
                 file.write(self._form.encode(labels).tobytes())
+                written += len(broken_n)
             file.finish({}, {"seconds": time.perf_counter() - start, "workers": workers})
 
     def complete(self, cost: Mapping[str, Any]) -> "SoftLabels":
@@ -217,7 +219,8 @@ class SoftLabels:
         """The labels of some rows of the split, in that order.
 
         Raises:
-          InputError: A row has none, or its bytes have changed.
+          InputError: A row has none, its bytes have changed, or they hold a number that is not
+            finite.
         """
         at_N = ids_N = np.asarray(row_ids, np.int64)
         have_N = ids_N < self.rows
@@ -238,7 +241,13 @@ class SoftLabels:
                 row = ids_N[here_N][damaged_n][0]
                 raise self._shards.damage(int(shard), f"is damaged at row {row} (its check sum)")
             records[here_N] = own
-        return self.format.decode(records)
+        labels = self.format.decode(records)
+        if (broken_n := labels.are_broken()).any():
+            raise InputError(
+                f"The soft labels {self.path} have a number that is not finite for row "
+                f"{ids_N[broken_n][0]}: {_AGAIN}."
+            )
+        return labels
 
     def require_fit(self, *, temperature: float, k: int, selection_digest: str | None) -> None:
         """Refuses labels that a stage 1 cannot be trained on.

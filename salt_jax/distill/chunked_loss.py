@@ -131,7 +131,8 @@ def target_ranks(
 
     Returns:
         (-log p of the target, nats [B, L] float32; number of ids with a strictly greater logit
-        [B, L] int32). Both say nothing where the weight is 0.
+        [B, L] int32). Both say nothing where the weight is 0. Where the loss is not finite, as of a
+        NaN among the logits, it is all ids: no target is a right prediction there.
     """
 
     def one_chunk(
@@ -143,6 +144,7 @@ def target_ranks(
         greater_CxV = (z_CxV > truth_C[:, None]).astype(jnp.float32)
         loss_C = vocabulary.log_sum_exp(z_CxV) - truth_C
         greater_C = vocabulary.sum(greater_CxV).astype(jnp.int32)  # exact, up to 2²⁴ ids
+        greater_C = jnp.where(jnp.isfinite(loss_C), greater_C, vocab_size)
         return loss_C.astype(jnp.float32), greater_C
 
     arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL

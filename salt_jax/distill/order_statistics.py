@@ -50,13 +50,13 @@ class KeyCounts:
 
 
 def score_keys(scores_n: np.ndarray) -> np.ndarray:
-    """Keys in the order of float32 scores; 0 for −inf and NaN."""
+    """Keys in the order of float32 scores; 0 for what is not finite."""
     with np.errstate(invalid="ignore"):  # a signalling NaN
         scores_n = np.asarray(scores_n, np.float32) + np.float32(0)  # −0 and 0 are one score
     bits_n = scores_n.view(np.uint32)
     # A negative number's bits ascend as it falls.
     flip_n = (scores_n.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31)
-    return np.where(scores_n > -np.inf, bits_n ^ flip_n, np.uint32(0))
+    return np.where(np.isfinite(scores_n), bits_n ^ flip_n, np.uint32(0))
 
 
 def score_of_key(key: int) -> float:

@@ -134,19 +134,19 @@ def row_statistics(
 
     Returns:
         -inf for the median and mean of a row without a learnable token, and for the mean of all
-        where none counts; NaN throughout for a row where a token that counts has a NaN as its loss:
-        the scorer is broken there.
+        where none counts; NaN throughout for a row where the losses of the tokens that count
+        have no finite sum: the scorer is broken there.
     """
     length = loss_BxL.shape[1]
     counts_BxL = (weights_BxL > 0) & (jnp.arange(length) > 0)[None]
     counts_B = jnp.sum(counts_BxL, axis=-1)
-    broken_B = jnp.any(counts_BxL & jnp.isnan(loss_BxL), axis=-1)
     # One sort serves every k: the tokens learnable for it, in this order, are in order too. Those
     # that don't count go last, with a rank that no k takes.
     key_BxL = jnp.where(counts_BxL, loss_BxL, jnp.inf)
     greater_BxL = jnp.where(counts_BxL, greater_BxL, jnp.iinfo(jnp.int32).max)
     ordered_BxL, greater_BxL = jax.lax.sort((key_BxL, greater_BxL), dimension=-1, num_keys=1)
     total_B = jnp.sum(jnp.where(counts_BxL, loss_BxL, 0.0), axis=-1)
+    broken_B = ~jnp.isfinite(total_B)
     columns = [jnp.where(counts_B > 0, total_B / jnp.maximum(counts_B, 1), -jnp.inf)]
     for k in ks:
         learnable_BxL = greater_BxL < k

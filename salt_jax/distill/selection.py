@@ -1,6 +1,6 @@
 """Which rows stage 1 trains on: the rows' scores in, the ids of the rows chosen out, ascending.
 
-By score, a row of score -inf or NaN is never chosen, and of equal scores the lower row id goes
+By score, a row whose score is not finite is never chosen, and of equal scores the lower row id goes
 first, so that the same scores give the same rows everywhere. `stratified` takes the same fraction
 of every subset: as many rows in all, shared out in proportion to the subsets' rows by largest
 remainder; what a subset has too few scored rows for, the others give.
@@ -150,8 +150,9 @@ class Threshold:
         rows, highest_score = 0, -np.inf
         for block in candidates.blocks():
             scores_n = candidates.scores[block]
-            rows += int(np.count_nonzero(scores_n >= np.float32(self.threshold)))
-            has_score_n = scores_n > -np.inf  # False for NaN too
+            has_score_n = np.isfinite(scores_n)
+            reach_n = scores_n >= np.float32(self.threshold)
+            rows += int(np.count_nonzero(reach_n & has_score_n))
             highest_score = np.max(scores_n, where=has_score_n, initial=highest_score)
         if not rows:
             raise InputError(

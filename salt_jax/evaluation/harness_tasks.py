@@ -8,6 +8,7 @@ allowed.
 """
 
 import dataclasses
+import glob
 import json
 import logging
 import os
@@ -292,7 +293,8 @@ def _data_files(folders: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
                 f"{task} of --task_data holds {held}: expected its splits alone, as SPLIT.jsonl or "
                 "all as SPLIT.parquet."
             )
-        data_files = {split: str(path) for split, path in files.items()}
+        # datasets takes them for patterns.
+        data_files = {split: glob.escape(str(path)) for split, path in files.items()}
         found[task.name] = {
             "dataset_path": kinds.pop(),
             "dataset_name": None,

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from salt_jax.data.features import Batch
 from salt_jax.distill import chunked_loss, losses
-from salt_jax.errors import RunFailed
 from salt_jax.models import decoder
 from salt_jax.training import in_order, partitioning
+from salt_jax.training.finite import NotFiniteError
 
 _SHORTEST = 64  # tokens; the other lengths are its doubles
 
@@ -75,7 +75,7 @@ class Scorer:
           A batch's scores.
 
         Raises:
-          RunFailed: The model gives NaN.
+          InputError: The model gives a number that is not finite.
         """
         by_length: dict[int, list[int]] = {}
         for index, (ids, _) in enumerate(sequences):
@@ -96,9 +96,10 @@ class Scorer:
             nats_B = np.where(counted_BxL, loss_BxL, 0).sum(axis=1, dtype=np.float64)
             greedy_B = ((greater_BxL == 0) | ~counted_BxL).all(axis=1)
             if not np.isfinite(nats_B).all():
-                raise RunFailed(
-                    "The model's log-likelihoods are not finite: the checkpoint is broken, use "
-                    "another one."
+                broken = chunk[int(np.argmin(np.isfinite(nats_B)))]
+                raise NotFiniteError(
+                    f"The model's log-likelihood of request {broken} is not finite: use another "
+                    "checkpoint."
                 )
             yield tuple(
                 Scored(index, -float(nats_B[row]), bool(greedy_B[row]))

@@ -387,20 +387,23 @@ def _evaluation(record: Mapping[str, Any], where: str) -> Evaluation:
     subsets = record.get("by_subset") or {}
     if not isinstance(subsets, dict) or not all(isinstance(x, dict) for x in subsets.values()):
         raise InputError(f"{where}: by_subset is no object of objects: {_WHOLE}.")
-    names = ("log_perplexity", "next_token_accuracy", "train_flops", "tokens", "seconds")
+    names = ("train_flops", "tokens", "seconds")
     return Evaluation(
-        step=_step(record, where),
+        _step(record, where),
+        *_quality(record, where),
         by_subset={
-            str(name): SubsetResult(
-                _number(result, "log_perplexity", where),
-                _number(result, "next_token_accuracy", where),
-                _number(result, "tokens", where),
-            )
+            str(name): SubsetResult(*_quality(result, where), _number(result, "tokens", where))
             for name, result in subsets.items()
         },
         costs=Costs.of(record),
         **{name: _number(record, name, where) for name in names},
     )
+
+
+def _quality(record: Mapping[str, Any], where: str) -> tuple[float, float]:
+    """Log-perplexity and next-token accuracy; of a model that gives NaN no prediction is right."""
+    nats = _number(record, "log_perplexity", where)
+    return nats, _number(record, "next_token_accuracy", where) if math.isfinite(nats) else math.nan
 
 
 def _step(record: Mapping[str, Any], where: str) -> int:

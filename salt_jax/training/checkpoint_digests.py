@@ -22,9 +22,18 @@ DIGESTS_FILE = "digests.json"
 # Orbax adds it when all else is there.
 _MARK = "commit_success.txt"
 
+# What the processes of a run write each for itself, and what makes arrays of it.
+_PARTS, _MANIFEST = "ocdbt.process_", "manifest.ocdbt"
+
 
 def write_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Notes the SHA-256 of every file of a checkpoint's items, all of which it reads."""
+    """Notes the SHA-256 of every file of a checkpoint's items, all of which it reads.
+
+    Raises:
+      InputError: An item is not whole.
+    """
+    for item in items:
+        _require_whole(folder, item)
     digests = {
         str(path.relative_to(folder)): file_digest(path)
         for item in items
@@ -38,6 +47,15 @@ def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
     """Writes them where a kill came between a checkpoint's name and its digests."""
     if not (folder / DIGESTS_FILE).exists():
         write_digests(folder, items)
+
+
+def lacking(item: pathlib.Path) -> str:
+    """What an item's folder needs to be read and has not, a file or itself; "" where it has all."""
+    names = {path.name for path in item.iterdir()} if item.is_dir() else set()
+    if not names:
+        return item.name
+    in_parts = any(name.startswith(_PARTS) for name in names)
+    return f"{item.name}/{_MANIFEST}" if in_parts and _MANIFEST not in names else ""
 
 
 def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
@@ -61,6 +79,7 @@ def item_digest(folder: pathlib.Path, item: str) -> str:
       InputError: As `check_digests`.
     """
     known, whole, found = _known(folder), hashlib.sha256(), set()
+    _require_whole(folder, item)
     for path in _files(folder / item):
         digest, name = file_digest(path), str(path.relative_to(folder))
         if known and path.name != _MARK and known.get(name) != digest:
@@ -83,6 +102,11 @@ def damaged(folder: pathlib.Path, what: str) -> InputError:
         f"The checkpoint {folder} is damaged ({what}): bring back a copy of it"
         f"{f', or {instead}' if older else ''}."
     )
+
+
+def _require_whole(folder: pathlib.Path, item: str) -> None:
+    if missing := lacking(folder / item):
+        raise damaged(folder, f"{missing} is missing")
 
 
 def _known(folder: pathlib.Path) -> dict[str, str]:

@@ -28,13 +28,13 @@ from salt_jax.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoint_digests import (
     check_digests,
-    damaged,
     item_digest,
     write_digests,
 )
+from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading
+from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_params
 
-_ITEMS = ("params", "optimizer", "progress")
 _CHUNK_BYTES = 8 << 20
 # What Orbax calls a checkpoint that isn't complete, after its step.
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -105,7 +105,7 @@ class Checkpointer:
             policies.append(preservation_policy.EveryNSteps(config.keep_every))
         return ocp.CheckpointManager(
             self._folder,
-            item_names=_ITEMS,
+            handler_registry=item_handlers(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
@@ -166,7 +166,7 @@ class Checkpointer:
         """Called by Orbax when a checkpoint's files are there and before it gets its name."""
         if jax.process_index() == 0:
             (folder,) = self._folder.glob(f"{self._saving}{_UNFINISHED}*")
-            write_digests(folder, _ITEMS)
+            write_digests(folder, ITEMS)
 
     def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The whole state, laid out as `layout` says, and the progress saved with it.
@@ -175,21 +175,20 @@ class Checkpointer:
           InputError: The checkpoint is damaged.
         """
         if jax.process_index() == 0:  # the others hear of it when it ends
-            check_digests(self._folder / str(step), _ITEMS)
+            check_digests(self._folder / str(step), ITEMS)
         abstract = layout.abstract
         optimizer = {
             "step": abstract.step,
             "opt_state": abstract.opt_state,
             "skipped_updates": abstract.skipped_updates,
         }
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                progress=ocp.args.JsonRestore(),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            progress=ocp.args.JsonRestore(),
         )
+        with reading(self._folder / str(step)):
+            restored = self._manager.restore(step, args=args)
         rest = restored["optimizer"]
         state = TrainState(
             rest["step"], restored["params"], rest["opt_state"], rest["skipped_updates"]
@@ -287,11 +286,17 @@ class SavedModel:
         rules: partitioning.Rules = partitioning.DEFAULT_RULES,
         dtype: Any = None,
     ) -> Any:
-        """The parameters, sharded over `mesh`, in `dtype` or the one they were saved in."""
+        """The parameters, sharded over `mesh`, in `dtype` or the one they were saved in.
+
+        Raises:
+          InputError: They cannot be read, or are not all finite.
+        """
         abstract = abstract_params(self.config, mesh, rules, dtype)
-        folder = self.path / CHECKPOINTS_FOLDER / str(self.step) / "params"
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), abstract)
+        folder = (self.path / CHECKPOINTS_FOLDER / str(self.step)).absolute()
+        with reading(folder), ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(folder / "params", abstract)
+        require_finite(params, mesh, folder)
+        return params
 
 
 def find_model(
@@ -374,11 +379,8 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
     """
     folder = path / CHECKPOINTS_FOLDER / str(step)
     check_digests(folder, ("progress",))
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            progress: dict[str, Any] = checkpointer.restore((folder / "progress").absolute())
-    except (OSError, ValueError, KeyError) as error:
-        raise damaged(folder, "progress cannot be read") from error
+    with reading(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        progress: dict[str, Any] = checkpointer.restore((folder / "progress").absolute())
     return progress
 
 

@@ -24,6 +24,7 @@ from orbax.checkpoint import type_handlers
 
 from salt_jax.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training.checkpoint_digests import write_digests
+from salt_jax.training.checkpoint_items import read_back, reading
 
 Path = tuple[str, ...]
 Array = np.ndarray[Any, Any]
@@ -91,14 +92,14 @@ def open_parameters(
       step: The checkpoint's step.
       paths: Every parameter's path in the tree.
     """
-    folder = run_path / CHECKPOINTS_FOLDER / str(step) / "params"
+    folder = (run_path / CHECKPOINTS_FOLDER / str(step)).absolute()
     tree = traverse_util.unflatten_dict(dict.fromkeys(paths, 0))
     restore_args = traverse_util.unflatten_dict(
         dict.fromkeys(paths, ocp.RestoreArgs(restore_type=_Leaf))
     )
-    with ocp.Checkpointer(_TreeHandler()) as checkpointer:
+    with reading(folder), ocp.Checkpointer(_TreeHandler()) as checkpointer:
         opened = checkpointer.restore(
-            folder.absolute(), args=_TreeRestore(tree, restore_args=restore_args)
+            folder / "params", args=_TreeRestore(tree, restore_args=restore_args)
         )
     found: dict[Path, StreamedParameter] = traverse_util.flatten_dict(opened)
     return found
@@ -174,7 +175,8 @@ class _TreeHandler(ocp.PyTreeCheckpointHandler):
         super().__init__(use_ocdbt=False, type_handler_registry=registry)
 
     def finalize(self, directory: Any) -> None:
-        """Nothing: what Orbax merges here is OCDBT's, and it warns where it finds none."""
+        """Reads back what was written: what Orbax merges here is OCDBT's, and there is none."""
+        read_back(pathlib.Path(directory))
 
 
 @ocp.args.register_with_handler(_TreeHandler, for_save=True)

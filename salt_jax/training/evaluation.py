@@ -4,7 +4,7 @@ subset."""
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import chunked_loss, losses
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
+from salt_jax.training.finite import NotFiniteError
 from salt_jax.training.in_order import over_rows
 
 
@@ -110,9 +111,13 @@ class Evaluator:
         )
 
     def __call__(self, params: Any, rows: int | None = None) -> Evaluation:
-        """Evaluates `rows` rows, or as many as it was made for; `params` lie on the mesh."""
+        """Evaluates `rows` rows, or as many as it was made for; `params` lie on the mesh.
+
+        Raises:
+          NotFiniteError: The model's losses on some rows are not finite.
+        """
         sums_4xS = np.zeros((4, len(self._cache.subsets)), np.float64)
-        for _, batch_sums_4xS in over_rows(
+        for batch, batch_sums_4xS in over_rows(
             self._sums,
             params,
             self._cache,
@@ -122,6 +127,8 @@ class Evaluator:
             self._rules,
             rows or self._rows,
         ):
+            if not np.isfinite(batch_sums_4xS).all():
+                self._refuse(batch["row_id"])
             sums_4xS += batch_sums_4xS
         by_subset = {
             name: Quality.of(sums_4xS[:, i])
@@ -129,6 +136,13 @@ class Evaluator:
             if sums_4xS[2, i] > 0
         }
         return Evaluation(Quality.of(sums_4xS.sum(axis=1)), by_subset)
+
+    def _refuse(self, row_ids_B: np.ndarray) -> NoReturn:
+        read = row_ids_B[row_ids_B >= 0]
+        raise NotFiniteError(
+            f"The model's losses are not finite among the rows {read.min()} to {read.max()} of "
+            f"{self._split} of {self._cache.path}: use another checkpoint."
+        )
 
 
 class MixtureEvaluator:

@@ -17,11 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from salt_jax.data.vocabularies import Vocabulary
-from salt_jax.errors import InputError, RunFailed
+from salt_jax.errors import InputError
 from salt_jax.models import decoding
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.sampling import Sampling
 from salt_jax.training import partitioning
+from salt_jax.training.finite import NotFiniteError
 from salt_jax.training.in_order import rounded_up
 
 __all__ = ["Completion", "Generator", "Sampling", "continuation"]
@@ -155,7 +156,7 @@ class Generator:
           The completions, as they come.
 
         Raises:
-          InputError: See `check`.
+          InputError: See `check`; or the model's logits are not finite.
         """
         rows = self.check(prompts, max_new_tokens, stop_texts, prepend_start)
         waiting = [
@@ -315,14 +316,16 @@ class _Row:
         """Adds tokens up to where the row ends."""
         old = len(self.ids)
         for token, log_p in zip(tokens, log_probabilities, strict=True):
-            if token in (decoding.NO_TOKEN, self._vocabulary.eos_id):
-                self.ended_by = "end of document" if token == self._vocabulary.eos_id else ""
+            if token == decoding.NO_TOKEN:
                 break
             if not math.isfinite(log_p):
-                raise RunFailed(
+                raise NotFiniteError(
                     f"The model's logits after {len(self.ids)} new tokens of prompt {self.index} "
-                    "are not finite: the checkpoint is broken, use another one."
+                    "are not finite: use another checkpoint."
                 )
+            if token == self._vocabulary.eos_id:
+                self.ended_by = "end of document"
+                break
             self.ids.append(token)
             self.log_probabilities.append(log_p)
         if self._has_stop(len(self.ids)):

@@ -21,6 +21,7 @@ from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import Checkpointer, SavedModel
 from salt_jax.training.config import TrainConfig
 from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
+from salt_jax.training.finite import NotFiniteError
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
 from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
@@ -98,7 +99,7 @@ class Loop:
 
         Raises:
           Interrupted: SIGTERM or SIGINT came; the state is saved.
-          RunFailed: More non-finite updates than allowed.
+          RunFailed: More non-finite updates than allowed, or a model whose losses are not finite.
         """
         setup = self._setup
         waiting_for = self._watch.waiting_for
@@ -314,7 +315,13 @@ class Loop:
     ) -> Evaluation:
         waiting = self._watch.waiting_for(f"the evaluation after step {done}")
         with self._ledger.evaluating(), waiting:
-            evaluation = self._setup.evaluator(state.params)
+            try:
+                evaluation = self._setup.evaluator(state.params)
+            except NotFiniteError as error:
+                raise RunFailed(
+                    f"The run has diverged by step {done} ({str(error).partition(':')[0]}): start "
+                    "again in another --output_dir with a lower learning rate."
+                ) from error
         writer.write(
             {
                 "kind": "eval",

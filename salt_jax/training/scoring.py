@@ -15,6 +15,7 @@ from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScoresWriter, targ
 from salt_jax.distill import chunked_loss, losses, scores
 from salt_jax.models import decoder
 from salt_jax.training import in_order, partitioning
+from salt_jax.training.finite import NotFiniteError
 
 
 def score_rows(
@@ -31,6 +32,7 @@ def score_rows(
     worker: int = 0,
     workers: int = 1,
     progress: Callable[[int], None] = lambda rows: None,
+    allow_nan: bool = False,
 ) -> None:
     """Scores the rows of those shards of a worker that are not finished.
 
@@ -51,6 +53,10 @@ def score_rows(
       worker: Which of the workers this is.
       workers: How many share the pass.
       progress: Called with the number of rows after each batch.
+      allow_nan: Whether rows may have NaN for scores.
+
+    Raises:
+      NotFiniteError: The model's losses on some rows are not finite.
     """
     program = jax.jit(scoring_program(config, ks, mesh, rules, chunk_tokens))
     rows, size = cache.split(split), in_order.rounded_up(batch_size, mesh)
@@ -66,6 +72,8 @@ def score_rows(
         parts = []
         for _ in range(0, len(shard.rows), size):
             batch, values_CxB = next(results)
+            if not allow_nan:
+                _require_numbers(batch["row_id"], values_CxB, split)
             parts.append(_columns(batch, dict(zip(names, values_CxB, strict=True))))
             progress(len(parts[-1][SUBSET]))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -108,6 +116,16 @@ def own_mesh(config: partitioning.MeshConfig) -> Mesh:
     if jax.process_count() > 1:
         config = partitioning.MeshConfig(tensor=config.tensor)
     return config.make(jax.local_devices())
+
+
+def _require_numbers(row_ids_B: np.ndarray, values_CxB: np.ndarray, split: str) -> None:
+    broken_n = row_ids_B[np.isnan(values_CxB).any(axis=0) & (row_ids_B >= 0)]
+    if len(broken_n):
+        raise NotFiniteError(
+            f"The scorer's losses are not finite on {len(broken_n)} of the rows {row_ids_B[0]} to "
+            f"{row_ids_B.max()} of {split}, the first of them {broken_n[0]}: name another "
+            "--scorer_step, or add --allow_nan=True to score the others."
+        )
 
 
 def _columns(batch: Batch, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

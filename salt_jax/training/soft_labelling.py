@@ -103,7 +103,8 @@ def labelling_program(
 
 
 def _half(x: jax.Array | None, weights_BxL: jax.Array) -> jax.Array:
-    """float16, within its range; 0 where nothing is trained on."""
+    """float16, within its range; NaN for what is not finite, and 0 where nothing is trained on."""
     assert x is not None, "a teacher says how well it does"
     counts_BxL = (weights_BxL > 0).reshape(*weights_BxL.shape, *(1,) * (x.ndim - 2))
-    return jnp.where(counts_BxL, jnp.clip(x, _LOWEST, -_LOWEST), 0.0).astype(jnp.float16)
+    within = jnp.where(jnp.isfinite(x), jnp.clip(x, _LOWEST, -_LOWEST), jnp.nan)
+    return jnp.where(counts_BxL, within, 0.0).astype(jnp.float16)

@@ -221,8 +221,7 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(
     assert convert(f"--model={run}", f"--output_dir={out}") == 2, "found before anything is written"
     assert (out / "config.json").exists()
     (run / "checkpoints/0/digests.json").unlink()
-    with pytest.raises(Exception, match=r"NOT_FOUND|not found|DATA_LOSS"):
-        convert(f"--model={run}", f"--output_dir={out}")
+    assert convert(f"--model={run}", f"--output_dir={out}") == 2
     assert not (out / "config.json").exists()
     assert not list(out.glob("model*"))
 

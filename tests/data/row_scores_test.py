@@ -41,6 +41,18 @@ def test_scores_come_back(scores, tmp_path):
     assert opened.digest == written.digest != scores("other", split="test").digest
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_not_finite_is_refused_where_none_is_known(scores, bad):
+    made = scores(values=[1.0, 2.0, 3.0, bad, -np.inf])
+    assert made.manifest["nan_rows"] == 1
+    assert np.isnan(made.column("median_drop_k10")[:]).sum() == np.isnan(bad)
+    unknown = dataclasses.replace(made, manifest={**made.manifest, "nan_rows": 0})
+    assert unknown.column("median_drop_k10")[np.array([4, 0])].tolist() == [-np.inf, 1.0]
+    for rows in (slice(2, 5), np.array([1, 3])):
+        with pytest.raises(InputError, match=rf"median_drop_k10 of {bad} for row 3, which is not"):
+            unknown.column("median_drop_k10")[rows]
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_column_reads_like_an_array(write_scores, tmp_path_factory, data):

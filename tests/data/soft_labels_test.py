@@ -132,7 +132,20 @@ def test_damage_is_named(tmp_path: pathlib.Path) -> None:
 
 def test_a_broken_teacher_is_named(tmp_path: pathlib.Path) -> None:
     labels = make_labels(ROWS)
-    labels.rest[3, 2] = np.nan
-    with pytest.raises(InputError, match="The teacher slm gives NaN"):
+    labels.rest[3, 2] = np.inf
+    with pytest.raises(InputError, match=r"slm gives .* not finite for row 3 of train"):
         write_all(writer(tmp_path / "labels"), labels)
     assert not list((tmp_path / "labels").glob("shards/*"))
+
+
+def test_stored_labels_that_are_not_finite_are_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = make_labels(ROWS)
+    labels.log_q[3, 2, 1] = np.nan
+    with monkeypatch.context() as careless:
+        careless.setattr(Labels, "are_broken", lambda self: np.zeros(len(self.ids), bool))
+        stored = write_all(writer(tmp_path / "labels"), labels)
+    stored.read([2, 4])
+    with pytest.raises(InputError, match="have a number that is not finite for row 3"):
+        stored.read([4, 3])

@@ -106,13 +106,13 @@ def test_rows_and_tasks_in_one_summary(
 def test_a_task_of_lm_eval_s_on_files_of_one_s_own(
     model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    file = tmp_path / "data/piqa/validation.jsonl"
+    file = tmp_path / "[data]*/piqa/validation.jsonl"
     file.parent.mkdir(parents=True)
     rows = [{"goal": f"Melt ice {n}", "sol1": "salt", "sol2": "ice", "label": 0} for n in range(3)]
     for split in ("train", "validation"):
         lines = "".join(f"{json.dumps(row)}\n" for row in rows)
         file.with_stem(split).write_text(lines)
-    flags = ("--tasks=piqa", f"--task_data={tmp_path / 'data'}", "--shots=1")
+    flags = ("--tasks=piqa", f"--task_data={tmp_path / '[data]*'}", "--shots=1")
     assert run(model, tmp_path / "out", *flags) == 0
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["few_shot"]
     assert (found["piqa"]["shots"], found["piqa"]["documents"]) == (1, 3)

@@ -12,7 +12,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from salt_jax.data.vocabularies import ByteVocabulary
-from salt_jax.errors import InputError, RunFailed
+from salt_jax.errors import InputError
 from salt_jax.evaluation.continuations import Decoding
 from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.request_log import RequestLog
@@ -186,7 +186,7 @@ def test_a_broken_model_is_no_right_answer(
     harness: Callable[..., HarnessModel], params: Any
 ) -> None:
     broken = {**params, "embedding": params["embedding"] * np.nan}
-    with pytest.raises(RunFailed, match="not finite"):
+    with pytest.raises(InputError, match=r"request \d is not finite"):
         harness(params=broken).loglikelihood(requests("loglikelihood", PAIRS))
 
 

@@ -51,7 +51,7 @@ def test_names_are_printed_as_they_are(tmp_path, folders, capsys):
 
 
 def test_a_run_that_diverged_is_reported(tmp_path, folders):
-    lines = [folders.evaluation(5), folders.evaluation(10, None, None)]
+    lines = [folders.evaluation(5), folders.evaluation(10, None, 1.0)]  # NaN's accuracy was 1
     paths = [
         str(folders.run(tmp_path / arm, lines, folders.summary_of(arm, lines[-1])))
         for arm in ("baseline", "salt")
@@ -59,6 +59,7 @@ def test_a_run_that_diverged_is_reported(tmp_path, folders):
     report(output(tmp_path / "report"), runs=paths)
     summary = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert summary["runs"][0]["log_perplexity"] is None
+    assert summary["runs"][0]["next_token_accuracy"] is None
     assert "not finite" in (tmp_path / "report" / "index.html").read_text()
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from salt_jax.data.vocabularies import ByteVocabulary
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, RunFailed
 from salt_jax.models import decoder
+from salt_jax.training.checkpoint_digests import write_digests
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.partitioning import MeshConfig
 
@@ -168,3 +170,67 @@ def test_a_run_goes_on_from_an_older_checkpoint_only_when_asked(
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+PATTERNS = "lr[0.003]/run*?"
+
+
+def test_a_path_is_no_pattern(run_train: Run, tmp_path: pathlib.Path) -> None:
+    """Orbax looked for what to put together by a glob of the whole path."""
+    straight, run = run_train(), tmp_path / PATTERNS
+    # As patterns the path's names would be these, a run of other parameters.
+    run_train(tmp_path / "lr0" / "run_1", seed=7)
+    run_train(run)
+    shutil.rmtree(run / "checkpoints" / "6")
+    run_train(run)
+    assert steps_of(run) == [2, 4, 6]
+    mesh = MeshConfig().make()
+    for item in ("params", "optimizer"):
+        assert (run / "checkpoints" / "6" / item / "manifest.ocdbt").exists()
+    for a, b in zip(
+        jax.tree.leaves(find_model(run, 6, "model").load_params(mesh)),
+        jax.tree.leaves(find_model(straight, 6, "model").load_params(mesh)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_cannot_be_read_back_is_no_checkpoint(
+    run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run_train(run, steps=2)
+    put_together = ocp.StandardCheckpointHandler.finalize
+
+    def finalize(self: ocp.StandardCheckpointHandler, folder: pathlib.Path) -> None:
+        put_together(self, folder)
+        if folder.name.startswith("optimizer"):
+            (folder / "manifest.ocdbt").unlink()
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", finalize)
+    with pytest.raises(RunFailed, match=r"cannot be read back .*manifest.ocdbt is missing"):
+        run_train(run, checkpoints=CheckpointConfig(save_every=2, keep_last=1))
+    monkeypatch.undo()
+    # The older one is still there, and the run goes on from it.
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
+    run_train(run)
+    assert steps_of(run)[-1] == 6
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_what_lacks_its_manifest_is_refused_without_digests_too(
+    run_train: Run, tmp_path: pathlib.Path, item: str
+) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(run_train(), run)
+    newest = run / "checkpoints" / "6"
+    (newest / "digests.json").unlink()
+    (newest / item / "manifest.ocdbt").unlink()
+    missing = rf"checkpoints/6 is damaged \({item}/manifest.ocdbt is missing\)"
+    with pytest.raises(InputError, match=rf"{missing}.* use another one \(2, 4\)"):
+        run_train(run)
+    with pytest.raises(InputError, match=missing):
+        write_digests(newest, (item,))
+    shutil.rmtree(newest / item)
+    with pytest.raises(InputError, match=rf"checkpoints/6 is damaged \({item} is missing\)"):
+        run_train(run)

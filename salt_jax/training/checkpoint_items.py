@@ -1,0 +1,81 @@
+"""The items of a checkpoint as Orbax writes them, whatever the characters in the folder's path.
+
+In: a registry that an `ocp.CheckpointManager` takes. Out: items that were read back before the
+checkpoint gets its name.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from salt_jax.errors import RunFailed
+from salt_jax.training.checkpoint_digests import damaged, lacking
+
+ARRAYS, PROGRESS = ("params", "optimizer"), "progress"
+ITEMS = (*ARRAYS, PROGRESS)
+
+_UNREADABLE = (OSError, ValueError, KeyError)
+
+
+def item_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """What writes and reads each of ITEMS."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in ARRAYS:
+        handler = _ArraysHandler()
+        registry.add(item, ocp.args.StandardSave, handler)
+        registry.add(item, ocp.args.StandardRestore, handler)
+    progress = ocp.JsonCheckpointHandler()
+    registry.add(PROGRESS, ocp.args.JsonSave, progress)
+    registry.add(PROGRESS, ocp.args.JsonRestore, progress)
+    return registry
+
+
+class _ArraysHandler(ocp.StandardCheckpointHandler):
+    """Arrays, read back in structure before the checkpoint is complete."""
+
+    def finalize(self, directory: Any) -> None:
+        """Makes one store of what each process wrote, and reads it back."""
+        # Orbax looks for what they wrote by directory.glob. Its own paths' takes [, ], * and ? in
+        # the names of folders for a pattern, and finds nothing or another run's; pathlib's doesn't.
+        super().finalize(pathlib.Path(directory))
+        read_back(pathlib.Path(directory))
+
+
+def read_back(item: pathlib.Path) -> None:
+    """Opens every array that was written.
+
+    Args:
+      item: The folder of an item of arrays.
+
+    Raises:
+      RunFailed: One is not there.
+    """
+    reason = f"{missing} is missing" if (missing := lacking(item)) else ""
+    try:
+        if not reason:
+            ocp.StandardCheckpointHandler().metadata(epath.Path(item))
+    except _UNREADABLE as error:
+        reason = _first_line(error)
+    if reason:
+        raise RunFailed(
+            f"What was written to {item} cannot be read back ({reason}): the checkpoint doesn't "
+            "count, and older ones are kept; choose an --output_dir on another disk."
+        )
+
+
+@contextlib.contextmanager
+def reading(checkpoint: pathlib.Path) -> Iterator[None]:
+    """Turns what a library says of a checkpoint that it can't read into an InputError."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise damaged(checkpoint, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Without the settings that it was read with."""
+    return str(error).partition("\n")[0].partition(" [tensorstore")[0].rstrip(".")

@@ -1,0 +1,23 @@
+"""A run's folder whose name is a pattern."""
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+from salt_jax.main import main
+
+MODEL = ["--compilation_cache=", "--gin_file=m.gin", "--cache=cache"]
+
+
+def test_its_checkpoints_are_read(
+    case: Callable[[str], pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(case("bracket_path"))
+    rows = ["--gin_file=b.gin", "--gin.TEXT='base.jsonl'"]
+    assert main(["prepare", *rows, "--output_dir=cache"]) == 0
+    train = ["train", *MODEL, "--steps=10", "--batch_size=8", "--output_dir=lr[0.003]/run"]
+    assert main(train) == 0
+    assert main(train) == 0  # which starts from the checkpoint
+    read = ["--compilation_cache=", "--model=lr[0.003]/run", "--cache=cache"]
+    assert main(["evaluate", *read, "--output_dir=[ev]"]) == 0
