@@ -171,7 +171,7 @@ def verb_table() -> str:
     """A line for each verb."""
     lines = []
     for verb in verbs():
-        tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
+        tree = ast.parse((COMMANDS / f"{verb}.py").read_text(encoding="utf-8"))
         first = (ast.get_docstring(tree) or "").partition("\n")[0]
         lines.append(f"  {verb:10} {first.partition(': ')[2] or first}\n")
     return "".join(lines) + "\n`salt VERB --help` lists a verb's settings.\n"
@@ -179,7 +179,7 @@ def verb_table() -> str:
 
 def verb_help(verb: str) -> str:
     """What a verb does and its settings, read without importing its libraries."""
-    tree = ast.parse((COMMANDS / f"{verb}.py").read_text())
+    tree = ast.parse((COMMANDS / f"{verb}.py").read_text(encoding="utf-8"))
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == verb)
     text, _, rest = (ast.get_docstring(function) or "").partition("\nArgs:\n")
     explained = _explained(rest)

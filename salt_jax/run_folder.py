@@ -173,7 +173,7 @@ class RunFolder:
         if not run_file.exists():
             return []
         try:
-            verb = json.loads(run_file.read_text())["verb"]
+            verb = json.loads(run_file.read_text(encoding="utf-8"))["verb"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{run_file} is damaged: choose another --output_dir, or delete {self.path}."
@@ -183,7 +183,10 @@ class RunFolder:
                 f"The output folder {self.path} holds a run of `salt {verb}`: "
                 f"choose another --output_dir for this `salt {self.verb}`."
             )
-        before, now = _settings((self.path / CONFIG_FILE).read_text()), _settings(config)
+        before, now = (
+            _settings((self.path / CONFIG_FILE).read_text(encoding="utf-8")),
+            _settings(config),
+        )
         own = f"{self.verb}.{self.verb}."
         changes = {
             name: f"{name.removeprefix(own)} was {before.get(name, 'unset')} and is now "
@@ -217,7 +220,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     # A name of its own: several processes of one command may write into one folder.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -247,7 +250,9 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package.parent), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
         return result.stdout.strip() if result.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")
