@@ -14,12 +14,15 @@ import sys
 from typing import Any, TextIO
 
 STDOUT, STDERR = 1, 2
+# Set in the environment once a loss is told of: the commands that this one starts needn't.
+_TOLD = "SALT_OUTPUT_LOST"
 # What these refuse now they may take later.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def install() -> None:
     """Takes the place of sys.stdout and sys.stderr, before anything else opens a file."""
+    _Descriptor.untold = ()
     for descriptor in (0, STDOUT, STDERR):
         _hold(descriptor)
     sys.stdout = sys.__stdout__ = _stream(sys.stdout, STDOUT)  # type: ignore[misc]
@@ -61,7 +64,6 @@ class _Descriptor(io.FileIO):
     """A descriptor's bytes, which always take all that is written."""
 
     untold: tuple[int, ...] = ()
-    _told = False
 
     def write(self, data: Any, /) -> int:
         whole = left = memoryview(data).cast("B")
@@ -81,9 +83,10 @@ class _Descriptor(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-        if self.fileno() == STDOUT and not self._told and error.errno not in self.untold:
-            tell_at_once(
-                f"stdout takes nothing more ({error.strerror}): what is printed there is lost, and "
-                "the command goes on."
-            )
-        self._told = True
+        if self.fileno() != STDOUT or _TOLD in os.environ or error.errno in self.untold:
+            return
+        os.environ[_TOLD] = "1"
+        tell_at_once(
+            f"stdout takes nothing more ({error.strerror}): what is printed there is lost, and the "
+            "command goes on."
+        )

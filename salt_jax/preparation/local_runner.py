@@ -87,9 +87,10 @@ def _run_in_processes(
     context = multiprocessing.get_context("spawn")
     pending: set[concurrent.futures.Future[Progress]] = set()
     with _stop_requests() as requests:
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_end_with_parent
-        )
+        with _signals_held():  # multiprocessing's tracker of resources would heed SIGHUP
+            pool = concurrent.futures.ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_end_with_parent
+            )
         try:
             with _signals_held():
                 pending = {pool.submit(function, job) for job in jobs}
