@@ -195,6 +195,7 @@ class Tags(html.parser.HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_no_text_of_any_file_comes_out_raw(tmp_path, folders, capsys):
     paths = folders.experiment(tmp_path / "a<b>&")
     scores, chosen = paths[-2:]
