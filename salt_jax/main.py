@@ -30,7 +30,7 @@ from salt_jax.command_line import (
 )
 from salt_jax.configuration import configure
 from salt_jax.data.buckets import is_remote
-from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
+from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, visible
 from salt_jax.mirror import Mirror
 from salt_jax.run_folder import RunFolder
 from salt_jax.run_lock import RunLock
@@ -188,5 +188,5 @@ def _as_raised(error: OSError) -> OSError:
 
 
 def _sentence(error: Exception) -> str:
-    """An error's own text, without what gin appends to errors that pass through it."""
-    return str(error).partition("\n  In call to configurable")[0]
+    """An error's own text on one line, without what gin appends to errors that pass through it."""
+    return visible(str(error).partition("\n  In call to configurable")[0])

@@ -39,7 +39,15 @@ def warn(sentence: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text under column heads; a row's first cells name it, the others are figures."""
+    """Rows of text under column heads.
+
+    Attributes:
+      title: Above them.
+      columns: The heads.
+      rows: The cells.
+      note: Below them.
+      names: So many of a row's first cells name it, the others are figures.
+    """
 
     title: str
     columns: tuple[str, ...]
