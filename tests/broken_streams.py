@@ -8,6 +8,14 @@ import sys
 from collections.abc import Iterator
 
 from salt_jax import output_streams
+from salt_jax.preparation.mapping import Progress
+
+
+def print_much(number: int) -> Progress:
+    """A job of a preparation that prints, as libraries do."""
+    print(f"{number} " * 10_000, flush=True)
+    print(f"{number} " * 10_000, flush=True, file=sys.stderr)
+    return Progress(number, number)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ import pytest
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import main
-from tests.broken_streams import broken
+from salt_jax.preparation.local_runner import run_locally
+from salt_jax.terminal import ProgressBar
+from tests.broken_streams import broken, print_much
 
 SCRIPT = """
 import os, subprocess, sys
@@ -146,6 +148,14 @@ def test_prepare_makes_its_cache_without_a_reader(
     assert PackedCache.open(tmp_path / "out").split_names
     assert text.count(LOST.format("Broken pipe")) == (lost == (1,))
     assert ("train row 1" in text) == (lost == (2,))
+
+
+def test_worker_processes_do_without_a_reader() -> None:
+    done: list[int] = []
+    with broken(1, 2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressBar, "add", lambda bar, status: done.append(1))
+        run_locally(print_much, [1, 2, 3], "jobs", 0, workers=2)
+    assert len(done) == 3
 
 
 def test_a_disk_that_is_full_of_output_is_not_that_of_the_results(
