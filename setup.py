@@ -6,7 +6,9 @@ import re
 import setuptools
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "salt_jax/__init__.py").read_text())
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "salt_jax/__init__.py").read_text(encoding="utf-8")
+)
 
 PREPARE = [
     "seqio>=0.0.20",
@@ -43,7 +45,7 @@ setuptools.setup(
     name="salt_jax",
     version=VERSION[1] if VERSION else "",
     description="SALT, small-model aided large-model training, in JAX",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The salt_jax authors",
     license="Apache-2.0",

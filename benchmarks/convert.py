@@ -31,12 +31,12 @@ import json, pathlib, re, sys, time
 from salt_jax.main import main
 
 def resident(field):
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
 
 warm_up, measured = json.loads(sys.argv[1])
 assert main(["convert", *warm_up]) == 0
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+pathlib.Path("/proc/self/clear_refs").write_bytes(b"5")  # the most so far is forgotten
 before, start = resident("VmRSS"), time.perf_counter()
 assert main(["convert", *measured]) == 0
 seconds = time.perf_counter() - start
@@ -71,7 +71,7 @@ def write_model(folder: pathlib.Path, layers: int, width: int, heads: int) -> li
     )
     folder.mkdir()
     write_shards(folder, tensors, arrays, 5_000_000_000)
-    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0}, [])).save(
         str(folder / "tokenizer.json")
     )
@@ -81,7 +81,7 @@ def write_model(folder: pathlib.Path, layers: int, width: int, heads: int) -> li
 def converted(warm_up: list[str], measured: list[str]) -> dict[str, float]:
     """What a process says of its second conversion."""
     command = [sys.executable, "-c", CONVERT, json.dumps([warm_up, measured])]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return found
 

@@ -76,7 +76,7 @@ def report(name: str, results: Mapping[str, Any]) -> None:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []

@@ -172,7 +172,11 @@ class Soak:
         metrics, begun = output / "metrics.jsonl", output / "run.json"  # written at every start
         lines: list[str] = []
         if metrics.exists() and metrics.stat().st_mtime >= begun.stat().st_mtime:
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+            lines = [
+                line
+                for line in metrics.read_text(encoding="utf-8").splitlines()
+                if line.endswith("}")
+            ]
         if not lines:
             return "while it loaded or compiled" if started.compiles else "while it loaded"
         if any((output / "checkpoints").glob("*.orbax-checkpoint-tmp*")):

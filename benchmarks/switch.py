@@ -130,7 +130,7 @@ def run(flags: argparse.Namespace, folder: pathlib.Path) -> tuple[list[float], i
                 **settings,
             ),
         )
-    lines = (folder / "salt" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "salt" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     return [record["seconds_per_step"] for record in records], made[-1] - made[0]
 

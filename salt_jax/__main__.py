@@ -5,6 +5,10 @@ import signal
 import sys
 import types
 
+from salt_jax import output_streams
+from salt_jax.errors import INTERRUPTED
+from salt_jax.stop_signals import stop_signals
+
 
 def run() -> None:
     """The entry point of the installed `salt` command.
@@ -13,7 +17,8 @@ def run() -> None:
     the process at once: an exception could come up anywhere, in the midst of an import too, and be
     lost there. What is written is written atomically, so that the same command can be given again.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    output_streams.install()
+    for number in stop_signals():
         signal.signal(number, _stop)
     from salt_jax.main import main
 
@@ -22,9 +27,9 @@ def run() -> None:
 
 def _stop(number: int, frame: types.FrameType | None) -> None:
     del frame
-    sentence = f"salt: stopped by {signal.Signals(number).name}: run the same command again.\n"
-    os.write(2, sentence.encode())
-    os._exit(75)
+    name = signal.Signals(number).name
+    output_streams.tell_at_once(f"stopped by {name}: run the same command again.")
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

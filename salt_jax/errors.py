@@ -25,9 +25,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (nearest: {matches[0]})" if matches else ""
 
 
-def visible(text: str) -> str:
+def visible(text: str, kept: str = "") -> str:
     """A text of anyone's for a terminal: what would steer it, or end a line, is written out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def require_counts(at_least: int = 1, **settings: int | None) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import gin
-from salt_jax import __version__, processes
+from salt_jax import __version__, output_streams, processes
 from salt_jax.command_line import (
     SAFE_GIN,
     USAGE,
@@ -34,6 +34,7 @@ from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, vis
 from salt_jax.mirror import Mirror
 from salt_jax.run_folder import RunFolder
 from salt_jax.run_lock import RunLock
+from salt_jax.terminal import say, warn
 from salt_jax.verb_process import GUARDED, run_guarded
 
 
@@ -43,41 +44,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except InputError as error:
-        print(f"salt: {_sentence(error)}", file=sys.stderr)
+        warn(_sentence(error))
         return 2
     except RunFailed as error:
-        print(f"salt: {_sentence(error)}", file=sys.stderr)
+        warn(_sentence(error))
         return 1
     except Interrupted as error:
-        print(f"salt: {_sentence(error)}", file=sys.stderr)
+        warn(_sentence(error))
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, `| head` for one, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         raised = _as_raised(error)
-        name = visible(str(raised.filename or "--output_dir"))
+        name = raised.filename or "--output_dir"
         if raised.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             cannot = "be written", "make room, or choose another --output_dir"
         elif raised.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
             cannot = "be opened", "name another file or folder, or change its permissions"
         else:
             raise
-        print(f"salt: {name} cannot {cannot[0]} ({raised.strerror}): {cannot[1]}.", file=sys.stderr)
+        warn(f"{name} cannot {cannot[0]} ({raised.strerror}): {cannot[1]}.")
         return 2
 
 
 def _run(argv: list[str]) -> int:
+    if not any(argument.startswith("--output_dir") for argument in argv):
+        output_streams.print_only()
     if argv and argv[0] == "--version":
-        print(f"salt_jax {__version__}")
+        say(f"salt_jax {__version__}")
         return 0
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(USAGE + "\nverbs:\n" + verb_table(), end="")
+        say(*f"{USAGE}\nverbs:\n{verb_table()}".splitlines())
         return 0 if argv else 2
     arguments = parse_arguments(argv)
     require_known("verb", arguments.verb, verbs())
     if arguments.help:
-        print(verb_help(arguments.verb), end="")
+        say(*verb_help(arguments.verb).splitlines())
         return 0
     if not arguments.output_dir and not _prints_only(arguments):
         raise InputError("No output folder was given: add --output_dir=FOLDER.")
@@ -152,7 +152,7 @@ def _join(arguments: Arguments) -> processes.Processes:
             "leave out --coordinator_address, --process_count, --process_index, --multi_process."
         )
     if not together.is_first:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the whole process)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
     return together
 
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 import pathlib
 import shutil
-import sys
 import threading
 import time
 import types
@@ -28,6 +27,7 @@ from salt_jax.data.manifests import COMPLETED_FILE
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.run_folder import RUN_FILE
 from salt_jax.run_lock import RunLock
+from salt_jax.terminal import say, warn
 
 SEND_SECONDS = "SALT_SEND_SECONDS"
 
@@ -101,10 +101,9 @@ class Mirror:
             kept = self._copy.control / f"unsent-{time.time_ns()}"
             os.replace(self.path, kept)
             self._copy.note({})
-            print(
-                f"salt: {self._folder.url} was written to from elsewhere, which counts: "
-                f"{len(unsent)} files that were not sent are in {kept}",
-                file=sys.stderr,
+            warn(
+                f"{self._folder.url} was written to from elsewhere, which counts: "
+                f"{len(unsent)} files that were not sent are in {kept}"
             )
         self._copy.fetch(lambda name: name not in self._left_out)
         self._known = self._copy.known()
@@ -138,10 +137,10 @@ class Mirror:
                 )
                 if error is None:
                     raise RunFailed(f"{sentence}.") from failed
-                print(f"salt: {sentence}.", file=sys.stderr)
+                warn(f"{sentence}.")
                 return
         if self._known:
-            print(f"All of it is in {self._folder.url}", flush=True)
+            say(f"All of it is in {self._folder.url}")
 
     def _is_there(self) -> bool:
         """Whether the bucket holds what was sent; what it doesn't is sent again."""
@@ -161,7 +160,7 @@ class Mirror:
                 self._failing = False
             except (InputError, OSError) as error:
                 if not self._failing:
-                    print(f"salt: {error} It is tried again.", file=sys.stderr, flush=True)
+                    warn(f"{error} It is tried again.")
                 self._failing = True
 
     def send(self) -> None:

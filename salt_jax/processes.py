@@ -10,13 +10,14 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.errors import INTERRUPTED, InputError, RunFailed
+from salt_jax.output_streams import tell_at_once
+from salt_jax.terminal import warn
 
 PROCESSES_FOLDER = "processes"
 FLAGS = ("coordinator_address", "process_count", "process_index", "multi_process")
@@ -226,8 +227,7 @@ class Pulse:
             lost = self.beat()
             if lost and not self._stopped.is_set():
                 self._write(lost=lost[:_REASON_CHARACTERS])
-                sentence = f"salt: {lost}: run the same command on every host again to go on.\n"
-                os.write(2, sentence.encode())
+                tell_at_once(f"{lost}: run the same command on every host again to go on.")
                 os._exit(INTERRUPTED)  # the main thread may be waiting for ever
 
     def _lost(self) -> str:
@@ -258,8 +258,7 @@ class Pulse:
                 _write_over(self._folder / f"{self._index}.json", text)
             except OSError as error:
                 if not self._failing:
-                    sentence = f"salt: the pulse could not be written ({error.strerror})"
-                    print(sentence, file=sys.stderr)
+                    warn(f"the pulse could not be written ({error.strerror})")
                 self._failing = True
                 return False
             self._failing = False
@@ -274,7 +273,7 @@ def _write_over(path: pathlib.Path, content: bytes) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a file system that lags behind, or fails for a while
         return {}
     return state if isinstance(state, dict) else {}

@@ -180,7 +180,7 @@ class RunFolder:
         if not run_file.exists():
             return []
         try:
-            verb = json.loads(run_file.read_text())["verb"]
+            verb = json.loads(run_file.read_text(encoding="utf-8"))["verb"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{run_file} is damaged: choose another --output_dir, or delete {self.path}."
@@ -238,7 +238,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     # A name of its own: several processes of one command may write into one folder.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -268,7 +268,9 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package.parent), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
         return result.stdout.strip() if result.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")

@@ -46,7 +46,7 @@ class RunLock:
             return
         assert self._path is None, f"{self._path} is held, and {path} is asked for"
         while True:
-            file = open(path, "a+")  # noqa: SIM115 (kept until the end)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (kept until the end)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

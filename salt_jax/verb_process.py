@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
+from salt_jax.stop_signals import stop_signals_handled_by
+from salt_jax.terminal import say
 
 # Set in the environment of a command that run_guarded runs.
 GUARDED = "SALT_GUARDED"
@@ -43,7 +45,7 @@ def run_verb(
       RunFailed: Any other exit code.
     """
     typed = [verb, *arguments, f"--output_dir={output}"]
-    print(f"\n$ salt {shlex.join(typed)}", flush=True)
+    say("", f"$ salt {shlex.join(typed)}")
     # -P: a file of the working directory that is called like a library is not imported.
     command = [sys.executable, "-P", "-m", "salt_jax", *typed]
     with _stop_passed_on() as (received, children):
@@ -78,7 +80,8 @@ def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:replace"},
         )
         children.append(child)
         _, error = child.communicate(
@@ -119,13 +122,10 @@ def _stop_passed_on() -> Iterator[tuple[list[int], list["subprocess.Popen[Any]"]
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         del frame
-        received.append(number)
-        for child in children:
+        # A closed terminal may say so several times, and to the children as well.
+        for child in () if received and number == signal.SIGHUP else children:
             child.terminate()
+        received.append(number)
 
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stop_signals_handled_by(stop):
         yield received, children
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

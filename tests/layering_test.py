@@ -7,7 +7,7 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "salt_jax"
 
-# A part may import the parts named here, itself, and the leaves errors and run_folder.
+# A part may import the parts named here, itself, and the leaves.
 ALLOWED = {
     "main": {"commands", "command_line", "configuration", "config_errors", "processes"}
     | {"data", "mirror", "run_lock", "verb_process"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "command_line": {"processes"},
     "config_errors": {"command_line", "gin_files"},
     "errors": set(),
+    "output_streams": set(),
     "run_folder": {"gin_files", "processes", "run_lock"},
     "processes": set(),
     "mirror": {"data", "run_lock"},
@@ -36,16 +37,19 @@ ALLOWED = {
     "safe_gin": {"command_line", "gin_files"},
     "setting_groups": {"command_line"},
     "setting_types": set(),
+    "stop_signals": set(),
+    "terminal": set(),
     "verb_process": set(),
     "__init__": set(),
     "__main__": {"main"},
 }
-LEAVES = {"errors", "run_folder", "__version__"}
+LEAVES = {"errors", "run_folder", "__version__", "output_streams", "stop_signals", "terminal"}
 # Libraries that only some parts may import.
 LIBRARIES = {
     "tensorflow tensorflow_datasets tensorflow_text seqio": {"preparation", "tasks"},
     "lm_eval rouge_score": {"evaluation"},
     "t5x": {"t5x_model"},
+    "rich": {"terminal"},
     "gin": {"main", "configuration", "config_errors", "gin_files", "safe_gin", "setting_groups"},
 }
 IMPORTERS = {name: parts for names, parts in LIBRARIES.items() for name in names.split()}
@@ -95,7 +99,7 @@ def test_every_part_is_known() -> None:
 
 def unreadable(file: pathlib.Path) -> Iterator[str]:
     """Where a file is longer than a reader likes."""
-    name, text = file.relative_to(PACKAGE), file.read_text()
+    name, text = file.relative_to(PACKAGE), file.read_text(encoding="utf-8")
     if text.count("\n") > 450:
         yield f"{name} has over 450 lines: one concept a file"
     tree = ast.parse(text)
@@ -111,6 +115,46 @@ def unreadable(file: pathlib.Path) -> Iterator[str]:
 
 def test_files_stay_readable() -> None:
     assert [found for file in files() for found in unreadable(file)] == []
+
+
+def calls(file: pathlib.Path) -> Iterator[ast.Call]:
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    yield from (node for node in nodes if isinstance(node, ast.Call))
+
+
+def test_what_is_printed_goes_through_one_module() -> None:
+    """It writes out what would steer a terminal in names and texts of anyone's."""
+    # What is read from main.check's stderr is printed by who has asked.
+    printing = [
+        f"{file}:{call.lineno}"
+        for file in files()
+        if file.name not in ("terminal.py", "main.py")
+        for call in calls(file)
+        if isinstance(call.func, ast.Name) and call.func.id == "print"
+    ]
+    assert printing == []
+
+
+def without_encoding(file: pathlib.Path) -> Iterator[str]:
+    """Where a file reads or writes text by the locale's encoding."""
+    for call in calls(file):
+        where = f"{file}:{call.lineno}"
+        named = {keyword.arg for keyword in call.keywords}
+        if "encoding" in named:
+            continue
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "subprocess":
+            yield from [where] if named & {"text", "universal_newlines"} else []
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text"):
+            of_ours = isinstance(call.func.value, ast.Name) and call.func.value.id[-6:] == "_files"
+            yield from [] if of_ours else [where]
+        if isinstance(call.func, ast.Name) and call.func.id == "open":
+            mode = ast.literal_eval(call.args[1]) if len(call.args) > 1 else "r"
+            yield from [] if "b" in mode else [where]
+
+
+def test_no_text_file_depends_on_the_locale() -> None:
+    more = [ROOT / "setup.py", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tasks/*.py")]
+    assert [found for file in [*files(), *more] for found in without_encoding(file)] == []
 
 
 def test_no_python_file_under_gin() -> None:

@@ -45,3 +45,20 @@ def test_a_stop_that_comes_too_late_still_stops(
     with pytest.raises(Interrupted, match="run the same command again"):
         run_verb("train", [], tmp_path / "out")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_closed_terminal_asks_the_child_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second request of a kind would end it in the midst of saving."""
+    stand_in(
+        tmp_path,
+        monkeypatch,
+        f"trap 'echo asked >> {tmp_path}/asked' TERM; trap '' HUP\n"
+        "kill -HUP $PPID; until test -f asked; do :; done\n"
+        "kill -HUP $PPID; kill -HUP $PPID; exit 75",
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Interrupted, match="run the same command again"):
+        run_verb("train", [], tmp_path / "out")
+    assert (tmp_path / "asked").read_text() == "asked\n"

@@ -21,6 +21,7 @@ from salt_jax.data.durable_files import write_text
 from salt_jax.data.local_copies import local_file
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
+from salt_jax.terminal import say
 from salt_jax.training import compilation
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices
@@ -83,7 +84,8 @@ def generate(
     start = time.perf_counter()
     completions = generator.stream(params, ids, max_new_tokens, sampling=sampling, stop_texts=stop)
     for completion in completions:
-        print(f"[{completion.index}] {texts[completion.index]}\n→ {completion.text}\n", flush=True)
+        shown = f"[{completion.index}] {texts[completion.index]}\n→ {completion.text}\n"
+        say(*shown.split("\n"))
         records[completion.index] = {
             "prompt": texts[completion.index],
             "completion": completion.text,
@@ -156,7 +158,7 @@ def _summarize(
     decode = work.decoded_tokens / work.decode_seconds if work.decode_seconds else None
     ended = [record["ended_by"] for record in records]
     new_tokens = sum(len(record["ids"]) for record in records)
-    print(
+    say(
         f"{len(records)} prompts of {work.prompt_tokens:,} tokens, continued by {new_tokens:,} in "
         f"{seconds:.1f} s; without compiling: {prefill:,.0f} tokens/s read, "
         + (f"{decode:,.0f} made" if decode else "none made after the first")

@@ -41,6 +41,7 @@ from salt_jax.planning.stored_labels import (
     stored_labels,
 )
 from salt_jax.run_folder import RunFolder
+from salt_jax.terminal import say
 from salt_jax.training.config import Teacher, TrainConfig
 from salt_jax.training.teacher import check_dtype
 
@@ -143,7 +144,7 @@ def plan(
         for stage in _stages(job):
             check_batch(job, where, stage)
     run.begin(replace=True)
-    print(f"[{method.arm}] {_describe(job)}", flush=True)
+    say(f"[{method.arm}] {_describe(job)}")
     plans = [_plan(job, where, try_changes, stored_ids) for where in found]
     table.print_plans(plans)
     run.write_summary(_summary(job, method.arm, plans))
@@ -240,7 +241,7 @@ def _stages(job: Job) -> tuple[int, ...]:
 
 
 def _compile(job: Job, topology: topologies.Topology, stage: int) -> CompiledStage | TooLarge:
-    print(f"compiling stage {stage} for {topology.name} …", flush=True)
+    say(f"compiling stage {stage} for {topology.name} …")
     return compile_stage(job, topology, stage)
 
 
@@ -269,11 +270,11 @@ def _add_change(
     by_number = {stage["stage"]: stage for stage in stages}
     for number, stage in by_number.items():
         if not stage["fits"]:
-            print(f"  stage {number} does not fit: {_size_text(compiled[number])}", flush=True)
+            say(f"  stage {number} does not fit: {_size_text(compiled[number])}")
 
     def tried(number: int, change: changes.Change, outcome: CompiledStage | TooLarge) -> None:
         by_number[number]["tried"].append({"settings": change.settings, **_size(outcome)})
-        print(f"  stage {number} with {change.flags}: {_size_text(outcome)}", flush=True)
+        say(f"  stage {number} with {change.flags}: {_size_text(outcome)}")
 
     fit = changes.find_change(job, topology, compiled, compile_stage, tried)
     if fit is None:

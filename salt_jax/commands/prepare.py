@@ -15,9 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from salt_jax.data.buckets import state_of
 from salt_jax.data.manifests import COMPLETED_FILE
 from salt_jax.data.packed_cache import PackedCache, begin_cache
@@ -34,6 +31,7 @@ from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 from salt_jax.preparation.work_folder import WorkFolder, digest_of
 from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
+from salt_jax.terminal import Table, print_table, say
 
 
 def prepare(
@@ -117,7 +115,7 @@ def prepare(
         WorkFolder.of_cache(run.path).discard()
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
-        print(f"{run.path} is finished already: nothing was prepared.")
+        say(f"{run.path} is finished already: nothing was prepared.")
         return
     started = time.monotonic()
     _make(run, task, vocabulary, plan, drop_duplicates, jobs)
@@ -192,7 +190,7 @@ def _corpus_and_vocabulary(
         before = work.plan()
         if before and before.trained == trained:
             return corpus, load_vocabulary(work.vocabulary), trained
-        print(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …", flush=True)
+        say(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …")
         made = vocabulary.train(document.whole for document in task.documents("train"))
         return corpus, made, trained
 
@@ -211,9 +209,9 @@ def _seqio_documents() -> types.ModuleType:
 def _show_finished(cache: PackedCache, show: int, verify: bool) -> None:
     if verify:
         cache.verify()
-        print(f"{cache.path}: every shard has the digest that its manifest names.")
+        say(f"{cache.path}: every shard has the digest that its manifest names.")
     if show:
-        print(f"{cache.path} is finished: rows of it follow, nothing was prepared.")
+        say(f"{cache.path} is finished: rows of it follow, nothing was prepared.")
         _print_rows(cache, show)
 
 
@@ -269,7 +267,7 @@ def _refuse_folder(run: RunFolder) -> None:
 
 def _is_ours(run: RunFolder) -> bool:
     try:
-        return json.loads((run.path / RUN_FILE).read_text())["verb"] == run.verb
+        return json.loads((run.path / RUN_FILE).read_text(encoding="utf-8"))["verb"] == run.verb
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -347,46 +345,34 @@ def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
 
 
 def _print_counts(cache: PackedCache, seconds: float) -> None:
-    table = Table(
-        title=f"{cache.path}: rows of {cache.sequence_length} tokens", title_justify="left"
-    )
-    table.add_column("split / subset")
-    for column in ("rows", "tokens", "documents", "bytes/token"):
-        table.add_column(column, justify="right")
+    columns = ("split / subset", "rows", "tokens", "documents", "bytes/token")
+    rows = []
     for name in cache.split_names:
         info = cache.manifest["splits"][name]
-        _add_counts(table, name, info, f"{info['documents']:,}", info["bytes"] / info["tokens"])
+        rows.append((name, *_counts(info), f"{info['bytes'] / info['tokens']:.2f}"))
         if len(info["by_subset"]) > 1:
             for subset, counts in info["by_subset"].items():
-                _add_counts(table, f"  {subset}", counts, f"{counts['documents']:,}")
-    Console().print(table)
+                rows.append((f"  {subset}", *_counts(counts), ""))
+    title = f"{cache.path}: rows of {cache.sequence_length} tokens"
+    print_table(Table(title, columns, tuple(rows)))
     vocabulary = cache.manifest["vocabulary"]
-    print(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
+    say(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
     for file, count in _broken_lines(cache).items():
-        print(f"Passed over {count:,} broken lines of {file}.")
+        say(f"Passed over {count:,} broken lines of {file}.")
     for name in cache.split_names:
         info = cache.manifest["splits"][name]
         if count := info["shared_documents"]:
-            print(f"Left {count:,} documents out of {name}: another split has their text.")
+            say(f"Left {count:,} documents out of {name}: another split has their text.")
         if count := info["duplicate_documents"]:
             done = "Left out" if cache.manifest["drop_duplicates"] else "Kept"
-            print(f"{done} {count:,} documents of {name} whose text an earlier one has.")
+            say(f"{done} {count:,} documents of {name} whose text an earlier one has.")
         if count := _long_documents(cache).get(name, 0):
             done = "Dropped" if cache.manifest["long_documents"]["handling"] == "drop" else "Cut"
-            print(
-                f"{done} {count:,} documents of {name} longer than {cache.sequence_length} tokens."
-            )
+            say(f"{done} {count:,} documents of {name} longer than {cache.sequence_length} tokens.")
 
 
-def _add_counts(
-    table: Table,
-    name: str,
-    counts: Mapping[str, Any],
-    documents: str = "",
-    bytes_per_token: float | None = None,
-) -> None:
-    ratio = "" if bytes_per_token is None else f"{bytes_per_token:.2f}"
-    table.add_row(name, f"{counts['rows']:,}", f"{counts['tokens']:,}", documents, ratio)
+def _counts(info: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{info[name]:,}" for name in ("rows", "tokens", "documents"))
 
 
 def _print_rows(cache: PackedCache, count: int) -> None:
@@ -395,9 +381,10 @@ def _print_rows(cache: PackedCache, count: int) -> None:
         rows = cache.split(name)
         for row_id in range(min(count, len(rows))):
             row = rows[row_id]
-            print(
-                f"\n── {name} row {row_id} · subset: {cache.subsets[row['subset']]} · "
+            say(
+                "",
+                f"── {name} row {row_id} · subset: {cache.subsets[row['subset']]} · "
                 f"tokens with loss weight: {int(row['loss_weights'].sum())} of "
-                f"{cache.sequence_length} · segments: {int(row['segment_ids'].max())}"
+                f"{cache.sequence_length} · segments: {int(row['segment_ids'].max())}",
+                *row_as_text(row, cache.vocabulary).split("\n"),
             )
-            print(row_as_text(row, cache.vocabulary))

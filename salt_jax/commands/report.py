@@ -13,8 +13,8 @@ from salt_jax.reporting import page
 from salt_jax.reporting.runs import Material, Origin, read_folders
 from salt_jax.reporting.sections import compose
 from salt_jax.reporting.seeds import REFERENCE
-from salt_jax.reporting.terminal import print_table
 from salt_jax.run_folder import RunFolder, write_atomically
+from salt_jax.terminal import print_table, say
 
 POSITIONAL = "runs"
 PAGE_FILE = "index.html"
@@ -68,7 +68,7 @@ def report(
     )
     for table in composed.tables:
         print_table(table)
-    print(f"The page: {path.resolve()}")
+    say(f"The page: {path.resolve()}")
 
 
 def _origins(material: Material) -> list[tuple[str, Origin]]:

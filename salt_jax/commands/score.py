@@ -28,11 +28,11 @@ from salt_jax.distill import losses
 from salt_jax.distill.scores import checked_ks, column_names
 from salt_jax.errors import InputError, require_counts
 from salt_jax.run_folder import RunFolder
+from salt_jax.terminal import ProgressBar, say
 from salt_jax.training import compilation
 from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.ledger import Cost
-from salt_jax.training.row_progress import RowProgress
 from salt_jax.training.scoring import own_mesh, score_rows
 from salt_jax.training.soft_labelling import label_rows
 
@@ -135,12 +135,13 @@ def score(
     if missing or (jax.process_count() > 1 and not writer.shards.completed):
         compilation.use_compilation_cache(devices.compilation_cache)
         params = model.load_params(device_mesh, devices.rules)
-        with RowProgress("score", sum(len(shard.rows) for shard in missing)) as progress:
+        rows = sum(len(shard.rows) for shard in missing)
+        with ProgressBar("score", rows, unit="rows") as progress:
             make(params, packed, split, *settings, progress.add)
     run.processes.wait("scored")
     left = len(writer.shards.unfinished())
     if left:
-        print(
+        say(
             f"All shards of worker {worker} of {workers} are finished; {left} are still missing: "
             "they are the other workers'; if those are gone for good, run this again with "
             "--worker=0 --workers=1."
@@ -256,7 +257,7 @@ def _summarize(run: RunFolder, scores: RowScores) -> None:
         **cost,
     }
     scorer = manifest["scorer"]
-    print(
+    say(
         f"{scores.rows:,} rows of {manifest['split']} scored by {scorer['path']} at step "
         f"{scorer['step']} in {cost.get('seconds', float('nan')):.1f} s"
     )
@@ -267,9 +268,9 @@ def _summarize(run: RunFolder, scores: RowScores) -> None:
         quantiles = _quantiles(finite_n)
         summary["columns"][name] = {"without_value": without, "quantiles": quantiles}
         nothing = f"; {without:,} rows have no learnable token" if without else ""
-        print(f"  {name:18} median {quantiles.get('0.5', -np.inf):.3f}{nothing}")
+        say(f"  {name:18} median {quantiles.get('0.5', -np.inf):.3f}{nothing}")
     if manifest["nan_rows"]:
-        print(
+        say(
             f"  {manifest['nan_rows']:,} rows have scores that are not finite: the scorer is "
             "broken there; `salt select` refuses them unless --allow_nan=True leaves them out."
         )
@@ -280,7 +281,7 @@ def _summarize_labels(run: RunFolder, labels: SoftLabels) -> None:
     """Prints what the labels are, and writes summary.json."""
     manifest, form, cost = labels.manifest, labels.format, labels.cost
     stored = labels.rows * form.record_bytes
-    print(
+    say(
         f"{labels.rows:,} rows of {manifest['split']} labelled by {manifest['teacher']['path']} at "
         f"step {manifest['teacher']['step']} in {cost['seconds']:.1f} s: {form.k} ids a token at "
         f"the temperature {manifest['temperature']:g}, {form.bytes_per_token:.1f} bytes a token, "

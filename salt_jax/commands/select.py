@@ -28,8 +28,8 @@ from salt_jax.distill import selection, selection_audit
 from salt_jax.distill.scores import LOG_PERPLEXITY, ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.reporting.selection_audit import audit_tables
-from salt_jax.reporting.terminal import print_table
 from salt_jax.run_folder import RunFolder
+from salt_jax.terminal import print_table, say
 
 # What sets the settings that no flag can.
 FROM_FILES = {"rule": "methods/top_fraction.gin"}
@@ -261,13 +261,13 @@ def _say(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> None:
     cut, how = chosen.manifest["cut"], dict(chosen.manifest["how"])
     rule = how.pop("rule")
     settings = ", ".join(f"{name} {value}" for name, value in how.items())
-    print(
+    say(
         f"{chosen.manifest['rows']:,} of {of_rows:,} rows selected by {rule} ({settings})"
         + (f"; the lowest score among them is {cut:.4f} nats" if cut is not None else "")
     )
     for table in audit_tables(chosen.path.name, audit):
         print_table(table)
-    print(f"Rows to look at: {chosen.path / AUDIT_FILE}, or `salt report {chosen.path}`.")
+    say(f"Rows to look at: {chosen.path / AUDIT_FILE}, or `salt report {chosen.path}`.")
 
 
 def _summary(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import rich.console
-import rich.table
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError, RunFailed, require_counts
 from salt_jax.run_folder import SUMMARY_FILE, RunFolder
+from salt_jax.terminal import Table, print_table, say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
@@ -25,7 +24,6 @@ from salt_jax.verb_process import check_verbs, run_verb
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
 SPLIT = "test"
-WIDTH = 100  # of the table, where the terminal is narrower or is none
 
 
 def smoke(
@@ -117,7 +115,7 @@ def smoke(
     run_verb("report", [*runs, "--title=SALT on this machine"], folder / "report")
     _print_table(summary)
     _require_learning(summary)
-    print(f"The page: {(folder / 'report' / 'index.html').resolve()}")
+    say(f"The page: {(folder / 'report' / 'index.html').resolve()}")
 
 
 def _method(arm: str, folder: pathlib.Path, n_kd: int, temperature: float) -> list[str]:
@@ -135,7 +133,7 @@ def _method(arm: str, folder: pathlib.Path, n_kd: int, temperature: float) -> li
 def _salt(output: pathlib.Path, verb: str, *arguments: str, text: str) -> None:
     """Runs one verb as its own process; does nothing where it has finished."""
     if verb != "train" and (output / SUMMARY_FILE).exists():
-        print(f"\n{output} is there already")
+        say("", f"{output} is there already")
         return
     run_verb(verb, arguments, output, {"SALT_TEXT": text})
 
@@ -162,7 +160,7 @@ def _evaluate(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _result(path: pathlib.Path, evaluation: Evaluation) -> dict[str, Any]:
-    training = json.loads((path / SUMMARY_FILE).read_text())
+    training = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
     names = ("steps", "distill_steps", "parameters", "train_flops", "seconds", "tokens", "seed")
     return {
         "log_perplexity": evaluation.whole.log_perplexity,
@@ -172,13 +170,11 @@ def _result(path: pathlib.Path, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _print_table(summary: dict[str, Any]) -> None:
-    table = rich.table.Table(title=f"On held-out text (the {summary['split']} split)")
-    columns = ["", "steps", "with teacher", "log-perplexity", "next-token accuracy"]
-    for column in [*columns, "train FLOPs", "seconds"]:
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("bigram", "", "", f"{summary['bigram_log_perplexity']:.4f}", "", "", "")
-    for name, result in [("slm", summary["slm"]), *((a["arm"], a) for a in summary["arms"])]:
-        table.add_row(
+    columns = ("", "steps", "with teacher", "log-perplexity", "next-token accuracy")
+    bigram = ("bigram", "", "", f"{summary['bigram_log_perplexity']:.4f}", "", "", "")
+    models = [("slm", summary["slm"]), *((arm["arm"], arm) for arm in summary["arms"])]
+    rows = tuple(
+        (
             name,
             str(result["steps"]),
             str(result["distill_steps"]),
@@ -187,9 +183,11 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"{result['train_flops']:.3g}",
             f"{result['seconds']:.0f}",
         )
-    width = max(rich.console.Console().width, WIDTH)
-    rich.console.Console(width=width).print(table)
-    print("One seed an arm says nothing about which arm is better; docs/RESULTS.md has more.")
+        for name, result in models
+    )
+    title = f"On held-out text (the {summary['split']} split)"
+    print_table(Table(title, (*columns, "train FLOPs", "seconds"), (bigram, *rows)))
+    say("One seed an arm says nothing about which arm is better; docs/RESULTS.md has more.")
 
 
 def _require_learning(summary: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from salt_jax.data.local_copies import local_folder
 from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
+from salt_jax.terminal import say
 from salt_jax.verb_process import check_verbs, run_verb
 
 MAKERS = ("prepare", "train", "score", "select")
@@ -97,13 +98,13 @@ def study(
     run.begin(replace=True)
     for number, step in enumerate((*made, *runs), start=1):
         if not step.finished:
-            print(f"\n── step {number} of {len(made) + len(runs)}", flush=True)
+            say("", f"── step {number} of {len(made) + len(runs)}")
             run_verb(step.verb, step.arguments, step.output)
     shown = [str(step.output) for step in (*runs, *made) if step.verb in ("train", "select")]
     shown += [str(step.output) for step in made if step.verb == "score"]
     report = run.path / REPORT
     run_verb(REPORT, [*shown, f"--reference={reference}", f"--title={title}"], report)
-    numbers = json.loads((report / SUMMARY_FILE).read_text())
+    numbers = json.loads((report / SUMMARY_FILE).read_text(encoding="utf-8"))
     run.write_summary(
         {"seeds": list(seeds), "arms": list(arms), "over_seeds": numbers["over_seeds"]}
     )
@@ -208,7 +209,7 @@ def _refuse_other_flags(step: Step, root: pathlib.Path) -> None:
     """
     if not (step.output / RUN_FILE).exists():
         return
-    typed = json.loads((step.output / RUN_FILE).read_text())["command_line"]
+    typed = json.loads((step.output / RUN_FILE).read_text(encoding="utf-8"))["command_line"]
     flag, inside = "--output_dir=", f"/{step.output.relative_to(root)}"
     before = [part for part in typed[2:] if not part.startswith(flag)]
     then = next((part.removeprefix(flag) for part in typed if part.startswith(flag)), "")

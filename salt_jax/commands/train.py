@@ -18,6 +18,7 @@ from salt_jax.errors import InputError
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
+from salt_jax.terminal import say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.caches import Caches, make_pipeline
 from salt_jax.training.checkpoints import (
@@ -124,7 +125,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
 def _begin(run: RunFolder, setup: TrainingSetup, cache: PackedCache) -> None:
     _require_space(run, setup.config.checkpoints, state_bytes(setup.layout))
     for change in run.begin(may_change=MAY_CHANGE):
-        print(f"[{setup.config.method.arm}] {change}")
+        say(f"[{setup.config.method.arm}] {change}")
     if run.processes.is_first:
         cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
         _keep_tokenizer(run, setup.initial, cache)
@@ -293,14 +294,14 @@ def _describe(setup: TrainingSetup) -> None:
         + (f" of {name}" if len(sizes) > 1 else "")
         for i, name in enumerate(pipeline.sources)
     ]
-    print(
+    say(
         f"{says} {setup.layout.config.num_parameters:,} parameters, {steps} steps of "
         f"{pipeline.batch_size} × {setup.sequence_length} tokens, {', '.join(read)}, "
         f"{stage1_steps} steps with a teacher"
     )
     n_kd = getattr(setup.config.method.schedule, "n_kd", None)
     if n_kd is not None and n_kd > steps:
-        print(
+        say(
             f"{says} n_kd {n_kd} is over the run's {steps} steps: the teacher stays "
             "to the end, and there is no stage 2"
         )
@@ -309,10 +310,10 @@ def _describe(setup: TrainingSetup) -> None:
     selected = sum(pipeline.selected_rows.sizes().values())
     needed = pipeline.position(max(pipeline.stage1_steps, pipeline.start.step)).stage1_rows
     if selected < needed:
-        print(
+        say(
             f"{says} {selected:,} selected rows are fewer than the {needed:,} that are "
             f"read of them ({pipeline.stage1_steps} steps × batch_size): each is read "
             f"{epochs[SELECTED]:.1f} times"
         )
     else:
-        print(f"{says} stage 1 reads {needed:,} of the {selected:,} selected rows, once")
+        say(f"{says} stage 1 reads {needed:,} of the {selected:,} selected rows, once")

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from salt_jax.data.buckets import RemoteFile, RemoteFolder, completes, is_remote
 from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError
+from salt_jax.terminal import say
 
 COPIES = "SALT_LOCAL_COPIES"
 
@@ -59,7 +60,7 @@ class Copy:
     def known(self) -> dict[str, Copied]:
         """The files that were copied, either way, by name; empty where nothing was."""
         try:
-            known = json.loads(self._record.read_text())
+            known = json.loads(self._record.read_text(encoding="utf-8"))
             return {
                 str(name): Copied(there and RemoteFile(*there), tuple(map(int, here)))
                 for name, (there, here) in known.items()
@@ -94,10 +95,9 @@ class Copy:
         if missing:
             total = sum(there[name].bytes for name in missing)
             self._require_space(total)
-            print(
+            say(
                 f"Copying {len(missing)} files, {total / 1e6:,.1f} MB, from {self.folder.url} to "
-                f"{self.path}",
-                flush=True,
+                f"{self.path}"
             )
             self.note(current)
             self.folder.fetch(self.path, missing)
@@ -142,7 +142,7 @@ def local_folder(
         return pathlib.Path(path)
     folder = RemoteFolder(os.fspath(path))
     copy = Copy(folder, copy_below("input", folder))
-    with open(copy.control / "lock", "w") as lock:
+    with open(copy.control / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes on this machine one fetches
         copy.fetch(wanted)
     if not copy.path.is_dir():

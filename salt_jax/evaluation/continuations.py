@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.terminal import ProgressBar
 from salt_jax.training.generation import Generator, Sampling
-from salt_jax.training.row_progress import RowProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Continuations:
         for key, (prompt, decoding) in zip(keys, requests, strict=True):
             if key not in self._log:
                 missing.setdefault(decoding, {})[key] = prompt
-        with RowProgress("generate", sum(map(len, missing.values()))) as progress:
+        with ProgressBar("generate", sum(map(len, missing.values())), unit="prompts") as progress:
             for decoding, prompts in missing.items():
                 self._generate(prompts, decoding, progress.add)
         return [self._log[key] for key in keys]

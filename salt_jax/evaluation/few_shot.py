@@ -7,9 +7,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.console
-import rich.table
-
 from salt_jax.data.durable_files import write_text
 from salt_jax.errors import require_counts
 from salt_jax.evaluation.continuations import Continuations
@@ -18,8 +15,7 @@ from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.harness_tasks import SUITE, TaskResult, Tasks
 from salt_jax.evaluation.likelihood import Scorer
 from salt_jax.run_folder import to_json
-
-_NO_WIDTH = 1000
+from salt_jax.terminal import Table, print_table
 
 
 class FewShot:
@@ -92,7 +88,7 @@ class FewShot:
         for name, records in samples.items() if self._save_samples else ():
             lines = "".join(f"{to_json(record)}\n" for record in records)
             write_text(folder / f"samples_{name.replace('/', '_')}.jsonl", lines)
-        _print(results, examinee.title)
+        print_table(_table(results, examinee.title))
         return {"few_shot": {name: result.to_json() for name, result in results.items()}}
 
 
@@ -104,35 +100,21 @@ def print_tasks(names: Sequence[str], task_folder: str | None = None) -> None:
     """
     tasks = Tasks(task_folder)
     names = names or [SUITE]
-    table = rich.table.Table(title=", ".join(names))
-    for column in ("task", "data set", "part", "kind"):
-        table.add_column(column)
-    for name in names:
-        for one in tasks.data_sets(name):
-            table.add_row(one.task, one.path, one.name, one.kind)
-    _show(table)
+    columns = ("task", "data set", "part", "kind")
+    found = [one for name in names for one in tasks.data_sets(name)]
+    rows = tuple((one.task, one.path, one.name, one.kind) for one in found)
+    print_table(Table(", ".join(names), columns, rows, names=len(columns)))
 
 
-def _print(results: Mapping[str, TaskResult], title: str) -> None:
-    table = rich.table.Table(title=title)
-    for column in ("task", "shots", "documents", "metric", "value", "± stderr"):
-        right = column not in ("task", "metric")
-        table.add_column(column, justify="right" if right else "left")
+def _table(results: Mapping[str, TaskResult], title: str) -> Table:
+    rows: list[tuple[str, ...]] = []
     for name, result in results.items():
-        facts = ("" if fact is None else str(fact) for fact in (result.shots, result.documents))
-        first = (name, *facts)
+        counts = ["" if fact is None else str(fact) for fact in (result.shots, result.documents)]
         for metric, (value, stderr) in result.metrics.items():
             error = "" if stderr is None else f"{stderr:.4f}"
-            table.add_row(*first, metric, f"{value:.4f}", error)
-            first = ("", "", "")
+            rows.append((name, metric, *counts, f"{value:.4f}", error))
+            name, counts = "", ["", ""]
         if not result.metrics and result.documents is not None:
-            table.add_row(*first, "generated, not scored", "", "")
-    _show(table)
-
-
-def _show(table: rich.table.Table) -> None:
-    """Prints a table, whole where there is no terminal whose width it must keep to."""
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=_NO_WIDTH)
-    console.print(table)
+            rows.append((name, "generated, not scored", *counts, "", ""))
+    columns = ("task", "metric", "shots", "documents", "value", "± stderr")
+    return Table(title, columns, tuple(rows), names=2)

@@ -17,8 +17,8 @@ from salt_jax.errors import InputError
 from salt_jax.evaluation.continuations import Continuations, Decoding
 from salt_jax.evaluation.likelihood import Scorer
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.terminal import ProgressBar
 from salt_jax.training.generation import Sampling
-from salt_jax.training.row_progress import RowProgress
 
 Instances = Sequence[lm_eval.api.instance.Instance]
 
@@ -179,7 +179,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
             if target and keys[-1] not in self._log:
                 missing[keys[-1]] = (ids, len(target))
         left = list(missing)
-        with RowProgress("score", len(left)) as progress:
+        with ProgressBar("score", len(left), unit="sequences") as progress:
             for batch in self._scorer(list(missing.values())):
                 answers = {left[one.index]: [one.log_likelihood, one.greedy] for one in batch}
                 self._log.add(answers)

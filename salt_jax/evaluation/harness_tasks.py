@@ -192,7 +192,7 @@ class Tasks:
             if entry.yaml_path == path:
                 continue  # of an earlier call
             include = str(pathlib.Path(entry.yaml_path).absolute())
-            path.write_text(json.dumps({"include": include, **settings}))
+            path.write_text(json.dumps({"include": include, **settings}), encoding="utf-8")
             cfg = {**(entry.cfg or {}), **settings}
             self._manager.task_index[name] = dataclasses.replace(entry, yaml_path=path, cfg=cfg)
 

@@ -6,12 +6,10 @@ import pathlib
 import time
 from typing import Any
 
-import rich.console
-import rich.table
-
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import require_counts
 from salt_jax.evaluation.examination import Examinee
+from salt_jax.terminal import Table, print_table
 from salt_jax.training.evaluation import Evaluation, Evaluator
 from salt_jax.training.ledger import Cost
 
@@ -52,7 +50,7 @@ class HeldOut:
         start = time.perf_counter()
         evaluation = self._evaluator(params)
         seconds = time.perf_counter() - start
-        _print(evaluation, f"{self._examinee.title} on {self._split}")
+        print_table(_table(evaluation, f"{self._examinee.title} on {self._split}"))
         length = self._cache.sequence_length
         cost = Cost.of(self._examinee.saved.config, self._rows, length, seconds)
         return {
@@ -63,16 +61,18 @@ class HeldOut:
         }
 
 
-def _print(evaluation: Evaluation, title: str) -> None:
-    table = rich.table.Table(title=title)
-    for column in ("", "log-perplexity", "bits per byte", "next-token accuracy", "tokens"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, quality in [("all", evaluation.whole), *evaluation.by_subset.items()]:
-        table.add_row(
-            name,
-            f"{quality.log_perplexity:.4f}",
-            f"{quality.bits_per_byte:.4f}",
-            f"{quality.next_token_accuracy:.2%}",
-            f"{quality.tokens:,}",
-        )
-    rich.console.Console().print(table)
+def _table(evaluation: Evaluation, title: str) -> Table:
+    return Table(
+        title,
+        ("", "log-perplexity", "bits per byte", "next-token accuracy", "tokens"),
+        tuple(
+            (
+                name,
+                f"{quality.log_perplexity:.4f}",
+                f"{quality.bits_per_byte:.4f}",
+                f"{quality.next_token_accuracy:.2%}",
+                f"{quality.tokens:,}",
+            )
+            for name, quality in [("all", evaluation.whole), *evaluation.by_subset.items()]
+        ),
+    )

@@ -10,6 +10,8 @@ import urllib.request
 import datasets
 from huggingface_hub import constants
 
+from salt_jax.terminal import say
+
 _SECONDS = 10.0
 
 
@@ -17,7 +19,7 @@ def do_without_the_hub_if_out_of_reach() -> None:
     """Asks the Hub for a sign of life, and takes its libraries offline where there is none."""
     if datasets.config.HF_HUB_OFFLINE or _answers(constants.ENDPOINT):
         return
-    print(f"{constants.ENDPOINT} is out of reach: data sets come from the cache alone.")
+    say(f"{constants.ENDPOINT} is out of reach: data sets come from the cache alone.")
     constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
 

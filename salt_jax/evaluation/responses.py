@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.table
 
 from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError, nearest
@@ -24,6 +22,7 @@ from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.readers import Document
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.run_folder import to_json
+from salt_jax.terminal import Table, print_table, say
 from salt_jax.training.generation import Sampling
 
 RESPONSES_FILE = "responses.jsonl"
@@ -163,11 +162,8 @@ class Responding:
         }
 
     def _print(self, means: Scores) -> None:
-        table = rich.table.Table(title=self._examinee.title)
-        table.add_column("")
-        table.add_column(f"mean of {len(self._examples):,}", justify="right")
-        for name, score in means.items():
-            table.add_row(name, f"{score:.2%}")
-        rich.console.Console().print(table)
+        columns = ("", f"mean of {len(self._examples):,}")
+        rows = tuple((name, f"{score:.2%}") for name, score in means.items())
+        print_table(Table(self._examinee.title, columns, rows))
         if self._cut_prompts:
-            print(f"{self._cut_prompts:,} prompts were too long and lost their beginning.")
+            say(f"{self._cut_prompts:,} prompts were too long and lost their beginning.")

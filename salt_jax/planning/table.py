@@ -3,46 +3,42 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.console
-import rich.table
-
-WIDTH = 100  # of the tables, where the terminal is narrower or is none
+from salt_jax.terminal import Table, print_table, say
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
     """Prints summary.json's plans as tables, and what to change where a stage does not fit."""
-    stages = _table(
-        "A step, as compiled (seconds and MFU are estimates)",
-        *("topology", "stage", "fits", "peak GiB", "HBM GiB", "PFLOP", "sent GB", "s", "MFU"),
+    print_table(
+        Table(
+            "A step, as compiled (seconds and MFU are estimates)",
+            (
+                *("topology", "stage", "fits", "peak GiB", "HBM GiB", "PFLOP", "sent GB", "s"),
+                "MFU",
+            ),
+            tuple(_stage_row(plan, stage) for plan in plans for stage in plan["stages"]),
+        )
     )
-    runs = _table(
-        "The run, estimated",
-        *("topology", "chips", "EFLOP", "days", "chip-hours", "without teacher", "teacher adds"),
+    print_table(
+        Table(
+            "The run, estimated",
+            (
+                *("topology", "chips", "EFLOP", "days", "chip-hours", "without teacher"),
+                "teacher adds",
+            ),
+            tuple(_run_row(plan) for plan in plans),
+        )
     )
     for plan in plans:
-        for stage in plan["stages"]:
-            stages.add_row(plan["topology"], *_stage_row(plan, stage))
-        runs.add_row(plan["topology"], *_run_row(plan))
-    console = rich.console.Console(width=max(rich.console.Console().width, WIDTH))
-    console.print(stages)
-    console.print(runs)
-    for plan in plans:
-        for line in _notes(plan):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for note in _notes(plan):
+            say(note)
 
 
-def _table(title: str, *columns: str) -> rich.table.Table:
-    table = rich.table.Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "topology" else "right")
-    return table
-
-
-def _stage_row(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
+def _stage_row(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> tuple[str, ...]:
     change = stage["change"]
     shown = change or stage
     sent = shown.get("collective_bytes_per_step")
-    return [
+    return (
+        plan["topology"],
         f"{stage['stage']} {'distil' if stage['stage'] == 1 else 'plain'}",
         _verdict(stage),
         _number(shown["peak_hbm_gib"], ".2f"),
@@ -51,19 +47,20 @@ def _stage_row(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
         _number(None if sent is None else sum(sent.values()) / 1e9, ",.1f"),
         _number(shown.get("step_seconds_estimate"), ".3g"),
         _number(shown.get("mfu_estimate"), ".0%"),
-    ]
+    )
 
 
-def _run_row(plan: Mapping[str, Any]) -> list[str]:
+def _run_row(plan: Mapping[str, Any]) -> tuple[str, ...]:
     run = plan["run"]
-    return [
+    return (
+        plan["topology"],
         str(plan["chips"]),
         _count(run["flops"] / 1e18),
         _number(run["days"], ".2f"),
         _number(run["chip_hours"], ",.0f"),
         _number(run["baseline_days"], ".2f"),
         _number(run["teacher_overhead"], "+.1%"),
-    ]
+    )
 
 
 def _verdict(stage: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from apache_beam.runners.runner import PipelineState
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.preparation.mapping import Progress
 from salt_jax.preparation.work_folder import WorkFolder, digest_of
+from salt_jax.terminal import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run_on_beam(
       OSError: What the function raised.
       RunFailed: The pipeline failed.
     """
-    print(f"[{runner}] {title}", flush=True)
+    say(f"[{runner}] {title}")
     if not jobs:
         return
     for failure in work.failures():

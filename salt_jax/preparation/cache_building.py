@@ -42,6 +42,7 @@ from salt_jax.preparation.merging import (
 from salt_jax.preparation.packing import PackingPlan
 from salt_jax.preparation.part_files import RECORD, token_dtype
 from salt_jax.preparation.work_folder import Plan, WorkFolder, digest_of
+from salt_jax.terminal import say
 
 # Of an ArrayRecord file, and of a row in it beside its tokens.
 _SHARD_BYTES = 128 * 1024
@@ -135,7 +136,7 @@ class Building:
             mapped = self._mapped(unit)
             if mapped and unit.name not in finished:
                 changed = [source.path for source in mapped.sources if not source.unchanged]
-                print(f"{', '.join(changed)} changed since it was read: it is read again.")
+                say(f"{', '.join(changed)} changed since it was read: it is read again.")
                 self.work.unit_record(unit.name).unlink()
 
     def build(self, run: RunJobs, require_space: Callable[[int], None]) -> None:

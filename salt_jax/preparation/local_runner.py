@@ -10,17 +10,18 @@ import multiprocessing
 import os
 import signal
 import threading
-import types
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from salt_jax import output_streams
 from salt_jax.errors import Interrupted, RunFailed
-from salt_jax.preparation.job_progress import JobProgress
 from salt_jax.preparation.mapping import Progress
+from salt_jax.stop_signals import stop_signals, stop_signals_handled_by
+from salt_jax.terminal import ProgressBar
 
 _MOST_WORKERS = 64
 _POLL_SECONDS = 0.2
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def default_workers() -> int:
@@ -48,28 +49,48 @@ def run_locally(
       workers: Processes; 1 runs the jobs in this one.
 
     Raises:
-      Interrupted: SIGTERM or SIGINT came while other processes worked.
+      Interrupted: A signal to stop came while other processes worked.
       RunFailed: A process was killed.
       Whatever the function raises.
     """
-    with JobProgress(title, len(jobs), done) as progress:
+    with ProgressBar(title, done + len(jobs), done) as display:
+        if done and jobs:
+            display.say(f"{done} are finished, {len(jobs)} are left.")
+        tell = _telling(display)
         if workers == 1 or len(jobs) <= 1:
             for job in jobs:
-                progress.add(function(job))
+                tell(function(job))
             return
-        _run_in_processes(function, jobs, min(workers, len(jobs)), progress)
+        _run_in_processes(function, jobs, min(workers, len(jobs)), tell)
+
+
+def _telling(display: ProgressBar) -> Callable[[Progress], None]:
+    """What shows that a job is finished, with all documents so far and the tokens a second."""
+    started, finished = time.monotonic(), Progress(0, 0)
+
+    def tell(counts: Progress) -> None:
+        nonlocal finished
+        finished = Progress(*(before + new for before, new in zip(finished, counts, strict=True)))
+        rate = finished.tokens / max(time.monotonic() - started, 1e-3)
+        display.add(status=f"{finished.documents:,} documents  {rate:,.0f} tokens/s")
+
+    return tell
 
 
 def _run_in_processes(
-    function: Callable[[Any], Progress], jobs: Sequence[Any], workers: int, progress: JobProgress
+    function: Callable[[Any], Progress],
+    jobs: Sequence[Any],
+    workers: int,
+    tell: Callable[[Progress], None],
 ) -> None:
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pending: set[concurrent.futures.Future[Progress]] = set()
     with _stop_requests() as requests:
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_end_with_parent
-        )
+        with _signals_held():  # multiprocessing's tracker of resources would heed SIGHUP
+            pool = concurrent.futures.ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_end_with_parent
+            )
         try:
             with _signals_held():
                 pending = {pool.submit(function, job) for job in jobs}
@@ -78,7 +99,7 @@ def _run_in_processes(
                     pending, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
                 )
                 for future in finished:
-                    progress.add(future.result())
+                    tell(future.result())
         except concurrent.futures.BrokenExecutor as error:
             raise RunFailed(
                 "a worker process was killed, for want of memory perhaps: lower --workers, what is "
@@ -95,10 +116,12 @@ def _run_in_processes(
 
 
 def _end_with_parent() -> None:
-    """Ends this process as soon as its parent is gone; only the parent heeds Ctrl-C."""
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    """Ends this process as soon as its parent is gone; only the parent heeds a terminal."""
+    output_streams.install()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     # The library's own threads would only get in the other processes' way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
@@ -114,7 +137,7 @@ def _end_with_parent() -> None:
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
     """Lets processes start with the signals blocked, until they are ready to ignore them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
     finally:
@@ -123,16 +146,7 @@ def _signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Sequence[str]]:
-    """Collects SIGTERM and SIGINT by name, so that the processes are ended before this one."""
+    """Collects signals to stop by name, so that the processes are ended before this one."""
     received: list[str] = []
-
-    def note(number: int, frame: types.FrameType | None) -> None:
-        del frame
-        received.append(signal.Signals(number).name)
-
-    previous = {s: signal.signal(s, note) for s in _STOP_SIGNALS}
-    try:
+    with stop_signals_handled_by(lambda number, _: received.append(signal.Signals(number).name)):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -10,11 +10,11 @@ from salt_jax.reporting.costs import Costs, TeacherTraining
 from salt_jax.reporting.runs import TrainRun
 from salt_jax.reporting.tables import (
     NOTHING,
-    Table,
     format_count,
     format_power,
     format_seconds,
 )
+from salt_jax.terminal import Table
 
 CHARGED = (
     "What is charged to an arm, and made equal where arms are compared at equal FLOPs or equal "

@@ -12,7 +12,7 @@ from salt_jax.reporting.plots import Plot
 from salt_jax.reporting.runs import Origin
 from salt_jax.reporting.sections import Report, Section
 from salt_jax.reporting.selection_audit import Excerpts
-from salt_jax.reporting.tables import Table
+from salt_jax.terminal import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2126; --soft: #5b6570; --line: #dfe3e8;

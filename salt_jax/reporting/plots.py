@@ -7,6 +7,7 @@ matplotlib is used without its global state, so nothing outside is touched.
 import dataclasses
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -426,5 +427,9 @@ def _looks_of(
 def to_png(figure: Figure) -> bytes:
     """The figure's bytes, the same whenever it is drawn anew."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    with warnings.catch_warnings():  # the letters of a name that are not in the font, raw
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(
+            buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None}
+        )
     return buffer.getvalue()

@@ -34,7 +34,7 @@ from salt_jax.reporting.comparison import (
 from salt_jax.reporting.plots import Plot, Style
 from salt_jax.reporting.runs import Material, ScoredRows, SelectedRows, TrainRun
 from salt_jax.reporting.selection_audit import Excerpts
-from salt_jax.reporting.tables import Table
+from salt_jax.terminal import Table
 
 # {teachers} is what is added when the arms are charged for making their teachers.
 _FLOPS_SENTENCE = (

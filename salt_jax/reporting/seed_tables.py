@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from salt_jax.reporting.comparison import Axis
 from salt_jax.reporting.seeds import ArmOverSeeds, Compared, Estimate
-from salt_jax.reporting.tables import NOTHING, Table, format_cost
+from salt_jax.reporting.tables import NOTHING, format_cost
+from salt_jax.terminal import Table
 
 _NOTE = (
     "Means over seeds ± the half-width of a 95% interval (Student's t). Δ is the mean of the "

@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter
 
 from salt_jax.reporting import plots
 from salt_jax.reporting.plots import INK, PALE, PALETTE, Plot
-from salt_jax.reporting.tables import NOTHING, Table, format_count, format_nats, format_share
+from salt_jax.reporting.tables import NOTHING, format_count, format_nats, format_share
+from salt_jax.terminal import Table
 
 _GROUPS = {
     "highest": "The highest scores selected",

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from salt_jax.reporting.runs import TrainingPoint, TrainRun
-from salt_jax.reporting.tables import NOTHING, Table, format_count
+from salt_jax.reporting.tables import NOTHING, format_count
+from salt_jax.terminal import Table
 
 SWITCH_STEPS = 50  # either side
 SPIKE_DEVIATIONS = 6.0

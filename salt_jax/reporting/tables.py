@@ -3,7 +3,6 @@
 In: runs, runs at a common cost, scores and selections. Out: Table.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -11,24 +10,10 @@ import numpy as np
 
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, Matched
 from salt_jax.reporting.runs import ScoredRows, SelectedRows, TrainRun
+from salt_jax.terminal import Table
 
 NOTHING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of text under column heads; a row's first cell names it, the others are figures."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise ValueError(f"{self.title}: {len(row)} cells under {len(self.columns)} heads.")
 
 
 def final_table(runs: Sequence[TrainRun]) -> Table:

@@ -9,13 +9,13 @@ import functools
 import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from salt_jax.data.durable_files import write_text
 from salt_jax.data.json_files import read_json_object, require_shape
 from salt_jax.data.manifests import file_digest
 from salt_jax.errors import InputError
+from salt_jax.terminal import warn
 
 DIGESTS_FILE = "digests.json"
 
@@ -125,10 +125,9 @@ def _known(folder: pathlib.Path) -> dict[str, str]:
 @functools.cache
 def _tell_unchecked(folder: pathlib.Path) -> None:
     """Once for each checkpoint. No error: runs of older versions are to go on."""
-    print(
-        f"salt: {folder} has no {DIGESTS_FILE} (made by an older version, or half-deleted): its "
-        "files are not checked.",
-        file=sys.stderr,
+    warn(
+        f"{folder} has no {DIGESTS_FILE} (made by an older version, or half-deleted): its files "
+        "are not checked."
     )
 
 

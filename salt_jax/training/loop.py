@@ -7,7 +7,6 @@ freed and nothing else changes. One "step" is one update of the parameters, numb
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from salt_jax.data.input_pipeline import InputPipeline, Position
 from salt_jax.errors import InputError, Interrupted, RunFailed
 from salt_jax.run_folder import RunFolder
+from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import Checkpointer, SavedModel
 from salt_jax.training.config import TrainConfig
@@ -24,7 +24,7 @@ from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
 from salt_jax.training.finite import NotFiniteError
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
-from salt_jax.training.metrics import MetricWriter, ProgressBar, recorded
+from salt_jax.training.metrics import MetricWriter, recorded, status_of
 from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.teacher import LoadedTeacher
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -308,7 +308,7 @@ class Loop:
                 "epochs": setup.pipeline.epochs(done),
             }
             writer.write(record)
-            bar.update(record)
+            bar.update(done, status_of(record))
 
     def _evaluate(
         self, done: int, state: TrainState, writer: MetricWriter, bar: ProgressBar
@@ -368,7 +368,7 @@ class Loop:
         )
 
     def _report(self, sentence: str) -> None:
-        print(f"[{self._config.method.arm}] {sentence}", file=sys.stderr)
+        warn(f"[{self._config.method.arm}] {sentence}")
 
     def _summary(self, state: TrainState, evaluation: Evaluation) -> dict[str, Any]:
         setup = self._setup

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events and a progress bar.
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events and a line on the terminal.
 
 In: dictionaries of numbers. Out: one JSON line each, the same numbers as TensorBoard scalars, and
-one line on the terminal that says where the run is.
+what the progress bar says of them.
 """
 
 import contextlib
@@ -15,10 +15,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-import rich.console
-import rich.progress
-
 from salt_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
+from salt_jax.terminal import warn
 
 # tensorboardX imports torch where it is installed, for graphs that nobody asks it for here: half of
 # what a command needs to start.
@@ -71,8 +69,8 @@ class MetricWriter:
                 raise
         os.truncate(self._path, size)
         if not self._complained:
-            sentence = f"salt: THE DISK IS FULL: {self._path} lacks lines from here on"
-            print(f"{sentence}, and TensorBoard's events end: make room.", file=sys.stderr)
+            sentence = f"THE DISK IS FULL: {self._path} lacks lines from here on"
+            warn(f"{sentence}, and TensorBoard's events end: make room.")
         self._complained = True
         return False
 
@@ -96,63 +94,19 @@ class MetricWriter:
         self.close()
 
 
-class ProgressBar:
-    """Steps, stage, loss, tokens/s, MFU and ETA, on a terminal; a line now and then elsewhere."""
-
-    def __init__(self, title: str, steps: int, first_step: int) -> None:
-        self._console = rich.console.Console()
-        self._steps = steps
-        self._title = title
-        self._last_line = first_step
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[status]}"),
-            rich.progress.TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=steps, completed=first_step, status="")
-
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Shows a training record."""
-        step = int(record["step"])
-        mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
-        status = (
-            f"stage {record['stage']}  loss {record['loss']:.3f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
-        )
-        self._bar.update(self._task, completed=step, status=status)
-        often = max(self._steps // 10, 1)
-        if not self._console.is_terminal and step // often > self._last_line // often:
-            self._last_line = step
-            left = (self._steps - step) * record["seconds_per_step"]
-            self.say(f"step {step}/{self._steps}  {status}  {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
-        self._bar.console.print(
-            f"[{self._title}] {text}", markup=False, highlight=False, soft_wrap=True
-        )
-
-    def __enter__(self) -> "ProgressBar":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+def status_of(record: Mapping[str, Any]) -> str:
+    """What a training record says, in short."""
+    mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    return (
+        f"stage {record['stage']}  loss {record['loss']:.3f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
+    )
 
 
 def recorded(run_path: pathlib.Path, kind: str, step: int) -> dict[str, Any] | None:
     """The newest record of a kind at a step in RUN/metrics.jsonl; None if there is none."""
     path = run_path / METRICS_FILE
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = None
     for line in text[: text.rfind("\n") + 1].splitlines():
         if f'"{kind}"' in line:

@@ -9,6 +9,7 @@ from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import SoftLabels
 from salt_jax.distill import schedules
 from salt_jax.models.decoder import DecoderConfig
+from salt_jax.terminal import say
 from salt_jax.training.caches import Caches
 from salt_jax.training.checkpoints import SavedModel
 from salt_jax.training.ledger import Cost, known_cost
@@ -27,7 +28,7 @@ def _selection_cost(selected: Selection | None, arm: str) -> dict[str, Any] | No
         return None
     cost = selected.manifest.get("scoring_cost")
     if cost is None:
-        print(
+        say(
             f"[{arm}] the selection {selected.path} doesn't say what its scores cost (another "
             "version of salt_jax made them): this run is not charged for them"
         )

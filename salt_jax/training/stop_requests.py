@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM and SIGINT, held until a run is at a place where it can be saved."""
+"""Requests to stop: signals that are held until a run is at a place where it can be saved."""
 
 import os
 import signal
@@ -6,9 +6,11 @@ import types
 
 from jax.experimental import multihost_utils
 
+from salt_jax.stop_signals import stop_signals
+
 
 class StopRequests:
-    """Holds signals while the context lasts; a second one of a kind is not held.
+    """Holds signals while the context lasts; a second SIGTERM or SIGINT is not held.
 
     Among several processes a request to one of them is one to all, and all stop after the same
     step: JAX's preemption service has SIGTERM then.
@@ -20,8 +22,11 @@ class StopRequests:
     def __init__(self, together: bool = False) -> None:
         self._together = together
         self._received: list[str] = []
-        held = (signal.SIGINT,) if together else (signal.SIGTERM, signal.SIGINT)
-        self._previous = {number: signal.getsignal(number) for number in held}
+        self._previous = {
+            number: signal.getsignal(number)
+            for number in stop_signals()
+            if not (together and number == signal.SIGTERM)
+        }
 
     def __enter__(self) -> "StopRequests":
         for number in self._previous:
@@ -49,6 +54,7 @@ class StopRequests:
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         del frame
         self._received.append(signal.Signals(number).name)
-        signal.signal(number, self._previous[signal.Signals(number)])
+        if number != signal.SIGHUP:  # of which a shell and the system may send several
+            signal.signal(number, self._previous[signal.Signals(number)])
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -48,7 +48,7 @@ def job(number):
 if __name__ == "__main__":
     from salt_jax.preparation.local_runner import run_locally
     from salt_jax.errors import Interrupted
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     try:
         run_locally(job, [1, 2, 3], "jobs", 0, workers=2)
@@ -58,7 +58,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_processes_end_with_the_one_that_started_them(tmp_path, number):
     (tmp_path / "run.py").write_text(WORKING)
     (tmp_path / "pids").mkdir()
@@ -75,8 +75,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number):
         pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
         assert len(pids) == 2
         assert process.pid not in pids
-        # Ctrl-C reaches every process of the terminal.
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        # Ctrl-C reaches every process of the terminal, and so does its end.
+        of_all = number in (signal.SIGINT, signal.SIGHUP)
+        (os.killpg if of_all else os.kill)(process.pid, number)
         error = process.communicate(timeout=60)[1]  # ends when the last process has ended
     finally:
         with contextlib.suppress(ProcessLookupError):

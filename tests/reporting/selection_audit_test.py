@@ -13,7 +13,7 @@ from salt_jax.reporting import page, selection_audit
 from salt_jax.reporting.runs import read_folders
 from salt_jax.reporting.sections import compose
 from salt_jax.reporting.tables import NOTHING
-from salt_jax.reporting.terminal import print_table
+from salt_jax.terminal import print_table
 
 NAMES = ("<b>Github</b>", "Wikipedia (en)")
 HOSTILE = "</pre><script>alert('x')</script>"
@@ -195,6 +195,7 @@ class Tags(html.parser.HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_no_text_of_any_file_comes_out_raw(tmp_path, folders, capsys):
     paths = folders.experiment(tmp_path / "a<b>&")
     scores, chosen = paths[-2:]

@@ -7,6 +7,7 @@ import shutil
 import jax
 import pytest
 
+from salt_jax.errors import visible
 from salt_jax.main import main
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.generation import Generator, Sampling
@@ -44,7 +45,8 @@ def test_completions_are_those_of_the_model(
     assert all(len(r["log_probabilities"]) == len(r["ids"]) for r in records)
     printed = capsys.readouterr().out
     for index, (record, text) in enumerate(zip(records, texts, strict=True)):
-        assert f"[{index}] {record['prompt']}\n→ {text}\n" in printed
+        shown = "\n".join(map(visible, text.split("\n")))
+        assert f"[{index}] {record['prompt']}\n→ {shown}\n" in printed
     summary = json.loads((out / "summary.json").read_text())
     assert summary["model"] == saved.identity
     assert summary["prompts"] == 3

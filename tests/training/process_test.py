@@ -105,15 +105,21 @@ def test_killed_at_the_worst_moments_ends_with_the_same_parameters(
         np.testing.assert_array_equal(a, b)
 
 
-def test_sigterm_saves_and_exits_75(
-    cache: PackedCache, slm: pathlib.Path, straight: pathlib.Path, tmp_path: pathlib.Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_stop_it_saves_and_exits_75(
+    cache: PackedCache,
+    slm: pathlib.Path,
+    straight: pathlib.Path,
+    tmp_path: pathlib.Path,
+    number: signal.Signals,
 ) -> None:
     process = start(command(cache, slm, tmp_path))
     while last_step(tmp_path) < 7:
         assert process.poll() is None, said_by(process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     text, _ = process.communicate()
     assert process.returncode == 75, text
+    assert f"stopped by {number.name} after step" in text
     assert "run the same command again" in text
     stopped = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert 7 <= stopped < STEPS

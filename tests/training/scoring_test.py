@@ -193,7 +193,7 @@ def test_killed_ten_times_at_random_it_ends_with_the_same_bytes(
     assert RowScores.open(tmp_path).rows == ROWS
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_ends_with_75_and_goes_on(
     commands: Commands,
     argv: Callable[..., list[str]],

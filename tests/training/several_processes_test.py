@@ -170,6 +170,20 @@ def test_one_two_and_four_processes_train_the_same_model(
     assert len(steps) <= STEPS + 1, "each step is told of by one process"
 
 
+def test_a_terminal_that_is_closed_stops_all(
+    cache: PackedCache, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its end reaches what watches a process and the process itself."""
+    together = Together(2, 1, training(cache, slm, tmp_path, steps=100_000))
+    wait_for_step(together, tmp_path, 2)
+    os.killpg(together.members[1].pid, signal.SIGHUP)
+    ended = together.end(timeout=SURVIVORS_SECONDS)
+    assert [code for code, _ in ended] == [75, 75], ended
+    stopped = complete_steps(tmp_path)[-1]
+    for _, text in ended:
+        assert f"after step {stopped} of 100000, which is saved" in text
+
+
 @pytest.mark.parametrize(("victim", "survivor"), [(1, 0), (0, 1)])
 def test_who_goes_missing_is_named(
     victim: int, survivor: int, cache: PackedCache, slm: pathlib.Path, tmp_path: pathlib.Path

@@ -1,0 +1,179 @@
+"""What people see while a command runs: sentences, tables, and how far something is.
+
+In: text of ours with names, prompts and rows of anyone's in it. Out: it, printed, with what would
+steer the terminal written out and square brackets as they are. Nothing else prints.
+"""
+
+import dataclasses
+import datetime
+import sys
+import time
+import types
+from collections.abc import Iterator
+
+import rich.progress
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from salt_jax.errors import visible
+
+WIDTH_OFF_TERMINAL = 120
+_PADDING = 3  # of a cell, and what parts it from the next
+_EDGES = 1  # of a table
+_LINES = 10  # that tell how far something is, where there is no terminal for a bar
+# What writing needs and no terminal is steered by: tabs, wide spaces, (non-)joiners.
+_KEPT = "\t\xa0\u202f\u3000\u200c\u200d"
+
+
+def say(*lines: str) -> None:
+    """Prints lines on stdout; what would steer the terminal, or end a line, is written out."""
+    print("\n".join(visible(line, _KEPT) for line in lines), flush=True)
+
+
+def warn(sentence: str) -> None:
+    """Prints a sentence on stderr, on one line."""
+    print(f"salt: {visible(sentence)}", file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of text under column heads.
+
+    Attributes:
+      title: Above them.
+      columns: The heads.
+      rows: The cells.
+      note: Below them.
+      names: So many of a row's first cells name it, the others are figures.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    names: int = 1
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"{self.title}: {len(row)} cells under {len(self.columns)} heads.")
+
+
+def print_table(table: Table) -> None:
+    """Shows a table; where it is wider than the terminal, in parts below one another, each with the
+    column that names the rows."""
+    # Into a file or a pipe there is no width to keep to, and folded figures are hard to read.
+    console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
+    for part, columns in enumerate(_parts(table, console.width)):
+        title = _text(table.title if not part else f"{table.title}, continued", style="bold")
+        shown = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD)
+        for index in columns:
+            shown.add_column(
+                _text(table.columns[index]),
+                justify="right" if index >= table.names else "left",
+                overflow="fold",
+                # What names the rows is folded where it must be, figures never.
+                min_width=_width(table, index) if index >= table.names else None,
+            )
+        for row in table.rows:
+            shown.add_row(*(_text(row[index]) for index in columns))
+        console.print(shown)
+    if table.note:
+        console.print(_text(table.note, style="dim"))
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(visible(text), style=style)
+
+
+def _parts(table: Table, width: int) -> Iterator[list[int]]:
+    """The columns of each part, the first column in all of them."""
+    widths = [_PADDING + _width(table, index) for index in range(len(table.columns))]
+    part, used = [0], _EDGES + widths[0]
+    for index in range(1, len(widths)):
+        if len(part) > 1 and used + widths[index] > width:
+            yield part
+            part, used = [0], _EDGES + widths[0]
+        part.append(index)
+        used += widths[index]
+    yield part
+
+
+def _width(table: Table, index: int) -> int:
+    """What a column needs: a head may be folded between its words, a cell may not."""
+    words = table.columns[index].split() if index else [table.columns[index]]
+    return max(_text(text).cell_len for text in [*words, *(row[index] for row in table.rows), ""])
+
+
+class ProgressBar:
+    """How far something is: a bar on a terminal, a line now and then elsewhere; a context.
+
+    Rates and the time left go by the time since the first parts were done, so that compiling is not
+    in them.
+
+    Args:
+      title: What goes on ("score").
+      total: How many parts it has.
+      done: Those that were done before.
+      unit: Of a rate that is shown ("rows"); none is without one.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "") -> None:
+        self._title, self._total, self._done, self._unit = title, total, done, unit
+        self._lines = self._lines_due()
+        self._first: tuple[float, int] | None = None
+        console = Console()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[status]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(visible(title), total=total, completed=done, status="")
+
+    def add(self, count: int = 1, status: str = "") -> None:
+        """Says that so many more parts are done."""
+        self.update(self._done + count, status)
+
+    def update(self, done: int, status: str = "") -> None:
+        """Says how many parts are done, and what else there is to say."""
+        self._done = done
+        shown = "  ".join(text for text in (visible(status), *self._pace()) if text)
+        self._bar.update(self._task, completed=self._done, status=shown)
+        if self._bar.disable and self._lines_due() > self._lines:
+            self._lines = self._lines_due()
+            self.say(f"{self._done:,}/{self._total:,} {self._unit}".rstrip() + f"  {shown}")
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        line = Text(visible(f"[{self._title}] {text}"))
+        self._bar.console.print(line, soft_wrap=True)
+
+    def _pace(self) -> Iterator[str]:
+        now = time.monotonic()
+        since, before = self._first = self._first or (now, self._done)
+        if self._done == before or now == since:
+            return
+        rate = (self._done - before) / (now - since)
+        if self._unit:
+            yield f"{rate:,.0f} {self._unit}/s"
+        yield f"{datetime.timedelta(seconds=round((self._total - self._done) / rate))} left"
+
+    def _lines_due(self) -> int:
+        return self._done * _LINES // max(self._total, 1)
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self._bar.stop()
