@@ -42,6 +42,7 @@ from salt_jax.models.huggingface_tensors import (
     tensor_shapes,
 )
 from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, SUMMARY_FILE, RunFolder, to_json
+from salt_jax.terminal import say
 from salt_jax.training.checkpoint_digests import complete_digests
 from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
 from salt_jax.training.converted_checkpoints import save_streamed
@@ -161,11 +162,11 @@ def _take_in(
         dtype=compute_dtype or ("float32" if param_dtype == "float32" else "bfloat16"),
     )
     if _is_there(run.path, step, config, vocabulary, files):
-        print(f"{run.path} has step {step} of {source} already: nothing was converted.")
+        say(f"{run.path} has step {step} of {source} already: nothing was converted.")
         return
     run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
     if unread := unread_fields(architecture, settings):
-        print(
+        say(
             f"{source / CONFIG_FILE} sets {visible(', '.join(unread))}, which no forward pass of "
             f"{architecture.model_type} reads: passed over."
         )
@@ -187,7 +188,7 @@ def _take_in(
     )
     saved = find_model(run.path, step, "model")
     _summarize(run, architecture, config, {"model": saved.identity})
-    print(f"{run.path} has step {step}: {_described(architecture, config)}")
+    say(f"{run.path} has step {step}: {_described(architecture, config)}")
 
 
 def _refuse_another_head(
@@ -326,11 +327,11 @@ def _give_out(
         run.withdraw()
         raise
     if not written:
-        print(f"transformers has no tokenizer like {vocabulary}: none was written.")
+        say(f"transformers has no tokenizer like {vocabulary}: none was written.")
     write_text(run.path / CONFIG_FILE, to_json(settings, indent=2) + "\n")
     files = [*written, *names, CONFIG_FILE]
     _summarize(run, architecture, config, {"model": saved.identity, "bytes": total, "files": files})
-    print(f"{run.path} has {_described(architecture, config)}")
+    say(f"{run.path} has {_described(architecture, config)}")
 
 
 def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:

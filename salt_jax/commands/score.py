@@ -123,7 +123,7 @@ def score(
         settings = (ks, writer, *where)
         make = functools.partial(score_rows, model.config, allow_nan=allow_nan)
     if shard_rows not in (None, writer.shards.shard_rows):
-        print(
+        say(
             f"{run.path} was begun with shards of {writer.shards.shard_rows:,} rows, and keeps them"
         )
     # What must stay the same is in pass.json; workers share the folder.

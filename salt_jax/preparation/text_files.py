@@ -25,6 +25,7 @@ from salt_jax.errors import InputError, visible
 from salt_jax.preparation.file_patterns import names_of, once, real_paths
 from salt_jax.preparation.readers import Document, read_documents
 from salt_jax.preparation.reading_log import ReadingLog, source_digest
+from salt_jax.terminal import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +333,7 @@ def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -
     places = {str(place) for file in files for place in (file, *file.parents)} if left_out else ()
     names = sorted(name for name, kept in left_out.items() if kept in places)
     if names:
-        print(
+        say(
             f"Each file is read once; names left out: {len(names):,}, such as "
             f"{visible(names[0])}, which is {visible(left_out[names[0]])}.",
             flush=True,
