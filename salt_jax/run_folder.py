@@ -194,6 +194,7 @@ class RunFolder:
         both = [*before.items(), *now.items()]
         differences = [text for name, text in changes.items() if not _may(name, both, may_change)]
         if differences and not replace:
+            _refuse_older_settings(self.path, before)
             more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
             raise InputError(
                 f"The output folder {self.path} holds a run with another configuration: "
@@ -270,6 +271,17 @@ def _settings(config: str) -> dict[str, str]:
         elif name:
             settings[name] = f"{settings[name]} {line.strip()}".strip()
     return settings
+
+
+def _refuse_older_settings(path: pathlib.Path, recorded: Mapping[str, str]) -> None:
+    """Says so where a run differs because its settings had other names."""
+    if any(name.startswith("optimizers.OptimizerConfig.") for name in recorded):
+        raise InputError(
+            f"The output folder {path} holds a run of an older version of salt_jax, in which the "
+            "optimizer's settings had other names (optimizers.OptimizerConfig): go on with the "
+            f"version that its {RUN_FILE} names, or choose another --output_dir, and start from "
+            f"its model with --initial={path}."
+        )
 
 
 def _may(name: str, settings: Sequence[tuple[str, str]], may_change: Collection[str]) -> bool:

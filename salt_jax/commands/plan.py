@@ -43,7 +43,7 @@ from salt_jax.planning.stored_labels import (
 )
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import partitioning
-from salt_jax.training.optimizers import OptimizerConfig
+from salt_jax.training.optimizers import Optimizer
 from salt_jax.training.teacher import check_dtype
 
 SETTINGS_FROM = "train"
@@ -57,7 +57,7 @@ def plan(
     model: DecoderConfig,
     steps: int,
     batch_size: int,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     schedule: schedules.Schedule,
     loss: losses.LossConfig,
     topology: Sequence[str] = (topologies.LOCAL,),

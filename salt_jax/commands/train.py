@@ -31,7 +31,7 @@ from salt_jax.training.checkpoints import (
 )
 from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
 from salt_jax.training.loop import Loop, TrainingSetup
-from salt_jax.training.optimizers import OptimizerConfig
+from salt_jax.training.optimizers import Optimizer, make_transformation
 from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, make_layout
@@ -66,7 +66,7 @@ def train(
     cache: str | Sequence[str],
     steps: int,
     batch_size: int,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     schedule: schedules.Schedule,
     loss: losses.LossConfig,
     arm: str,
@@ -169,7 +169,7 @@ def train(
     elif start.step < stage1_steps:
         asked = teacher, teacher_step, teacher_dtype, packed
         teacher_model = find_teacher(*asked, schedule, loss, objectives, teacher_objectives)
-    layout = make_layout(config, optimizer.make(steps), device_mesh, rules)
+    layout = make_layout(config, make_transformation(optimizer, steps, config), device_mesh, rules)
     setup = TrainingSetup(
         arm=arm,
         steps=steps,

@@ -20,7 +20,8 @@ from salt_jax.preparation.text_files import TextFiles
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.generation import Sampling
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 
 TEMPLATE = Template("Q: {question}\nA:", " {answer}")
 # A model of this size learns them by heart within the steps below.
@@ -57,7 +58,7 @@ def model(tmp_path_factory):
         cache=str(folder / "cache"),
         steps=150,
         batch_size=8,
-        optimizer=OptimizerConfig(LearningRate(1e-2, warmup_steps=5)),
+        optimizer=AdamW(WarmupCosine(1e-2, warmup_steps=5)),
         schedule=schedules.NoDistillation(),
         loss=losses.LossConfig(),
         arm="test",
