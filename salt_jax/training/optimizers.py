@@ -12,7 +12,7 @@ import optax.contrib
 
 from salt_jax.errors import InputError
 from salt_jax.models import decoder
-from salt_jax.training.learning_rates import LearningRate
+from salt_jax.training import learning_rates
 
 
 @runtime_checkable
@@ -20,7 +20,7 @@ class Optimizer(Protocol):
     """What updates the parameters."""
 
     @property
-    def learning_rate(self) -> LearningRate:
+    def learning_rate(self) -> learning_rates.LearningRate:
         """The rate by step, which metrics show."""
         ...
 
@@ -30,7 +30,7 @@ class Optimizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClippedOptimizer:
+class _ClippedOptimizer:
     """What the optimizers here have in common; they differ by their `rule`.
 
     Attributes:
@@ -39,7 +39,7 @@ class ClippedOptimizer:
       clip_norm: The gradient's global norm is clipped to this; 0 leaves it alone.
     """
 
-    learning_rate: LearningRate
+    learning_rate: learning_rates.LearningRate
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
@@ -63,7 +63,7 @@ class ClippedOptimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW(ClippedOptimizer):
+class AdamW(_ClippedOptimizer):
     """AdamW (arXiv 1711.05101).
 
     Attributes:
@@ -89,7 +89,7 @@ class AdamW(ClippedOptimizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adafactor(ClippedOptimizer):
+class Adafactor(_ClippedOptimizer):
     """Adafactor (arXiv 1804.04235): factored second moments, updates clipped at 1, no momentum, the
     rate relative to a parameter's own RMS."""
 
@@ -104,7 +104,7 @@ class Adafactor(ClippedOptimizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon(ClippedOptimizer):
+class Muon(_ClippedOptimizer):
     """Muon (kellerjordan.github.io/posts/muon): orthogonalized momentum for the blocks' kernels, a
     layer at a time; Adam, as optax.contrib.muon has it, for embedding, head, norms and biases.
 
@@ -120,7 +120,7 @@ class Muon(ClippedOptimizer):
 
     beta: float = 0.95
     update_rms: float | None = 0.2
-    adam_learning_rate: LearningRate | None = None
+    adam_learning_rate: learning_rates.LearningRate | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
