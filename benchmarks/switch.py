@@ -39,7 +39,8 @@ from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import compilation, config, loop
 from salt_jax.training.checkpoints import CheckpointConfig
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 
 EVALUATED_ROWS = 16
 
@@ -101,7 +102,7 @@ def run(flags: argparse.Namespace, folder: pathlib.Path) -> tuple[list[float], i
     )
     settings: dict[str, Any] = {
         "data": config.Data(str(folder / "cache"), flags.batch),
-        "optimizer": OptimizerConfig(LearningRate(1e-3, warmup_steps=5)),
+        "optimizer": AdamW(WarmupCosine(1e-3, warmup_steps=5)),
         "checkpoints": CheckpointConfig(save_every=0),
         "devices": config.Devices(compilation_cache=""),
     }

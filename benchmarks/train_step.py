@@ -22,9 +22,12 @@ import measurement
 from salt_jax.distill import losses
 from salt_jax.models import decoder
 from salt_jax.training import flops, partitioning
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupConstant
+from salt_jax.training.optimizers import Adafactor, AdamW, Muon
 from salt_jax.training.train_state import make_layout
 from salt_jax.training.train_step import compile_programs
+
+OPTIMIZERS = {"adafactor": Adafactor, "adamw": AdamW, "muon": Muon}
 
 
 def models(flags: argparse.Namespace) -> tuple[decoder.DecoderConfig, decoder.DecoderConfig]:
@@ -71,9 +74,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     """The benchmark's results."""
     student, teacher = models(flags)
     mesh = partitioning.MeshConfig().make()
-    rate = LearningRate(peak=1e-3, warmup_steps=10, decay="constant")
-    layout = make_layout(student, OptimizerConfig(rate, flags.optimizer).make(1000), mesh)
-    taught = make_layout(teacher, OptimizerConfig(rate, "adafactor").make(1000), mesh)
+    rate = WarmupConstant(peak=1e-3, warmup_steps=10)
+    optimizer = OPTIMIZERS[flags.optimizer](rate)
+    layout = make_layout(student, optimizer.make(1000, student), mesh)
+    taught = make_layout(teacher, Adafactor(rate).make(1000, teacher), mesh)
     teacher_params = taught.create(seed=1).params
     if flags.dtype == "bfloat16":
         teacher_params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), teacher_params)
@@ -180,7 +184,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--remat", default="none")
     parser.add_argument("--attention", default="xla")
-    parser.add_argument("--optimizer", default="adafactor", choices=("adafactor", "adamw"))
+    parser.add_argument("--optimizer", default="adafactor", choices=OPTIMIZERS)
     parser.add_argument("--unroll", action="store_true", help="no scan over layers")
     parser.add_argument("--only", nargs="+", choices=("stage1", "stage2", "plain"))
     flags = parser.parse_args()

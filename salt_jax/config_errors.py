@@ -21,6 +21,12 @@ from salt_jax.errors import InputError, nearest
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
+# What took the place of names that files of older versions have.
+_RENAMED = {
+    "optimizers.OptimizerConfig": "AdamW, Adafactor and Muon of optimizers, in optimizers/*.gin",
+    "optimizers.LearningRate": "WarmupCosine and the others of training.learning_rates",
+}
+
 
 def explained(
     parse: Callable[..., Any],
@@ -70,6 +76,8 @@ def _gin_sentence(
     if match := re.match(
         r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* has no attribute (\w+)", message
     ):
+        if new := _RENAMED.get(match[1]):
+            return f"{where}: {match[1]} is of an older version; now there are {new}."
         known = [n for n in vars(importlib.import_module(match[2])) if not n.startswith("_")]
         return f"{where}: {match[1]} is unknown{nearest(match[3], known)}: correct the name."
     if match := re.match(

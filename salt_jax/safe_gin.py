@@ -34,11 +34,14 @@ NAMES = frozenset(
         *("models.decoder_config.DecoderConfig", "models.sampling.Sampling"),
         *("preparation.own_text.own_text", "preparation.pile.pile_files"),
         *("preparation.text_files.TextFiles", "preparation.trained_vocabulary.TrainedVocabulary"),
-        *("training.checkpoints.CheckpointConfig", "training.optimizers.LearningRate"),
+        *("training.checkpoints.CheckpointConfig", "training.learning_rates.WarmupConstant"),
+        *("training.learning_rates.WarmupCosine", "training.learning_rates.WarmupInverseSqrt"),
+        *("training.learning_rates.WarmupStableDecay", "training.optimizers.Adafactor"),
+        *("training.optimizers.AdamW", "training.optimizers.Muon"),
         *("training.config.Data", "training.config.Devices", "training.config.Evaluation"),
         *("training.config.Initial", "training.config.Method", "training.config.Teacher"),
         "training.config.TrainConfig",
-        *("training.optimizers.OptimizerConfig", "training.partitioning.MeshConfig"),
+        "training.partitioning.MeshConfig",
     )
 )
 

@@ -19,6 +19,13 @@ from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.huggingface import config_from_json
 from salt_jax.training import flops
+from salt_jax.training.learning_rates import (
+    WarmupConstant,
+    WarmupCosine,
+    WarmupInverseSqrt,
+    WarmupStableDecay,
+)
+from salt_jax.training.optimizers import Adafactor, AdamW, Muon
 from salt_jax.training.partitioning import MeshConfig
 
 VOCABULARY = 256_256  # SentencePiece's 256,000 and the 256 reserved of data/pile.gin
@@ -125,7 +132,36 @@ def test_a_models_header_has_its_figures(name: str) -> None:
     assert f"{flops.train_flops_per_token(config, 1280) / 1e9:.2f}G.\n" in header
 
 
+OPTIMIZERS = {"adamw": AdamW, "adafactor": Adafactor, "muon": Muon}
+MINI = [
+    *("train", "--gin_file=runs/mini_llm.gin", "--gin_file=methods/baseline.gin"),
+    *("--cache=CACHE", "--steps=10"),
+]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_one_more_file(name: str) -> None:
+    """It takes the run's rate and decay; the rate's schedule is one more line."""
+    kind, rate = OPTIMIZERS[name], WarmupCosine(2e-3, 50, 3e-4)
+    optimizer = settings(*MINI, f"--gin_file=optimizers/{name}.gin")["optimizer"]
+    assert optimizer == kind(rate, weight_decay=0.1, clip_norm=1.0)
+    line = f"--gin.optimizers.{kind.__name__}.learning_rate=@learning_rates.WarmupStableDecay()"
+    changed = settings(*MINI, f"--gin_file=optimizers/{name}.gin", line)["optimizer"]
+    assert changed == dataclasses.replace(
+        optimizer, learning_rate=WarmupStableDecay(2e-3, 50, 3e-4)
+    )
+
+
+def test_a_run_has_adamw_where_no_other_is_asked_for() -> None:
+    assert settings(*MINI)["optimizer"] == AdamW(WarmupCosine(2e-3, 50, 3e-4), 0.1)
+    rates = ("WarmupInverseSqrt", "WarmupConstant")
+    for name, kind in zip(rates, (WarmupInverseSqrt, WarmupConstant), strict=True):
+        line = f"--gin.optimizers.AdamW.learning_rate=@learning_rates.{name}()"
+        assert settings(*MINI, line)["optimizer"].learning_rate == kind(2e-3, 50)
+
+
 def test_all_files_are_tested() -> None:
+    assert names("optimizers") == {*OPTIMIZERS}
     assert names("hardware") == {*CHIPS, *GPUS, "cpu", "fsdp"}
     pythia = {*PYTHIA_RUNS, "pythia_common"}
     assert names("paper") == {*RUNS, *SLMS, *pythia, "common", "score", "select"}

@@ -32,6 +32,7 @@ from salt_jax.training.checkpoints import (
 from salt_jax.training.config import Devices, Initial, TrainConfig
 from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
 from salt_jax.training.loop import Loop, TrainingSetup
+from salt_jax.training.optimizers import make_transformation
 from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, make_layout
@@ -92,7 +93,9 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
         labels = find_labels(config, caches, selected)
     elif start.step < config.stage1_steps:
         teacher_model = find_teacher(config, packed)
-    layout = make_layout(student, config.optimizer.make(config.steps), mesh, devices.rules)
+    layout = make_layout(
+        student, make_transformation(config.optimizer, config.steps, student), mesh, devices.rules
+    )
     setup = TrainingSetup(
         config=config,
         layout=layout,

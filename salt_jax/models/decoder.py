@@ -239,6 +239,24 @@ def abstract_params(config: DecoderConfig) -> Any:
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
+def kernel_axes(config: DecoderConfig) -> Any:
+    """The tree of init_params with (input axes, output axes) of each kernel, None for the rest.
+
+    Any other axis of a kernel, that of scanned layers, holds matrices of their own side by side.
+    """
+
+    def one(path: Any, box: nn.LogicallyPartitioned) -> tuple[tuple[int, ...], ...] | None:
+        if path[-1].key != "kernel":
+            return None
+        own = [axis for axis, name in enumerate(box.names) if name != "layers"]
+        # A projection's inputs come first, and one side of it is the residual stream.
+        inputs = 1 if box.names[own[0]] == "embed" else len(own) - 1
+        return tuple(own[:inputs]), tuple(own[inputs:])
+
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, abstract_params(config), is_leaf=is_box)
+
+
 def hidden_states(config: DecoderConfig, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The model's hidden states, [B, L, D], of a batch.
 

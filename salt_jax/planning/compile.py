@@ -28,7 +28,7 @@ from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning.topologies import GIB, LOCAL, Topology
 from salt_jax.training import partitioning
-from salt_jax.training.optimizers import OptimizerConfig
+from salt_jax.training.optimizers import Optimizer, make_transformation
 from salt_jax.training.train_state import StateLayout, abstract_params, make_layout
 from salt_jax.training.train_step import abstract_batch, lower_step
 
@@ -60,7 +60,7 @@ class Job:
     model: DecoderConfig
     teacher: DecoderConfig | None
     teacher_dtype: str | None
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     loss: LossConfig
     steps: int
     stage1_steps: int
@@ -262,7 +262,8 @@ def loss_bytes(job: Job, stage: int, mesh: jax.sharding.Mesh) -> float:
 
 def _lay_out(job: Job, topology: Topology, stage: int) -> tuple[StateLayout, Any]:
     mesh = job.mesh.make(topology.devices)
-    layout = make_layout(job.model, job.optimizer.make(job.steps), mesh, job.rules)
+    optimizer = make_transformation(job.optimizer, job.steps, job.model)
+    layout = make_layout(job.model, optimizer, mesh, job.rules)
     if stage != 1 or job.teacher is None:
         return layout, None
     rules = job.teacher_rules or job.rules

@@ -335,8 +335,7 @@ def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -
     if names:
         say(
             f"Each file is read once; names left out: {len(names):,}, such as "
-            f"{visible(names[0])}, which is {visible(left_out[names[0]])}.",
-            flush=True,
+            f"{visible(names[0])}, which is {visible(left_out[names[0]])}."
         )
 
 

@@ -20,7 +20,7 @@ from salt_jax.errors import InputError, require_counts
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoints import CheckpointConfig
-from salt_jax.training.optimizers import OptimizerConfig
+from salt_jax.training.optimizers import Optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ class TrainConfig:
 
     data: Data
     method: Method
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     steps: int
     model: DecoderConfig | None = None
     initial: Initial | None = None

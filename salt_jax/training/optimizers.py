@@ -1,118 +1,176 @@
-"""Optimizers and learning-rate schedules: a config in, an optax transformation out."""
+"""Optimizers: settings, the run's steps and its model in, an optax transformation out.
+
+One of one's own needs no more than what `Optimizer` has (docs/extending.md).
+"""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import optax
+import optax.contrib
 
 from salt_jax.errors import InputError
+from salt_jax.models import decoder
+from salt_jax.training import learning_rates
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """What updates the parameters."""
+
+    @property
+    def learning_rate(self) -> learning_rates.LearningRate:
+        """The rate by step, which metrics show."""
+        ...
+
+    def make(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
+        """The transformation for a run of `steps` steps of a model, its vocab_size set."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class LearningRate:
-    """A learning rate with linear warm-up.
+class _ClippedOptimizer:
+    """What the optimizers here have in common; they differ by their `rule`.
 
     Attributes:
-      peak: The rate at the end of the warm-up.
-      warmup_steps: Steps from 0 to the peak.
-      decay: "cosine" falls from the peak to `final` at the run's last step;
-        "inverse_sqrt" is peak · √(warmup_steps / step) after the warm-up (Shazeer & Stern 2018);
-        "constant" stays at the peak.
-      final: Where the cosine ends.
-    """
-
-    peak: float
-    warmup_steps: int = 0
-    decay: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.peak <= 0 or self.final < 0 or self.warmup_steps < 0:
-            raise InputError(
-                f"LearningRate got peak {self.peak}, final {self.final} and warmup_steps "
-                f"{self.warmup_steps}: the peak must be over 0, the others at least 0."
-            )
-        if self.decay not in ("cosine", "inverse_sqrt", "constant"):
-            raise InputError(
-                f"LearningRate.decay is {self.decay!r}: choose cosine, inverse_sqrt or constant."
-            )
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The rate as a function of the step, for a run of `steps` steps."""
-        if self.decay == "cosine":
-            after = optax.cosine_decay_schedule(
-                self.peak, max(steps - self.warmup_steps, 1), self.final / self.peak
-            )
-        elif self.decay == "inverse_sqrt":
-            warmup = max(self.warmup_steps, 1)
-            after = lambda i: self.peak * (warmup / (i + warmup)) ** 0.5  # noqa: E731
-        else:
-            after = optax.constant_schedule(self.peak)
-        warm = optax.linear_schedule(0.0, self.peak, max(self.warmup_steps, 1))
-        # Step 0 of a warm-up would have rate 0 and teach nothing, so it counts from 1.
-        warm_from_1: Callable[[Any], Any] = lambda i: warm(i + 1)  # noqa: E731
-        return optax.join_schedules([warm_from_1, after], [self.warmup_steps])
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """What updates the parameters.
-
-    Attributes:
-      learning_rate: The rate's schedule.
-      kind: "adamw" (Loshchilov & Hutter 2019) or "adafactor" (Shazeer & Stern 2018; factored second
-        moments, updates clipped at 1, no momentum, the rate relative to a parameter's own RMS).
-      beta1: AdamW's decay of the first moment.
-      beta2: AdamW's decay of the second moment.
-      epsilon: AdamW's ε.
+      learning_rate: The rate by step.
       weight_decay: Decoupled, times the learning rate, on matrices only (no norms, no biases).
       clip_norm: The gradient's global norm is clipped to this; 0 leaves it alone.
     """
 
-    learning_rate: LearningRate
-    kind: Literal["adamw", "adafactor"] = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    learning_rate: learning_rates.LearningRate
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("adamw", "adafactor"):
-            raise InputError(f"OptimizerConfig.kind is {self.kind!r}: choose adamw or adafactor.")
         if self.weight_decay < 0 or self.clip_norm < 0:
             raise InputError(
-                f"OptimizerConfig got weight_decay {self.weight_decay} and clip_norm "
+                f"{type(self).__name__} got weight_decay {self.weight_decay} and clip_norm "
                 f"{self.clip_norm}: neither can be negative."
             )
 
-    def make(self, steps: int) -> optax.GradientTransformation:
-        """The transformation for a run of `steps` steps."""
-        rate = self.learning_rate.schedule(steps)
-        if self.kind == "adamw":
-            optimizer = optax.adamw(
-                rate,
-                b1=self.beta1,
-                b2=self.beta2,
-                eps=self.epsilon,
-                weight_decay=self.weight_decay,
-                mask=_is_matrix,
-            )
-        else:
-            optimizer = optax.chain(
-                optax.adafactor(learning_rate=None),
-                optax.add_decayed_weights(-self.weight_decay, mask=_is_matrix),
-                # adafactor's own chain ends in a scale of -1, and so needs the positive rate.
-                optax.scale_by_schedule(rate),
-            )
+    def make(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
+        """The transformation for a run of `steps` steps of a model."""
+        rule = self.rule(steps, model)
         if self.clip_norm == 0:
-            return optimizer
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+            return rule
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
+
+    def rule(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
+        """What happens to clipped gradients, weight decay and learning rate included."""
+        raise NotImplementedError
 
 
-def _is_matrix(params: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class AdamW(_ClippedOptimizer):
+    """AdamW (arXiv 1711.05101).
+
+    Attributes:
+      beta1: The decay of the first moment.
+      beta2: The decay of the second moment.
+      epsilon: Added to the root of the second moment.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+
+    def rule(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
+        del model
+        return optax.adamw(
+            self.learning_rate.schedule(steps),
+            b1=self.beta1,
+            b2=self.beta2,
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            mask=is_matrix,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(_ClippedOptimizer):
+    """Adafactor (arXiv 1804.04235): factored second moments, updates clipped at 1, no momentum, the
+    rate relative to a parameter's own RMS."""
+
+    def rule(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
+        del model
+        return optax.chain(
+            optax.adafactor(learning_rate=None),
+            optax.add_decayed_weights(-self.weight_decay, mask=is_matrix),
+            # adafactor's own chain ends in a scale of -1, and so needs the positive rate.
+            optax.scale_by_schedule(self.learning_rate.schedule(steps)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(_ClippedOptimizer):
+    """Muon (kellerjordan.github.io/posts/muon): orthogonalized momentum for the blocks' kernels, a
+    layer at a time; Adam, as optax.contrib.muon has it, for embedding, head, norms and biases.
+
+    Attributes:
+      beta: The decay of the momentum.
+      update_rms: The RMS of a kernel's update over the rate. 0.2 is about AdamW's, whose rates and
+        weight decay then serve (arXiv 2502.16982); None scales by √max(1, outputs / inputs).
+      adam_learning_rate: The rate of Adam; learning_rate if None. Weight decay is by learning_rate.
+      beta1: Adam's decay of the first moment.
+      beta2: Adam's decay of the second moment.
+      epsilon: Added to the root of Adam's second moment, and to the momentum's norm.
+    """
+
+    beta: float = 0.95
+    update_rms: float | None = 0.2
+    adam_learning_rate: learning_rates.LearningRate | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+
+    def rule(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
+        rate = self.learning_rate.schedule(steps)
+        muon = optax.contrib.muon(
+            rate,
+            beta=self.beta,
+            eps=self.epsilon,
+            adam_b1=self.beta1,
+            adam_b2=self.beta2,
+            adam_learning_rate=(self.adam_learning_rate or self.learning_rate).schedule(steps),
+            muon_weight_dimension_numbers=jax.tree.map(
+                lambda axes: axes and optax.contrib.MuonDimensionNumbers(*axes),
+                decoder.kernel_axes(model),
+                is_leaf=lambda axes: axes is None or isinstance(axes, tuple),
+            ),
+            consistent_rms=self.update_rms,
+        )
+        # muon's own decay of what Adam updates would take norms and biases along.
+        decay = optax.add_decayed_weights(lambda i: -self.weight_decay * rate(i), mask=is_matrix)
+        return optax.chain(muon, decay)
+
+
+def make_transformation(
+    optimizer: Optimizer, steps: int, model: decoder.DecoderConfig
+) -> optax.GradientTransformation:
+    """The transformation of an optimizer of anyone's.
+
+    Raises:
+      InputError: It is no optimizer.
+    """
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer.learning_rate, "schedule"):
+        raise InputError(
+            f"optimizer is {name}, which lacks make(steps, model), or a learning_rate with "
+            "schedule(steps): set optimizer to one of optimizers/*.gin, or write it as "
+            "docs/extending.md says."
+        )
+    made = optimizer.make(steps, model)
+    if not isinstance(made, optax.GradientTransformation):
+        raise InputError(
+            f"{name}.make gave {type(made).__name__}, expected an optax.GradientTransformation: "
+            "change it, or set optimizer to one of optimizers/*.gin."
+        )
+    return made
+
+
+def is_matrix(params: Any) -> Any:
     """True for kernels and embeddings. Norm scales and biases carry those names in the model."""
 
     def one(path: Any, _: Any) -> bool:

@@ -31,7 +31,8 @@ from salt_jax.models.huggingface import config_from_json
 from salt_jax.models.huggingface_tensors import tensor_shapes
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 from tests.run_settings import train_config
 
 ROWS = 48
@@ -129,7 +130,7 @@ def _train(name: str, cache: str) -> None:
             cache=cache,
             steps=2,
             batch_size=8,
-            optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
+            optimizer=AdamW(WarmupCosine(5e-3, warmup_steps=1)),
             schedule=schedules.NoDistillation(),
             loss=losses.LossConfig(),
             arm="slm",

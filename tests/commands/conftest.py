@@ -18,7 +18,8 @@ from salt_jax.models import decoder
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import find_model
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 from salt_jax.training.partitioning import MeshConfig
 from tests.run_settings import train_config
 
@@ -129,7 +130,7 @@ def tiny_run(cache: PackedCache, tmp_path_factory: pytest.TempPathFactory) -> pa
             cache=str(cache.path),
             steps=2,
             batch_size=8,
-            optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
+            optimizer=AdamW(WarmupCosine(5e-3, warmup_steps=1)),
             schedule=schedules.NoDistillation(),
             loss=losses.LossConfig(),
             arm="test",

@@ -16,7 +16,8 @@ from salt_jax.main import main
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 from salt_jax.training.partitioning import MeshConfig
 from tests.run_settings import train_config
 
@@ -35,7 +36,7 @@ def model(cache: PackedCache, tmp_path_factory: pytest.TempPathFactory) -> pathl
             cache=str(cache.path),
             steps=2,
             batch_size=8,
-            optimizer=OptimizerConfig(LearningRate(5e-3, warmup_steps=1)),
+            optimizer=AdamW(WarmupCosine(5e-3, warmup_steps=1)),
             schedule=schedules.NoDistillation(),
             loss=losses.LossConfig(),
             arm="test",

@@ -21,7 +21,8 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.config import Devices
 from salt_jax.training.generation import Sampling
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 from tests.run_settings import train_config
 
 TEMPLATE = Template("Q: {question}\nA:", " {answer}")
@@ -60,7 +61,7 @@ def model(tmp_path_factory):
             cache=str(folder / "cache"),
             steps=150,
             batch_size=8,
-            optimizer=OptimizerConfig(LearningRate(1e-2, warmup_steps=5)),
+            optimizer=AdamW(WarmupCosine(1e-2, warmup_steps=5)),
             schedule=schedules.NoDistillation(),
             loss=losses.LossConfig(),
             arm="test",

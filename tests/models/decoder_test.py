@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import operator
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from salt_jax.errors import InputError
-from salt_jax.models import decoder
+from salt_jax.models import decoder, layers
 from salt_jax.models.decoder import Decoder, DecoderConfig
 
 SMALL = DecoderConfig(embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, vocab_size=50)
@@ -55,11 +56,11 @@ def all_logits(config: DecoderConfig, params: Any, *row: jax.Array) -> jax.Array
 def unstacked(params: Any, num_layers: int) -> Any:
     """The parameters of a scanned model laid out for one that is not."""
     rest = {name: value for name, value in params.items() if name != "layers"}
-    layers = {
+    apart = {
         f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"])
         for i in range(num_layers)
     }
-    return {**rest, **layers}
+    return {**rest, **apart}
 
 
 @SHAPES
@@ -210,6 +211,34 @@ def test_every_parameter_has_logical_axes(config: DecoderConfig, scan_layers: bo
     stacked = [box for box in boxes if box.names[0] == "layers"]
     assert bool(stacked) == scan_layers
     assert all(box.value.shape[0] == config.num_layers for box in stacked)
+
+
+@SHAPES
+def test_kernels_say_which_axes_are_inputs(config: DecoderConfig) -> None:
+    """As the projections have them, and a layer's place before them where layers are scanned."""
+    inputs: dict[tuple[str, ...], int] = {}
+
+    def note(
+        call: Any, arguments: Any, settings: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        if isinstance(context.module, layers.Projection):
+            inputs[context.module.path] = len(context.module.inputs)
+        return call(*arguments, **settings)
+
+    apart = dataclasses.replace(config, scan_layers=False)
+    with nn.intercept_methods(note):
+        kernels = decoder.kernel_axes(apart)
+    scanned = decoder.kernel_axes(dataclasses.replace(config, scan_layers=True))
+    found = jax.tree_util.tree_leaves_with_path(kernels, is_leaf=lambda x: isinstance(x, tuple))
+    assert len(inputs) == len(found) > 0
+    for path, axes in found:
+        *module, name = (part.key for part in path)
+        count = inputs[tuple(module)]
+        assert name == "kernel"
+        assert axes[0] == tuple(range(count))
+        assert axes[1] == tuple(range(count, count + len(axes[1])))
+        of_layers = functools.reduce(operator.getitem, (*module[1:], name), scanned["layers"])
+        assert of_layers == tuple(tuple(axis + 1 for axis in side) for side in axes)
 
 
 def test_bfloat16_computes_over_float32_parameters() -> None:

@@ -18,6 +18,8 @@ from salt_jax.planning.compile import (
     needed_gib,
 )
 from salt_jax.training import partitioning
+from salt_jax.training.learning_rates import WarmupStableDecay
+from salt_jax.training.optimizers import Muon
 from salt_jax.training.train_state import abstract_params, make_layout
 from salt_jax.training.train_step import lower_step
 
@@ -34,7 +36,7 @@ def compiled(job: Job, stage: int) -> CompiledStage:
 def test_memory_is_that_of_the_step_that_trains(make_job: Callable[..., Job], stage: int) -> None:
     job = make_job(stage1_microbatches=2)
     mesh = partitioning.MeshConfig().make()
-    layout = make_layout(job.model, job.optimizer.make(job.steps), mesh)
+    layout = make_layout(job.model, job.optimizer.make(job.steps, job.model), mesh)
     assert job.teacher is not None
     teacher = abstract_params(job.teacher, mesh, job.rules, "bfloat16")
     arguments = (2, job.teacher, teacher) if stage == 1 else (1,)
@@ -66,6 +68,14 @@ def test_parts_add_up_to_the_peak(make_job: Callable[..., Job]) -> None:
     assert result.parts["teacher"] == pytest.approx(job.teacher.num_parameters * 2 / 8, rel=0.02)
     assert plain.parts["teacher"] == 0
     assert result.parts["batch"] == 32 * 16 / 8 * 5 * 4
+
+
+def test_any_optimizers_memory_is_in_the_plan(make_job: Callable[..., Job]) -> None:
+    """Muon keeps one moment of the blocks' kernels, and Adam's two of the rest."""
+    job = make_job(optimizer=Muon(WarmupStableDecay(1e-3)))
+    parts = compiled(job, 2).parts
+    kernels = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert parts["student"] - parts["optimizer"] / 2 == pytest.approx(kernels * 4 / 8 / 2, rel=0.02)
 
 
 def test_loss_bytes_follow_chunk_vocabulary_and_teacher(make_job: Callable[..., Job]) -> None:

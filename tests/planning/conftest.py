@@ -10,7 +10,8 @@ from salt_jax.distill.losses import LossConfig
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning.compile import Job
 from salt_jax.training import partitioning
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 
 STUDENT = DecoderConfig(
     embed_dim=64, num_layers=2, num_heads=2, mlp_dim=128, vocab_size=1000, max_length=64
@@ -27,7 +28,7 @@ def make_job() -> Callable[..., Job]:
             "model": STUDENT,
             "teacher": TEACHER,
             "teacher_dtype": "bfloat16",
-            "optimizer": OptimizerConfig(LearningRate(1e-3)),
+            "optimizer": AdamW(WarmupCosine(1e-3)),
             "loss": LossConfig(chunk_tokens=64),
             "steps": 100,
             "stage1_steps": 25,

@@ -19,7 +19,8 @@ from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine, WarmupStableDecay
+from salt_jax.training.optimizers import AdamW, Muon
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
@@ -53,10 +54,12 @@ def test_train_refuses(
     [
         (lambda: MeshConfig(data=-1), "at most one of them -1"),
         (lambda: MeshConfig(tensor=0), "at least 1"),
-        (lambda: LearningRate(0.0), "peak 0.0"),
-        (lambda: LearningRate(1.0, decay="linear"), "choose cosine"),  # type: ignore[arg-type]
-        (lambda: OptimizerConfig(LearningRate(1.0), kind="sgd"), "adamw or adafactor"),  # type: ignore[arg-type]
-        (lambda: OptimizerConfig(LearningRate(1.0), weight_decay=-1), "weight_decay -1"),
+        (lambda: WarmupCosine(0.0), "WarmupCosine(peak=0.0"),
+        (lambda: WarmupCosine(1.0, final=-1), "final=-1"),
+        (lambda: WarmupStableDecay(1.0, decay_fraction=1.5), "decay_fraction must be at most 1"),
+        (lambda: WarmupStableDecay(1.0, power=0.0), "power over 0"),
+        (lambda: AdamW(WarmupCosine(1.0), weight_decay=-1), "AdamW got weight_decay -1"),
+        (lambda: Muon(WarmupCosine(1.0), clip_norm=-1), "Muon got weight_decay 0.0 and clip_norm"),
         (lambda: LossConfig(teacher_temperature=0), "teacher_temperature"),
         (lambda: LossConfig(teacher_temperature=-1.0), "teacher_temperature"),
         (lambda: schedules.Step(omega=1.5, n_kd=3), "omega"),

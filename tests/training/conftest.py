@@ -13,7 +13,8 @@ from salt_jax.distill import losses, schedules
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupCosine
+from salt_jax.training.optimizers import AdamW
 from salt_jax.training.partitioning import MeshConfig
 from tests.run_settings import train_config
 
@@ -34,7 +35,7 @@ def run_train(
             "cache": str(cache.path),
             "steps": 6,
             "batch_size": 8,
-            "optimizer": OptimizerConfig(LearningRate(5e-3, warmup_steps=2), weight_decay=0.1),
+            "optimizer": AdamW(WarmupCosine(5e-3, warmup_steps=2), weight_decay=0.1),
             "schedule": schedules.NoDistillation(),
             "loss": losses.LossConfig(teacher_temperature=1.0, z_loss=1e-4),
             "arm": "test",

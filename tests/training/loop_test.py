@@ -23,12 +23,15 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training import loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.config import Devices
+from salt_jax.training.learning_rates import WarmupConstant, WarmupStableDecay
 from salt_jax.training.ledger import Cost, Counters
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.optimizers import AdamW, Muon, Optimizer
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
 SALT = schedules.Step(omega=0.6, n_kd=3)
+ADAMW = AdamW(WarmupConstant(5e-3, warmup_steps=2), weight_decay=0.1)
+MUON = Muon(WarmupStableDecay(5e-3, 2, decay_fraction=0.4), weight_decay=0.1)
 # All of a run's costs that are the same on every machine, and however often it was killed.
 COUNTED = [name for name in Counters().to_json() if "seconds" not in name]
 
@@ -78,21 +81,25 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
     monkeypatch.setattr(loop.Loop, "_step", step)
 
 
-@pytest.mark.parametrize("killed_step", [3, 5])
+@pytest.mark.parametrize(
+    ("killed_step", "optimizer"), [(3, ADAMW), (5, ADAMW), (5, MUON)], ids=["3", "5", "muon"]
+)
 def test_resumed_equals_straight(
     run_train: Run,
     slm: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     killed_step: int,
+    optimizer: Optimizer,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    straight = run_train(schedule=SALT, teacher=str(slm))
+    settings: dict[str, Any] = {"schedule": SALT, "teacher": str(slm), "optimizer": optimizer}
+    straight = run_train(**settings)
     with monkeypatch.context() as patch:
         kill_at(patch, killed_step)
         with pytest.raises(Killed):
-            run_train(tmp_path, schedule=SALT, teacher=str(slm))
-    run_train(tmp_path, schedule=SALT, teacher=str(slm))
+            run_train(tmp_path, **settings)
+    run_train(tmp_path, **settings)
     assert_same(straight, tmp_path)
     assert f"continues at step {killed_step - 1}" in capsys.readouterr().out
     assert [m["step"] for m in metrics_of(tmp_path)][-1] == 6
@@ -315,7 +322,7 @@ def test_a_checkpoint_with_the_counters_of_another_version_is_refused(
 
 
 def test_stops_at_the_limit_of_skipped_updates(run_train: Run) -> None:
-    explosive = OptimizerConfig(LearningRate(1e38, decay="constant"), clip_norm=0)
+    explosive = AdamW(WarmupConstant(1e38), clip_norm=0)
     with pytest.raises(RunFailed, match="max_skipped_updates is 1"):
         run_train(optimizer=explosive, max_skipped_updates=1)
 
@@ -325,7 +332,7 @@ def test_starts_from_a_checkpoint_when_asked(run_train: Run) -> None:
     second = run_train(
         steps=1,
         initial=str(first),
-        optimizer=OptimizerConfig(LearningRate(1e-9, decay="constant"), weight_decay=0),
+        optimizer=AdamW(WarmupConstant(1e-9), weight_decay=0),
     )
     for a, b in zip(params_of(first), params_of(second), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

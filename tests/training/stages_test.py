@@ -26,7 +26,8 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training import loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.evaluation import Evaluator
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupConstant, WarmupCosine
+from salt_jax.training.optimizers import AdamW
 from salt_jax.training.partitioning import MeshConfig
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64)
@@ -96,7 +97,7 @@ def test_a_run_goes_on_with_another_batch_size(
     per_token = history(run)[0]["student_flops"] / (8 * 16)
     assert summary["student_flops"] == pytest.approx(64 * 16 * per_token)
     # Learning rates go by steps, whatever their batches.
-    rates = LearningRate(5e-3, warmup_steps=2).schedule(6)
+    rates = WarmupCosine(5e-3, warmup_steps=2).schedule(6)
     for line in history(run):
         assert line["learning_rate"] == pytest.approx(float(rates(line["step"] - 1)))
 
@@ -340,7 +341,7 @@ def test_the_teacher_sees_what_the_student_sees(
     monkeypatch.setattr(attention, "reference_attention", noted)
     teacher = run_train(**cached, steps=2, evaluate_every=2)
     assert any(seen)
-    still = OptimizerConfig(LearningRate(1e-9, decay="constant"), weight_decay=0)
+    still = AdamW(WarmupConstant(1e-9), weight_decay=0)
     run = run_train(
         schedule=schedules.Constant(0.5),
         teacher=str(teacher),

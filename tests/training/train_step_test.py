@@ -17,15 +17,17 @@ from salt_jax.distill.losses import LossConfig
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning import hlo
 from salt_jax.training import partitioning
-from salt_jax.training.optimizers import LearningRate, OptimizerConfig
+from salt_jax.training.learning_rates import WarmupConstant, WarmupCosine
+from salt_jax.training.optimizers import Adafactor, AdamW, Muon, Optimizer
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_params, make_layout
 from salt_jax.training.train_step import BATCH_FEATURES, Programs, compile_programs, lower_step
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64, vocab_size=259)
 WIDE = dataclasses.replace(STUDENT, embed_dim=128, mlp_dim=256, num_layers=1)
 TEACHER = dataclasses.replace(STUDENT, embed_dim=16, mlp_dim=32, num_heads=2, vocab_multiple=256)
-ADAMW = OptimizerConfig(LearningRate(1e-2, decay="constant"), epsilon=1e-3)
-ADAFACTOR = OptimizerConfig(LearningRate(1e-2, decay="constant"), kind="adafactor")
+ADAMW = AdamW(WarmupConstant(1e-2), epsilon=1e-3)
+ADAFACTOR = Adafactor(WarmupConstant(1e-2))
+MUON = Muon(WarmupConstant(1e-2), weight_decay=0.1, epsilon=1e-3)
 LOSS = LossConfig(teacher_temperature=0.5, z_loss=1e-4)
 STEPS = 3
 LENGTH = 16  # of the rows of the cache fixture
@@ -38,13 +40,13 @@ def compiled(
     devices: int,
     microbatches: int,
     with_teacher: bool,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     student: DecoderConfig,
 ) -> tuple[StateLayout, Any, Programs]:
     """Layout, teacher and programs, compiled once for equal settings: compiling is what is slow."""
     mesh = mesh_config.make(jax.devices()[:devices])
-    layout = make_layout(student, optimizer.make(STEPS), mesh)
-    teacher = make_layout(TEACHER, optimizer.make(STEPS), mesh).create(7).params
+    layout = make_layout(student, optimizer.make(STEPS, student), mesh)
+    teacher = make_layout(TEACHER, optimizer.make(STEPS, TEACHER), mesh).create(7).params
     programs = compile_programs(
         layout,
         LOSS,
@@ -63,7 +65,7 @@ def train(
     devices: int = 1,
     microbatches: int = 1,
     omega: float | None = 0.5,
-    optimizer: OptimizerConfig = ADAMW,
+    optimizer: Optimizer = ADAMW,
     student: DecoderConfig = STUDENT,
     spoil_step: int | None = None,
     steps: int = STEPS,
@@ -102,11 +104,12 @@ def assert_close(actual: TrainState, expected: TrainState, tolerance: float = 2e
         (partitioning.MeshConfig(data=8, fsdp=1), ADAMW),
         (partitioning.MeshConfig(slice=2, data=1, fsdp=2, tensor=2), ADAMW),
         (partitioning.MeshConfig(slice=2, data=1, fsdp=2, tensor=2), ADAFACTOR),
+        (partitioning.MeshConfig(fsdp=4, tensor=2), MUON),
     ],
-    ids=["fsdp", "data", "slice-fsdp-tensor", "adafactor"],
+    ids=["fsdp", "data", "slice-fsdp-tensor", "adafactor", "muon"],
 )
 def test_sharded_equals_single_device(
-    cache: PackedCache, mesh: partitioning.MeshConfig, optimizer: OptimizerConfig
+    cache: PackedCache, mesh: partitioning.MeshConfig, optimizer: Optimizer
 ) -> None:
     # Adafactor factors the moments of matrices of 128 × 128 and more.
     student = WIDE if optimizer is ADAFACTOR else STUDENT
@@ -119,13 +122,32 @@ def test_sharded_equals_single_device(
 
 def test_parameters_and_slots_are_sharded() -> None:
     mesh = partitioning.MeshConfig(fsdp=4, tensor=2).make()
-    layout = make_layout(STUDENT, ADAMW.make(1), mesh)
+    layout = make_layout(STUDENT, ADAMW.make(1, STUDENT), mesh)
     state = layout.create(0)
     embedding = [p for p in jax.tree.leaves(state.params) if p.shape == (384, 32)]
     assert len(embedding) == 1
     assert embedding[0].addressable_shards[0].data.shape == (192, 8)
     slots = [s for s in jax.tree.leaves(state.opt_state) if s.shape == (384, 32)]
     assert [s.addressable_shards[0].data.shape for s in slots] == [(192, 8)] * 2
+
+
+def test_every_slot_of_muon_lies_as_its_parameter() -> None:
+    mesh = partitioning.MeshConfig(fsdp=4, tensor=2).make()
+    layout = make_layout(STUDENT, MUON.make(1, STUDENT), mesh)
+    parameters = {
+        tuple(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layout.abstract.params)
+    }
+    slots = jax.tree_util.tree_leaves_with_path(layout.abstract.opt_state)
+    found = []
+    for path, slot in slots:
+        owner = next((tuple(path[i:]) for i in range(len(path)) if path[i:] in parameters), None)
+        if owner is not None:
+            assert slot.sharding == parameters[owner].sharding
+            found.append(owner)
+    # One moment for kernels, Adam's two for the rest.
+    kernels = [path for path in parameters if path[-1].key == "kernel"]
+    assert len(found) == 2 * len(parameters) - len(kernels)
 
 
 @pytest.mark.parametrize("omega", [None, 0.5], ids=["plain", "distill"])
@@ -140,7 +162,7 @@ def test_accumulated_equals_whole_batch(cache: PackedCache, omega: float | None)
 
 def test_factored_slots_are_sharded() -> None:
     mesh = partitioning.MeshConfig(fsdp=4, tensor=2).make()
-    layout = make_layout(WIDE, ADAFACTOR.make(1), mesh)
+    layout = make_layout(WIDE, ADAFACTOR.make(1, WIDE), mesh)
     slots = jax.tree.leaves(layout.abstract.opt_state)
     sharded = {s.shape: s.sharding.shard_shape(s.shape) for s in slots if s.sharding.spec != ()}
     # The embedding [384, 128] is split into [192, 32]; its rows' and columns' moments likewise.
@@ -176,8 +198,8 @@ def test_non_finite_update_is_skipped_and_counted(cache: PackedCache) -> None:
 
 def test_plain_program_has_no_trace_of_a_teacher(cache: PackedCache) -> None:
     mesh = partitioning.MeshConfig().make(jax.devices()[:1])
-    layout = make_layout(STUDENT, ADAMW.make(1), mesh)
-    teacher = make_layout(TEACHER, ADAMW.make(1), mesh).abstract.params
+    layout = make_layout(STUDENT, ADAMW.make(1, STUDENT), mesh)
+    teacher = make_layout(TEACHER, ADAMW.make(1, TEACHER), mesh).abstract.params
     shape = (8, cache.sequence_length)
     alone = compile_programs(layout, LOSS, shape).plain
     both = compile_programs(layout, LOSS, shape, teacher_config=TEACHER, teacher_params=teacher)
@@ -190,7 +212,7 @@ def test_plain_program_has_no_trace_of_a_teacher(cache: PackedCache) -> None:
 def test_weights_are_divided_out_once(cache: PackedCache) -> None:
     """Microbatches with unequal weights must not each count the same."""
     mesh = partitioning.MeshConfig().make(jax.devices()[:1])
-    layout = make_layout(STUDENT, OptimizerConfig(LearningRate(1.0), clip_norm=0).make(1), mesh)
+    layout = make_layout(STUDENT, AdamW(WarmupCosine(1.0), clip_norm=0).make(1, STUDENT), mesh)
     split = cache.split("train")
     batch = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), 0)).batch(0)
     batch["loss_weights"][::2, 4:] = 0.0
@@ -210,8 +232,8 @@ def test_weights_are_divided_out_once(cache: PackedCache) -> None:
 def test_a_batch_says_which_rows_are_taught(cache: PackedCache) -> None:
     """Untaught rows are trained on plainly, and no metric of the teacher counts them."""
     mesh = partitioning.MeshConfig(fsdp=2).make(jax.devices()[:2])
-    layout = make_layout(STUDENT, ADAMW.make(1), mesh)
-    teacher = make_layout(TEACHER, ADAMW.make(1), mesh).create(7).params
+    layout = make_layout(STUDENT, ADAMW.make(1, STUDENT), mesh)
+    teacher = make_layout(TEACHER, ADAMW.make(1, TEACHER), mesh).create(7).params
     split = cache.split("train")
     batch = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), 0)).batch(0)
     batch["loss_weights"][:3, 4:] = 0.0
@@ -258,7 +280,7 @@ def distilling_hlo(fsdp: int) -> hlo.Module:
     student = dataclasses.replace(STUDENT, num_layers=1, vocab_size=4096)
     teacher = dataclasses.replace(TEACHER, num_layers=1, vocab_size=4096)
     lowered = lower_step(
-        make_layout(student, ADAMW.make(STEPS), mesh),
+        make_layout(student, ADAMW.make(STEPS, student), mesh),
         dataclasses.replace(LOSS, chunk_tokens=16),
         (8, 64),
         1,
