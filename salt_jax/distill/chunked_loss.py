@@ -23,9 +23,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from salt_jax.distill.chunk_gradient import ChunkLoss
+from salt_jax.distill.divergences import LOG_ZERO
 from salt_jax.distill.head_sharding import HeadSharding, VocabularyPart
 from salt_jax.distill.losses import (
-    LOG_ZERO,
     TEACHER_VALUES,
     LossConfig,
     SoftLabels,

@@ -1,0 +1,73 @@
+"""The files of docs/extending.md work as they stand there, outside the package."""
+
+import json
+import pathlib
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+from salt_jax.command_line import SAFE_GIN
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.main import main
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extending.md"
+TRAIN = (
+    *("train", "--gin_file=runs/pretrain.gin", "--gin_file=models/llm_smoke.gin"),
+    *("--steps=2", "--batch_size=8", "--log_every=1", "--compilation_cache="),
+    *(
+        "--gin.LEARNING_RATE=1e-3",
+        "--gin.WARMUP_STEPS=1",
+        "--gin.decoder.DecoderConfig.num_layers=1",
+    ),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """The current folder, with the page's files; Python finds modules there."""
+    blocks = re.findall(r"^`([\w.]+)`:\n\n((?: {4}.*\n|\n)+)", PAGE.read_text(), re.M)
+    for name, text in blocks:
+        (tmp_path / name).write_text(textwrap.dedent(text))
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(SAFE_GIN, "")
+    return tmp_path
+
+
+@pytest.fixture
+def refuse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Checks that --safe_gin refuses a command for the module that a gin file imports."""
+
+    def check(*typed: str, module: str) -> None:
+        assert main([*typed, "--safe_gin", "--output_dir=refused"]) == 2
+        monkeypatch.setenv(SAFE_GIN, "")
+        assert f"--safe_gin keeps gin from importing {module}" in capsys.readouterr().err
+        assert not pathlib.Path("refused").exists()
+
+    return check
+
+
+def test_a_divergence(
+    folder: pathlib.Path, cache: PackedCache, refuse: Callable[..., None]
+) -> None:
+    slm = [*TRAIN, f"--cache={cache.path}", "--gin_file=methods/baseline.gin"]
+    salt = [*TRAIN, f"--cache={cache.path}", "--gin_file=methods/salt.gin"]
+    salt += ["--gin.N_KD=1", "--teacher=slm"]
+    own = [*salt, "--gin_file=my_divergence.gin"]
+    refuse(*own, module="my_divergences")
+    assert main([*slm, "--output_dir=slm"]) == 0
+    assert main([*salt, "--output_dir=salt"]) == 0
+    assert main([*own, "--output_dir=own"]) == 0
+    soft = {}
+    for run in ("salt", "own"):
+        lines = (folder / run / "metrics.jsonl").read_text().splitlines()
+        soft[run] = next(
+            line["soft_loss"] for line in map(json.loads, lines) if "soft_loss" in line
+        )
+    assert 0 < soft["own"] < soft["salt"]  # a KL, and a cross-entropy
