@@ -94,7 +94,11 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
 def _imports(modules: Iterable[str]) -> list[str]:
     """The lines that bring modules into a text for gin."""
     split = [m.rpartition(".") for m in sorted({*modules} - {"__gin__.dynamic_registration"})]
-    return [DYNAMIC_REGISTRATION, *(f"from {package} import {name}" for package, _, name in split)]
+    lines = [
+        f"from {package} import {name}" if package else f"import {name}"
+        for package, _, name in split
+    ]
+    return [DYNAMIC_REGISTRATION, *lines]
 
 
 def _borrow_settings(function: Callable[..., None], verb: str, lender: str) -> None:
