@@ -30,6 +30,8 @@ NAMES = frozenset(
         "distill.schedules.NoDistillation",
         *("distill.schedules.Constant", "distill.schedules.Step"),
         *("distill.schedules.LinearDecay", "distill.schedules.LinearRatioDecay"),
+        *("distill.scores.LearnableFraction", "distill.scores.Mean", "distill.scores.MeanEntropy"),
+        *("distill.scores.MeanLoss", "distill.scores.Median"),
         *("distill.selection.TopRows", "distill.selection.TopFraction"),
         *("distill.selection.Threshold", "distill.selection.RandomRows"),
         *("evaluation.responses.Responses", "models.decoder.DecoderConfig"),

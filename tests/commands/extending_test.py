@@ -7,10 +7,12 @@ import sys
 import textwrap
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from salt_jax.command_line import SAFE_GIN
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.main import main
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extending.md"
@@ -53,15 +55,20 @@ def refuse(
     return check
 
 
-def test_a_divergence(
-    folder: pathlib.Path, cache: PackedCache, refuse: Callable[..., None]
-) -> None:
+@pytest.fixture
+def slm(folder: pathlib.Path, cache: PackedCache) -> pathlib.Path:
     slm = [*TRAIN, f"--cache={cache.path}", "--gin_file=methods/baseline.gin"]
+    assert main([*slm, "--output_dir=slm"]) == 0
+    return folder / "slm"
+
+
+def test_a_divergence(
+    folder: pathlib.Path, slm: pathlib.Path, cache: PackedCache, refuse: Callable[..., None]
+) -> None:
     salt = [*TRAIN, f"--cache={cache.path}", "--gin_file=methods/salt.gin"]
-    salt += ["--gin.N_KD=1", "--teacher=slm"]
+    salt += ["--gin.N_KD=1", f"--teacher={slm}"]
     own = [*salt, "--gin_file=my_divergence.gin"]
     refuse(*own, module="my_divergences")
-    assert main([*slm, "--output_dir=slm"]) == 0
     assert main([*salt, "--output_dir=salt"]) == 0
     assert main([*own, "--output_dir=own"]) == 0
     soft = {}
@@ -71,3 +78,29 @@ def test_a_divergence(
             line["soft_loss"] for line in map(json.loads, lines) if "soft_loss" in line
         )
     assert 0 < soft["own"] < soft["salt"]  # a KL, and a cross-entropy
+
+
+def test_a_score(
+    folder: pathlib.Path, slm: pathlib.Path, cache: PackedCache, refuse: Callable[..., None]
+) -> None:
+    """From `salt score` to `salt train`, beside the median as one's own."""
+    score = ["score", f"--scorer={slm}", f"--cache={cache.path}", "--compilation_cache="]
+    own = [*score, "--gin_file=my_score.gin"]
+    refuse(*own, module="my_scores")
+    assert main([*own, "--output_dir=scores"]) == 0
+    median = [*own, "--gin.my_scores.Percentile.percent=50", "--output_dir=medians"]
+    assert main(median) == 0
+    medians = RowScores.open("medians")
+    half, seventy_five = medians.column("p50_k10")[:], RowScores.open("scores").column("p75_k10")[:]
+    np.testing.assert_allclose(half, medians.column("median_drop_k10")[:], rtol=1e-6)
+    assert (seventy_five > half).any()
+    select = ["select", "--gin_file=methods/top_rows.gin", "--gin.ROWS=16", "--scores=scores"]
+    select += [f"--cache={cache.path}", "--statistic=p75_k10", "--output_dir=selection"]
+    assert main(select) == 0
+    chosen = Selection.open("selection")
+    assert chosen.row_ids.tolist() == sorted(np.argsort(-seventy_five, kind="stable")[:16])
+    train = [*TRAIN, f"--cache={cache.path}", "--gin_file=methods/salt_ds.gin", "--gin.N_KD=1"]
+    train += [f"--teacher={slm}", "--selection=selection", "--output_dir=salt_ds"]
+    assert main(train) == 0
+    summary = json.loads((folder / "salt_ds" / "summary.json").read_text())
+    assert summary["steps"] == 2

@@ -48,6 +48,13 @@ for line in sys.stdin:
     print(pid, flush=True)
 """
 
+ENTROPY = """
+from __gin__ import dynamic_registration
+from salt_jax.commands import score
+from salt_jax.distill import scores
+score.score.scores = [@scores.MeanEntropy()]
+"""
+
 
 class Commands:
     """Real `salt` processes."""
@@ -289,15 +296,21 @@ def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
     alone: pathlib.Path,
     slm: pathlib.Path,
     make_cache: Callable[..., PackedCache],
+    tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before, config = counting(alone), (alone / "config.gin").read_text()
+    (tmp_path / "entropy.gin").write_text(ENTROPY)
+    (tmp_path / "twice.gin").write_text(ENTROPY.replace("]", ", @scores.MeanEntropy()]"))
     assert main(argv(alone)) == 0
     other = make_cache(seed=5, rows=ROWS)
     for flags, words in (
         ({"cache": other.path}, "was begun with the cache"),
         ({"scorer_step": 12}, "was begun with the scorer"),
         ({"k": 5}, "was begun with the k [2, 5], and now the k is [5]"),
+        ({"gin_file": tmp_path / "entropy.gin"}, "now the scores is ['entropy']: go back to"),
+        ({"gin_file": tmp_path / "twice.gin"}, "Two columns have the name entropy: give each"),
+        ({"gin_file": tmp_path / "entropy.gin", "soft_labels": 3}, "scores has 1 and soft_labels"),
         ({"shard_rows": 9}, "was begun with the shard_rows 8, and now the shard_rows is 9"),
         ({"split": "test"}, "was begun with the rows"),
         ({"worker": 1}, "worker is 1 and workers is None: set both"),
