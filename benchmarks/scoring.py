@@ -62,8 +62,8 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     params = jax.jit(lambda key: nn.unbox(decoder.init_params(config, key)))(jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(flags.dtype), params)
     batch = make_batch((flags.batch, flags.length), flags.vocab, mesh)
-    ks = scores.checked_ks(flags.k)
-    score = scoring_program(config, ks, mesh, rules, flags.chunk_tokens)
+    row_scores = scores.scores_of(scores.checked_ks(flags.k))
+    score = scoring_program(config, row_scores, mesh, rules, flags.chunk_tokens)
     programs = {"forward": forward_program(config, flags.chunk_tokens), "scoring": score}
 
     def side(program: Any) -> Any:

@@ -24,6 +24,7 @@ from flax import linen as nn
 from salt_jax.config_errors import CONFIGS
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill.chunked_loss import loss_sums
+from salt_jax.distill.divergences import JensenShannon, ReverseKL
 from salt_jax.distill.losses import LossConfig, SoftLabels, token_losses
 from salt_jax.errors import InputError
 from salt_jax.preparation import packed_rows
@@ -38,8 +39,8 @@ CONFIGS_OF_LOSS = [
     LOSS,
     dataclasses.replace(LOSS, teacher_top_k=2),
     dataclasses.replace(LOSS, student_temperature=2.0, scale_by_temperature_squared=True),
-    dataclasses.replace(LOSS, divergence="reverse_kl"),
-    dataclasses.replace(LOSS, divergence="jensen_shannon", jsd_beta=0.3),
+    dataclasses.replace(LOSS, divergence=ReverseKL()),
+    dataclasses.replace(LOSS, divergence=JensenShannon(0.3)),
 ]
 DIVISORS = [None, 100.0, "NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS"]
 DIVISORS += ["AVERAGE_PER_SEQUENCE"]

@@ -1,8 +1,8 @@
 """`salt score`: how hard and how learnable each row is, by an early checkpoint of the SLM.
 
 One pass makes several columns: for every k METHOD's median (unlearnable tokens dropped, and as 0),
-the mean loss and the share of the tokens that are among the model's k most likely; and the mean
-loss of all tokens. `salt select` picks rows by one of them.
+the mean loss and the share of the tokens that are among the model's k most likely; the mean loss of
+all tokens; and scores of one's own. `salt select` picks rows by one of them.
 
 With --soft_labels=K it stores the K most likely ids a token and their probabilities instead, of the
 SLM's last checkpoint: what `salt train --soft_labels=FOLDER` learns from without a teacher.
@@ -25,7 +25,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores, RowScoresWriter, Selection
 from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
 from salt_jax.distill import losses
-from salt_jax.distill.scores import checked_ks, column_names
+from salt_jax.distill.scores import Score, checked_ks, column_names, require_scores, scores_of
 from salt_jax.errors import InputError, require_counts
 from salt_jax.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, say
@@ -57,6 +57,7 @@ def score(
     scorer_step: int | None = None,
     split: str = "train",
     k: int | Sequence[int] = 10,
+    scores: Sequence[Score] = (),
     soft_labels: int = 0,
     soft_label_temperature: float = losses.LossConfig.teacher_temperature,
     soft_label_encoding: str = "float16",
@@ -78,6 +79,7 @@ def score(
       scorer_step: The scorer's checkpoint, an early one for SALT; the newest by default.
       split: Which rows.
       k: A token is learnable if it is among the scorer's k most likely ones; one k, or several.
+      scores: Columns beside those of k: objects of a gin file, such as scores.MeanEntropy.
       soft_labels: Above 0, store so many ids a token with their probabilities, instead of scores:
         `salt train --soft_labels=FOLDER` learns from them without a teacher.
       soft_label_temperature: τ of those probabilities.
@@ -95,11 +97,18 @@ def score(
       chunk_tokens: Tokens whose logits a device holds at once.
 
     Raises:
-      InputError: No such model or cache, another vocabulary, k over the vocabulary's size, a folder
-        that was begun with another cache, model or k, or a model that is not finite.
+      InputError: No such model or cache, another vocabulary, k over the vocabulary's size, scores
+        of one name, a folder that was begun with another cache, model, k or scores, or a model that is
+        not finite.
     """
     require_counts(batch_size=batch_size, chunk_tokens=chunk_tokens, shard_rows=shard_rows)
     ks = checked_ks(k)
+    require_scores(scores)
+    if soft_labels and scores:
+        raise InputError(
+            f"scores has {len(scores)} and soft_labels is {soft_labels}, in their place: leave one "
+            "of them out."
+        )
     packed = PackedCache.open(cache)
     model = find_model(scorer, scorer_step, "scorer", packed)
     worker, workers = _own_part(worker, workers)
@@ -119,8 +128,9 @@ def score(
         make = functools.partial(label_rows, model.config)
     else:
         _check_ks(ks, packed, selection)
-        writer = _score_writer(run, packed, split, model, ks, shard_rows or 65_536)
-        settings = (ks, writer, *where)
+        own = [one.name for one in scores]
+        writer = _score_writer(run, packed, split, model, ks, own, shard_rows or 65_536)
+        settings = ([*scores_of(ks), *scores], writer, *where)
         make = functools.partial(score_rows, model.config, allow_nan=allow_nan)
     if shard_rows not in (None, writer.shards.shard_rows):
         say(
@@ -175,6 +185,7 @@ def _score_writer(
     split: str,
     model: SavedModel,
     ks: Sequence[int],
+    own: Sequence[str],
     shard_rows: int,
 ) -> RowScoresWriter:
     return RowScoresWriter(
@@ -185,6 +196,7 @@ def _score_writer(
         scorer=model.identity,
         ks=ks,
         columns=column_names(ks),
+        own_columns=own,
         shard_rows=shard_rows,
     )
 
@@ -261,13 +273,13 @@ def _summarize(run: RunFolder, scores: RowScores) -> None:
         f"{scores.rows:,} rows of {manifest['split']} scored by {scorer['path']} at step "
         f"{scorer['step']} in {cost.get('seconds', float('nan')):.1f} s"
     )
-    for name in column_names(manifest["k"]):
+    for name in scores.columns:
         values_n = scores.column(name)[sample]
         finite_n = values_n[np.isfinite(values_n)]
         without = int(np.count_nonzero(values_n == -np.inf))
         quantiles = _quantiles(finite_n)
         summary["columns"][name] = {"without_value": without, "quantiles": quantiles}
-        nothing = f"; {without:,} rows have no learnable token" if without else ""
+        nothing = f"; {without:,} rows have none" if without else ""
         say(f"  {name:18} median {quantiles.get('0.5', -np.inf):.3f}{nothing}")
     if manifest["nan_rows"]:
         say(

@@ -64,8 +64,8 @@ def select(
       scores: A folder made by `salt score`; RandomRows doesn't need it, but has a fuller audit.
       split: Which rows, where there are no scores to say so.
       k: Which of the scores' k, where they are of several.
-      statistic: A row's score: "median" (METHOD's S) or "mean" of its learnable tokens' losses, or
-        "perplexity", the mean loss of all its tokens.
+      statistic: A row's score: "median" (METHOD's S) or "mean" of its learnable tokens' losses,
+        "perplexity", the mean loss of all its tokens, or any other column of the scores by name.
       unlearnable: What becomes of the others in the median: "drop", or "zero" to count them as 0.
       min_learnable_fraction: Rows with a smaller share of learnable tokens are not selected.
       allow_nan: Whether to go on where some scores are NaN; such rows are never selected.
@@ -84,7 +84,8 @@ def select(
         facts = None
         candidates = selection.Candidates(rows=len(packed.split(split)))
     else:
-        config, split = config.among(row_scores.manifest["k"]), row_scores.manifest["split"]
+        config = config.among(row_scores.manifest["k"], row_scores.columns)
+        split = row_scores.manifest["split"]
         facts = _facts(packed, row_scores, config)
         candidates = selection.Candidates.of(facts.scores, facts.subsets, len(packed.subsets))
     for folder, other in others.items():

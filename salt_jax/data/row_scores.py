@@ -62,11 +62,12 @@ class RowScoresWriter:
       rows: N, its rows.
       scorer: The scoring model: path, step, digest.
       ks: Every k that there are columns for.
-      columns: Names of the scorer's columns, float32.
+      columns: Names of their columns, float32.
+      own_columns: Names of those beside them.
       shard_rows: Rows of a shard.
 
     Raises:
-      InputError: The folder was begun with something else.
+      InputError: The folder was begun with something else, or two columns have one name.
     """
 
     def __init__(
@@ -79,13 +80,22 @@ class RowScoresWriter:
         scorer: Mapping[str, Any],
         ks: Sequence[int],
         columns: Sequence[str],
+        own_columns: Sequence[str] = (),
         shard_rows: int,
     ) -> None:
+        names = [*columns, *own_columns]
+        for name in own_columns:
+            if [TARGETS_HASH, *names, SUBSET].count(name) > 1:
+                raise InputError(
+                    f"Two columns have the name {name}: give each score one of its own."
+                )
         made_from = {"cache": cache_digest, "split": split, "scorer": dict(scorer), "k": list(ks)}
+        if own_columns:
+            made_from["scores"] = list(own_columns)
         self.shards = RestartableShards.of(
             folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
         )
-        dtypes = {TARGETS_HASH: "<u8", **dict.fromkeys(columns, "<f4"), SUBSET: "<u2"}
+        dtypes = {TARGETS_HASH: "<u8", **dict.fromkeys(names, "<f4"), SUBSET: "<u2"}
         self._layout = layout_of(dtypes)
 
     def begin(self) -> None:
@@ -180,6 +190,12 @@ class RowScores:
     def rows(self) -> int:
         """N."""
         return self.manifest["rows"]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the scorer's columns."""
+        names = [name for name, _ in self.manifest["columns"]]
+        return [name for name in names if name not in (SUBSET, TARGETS_HASH)]
 
     @property
     def cost(self) -> dict[str, Any] | None:

@@ -1,25 +1,23 @@
 """One chunk of tokens: logits [C, V] in; losses, and their gradient by the logits, out.
 
-With p = softmax(z / T), q the teacher's softmax and h = p · ∂soft/∂p, by the chain rule
+With p = softmax(z / T) and h = ∂soft/∂log p, which autodiff finds of any divergence (-q of
+ForwardKL's -q log p), by the chain rule
 
     ∂soft/∂z = (h - p · Σ h) / T
-    forward_kl      h = -q
-    reverse_kl      h = p (log p - log q)
-    jensen_shannon  h = (1 - β) p (log p - log m)
 
 Of k + 1 outcomes (teacher_top_k, soft labels), h of the rest falls to its ids in proportion to
 their p. V is one device's part of the vocabulary; sums over it go through VocabularyPart.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from salt_jax.distill.divergences import LOG_ZERO, Divergence
 from salt_jax.distill.head_sharding import VocabularyPart
-from salt_jax.distill.losses import LOG_ZERO, LossConfig, SoftLabels
+from salt_jax.distill.losses import LossConfig, SoftLabels
 
 
 class Norms(NamedTuple):
@@ -125,12 +123,12 @@ class ChunkLoss:
         if norms.labels is not None and norms.rest is not None:
             ids_CxK, (rest_log_p_C, rest_h_C) = norms.labels.ids, norms.rest
             log_p_CxK = self._vocabulary.at(log_p_CxV, ids_CxK)
-            _, h_CxK = _divergence(log_p_CxK, norms.labels.log_q, self._config)
+            _, h_CxK = _with_slope(self._config.divergence, log_p_CxK, norms.labels.log_q)
             share_CxV = jnp.exp(jnp.minimum(log_p_CxV - rest_log_p_C[:, None], 0.0))
             h_CxV = self._vocabulary.put(rest_h_C[:, None] * share_CxV, ids_CxK, h_CxK)
         else:
             assert isinstance(taught, jax.Array), "labels have their norms"
-            _, h_CxV = _divergence(log_p_CxV, self._log_q(taught, norms), self._config)
+            _, h_CxV = _with_slope(self._config.divergence, log_p_CxV, self._log_q(taught, norms))
         d_soft_CxV = h_CxV - jnp.exp(log_p_CxV) * norms.h[:, None]
         return d_z_CxV + omega * self._scale / self._config.student_temperature * d_soft_CxV
 
@@ -149,10 +147,9 @@ class ChunkLoss:
             labels = SoftLabels(ids_CxK, log_q_CxK, rest_C)
             return self._soft_of_labels(z_CxV, norms._replace(labels=labels))
 
-        value_CxV, h_CxV = _divergence(self._log_p(z_CxV, norms), log_q_CxV, config)
-        # Σ -q is known.
-        known = config.divergence == "forward_kl"
-        h_C = -jnp.ones_like(most_C) if known else vocabulary.sum(h_CxV)
+        value_CxV, h_CxV = _with_slope(config.divergence, self._log_p(z_CxV, norms), log_q_CxV)
+        known = getattr(config.divergence, "slope_sum", None)
+        h_C = vocabulary.sum(h_CxV) if known is None else jnp.full_like(most_C, known)
         return self._scale * vocabulary.sum(value_CxV), norms._replace(h=h_C)
 
     def _soft_of_labels(self, z_CxV: jax.Array, norms: Norms) -> tuple[jax.Array, Norms]:
@@ -162,8 +159,8 @@ class ChunkLoss:
         log_p_CxV = self._log_p(z_CxV, norms)
         log_p_CxK = self._vocabulary.at(log_p_CxV, labels.ids)
         rest_log_p_C = self._rest(log_p_CxV, labels.ids)
-        value_CxK, h_CxK = _divergence(log_p_CxK, labels.log_q, self._config)
-        rest_value_C, rest_h_C = _divergence(rest_log_p_C, labels.rest, self._config)
+        value_CxK, h_CxK = _with_slope(self._config.divergence, log_p_CxK, labels.log_q)
+        rest_value_C, rest_h_C = _with_slope(self._config.divergence, rest_log_p_C, labels.rest)
         soft_C = jnp.sum(value_CxK, axis=-1) + rest_value_C
         h_C = jnp.sum(h_CxK, axis=-1) + rest_h_C
         return self._scale * soft_C, norms._replace(h=h_C, rest=(rest_log_p_C, rest_h_C))
@@ -212,17 +209,8 @@ def _divided(logits_CxV: jax.Array, temperature: float) -> jax.Array:
     return logits_CxV * inverse
 
 
-def _divergence(
-    log_p: jax.Array, log_q: jax.Array, config: LossConfig
+def _with_slope(
+    divergence: Divergence, log_p: jax.Array, log_q: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Each outcome's part of the divergence, and its h."""
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    if config.divergence == "forward_kl":
-        return -q * log_p, -q
-    if config.divergence == "reverse_kl":
-        value = p * (log_p - log_q)
-        return value, value
-    beta = config.jsd_beta
-    log_m = jnp.logaddexp(math.log(beta) + log_q, math.log1p(-beta) + log_p)
-    h = (1.0 - beta) * p * (log_p - log_m)
-    return beta * q * (log_q - log_m) + h, h
+    return jax.jvp(lambda log_p: divergence(log_p, log_q), (log_p,), (jnp.ones_like(log_p),))

@@ -23,9 +23,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from salt_jax.distill.chunk_gradient import ChunkLoss
+from salt_jax.distill.divergences import LOG_ZERO
 from salt_jax.distill.head_sharding import HeadSharding, VocabularyPart
 from salt_jax.distill.losses import (
-    LOG_ZERO,
     TEACHER_VALUES,
     LossConfig,
     SoftLabels,
@@ -122,30 +122,38 @@ def target_ranks(
     *,
     chunk_tokens: int,
     sharding: HeadSharding | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    entropy: bool = False,
+) -> tuple[jax.Array, ...]:
     """How well a model predicts each target, for evaluation and scoring; no gradient.
 
     Args:
         hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: see `loss_sums`.
         chunk_tokens: tokens that a device handles at once.
+        entropy: whether to give that too, which reads a chunk's logits once more.
 
     Returns:
         (-log p of the target, nats [B, L] float32; number of ids with a strictly greater logit
-        [B, L] int32). Both say nothing where the weight is 0. Where the loss is not finite, as of a
-        NaN among the logits, it is all ids: no target is a right prediction there.
+        [B, L] int32; if asked for, the entropy of p, nats [B, L] float32). They say nothing where
+        the weight is 0. Where the loss is not finite, as of a NaN among the logits, the number is
+        that of all ids: no target is a right prediction there.
     """
 
     def one_chunk(
         vocabulary: VocabularyPart, head_VxD: jax.Array, chunk: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         hidden_CxD, targets_C = chunk
         z_CxV = vocabulary.logits(hidden_CxD, head_VxD)
         truth_C = vocabulary.at(z_CxV, targets_C)
         greater_CxV = (z_CxV > truth_C[:, None]).astype(jnp.float32)
-        loss_C = vocabulary.log_sum_exp(z_CxV) - truth_C
+        log_z_C = vocabulary.log_sum_exp(z_CxV)
+        loss_C = log_z_C - truth_C
         greater_C = vocabulary.sum(greater_CxV).astype(jnp.int32)  # exact, up to 2²⁴ ids
         greater_C = jnp.where(jnp.isfinite(loss_C), greater_C, vocab_size)
-        return loss_C.astype(jnp.float32), greater_C
+        if not entropy:
+            return loss_C.astype(jnp.float32), greater_C
+        log_p_CxV = z_CxV - log_z_C[:, None]
+        entropy_C = vocabulary.sum(-jnp.exp(log_p_CxV) * log_p_CxV)
+        return loss_C.astype(jnp.float32), greater_C, entropy_C.astype(jnp.float32)
 
     arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL
     return _over_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)

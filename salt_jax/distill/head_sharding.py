@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from salt_jax.distill.losses import LOG_ZERO
+from salt_jax.distill.divergences import LOG_ZERO
 from salt_jax.errors import InputError
 
 

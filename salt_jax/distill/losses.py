@@ -3,7 +3,7 @@
     p = softmax(z_s / T)             student, T = student_temperature, 1 by default
     q = softmax(z_t / τ)             teacher, τ = teacher_temperature
     hard = -log softmax(z_s)[y]
-    soft = a divergence of p from q  forward_kl by default: -Σ q log p, KL(q ‖ p) plus a constant
+    soft = a divergence of p from q  by default -Σ q log p, KL(q ‖ p) plus a constant
     loss = (1 - ω) · hard + ω · soft + z_loss · log² Σ exp z_s
 
 These take whole [B, L, V] logits: the reference for `chunked_loss.py`, which trains. Ids from
@@ -19,15 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from salt_jax.distill.divergences import LOG_ZERO, Divergence, ForwardKL, needs_every_id
 from salt_jax.errors import InputError
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 # Values that only a teacher gives.
 TEACHER_VALUES = ("soft", "teacher_hard", "agreement")
-
-# Stands for log 0. Finite, so that 0 · log 0 is 0 and not NaN, in values and in gradients.
-LOG_ZERO = -1e30
 
 
 class SoftLabels(NamedTuple):
@@ -55,14 +51,11 @@ class LossConfig:
         student_temperature: T, on the student's logits, in soft alone: hard has temperature 1.
         scale_by_temperature_squared: multiply soft by τ², the convention of systems with one
             temperature on both sides.
-        divergence: "forward_kl": -Σ q log p, the cross-entropy to the soft label.
-            "reverse_kl": KL(p ‖ q) = Σ p (log p - log q).
-            "jensen_shannon": β KL(q ‖ m) + (1 - β) KL(p ‖ m) with m = β q + (1 - β) p, the
-            generalised divergence of arXiv 2306.13649.
-        jsd_beta: β of "jensen_shannon", within (0, 1).
+        divergence: what soft is: ForwardKL, ReverseKL, JensenShannon of `divergences.py`, or a
+            function of one's own.
         teacher_top_k: above 0, p and q are first brought onto k + 1 outcomes: the teacher's k most
             likely ids (the lower id first among equals) and the rest as one, with 1 - Σ of the k.
-            Nothing is renormalised. With forward_kl, for one,
+            Nothing is renormalised. With ForwardKL, for one,
             soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 = the whole vocabulary, or
             all that stored soft labels have.
         z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
@@ -74,8 +67,7 @@ class LossConfig:
     teacher_temperature: float = 0.25
     student_temperature: float = 1.0
     scale_by_temperature_squared: bool = False
-    divergence: str = "forward_kl"
-    jsd_beta: float = 0.5
+    divergence: Divergence = ForwardKL()  # noqa: RUF009 (frozen)
     teacher_top_k: int = 0
     z_loss: float = 0.0
     chunk_tokens: int = 512
@@ -86,14 +78,10 @@ class LossConfig:
                 raise InputError(
                     f"LossConfig.{name} is {getattr(self, name)}; set it to a number above 0."
                 )
-        if self.divergence not in DIVERGENCES:
+        if not callable(self.divergence) or isinstance(self.divergence, type):
             raise InputError(
-                f"LossConfig.divergence is {self.divergence!r}; "
-                f"set it to one of {', '.join(DIVERGENCES)}."
-            )
-        if not 0.0 < self.jsd_beta < 1.0:
-            raise InputError(
-                f"LossConfig.jsd_beta is {self.jsd_beta}; set it between 0 and 1, both excluded."
+                f"LossConfig.divergence is {self.divergence!r}; set it to a divergence, such as "
+                "@divergences.ForwardKL() in a gin file."
             )
         if not isinstance(self.teacher_top_k, int) or self.teacher_top_k < 0:
             raise InputError(
@@ -171,7 +159,7 @@ def token_losses(
             log_p_BxLxV = _log_softmax(z_BxLxV / config.student_temperature, vocab_size)
         log_p_BxLxk = _bucketed(log_p_BxLxV, labels.ids)
         log_q_BxLxk = jnp.concatenate([labels.log_q, labels.rest[..., None]], axis=-1)
-        soft_BxL = _divergence(log_p_BxLxk, log_q_BxLxk, config)
+        soft_BxL = _summed(log_p_BxLxk, log_q_BxLxk, config)
         loss_BxL = (1.0 - omega) * hard_BxL + omega * soft_BxL
         assert labels.teacher_hard is not None, "stored labels have the teacher's loss"
         token["soft"], token["teacher_hard"] = soft_BxL, labels.teacher_hard
@@ -188,21 +176,11 @@ def _soft_loss(
     if 0 < config.teacher_top_k < vocab_size:
         _, ids_BxLxk = jax.lax.top_k(log_q_BxLxV, config.teacher_top_k)
         log_p_BxLxV, log_q_BxLxV = (_bucketed(x, ids_BxLxk) for x in (log_p_BxLxV, log_q_BxLxV))
-    return _divergence(log_p_BxLxV, log_q_BxLxV, config)
+    return _summed(log_p_BxLxV, log_q_BxLxV, config)
 
 
-def _divergence(log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, config: LossConfig) -> jax.Array:
-    q_BxLxV = jnp.exp(log_q_BxLxV)
-    if config.divergence == "forward_kl":
-        soft_BxL = -jnp.sum(q_BxLxV * log_p_BxLxV, axis=-1)
-    elif config.divergence == "reverse_kl":
-        soft_BxL = jnp.sum(jnp.exp(log_p_BxLxV) * (log_p_BxLxV - log_q_BxLxV), axis=-1)
-    else:
-        beta = config.jsd_beta
-        log_m_BxLxV = jnp.logaddexp(math.log(beta) + log_q_BxLxV, math.log1p(-beta) + log_p_BxLxV)
-        from_q_BxLxV = q_BxLxV * (log_q_BxLxV - log_m_BxLxV)
-        from_p_BxLxV = jnp.exp(log_p_BxLxV) * (log_p_BxLxV - log_m_BxLxV)
-        soft_BxL = jnp.sum(beta * from_q_BxLxV + (1.0 - beta) * from_p_BxLxV, axis=-1)
+def _summed(log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, config: LossConfig) -> jax.Array:
+    soft_BxL = jnp.sum(config.divergence(log_p_BxLxV, log_q_BxLxV), axis=-1)
     if config.scale_by_temperature_squared:
         soft_BxL *= config.teacher_temperature**2
     return soft_BxL
@@ -297,9 +275,10 @@ def check_vocab_size(
             f"LossConfig.teacher_top_k is {config.teacher_top_k}, more than the vocabulary's "
             f"{teacher_vocab_size} ids; set it to at most that, or to 0 for all ids."
         )
-    if config.divergence == "reverse_kl" and teacher_vocab_size < vocab_size:
+    if teacher_vocab_size < vocab_size and needs_every_id(config.divergence):
         raise InputError(
-            "LossConfig.divergence is reverse_kl, which is infinite for the "
-            f"{vocab_size - teacher_vocab_size} ids that the teacher lacks: set it to forward_kl "
-            "or jensen_shannon, or take a teacher with all of the vocabulary's ids."
+            f"LossConfig.divergence is {config.divergence}, which is infinite for the "
+            f"{vocab_size - teacher_vocab_size} ids that the teacher lacks: set it to "
+            "@divergences.ForwardKL() or @divergences.JensenShannon(), or take a teacher with all "
+            "of the vocabulary's ids."
         )

@@ -136,7 +136,7 @@ def _ranks_program(
     """(params, batch) → (−log p of the target, number of likelier ids), [B, L] each."""
     sharding = partitioning.head_sharding(mesh, rules)
 
-    def program(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def program(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         return chunked_loss.target_ranks(
             decoder.hidden_states(config, params, batch),
             decoder.head_kernel(params, config),

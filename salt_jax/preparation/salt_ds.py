@@ -201,7 +201,7 @@ def register_rows(name: str, find: Callable[[], RowSource]) -> seqio.Task:
 
 
 def _of_each_row(scores: RowScores, score: ScoreConfig) -> Scores:
-    score = score.among(scores.manifest["k"])
+    score = score.among(scores.manifest["k"], scores.columns)
     return scores.scores(score.column, score.learnable_column, score.min_learnable_fraction)
 
 

@@ -23,7 +23,7 @@ def score_rows(
     params: Any,
     cache: PackedCache,
     split: str,
-    ks: Sequence[int],
+    row_scores: Sequence[scores.Score],
     writer: RowScoresWriter,
     batch_size: int,
     mesh: Mesh,
@@ -44,7 +44,7 @@ def score_rows(
       params: Its parameters, on the mesh.
       cache: The rows.
       split: Which of its splits.
-      ks: See `distill.scores`.
+      row_scores: See `distill.scores`.
       writer: Takes the shards, and knows which are missing; begun.
       batch_size: Rows at once, rounded up to what the mesh needs.
       mesh: Where to compute: devices of this process alone.
@@ -58,7 +58,7 @@ def score_rows(
     Raises:
       NotFiniteError: The model's losses on some rows are not finite.
     """
-    program = jax.jit(scoring_program(config, ks, mesh, rules, chunk_tokens))
+    program = jax.jit(scoring_program(config, row_scores, mesh, rules, chunk_tokens))
     rows, size = cache.split(split), in_order.rounded_up(batch_size, mesh)
     pending = writer.shards.unfinished(worker, workers)
     ranges = [in_order.RowsOf(rows, shard.rows) for shard in pending]
@@ -66,7 +66,7 @@ def score_rows(
         batch for part in ranges for batch in input_pipeline.in_order(part, size, cache.start_id)
     )
     results = in_order.over_batches(program, params, batches, mesh, rules)
-    names = scores.column_names(ks)
+    names = [score.name for score in row_scores]
     start = time.perf_counter()
     for shard in pending:
         parts = []
@@ -84,16 +84,17 @@ def score_rows(
 
 def scoring_program(
     config: decoder.DecoderConfig,
-    ks: Sequence[int],
+    row_scores: Sequence[scores.Score],
     mesh: Mesh,
     rules: partitioning.Rules,
     chunk_tokens: int,
 ) -> Callable[..., Any]:
-    """A function (params, batch) → `scores.row_statistics`, to be jitted for the mesh."""
+    """A function (params, batch) → `scores.row_scores`, to be jitted for the mesh."""
     sharding = partitioning.head_sharding(mesh, rules)
+    entropy = any(scores.ENTROPY in score.needs for score in row_scores)
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        loss_BxL, greater_BxL = chunked_loss.target_ranks(
+        values = chunked_loss.target_ranks(
             decoder.hidden_states(config, params, batch),
             decoder.head_kernel(params, config),
             batch["targets"],
@@ -101,8 +102,10 @@ def scoring_program(
             config.vocab_size or 0,
             chunk_tokens=chunk_tokens,
             sharding=sharding,
+            entropy=entropy,
         )
-        return scores.row_statistics(loss_BxL, greater_BxL, batch["loss_weights"], ks)
+        tokens = dict(zip(scores.TOKEN_VALUES, values, strict=False))
+        return scores.row_scores(tokens, batch["loss_weights"], row_scores)
 
     return program
 

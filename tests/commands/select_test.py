@@ -66,6 +66,7 @@ def highest(scores: np.ndarray, m: int = 12) -> list[int]:
         (["--k=3", "--unlearnable=zero"], "median_zero_k3"),
         (["--k=3", "--statistic=mean"], "mean_k3"),
         (["--k=5", "--statistic=perplexity"], "log_perplexity"),
+        (["--k=5", "--statistic=mean_k3"], "mean_k3"),
     ],
 )
 def test_the_score_asked_for(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from salt_jax.distill.chunked_loss import loss_sums, target_ranks
+from salt_jax.distill.divergences import JensenShannon, ReverseKL
 from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.distill.losses import TEACHER_VALUES, LossConfig, token_losses
 from salt_jax.errors import InputError
@@ -27,10 +28,10 @@ CONFIGS = [
     LossConfig(teacher_top_k=1),
     LossConfig(teacher_temperature=1.0, teacher_top_k=4, student_temperature=0.7),
     LossConfig(teacher_top_k=VOCAB),
-    LossConfig(teacher_temperature=1.0, divergence="reverse_kl"),
-    LossConfig(divergence="reverse_kl", student_temperature=0.5, teacher_top_k=3),
-    LossConfig(teacher_temperature=1.0, divergence="jensen_shannon"),
-    LossConfig(divergence="jensen_shannon", jsd_beta=0.1, teacher_top_k=3),
+    LossConfig(teacher_temperature=1.0, divergence=ReverseKL()),
+    LossConfig(divergence=ReverseKL(), student_temperature=0.5, teacher_top_k=3),
+    LossConfig(teacher_temperature=1.0, divergence=JensenShannon()),
+    LossConfig(divergence=JensenShannon(0.1), teacher_top_k=3),
 ]
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 # Slice, data, fsdp and tensor axes, and the axes that split D of the head.
@@ -266,7 +267,7 @@ LACKS = 4  # ids of the student's that the teacher hasn't
 WITHOUT_REVERSE_KL = [
     config
     for config in CONFIGS
-    if config.divergence != "reverse_kl" and config.teacher_top_k <= VOCAB - LACKS
+    if not isinstance(config.divergence, ReverseKL) and config.teacher_top_k <= VOCAB - LACKS
 ]
 
 

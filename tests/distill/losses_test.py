@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from salt_jax.distill.divergences import ForwardKL, JensenShannon, ReverseKL
 from salt_jax.distill.losses import LossConfig, token_losses
 from salt_jax.errors import InputError
 
@@ -21,10 +22,10 @@ CONFIGS = [
     LossConfig(teacher_top_k=1),
     LossConfig(teacher_temperature=1.0, teacher_top_k=4),
     LossConfig(teacher_top_k=VOCAB),
-    LossConfig(teacher_temperature=1.0, divergence="reverse_kl"),
-    LossConfig(divergence="reverse_kl", student_temperature=0.5, teacher_top_k=3),
-    LossConfig(teacher_temperature=1.0, divergence="jensen_shannon"),
-    LossConfig(divergence="jensen_shannon", jsd_beta=0.1, teacher_top_k=3),
+    LossConfig(teacher_temperature=1.0, divergence=ReverseKL()),
+    LossConfig(divergence=ReverseKL(), student_temperature=0.5, teacher_top_k=3),
+    LossConfig(teacher_temperature=1.0, divergence=JensenShannon()),
+    LossConfig(divergence=JensenShannon(0.1), teacher_top_k=3),
 ]
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 
@@ -57,12 +58,13 @@ def oracle_token(
         top, rest = order[: config.teacher_top_k], order[config.teacher_top_k :]
         log_p, log_q = (np.append(x[top], log_sum(x[rest])) for x in (log_p, log_q))
     p, q = np.exp(log_p), np.exp(log_q)
-    if config.divergence == "forward_kl":
+    if isinstance(config.divergence, ForwardKL):
         soft = -expect(q, log_p)
-    elif config.divergence == "reverse_kl":
+    elif isinstance(config.divergence, ReverseKL):
         soft = expect(p, np.where(p > 0, log_p - log_q, 0.0))
     else:
-        beta = config.jsd_beta
+        assert isinstance(config.divergence, JensenShannon)
+        beta = config.divergence.beta
         log_m = np.log(beta * q + (1 - beta) * p)
         soft = beta * expect(q, log_q - log_m) + (1 - beta) * expect(p, log_p - log_m)
     if config.scale_by_temperature_squared:
@@ -118,7 +120,7 @@ def test_equals_float64_numpy(
     lacks: int,
 ) -> None:
     teachers = VOCAB - lacks
-    if lacks and (config.divergence == "reverse_kl" or config.teacher_top_k > teachers):
+    if lacks and (isinstance(config.divergence, ReverseKL) or config.teacher_top_k > teachers):
         return  # refused, see below
     student, teacher, targets = random_case(seed, scale, VOCAB + padding[0], teachers + padding[1])
     targets = np.minimum(targets, teachers - 1)
@@ -200,7 +202,7 @@ def test_self_distillation_has_known_values() -> None:
     config = LossConfig(teacher_temperature=1.0)
     p = np.exp(log_softmax(student))
     entropy = -(p * np.log(p)).sum(-1)
-    for divergence, soft in (("forward_kl", entropy), ("reverse_kl", 0), ("jensen_shannon", 0)):
+    for divergence, soft in ((ForwardKL(), entropy), (ReverseKL(), 0), (JensenShannon(), 0)):
         one = dataclasses.replace(config, divergence=divergence)
         same = jnp.asarray(student)
         token = token_losses(same, same, targets, 1.0, one, VOCAB)
@@ -227,8 +229,11 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
         ({"teacher_temperature": float("nan")}, "teacher_temperature is nan"),
         ({"student_temperature": -1.0}, "student_temperature is -1.0"),
-        ({"divergence": "kl"}, "forward_kl, reverse_kl, jensen_shannon"),
-        ({"jsd_beta": 1.0}, "jsd_beta is 1.0"),
+        (
+            {"divergence": "forward_kl"},
+            r"set it to a divergence, such as @divergences\.ForwardKL\(\)",
+        ),
+        ({"divergence": ForwardKL}, "set it to a divergence"),
         ({"teacher_top_k": -1}, "teacher_top_k is -1"),
         ({"z_loss": -0.1}, "z_loss is -0.1"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
@@ -251,7 +256,7 @@ def test_top_k_above_the_vocabulary_is_named() -> None:
     ("config", "teacher_vocab_size", "words"),
     [
         (LossConfig(teacher_top_k=9), 8, "teacher_top_k is 9, more than the vocabulary's 8"),
-        (LossConfig(divergence="reverse_kl"), 8, "reverse_kl, which is infinite for the 3 ids"),
+        (LossConfig(divergence=ReverseKL()), 8, "ReverseKL.., which is infinite for the 3 ids"),
         (LossConfig(), VOCAB + 1, f"The teacher has {VOCAB + 1} ids and the student {VOCAB}"),
     ],
 )

@@ -1,6 +1,8 @@
 """What is known of a row against a plain NumPy reading of its definition."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.distill.chunked_loss import target_ranks
-from salt_jax.distill.scores import ScoreConfig, checked_ks, column_names, row_statistics
+from salt_jax.distill.scores import (
+    TOKEN_VALUES,
+    MeanEntropy,
+    MeanLoss,
+    ScoreConfig,
+    checked_ks,
+    column_names,
+    require_scores,
+    row_scores,
+    scores_of,
+)
 from salt_jax.errors import InputError
 
 VOCAB = 7
@@ -21,7 +33,7 @@ def oracle_row(
     logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, ks: tuple[int, ...]
 ) -> dict[str, float]:
     """All columns of one row, token by token, in float64."""
-    losses, ranks = [], []
+    losses, ranks, entropies = [], [], []
     for t in range(1, len(targets)):
         if weights[t] > 0:
             z = logits[t, :VOCAB]
@@ -29,6 +41,8 @@ def oracle_row(
             log_sum = np.log(np.exp(z64 - z64.max()).sum()) + z64.max()
             losses.append(log_sum - z64[targets[t]])
             ranks.append((z > z[targets[t]]).sum())
+            log_p = z64 - log_sum
+            entropies.append(-(np.exp(log_p) * log_p).sum())
     columns = {"log_perplexity": float(np.mean(losses)) if losses else -np.inf}
     for k in ks:
         learnable = [loss for loss, rank in zip(losses, ranks, strict=True) if rank < k]
@@ -37,6 +51,7 @@ def oracle_row(
         columns[f"median_zero_k{k}"] = float(np.median(learnable + zeros)) if learnable else -np.inf
         columns[f"mean_k{k}"] = float(np.mean(learnable)) if learnable else -np.inf
         columns[f"learnable_k{k}"] = len(learnable) / max(len(losses), 1)
+    columns["entropy"] = float(np.mean(entropies)) if entropies else -np.inf
     return columns
 
 
@@ -45,8 +60,9 @@ def _statistics(
     hidden: jax.Array, targets: jax.Array, weights: jax.Array, ks: tuple[int, ...]
 ) -> jax.Array:
     head = jnp.eye(hidden.shape[-1])
-    loss, greater = target_ranks(hidden, head, targets, weights, VOCAB, chunk_tokens=3)
-    return row_statistics(loss, greater, weights, ks)
+    values = target_ranks(hidden, head, targets, weights, VOCAB, chunk_tokens=3, entropy=True)
+    tokens = dict(zip(TOKEN_VALUES, values, strict=True))
+    return row_scores(tokens, weights, [*scores_of(ks), MeanEntropy()])
 
 
 def columns(logits: Any, targets: Any, weights: Any, *ks: int) -> dict[str, np.ndarray]:
@@ -54,7 +70,7 @@ def columns(logits: Any, targets: Any, weights: Any, *ks: int) -> dict[str, np.n
     rows = jnp.asarray(logits), jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32)
     values = np.asarray(_statistics(*rows, ks))
     assert values.dtype == np.float32
-    return dict(zip(column_names(ks), values, strict=True))
+    return dict(zip([*column_names(ks), "entropy"], values, strict=True))
 
 
 def score(logits: Any, targets: Any, weights: Any, k: int, unlearnable: str = "drop") -> np.ndarray:
@@ -148,7 +164,6 @@ def test_a_broken_scorer_shows() -> None:
         ({"k": 0}, "k is 0"),
         ({"k": 2.5}, "k is 2.5"),
         ({"unlearnable": "keep"}, "set it to one of drop, zero"),
-        ({"statistic": "mode"}, "statistic is 'mode'; set it to one of median, mean, perplexity"),
         ({"statistic": "mean", "unlearnable": "zero"}, "leave it out, or set statistic to median"),
         ({"min_learnable_fraction": 1.5}, "min_learnable_fraction is 1.5"),
         ({"min_learnable_fraction": float("nan")}, "min_learnable_fraction is nan"),
@@ -168,10 +183,56 @@ def test_one_k_or_several() -> None:
 
 
 def test_the_k_is_settled_by_what_the_scores_hold() -> None:
-    assert ScoreConfig().among([7]).column == "median_drop_k7"
-    assert ScoreConfig(5, "mean").among([5, 10]).column == "mean_k5"
+    names = column_names([5, 7, 10])
+    assert ScoreConfig().among([7], names).column == "median_drop_k7"
+    assert ScoreConfig(5, "mean").among([5, 10], names).column == "mean_k5"
     assert ScoreConfig(5, "perplexity").column == "log_perplexity"
+    assert ScoreConfig(statistic="p75").among([5], ["p75"]).column == "p75"
+    with pytest.raises(InputError, match=r"statistic is 'mode'; set it to median, mean, .*_k10"):
+        ScoreConfig(5, "mode").among([5, 10], names)
     with pytest.raises(InputError, match="The scores are of k = 5, 10: add --k"):
-        ScoreConfig().among([5, 10])
+        ScoreConfig().among([5, 10], names)
     with pytest.raises(InputError, match="k is 7, and the scores are of k = 5, 10"):
-        ScoreConfig(7).among([5, 10])
+        ScoreConfig(7).among([5, 10], names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A score of one's own: the highest loss."""
+
+    name: str = "highest"
+    needs: tuple[str, ...] = ("loss",)
+    axis: int | None = -1
+
+    def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
+        return jnp.max(jnp.where(counts_BxL, tokens["loss"], -jnp.inf), axis=self.axis)
+
+
+def test_a_score_gets_its_tokens_by_ascending_loss() -> None:
+    loss = jnp.array([[9.0, 3.0, 1.0, 2.0, 7.0], [9.0, 1.0, 2.0, 3.0, 4.0]])
+    rank = jnp.array([[0, 30, 10, 20, 70], [0, 1, 2, 3, 4]])
+    weights = jnp.array([[1.0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    seen: dict[str, Any] = {}
+
+    class Looks(Own):
+        def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
+            seen.update(tokens, counts=counts_BxL)
+            return super().of_rows(tokens, counts_BxL)
+
+    (values,) = row_scores({"rank": rank, "loss": loss}, weights, [Looks()])
+    np.testing.assert_array_equal(values, [3, 4])
+    np.testing.assert_array_equal(seen["loss"], [[1, 2, 3, 0, 0], [1, 2, 3, 4, 0]])
+    np.testing.assert_array_equal(seen["rank"][0, :3], [10, 20, 30])
+    assert seen["rank"][0, 3:].min() > 10**9
+    np.testing.assert_array_equal(seen["counts"].sum(-1), [3, 4])
+
+
+def test_what_is_no_score_is_named() -> None:
+    require_scores([MeanLoss(), Own()])
+    for bad in ("median", Own, lambda tokens: tokens):
+        with pytest.raises(InputError, match=r"set it to a list of scores, such as .@scores.Mean"):
+            require_scores([bad])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"highest needs depth; .* is loss, rank, entropy"):
+        require_scores([Own(needs=("loss", "depth"))])
+    with pytest.raises(InputError, match=r"highest is of shape \(\) for 3 rows; expected one"):
+        row_scores({"loss": jnp.ones((3, 4))}, jnp.ones((3, 4)), [Own(axis=None)])

@@ -48,6 +48,13 @@ for line in sys.stdin:
     print(pid, flush=True)
 """
 
+ENTROPY = """
+from __gin__ import dynamic_registration
+from salt_jax.commands import score
+from salt_jax.distill import scores
+score.score.scores = [@scores.MeanEntropy()]
+"""
+
 
 class Commands:
     """Real `salt` processes."""
@@ -289,9 +296,12 @@ def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
     alone: pathlib.Path,
     slm: pathlib.Path,
     make_cache: Callable[..., PackedCache],
+    tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before, config = counting(alone), (alone / "config.gin").read_text()
+    (tmp_path / "entropy.gin").write_text(ENTROPY)
+    (tmp_path / "twice.gin").write_text(ENTROPY.replace("]", ", @scores.MeanEntropy()]"))
     assert main(argv(alone)) == 0
     # What changes no value may change.
     how = {"shard_rows": 9, "batch_size": 2, "chunk_tokens": 64, "compilation_cache": ""}
@@ -302,6 +312,9 @@ def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
         ({"cache": other.path}, "was begun with the cache"),
         ({"scorer_step": 12}, "was begun with the scorer"),
         ({"k": 5}, "was begun with the k [2, 5], and now the k is [5]"),
+        ({"gin_file": tmp_path / "entropy.gin"}, "now the scores is ['entropy']: go back to"),
+        ({"gin_file": tmp_path / "twice.gin"}, "Two columns have the name entropy: give each"),
+        ({"gin_file": tmp_path / "entropy.gin", "soft_labels": 3}, "scores has 1 and soft_labels"),
         ({"split": "test"}, "was begun with the rows"),
         ({"worker": 1}, "worker is 1 and workers is None: set both"),
         ({"worker": 2, "workers": 2}, "worker is 2 of 2 workers, which count from 0"),

@@ -16,7 +16,7 @@ from salt_jax.data.denoisers import Objectives, SpanDenoiser
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import MixedOrder, RowOrder
 from salt_jax.data.row_scores import Selection
-from salt_jax.distill import losses, schedules
+from salt_jax.distill import divergences, losses, schedules
 from salt_jax.distill.selection import RandomRows
 from salt_jax.errors import InputError
 from salt_jax.main import main
@@ -318,8 +318,8 @@ def test_ul2_with_a_teacher_without_reserved_ids(
     refused = {**settings, "folder": tmp_path / "out"}
     with pytest.raises(InputError, match=r"lacks the last 12 of .* --teacher.objectives=causal"):
         run_train(**refused, objectives=UL2, loss=loss)
-    with pytest.raises(InputError, match="reverse_kl, which is infinite for the 12 ids"):
-        run_train(**refused, loss=losses.LossConfig(divergence="reverse_kl"))
+    with pytest.raises(InputError, match=r"ReverseKL\(\), which is infinite for the 12 ids"):
+        run_train(**refused, loss=losses.LossConfig(divergence=divergences.ReverseKL()))
     with pytest.raises(InputError, match="teacher_top_k is 260, more than the vocabulary's 259"):
         run_train(**refused, loss=losses.LossConfig(teacher_top_k=260))
     assert not (tmp_path / "out").exists()
