@@ -24,7 +24,7 @@ from salt_jax.data.safetensors_files import (
     TensorInfo,
     write_shards,
 )
-from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.huggingface import Architecture, config_from_json, config_to_json
@@ -136,6 +136,11 @@ def _take_in(
     settings = read_json_object(source / CONFIG_FILE, DOWNLOAD)
     files = SafetensorsFolder(source)
     vocabulary = model_tokenizers.model_vocabulary(source, eos_token)
+    model_tokenizers.require_rows(vocabulary, settings.get("vocab_size"), source)
+    if complete_steps(run.path) and (run.path / VOCABULARY_FOLDER).is_dir():
+        # Of equal ones the first stays, which the steps that are there name.
+        kept = load_vocabulary(run.path / VOCABULARY_FOLDER)
+        vocabulary = kept if kept == vocabulary else vocabulary
     architecture, config = config_from_json(
         settings, vocabulary.base_size, str(source / CONFIG_FILE)
     )
@@ -156,6 +161,8 @@ def _take_in(
         print(f"{run.path} has step {step} of {source} already: nothing was converted.")
         return
     run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
+    for note in vocabulary.notes:
+        print(note)
     run.begin(replace=True)
     vocabulary.save(run.path / VOCABULARY_FOLDER)
     (run.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)

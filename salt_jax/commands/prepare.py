@@ -48,6 +48,7 @@ def prepare(
     seed: int = 0,
     drop_duplicates: bool = False,
     skip_broken_lines: bool = False,
+    drop_unknown: bool = False,
     runner: str = "local",
     workers: int | None = None,
     beam_options: Sequence[str] = (),
@@ -80,6 +81,8 @@ def prepare(
       drop_duplicates: Of documents of a split with equal texts keep the first. They are counted in
         either case.
       skip_broken_lines: Pass over lines that are no JSON or have no text, and count them.
+      drop_unknown: Leave out, and count, characters that a tokenizer has neither a piece nor an
+        unknown token for, instead of refusing the text.
       runner: "local", or one of Apache Beam's: "DataflowRunner", "FlinkRunner", "SparkRunner",
         "PrismRunner", "DirectRunner".
       workers: Processes on this machine; all cores unless set.
@@ -120,7 +123,7 @@ def prepare(
         print(f"{run.path} is finished already: nothing was prepared.")
         return
     started = time.monotonic()
-    _make(run, task, vocabulary, plan, drop_duplicates, jobs)
+    _make(run, task, vocabulary, plan, drop_duplicates, drop_unknown, jobs)
     seconds = time.monotonic() - started
     cache = PackedCache.open(run.path)
     run.write_summary(_summary(cache, seconds))
@@ -134,12 +137,16 @@ def _make(
     vocabulary: Vocabulary | TrainedVocabulary | None,
     plan: PackingPlan,
     drop_duplicates: bool,
+    drop_unknown: bool,
     jobs: JobRunner,
 ) -> None:
     """Makes the cache. Where its input turns out bad before any part of it is finished, nothing is
     left of it."""
     work = WorkFolder.of_cache(run.path)
     corpus, used, trained = _corpus_and_vocabulary(task, vocabulary, work)
+    for note in used.notes:
+        print(note)
+    used.drop_unknown = used.drop_unknown or drop_unknown
     if corpus.has_prompts:
         plan.require_for_prompts()
     building = Building(run.path, corpus, used, plan, drop_duplicates, trained)
@@ -332,6 +339,7 @@ def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
         "splits": splits,
         "broken_lines": _broken_lines(cache),
         "long_documents": _long_documents(cache),
+        "lost_characters": cache.manifest.get("lost_characters", 0),
         "seconds": None if seconds is None else round(seconds, 3),
         "tokens_per_second": None if seconds is None else round(tokens / seconds, 1),
     }
@@ -355,6 +363,8 @@ def _print_counts(cache: PackedCache, seconds: float) -> None:
     print(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
     for file, count in _broken_lines(cache).items():
         print(f"Passed over {count:,} broken lines of {file}.")
+    if count := cache.manifest.get("lost_characters", 0):
+        print(f"Left out {count:,} characters that the vocabulary has no id for.")
     for name in cache.split_names:
         info = cache.manifest["splits"][name]
         if count := info["shared_documents"]:

@@ -59,6 +59,32 @@ def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Voca
     )
 
 
+def require_rows(vocabulary: Vocabulary, rows: Any, folder: pathlib.Path) -> None:
+    """Refuses tokens that were added to a tokenizer and have no row in the model's embedding.
+
+    Args:
+      vocabulary: The tokenizer.
+      rows: The embedding's, by config.json.
+      folder: The model's, for the error.
+
+    Raises:
+      InputError: There are such tokens. Where others are beyond the embedding too, it is another
+        model's tokenizer, of which the model's settings are told.
+    """
+    if not isinstance(rows, int) or not isinstance(vocabulary, HuggingFaceVocabulary):
+        return
+    beyond = vocabulary.added_tokens_from(rows)
+    if beyond and len(beyond) == vocabulary.base_size - rows:
+        names = ", ".join(map(repr, beyond[:8]))
+        tokens = "an added token" if len(beyond) == 1 else f"{len(beyond)} added tokens"
+        raise InputError(
+            f"{folder / TOKENIZER_FILE} has {tokens} ({names}) beyond the {rows:,} rows of the "
+            f"model's embedding, which end at the id {rows - 1}: take what is too much out of its "
+            "added_tokens, or give the model rows for all with transformers, "
+            f"model.resize_token_embeddings({vocabulary.base_size}), and save it."
+        )
+
+
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
     """Copies a tokenizer's files as they are; gives their names, none where there are none."""
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]

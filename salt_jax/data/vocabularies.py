@@ -2,7 +2,8 @@
 
 In: text, or a tokenizer's file. Out: ids. A vocabulary is kept as a folder (vocabulary.json and the
 tokenizer's file) and known by its fingerprint: a digest of the tokenizer's bytes and of every
-setting that changes an id.
+setting that changes an id. Two of different fingerprints are equal all the same where they give
+every text the same ids: versions of transformers write one tokenizer in different bytes.
 
 The ids of special tokens are the vocabulary's own business (Pythia's end of document is 0): nothing
 else may assume them. `reserved` ids are appended after the tokenizer's own: the first three are the
@@ -10,23 +11,30 @@ mode tokens [R], [S] and [X] of `denoisers.py`, the others its sentinels, in asc
 """
 
 import abc
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import sentencepiece
-import tokenizers
 
 from salt_jax.data.durable_files import whole_file, write_text
 from salt_jax.data.json_files import Shape, read_json_object, require_shape
 from salt_jax.data.local_copies import local_file, local_folder
 from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
+from salt_jax.data.tokenizer_json import (
+    behaviour,
+    clear_dropout,
+    load_tokenizer,
+    loss_marker,
+    lost_characters,
+)
 from salt_jax.errors import InputError
 
 VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
@@ -34,6 +42,8 @@ SETTINGS_FILE = "vocabulary.json"
 
 # Arrays of a vocabulary's size are held in memory; no tokenizer comes near it.
 _MOST_IDS = 1 << 24
+
+_SHOWN = 40  # characters of a text, in an error
 
 # UL2's: short spans, a prefix, extreme spans.
 MODES = ("R", "S", "X")
@@ -48,8 +58,12 @@ class Vocabulary(abc.ABC):
       pad_id: Fills a row; means nothing by itself (segment ids say what is padding).
       start_id: What a model reads before a segment's first token.
       reserved: Ids appended at the end.
+      drop_unknown: Whether `encode` leaves out what it has no id for, instead of refusing it.
+      notes: What whoever takes the vocabulary up should be told, sentences.
     """
 
+    drop_unknown: bool = False
+    notes: Sequence[str] = ()
     base_size: int
     eos_id: int
     pad_id: int
@@ -82,9 +96,10 @@ class Vocabulary(abc.ABC):
         return self._digest(self._identity())
 
     def extends(self, other: "Vocabulary") -> bool:
-        """Whether it is the other one, perhaps with more reserved ids."""
-        mine, others = ({**v._identity(), "reserved": 0} for v in (self, other))
-        return self._digest(mine) == other._digest(others) and self.reserved >= other.reserved
+        """Whether it gives every text the other one's ids, perhaps with more reserved ones."""
+        if self.reserved < other.reserved or self._meaning() != other._meaning():
+            return False
+        return self.model_bytes() == other.model_bytes() or self._behaviour == other._behaviour
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
@@ -101,11 +116,19 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The text's ids, without an end of document. Text never becomes a special id."""
+        """The text's ids, without an end of document. Text never becomes a special id.
+
+        Raises:
+          InputError: The tokenizer has no id for a part of the text, and would lose it.
+        """
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text; subclasses are faster than one by one where they can."""
         return [self.encode(text) for text in texts]
+
+    def lost_characters(self, text: str) -> int:
+        """How many characters of the text `encode` leaves out."""
+        return 0
 
     def decode(self, ids: Iterable[int]) -> str:
         """The ids' text; special and reserved ids give none, broken UTF-8 gives U+FFFD."""
@@ -124,6 +147,8 @@ class Vocabulary(abc.ABC):
             with whole_file(path / self._model_file) as file:
                 file.write(self.model_bytes())
         described = {**self.describe(), "settings": self._settings()}
+        if self.drop_unknown:
+            described["drop_unknown"] = True
         write_text(path / SETTINGS_FILE, json.dumps(described, indent=2) + "\n")
 
     # What a subclass says of itself: the name its model file gets, the file's bytes, the keyword
@@ -150,6 +175,15 @@ class Vocabulary(abc.ABC):
     @abc.abstractmethod
     def _byte_lengths(self) -> np.ndarray: ...
 
+    @functools.cached_property
+    def _behaviour(self) -> Any:
+        """What the tokenizer does with a text, in a form that can be compared."""
+        return self.model_bytes()
+
+    def _meaning(self) -> dict[str, Any]:
+        """The identity but for what no text's ids and no model's input depend on."""
+        return {**self._identity(), "reserved": 0, "pad_id": 0}
+
     def _identity(self) -> dict[str, Any]:
         return {
             "class": type(self).__name__,
@@ -160,10 +194,12 @@ class Vocabulary(abc.ABC):
         }
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
+        if not isinstance(other, Vocabulary):
+            return NotImplemented
+        return self.reserved == other.reserved and self.extends(other)
 
     def __hash__(self) -> int:
-        return hash(self.fingerprint)
+        return hash(tuple(self._meaning().values()))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size}, fingerprint={self.fingerprint[:12]})"
@@ -273,6 +309,7 @@ class HuggingFaceVocabulary(Vocabulary):
         eos_token: str = "<|endoftext|>",
         pad_token: str | None = None,
         start_token: str | None = None,
+        drop_unknown: bool = False,
     ):
         """Loads a tokenizer.
 
@@ -282,12 +319,21 @@ class HuggingFaceVocabulary(Vocabulary):
           eos_token: The token that ends a document.
           pad_token: The token that fills rows; None takes the end of document.
           start_token: What models read before a first token; None takes the end of document.
+          drop_unknown: Leave out characters that a tokenizer without an unknown token has no piece
+            for, instead of refusing the text.
 
         Raises:
           InputError: No such file, no tokenizer, or a token that it doesn't have.
         """
         self._bytes = _read_model(path, "tokenizer.json")
-        self._tokenizer = _tokenizer(self._bytes, path)
+        self._tokenizer = load_tokenizer(self._bytes, path)
+        if dropout := clear_dropout(self._tokenizer):
+            self.notes = (
+                f"{os.fspath(path)} asks for BPE dropout {dropout:.3g}, by which no two runs would "
+                "have the same ids: it is switched off.",
+            )
+        self._loss_marker = loss_marker(self._tokenizer)
+        self.drop_unknown = drop_unknown
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -306,15 +352,39 @@ class HuggingFaceVocabulary(Vocabulary):
         self.reserved = _checked_reserved(reserved)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._refuse_loss(text)
+        with _refusing_unknown():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def token(self, token_id: int) -> str | None:
         """The token that has an id, if one does."""
         return self._tokenizer.id_to_token(token_id)
 
+    def added_tokens_from(self, first: int) -> list[str]:
+        """The tokens that were added to the tokenizer and have this id or a larger one."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for token_id, token in sorted(added.items()) if token_id >= first]
+
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        for text in texts:
+            self._refuse_loss(text)
+        with _refusing_unknown():
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def lost_characters(self, text: str) -> int:
+        return len(lost_characters(self._loss_marker, text)) if self._loss_marker else 0
+
+    def _refuse_loss(self, text: str) -> None:
+        if self._loss_marker is None or self.drop_unknown:
+            return
+        if lost := lost_characters(self._loss_marker, text):
+            some = ", ".join(map(repr, sorted(set(lost))[:8]))
+            raise InputError(
+                f"The tokenizer has neither a piece nor an unknown token for {some} "
+                f"({len(lost):,} in the text {text[:_SHOWN]!r}), which would be lost: set "
+                "drop_unknown to True to leave such characters out, or take another tokenizer."
+            )
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -324,6 +394,10 @@ class HuggingFaceVocabulary(Vocabulary):
 
     def model_bytes(self) -> bytes:
         return self._bytes
+
+    @functools.cached_property
+    def _behaviour(self) -> str:
+        return behaviour(self._tokenizer)
 
     def _settings(self) -> dict[str, Any]:
         return {"reserved": self.reserved, **self._tokens}
@@ -382,6 +456,7 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     require_shape(path / SETTINGS_FILE, settings, kind._settings_shape, _COPY)
     model = {"path": path / kind._model_file} if kind._model_file else {}
     vocabulary = kind(**model, **settings)
+    vocabulary.drop_unknown = saved.get("drop_unknown") is True
     if vocabulary.fingerprint != saved["fingerprint"]:
         raise InputError(
             f"The vocabulary in {path} has the fingerprint {vocabulary.fingerprint[:12]}…, "
@@ -407,16 +482,19 @@ def hugging_face_tokens(path: str | os.PathLike[str]) -> dict[str, int]:
     Raises:
       InputError: No such file, or no tokenizer.
     """
-    tokenizer = _tokenizer(_read_model(path, "tokenizer.json"), path)
+    tokenizer = load_tokenizer(_read_model(path, "tokenizer.json"), path)
     return tokenizer.get_vocab(with_added_tokens=True)
 
 
-def _tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+@contextlib.contextmanager
+def _refusing_unknown() -> Iterator[None]:
+    """What tokenizers raises for a text that has what no piece stands for."""
     try:
-        return tokenizers.Tokenizer.from_str(model.decode())
+        yield
     except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(
-            f"{os.fspath(path)} is no Hugging Face tokenizer ({error}): name a tokenizer.json."
+            f"The tokenizer cannot encode a text ({error}): give its tokenizer.json an unknown "
+            "token, or take another tokenizer."
         ) from error
 
 

@@ -74,6 +74,9 @@ class TextUnit:
         """
         dtype = token_dtype(vocabulary.size)
         for document in self.text.read(self.files, log):
+            if vocabulary.drop_unknown:
+                texts = (document.prompt, document.text)
+                log.lost_characters += sum(map(vocabulary.lost_characters, texts))
             # Apart from each other, since the prompt is all that a model is given later.
             prompt_P = vocabulary.encode(document.prompt) if document.prompt else []
             yield TokenizedDocument(
