@@ -1,0 +1,116 @@
+"""What compressed files hold, a block at a time.
+
+In: a file and how it is compressed. Out: its bytes, in blocks of 32 MB at most whatever the file
+makes of itself, its streams or frames one after another. A file that is cut short, or damaged in
+any of its streams, never passes for a whole one.
+
+zstandard is imported when such a file is read: it comes with an extra.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from salt_jax.errors import InputError
+
+BLOCK_BYTES = 1 << 20
+# 4 bytes of a zstandard frame may stand for 128 KB: so much gives 32 MB at most.
+_ZSTANDARD_BYTES = 1 << 10
+# As far as `zstd --long=31` goes. Memory of a frame's own window is taken, and no more.
+_LONGEST_WINDOW = 1 << 31
+
+
+def decompressed_blocks(
+    path: str | os.PathLike[str], file: BinaryIO, compression: str
+) -> Iterator[bytes]:
+    """The decompressed bytes of a file.
+
+    Args:
+      path: Its name, for messages.
+      file: The file.
+      compression: One of `file_kinds.COMPRESSIONS`' values, or "".
+
+    Raises:
+      InputError: It is cut short or damaged, or needs a library or memory that isn't there.
+    """
+    try:
+        if compression == "zstandard":
+            yield from _zstandard_blocks(path, file)
+        elif compression == "bzip2":
+            yield from _stream_blocks(file, bz2.BZ2Decompressor)
+        elif compression == "xz":
+            yield from _stream_blocks(file, lzma.LZMADecompressor)
+        else:
+            stream = gzip.GzipFile(fileobj=file) if compression else file
+            while block := stream.read(BLOCK_BYTES):
+                yield block
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise InputError(
+            f"{path} is cut short or damaged ({error}): fetch the file again."
+        ) from error
+    except MemoryError as error:
+        raise InputError(
+            f"{path} needs more memory to be decompressed than there is: recompress it with a "
+            "lower setting."
+        ) from error
+
+
+def _stream_blocks(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompresses stream by stream: the libraries' own files take a damaged stream, and what
+    follows on zeros between two, for the end of the file."""
+    stream, inside = make(), False
+    while compressed := file.read(BLOCK_BYTES):
+        while compressed := compressed if inside else compressed.lstrip(b"\0"):
+            inside = True
+            try:
+                block = stream.decompress(compressed, BLOCK_BYTES)
+                while block or not (stream.eof or stream.needs_input):
+                    yield block
+                    block = b"" if stream.eof else stream.decompress(b"", BLOCK_BYTES)
+            except OSError as error:  # of bz2
+                raise EOFError(str(error)) from error
+            if not stream.eof:
+                break
+            compressed, stream, inside = stream.unused_data, make(), False
+    if inside:
+        raise EOFError("the last stream has no end")
+
+
+def _zstandard_blocks(path: str | os.PathLike[str], file: BinaryIO) -> Iterator[bytes]:
+    """Decompresses frame by frame: the library's stream reader takes a truncated frame for a whole
+    one."""
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{path} needs the library zstandard, which is not installed: "
+            "pip install 'salt_jax[prepare]'."
+        ) from error
+
+    def new() -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW).decompressobj()
+
+    frame, inside = new(), False
+    while compressed := file.read(_ZSTANDARD_BYTES):
+        while compressed:
+            inside = True
+            try:
+                block = frame.decompress(compressed)
+            except zstandard.ZstdError as error:
+                if "memory" not in str(error):
+                    raise EOFError(str(error)) from error
+                raise InputError(
+                    f"{path} was compressed with a longer window than can be read here, 2 GiB with "
+                    f"enough memory ({error}): recompress it, as by "
+                    "`zstd -dc --long=31 --memory=4GB FILE | zstd --long=27`."
+                ) from error
+            yield block
+            if not frame.eof:
+                break
+            compressed, frame, inside = frame.unused_data, new(), False
+    if inside:
+        raise EOFError("the last zstandard frame has no end")

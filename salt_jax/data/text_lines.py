@@ -1,0 +1,205 @@
+"""Text out of files, whatever they are compressed with: blocks, lines, or rows of JSON.
+
+In: a file that was opened. Out: what it holds, decompressed, without a byte order mark in front;
+rows of JSON with their places, for messages. Memory holds a block and a line: a line too long is
+refused, and so is what is no text (`file_kinds`).
+"""
+
+import codecs
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from salt_jax.data.decompression import BLOCK_BYTES, decompressed_blocks
+from salt_jax.data.file_kinds import HEAD_BYTES, kind_of, refuse_other_content, without_mark
+from salt_jax.errors import InputError
+
+MOST_LINE_BYTES = 256 << 20
+
+Path = str | os.PathLike[str]
+_SPACE = re.compile(r"\s*")
+
+
+class Broken(NamedTuple):
+    """In the place of a row: a line that is no JSON, and why."""
+
+    reason: str
+
+
+def text_blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """A file's text in blocks, decompressed, without a byte order mark in front.
+
+    Args:
+      path: Its name, which says how it is compressed.
+      file: The file, opened (`buckets.open_file`) and at its beginning.
+
+    Raises:
+      InputError: It is no text, is compressed otherwise than its name says, cut short or damaged.
+    """
+    kind = kind_of(path)
+    reader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BLOCK_BYTES)  # type: ignore[type-var]
+    refuse_other_content(path, reader.peek(HEAD_BYTES)[:HEAD_BYTES], kind.compression)
+    head, blocks = _head_of(decompressed_blocks(path, reader, kind.compression))
+    if kind.compression:
+        refuse_other_content(path, head[:HEAD_BYTES], "", decompressed=True)
+    yield without_mark(next(blocks))
+    yield from blocks
+
+
+def text_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """A file's lines, without their line feeds, the last one also where it has none.
+
+    Args and errors: see `text_blocks`; a line of more than 256 MiB.
+    """
+    return _lines(path, text_blocks(path, file))
+
+
+def json_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tuple[str, Any]]:
+    """A file's rows of JSON: a line each, or in a .json file the elements of an array.
+
+    Args:
+      path: See `text_blocks`.
+      file: See `text_blocks`.
+      strict: Whether a line must be UTF-8; otherwise bytes that are not become U+FFFD.
+
+    Yields:
+      Each row's place ("FILE, line 3") and value, `Broken` where a line is no JSON. Blank lines
+      are left out.
+
+    Raises:
+      InputError: See `text_lines`; a .json file that is one object over several lines, or an array
+        that is no JSON.
+    """
+    blocks = text_blocks(path, file)
+    if kind_of(path).suffix == ".json":
+        head, blocks = _head_of(blocks)
+        first = head.lstrip()
+        if first.startswith(b"["):
+            yield from _array_rows(path, blocks, strict)
+            return
+        if re.match(rb"\{[^\n]*(?<=[{\[,])\s*\n", first):
+            raise InputError(
+                f"{path} is a JSON object over several lines, expected a row on each line, or an "
+                "array of rows: rewrite it (jq -c), or leave it out of the files."
+            )
+    for number, line in enumerate(_lines(path, blocks), start=1):
+        if line.isspace() or not line:
+            continue
+        yield f"{path}, line {number}", _value(line, strict)
+
+
+def _value(line: bytes, strict: bool) -> Any:
+    try:
+        text = without_mark(line).decode(errors="strict" if strict else "replace")
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        return Broken(f"it is not UTF-8: {error}")
+    except (ValueError, RecursionError) as error:
+        return Broken(str(error))
+
+
+def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    number, held = 1, 0
+    pieces: list[bytes] = []  # of line `number`
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        pieces.append(first)
+        held += len(first)
+        if held > MOST_LINE_BYTES:
+            raise InputError(
+                f"{path}, line {number} has more than {MOST_LINE_BYTES:,} bytes: cut it into "
+                "several documents, or leave the file out."
+            )
+        if others:
+            yield b"".join(pieces)
+            yield from others[:-1]
+            number += len(others)
+            pieces, held = others[-1:], len(others[-1])
+    if held:
+        yield b"".join(pieces)
+
+
+def _array_rows(path: Path, blocks: Iterator[bytes], strict: bool) -> Iterator[tuple[str, Any]]:
+    """The elements of an array, parsed one at a time."""
+    text, parse, number = _Text(path, blocks, strict), json.JSONDecoder().raw_decode, 0
+    text.take("[")
+    while text.next() != "]":
+        if number:
+            text.take(",")
+        number += 1
+        yield f"{path}, row {number}", text.parsed(parse, f"{path}, row {number}")
+    text.take("]")
+    if text.next():
+        raise InputError(f"{path} has more behind its array of rows: make it one array.")
+
+
+class _Text:
+    """Decoded text, of which only so much is held as is looked at."""
+
+    def __init__(self, path: Path, blocks: Iterator[bytes], strict: bool) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("strict" if strict else "replace")
+        self._path, self._held, self._at = path, "", 0
+        self._pieces = map(decoder.decode, blocks)
+
+    def next(self) -> str:
+        """The next character that is no space, which stays; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._held):
+                return self._held[self._at]
+            if not self._read(1):
+                return ""
+
+    def take(self, expected: str) -> None:
+        """Takes a character away, or refuses the file."""
+        if self.next() != expected:
+            found = repr(self.next()) if self.next() else "the file's end"
+            raise InputError(
+                f"{self._path} is no array of rows in JSON, {found} stands where {expected!r} was "
+                "expected: mend the file, or leave it out."
+            )
+        self._at += 1
+
+    def parsed(self, parse: Any, place: str) -> Any:
+        """Takes the next value away."""
+        self.next()
+        while True:
+            try:
+                value, self._at = parse(self._held, self._at)
+                return value
+            except (ValueError, RecursionError) as error:
+                # Perhaps it goes on: so much again, for a time that grows with the text alone.
+                if not self._read(len(self._held) - self._at):
+                    raise InputError(
+                        f"{place}: this is not JSON ({getattr(error, 'msg', error)}): mend the "
+                        "file, or leave it out."
+                    ) from error
+
+    def _read(self, characters: int) -> bool:
+        """Holds at least so many characters more, if there are any, and not those taken away."""
+        pieces, more = [self._held[self._at :]], 0
+        while more < max(characters, 1) and len(pieces[0]) + more <= MOST_LINE_BYTES:
+            try:
+                piece = next(self._pieces, None)
+            except UnicodeDecodeError as error:
+                raise InputError(f"{self._path} is not UTF-8 ({error}): convert it.") from error
+            if piece is None:
+                break
+            pieces.append(piece)
+            more += len(piece)
+        self._held, self._at = "".join(pieces), 0
+        return more > 0
+
+
+def _head_of(blocks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first HEAD_BYTES or some more, and all blocks once more, these first."""
+    head = b""
+    for block in blocks:
+        head += block
+        if len(head) >= HEAD_BYTES:
+            break
+    return head, itertools.chain([head], blocks)
