@@ -17,6 +17,7 @@ from salt_jax.data import model_tokenizers
 from salt_jax.data.durable_files import write_text
 from salt_jax.data.json_files import read_json_object
 from salt_jax.data.local_copies import local_folder
+from salt_jax.data.model_tokenizers import GENERATION_FILE, TOKENIZER_FOLDER
 from salt_jax.data.safetensors_files import (
     DOWNLOAD,
     DTYPES,
@@ -42,8 +43,6 @@ from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model
 from salt_jax.training.converted_checkpoints import open_parameters, save_streamed
 
 CONFIG_FILE = "config.json"
-# Of a converted run: the tokenizer's files as they came, for the way back.
-TOKENIZER_FOLDER = "tokenizer"
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -167,6 +166,10 @@ def _take_in(
     vocabulary.save(run.path / VOCABULARY_FOLDER)
     (run.path / TOKENIZER_FOLDER).mkdir(exist_ok=True)
     model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
+    ends = model_tokenizers.end_ids(source)
+    if ends and not (source / GENERATION_FILE).exists():
+        text = to_json({"eos_token_id": ends})  # as transformers takes it from config.json
+        write_text(run.path / TOKENIZER_FOLDER / GENERATION_FILE, text + "\n")
     save_streamed(
         run.path,
         step,

@@ -49,6 +49,7 @@ def prepare(
     drop_duplicates: bool = False,
     skip_broken_lines: bool = False,
     drop_unknown: bool = False,
+    parse_special: bool = True,
     runner: str = "local",
     workers: int | None = None,
     beam_options: Sequence[str] = (),
@@ -83,6 +84,8 @@ def prepare(
       skip_broken_lines: Pass over lines that are no JSON or have no text, and count them.
       drop_unknown: Leave out, and count, characters that a tokenizer has neither a piece nor an
         unknown token for, instead of refusing the text.
+      parse_special: Whether the name of a special token ("<|im_start|>") in a prompt or a response
+        stands for that token. In plain documents it is always text.
       runner: "local", or one of Apache Beam's: "DataflowRunner", "FlinkRunner", "SparkRunner",
         "PrismRunner", "DirectRunner".
       workers: Processes on this machine; all cores unless set.
@@ -109,7 +112,7 @@ def prepare(
     if isinstance(task, RegisteredTask) and not task.module and runner == LOCAL:
         # Registered in this process alone.
         jobs = dataclasses.replace(jobs, workers=1)
-    task = _checked(task, vocabulary, skip_broken_lines)
+    task = _checked(task, vocabulary, skip_broken_lines, parse_special)
     _refuse_folder(run)
     if isinstance(task, TextFiles):
         _refuse_sources_inside(run, task)
@@ -228,6 +231,7 @@ def _checked(
     task: TextFiles | RegisteredTask | None,
     vocabulary: Vocabulary | TrainedVocabulary | None,
     skip_broken_lines: bool,
+    parse_special: bool,
 ) -> TextFiles | RegisteredTask:
     """The task, after what can be checked without reading its text."""
     if task is None:
@@ -240,6 +244,11 @@ def _checked(
             raise InputError(
                 f"skip_broken_lines applies to text files, the task is SeqIO's {task.name!r}: "
                 "set it where that task is registered."
+            )
+        if not parse_special:
+            raise InputError(
+                f"parse_special applies to text files, the task is SeqIO's {task.name!r}: set "
+                "parse_special of the template that it is registered with."
             )
         if isinstance(vocabulary, TrainedVocabulary):
             raise InputError(
@@ -254,6 +263,7 @@ def _checked(
         )
     for split in task.splits:
         task.files(split)
+    task = task if parse_special else task.as_plain_text()
     return dataclasses.replace(task, skip_broken_lines=True) if skip_broken_lines else task
 
 

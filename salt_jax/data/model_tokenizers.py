@@ -25,12 +25,17 @@ TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 SETTINGS_FILE = "tokenizer_config.json"
 
+GENERATION_FILE = "generation_config.json"
+
 # All that belongs to a tokenizer, and what generation starts and stops with.
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "generation_config.json"),
+    *("chat_template.jinja", GENERATION_FILE),
 )
+
+# Of a run whose model was taken in, or started from such a one: these files as they came.
+TOKENIZER_FOLDER = "tokenizer"
 
 
 def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Vocabulary:
@@ -83,6 +88,20 @@ def require_rows(vocabulary: Vocabulary, rows: Any, folder: pathlib.Path) -> Non
             "added_tokens, or give the model rows for all with transformers, "
             f"model.resize_token_embeddings({vocabulary.base_size}), and save it."
         )
+
+
+def end_ids(folder: pathlib.Path) -> tuple[int, ...]:
+    """The ids that end a model's answer, by what generation stops with; none where nothing says.
+
+    A chat ends with another token than a document (Llama 3's <|eot_id|>).
+    """
+    for name in (GENERATION_FILE, "config.json"):
+        found = settings_of(folder / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        ids = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+        if ids:
+            return tuple(ids)
+    return ()
 
 
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
@@ -152,13 +171,13 @@ def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
 def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> str | None:
     """The eos, bos or pad token, by name where a file has it, else by the id that it has."""
     for name in (SETTINGS_FILE, "special_tokens_map.json"):
-        token = _settings(folder / name).get(f"{kind}_token")
+        token = settings_of(folder / name).get(f"{kind}_token")
         if isinstance(token, Mapping):
             token = token.get("content")
         if isinstance(token, str) and (token in ids or kind == "eos"):
             return token
-    for name in ("generation_config.json", "config.json"):
-        token_id = _settings(folder / name).get(f"{kind}_token_id")
+    for name in (GENERATION_FILE, "config.json"):
+        token_id = settings_of(folder / name).get(f"{kind}_token_id")
         if isinstance(token_id, list) and len(token_id) == 1:
             token_id = token_id[0]
         for token, its_id in ids.items():
@@ -167,5 +186,6 @@ def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> s
     return None
 
 
-def _settings(file: pathlib.Path) -> dict[str, Any]:
+def settings_of(file: pathlib.Path) -> dict[str, Any]:
+    """A file of a tokenizer's settings; nothing where there is none."""
     return read_json_object(file, DOWNLOAD) if file.is_file() else {}

@@ -54,11 +54,14 @@ class Template:
       response: " {answer}", say.
       words: What a field's values stand for: {"label": {"0": "true", "1": "false"}}. Such a field
         may hold numbers, and no value but these.
+      parse_special: Whether the name of a special token in a prompt and its response
+        ("<|im_start|>") stands for that token; in plain documents it never does.
     """
 
     prompt: str = ""
     response: str = "{text}"
     words: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    parse_special: bool = True
 
     def __post_init__(self) -> None:
         _ = self._parts  # refuses what cannot be parsed

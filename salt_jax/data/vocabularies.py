@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -114,17 +115,27 @@ class Vocabulary(abc.ABC):
         lengths_V[[self.eos_id, self.pad_id, self.start_id]] = 0
         return lengths_V
 
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The names of special tokens by id; none of a vocabulary whose tokens have no names."""
+        return {}
+
     @abc.abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The text's ids, without an end of document. Text never becomes a special id.
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """The text's ids, without an end of document.
+
+        Args:
+          text: The text.
+          parse_special: Whether the name of a special token in the text stands for that token, as
+            in a prompt; in a corpus it is text like any other.
 
         Raises:
           InputError: The tokenizer has no id for a part of the text, and would lose it.
         """
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
+    def encode_many(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
         """`encode` of each text; subclasses are faster than one by one where they can."""
-        return [self.encode(text) for text in texts]
+        return [self.encode(text, parse_special) for text in texts]
 
     def lost_characters(self, text: str) -> int:
         """How many characters of the text `encode` leaves out."""
@@ -216,7 +227,7 @@ class ByteVocabulary(Vocabulary):
         self.pad_id, self.eos_id, self.start_id = 0, 1, 2
         self.reserved = _checked_reserved(reserved)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
         return [byte + self._FIRST_BYTE for byte in text.encode()]
 
     def _decode(self, ids: list[int]) -> str:
@@ -274,10 +285,26 @@ class SentencePieceVocabulary(Vocabulary):
         """An id's piece."""
         return str(self._processor.IdToPiece(token_id))
 
-    def encode(self, text: str) -> list[int]:
-        return self._processor.EncodeAsIds(text)
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        processor = self._processor
+        control = [i for i in range(self.base_size) if processor.IsControl(i)]
+        return {i: self.token(i) for i in control}
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        if not parse_special or not self.special_tokens:
+            return self._processor.EncodeAsIds(text)
+        ids = {name: token_id for token_id, name in self.special_tokens.items()}
+        # Longer names first: one may begin another.
+        names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        found: list[int] = []
+        for part in filter(None, re.split(f"({names})", text)):
+            found += [ids[part]] if part in ids else self._processor.EncodeAsIds(part)
+        return found
+
+    def encode_many(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
+        if parse_special:
+            return super().encode_many(texts, parse_special)
         return self._processor.Encode(texts)
 
     def _decode(self, ids: list[int]) -> str:
@@ -334,7 +361,6 @@ class HuggingFaceVocabulary(Vocabulary):
             )
         self._loss_marker = loss_marker(self._tokenizer)
         self.drop_unknown = drop_unknown
-        self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokens = {"eos_token": eos_token, "pad_token": pad_token, "start_token": start_token}
@@ -351,8 +377,14 @@ class HuggingFaceVocabulary(Vocabulary):
         self.start_id = self._id_of("start_token", start_token or eos_token, path)
         self.reserved = _checked_reserved(reserved)
 
-    def encode(self, text: str) -> list[int]:
-        self._refuse_loss(text)
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token.special}
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        self._refuse_loss(text, parse_special)
+        self._tokenizer.encode_special_tokens = not parse_special
         with _refusing_unknown():
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -365,9 +397,10 @@ class HuggingFaceVocabulary(Vocabulary):
         added = self._tokenizer.get_added_tokens_decoder()
         return [token.content for token_id, token in sorted(added.items()) if token_id >= first]
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
+    def encode_many(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
         for text in texts:
-            self._refuse_loss(text)
+            self._refuse_loss(text, parse_special)
+        self._tokenizer.encode_special_tokens = not parse_special
         with _refusing_unknown():
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -375,9 +408,10 @@ class HuggingFaceVocabulary(Vocabulary):
     def lost_characters(self, text: str) -> int:
         return len(lost_characters(self._loss_marker, text)) if self._loss_marker else 0
 
-    def _refuse_loss(self, text: str) -> None:
+    def _refuse_loss(self, text: str, parse_special: bool) -> None:
         if self._loss_marker is None or self.drop_unknown:
             return
+        self._loss_marker.encode_special_tokens = not parse_special
         if lost := lost_characters(self._loss_marker, text):
             some = ", ".join(map(repr, sorted(set(lost))[:8]))
             raise InputError(

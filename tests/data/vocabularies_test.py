@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -130,6 +131,33 @@ def test_the_name_of_a_special_token_is_plain_text(vocabulary):
     ids = vocabulary.encode(text)
     assert vocabulary.decode(ids) == text
     assert not {vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id} & set(ids)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.text("a <|/s>é\n") | st.sampled_from(["<|endoftext|>", "</s>", "<s>"])))
+def test_a_prompt_may_name_special_tokens(name, parts):
+    vocabulary = VOCABULARIES[name]
+    text = "".join(parts)
+    ids = vocabulary.encode(text, parse_special=True)
+    assert vocabulary.encode_many([text, "a"], parse_special=True) == [ids, vocabulary.encode("a")]
+    names = vocabulary.special_tokens
+    assert [i for i in ids if i in names] == [
+        {token: i for i, token in names.items()}[token]
+        for token in re.findall("|".join(map(re.escape, names.values())) or "$^", text)
+    ]
+    # Text before and after is text: all of it comes back.
+    shown = "".join(names.get(i, "\0") for i in ids if i in names)
+    assert len(vocabulary.decode(ids)) + len(shown) == len(text)
+    assert vocabulary.encode(text) == vocabulary.encode(text, parse_special=False)
+    assert not set(names) & set(vocabulary.encode(text))
+
+
+def test_special_tokens_have_names():
+    assert set(VOCABULARIES["bpe"].special_tokens.values()) == {"<pad>", "</s>", "<s>"}
+    hugging_face = VOCABULARIES["hugging_face"].special_tokens
+    assert set(hugging_face.values()) == {"<|endoftext|>", "<|padding|>"}
+    assert not VOCABULARIES["bytes"].special_tokens
 
 
 def test_special_and_reserved_ids_give_no_text(vocabulary):
