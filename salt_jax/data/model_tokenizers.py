@@ -13,6 +13,11 @@ from typing import Any
 from salt_jax.data.durable_files import whole_file, write_text
 from salt_jax.data.json_files import read_json_object
 from salt_jax.data.safetensors_files import DOWNLOAD
+from salt_jax.data.tokenizer_classes import (
+    as_transformers_reads,
+    class_name,
+    from_sentencepiece,
+)
 from salt_jax.data.vocabularies import (
     HuggingFaceVocabulary,
     SentencePieceVocabulary,
@@ -37,6 +42,8 @@ TOKENIZER_FILES = (
 # Of a run whose model was taken in, or started from such a one: these files as they came.
 TOKENIZER_FOLDER = "tokenizer"
 
+_SPACE = "\u2581"  # as SentencePiece writes it
+
 
 def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Vocabulary:
     """The vocabulary of a model's folder.
@@ -56,7 +63,7 @@ def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Voca
                 f"eos_token is {eos_token!r}, and {folder / SENTENCEPIECE_FILE} has an end of "
                 "document of its own: leave --eos_token unset."
             )
-        return SentencePieceVocabulary(folder / SENTENCEPIECE_FILE)
+        return _sentencepiece(folder)
     raise InputError(
         f"{folder} holds neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}: download the tokenizer "
         "into the model's folder, or make the first with transformers: "
@@ -143,10 +150,36 @@ def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
         settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
         settings["unk_token"] = vocabulary.token(vocabulary.unknown_id)
         first = vocabulary.token(vocabulary.encode("a")[0])
-        settings["add_prefix_space"] = first.startswith("\u2581")
+        settings["add_prefix_space"] = first.startswith(_SPACE)
         write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         return [SENTENCEPIECE_FILE, SETTINGS_FILE]
     return []
+
+
+def _sentencepiece(folder: pathlib.Path) -> Vocabulary:
+    """A SentencePiece model, as transformers reads it where it would give other ids."""
+    path, settings = folder / SENTENCEPIECE_FILE, _class_settings(folder)
+    vocabulary = SentencePieceVocabulary(path)
+    adds_space = vocabulary.token(vocabulary.encode("a")[0]).startswith(_SPACE)
+    if class_name(settings) not in ("LlamaTokenizer", "GemmaTokenizer") or (
+        not adds_space and settings.get("add_prefix_space") is False
+    ):
+        return vocabulary
+    return HuggingFaceVocabulary(
+        path,
+        eos_token=vocabulary.token(vocabulary.eos_id),
+        pad_token=vocabulary.token(vocabulary.pad_id),
+        start_token=vocabulary.token(vocabulary.start_id),
+        model=from_sentencepiece(path.read_bytes(), settings),
+    )
+
+
+def _class_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """What transformers chooses a tokenizer's class by, and what that class is given."""
+    config = settings_of(folder / "config.json")
+    names = ("model_type", "tokenizer_class")
+    chosen = {name: config[name] for name in names if config.get(name)}
+    return {**chosen, **settings_of(folder / SETTINGS_FILE)}
 
 
 def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
@@ -164,7 +197,11 @@ def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
             "name one that it has with --eos_token=TOKEN."
         )
     return HuggingFaceVocabulary(
-        path, eos_token=eos_token, start_token=found["bos"], pad_token=found["pad"]
+        path,
+        eos_token=eos_token,
+        start_token=found["bos"],
+        pad_token=found["pad"],
+        model=as_transformers_reads(path.read_bytes(), path, _class_settings(folder)),
     )
 
 

@@ -4,29 +4,26 @@ In: text, or a tokenizer's file. Out: ids. A vocabulary is kept as a folder (voc
 tokenizer's file) and known by its fingerprint: a digest of the tokenizer's bytes and of every
 setting that changes an id. Two of different fingerprints are equal all the same where they give
 every text the same ids: versions of transformers write one tokenizer in different bytes.
-
-The ids of special tokens are the vocabulary's own business (Pythia's end of document is 0): nothing
-else may assume them. `reserved` ids are appended after the tokenizer's own: the first three are the
-mode tokens [R], [S] and [X] of `denoisers.py`, the others its sentinels, in ascending order.
 """
 
-import abc
 import contextlib
 import functools
-import hashlib
-import json
 import os
-import pathlib
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from salt_jax.data.durable_files import whole_file, write_text
-from salt_jax.data.json_files import Shape, read_json_object, require_shape
+from salt_jax.data.abstract_vocabulary import (
+    MOST_IDS,
+    SETTINGS_FILE,
+    Vocabulary,
+    checked_reserved,
+)
+from salt_jax.data.json_files import read_json_object, require_shape
 from salt_jax.data.local_copies import local_file, local_folder
 from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
 from salt_jax.data.tokenizer_json import (
@@ -39,181 +36,8 @@ from salt_jax.data.tokenizer_json import (
 from salt_jax.errors import InputError
 
 VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
-SETTINGS_FILE = "vocabulary.json"
-
-# Arrays of a vocabulary's size are held in memory; no tokenizer comes near it.
-_MOST_IDS = 1 << 24
 
 _SHOWN = 40  # characters of a text, in an error
-
-# UL2's: short spans, a prefix, extreme spans.
-MODES = ("R", "S", "X")
-
-
-class Vocabulary(abc.ABC):
-    """Text to ids and back.
-
-    Attributes:
-      base_size: Ids of the tokenizer, special ones included.
-      eos_id: Ends a document.
-      pad_id: Fills a row; means nothing by itself (segment ids say what is padding).
-      start_id: What a model reads before a segment's first token.
-      reserved: Ids appended at the end.
-      drop_unknown: Whether `encode` leaves out what it has no id for, instead of refusing it.
-      notes: What whoever takes the vocabulary up should be told, sentences.
-    """
-
-    drop_unknown: bool = False
-    notes: Sequence[str] = ()
-    base_size: int
-    eos_id: int
-    pad_id: int
-    start_id: int
-    reserved: int
-
-    @property
-    def size(self) -> int:
-        """All ids, special and reserved ones included."""
-        return self.base_size + self.reserved
-
-    @property
-    def reserved_ids(self) -> range:
-        """The ids kept for denoising sentinels and mode tokens."""
-        return range(self.base_size, self.size)
-
-    @property
-    def mode_ids(self) -> Mapping[str, int]:
-        """The id of each of MODES; those are missing that `reserved` has no room for."""
-        return dict(zip(MODES, self.reserved_ids, strict=False))
-
-    @property
-    def sentinel_ids(self) -> range:
-        """What stands for a corrupted span, the first span's first."""
-        return self.reserved_ids[len(MODES) :]
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tokenizer's bytes and the settings: equal fingerprint, equal ids."""
-        return self._digest(self._identity())
-
-    def extends(self, other: "Vocabulary") -> bool:
-        """Whether it gives every text the other one's ids, perhaps with more reserved ones."""
-        if self.reserved < other.reserved or self._meaning() != other._meaning():
-            return False
-        return self.model_bytes() == other.model_bytes() or self._behaviour == other._behaviour
-
-    @functools.cached_property
-    def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32[size]; special and reserved ids have none.
-
-        Summed over `encode(text)` they are the text's bytes wherever the tokenizer keeps all of a
-        text. One that normalizes counts the normalized text, with the space that a SentencePiece
-        model may put before it; an unknown token counts nothing.
-        """
-        lengths_V = np.zeros(self.size, np.int32)
-        lengths_V[: self.base_size] = self._byte_lengths()
-        lengths_V[[self.eos_id, self.pad_id, self.start_id]] = 0
-        return lengths_V
-
-    @functools.cached_property
-    def special_tokens(self) -> Mapping[int, str]:
-        """The names of special tokens by id; none of a vocabulary whose tokens have no names."""
-        return {}
-
-    @abc.abstractmethod
-    def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """The text's ids, without an end of document.
-
-        Args:
-          text: The text.
-          parse_special: Whether the name of a special token in the text stands for that token, as
-            in a prompt; in a corpus it is text like any other.
-
-        Raises:
-          InputError: The tokenizer has no id for a part of the text, and would lose it.
-        """
-
-    def encode_many(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
-        """`encode` of each text; subclasses are faster than one by one where they can."""
-        return [self.encode(text, parse_special) for text in texts]
-
-    def lost_characters(self, text: str) -> int:
-        """How many characters of the text `encode` leaves out."""
-        return 0
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The ids' text; special and reserved ids give none, broken UTF-8 gives U+FFFD."""
-        silent = {self.eos_id, self.pad_id, self.start_id}
-        return self._decode([i for i in map(int, ids) if i not in silent and i < self.base_size])
-
-    def describe(self) -> dict[str, Any]:
-        """What a manifest records of it."""
-        return {**self._identity(), "size": self.size, "fingerprint": self.fingerprint}
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the vocabulary into a folder that `load_vocabulary` reads."""
-        path = pathlib.Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        if self._model_file:
-            with whole_file(path / self._model_file) as file:
-                file.write(self.model_bytes())
-        described = {**self.describe(), "settings": self._settings()}
-        if self.drop_unknown:
-            described["drop_unknown"] = True
-        write_text(path / SETTINGS_FILE, json.dumps(described, indent=2) + "\n")
-
-    # What a subclass says of itself: the name its model file gets, the file's bytes, the keyword
-    # arguments that make it again and their types, how ids that are none of the special ones become
-    # text, and how many bytes of it.
-    _model_file = ""
-    _settings_shape: Mapping[str, Shape] = types.MappingProxyType({"reserved": int})
-
-    def model_bytes(self) -> bytes:
-        """The tokenizer's file; nothing where there is none."""
-        return b""
-
-    def _settings(self) -> dict[str, Any]:
-        return {"reserved": self.reserved}
-
-    @abc.abstractmethod
-    def _decode(self, ids: list[int]) -> str: ...
-
-    def _digest(self, identity: dict[str, Any]) -> str:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        digest.update(self.model_bytes())
-        return digest.hexdigest()
-
-    @abc.abstractmethod
-    def _byte_lengths(self) -> np.ndarray: ...
-
-    @functools.cached_property
-    def _behaviour(self) -> Any:
-        """What the tokenizer does with a text, in a form that can be compared."""
-        return self.model_bytes()
-
-    def _meaning(self) -> dict[str, Any]:
-        """The identity but for what no text's ids and no model's input depend on."""
-        return {**self._identity(), "reserved": 0, "pad_id": 0}
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "class": type(self).__name__,
-            "eos_id": self.eos_id,
-            "pad_id": self.pad_id,
-            "start_id": self.start_id,
-            "reserved": self.reserved,
-        }
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Vocabulary):
-            return NotImplemented
-        return self.reserved == other.reserved and self.extends(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._meaning().values()))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, fingerprint={self.fingerprint[:12]})"
 
 
 class ByteVocabulary(Vocabulary):
@@ -225,7 +49,7 @@ class ByteVocabulary(Vocabulary):
     def __init__(self, reserved: int = 0):
         self.base_size = self._FIRST_BYTE + 256
         self.pad_id, self.eos_id, self.start_id = 0, 1, 2
-        self.reserved = _checked_reserved(reserved)
+        self.reserved = checked_reserved(reserved)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         return [byte + self._FIRST_BYTE for byte in text.encode()]
@@ -274,7 +98,7 @@ class SentencePieceVocabulary(Vocabulary):
         pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.start_id = bos_id if bos_id >= 0 else self.pad_id
-        self.reserved = _checked_reserved(reserved)
+        self.reserved = checked_reserved(reserved)
 
     @property
     def unknown_id(self) -> int:
@@ -288,8 +112,8 @@ class SentencePieceVocabulary(Vocabulary):
     @functools.cached_property
     def special_tokens(self) -> Mapping[int, str]:
         processor = self._processor
-        control = [i for i in range(self.base_size) if processor.IsControl(i)]
-        return {i: self.token(i) for i in control}
+        ids = range(self.base_size)
+        return {i: self.token(i) for i in ids if processor.IsControl(i) or processor.IsUnknown(i)}
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         if not parse_special or not self.special_tokens:
@@ -337,6 +161,7 @@ class HuggingFaceVocabulary(Vocabulary):
         pad_token: str | None = None,
         start_token: str | None = None,
         drop_unknown: bool = False,
+        model: bytes | None = None,
     ):
         """Loads a tokenizer.
 
@@ -348,11 +173,12 @@ class HuggingFaceVocabulary(Vocabulary):
           start_token: What models read before a first token; None takes the end of document.
           drop_unknown: Leave out characters that a tokenizer without an unknown token has no piece
             for, instead of refusing the text.
+          model: What to take for the file's content.
 
         Raises:
           InputError: No such file, no tokenizer, or a token that it doesn't have.
         """
-        self._bytes = _read_model(path, "tokenizer.json")
+        self._bytes = _read_model(path, "tokenizer.json") if model is None else model
         self._tokenizer = load_tokenizer(self._bytes, path)
         if dropout := clear_dropout(self._tokenizer):
             self.notes = (
@@ -367,15 +193,15 @@ class HuggingFaceVocabulary(Vocabulary):
         # Some tokenizers leave gaps between their ids, so the largest id counts, not their number.
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.base_size = 1 + max(ids, default=-1)
-        if not 0 < self.base_size <= _MOST_IDS:
+        if not 0 < self.base_size <= MOST_IDS:
             raise InputError(
-                f"{os.fspath(path)} has {self.base_size:,} ids, expected 1 to {_MOST_IDS:,}: name "
+                f"{os.fspath(path)} has {self.base_size:,} ids, expected 1 to {MOST_IDS:,}: name "
                 "another tokenizer.json."
             )
         self.eos_id = self._id_of("eos_token", eos_token, path)
         self.pad_id = self._id_of("pad_token", pad_token or eos_token, path)
         self.start_id = self._id_of("start_token", start_token or eos_token, path)
-        self.reserved = _checked_reserved(reserved)
+        self.reserved = checked_reserved(reserved)
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[int, str]:
@@ -530,12 +356,3 @@ def _refusing_unknown() -> Iterator[None]:
             f"The tokenizer cannot encode a text ({error}): give its tokenizer.json an unknown "
             "token, or take another tokenizer."
         ) from error
-
-
-def _checked_reserved(reserved: int) -> int:
-    if not 0 <= reserved <= _MOST_IDS:
-        raise InputError(
-            f"reserved is {reserved}, expected 0 to {_MOST_IDS:,} ids: change the vocabulary's "
-            "setting."
-        )
-    return reserved
