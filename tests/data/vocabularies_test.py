@@ -1,5 +1,6 @@
 """Vocabularies: any text comes back, special ids never come from text, files are checked."""
 
+import hashlib
 import json
 import pathlib
 import re
@@ -189,6 +190,16 @@ def test_saved_and_loaded_is_the_same(vocabulary, tmp_path):
 def test_fingerprints_differ():
     kinds = [*VOCABULARIES.values(), ByteVocabulary(), ByteVocabulary(reserved=6)]
     assert len({vocabulary.fingerprint for vocabulary in kinds}) == len(kinds)
+
+
+def test_fingerprints_stay_what_older_versions_wrote(vocabulary):
+    """Or caches and runs that are there could not be read."""
+    named = ("eos_id", "pad_id", "start_id", "reserved")
+    identity = {name: getattr(vocabulary, name) for name in named}
+    identity["class"] = type(vocabulary).__name__
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    digest.update(vocabulary.model_bytes())
+    assert vocabulary.fingerprint == digest.hexdigest()
 
 
 def test_bytes_are_numbered_as_seqio_numbers_them():
