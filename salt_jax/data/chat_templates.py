@@ -20,7 +20,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from salt_jax.data.json_files import valid_unicode
-from salt_jax.data.model_tokenizers import settings_of
+from salt_jax.data.local_copies import local_folder
+from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER, settings_of
 from salt_jax.errors import InputError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -80,6 +81,10 @@ class ChatTemplate:
             raise InputError(f"the model's chat template doesn't take them ({error}).") from error
         return valid_unicode(text)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled template, so that it can be sent to other processes."""
+        return {"source": self.source, "tokens": self.tokens}
+
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -113,6 +118,24 @@ def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
     return ChatTemplate(source, tokens)
+
+
+def model_chat_template(model: str) -> ChatTemplate:
+    """The chat template of a model that was taken in.
+
+    Args:
+      model: Its run's folder.
+
+    Raises:
+      InputError: It has none.
+    """
+    template = load_chat_template(local_folder(model) / TOKENIZER_FOLDER)
+    if template is None:
+        raise InputError(
+            f"The model {model} has no chat template: give prompts and responses by templates of "
+            "your own (PROMPT and RESPONSE), or name a model that has one."
+        )
+    return template
 
 
 class _Answers(jinja2.ext.Extension):

@@ -142,6 +142,33 @@ def test_prompts_and_responses_hold_special_tokens_and_show_them(
         assert (targets == end).sum() == (2 * documents if parsed else 0)
 
 
+def test_conversations_are_prompts_and_responses(
+    instruct: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = json.loads((instruct / "tokenizer_config.json").read_text())
+    settings["eos_token"] = "<|im_end|>"
+    (instruct / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = _convert(instruct, tmp_path / "run")
+    data = tmp_path / "data.jsonl"
+    chats = [[*MESSAGES, {"role": "assistant", "content": f"Yes {n}."}] for n in range(40)]
+    data.write_text("".join(f"{json.dumps({'messages': chat})}\n" for chat in chats))
+    flags = [
+        *("prepare", "--gin_file=data/finetune.gin", "--gin_file=templates/chat.gin"),
+        *(f"--gin.TRAIN='{data}'", f"--gin.MODEL='{run}'", "--workers=2", "--show=1"),
+        *("--gin.SEQUENCE_LENGTH=64", f"--output_dir={tmp_path / 'cache'}"),
+    ]
+    assert main(flags) == 0
+    shown = capsys.readouterr().out
+    prompt = "⟨|im_start|⟩user\nIs salt white?⟨end⟩\n⟨|im_start|⟩assistant\n"
+    assert f"⟦{prompt}⟧Yes " in shown
+    assert ".⟨end⟩\n" in shown
+    assert ".⟨end⟩⟨end⟩" not in shown
+    data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    assert main([*flags[:-1], f"--output_dir={tmp_path / 'other'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{data}, line 1: the last of these messages is not an assistant's" in said
+
+
 def test_a_chat_that_the_template_does_not_take_is_named(
     instruct: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
