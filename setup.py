@@ -80,6 +80,7 @@ setuptools.setup(
         "gin-config>=0.5",
         "grain>=0.2.10",
         "jax>=0.10,<0.13",
+        "jinja2>=3.1.6",  # older ones let a chat template out of the sandbox
         "matplotlib>=3.10",
         "numpy>=2.0",
         "optax>=0.2.6",

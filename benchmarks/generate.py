@@ -65,7 +65,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     prompts_BxL = jax.random.randint(jax.random.key(1), shape, 0, flags.vocab)
     batch = (prompts_BxL, jnp.ones_like(prompts_BxL), jnp.arange(flags.batch), jnp.uint32(0))
     # No id ends a row.
-    choice = decoding.Choice(Sampling(), vocab_size=flags.vocab, eos_id=decoding.NO_TOKEN - 1)
+    choice = decoding.Choice(Sampling(), vocab_size=flags.vocab, end_ids=(decoding.NO_TOKEN - 1,))
     slots = flags.prompt + flags.new
     with partitioning.partitioned(mesh):
         begin = jax.jit(functools.partial(decoding.begin, config, slots=slots, choice=choice))

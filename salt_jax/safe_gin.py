@@ -22,6 +22,7 @@ from salt_jax.errors import InputError, nearest
 NAMES = frozenset(
     f"salt_jax.{name}"
     for name in (
+        "data.chat_templates.model_chat_template",
         *("data.denoisers.Objectives", "data.denoisers.SpanDenoiser", "data.templates.Template"),
         *("data.vocabularies.ByteVocabulary", "data.vocabularies.SentencePieceVocabulary"),
         *("data.vocabularies.HuggingFaceVocabulary", "data.vocabularies.load_vocabulary"),

@@ -18,7 +18,7 @@ from salt_jax.data.durable_files import write_text
 from salt_jax.data.json_files import read_json_object
 from salt_jax.data.local_copies import local_folder
 from salt_jax.data.model_folders import CONFIG_FILE, refuse_repository, require_config
-from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER
+from salt_jax.data.model_tokenizers import GENERATION_FILE, TOKENIZER_FOLDER
 from salt_jax.data.safetensors_files import (
     DOWNLOAD,
     DTYPES,
@@ -26,7 +26,7 @@ from salt_jax.data.safetensors_files import (
     TensorInfo,
     write_shards,
 )
-from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts, visible
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.huggingface import (
@@ -145,6 +145,11 @@ def _take_in(
     settings = read_json_object(source / CONFIG_FILE, DOWNLOAD)
     files = SafetensorsFolder(source)
     vocabulary = model_tokenizers.model_vocabulary(source, eos_token)
+    model_tokenizers.require_rows(vocabulary, settings.get("vocab_size"), source)
+    if complete_steps(run.path) and (run.path / VOCABULARY_FOLDER).is_dir():
+        # Of equal ones the first stays, which the steps that are there name.
+        kept = load_vocabulary(run.path / VOCABULARY_FOLDER)
+        vocabulary = kept if kept == vocabulary else vocabulary
     architecture, config = config_from_json(
         settings, vocabulary.base_size, str(source / CONFIG_FILE)
     )
@@ -171,9 +176,15 @@ def _take_in(
             f"{architecture.model_type} reads: passed over."
         )
     digest = inspected_digest(files, config, rules)
+    for note in vocabulary.notes:
+        say(note)
     run.begin(replace=True)
     vocabulary.save(run.path / VOCABULARY_FOLDER)
     model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
+    ends = model_tokenizers.end_ids(source)
+    if ends and not (source / GENERATION_FILE).exists():
+        text = to_json({"eos_token_id": ends})  # as transformers takes it from config.json
+        write_text(run.path / TOKENIZER_FOLDER / GENERATION_FILE, text + "\n")
     save_streamed(
         run.path,
         step,

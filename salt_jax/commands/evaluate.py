@@ -13,6 +13,7 @@ paper. Responses (data/responses.gin) are generated and held against those of a 
 after a kill it asks the model for no task's answer and no response twice.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,7 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     prepend_start: bool = True,
+    parse_special: bool = True,
     save_samples: bool = False,
     allow_code_execution: bool = False,
     seed: int = 0,
@@ -85,6 +87,8 @@ def evaluate(
       max_new_tokens: The most tokens of a task's answer, where it asks for more.
       prepend_start: Whether the vocabulary's start comes before every text of a task; False for
         models that were trained without one, such as Pythia.
+      parse_special: Whether the name of a special token ("<|im_start|>") in a task's text or in a
+        prompt stands for that token, as for lm-eval's own backend; otherwise it is plain text.
       save_samples: Write samples_TASK.jsonl: what was asked and answered.
       allow_code_execution: Execute the programs that a model writes, in tasks that score them so;
         otherwise such tasks are only generated for.
@@ -111,6 +115,9 @@ def evaluate(
     saved = find_model(model, step, "model", packed)
     examinee = Examinee(saved, devices.mesh.make(), devices.rules, batch_size, chunk_tokens)
     examinations: list[Examination] = []
+    if responses is not None and not parse_special:
+        examples = responses.examples.as_plain_text()
+        responses = dataclasses.replace(responses, examples=examples)
     if packed is not None:
         examinations.append(HeldOut(examinee, packed, split, rows))
     if responses is not None:
@@ -133,6 +140,7 @@ def evaluate(
             save_samples=save_samples,
             allow_code_execution=allow_code_execution,
             seed=seed,
+            parse_special=parse_special,
         )
         examinations.append(few_shot)
     if not examinations:

@@ -14,20 +14,27 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
+from salt_jax.data.buckets import open_file
+from salt_jax.data.chat_templates import ChatTemplate, load_chat_template
 from salt_jax.data.durable_files import write_text
+from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.local_copies import local_file
+from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER
+from salt_jax.data.text_lines import Broken, json_rows, text_lines
 from salt_jax.errors import InputError
 from salt_jax.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training import compilation
-from salt_jax.training.checkpoints import find_model
+from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.generation import Generator, Sampling
 
 GENERATIONS_FILE = "generations.jsonl"
+
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def generate(
@@ -43,6 +50,8 @@ def generate(
     top_p: float = Sampling.top_p,
     seed: int = Sampling.seed,
     stop: Sequence[str] = (),
+    prepend_start: bool = True,
+    parse_special: bool = True,
     batch_size: int = 16,
     devices: Devices = Devices(),
 ) -> None:
@@ -53,13 +62,19 @@ def generate(
       model: The run folder of the model.
       step: The checkpoint; the newest by default.
       prompt: A prompt; the flag may be given again.
-      prompts: A file of them instead: .txt, one a line, or .jsonl, in the field "prompt" or "text".
+      prompts: A file of them instead: .txt, one a line, or .jsonl, in the field "prompt" or "text",
+        or in "messages", [{"role": "user", "content": "TEXT"}], for the model's chat template. May
+        be compressed.
       max_new_tokens: The most tokens that a prompt is continued by.
       temperature: What logits are divided by; 0 always takes the most likely token.
       top_k: Only the k most likely tokens are drawn from; 0 leaves all.
       top_p: Only the smallest set of tokens of at least this probability is drawn from.
       seed: Of the draws.
       stop: A text to end at; the flag may be given again.
+      prepend_start: Whether the vocabulary's start comes before a prompt that doesn't begin with
+        it; False for models that were trained without one, such as Pythia. Never before messages.
+      parse_special: Whether the name of a special token in a prompt ("<|im_start|>") stands for
+        that token; otherwise it is plain text. In messages it always does.
       batch_size: Prompts at once.
       devices: The mesh, and where compiled programs are kept.
 
@@ -67,22 +82,40 @@ def generate(
       InputError: No such model, no prompts or one that is too long, or a setting out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    texts = _texts(prompt, prompts)
+    given = _given(prompt, prompts)
     saved = find_model(model, step, "model")
     vocabulary = saved.load_vocabulary()
+    template = load_chat_template(saved.path / TOKENIZER_FOLDER)
+    texts = [
+        text if isinstance(text, str) else _written(saved, place, text, template)
+        for place, text in given
+    ]
     device_mesh = devices.mesh.make()
     generator = Generator(
-        saved.config, vocabulary, device_mesh, devices.rules, batch_size=batch_size
+        saved.config,
+        vocabulary,
+        device_mesh,
+        devices.rules,
+        batch_size=batch_size,
+        end_ids=saved.end_ids(),
     )
-    ids = vocabulary.encode_many(texts)
-    generator.check(ids, max_new_tokens, stop)
+    # A chat template writes a conversation's start itself, where there is one.
+    first = [vocabulary.start_id] if prepend_start else []
+    ids = []
+    for (_, asked), text in zip(given, texts, strict=True):
+        encoded = vocabulary.encode(text, parse_special or isinstance(asked, list))
+        begun = isinstance(asked, list) or encoded[:1] == first
+        ids.append(encoded if begun else [*first, *encoded])
+    generator.check(ids, max_new_tokens, stop, prepend_start=False)
     run.begin(replace=True)
     compilation.use_compilation_cache(devices.compilation_cache)
     # Held as it is computed with: reading the parameters is most of what a token costs.
     params = saved.load_params(device_mesh, devices.rules, saved.config.dtype)
     records: list[dict[str, Any]] = [{}] * len(texts)
     start = time.perf_counter()
-    completions = generator.stream(params, ids, max_new_tokens, sampling=sampling, stop_texts=stop)
+    completions = generator.stream(
+        params, ids, max_new_tokens, sampling=sampling, stop_texts=stop, prepend_start=False
+    )
     for completion in completions:
         shown = f"[{completion.index}] {texts[completion.index]}\n→ {completion.text}\n"
         say(*shown.split("\n"))
@@ -99,8 +132,8 @@ def generate(
     _summarize(run, saved.identity, generator, records, seconds)
 
 
-def _texts(prompt: Sequence[str], prompts: str | None) -> list[str]:
-    """The prompts, from the command line or from a file."""
+def _given(prompt: Sequence[str], prompts: str | None) -> list[tuple[str, Any]]:
+    """The prompts, from the command line or from a file: the place and the text, or messages."""
     if bool(prompt) == (prompts is not None):
         raise InputError(
             f"prompt is {tuple(prompt)} and prompts is {prompts}: set one of them, --prompt=TEXT "
@@ -108,42 +141,68 @@ def _texts(prompt: Sequence[str], prompts: str | None) -> list[str]:
         )
     if prompts is None:
         for text in prompt:
-            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            if not text.isprintable() and _HALF_A_PAIR.search(text):
                 raise InputError(f"prompt is {text!r}, which is not UTF-8: change --prompt.")
-        return list(prompt)
-    path = local_file(prompts)
-    if path.suffix not in (".txt", ".jsonl"):
+        return [("", text) for text in prompt]
+    kind = kind_of(prompts)
+    if kind.suffix != ".txt" and not kind.is_json:
         raise InputError(f"prompts is {prompts!r}: name a .txt file, or a .jsonl one.")
+    path = local_file(prompts)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with open_file(path)[0] as file:
+            if kind.is_json:
+                rows = json_rows(path, file, strict=True)
+                given = [(place, _field(place, row)) for place, row in rows]
+            else:
+                given = list(_lines(path, file))
     except OSError as error:
         raise InputError(
             f"prompts is {path}, which cannot be read ({error.strerror}): name another file."
         ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompts is {path}, which is not UTF-8 ({error}): convert it.") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        line = "a prompt" if path.suffix == ".txt" else '{"prompt": "TEXT"}'
+    if not given:
+        line = '{"prompt": "TEXT"}' if kind.is_json else "a prompt"
         raise InputError(f"prompts is {path}, which is empty: put {line} on each line.")
-    if path.suffix == ".txt":
-        return [line.removesuffix("\r") for _, line in numbered]
-    return [_field(path, number, line) for number, line in numbered]
+    return given
 
 
-def _field(path: pathlib.Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number} is not JSON ({error}): correct it.") from error
-    fields = record if isinstance(record, dict) else {}
-    text = fields.get("prompt", fields.get("text"))
+def _lines(path: pathlib.Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text_lines(path, file), 1):
+        place = f"{path}, line {number}"
+        try:
+            text = line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{place} is not UTF-8 ({error}): convert the file.") from error
+        if text.strip():
+            yield place, text
+
+
+def _field(place: str, row: Any) -> str | list[Any]:
+    """A row's text, or its messages."""
+    if isinstance(row, Broken):
+        raise InputError(f"{place} is not JSON ({row.reason}): correct it.")
+    fields = row if isinstance(row, dict) else {}
+    found = fields.get("messages", fields.get("prompt", fields.get("text")))
     # JSON can write half of a surrogate pair, which is no character.
-    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+    if isinstance(found, list) or (isinstance(found, str) and not _HALF_A_PAIR.search(found)):
+        return found
+    raise InputError(
+        f'{place} has no text in "prompt" or "text", and no "messages": give each line one of them.'
+    )
+
+
+def _written(
+    saved: SavedModel, place: str, messages: list[Any], template: ChatTemplate | None
+) -> str:
+    """Messages as the model's chat template writes them."""
+    if template is None:
         raise InputError(
-            f'{path}, line {number} has no text in "prompt" or "text": give each line one of them.'
+            f"{place} has messages, and the model {saved.path} has no chat template: give it "
+            'prompts, {"prompt": "TEXT"}, or take in a model that has one.'
         )
-    return text
+    try:
+        return template(messages)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 def _summarize(

@@ -46,6 +46,8 @@ def prepare(
     seed: int = 0,
     drop_duplicates: bool = False,
     skip_broken_lines: bool = False,
+    drop_unknown: bool = False,
+    parse_special: bool = True,
     runner: str = "local",
     workers: int | None = None,
     beam_options: Sequence[str] = (),
@@ -78,6 +80,10 @@ def prepare(
       drop_duplicates: Of documents of a split with equal texts keep the first. They are counted in
         either case.
       skip_broken_lines: Pass over lines that are no JSON or have no text, and count them.
+      drop_unknown: Leave out, and count, characters that a tokenizer has neither a piece nor an
+        unknown token for, instead of refusing the text.
+      parse_special: Whether the name of a special token ("<|im_start|>") in a prompt or a response
+        stands for that token. In plain documents it is always text.
       runner: "local", or one of Apache Beam's: "DataflowRunner", "FlinkRunner", "SparkRunner",
         "PrismRunner", "DirectRunner".
       workers: Processes on this machine; all cores unless set.
@@ -104,7 +110,7 @@ def prepare(
     if isinstance(task, RegisteredTask) and not task.module and runner == LOCAL:
         # Registered in this process alone.
         jobs = dataclasses.replace(jobs, workers=1)
-    task = _checked(task, vocabulary, skip_broken_lines)
+    task = _checked(task, vocabulary, skip_broken_lines, parse_special)
     _refuse_folder(run)
     if isinstance(task, TextFiles):
         _refuse_sources_inside(run, task)
@@ -118,7 +124,7 @@ def prepare(
         say(f"{run.path} is finished already: nothing was prepared.")
         return
     started = time.monotonic()
-    _make(run, task, vocabulary, plan, drop_duplicates, jobs)
+    _make(run, task, vocabulary, plan, drop_duplicates, drop_unknown, jobs)
     seconds = time.monotonic() - started
     cache = PackedCache.open(run.path)
     run.write_summary(_summary(cache, seconds))
@@ -132,12 +138,16 @@ def _make(
     vocabulary: Vocabulary | TrainedVocabulary | None,
     plan: PackingPlan,
     drop_duplicates: bool,
+    drop_unknown: bool,
     jobs: JobRunner,
 ) -> None:
     """Makes the cache. Where its input turns out bad before any part of it is finished, nothing is
     left of it."""
     work = WorkFolder.of_cache(run.path)
     corpus, used, trained = _corpus_and_vocabulary(task, vocabulary, work)
+    for note in used.notes:
+        say(note)
+    used.drop_unknown = used.drop_unknown or drop_unknown
     if corpus.has_prompts:
         plan.require_for_prompts()
     building = Building(run.path, corpus, used, plan, drop_duplicates, trained)
@@ -219,6 +229,7 @@ def _checked(
     task: TextFiles | RegisteredTask | None,
     vocabulary: Vocabulary | TrainedVocabulary | None,
     skip_broken_lines: bool,
+    parse_special: bool,
 ) -> TextFiles | RegisteredTask:
     """The task, after what can be checked without reading its text."""
     if task is None:
@@ -231,6 +242,11 @@ def _checked(
             raise InputError(
                 f"skip_broken_lines applies to text files, the task is SeqIO's {task.name!r}: "
                 "set it where that task is registered."
+            )
+        if not parse_special:
+            raise InputError(
+                f"parse_special applies to text files, the task is SeqIO's {task.name!r}: set "
+                "parse_special of the template that it is registered with."
             )
         if isinstance(vocabulary, TrainedVocabulary):
             raise InputError(
@@ -246,7 +262,7 @@ def _checked(
     task = task.listed(skip_broken_lines=skip_broken_lines or task.skip_broken_lines)
     for split in task.splits:
         task.files(split)
-    return task
+    return task if parse_special else task.as_plain_text()
 
 
 def _refuse_folder(run: RunFolder) -> None:
@@ -339,6 +355,7 @@ def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
         "splits": splits,
         "broken_lines": _broken_lines(cache),
         "long_documents": _long_documents(cache),
+        "lost_characters": cache.manifest.get("lost_characters", 0),
         "seconds": None if seconds is None else round(seconds, 3),
         "tokens_per_second": None if seconds is None else round(tokens / seconds, 1),
     }
@@ -359,6 +376,8 @@ def _print_counts(cache: PackedCache, seconds: float) -> None:
     say(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
     for file, count in _broken_lines(cache).items():
         say(f"Passed over {count:,} broken lines of {file}.")
+    if count := cache.manifest.get("lost_characters", 0):
+        say(f"Left out {count:,} characters that the vocabulary has no id for.")
     for name in cache.split_names:
         info = cache.manifest["splits"][name]
         if count := info["shared_documents"]:

@@ -98,8 +98,8 @@ def score(
 
     Raises:
       InputError: No such model or cache, another vocabulary, k over the vocabulary's size, scores
-        of one name, a folder that was begun with another cache, model, k or scores, or a model that is
-        not finite.
+        of one name, a folder that was begun with another cache, model, k or scores, or a model
+        that is not finite.
     """
     require_counts(batch_size=batch_size, chunk_tokens=chunk_tokens, shard_rows=shard_rows)
     ks = checked_ks(k)

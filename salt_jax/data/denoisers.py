@@ -44,7 +44,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from salt_jax.data import features
-from salt_jax.data.vocabularies import MODES, Vocabulary
+from salt_jax.data.abstract_vocabulary import MODES, Vocabulary
 from salt_jax.errors import InputError
 
 TEACHER_OBJECTIVES = ("all", "causal")

@@ -13,6 +13,11 @@ from typing import Any
 from salt_jax.data.durable_files import whole_file, write_text
 from salt_jax.data.json_files import read_json_object
 from salt_jax.data.safetensors_files import DOWNLOAD
+from salt_jax.data.tokenizer_classes import (
+    as_transformers_reads,
+    class_name,
+    from_sentencepiece,
+)
 from salt_jax.data.vocabularies import (
     HuggingFaceVocabulary,
     SentencePieceVocabulary,
@@ -38,6 +43,8 @@ _TEMPLATES = "additional_chat_templates"  # a folder of more templates, each by 
 # Of a run whose model was taken in, or started from such a one: these files as they came.
 TOKENIZER_FOLDER = "tokenizer"
 
+_SPACE = "\u2581"  # as SentencePiece writes it
+
 
 def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Vocabulary:
     """The vocabulary of a model's folder.
@@ -57,7 +64,7 @@ def model_vocabulary(folder: pathlib.Path, eos_token: str | None = None) -> Voca
                 f"eos_token is {eos_token!r}, and {folder / SENTENCEPIECE_FILE} has an end of "
                 "document of its own: leave --eos_token unset."
             )
-        return SentencePieceVocabulary(folder / SENTENCEPIECE_FILE)
+        return _sentencepiece(folder)
     raise InputError(
         f"{folder} holds neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}: download the tokenizer "
         "into the model's folder, or make the first with transformers: "
@@ -70,6 +77,46 @@ def tokenizer_files(folder: pathlib.Path) -> list[str]:
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     templates = sorted(folder.glob(f"{_TEMPLATES}/*.jinja"))
     return names + [f"{_TEMPLATES}/{file.name}" for file in templates]
+
+
+def require_rows(vocabulary: Vocabulary, rows: Any, folder: pathlib.Path) -> None:
+    """Refuses tokens that were added to a tokenizer and have no row in the model's embedding.
+
+    Args:
+      vocabulary: The tokenizer.
+      rows: The embedding's, by config.json.
+      folder: The model's, for the error.
+
+    Raises:
+      InputError: There are such tokens. Where others are beyond the embedding too, it is another
+        model's tokenizer, of which the model's settings are told.
+    """
+    if not isinstance(rows, int) or not isinstance(vocabulary, HuggingFaceVocabulary):
+        return
+    beyond = vocabulary.added_tokens_from(rows)
+    if beyond and len(beyond) == vocabulary.base_size - rows:
+        names = ", ".join(map(repr, beyond[:8]))
+        tokens = "an added token" if len(beyond) == 1 else f"{len(beyond)} added tokens"
+        raise InputError(
+            f"{folder / TOKENIZER_FILE} has {tokens} ({names}) beyond the {rows:,} rows of the "
+            f"model's embedding, which end at the id {rows - 1}: take what is too much out of its "
+            "added_tokens, or give the model rows for all with transformers, "
+            f"model.resize_token_embeddings({vocabulary.base_size}), and save it."
+        )
+
+
+def end_ids(folder: pathlib.Path) -> tuple[int, ...]:
+    """The ids that end a model's answer, by what generation stops with; none where nothing says.
+
+    A chat ends with another token than a document (Llama 3's <|eot_id|>).
+    """
+    for name in (GENERATION_FILE, "config.json"):
+        found = settings_of(folder / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        ids = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+        if ids:
+            return tuple(ids)
+    return ()
 
 
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
@@ -98,7 +145,7 @@ def settle_generation(folder: pathlib.Path, tokens: Mapping[str, int]) -> int | 
       The ids that end a text: the file's if the model's is one of them.
     """
     eos = tokens["eos_token_id"]
-    if not (settings := _settings(folder / GENERATION_FILE)):
+    if not (settings := settings_of(folder / GENERATION_FILE)):
         return eos
     theirs = settings.get("eos_token_id")
     ids = theirs if isinstance(theirs, list) else [theirs]
@@ -139,10 +186,36 @@ def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
         settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
         settings["unk_token"] = vocabulary.token(vocabulary.unknown_id)
         first = vocabulary.token(vocabulary.encode("a")[0])
-        settings["add_prefix_space"] = first.startswith("\u2581")
+        settings["add_prefix_space"] = first.startswith(_SPACE)
         write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         return [SENTENCEPIECE_FILE, SETTINGS_FILE]
     return []
+
+
+def _sentencepiece(folder: pathlib.Path) -> Vocabulary:
+    """A SentencePiece model, as transformers reads it where it would give other ids."""
+    path, settings = folder / SENTENCEPIECE_FILE, _class_settings(folder)
+    vocabulary = SentencePieceVocabulary(path)
+    adds_space = vocabulary.token(vocabulary.encode("a")[0]).startswith(_SPACE)
+    if class_name(settings) not in ("LlamaTokenizer", "GemmaTokenizer") or (
+        not adds_space and settings.get("add_prefix_space") is False
+    ):
+        return vocabulary
+    return HuggingFaceVocabulary(
+        path,
+        eos_token=vocabulary.token(vocabulary.eos_id),
+        pad_token=vocabulary.token(vocabulary.pad_id),
+        start_token=vocabulary.token(vocabulary.start_id),
+        model=from_sentencepiece(path.read_bytes(), settings),
+    )
+
+
+def _class_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """What transformers chooses a tokenizer's class by, and what that class is given."""
+    config = settings_of(folder / "config.json")
+    names = ("model_type", "tokenizer_class")
+    chosen = {name: config[name] for name in names if config.get(name)}
+    return {**chosen, **settings_of(folder / SETTINGS_FILE)}
 
 
 def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
@@ -160,20 +233,24 @@ def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
             "name one that it has with --eos_token=TOKEN."
         )
     return HuggingFaceVocabulary(
-        path, eos_token=eos_token, start_token=found["bos"], pad_token=found["pad"]
+        path,
+        eos_token=eos_token,
+        start_token=found["bos"],
+        pad_token=found["pad"],
+        model=as_transformers_reads(path.read_bytes(), path, _class_settings(folder)),
     )
 
 
 def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> str | None:
     """The eos, bos or pad token, by name where a file has it, else by the id that it has."""
     for name in (SETTINGS_FILE, "special_tokens_map.json"):
-        token = _settings(folder / name).get(f"{kind}_token")
+        token = settings_of(folder / name).get(f"{kind}_token")
         if isinstance(token, Mapping):
             token = token.get("content")
         if isinstance(token, str) and (token in ids or kind == "eos"):
             return token
-    for name in ("generation_config.json", "config.json"):
-        token_id = _settings(folder / name).get(f"{kind}_token_id")
+    for name in (GENERATION_FILE, "config.json"):
+        token_id = settings_of(folder / name).get(f"{kind}_token_id")
         if isinstance(token_id, list) and len(token_id) == 1:
             token_id = token_id[0]
         for token, its_id in ids.items():
@@ -182,5 +259,6 @@ def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> s
     return None
 
 
-def _settings(file: pathlib.Path) -> dict[str, Any]:
+def settings_of(file: pathlib.Path) -> dict[str, Any]:
+    """A file of a tokenizer's settings; nothing where there is none."""
     return read_json_object(file, DOWNLOAD) if file.is_file() else {}

@@ -1,8 +1,11 @@
 """A packed row as text, for people.
 
-In: a row and its vocabulary. Out: its text, where ⟨end⟩ is an end of document, ⟦…⟧ tokens without
-loss weight, and ┃ the border between two segments. Padding is not shown.
+In: a row and its vocabulary. Out: its text, where ⟨end⟩ is an end of document, ⟨|im_start|⟩ the
+special token <|im_start|>, ⟦…⟧ tokens without loss weight, and ┃ the border between two segments.
+Padding is not shown.
 """
+
+import itertools
 
 import numpy as np
 
@@ -26,13 +29,18 @@ def row_as_text(row: Row, vocabulary: Vocabulary) -> str:
 
 
 def _segment_as_text(targets_L: np.ndarray, weights_L: np.ndarray, vocabulary: Vocabulary) -> str:
-    # A stretch ends where the weight changes and around each end of document; within a stretch ids
+    # A stretch ends where the weight changes; within a stretch of other ids than special ones they
     # are decoded together, since one character may be several ids.
-    is_end_L = targets_L == vocabulary.eos_id
-    changes_L = (np.diff(weights_L) != 0) | is_end_L[1:] | is_end_L[:-1]
+    marks = {
+        token_id: f"⟨{name.removeprefix('<').removesuffix('>')}⟩"
+        for token_id, name in vocabulary.special_tokens.items()
+    }
+    marks[vocabulary.eos_id] = END_OF_DOCUMENT
     text = ""
-    for stretch_L in np.split(np.arange(len(targets_L)), np.flatnonzero(changes_L) + 1):
-        first = stretch_L[0]
-        piece = END_OF_DOCUMENT if is_end_L[first] else vocabulary.decode(targets_L[stretch_L])
-        text += piece if weights_L[first] else f"⟦{piece}⟧"
+    for stretch_L in np.split(np.arange(len(targets_L)), np.flatnonzero(np.diff(weights_L)) + 1):
+        piece = ""
+        for mark, ids in itertools.groupby(targets_L[stretch_L].tolist(), marks.get):
+            run = list(ids)
+            piece += vocabulary.decode(run) if mark is None else mark * len(run)
+        text += piece if weights_L[stretch_L[0]] else f"⟦{piece}⟧"
     return text

@@ -15,6 +15,7 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from salt_jax.data.chat_templates import ChatTemplate
 from salt_jax.errors import InputError, nearest
 
 # Fields of a row, in an error.
@@ -54,11 +55,18 @@ class Template:
       response: " {answer}", say.
       words: What a field's values stand for: {"label": {"0": "true", "1": "false"}}. Such a field
         may hold numbers, and no value but these.
+      chat: How a model writes conversations. A row's `messages` are then the prompt, and the last
+        one, the assistant's, the response: as text up to the token that ends a document, which
+        follows it anyway. `prompt` and `response` both say where the messages are, "{messages}".
+      parse_special: Whether the name of a special token in a prompt and its response
+        ("<|im_start|>") stands for that token; in plain documents it never does.
     """
 
     prompt: str = ""
     response: str = "{text}"
     words: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    parse_special: bool = True
+    chat: ChatTemplate | None = None
 
     def __post_init__(self) -> None:
         _ = self._parts  # refuses what cannot be parsed
@@ -86,6 +94,8 @@ class Template:
           Unfit: A field is missing, is no string, or has no word.
           NoResponse: A prompt, and no response.
         """
+        if self.chat is not None:
+            return _conversation(self.chat, row.get(self.fields[0]))
         values = {field: self._value(field, row) for field in self.fields}
         answered = any(values[field].strip() for field in self._fields_of("response"))
         if self.prompt and not answered:
@@ -123,6 +133,26 @@ class Template:
     def _parts(self) -> dict[str, list[tuple[str, str | None, str]]]:
         """Literals with the field, if any, and the format that follow each; by template."""
         return {name: list(_parsed(name, getattr(self, name))) for name in ("prompt", "response")}
+
+
+def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
+    """Messages up to the last one, as the model is to answer them, and that one."""
+    try:
+        whole = chat(messages, answer=False)
+        prompt = chat(messages[:-1]) if messages[-1]["role"] == "assistant" else ""
+    except InputError as error:
+        raise Unfit(str(error).removesuffix(".")) from error
+    if not prompt or not whole.startswith(prompt):
+        raise Unfit(
+            "the last of these messages is not an assistant's that the chat template writes behind "
+            "the others"
+        )
+    response, end = whole[len(prompt) :], chat.tokens.get("eos_token", "")
+    if end and response.rstrip().endswith(end):
+        response = response.rstrip().removesuffix(end)
+    if not response.strip():
+        raise NoResponse("the last of these messages is empty")
+    return Filled(prompt, response)
 
 
 def _shown(value: Any) -> str:

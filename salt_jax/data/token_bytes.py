@@ -43,7 +43,7 @@ def tokenizer_json_lengths(
     """
     settings = json.loads(description)
     parts = (settings.get("pre_tokenizer"), settings.get("decoder"))
-    byte_level = any(_mentions(part, "ByteLevel") for part in parts)
+    byte_level = any(mentions(part, "ByteLevel") for part in parts)
     byte_fallback = bool(settings["model"].get("byte_fallback"))
     lengths_V = np.zeros(size, np.int32)
     for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
@@ -62,10 +62,10 @@ def _text_bytes(piece: str) -> int:
     return len(piece.replace(_SPACE, " ").encode())
 
 
-def _mentions(part: Mapping | list | None, kind: str) -> bool:
+def mentions(part: Mapping | list | None, kind: str) -> bool:
     """Whether a part of a tokenizer, or a part of that, is of a kind."""
     if isinstance(part, list):
-        return any(_mentions(item, kind) for item in part)
+        return any(mentions(item, kind) for item in part)
     if not isinstance(part, Mapping):
         return False
-    return part.get("type") == kind or any(_mentions(value, kind) for value in part.values())
+    return part.get("type") == kind or any(mentions(value, kind) for value in part.values())

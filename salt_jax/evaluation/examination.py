@@ -53,7 +53,12 @@ class Examinee:
     def generator(self, vocabulary: Vocabulary) -> Generator:
         """What continues prompts with it."""
         return Generator(
-            self.saved.config, vocabulary, self.mesh, self.rules, batch_size=self.batch_size
+            self.saved.config,
+            vocabulary,
+            self.mesh,
+            self.rules,
+            batch_size=self.batch_size,
+            end_ids=self.saved.end_ids(),
         )
 
     def request_log(
@@ -66,6 +71,8 @@ class Examinee:
             "vocabulary": vocabulary.fingerprint,
             "prepend_start": prepend_start,
         }
+        if ends := set(self.saved.end_ids()) - {vocabulary.eos_id}:
+            context["end_ids"] = sorted(ends)
         return RequestLog(folder / _REQUESTS_FILE, context)
 
 

@@ -33,6 +33,7 @@ class FewShot:
       save_samples: Whether to write what was asked and answered.
       allow_code_execution: Whether tasks may execute what the model writes.
       seed: Of tasks that draw tokens by lot.
+      parse_special: Whether names of special tokens in a text stand for these tokens.
 
     Raises:
       InputError: An unknown name, a data set that isn't there, a model without its vocabulary, a
@@ -53,12 +54,15 @@ class FewShot:
         save_samples: bool = False,
         allow_code_execution: bool = False,
         seed: int = 0,
+        parse_special: bool = True,
     ) -> None:
         require_counts(limit=limit, max_new_tokens=max_new_tokens)
         require_counts(at_least=0, shots=shots)
         self._examinee, self._limit, self._save_samples = examinee, limit, save_samples
         self._vocabulary = examinee.saved.load_vocabulary()
-        self._limits = Limits(examinee.saved.config.max_length, prepend_start, max_new_tokens, seed)
+        self._limits = Limits(
+            examinee.saved.config.max_length, prepend_start, max_new_tokens, seed, parse_special
+        )
         self._tasks = Tasks(task_folder, allow_code_execution, task_data)
         self._loaded = self._tasks.load(names, shots)
         for name, task in self._loaded["tasks"].items():

@@ -37,12 +37,15 @@ class Limits:
         segment that our models are trained on. Imported Pythias have none.
       max_new_tokens: At most so many tokens are generated, whatever a task asks for.
       seed: Of tasks that draw tokens by lot.
+      parse_special: Whether names of special tokens in a text stand for these tokens, as for
+        lm-eval's own `hf` backend.
     """
 
     max_length: int
     prepend_start: bool = True
     max_new_tokens: int | None = None
     seed: int = 0
+    parse_special: bool = True
 
     def __post_init__(self) -> None:
         Sampling(seed=self.seed)  # which refuses a bad one
@@ -124,7 +127,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     ) -> list[int]:
         """A text's ids, after the start where that is wanted."""
         starts = self._limits.prepend_start if add_special_tokens is None else add_special_tokens
-        ids = self._vocabulary.encode(string)
+        ids = self._vocabulary.encode(string, self._limits.parse_special)
         return [self._vocabulary.start_id, *ids] if starts else ids
 
     def _loglikelihood_tokens(
@@ -138,7 +141,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
             [
                 lm_eval.utils.make_disjoint_window(window)
                 for window in lm_eval.utils.get_rolling_token_windows(
-                    self._vocabulary.encode(request.args[0]),
+                    self._vocabulary.encode(request.args[0], self._limits.parse_special),
                     self.prefix_token_id,
                     self._limits.max_length,
                     context_len=1,
@@ -155,7 +158,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
         for request in requests:
             context, settings = request.args
             decoding = self._limits.decoding(request.task_name or "", settings)
-            prompt = self._vocabulary.encode(context)
+            prompt = self._vocabulary.encode(context, self._limits.parse_special)
             prompt = prompt[-(self._limits.room - decoding.max_new_tokens) :]
             if not prompt and not self._limits.prepend_start:
                 prompt = [self.prefix_token_id]

@@ -122,7 +122,10 @@ class Responding:
         self._examples = responses.read()
         for example in self._examples:  # a bad reference, or no library, before hours of generating
             METRICS[responses.metric]("", example.text)
-        prompts = self._vocabulary.encode_many([example.prompt for example in self._examples])
+        prompts = self._vocabulary.encode_many(
+            [example.prompt for example in self._examples],
+            responses.examples.template.parse_special,
+        )
         self._cut_prompts = sum(len(prompt) > room for prompt in prompts)
         self._prompts = [prompt[-room:] for prompt in prompts]
 

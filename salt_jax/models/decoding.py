@@ -68,12 +68,12 @@ class Choice:
     Attributes:
         sampling: how; its seed is in the keys.
         vocab_size: ids from here on are never chosen.
-        eos_id: finishes a row.
+        end_ids: each finishes a row.
     """
 
     sampling: Sampling
     vocab_size: int
-    eos_id: int
+    end_ids: tuple[int, ...]
 
 
 def prefill(
@@ -179,7 +179,7 @@ def begin(
     made, finished_B = jnp.int32(0), rows_B < 0
     token_B, log_p_B = _choose(logits_BxV, keys_B, made, choice)
     shown_B = jnp.where(finished_B, NO_TOKEN, token_B)
-    finished_B |= token_B == choice.eos_id
+    finished_B |= _ends(token_B, choice)
     state = State(cache, token_B, keys_B, made + 1, finished_B)
     return _laid_out(state), shown_B[:, None], log_p_B[:, None]
 
@@ -222,7 +222,7 @@ def advance(
         shown_B = jnp.where(finished_B, NO_TOKEN, token_B)
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=made - first, axis=1)
         tokens_BxC, log_p_BxC = put(tokens_BxC, shown_B), put(log_p_BxC, log_p_B)
-        finished_B |= token_B == choice.eos_id
+        finished_B |= _ends(token_B, choice)
         return State(cache, token_B, keys_B, made + 1, finished_B), tokens_BxC, log_p_BxC
 
     carry = (state, tokens_BxC, log_p_BxC)
@@ -235,6 +235,10 @@ def _choose(
 ) -> tuple[jax.Array, jax.Array]:
     keys_B = jax.vmap(lambda key: jax.random.fold_in(key, made))(keys_B)
     return sample_token(logits_BxV, keys_B, choice.sampling, choice.vocab_size)
+
+
+def _ends(token_B: jax.Array, choice: Choice) -> jax.Array:
+    return jnp.isin(token_B, jnp.array(choice.end_ids, jnp.int32))
 
 
 def _apply(config: DecoderConfig, variables: Any, *tokens: jax.Array) -> tuple[jax.Array, Any]:

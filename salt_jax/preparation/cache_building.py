@@ -167,7 +167,10 @@ class Building:
         left = [unit for unit in self.corpus.units if unit.name not in finished]
         fingerprint = self.vocabulary.fingerprint
         plan = self.work_plan.units
-        jobs = [MapJob(unit, self.work, self.buckets, fingerprint, plan) for unit in left]
+        drop_unknown = self.vocabulary.drop_unknown
+        jobs = [
+            MapJob(unit, self.work, self.buckets, fingerprint, plan, drop_unknown) for unit in left
+        ]
         run(map_unit, jobs, "parts of the text", len(finished))
         finished = self.finished_units()
         for unit in self.corpus.units:
@@ -263,6 +266,7 @@ class Building:
         for split, written in shards.items():
             if not written:
                 raise EmptySplit(self._nothing_left(split, long_documents[split]))
+        lost = sum(unit.lost_characters for unit in units.values())
         writer = PackedCacheWriter(
             self.folder,
             vocabulary=self.vocabulary,
@@ -273,6 +277,7 @@ class Building:
                 "seed": self.plan.seed,
                 "drop_duplicates": self.drop_duplicates,
                 **self._long_documents(long_documents),
+                **({"lost_characters": lost} if lost else {}),
             },
             sources=[sources[path].as_source() for path in sorted(sources)],
             begun=True,

@@ -75,11 +75,17 @@ class TextUnit:
           InputError: Bad text, with its file and line.
         """
         dtype = token_dtype(vocabulary.size)
+        template = self.text.template
+        special = template.parse_special and bool(template.prompt)
         for document in self.text.read(self.files, log):
+            if vocabulary.drop_unknown:
+                texts = (document.prompt, document.text)
+                log.lost_characters += sum(map(vocabulary.lost_characters, texts))
             # Apart from each other, since the prompt is all that a model is given later.
-            prompt_P = vocabulary.encode(document.prompt) if document.prompt else []
+            prompt_P = vocabulary.encode(document.prompt, special) if document.prompt else []
+            text_T = vocabulary.encode(document.text, special)
             yield TokenizedDocument(
-                np.array([*prompt_P, *vocabulary.encode(document.text), vocabulary.eos_id], dtype),
+                np.array([*prompt_P, *text_T, vocabulary.eos_id], dtype),
                 self.text.split_of(document.whole, self.split),
                 document.subset,
                 hashlib.blake2b(document.whole.encode(), digest_size=16).digest(),

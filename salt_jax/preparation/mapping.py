@@ -50,6 +50,7 @@ class MapJob:
       fingerprint: The vocabulary's.
       plan: Digest of what all units depend on. Beam may still run a job of a plan that was given
         up: its record is no other plan's.
+      drop_unknown: Whether the vocabulary leaves out what it has no id for.
     """
 
     unit: Unit
@@ -57,6 +58,7 @@ class MapJob:
     buckets: Mapping[str, int]
     fingerprint: str
     plan: str
+    drop_unknown: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ class MappedUnit:
       documents: Documents by split.
       tokens: Tokens by split.
       sources: Its input files as they were read.
+      lost_characters: Characters that the vocabulary left out.
     """
 
     plan: str
@@ -78,6 +81,7 @@ class MappedUnit:
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
     sources: tuple[SourceFile, ...]
+    lost_characters: int = 0
 
 
 def map_unit(job: MapJob) -> Progress:
@@ -91,6 +95,7 @@ def map_unit(job: MapJob) -> Progress:
       OSError: The disk is full.
     """
     vocabulary = _vocabulary(job.work.vocabulary, job.fingerprint)
+    vocabulary.drop_unknown = job.drop_unknown
     first = first_buckets(job.buckets)
     log = ReadingLog()
     subsets: dict[str, int] = {}
@@ -112,7 +117,13 @@ def map_unit(job: MapJob) -> Progress:
         part_bytes = file.tell()
     sources = tuple(job.unit.sources(log))
     record = MappedUnit(
-        job.plan, part_bytes, tuple(subsets), dict(documents), dict(tokens), sources
+        job.plan,
+        part_bytes,
+        tuple(subsets),
+        dict(documents),
+        dict(tokens),
+        sources,
+        log.lost_characters,
     )
     job.work.write_json(job.work.unit_record(job.unit.name), dataclasses.asdict(record))
     return Progress(documents.total(), tokens.total())

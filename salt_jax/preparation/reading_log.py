@@ -60,10 +60,12 @@ class ReadingLog:
 
     Attributes:
       broken_lines: Lines passed over, by file.
+      lost_characters: Characters that the vocabulary left out, of all files.
     """
 
     def __init__(self) -> None:
         self.broken_lines: Counter[str] = Counter()
+        self.lost_characters = 0
         self._files: dict[str, _DigestedFile] = {}
         self._noted: dict[str, tuple[int, int]] = {}
 

@@ -18,7 +18,11 @@ from salt_jax.preparation.quiet_tensorflow import seqio, tf
 class SeqIOVocabulary(seqio.Vocabulary):
     """One of our vocabularies as a SeqIO vocabulary; reserved ids are SeqIO's extra ids."""
 
-    def __init__(self, vocabulary: Vocabulary | Callable[[], Vocabulary]):
+    def __init__(
+        self, vocabulary: Vocabulary | Callable[[], Vocabulary], parse_special: bool = False
+    ):
+        """Takes the vocabulary, or a function that makes it; see `Vocabulary.encode`."""
+        self._parse_special = parse_special
         self._make = vocabulary if not isinstance(vocabulary, Vocabulary) else None
         self._vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else None
 
@@ -56,7 +60,7 @@ class SeqIOVocabulary(seqio.Vocabulary):
         return self.wrapped.base_size
 
     def _encode(self, s: str) -> Sequence[int]:
-        return self.wrapped.encode(s)
+        return self.wrapped.encode(s, self._parse_special)
 
     def _decode(self, ids: Iterable[int]) -> str:
         return self.wrapped.decode(ids)
@@ -64,7 +68,7 @@ class SeqIOVocabulary(seqio.Vocabulary):
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         def encode(text: Any) -> np.ndarray:
             # Bytes inside a dataset; an array of rank 0 that holds them where it runs at once.
-            return np.array(self.wrapped.encode(np.asarray(text).item().decode()), np.int32)
+            return np.array(self._encode(np.asarray(text).item().decode()), np.int32)
 
         text = tf.convert_to_tensor(s, tf.string)
         return _with_shape(tf.numpy_function(encode, [text], tf.int32, stateful=False), [None])

@@ -100,6 +100,13 @@ class TextFiles:
             if getattr(self, field) < 0:
                 raise InputError(f"{field} is {getattr(self, field)}, expected 0 or more.")
 
+    def as_plain_text(self) -> "TextFiles":
+        """The same, where no name of a special token stands for the token."""
+        if not self.template.prompt:
+            return self
+        template = dataclasses.replace(self.template, parse_special=False)
+        return dataclasses.replace(self, template=template)
+
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits it has, train first."""

@@ -138,7 +138,7 @@ def register_response_task(
       vocabulary: The vocabulary, or a function that gives it.
       splits: TFDS's name of each split, {"validation": "train[:2%]"}; None takes them as they are.
     """
-    adapted = SeqIOVocabulary(vocabulary)
+    adapted = SeqIOVocabulary(vocabulary, template.parse_special)
     return seqio.TaskRegistry.add(
         name,
         source=seqio.TfdsDataSource(dataset, splits=splits),

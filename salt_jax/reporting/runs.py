@@ -1,8 +1,6 @@
-"""What the folders of a report hold.
+"""What the folders of a report hold: training runs with their evaluations, scores and selections.
 
-In: folders written by `salt train`, `salt score` and `salt select`, recognised by their run.json or
-manifest. Out: frozen dataclasses: training runs with their evaluations, scores of rows, selections
-of rows.
+A folder's kind is recognised by its run.json or manifest.
 """
 
 import dataclasses

@@ -197,7 +197,8 @@ def _read_in_stage1(pipeline: InputPipeline, selected: Selection) -> np.ndarray:
 
 
 def _require_alike(first: PackedCache, other: PackedCache) -> None:
-    if other.vocabulary_fingerprint != first.vocabulary_fingerprint:
+    differ = other.vocabulary_fingerprint != first.vocabulary_fingerprint
+    if differ and other.vocabulary != first.vocabulary:
         raise InputError(
             f"The cache {other.path} has the vocabulary {other.vocabulary_fingerprint[:12]} and "
             f"{first.path} has {first.vocabulary_fingerprint[:12]}: mix caches prepared with the "

@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.data.buckets import is_remote
 from salt_jax.data.local_copies import local_run
+from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER, end_ids
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
@@ -279,6 +280,11 @@ class SavedModel:
                 "that the model was trained on."
             )
         return vocabulary
+
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends its answers, by the files it was taken in with; perhaps none."""
+        ids = end_ids(self.path / TOKENIZER_FOLDER)
+        return tuple(i for i in ids if i < self.config.padded_vocab_size)
 
     def load_params(
         self,

@@ -41,7 +41,7 @@ class Completion:
 
     Attributes:
       index: Which prompt, in the order given.
-      ids: The new ids, without the end of document, with those of a stop text.
+      ids: The new ids, without the id that ended them, with those of a stop text.
       text: What they add to the prompt's text, up to the first stop text.
       log_probabilities: Of each, by the model before temperature, top-k and top-p; nats.
       ended_by: "end of document", "stop text" or "length".
@@ -80,6 +80,7 @@ class Generator:
       mesh: Where the parameters live.
       rules: From logical to mesh axes.
       batch_size: Prompts at once, rounded up to what the mesh needs.
+      end_ids: What ends a continuation beside the vocabulary's end of document.
 
     Raises:
       InputError: The model has fewer ids than the vocabulary, or batch_size is below 1.
@@ -93,6 +94,7 @@ class Generator:
         rules: partitioning.Rules = partitioning.DEFAULT_RULES,
         *,
         batch_size: int = 16,
+        end_ids: Sequence[int] = (),
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size} and must be at least 1.")
@@ -103,6 +105,7 @@ class Generator:
             )
         self._config, self._vocabulary = config, vocabulary
         self._mesh, self._rules, self._batch_size = mesh, rules, batch_size
+        self._end_ids = tuple(sorted({vocabulary.eos_id, *end_ids}))
         self._compiled: dict[Any, Any] = {}
         self.work = Work()
 
@@ -160,7 +163,15 @@ class Generator:
         """
         rows = self.check(prompts, max_new_tokens, stop_texts, prepend_start)
         waiting = [
-            _Row(index, draw, row, max_new_tokens, self._vocabulary, tuple(stop_texts))
+            _Row(
+                index,
+                draw,
+                row,
+                max_new_tokens,
+                self._vocabulary,
+                self._end_ids,
+                tuple(stop_texts),
+            )
             for index, (draw, row) in enumerate(
                 zip(range(len(rows)) if draws is None else draws, rows, strict=True)
             )
@@ -214,9 +225,10 @@ class Generator:
     ) -> Iterator[Completion]:
         order = sorted(rows, key=lambda row: -len(row.prompt))
         size = rounded_up(min(self._batch_size, max(len(rows), 1)), self._mesh)
-        eos_id, vocab_size = self._vocabulary.eos_id, self._vocabulary.size
         # The seed is an argument of the programs, so that they serve all seeds.
-        choice = decoding.Choice(dataclasses.replace(sampling, seed=0), vocab_size, eos_id)
+        choice = decoding.Choice(
+            dataclasses.replace(sampling, seed=0), self._vocabulary.size, self._end_ids
+        )
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             yield from self._batch(params, batch, size, max_new_tokens, sampling.seed, choice)
@@ -304,13 +316,14 @@ class _Row:
         prompt: list[int],
         max_new_tokens: int,
         vocabulary: Vocabulary,
+        end_ids: tuple[int, ...],
         stop_texts: tuple[str, ...],
     ) -> None:
         self.index, self.draw, self.prompt, self.ended_by = index, draw, prompt, ""
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
         self._max_new_tokens, self._vocabulary = max_new_tokens, vocabulary
-        self._stop_texts = stop_texts
+        self._end_ids, self._stop_texts = end_ids, stop_texts
 
     def take(self, tokens: list[int], log_probabilities: list[float]) -> None:
         """Adds tokens up to where the row ends."""
@@ -323,7 +336,7 @@ class _Row:
                     f"The model's logits after {len(self.ids)} new tokens of prompt {self.index} "
                     "are not finite: use another checkpoint."
                 )
-            if token == self._vocabulary.eos_id:
+            if token in self._end_ids:
                 self.ended_by = "end of document"
                 break
             self.ids.append(token)

@@ -57,6 +57,7 @@ _TEXTS: dict[str, bytes] = {
     "half.jsonl": b'{"prompt": "\\ud800"}\n',  # of a surrogate pair
     "prompts.csv": b"prompt\nsalt\n",
     "prompts.jsonl": b'{"prompt": "salt"}\n',
+    "chat.jsonl": b'{"messages": [{"role": "user", "content": "salt"}]}\n',
     # Of a compressed file the first bytes alone.
     "cut.jsonl.zst": b"\x28\xb5\x2f\xfd\x04",
     "cut.jsonl.gz": b"\x1f\x8b\x08",

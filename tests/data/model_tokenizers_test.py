@@ -8,7 +8,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from salt_jax.data.model_tokenizers import copy_tokenizer, model_vocabulary, write_tokenizer
+from salt_jax.data.model_tokenizers import (
+    copy_tokenizer,
+    model_vocabulary,
+    require_rows,
+    write_tokenizer,
+)
 from salt_jax.data.vocabularies import (
     ByteVocabulary,
     HuggingFaceVocabulary,
@@ -63,6 +68,22 @@ def test_start_and_padding_have_tokens_of_their_own(folder: pathlib.Path) -> Non
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     vocabulary = model_vocabulary(folder)
     assert (vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id) == (0, 0, 0)
+
+
+def test_added_tokens_beyond_the_embedding_are_named(folder: pathlib.Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocabulary = model_vocabulary(folder, "<s>")
+    advice = rf"2 added tokens \('<a>', '<b>'\) beyond the {rows} rows .*embeddings\({rows + 2}\)"
+    with pytest.raises(InputError, match=advice):
+        require_rows(vocabulary, rows, folder)
+    with pytest.raises(InputError, match=r"an added token \('<b>'\) beyond"):
+        require_rows(vocabulary, rows + 1, folder)
+    require_rows(vocabulary, rows + 2, folder)
+    require_rows(vocabulary, rows - 1, folder)  # another model's: its settings say so
+    require_rows(ByteVocabulary(), 3, folder)
 
 
 @pytest.mark.parametrize("settings", [{}, {"eos_token_id": [0, 1]}, {"eos_token_id": 999}])

@@ -1,7 +1,9 @@
 """Vocabularies: any text comes back, special ids never come from text, files are checked."""
 
+import hashlib
 import json
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -132,6 +134,33 @@ def test_the_name_of_a_special_token_is_plain_text(vocabulary):
     assert not {vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id} & set(ids)
 
 
+@pytest.mark.parametrize("name", VOCABULARIES)
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.text("a <|/s>é\n") | st.sampled_from(["<|endoftext|>", "</s>", "<s>"])))
+def test_a_prompt_may_name_special_tokens(name, parts):
+    vocabulary = VOCABULARIES[name]
+    text = "".join(parts)
+    ids = vocabulary.encode(text, parse_special=True)
+    assert vocabulary.encode_many([text, "a"], parse_special=True) == [ids, vocabulary.encode("a")]
+    names = vocabulary.special_tokens
+    assert [i for i in ids if i in names] == [
+        {token: i for i, token in names.items()}[token]
+        for token in re.findall("|".join(map(re.escape, names.values())) or "(?!)", text)
+    ]
+    # Text before and after is text: all of it comes back.
+    shown = "".join(names.get(i, "\0") for i in ids if i in names)
+    assert len(vocabulary.decode(ids)) + len(shown) == len(text)
+    assert vocabulary.encode(text) == vocabulary.encode(text, parse_special=False)
+    assert not set(names) & set(vocabulary.encode(text))
+
+
+def test_special_tokens_have_names():
+    assert set(VOCABULARIES["bpe"].special_tokens.values()) == {"<pad>", "</s>", "<unk>", "<s>"}
+    hugging_face = VOCABULARIES["hugging_face"].special_tokens
+    assert set(hugging_face.values()) == {"<|endoftext|>", "<|padding|>"}
+    assert not VOCABULARIES["bytes"].special_tokens
+
+
 def test_special_and_reserved_ids_give_no_text(vocabulary):
     special = [vocabulary.eos_id, vocabulary.pad_id, vocabulary.start_id, *vocabulary.reserved_ids]
     assert vocabulary.decode([*special, *vocabulary.encode("x y"), *special]) == "x y"
@@ -161,6 +190,16 @@ def test_saved_and_loaded_is_the_same(vocabulary, tmp_path):
 def test_fingerprints_differ():
     kinds = [*VOCABULARIES.values(), ByteVocabulary(), ByteVocabulary(reserved=6)]
     assert len({vocabulary.fingerprint for vocabulary in kinds}) == len(kinds)
+
+
+def test_fingerprints_stay_what_older_versions_wrote(vocabulary):
+    """Or caches and runs that are there could not be read."""
+    named = ("eos_id", "pad_id", "start_id", "reserved")
+    identity = {name: getattr(vocabulary, name) for name in named}
+    identity["class"] = type(vocabulary).__name__
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    digest.update(vocabulary.model_bytes())
+    assert vocabulary.fingerprint == digest.hexdigest()
 
 
 def test_bytes_are_numbered_as_seqio_numbers_them():

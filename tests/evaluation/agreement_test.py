@@ -74,8 +74,12 @@ def run_and_export(folder: pathlib.Path, kind: str) -> tuple[pathlib.Path, pathl
 
 
 def write_tasks(folder: pathlib.Path) -> None:
+    # Both parse the name of a special token, which a corpus doesn't.
     rows = [
-        {"text": TEXT[at : at + 30 * n + 5], "choices": [" the sea", " Number 7", " a mine"]}
+        {
+            "text": TEXT[at : at + 30 * n + 5] + "<|endoftext|> Salt" * (n % 3 == 1),
+            "choices": [" the sea", " Number 7", " a mine"],
+        }
         for n, at in enumerate(range(0, 800, 67))
     ]
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

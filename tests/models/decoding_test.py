@@ -135,7 +135,7 @@ def test_a_mesh_splits_the_cache_and_changes_nothing(scan_layers: bool) -> None:
     config = dataclasses.replace(SMALL, scan_layers=scan_layers)
     params = make_params(config)
     arrays = padded([row[:n] for row, n in zip(TOKENS, PROMPTS, strict=True)], 8)
-    choice = decoding.Choice(Sampling(1.0, top_k=20, top_p=0.9), vocab_size=50, eos_id=1)
+    choice = decoding.Choice(Sampling(1.0, top_k=20, top_p=0.9), vocab_size=50, end_ids=(1,))
     rows_B = np.arange(4, dtype=np.int32)
 
     def generate(params: Any) -> tuple[decoding.State, jax.Array, jax.Array]:
@@ -165,7 +165,7 @@ def test_a_mesh_splits_the_cache_and_changes_nothing(scan_layers: bool) -> None:
 
 def test_the_loop_ends_when_all_rows_have() -> None:
     params, arrays = make_params(SMALL), padded([TOKENS[0, :3], TOKENS[1, :5]], 5)
-    choice = decoding.Choice(Sampling(), vocab_size=50, eos_id=50)  # which is never chosen
+    choice = decoding.Choice(Sampling(), vocab_size=50, end_ids=(50,))  # which is never chosen
     rows_B = np.array([0, -1], np.int32)
     begin = jax.jit(functools.partial(decoding.begin, SMALL, slots=16, choice=choice))
     state, tokens_Bx1, _ = begin(params, *arrays, rows_B, jnp.uint32(0))

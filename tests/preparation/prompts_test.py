@@ -142,7 +142,7 @@ def test_a_prompt_and_its_response_are_tokenized_apart(tmp_path):
     class Pairs(ByteVocabulary):
         """Takes two bytes of "aa" for one id, so that a border between texts shows."""
 
-        def encode(self, text):
+        def encode(self, text, parse_special=False):
             return super().encode(text.replace("aa", "\x01"))
 
     files = TextFiles(

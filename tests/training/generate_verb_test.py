@@ -1,6 +1,8 @@
 """`salt generate`: prompts from flags and files, what it writes, and what it refuses."""
 
+import gzip
 import json
+import lzma
 import pathlib
 import shutil
 
@@ -69,6 +71,24 @@ def test_prompts_from_files(slm: pathlib.Path, tmp_path: pathlib.Path) -> None:
         found.append(generations(out))
     assert [record["prompt"] for record in found[0]] == ["salt ", "models é"]
     assert found[0] == found[1]
+
+
+def test_prompts_with_a_byte_order_mark_and_compressed(
+    slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    content = {
+        "a.txt": "\ufeffsalt\n".encode(),
+        "b.jsonl": b'\xef\xbb\xbf{"prompt": "salt"}\n',
+        "c.txt.gz": gzip.compress(b"salt\n"),
+        "d.ndjson.xz": lzma.compress(b'{"text": "salt"}'),
+        "e.json": b'[{"prompt": "salt"}]',
+    }
+    for name, text in content.items():
+        (tmp_path / name).write_bytes(text)
+        out = tmp_path / f"out_{name[0]}"
+        flags = [f"--model={slm}", f"--prompts={tmp_path / name}", "--max_new_tokens=1"]
+        assert main(["generate", *flags, "--compilation_cache=", f"--output_dir={out}"]) == 0
+        assert [record["prompt"] for record in generations(out)] == ["salt"], name
 
 
 def test_a_run_without_its_vocabulary_is_refused(

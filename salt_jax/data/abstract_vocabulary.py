@@ -1,0 +1,207 @@
+"""What every vocabulary is: text to token ids and back, by a fingerprint and by what it does.
+
+The ids of special tokens are the vocabulary's own business (Pythia's end of document is 0): nothing
+else may assume them. `reserved` ids are appended after the tokenizer's own: the first three are the
+mode tokens [R], [S] and [X] of `denoisers.py`, the others its sentinels, in ascending order. The
+kinds of vocabularies are in `vocabularies.py`.
+"""
+
+import abc
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from salt_jax.data.durable_files import whole_file, write_text
+from salt_jax.data.json_files import Shape
+from salt_jax.errors import InputError
+
+SETTINGS_FILE = "vocabulary.json"
+
+# Arrays of a vocabulary's size are held in memory; no tokenizer comes near it.
+MOST_IDS = 1 << 24
+
+# UL2's: short spans, a prefix, extreme spans.
+MODES = ("R", "S", "X")
+
+
+class Vocabulary(abc.ABC):
+    """Text to ids and back.
+
+    Attributes:
+      base_size: Ids of the tokenizer, special ones included.
+      eos_id: Ends a document.
+      pad_id: Fills a row; means nothing by itself (segment ids say what is padding).
+      start_id: What a model reads before a segment's first token.
+      reserved: Ids appended at the end.
+      drop_unknown: Whether `encode` leaves out what it has no id for, instead of refusing it.
+      notes: What whoever takes the vocabulary up should be told, sentences.
+    """
+
+    drop_unknown: bool = False
+    notes: Sequence[str] = ()
+    base_size: int
+    eos_id: int
+    pad_id: int
+    start_id: int
+    reserved: int
+
+    @property
+    def size(self) -> int:
+        """All ids, special and reserved ones included."""
+        return self.base_size + self.reserved
+
+    @property
+    def reserved_ids(self) -> range:
+        """The ids kept for denoising sentinels and mode tokens."""
+        return range(self.base_size, self.size)
+
+    @property
+    def mode_ids(self) -> Mapping[str, int]:
+        """The id of each of MODES; those are missing that `reserved` has no room for."""
+        return dict(zip(MODES, self.reserved_ids, strict=False))
+
+    @property
+    def sentinel_ids(self) -> range:
+        """What stands for a corrupted span, the first span's first."""
+        return self.reserved_ids[len(MODES) :]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the tokenizer's bytes and the settings: equal fingerprint, equal ids."""
+        return self._digest(self._identity())
+
+    def extends(self, other: "Vocabulary") -> bool:
+        """Whether it gives every text the other one's ids, perhaps with more reserved ones."""
+        if self.reserved < other.reserved or self._meaning() != other._meaning():
+            return False
+        return self.model_bytes() == other.model_bytes() or self._behaviour == other._behaviour
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32[size]; special and reserved ids have none.
+
+        Summed over `encode(text)` they are the text's bytes wherever the tokenizer keeps all of a
+        text. One that normalizes counts the normalized text, with the space that a SentencePiece
+        model may put before it; an unknown token counts nothing.
+        """
+        lengths_V = np.zeros(self.size, np.int32)
+        lengths_V[: self.base_size] = self._byte_lengths()
+        lengths_V[[self.eos_id, self.pad_id, self.start_id]] = 0
+        return lengths_V
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The names of special tokens by id; none of a vocabulary whose tokens have no names."""
+        return {}
+
+    @abc.abstractmethod
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """The text's ids, without an end of document.
+
+        Args:
+          text: The text.
+          parse_special: Whether the name of a special token in the text stands for that token, as
+            in a prompt; in a corpus it is text like any other.
+
+        Raises:
+          InputError: The tokenizer has no id for a part of the text, and would lose it.
+        """
+
+    def encode_many(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
+        """`encode` of each text; subclasses are faster than one by one where they can."""
+        return [self.encode(text, parse_special) for text in texts]
+
+    def lost_characters(self, text: str) -> int:
+        """How many characters of the text `encode` leaves out."""
+        return 0
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids' text; special and reserved ids give none, broken UTF-8 gives U+FFFD."""
+        silent = {self.eos_id, self.pad_id, self.start_id}
+        return self._decode([i for i in map(int, ids) if i not in silent and i < self.base_size])
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records of it."""
+        return {**self._identity(), "size": self.size, "fingerprint": self.fingerprint}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the vocabulary into a folder that `load_vocabulary` reads."""
+        path = pathlib.Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if self._model_file:
+            with whole_file(path / self._model_file) as file:
+                file.write(self.model_bytes())
+        described = {**self.describe(), "settings": self._settings()}
+        if self.drop_unknown:
+            described["drop_unknown"] = True
+        write_text(path / SETTINGS_FILE, json.dumps(described, indent=2) + "\n")
+
+    # What a subclass says of itself: the name its model file gets, the file's bytes, the keyword
+    # arguments that make it again and their types, how ids that are none of the special ones become
+    # text, and how many bytes of it.
+    _model_file = ""
+    _settings_shape: Mapping[str, Shape] = types.MappingProxyType({"reserved": int})
+
+    def model_bytes(self) -> bytes:
+        """The tokenizer's file; nothing where there is none."""
+        return b""
+
+    def _settings(self) -> dict[str, Any]:
+        return {"reserved": self.reserved}
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    def _digest(self, identity: dict[str, Any]) -> str:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+        digest.update(self.model_bytes())
+        return digest.hexdigest()
+
+    @abc.abstractmethod
+    def _byte_lengths(self) -> np.ndarray: ...
+
+    @functools.cached_property
+    def _behaviour(self) -> Any:
+        """What the tokenizer does with a text, in a form that can be compared."""
+        return self.model_bytes()
+
+    def _meaning(self) -> dict[str, Any]:
+        """The identity but for what no text's ids and no model's input depend on."""
+        return {**self._identity(), "reserved": 0, "pad_id": 0}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "class": type(self).__name__,
+            "eos_id": self.eos_id,
+            "pad_id": self.pad_id,
+            "start_id": self.start_id,
+            "reserved": self.reserved,
+        }
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vocabulary):
+            return NotImplemented
+        return self.reserved == other.reserved and self.extends(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._meaning().values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self.size}, fingerprint={self.fingerprint[:12]})"
+
+
+def checked_reserved(reserved: int) -> int:
+    """A number of ids to append; refuses one below 0 and far too many."""
+    if not 0 <= reserved <= MOST_IDS:
+        raise InputError(
+            f"reserved is {reserved}, expected 0 to {MOST_IDS:,} ids: change the vocabulary's "
+            "setting."
+        )
+    return reserved

@@ -1,0 +1,113 @@
+"""Hugging Face's tokenizer.json: loaded, compared by what it does, asked for what it would lose.
+
+In: the file's bytes. Out: the tokenizer; one form for all files that give every text the same ids,
+whichever version of transformers or tokenizers wrote them; and the characters that a BPE without an
+unknown token leaves out of a text.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from salt_jax.data.token_bytes import mentions
+from salt_jax.errors import InputError
+
+# Stands for what is lost; no tokenizer has such a piece.
+_LOST = "\uffff lost \uffff"
+
+
+def load_tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+      InputError: It is none.
+    """
+    try:
+        return tokenizers.Tokenizer.from_str(model.decode())
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(
+            f"{os.fspath(path)} is no Hugging Face tokenizer ({error}): name a tokenizer.json."
+        ) from error
+
+
+def clear_dropout(tokenizer: tokenizers.Tokenizer) -> float:
+    """Switches BPE dropout off, by which a text's ids would differ each time; gives what it was."""
+    dropout = getattr(tokenizer.model, "dropout", None) or 0.0
+    if dropout:
+        tokenizer.model.dropout = None
+    return dropout
+
+
+def behaviour(tokenizer: tokenizers.Tokenizer) -> str:
+    """What decides a text's ids, in one form whoever wrote the file.
+
+    Defaults are filled in, steps that do nothing are left out, and so are the
+    decoder, truncation and padding; of the post-processor the special tokens count that it adds.
+    """
+    whole = json.loads(tokenizer.to_str())
+    model = {name: value for name, value in whole["model"].items() if value not in (None, "")}
+    if "unk_token" not in model:
+        model.pop("fuse_unk", None)
+    return json.dumps(
+        {
+            "model": model,
+            "added_tokens": sorted(whole["added_tokens"], key=lambda token: token["id"]),
+            "normalizer": _steps(whole["normalizer"]),
+            "pre_tokenizer": _steps(whole["pre_tokenizer"]),
+            "post_processor": [step for step in _steps(whole["post_processor"]) if _adds(step)],
+        },
+        sort_keys=True,
+    )
+
+
+def loss_marker(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
+    """A tokenizer that marks what the given one leaves out; None where it leaves nothing out.
+
+    A BPE without an unknown token passes over characters that it has no piece for, unless its
+    pieces are bytes, or it falls back on bytes, and has all of them.
+    """
+    bpe = tokenizer.model
+    if not isinstance(bpe, models.BPE) or bpe.unk_token is not None:
+        return None
+    whole = json.loads(tokenizer.to_str())
+    pieces = whole["model"]["vocab"]
+    if bpe.byte_fallback and all(f"<0x{byte:02X}>" in pieces for byte in range(256)):
+        return None
+    byte_level = any(mentions(whole[part], "ByteLevel") for part in ("normalizer", "pre_tokenizer"))
+    if (
+        byte_level
+        and all(letter in pieces for letter in pre_tokenizers.ByteLevel.alphabet())
+        and not (bpe.continuing_subword_prefix or bpe.end_of_word_suffix)
+    ):
+        return None
+    pieces[_LOST] = 1 + max(pieces.values(), default=-1)
+    whole["model"] |= {"unk_token": _LOST, "fuse_unk": False}
+    return tokenizers.Tokenizer.from_str(json.dumps(whole))
+
+
+def lost_characters(marker: tokenizers.Tokenizer, text: str) -> list[str]:
+    """What a text would lose, by its `loss_marker`; a character may count once for each byte."""
+    encoding = marker.encode(text, add_special_tokens=False)
+    lost = marker.token_to_id(_LOST)
+    places = zip(encoding.ids, encoding.offsets, strict=True)
+    return [text[start:end] for token_id, (start, end) in places if token_id == lost]
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """A part's steps one after another: a sequence of one is that one, and none is nothing."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        (steps,) = (value for value in part.values() if isinstance(value, list))
+        return [inner for step in steps for inner in _steps(step)]
+    return [{name: value for name, value in part.items() if name != "trim_offsets"}]
+
+
+def _adds(step: Mapping[str, Any]) -> bool:
+    """Whether a step of a post-processor adds tokens to a text."""
+    pieces = step.get("single", [None])
+    return step["type"] != "ByteLevel" and any("Sequence" not in (piece or {}) for piece in pieces)
