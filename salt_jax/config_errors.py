@@ -72,6 +72,11 @@ def _gin_sentence(message: str, location: str, statements: Sequence[gin_files.St
         )
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
         return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1])}."
+    if match := re.match(r"No configurable matching '(\S+)'", message):
+        return (
+            f"{where}: {match[1]} is unknown there: begin the file with `from __gin__ import "
+            "dynamic_registration` and the import of its module, or correct the name."
+        )
     if message.startswith("not enough values to unpack"):  # of a name without a module
         return f"{where}: write a setting's whole name, as train.train.steps, where it is set."
     if match := re.match(r"(\S+) set to `%gin.REQUIRED`", message):
