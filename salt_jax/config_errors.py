@@ -90,6 +90,11 @@ def _gin_sentence(
         )
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
         return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1], flags)}."
+    if match := re.match(r"No configurable matching '(\S+)'", message):
+        return (
+            f"{where}: {match[1]} is unknown there: begin the file with `from __gin__ import "
+            "dynamic_registration` and the import of its module, or correct the name."
+        )
     if message.startswith("not enough values to unpack"):  # of a name without a module
         return (
             f"{where}: write a setting's whole name, as config.TrainConfig.steps, where it is set."

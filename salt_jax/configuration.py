@@ -34,6 +34,8 @@ from salt_jax.setting_types import described, is_a
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MODEL_CLASS = "DecoderConfig"
+# Settings that each of several processes may have its own of.
+_OWN_TO_A_PROCESS = ("compilation_cache", "read_threads", "hang_seconds", "worker")
 
 
 def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
@@ -138,6 +140,18 @@ def _close_what_is_not_needed(function: Callable[..., None]) -> None:
         if key in closed and _is_open(bound_value(setting)):
             module = f"{DYNAMIC_REGISTRATION}\n"
             explained(gin.parse_config, module + setting.bind(repr(closed[key])))
+
+
+def settings_of_all() -> str:
+    """What is set, as far as several processes must have the same of it."""
+    bindings = gin_files.bindings_in(gin_files.statements_in(gin.config_str()))
+    return repr(
+        [
+            (name, binding.value)
+            for name, binding in bindings
+            if binding.arg_name not in _OWN_TO_A_PROCESS
+        ]
+    )
 
 
 def _imports(modules: Iterable[str]) -> list[str]:

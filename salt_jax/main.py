@@ -28,11 +28,11 @@ from salt_jax.command_line import (
     verb_table,
     verbs,
 )
-from salt_jax.configuration import configure
+from salt_jax.configuration import configure, settings_of_all
 from salt_jax.data.buckets import is_remote
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, visible
 from salt_jax.mirror import Mirror
-from salt_jax.run_folder import RunFolder
+from salt_jax.run_folder import RunFolder, library_versions
 from salt_jax.run_lock import RunLock
 from salt_jax.terminal import say, warn
 from salt_jax.verb_process import GUARDED, run_guarded
@@ -97,6 +97,12 @@ def _run(argv: list[str]) -> int:
     verb = configure(arguments)
     _quiet_libtpu()
     together = _join(arguments)
+    if together.count > 1:
+        versions = library_versions()
+        together.require_same(
+            versions=str([versions.get(name) for name in ("salt_jax", "jax", "jaxlib")]),
+            settings=f"{arguments.verb} {settings_of_all()}",
+        )
     with RunLock() as lock, _mirrored(arguments) as mirror:
         folder = RunFolder(
             path=mirror.path if mirror else pathlib.Path(arguments.output_dir),

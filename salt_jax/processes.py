@@ -6,6 +6,8 @@ its pulse into the output folder, so that the others can say who is gone instead
 Only the first process prints and writes files of the run; a file system that all share is needed.
 """
 
+import collections
+import hashlib
 import json
 import os
 import pathlib
@@ -54,6 +56,31 @@ class Processes:
 
             multihost_utils.sync_global_devices(name)
 
+    def require_same(self, **texts: str) -> None:
+        """Refuses, in every process, what one of them was started with and another was not.
+
+        Args:
+          **texts: What must be the same, by its name in the sentence.
+
+        Raises:
+          InputError: With the first process that differs from process 0.
+        """
+        if self.count == 1:
+            return
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        digests = [hashlib.sha256(text.encode()).digest() for text in texts.values()]
+        ours_TxB = np.array([[*digest] for digest in digests], np.int32)
+        all_PxTxB = np.asarray(multihost_utils.process_allgather(ours_TxB))
+        for at, name in enumerate(texts):
+            for index in range(1, self.count):
+                if (all_PxTxB[index, at] != all_PxTxB[0, at]).any():
+                    raise InputError(
+                        f"Process {index} of {self.count} has other {name} than process 0: give "
+                        "all of them the same command, files and versions."
+                    )
+
     def watch(self, folder: pathlib.Path) -> None:
         """From here on ends this process with a sentence when another is gone.
 
@@ -101,7 +128,8 @@ def join(settings: Mapping[str, str], saves_on_request: bool = False) -> Process
       saves_on_request: Whether the verb asks `multihost_utils.reached_preemption_sync_point`.
 
     Raises:
-      InputError: Some of the three are missing, not numbers or out of range.
+      InputError: Some of the three are missing, not numbers or out of range; or some processes have
+        more devices than others.
       RunFailed: The others did not come.
     """
     given = _given(settings)
@@ -152,6 +180,15 @@ def _initialize(known: Mapping[str, Any], saves_on_request: bool) -> Processes:
             f"The processes did not meet ({reason}): start as many as --process_count says, each "
             "with its own --process_index and the address of process 0 as --coordinator_address."
         ) from error
+    # No program over the devices of all can be made, not even one that says so to the others.
+    devices = collections.Counter(device.process_index for device in jax.devices())
+    fewest, most = (choose(devices, key=lambda index: devices[index]) for choose in (min, max))
+    if devices[fewest] != devices[most]:
+        raise InputError(
+            f"Process {fewest} has {devices[fewest]} devices and process {most} has "
+            f"{devices[most]}: show each process as many (CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS, "
+            "JAX_NUM_CPU_DEVICES), or start none on that host."
+        )
     return Processes(jax.process_index(), jax.process_count())
 
 

@@ -124,6 +124,27 @@ def test_another_verb_a_file_and_damage_are_refused(tmp_path: pathlib.Path) -> N
             folder(path)
 
 
+def test_a_damaged_configuration_is_told_of(tmp_path: pathlib.Path) -> None:
+    folder(tmp_path / "a").begin()
+    for damage in (lambda file: file.write_bytes(b"\xff"), lambda file: file.write_text("a b")):
+        damage(tmp_path / "a" / "config.gin")
+        with pytest.raises(InputError, match=r"config.gin is damaged: choose another --output_dir"):
+            folder(tmp_path / "a").begin()
+    (tmp_path / "a" / "config.gin").unlink()
+    with pytest.raises(InputError, match=r"config.gin is damaged: choose another --output_dir"):
+        folder(tmp_path / "a").begin()
+    folder(tmp_path / "a").begin(replace=True)
+
+
+def test_what_only_a_text_speaks_of_uses_no_macro(tmp_path: pathlib.Path) -> None:
+    def begin(rows: int) -> list[str]:
+        text = f"train.train.arm = '%ROWS'\ntrain.train.batch_size = %ROWS\nROWS = {rows}\n"
+        return RunFolder(tmp_path, "train", lambda: text).begin(may_change=("train.batch_size",))
+
+    begin(5)
+    assert begin(6) == ["ROWS was 5 and is now 6"]
+
+
 def test_json_has_no_nan() -> None:
     assert json.loads(to_json({"a": float("nan"), "b": [float("inf"), 1.5]})) == {
         "a": None,

@@ -79,6 +79,7 @@ _TEXTS: dict[str, bytes] = {
     "empty_block.gin": _TRAIN + b"config.Data:\nconfig.TrainConfig.steps = 3\n",
     "block.gin": _TRAIN + b"config.Data:\n  # as T5X's\n\n  seed = 3\n  batchsize = 8\n",
     "other_block.gin": _TRAIN + b"confing.Data:\n  seed = 3\n",
+    "static.gin": b"trian.train:\n  steps = 3\n",
     "includes.gin": _TRAIN + b"include 'open.gin'\n",
     "includes_none.gin": _TRAIN + b"\ninclude 'methods/slat.gin'\n",
     "round.gin": b"include 'about.gin'\n",

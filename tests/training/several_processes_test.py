@@ -39,10 +39,19 @@ def _none_is_left() -> Iterator[None]:
 
 
 class Together:
-    """`salt ARGUMENTS` in `count` processes of `devices` devices each; one of them may be STUCK."""
+    """`salt ARGUMENTS` in `count` processes of `devices` devices each; one of them may be STUCK.
+
+    Process 1 may have `more` devices, and flags of its own.
+    """
 
     def __init__(
-        self, count: int, devices: int, arguments: Sequence[str], stuck: int | None = None
+        self,
+        count: int,
+        devices: int,
+        arguments: Sequence[str],
+        stuck: int | None = None,
+        more: int = 0,
+        own: Sequence[str] = (),
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -50,7 +59,6 @@ class Together:
         several = [f"--coordinator_address=127.0.0.1:{port}", f"--process_count={count}"]
         environment = {
             **os.environ,
-            "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONUNBUFFERED": "1",
         }
         self.members = [
@@ -58,10 +66,11 @@ class Together:
                 [
                     *(sys.executable, *(("-c", STUCK) if index == stuck else ("-m", "salt_jax"))),
                     *arguments,
+                    *(own if index == 1 else ()),
                     *(several if count > 1 else []),
                     *([f"--process_index={index}"] if count > 1 else []),
                 ],
-                env=environment,
+                env=environment | {"JAX_NUM_CPU_DEVICES": str(devices + more * (index == 1))},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -223,6 +232,26 @@ def test_two_processes_score_and_evaluate_as_one(
     assert results[0]["by_subset"].keys() == results[1]["by_subset"].keys()
     for name in ("log_perplexity", "next_token_accuracy", "evaluated_tokens"):
         assert results[1][name] == pytest.approx(results[0][name], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "own", "expected"),
+    [
+        (1, (), "Process 0 has 1 devices and process 1 has 2: show each process as many"),
+        (0, ("--seed=5",), "Process 1 of 2 has other settings than process 0: give all of them"),
+    ],
+)
+def test_processes_that_are_not_alike_all_say_so(
+    more: int, own: Sequence[str], expected: str, cache: PackedCache, tmp_path: pathlib.Path
+) -> None:
+    """Before they do anything together, whatever the verb."""
+    output = tmp_path / "out"
+    flags = ["evaluate", "--model=none", f"--cache={cache.path}", f"--output_dir={output}"]
+    for code, text in Together(2, 1, flags, more=more, own=own).end():
+        assert code == 2, text
+        assert f"salt: {expected}" in text
+        assert "Traceback" not in text
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
