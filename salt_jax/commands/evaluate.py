@@ -15,10 +15,12 @@ after a kill it asks the model for no task's answer and no response twice.
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.user_folders import cache_folder
 from salt_jax.distill import losses
 from salt_jax.errors import InputError
 from salt_jax.evaluation.examination import Examination, Examinee
@@ -159,6 +161,8 @@ def evaluate(
 
 def _few_shot() -> Any:
     """salt_jax.evaluation.few_shot, for which lm-eval must be installed."""
+    if not os.environ.keys() & {"HF_HOME", "XDG_CACHE_HOME"}:  # read when it is imported
+        os.environ["HF_HOME"] = str(cache_folder("huggingface", "HF_HOME"))
     try:
         return importlib.import_module("salt_jax.evaluation.few_shot")
     except ModuleNotFoundError as error:

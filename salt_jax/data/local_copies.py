@@ -2,7 +2,7 @@
 
 In: a path as it was typed. Out: where it lies on the disk: itself, or a copy, of which only what
 has changed in the bucket is fetched again. Copies are kept below SALT_LOCAL_COPIES, which is
-~/.cache/salt_jax by default.
+~/.cache/salt_jax by default, or a temporary folder where that cannot be written.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from salt_jax.data.buckets import RemoteFile, RemoteFolder, completes, is_remote
 from salt_jax.data.durable_files import write_text
+from salt_jax.data.user_folders import cache_folder, writable
 from salt_jax.errors import InputError
 from salt_jax.terminal import say
 
@@ -211,9 +212,21 @@ def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
 
     Its name is the folder's own; no copy lies in another one.
     """
-    given = os.environ.get(COPIES)
-    below = pathlib.Path(given or "~/.cache/salt_jax").expanduser().absolute()
+    below = _copies_folder()
     place = urllib.parse.quote(folder.url, safe="")
     if len(place) > _LONGEST_NAME:
         place = f"{place[:100]}-{hashlib.sha256(folder.url.encode()).hexdigest()}"
     return below / kind / place / folder.parts[-1]
+
+
+def _copies_folder() -> pathlib.Path:
+    given = os.environ.get(COPIES)
+    if not given:
+        return cache_folder("salt_jax", COPIES)
+    try:
+        return writable(given)
+    except OSError as error:
+        raise InputError(
+            f"{COPIES} is {given}, which cannot be written ({error.strerror}): set it to a folder "
+            "that can."
+        ) from error

@@ -385,7 +385,6 @@ def _evaluation(record: Mapping[str, Any], where: str) -> Evaluation:
     subsets = record.get("by_subset") or {}
     if not isinstance(subsets, dict) or not all(isinstance(x, dict) for x in subsets.values()):
         raise InputError(f"{where}: by_subset is no object of objects: {_WHOLE}.")
-    names = ("train_flops", "tokens", "seconds")
     return Evaluation(
         _step(record, where),
         *_quality(record, where),
@@ -394,7 +393,7 @@ def _evaluation(record: Mapping[str, Any], where: str) -> Evaluation:
             for name, result in subsets.items()
         },
         costs=Costs.of(record),
-        **{name: _number(record, name, where) for name in names},
+        **{name: _number(record, name, where) for name in ("train_flops", "tokens", "seconds")},
     )
 
 

@@ -4,10 +4,13 @@ In: a folder; out: the persistent compilation cache in it, so that what was comp
 compiled again. And a counter of compilations, which tells that nothing stalls a run half-way.
 """
 
-import pathlib
+import functools
+import sys
 import types
 
 import jax
+
+from salt_jax.data.user_folders import writable
 
 DEFAULT_FOLDER = "~/.cache/salt_jax/programs"
 
@@ -18,11 +21,28 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (~ is the home folder); an empty name keeps none."""
+    """Keeps compiled programs in `folder` (~ is the home folder); an empty name keeps none.
+
+    Where it cannot be written, programs are compiled anew in each run, which is said.
+    """
     if not folder:
         return
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+    try:
+        path = writable(folder)
+    except OSError as error:
+        _tell_not_kept(folder, str(error.strerror))
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@functools.cache
+def _tell_not_kept(folder: str, reason: str) -> None:
+    print(
+        f"salt: {folder} cannot be written ({reason}): programs are compiled anew in each run; set "
+        "--compilation_cache to a folder that can, or to nothing.",
+        file=sys.stderr,
+    )
 
 
 class CompilationCounter:

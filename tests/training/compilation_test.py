@@ -133,3 +133,27 @@ def test_what_was_compiled_is_found_again(tmp_path: pathlib.Path) -> None:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_done_without(
+    tmp_path: pathlib.Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    before = jax.config.jax_compilation_cache_dir
+    for _ in range(2):
+        compilation.use_compilation_cache(str(tmp_path / name))
+    assert jax.config.jax_compilation_cache_dir == before
+    error = capsys.readouterr().err
+    assert error.startswith(f"salt: {tmp_path / name} cannot be written (")
+    assert error.count("\n") == 1
+
+
+def test_a_folder_of_another_s_is_done_without(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # of root, who may all, neither
+    before = jax.config.jax_compilation_cache_dir
+    compilation.use_compilation_cache(str(tmp_path / "programs"))
+    assert jax.config.jax_compilation_cache_dir == before
+    assert "cannot be written (Permission denied)" in capsys.readouterr().err

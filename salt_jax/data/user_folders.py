@@ -1,0 +1,57 @@
+"""Folders below the user's home, which a container's user may not have, or not be able to write."""
+
+import errno
+import functools
+import os
+import pathlib
+import sys
+import tempfile
+
+from salt_jax.errors import InputError
+
+
+def writable(folder: str) -> pathlib.Path:
+    """The folder, made if need be, by an absolute path; ~ is the home folder.
+
+    Raises:
+      OSError: It cannot be written, or this user has no home folder.
+    """
+    try:
+        path = pathlib.Path(folder).expanduser().absolute()
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, "this user has no home folder", folder) from error
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path
+
+
+@functools.cache
+def cache_folder(name: str, setting: str) -> pathlib.Path:
+    """~/.cache/NAME, or where that cannot be written a temporary folder of this user's, which is
+    said.
+
+    Args:
+      name: The folder's.
+      setting: The environment variable that names another.
+
+    Raises:
+      InputError: Someone else has made the temporary folder.
+    """
+    home = f"~/.cache/{name}"
+    try:
+        return writable(home)
+    except OSError as error:
+        reason = error.strerror
+    own = pathlib.Path(tempfile.gettempdir()) / f"salt_jax-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    if own.is_symlink() or own.stat().st_uid != os.getuid():
+        raise InputError(f"{own} is another user's: set {setting} to a folder of your own.")
+    folder = own / name
+    folder.mkdir(exist_ok=True)
+    print(
+        f"salt: {home} cannot be written ({reason}): {folder} is used; set {setting} to a folder "
+        "that lasts.",
+        file=sys.stderr,
+    )
+    return folder
