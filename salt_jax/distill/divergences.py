@@ -4,8 +4,8 @@ A divergence is a sum over outcomes of one function of the student's log p and t
 That function is all of it: `losses.py` sums it over whole logits, `chunk_gradient.py` over a chunk
 and finds its derivative by log p as well. Outcomes are the ids, or a few ids and the rest as one.
 
-Since Σ p is 1, a multiple of p in all the derivatives changes no gradient of the logits: where that
-is what stands behind lax.stop_gradient below, it is left out to save time.
+Since Σ p is 1, the same multiple of p in all derivatives changes no gradient of the logits. What
+lax.stop_gradient leaves out of the derivatives below is that, p or 0: it only saves time.
 """
 
 import dataclasses
