@@ -139,5 +139,7 @@ def flag_of(name: str, flags: Mapping[str, str]) -> str:
 def plain(name: str, flags: Mapping[str, str]) -> str:
     """A setting as a person calls it: those of a verb and of `training.config` as their flags are
     called, all others by their whole names."""
-    is_verbs = name.partition(".")[0] in (*verbs(), "config")
-    return flag_of(name, flags).removeprefix("--").removesuffix("=VALUE") if is_verbs else name
+    modules = name.split(".")[:-2]  # none where gin has shortened the name
+    is_verbs = {*modules} <= {*verbs(), "config"}
+    flag = flag_of(name, flags).removeprefix("--").removesuffix("=VALUE")
+    return flag if is_verbs and not flag.startswith("gin.") else name

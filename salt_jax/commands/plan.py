@@ -42,8 +42,10 @@ from salt_jax.planning.stored_labels import (
 )
 from salt_jax.run_folder import RunFolder
 from salt_jax.terminal import say
-from salt_jax.training.config import Teacher, TrainConfig
+from salt_jax.training.config import FROM_FILES, Teacher, TrainConfig
 from salt_jax.training.teacher import check_dtype
+
+__all__ = ["FROM_FILES", "plan"]
 
 # What a run needs and a plan does not: what they name need not be there. None but for KEEP_STEPS.
 NEEDS_NO = {

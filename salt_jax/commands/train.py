@@ -29,7 +29,7 @@ from salt_jax.training.checkpoints import (
     read_progress,
     state_bytes,
 )
-from salt_jax.training.config import Devices, Initial, TrainConfig
+from salt_jax.training.config import FROM_FILES, Devices, Initial, TrainConfig
 from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
 from salt_jax.training.loop import Loop, TrainingSetup
 from salt_jax.training.optimizers import make_transformation
@@ -37,13 +37,7 @@ from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, make_layout
 
-# What sets the settings that no flag can.
-FROM_FILES = {
-    "data": "runs/pretrain.gin",
-    "optimizer": "runs/pretrain.gin",
-    "method": "methods/baseline.gin",
-    "schedule": "methods/baseline.gin",
-}
+__all__ = ["FROM_FILES", "train"]
 
 # It may be one of several processes, and asks whether one of them was asked to stop.
 SEVERAL_PROCESSES = SAVES_ON_REQUEST = True

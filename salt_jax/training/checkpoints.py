@@ -322,7 +322,8 @@ def find_model(
         cache's, or rows longer than the model takes.
     """
     url = os.fspath(path) if is_remote(path) else ""
-    flag = "--step" if role == "model" else f"--{role}_step"
+    flags = {"model": "--step", "teacher": "--teacher.step", "initial": "--initial.step"}
+    flag = flags.get(role, f"--{role}_step")
     if url and step is None and jax.process_count() > 1:
         raise InputError(
             f"{role} is {url}, whose newest checkpoint may be another one for each of several "

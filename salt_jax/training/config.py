@@ -22,6 +22,15 @@ from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import Optimizer
 
+# Files that set what no flag can, for sentences.
+FROM_FILES = {
+    "optimizer": "runs/pretrain.gin",
+    "learning_rate": "runs/pretrain.gin",
+    "arm": "methods/baseline.gin",
+    "schedule": "methods/baseline.gin",
+    "embed_dim": "models/llm_mini.gin",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
