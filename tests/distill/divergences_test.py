@@ -76,7 +76,7 @@ def gradients(divergence: Divergence, top_k: int) -> tuple[jax.Array, jax.Array,
 @pytest.mark.parametrize(
     ("shipped", "plain"),
     [(ForwardKL(), forward_kl), (ReverseKL(), reverse_kl), (JensenShannon(0.3), jensen_shannon)],
-    ids=str,
+    ids=["forward_kl", "reverse_kl", "jensen_shannon"],
 )
 def test_what_a_divergence_knows_of_its_derivative_changes_nothing(
     shipped: Divergence, plain: Divergence, top_k: int
