@@ -6,4 +6,4 @@ Names of arrays end in their shape, one letter a dimension:
     K head width   F hidden width   N rows   M microbatches
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -118,7 +118,7 @@ class MixedOrder:
     def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
         if len(weights) != len(orders) or not all(0 < w < math.inf for w in weights):
             raise InputError(
-                f"cache_weights is {tuple(weights)} and there are {len(orders)} caches: give each "
+                f"weights is {tuple(weights)} and there are {len(orders)} caches: give each "
                 "a number over 0."
             )
         exact = [fractions.Fraction(weight).limit_denominator(10**6) for weight in weights]
@@ -127,7 +127,7 @@ class MixedOrder:
         self._parts = [int(weight * smallest) for weight in exact]
         if not all(self._parts):
             raise InputError(
-                f"cache_weights is {tuple(weights)}: weights under a millionth are taken for 0; "
+                f"weights is {tuple(weights)}: weights under a millionth are taken for 0; "
                 "scale them up."
             )
 

@@ -56,7 +56,7 @@ class Caches:
         rows = [len(cache.split("train")) for cache in packed]
         if weights is not None and len(packed) == 1:
             raise InputError(
-                f"cache_weights is {tuple(weights)} and there is one cache: leave it unset, or "
+                f"weights is {tuple(weights)} and there is one cache: leave it unset, or "
                 "name more with cache."
             )
         return cls(

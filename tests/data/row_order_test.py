@@ -72,7 +72,7 @@ def test_a_far_position_is_as_near_as_the_first() -> None:
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
 def test_weights_that_are_none_are_refused(weights: tuple[float, ...]) -> None:
     orders = [RowOrder(None, 5, 0, source) for source in range(2)]
-    with pytest.raises(InputError, match="cache_weights is"):
+    with pytest.raises(InputError, match="weights is"):
         MixedOrder(orders, weights)
     with pytest.raises(InputError, match="under a millionth"):
         MixedOrder(orders, (1.0, 1e-9))
