@@ -45,10 +45,7 @@ def generate(
     prompt: Sequence[str] = (),
     prompts: str | None = None,
     max_new_tokens: int = 64,
-    temperature: float = Sampling.temperature,
-    top_k: int = Sampling.top_k,
-    top_p: float = Sampling.top_p,
-    seed: int = Sampling.seed,
+    sampling: Sampling = Sampling(),
     stop: Sequence[str] = (),
     prepend_start: bool = True,
     parse_special: bool = True,
@@ -66,10 +63,7 @@ def generate(
         or in "messages", [{"role": "user", "content": "TEXT"}], for the model's chat template. May
         be compressed.
       max_new_tokens: The most tokens that a prompt is continued by.
-      temperature: What logits are divided by; 0 always takes the most likely token.
-      top_k: Only the k most likely tokens are drawn from; 0 leaves all.
-      top_p: Only the smallest set of tokens of at least this probability is drawn from.
-      seed: Of the draws.
+      sampling: How each token is chosen.
       stop: A text to end at; the flag may be given again.
       prepend_start: Whether the vocabulary's start comes before a prompt that doesn't begin with
         it; False for models that were trained without one, such as Pythia. Never before messages.
@@ -81,7 +75,6 @@ def generate(
     Raises:
       InputError: No such model, no prompts or one that is too long, or a setting out of range.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
     given = _given(prompt, prompts)
     saved = find_model(model, step, "model")
     vocabulary = saved.load_vocabulary()

@@ -25,7 +25,7 @@ class Decoding:
 
     max_new_tokens: int
     stop_texts: tuple[str, ...] = ()
-    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    sampling: Sampling = Sampling()
 
 
 class Continuations:

@@ -46,7 +46,7 @@ class Responses:
     metric: str
     max_new_tokens: int = 256
     stop_texts: Sequence[str] = ()
-    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
