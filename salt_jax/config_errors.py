@@ -84,6 +84,12 @@ def _gin_sentence(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
         known = _parameters_of(match[1])
+        if match[1] in ("train.train", "plan.plan"):
+            return (
+                f"{where}: {match[1]} has no setting {match[2]}: they are grouped, in "
+                "config.TrainConfig, config.Data, config.Method and others of training.config "
+                "(`salt train --help`)."
+            )
         return (
             f"{where}: {match[1]} has no setting {match[2]}{nearest(match[2], known)}: "
             "correct the name."

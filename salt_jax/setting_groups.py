@@ -183,12 +183,11 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str
     if len(found) == 1:
         return found[0]
     if found:
-        flags = ", ".join(f"--{shortest([*every], path)}" for path in found)
-        raise InputError(f"--{name} could be any of {flags}: write which one is meant.")
-    known = {
-        flag.replace(".", "_").lower(): f"--{flag}"
-        for flag in (shortest([*every], path) for path in every)
-    }
+        meant = ", ".join(f"--{shortest([*every], path)}" for path in found)
+        raise InputError(f"--{name} could be any of {meant}: write which one is meant.")
+    flags = {shortest([*every], path) for path in every}
+    flags |= {".".join(path.split(".")[-2:]) for path in every}
+    known = {flag.replace(".", "_").lower(): f"--{flag}" for flag in sorted(flags)}
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
     close = nearest(name.replace(".", "_").lower(), known)
     if match := re.search(r"nearest: (.*)\)", close):
