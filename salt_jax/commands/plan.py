@@ -21,7 +21,7 @@ from salt_jax.data import denoisers
 from salt_jax.data.label_format import ENCODINGS, LabelFormat
 from salt_jax.data.local_copies import local_folder
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
@@ -165,7 +165,7 @@ def _stored_k(config: TrainConfig, stored_ids: int) -> int:
         )
     if not local_folder(folder).exists():
         return stored_ids
-    return SoftLabels.open(folder).format.k
+    return StoredLabels.open(folder).format.k
 
 
 def _features(

@@ -23,7 +23,7 @@ import numpy as np
 from salt_jax.data.label_format import LabelFormat
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores, RowScoresWriter, Selection
-from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
+from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.distill import losses
 from salt_jax.distill.scores import Score, checked_ks, column_names, require_scores, scores_of
 from salt_jax.errors import InputError, require_counts
@@ -161,7 +161,7 @@ def score(
         return
     cost = Cost.of(model.config, writer.shards.rows, packed.sequence_length)
     finished = writer.complete(dataclasses.asdict(cost))
-    if isinstance(finished, SoftLabels):
+    if isinstance(finished, StoredLabels):
         _summarize_labels(run, finished)
     else:
         _summarize(run, finished)
@@ -289,7 +289,7 @@ def _summarize(run: RunFolder, scores: RowScores) -> None:
     run.write_summary(summary)
 
 
-def _summarize_labels(run: RunFolder, labels: SoftLabels) -> None:
+def _summarize_labels(run: RunFolder, labels: StoredLabels) -> None:
     """Prints what the labels are, and writes summary.json."""
     manifest, form, cost = labels.manifest, labels.format, labels.cost
     stored = labels.rows * form.record_bytes

@@ -19,7 +19,7 @@ from salt_jax.terminal import Table, print_table, say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
-from salt_jax.training.evaluation import Evaluation, Evaluator
+from salt_jax.training.evaluation import EvaluationResult, Evaluator
 from salt_jax.verb_process import check_verbs, run_verb
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
@@ -159,7 +159,7 @@ def _evaluate(folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _result(path: pathlib.Path, evaluation: Evaluation) -> dict[str, Any]:
+def _result(path: pathlib.Path, evaluation: EvaluationResult) -> dict[str, Any]:
     training = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
     names = ("steps", "distill_steps", "parameters", "train_flops", "seconds", "tokens", "seed")
     return {

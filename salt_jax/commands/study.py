@@ -27,7 +27,7 @@ _OWN_FLAGS = ("--output_dir",)
 _OWN_FLAGS_OF_ARMS = (*_OWN_FLAGS, "--arm", "--seed", "--data.seed")
 
 
-class Step(NamedTuple):
+class Command(NamedTuple):
     """One command of a study.
 
     Attributes:
@@ -162,10 +162,10 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 def _input_steps(
     root: pathlib.Path, inputs: Mapping[str, Sequence[str]], given: Mapping[str, str]
-) -> Iterator[Step]:
+) -> Iterator[Command]:
     folders = dict(given)
     for name, (verb, *flags) in inputs.items():
-        yield Step(root / name, verb, _filled(f"inputs[{name!r}]", flags, folders))
+        yield Command(root / name, verb, _filled(f"inputs[{name!r}]", flags, folders))
         folders[name] = str(root / name)
 
 
@@ -176,7 +176,7 @@ def _runs(
     inputs: Mapping[str, Sequence[str]],
     given: Mapping[str, str],
     seeds: Sequence[int],
-) -> Iterator[Step]:
+) -> Iterator[Command]:
     _check_flags("common", common, _OWN_FLAGS_OF_ARMS)
     for seed in seeds:
         folders = {**given, **{name: str(root / name) for name in inputs}}
@@ -184,7 +184,7 @@ def _runs(
             output = root / arm / f"seed-{seed}"
             filled = _filled(f"arms[{arm!r}]", [*common, *flags], folders)
             own = (f"--arm={arm}", f"--seed={seed}", f"--data.seed={seed}")
-            yield Step(output, "train", (*filled, *own))
+            yield Command(output, "train", (*filled, *own))
             folders[arm] = str(output)
 
 
@@ -202,7 +202,7 @@ def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tup
     return tuple(re.sub(r"\{(\w+)\}", folder, flag) for flag in flags)
 
 
-def _refuse_other_flags(step: Step, root: pathlib.Path) -> None:
+def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
     """A run is not made again, nor gone on with otherwise: it must be the one asked for now.
 
     The study's folder may have been moved since: what was in it then is in it now.

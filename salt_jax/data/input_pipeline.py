@@ -21,7 +21,7 @@ import numpy as np
 from salt_jax.data import features
 from salt_jax.data.denoisers import Denoising
 from salt_jax.data.row_order import Draw, Order
-from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError, require_counts
 
 # The number of selected rows' first epoch, as denoising takes it: no other rows come so far.
@@ -83,7 +83,7 @@ class InputPipeline:
     stage1_steps: int = 0
     start: Position = Position()
     denoising: Denoising | None = None
-    soft_labels: SoftLabels | None = None
+    soft_labels: StoredLabels | None = None
     part: int = 0
     parts: int = 1
     read_threads: int = 2

@@ -130,7 +130,7 @@ class SoftLabelsWriter:
                 written += len(broken_n)
             file.finish({}, {"seconds": time.perf_counter() - start, "workers": workers})
 
-    def complete(self, cost: Mapping[str, Any]) -> "SoftLabels":
+    def complete(self, cost: Mapping[str, Any]) -> "StoredLabels":
         """Completes the folder, every shard of which is finished, and opens it.
 
         Args:
@@ -152,12 +152,12 @@ class SoftLabelsWriter:
                 temperature=made_from["soft_label_temperature"],
                 format=made_from["format"],
             )
-        return SoftLabels.open(shards.folder)
+        return StoredLabels.open(shards.folder)
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftLabels:
-    """A finished folder of soft labels; make one with `SoftLabels.open`.
+class StoredLabels:
+    """A finished folder of soft labels; make one with `StoredLabels.open`.
 
     Attributes:
       path: The folder.
@@ -173,7 +173,7 @@ class SoftLabels:
     @classmethod
     def open(
         cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
-    ) -> "SoftLabels":
+    ) -> "StoredLabels":
         """Opens a folder. Sizes are compared; what a row holds is checked whenever it is read.
 
         Args:

@@ -10,7 +10,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import require_counts
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.terminal import Table, print_table
-from salt_jax.training.evaluation import Evaluation, Evaluator
+from salt_jax.training.evaluation import EvaluationResult, Evaluator
 from salt_jax.training.ledger import Cost
 
 
@@ -61,7 +61,7 @@ class HeldOut:
         }
 
 
-def _table(evaluation: Evaluation, title: str) -> Table:
+def _table(evaluation: EvaluationResult, title: str) -> Table:
     return Table(
         title,
         ("", "log-perplexity", "bits per byte", "next-token accuracy", "tokens"),

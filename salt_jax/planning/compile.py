@@ -29,7 +29,7 @@ from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning.topologies import GIB, LOCAL, Topology
 from salt_jax.training import partitioning
 from salt_jax.training.optimizers import Optimizer, make_transformation
-from salt_jax.training.train_state import StateLayout, abstract_params, make_layout
+from salt_jax.training.train_state import StateLayout, abstract_sharded_params, make_layout
 from salt_jax.training.train_step import abstract_batch, lower_step
 
 
@@ -267,7 +267,7 @@ def _lay_out(job: Job, topology: Topology, stage: int) -> tuple[StateLayout, Any
     if stage != 1 or job.teacher is None:
         return layout, None
     rules = job.teacher_rules or job.rules
-    return layout, abstract_params(job.teacher, mesh, rules, job.teacher_dtype)
+    return layout, abstract_sharded_params(job.teacher, mesh, rules, job.teacher_dtype)
 
 
 def _parts(

@@ -5,7 +5,7 @@ nothing, as in mapping.py; memory holds one bucket.
 
 Texts that another split keeps are left out here, and so are exact duplicates where that is asked
 for: equal texts of a split are always in one bucket. The documents that are left stand in the
-corpus's order, which PackedRows shuffles.
+corpus's order, which PackedSplit shuffles.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, shard_path, 
 from salt_jax.data.durable_files import whole_file
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.preparation.mapping import Progress
-from salt_jax.preparation.packing import PackedRows, PackingPlan, cut_document
+from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
 from salt_jax.preparation.part_files import RECORD, read_bucket, token_dtype
 from salt_jax.preparation.work_folder import WorkFolder
 
@@ -222,7 +222,7 @@ def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCou
             tokens[at], prompt_tokens_K[at] = cut_document(
                 own, int(prompt_tokens_K[at]), settings.packing.sequence_length
             )
-    rows = PackedRows(
+    rows = PackedSplit(
         tokens,
         documents.subsets[kept_K],
         packing=settings.packing.packing,

@@ -29,7 +29,7 @@ from salt_jax.data import input_pipeline
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import RowOrder
 from salt_jax.data.row_scores import Selection
-from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.distill.losses import LossConfig
 from salt_jax.errors import InputError
 from salt_jax.preparation.quiet_tensorflow import seqio, tf
@@ -92,7 +92,7 @@ class PackedRows:
                 )
 
     @functools.cached_property
-    def opened(self) -> tuple[PackedCache, Selection | None, SoftLabels | None]:
+    def opened(self) -> tuple[PackedCache, Selection | None, StoredLabels | None]:
         """The cache, and what stage 1 has beside it.
 
         Raises:
@@ -112,7 +112,7 @@ class PackedRows:
         if self.selection is not None:
             selection = Selection.open(self.selection, cache_digest=cache.digest)
         if self.soft_labels is not None:
-            labels = SoftLabels.open(self.soft_labels, cache_digest=cache.digest)
+            labels = StoredLabels.open(self.soft_labels, cache_digest=cache.digest)
             labels.require_fit(
                 temperature=self.loss.teacher_temperature,
                 k=self.loss.teacher_top_k,

@@ -110,7 +110,7 @@ class Pieces:
     begin_documents: np.ndarray
 
 
-class PackedRows:
+class PackedSplit:
     """A split's rows, in their final order."""
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.reporting.costs import Costs
-from salt_jax.reporting.runs import Evaluation, TrainingPoint, TrainRun
+from salt_jax.reporting.runs import EvaluationPoint, TrainingPoint, TrainRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Axis:
 
     Attributes:
       name: For files and summary.json.
-      field: The attribute of Evaluation and TrainingPoint that holds it.
+      field: The attribute of EvaluationPoint and TrainingPoint that holds it.
       title: For people.
     """
 
@@ -66,7 +66,7 @@ class Matched:
     readings: tuple[tuple[str, Reading | None], ...]
 
 
-def costs(points: Sequence[Evaluation], axis: Axis) -> np.ndarray:
+def costs(points: Sequence[EvaluationPoint], axis: Axis) -> np.ndarray:
     """The axis' value at each evaluation, never falling.
 
     Steps that a resumed run repeats may leave seconds behind that fall by a little.
@@ -75,7 +75,7 @@ def costs(points: Sequence[Evaluation], axis: Axis) -> np.ndarray:
     return np.maximum.accumulate(values) if values.size else values
 
 
-def read_at(evaluations: Sequence[Evaluation], axis: Axis, value: float) -> Reading | None:
+def read_at(evaluations: Sequence[EvaluationPoint], axis: Axis, value: float) -> Reading | None:
     """Reads a run at `value` of an axis, linearly between the two evaluations around it.
 
     Returns:
@@ -93,7 +93,7 @@ def read_at(evaluations: Sequence[Evaluation], axis: Axis, value: float) -> Read
     return _reading(left, right, part)
 
 
-def _reading(left: Evaluation, right: Evaluation, part: float) -> Reading:
+def _reading(left: EvaluationPoint, right: EvaluationPoint, part: float) -> Reading:
     """`part` of the way from one evaluation to the next."""
     fields = ("step", "log_perplexity", "next_token_accuracy", "train_flops", "seconds")
     starts = {name: getattr(left, name) for name in fields}
@@ -154,7 +154,7 @@ def matched(runs: Sequence[TrainRun], axis: Axis) -> Matched | None:
 
 def cost_at_step(run: TrainRun, axis: Axis, step: int) -> float:
     """What `step` steps of a run cost, linearly between the measurements around them."""
-    points: list[TrainingPoint | Evaluation] = [*run.training, *run.evaluations]
+    points: list[TrainingPoint | EvaluationPoint] = [*run.training, *run.evaluations]
     points.sort(key=lambda point: point.step)
     steps = [0.0, *(float(point.step) for point in points)]
     before = _before_step_0(points[0].costs, axis) if points else 0.0

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, cost_at_step, costs
-from salt_jax.reporting.runs import ScoredRows, SelectedRows, TrainRun
+from salt_jax.reporting.runs import ScoreFolder, SelectionFolder, TrainRun
 from salt_jax.reporting.seeds import band
 from salt_jax.reporting.tables import SUPERSCRIPTS, time_unit
 
@@ -55,7 +55,7 @@ LOOK: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What an evaluation plot shows: an attribute of Evaluation, and its title."""
+    """What an evaluation plot shows: an attribute of EvaluationPoint, and its title."""
 
     name: str
     field: str
@@ -250,7 +250,7 @@ def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
         return Plot("training_loss", caption, figure, to_png(figure))
 
 
-def score_plot(scored: ScoredRows, selections: Sequence[SelectedRows]) -> Plot:
+def score_plot(scored: ScoreFolder, selections: Sequence[SelectionFolder]) -> Plot:
     """How scores are distributed, with what each selection took of them and its cut."""
     finite = scored.scores[np.isfinite(scored.scores)]
     edges = np.histogram_bin_edges(finite, SCORE_BINS) if finite.size else np.linspace(0, 1, 2)

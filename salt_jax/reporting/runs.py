@@ -38,7 +38,7 @@ class SubsetResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationPoint:
     """Held-out results after `step` steps, and what training had cost by then.
 
     Attributes:
@@ -108,7 +108,7 @@ class TrainRun:
     origin: Origin
     label: str
     facts: Mapping[str, Any]
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[EvaluationPoint, ...]
     training: tuple[TrainingPoint, ...]
     unreadable_lines: int = 0
 
@@ -153,7 +153,7 @@ class TrainRun:
         return None
 
     @property
-    def final(self) -> Evaluation | None:
+    def final(self) -> EvaluationPoint | None:
         """The result at the end: of the summary, else of the last evaluation so far."""
         if self.finished:
             where = str(self.origin.path / SUMMARY_FILE)
@@ -180,7 +180,7 @@ class TrainRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoredRows:
+class ScoreFolder:
     """A folder of `salt score`, and which of its columns is looked at as the score."""
 
     origin: Origin
@@ -207,13 +207,13 @@ class ScoredRows:
     def manifest(self) -> Mapping[str, Any]:
         return self.rows.manifest
 
-    def by(self, score: Mapping[str, Any]) -> "ScoredRows":
+    def by(self, score: Mapping[str, Any]) -> "ScoreFolder":
         """The same folder by another score: a selection's."""
         return dataclasses.replace(self, score=ScoreConfig(**score))
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectedRows:
+class SelectionFolder:
     """A folder of `salt select`: ids int64[m] of rows, ascending, how they were chosen, and their
     audit where the folder has one."""
 
@@ -239,8 +239,8 @@ class Material:
     """All that a report is made from."""
 
     runs: tuple[TrainRun, ...]
-    scores: tuple[ScoredRows, ...]
-    selections: tuple[SelectedRows, ...]
+    scores: tuple[ScoreFolder, ...]
+    selections: tuple[SelectionFolder, ...]
 
 
 def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
@@ -261,12 +261,12 @@ def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
     read = [read_folder(folder) for folder in folders]
     return Material(
         runs=labelled([found for found in read if isinstance(found, TrainRun)]),
-        scores=tuple(found for found in read if isinstance(found, ScoredRows)),
-        selections=tuple(found for found in read if isinstance(found, SelectedRows)),
+        scores=tuple(found for found in read if isinstance(found, ScoreFolder)),
+        selections=tuple(found for found in read if isinstance(found, SelectionFolder)),
     )
 
 
-def read_folder(path: pathlib.Path) -> TrainRun | ScoredRows | SelectedRows:
+def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
     """Reads one folder.
 
     Raises:
@@ -281,12 +281,12 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoredRows | SelectedRows:
         return _train_run(origin)
     if origin.verb == "score" or kind == "row_scores":
         scores = RowScores.open(path)
-        return ScoredRows(origin, scores, ScoreConfig(scores.manifest["k"][0]))
+        return ScoreFolder(origin, scores, ScoreConfig(scores.manifest["k"][0]))
     if origin.verb == "select" or kind == "selection":
         selection = Selection.open(path)
         content = selection.manifest
         audit = path / AUDIT_FILE
-        return SelectedRows(
+        return SelectionFolder(
             origin=origin,
             row_ids=selection.row_ids,
             cut=content["cut"],
@@ -325,7 +325,7 @@ def _train_run(origin: Origin) -> TrainRun:
     metrics = path / METRICS_FILE
     if not metrics.exists():
         raise InputError(f"The run {path} has no {METRICS_FILE}: it has not begun training.")
-    evaluations: dict[int, Evaluation] = {}
+    evaluations: dict[int, EvaluationPoint] = {}
     training: dict[int, TrainingPoint] = {}
     unreadable_lines = 0
     for where, record in _records(metrics):
@@ -381,11 +381,11 @@ def _training_point(record: Mapping[str, Any], where: str) -> TrainingPoint:
     )
 
 
-def _evaluation(record: Mapping[str, Any], where: str) -> Evaluation:
+def _evaluation(record: Mapping[str, Any], where: str) -> EvaluationPoint:
     subsets = record.get("by_subset") or {}
     if not isinstance(subsets, dict) or not all(isinstance(x, dict) for x in subsets.values()):
         raise InputError(f"{where}: by_subset is no object of objects: {_WHOLE}.")
-    return Evaluation(
+    return EvaluationPoint(
         _step(record, where),
         *_quality(record, where),
         by_subset={

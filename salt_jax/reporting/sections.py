@@ -32,7 +32,7 @@ from salt_jax.reporting.comparison import (
     seeds_sentence,
 )
 from salt_jax.reporting.plots import Plot, Style
-from salt_jax.reporting.runs import Material, ScoredRows, SelectedRows, TrainRun
+from salt_jax.reporting.runs import Material, ScoreFolder, SelectionFolder, TrainRun
 from salt_jax.reporting.selection_audit import Excerpts
 from salt_jax.terminal import Table
 
@@ -245,7 +245,7 @@ def _charged_sentences(axis: Axis, runs: Sequence[TrainRun]) -> tuple[str, ...]:
 
 
 def _score_sections(
-    scores: Sequence[ScoredRows], selections: Sequence[SelectedRows]
+    scores: Sequence[ScoreFolder], selections: Sequence[SelectionFolder]
 ) -> list[Section]:
     """Each score folder with what was selected by it, or at random from the same rows."""
     if not scores and not selections:
@@ -276,7 +276,7 @@ def _score_sections(
     return [Section("Scores of rows", text if missing else (), tuple(shown), tuple(images))]
 
 
-def _audit_sections(selections: Sequence[SelectedRows]) -> list[Section]:
+def _audit_sections(selections: Sequence[SelectionFolder]) -> list[Section]:
     """What each selection took and left."""
     sections = []
     for number, selected in enumerate(selections, start=1):
@@ -295,7 +295,7 @@ def _audit_sections(selections: Sequence[SelectedRows]) -> list[Section]:
     return sections
 
 
-def _belongs(selected: SelectedRows, scored: ScoredRows) -> bool:
+def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:
     """Whether a selection was made from these scores; a random control, from the same rows."""
     if selected.scores_digest is not None:
         return selected.scores_digest == scored.digest

@@ -27,7 +27,7 @@ from salt_jax.reporting.comparison import (
     largest_common,
     read_at,
 )
-from salt_jax.reporting.runs import Evaluation, TrainRun
+from salt_jax.reporting.runs import EvaluationPoint, TrainRun
 
 REFERENCE = "baseline"
 METRICS = ("log_perplexity", "next_token_accuracy")
@@ -132,7 +132,7 @@ def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[Ar
         others = {} if arm == reference else base
 
         def compared(
-            read: Callable[[TrainRun], Evaluation | Reading | None],
+            read: Callable[[TrainRun], EvaluationPoint | Reading | None],
             group: dict[int, TrainRun] = group,
             others: dict[int, TrainRun] = others,
         ) -> dict[str, Compared]:
@@ -161,7 +161,7 @@ def _reader(axis: Axis, value: float) -> Callable[[TrainRun], Reading | None]:
 def _compared(
     group: dict[int, TrainRun],
     others: dict[int, TrainRun],
-    read: Callable[[TrainRun], Evaluation | Reading | None],
+    read: Callable[[TrainRun], EvaluationPoint | Reading | None],
     metric: str,
 ) -> Compared:
     def value(run: TrainRun) -> float:
@@ -185,7 +185,7 @@ def _steps_to_reference(group: dict[int, TrainRun], base: dict[int, TrainRun]) -
     return shares
 
 
-def first_step_at(evaluations: Sequence[Evaluation], log_perplexity: float) -> float | None:
+def first_step_at(evaluations: Sequence[EvaluationPoint], log_perplexity: float) -> float | None:
     """The first step with at most this log-perplexity, linearly between evaluations, or None."""
     for left, right in zip([None, *evaluations], evaluations, strict=False):
         if right.log_perplexity > log_perplexity:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, Matched
-from salt_jax.reporting.runs import ScoredRows, SelectedRows, TrainRun
+from salt_jax.reporting.runs import ScoreFolder, SelectionFolder, TrainRun
 from salt_jax.terminal import Table
 
 NOTHING = "–"
@@ -95,7 +95,7 @@ def subset_table(runs: Sequence[TrainRun]) -> Table | None:
     )
 
 
-def scores_table(scores: Sequence[ScoredRows]) -> Table:
+def scores_table(scores: Sequence[ScoreFolder]) -> Table:
     """What each score folder holds."""
     rows = []
     for scored in scores:
@@ -125,7 +125,7 @@ def scores_table(scores: Sequence[ScoredRows]) -> Table:
     )
 
 
-def selections_table(selections: Sequence[SelectedRows]) -> Table:
+def selections_table(selections: Sequence[SelectionFolder]) -> Table:
     """What each selection folder holds."""
     rows = []
     for selected in selections:

@@ -13,7 +13,7 @@ from salt_jax.data.manifests import manifest_digest
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import MixedOrder, Order, RowOrder, UnusedRows
 from salt_jax.data.row_scores import Selection
-from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError
 
 STAGE2_ROWS = ("all", "unused")
@@ -137,7 +137,7 @@ def make_pipeline(
     stage2_rows: str,
     start: Position,
     denoising: Denoising | None,
-    soft_labels: SoftLabels | None,
+    soft_labels: StoredLabels | None,
     read_threads: int,
 ) -> InputPipeline:
     """The batches of this process.

@@ -34,7 +34,7 @@ from salt_jax.training.checkpoint_digests import (
 )
 from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading
 from salt_jax.training.finite import require_finite
-from salt_jax.training.train_state import StateLayout, TrainState, abstract_params
+from salt_jax.training.train_state import StateLayout, TrainState, abstract_sharded_params
 
 _CHUNK_BYTES = 8 << 20
 # What Orbax calls a checkpoint that isn't complete, after its step.
@@ -297,7 +297,7 @@ class SavedModel:
         Raises:
           InputError: They cannot be read, or are not all finite.
         """
-        abstract = abstract_params(self.config, mesh, rules, dtype)
+        abstract = abstract_sharded_params(self.config, mesh, rules, dtype)
         folder = (self.path / CHECKPOINTS_FOLDER / str(self.step)).absolute()
         with reading(folder), ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder / "params", abstract)

@@ -1,5 +1,4 @@
-"""Evaluation: a model and held-out rows in; log-perplexity, bits per byte and accuracy out, also by
-subset."""
+"""Evaluation on held-out rows: log-perplexity, bits per byte and accuracy, also by subset."""
 
 import dataclasses
 import math
@@ -57,7 +56,7 @@ class Quality:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """Quality on a split, and on each subset of it that has tokens."""
 
     whole: Quality
@@ -110,7 +109,7 @@ class Evaluator:
             out_shardings=partitioning.replicated(mesh),
         )
 
-    def __call__(self, params: Any, rows: int | None = None) -> Evaluation:
+    def __call__(self, params: Any, rows: int | None = None) -> EvaluationResult:
         """Evaluates `rows` rows, or as many as it was made for; `params` lie on the mesh.
 
         Raises:
@@ -135,7 +134,7 @@ class Evaluator:
             for i, name in enumerate(self._cache.subsets)
             if sums_4xS[2, i] > 0
         }
-        return Evaluation(Quality.of(sums_4xS.sum(axis=1)), by_subset)
+        return EvaluationResult(Quality.of(sums_4xS.sum(axis=1)), by_subset)
 
     def _refuse(self, row_ids_B: np.ndarray) -> NoReturn:
         read = row_ids_B[row_ids_B >= 0]
@@ -155,7 +154,7 @@ class MixtureEvaluator:
     def __init__(self, evaluators: Mapping[str, Evaluator]) -> None:
         self._evaluators = dict(evaluators)
 
-    def __call__(self, params: Any, rows: int | None = None) -> Evaluation:
+    def __call__(self, params: Any, rows: int | None = None) -> EvaluationResult:
         """Evaluates `rows` rows of each, or as many as each was made for."""
         by_subset = {
             f"{name}/{subset}": quality
@@ -163,7 +162,7 @@ class MixtureEvaluator:
             for subset, quality in evaluator(params, rows).by_subset.items()
         }
         sums_4 = sum((quality.sums() for quality in by_subset.values()), np.zeros(4))
-        return Evaluation(Quality.of(sums_4), by_subset)
+        return EvaluationResult(Quality.of(sums_4), by_subset)
 
 
 def _subset_sums(

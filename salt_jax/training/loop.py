@@ -20,7 +20,7 @@ from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import Checkpointer, SavedModel
 from salt_jax.training.config import TrainConfig
-from salt_jax.training.evaluation import Evaluation, Evaluator, MixtureEvaluator
+from salt_jax.training.evaluation import EvaluationResult, Evaluator, MixtureEvaluator
 from salt_jax.training.finite import NotFiniteError
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
@@ -135,7 +135,7 @@ class Loop:
         stop: StopRequests,
     ) -> dict[str, Any]:
         """The steps themselves; the run's results."""
-        evaluation: Evaluation | None = None
+        evaluation: EvaluationResult | None = None
         pending: tuple[int, Any] | None = None
         self._ledger.start_clock()
         for done in range(first_step + 1, self._config.steps + 1):
@@ -312,7 +312,7 @@ class Loop:
 
     def _evaluate(
         self, done: int, state: TrainState, writer: MetricWriter, bar: ProgressBar
-    ) -> Evaluation:
+    ) -> EvaluationResult:
         waiting = self._watch.waiting_for(f"the evaluation after step {done}")
         with self._ledger.evaluating(), waiting:
             try:
@@ -370,7 +370,7 @@ class Loop:
     def _report(self, sentence: str) -> None:
         warn(f"[{self._config.method.arm}] {sentence}")
 
-    def _summary(self, state: TrainState, evaluation: Evaluation) -> dict[str, Any]:
+    def _summary(self, state: TrainState, evaluation: EvaluationResult) -> dict[str, Any]:
         setup = self._setup
         return {
             "arm": self._config.method.arm,

@@ -6,7 +6,7 @@ In: what the run reads. Out: JSON values by name, and costs.
 from typing import Any
 
 from salt_jax.data.row_scores import Selection
-from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.distill import schedules
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.terminal import say
@@ -15,7 +15,7 @@ from salt_jax.training.checkpoints import SavedModel
 from salt_jax.training.ledger import Cost, known_cost
 
 
-def scoring_cost(selected: Selection | None, labels: SoftLabels | None, arm: str) -> Cost | None:
+def scoring_cost(selected: Selection | None, labels: StoredLabels | None, arm: str) -> Cost | None:
     """What a run begins with spent: the scores behind its selection, and its soft labels."""
     spent = [cost for cost in (_selection_cost(selected, arm), labels and labels.cost) if cost]
     if not spent:
@@ -41,7 +41,7 @@ def origin_of(
     schedule: schedules.Schedule,
     selected: Selection | None,
     teacher: SavedModel | None,
-    labels: SoftLabels | None,
+    labels: StoredLabels | None,
 ) -> dict[str, Any]:
     """What checkpoints record of where a run comes from."""
     taught_by: dict[str, Any] | None = None

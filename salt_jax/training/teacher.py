@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
-from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.distill import losses
 from salt_jax.errors import InputError
 from salt_jax.training import partitioning
@@ -113,7 +113,7 @@ def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
     return model
 
 
-def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None) -> SoftLabels:
+def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None) -> StoredLabels:
     """The soft labels that stand for a teacher.
 
     Args:
@@ -141,7 +141,7 @@ def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None)
             f"The soft labels {path} are of rows as they are, and objectives changes rows: leave "
             "it unset, or set a teacher instead."
         )
-    labels = SoftLabels.open(path, cache_digest=caches.first.digest)
+    labels = StoredLabels.open(path, cache_digest=caches.first.digest)
     labels.require_fit(
         temperature=method.loss.teacher_temperature,
         k=method.loss.teacher_top_k,

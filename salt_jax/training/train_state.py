@@ -75,7 +75,7 @@ class StateLayout:
         return TrainState(zero, params, self.optimizer.init(params), zero)
 
 
-def abstract_params(
+def abstract_sharded_params(
     config: decoder.DecoderConfig, mesh: Mesh, rules: partitioning.Rules, dtype: Any = None
 ) -> Any:
     """Parameters as ShapeDtypeStructs with shardings, in `dtype` or the model's own.
@@ -103,7 +103,7 @@ def make_layout(
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
 ) -> StateLayout:
     """Lays a TrainState out over the mesh."""
-    params = abstract_params(config, mesh, rules)
+    params = abstract_sharded_params(config, mesh, rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_shardings = partitioning.optimizer_shardings(opt_state, params, shardings, mesh)

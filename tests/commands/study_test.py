@@ -22,8 +22,8 @@ GIVEN = {"cache": "."}
 
 def test_inputs_are_made_in_order_from_what_is_there() -> None:
     slm, scores = study._input_steps(ROOT, INPUTS, GIVEN)
-    assert slm == study.Step(ROOT / "slm", "train", ("--cache=.",))
-    assert scores == study.Step(ROOT / "scores", "score", ("--scorer=study/slm",))
+    assert slm == study.Command(ROOT / "slm", "train", ("--cache=.",))
+    assert scores == study.Command(ROOT / "scores", "score", ("--scorer=study/slm",))
 
 
 def test_arms_by_seed_with_their_own_flags_last() -> None:
@@ -82,7 +82,7 @@ def finished_run(folder: pathlib.Path, arguments: list[str]) -> pathlib.Path:
 
 def test_a_finished_run_must_be_the_one_that_is_asked_for(tmp_path: pathlib.Path) -> None:
     folder = finished_run(tmp_path / "salt" / "seed-0", ["--steps=3", "--seed=0"])
-    step = study.Step(folder, "train", ("--steps=3", "--seed=0"))
+    step = study.Command(folder, "train", ("--steps=3", "--seed=0"))
     assert step.finished
     study._refuse_other_flags(step, tmp_path)
     with pytest.raises(
@@ -98,7 +98,7 @@ def test_a_finished_run_must_be_the_one_that_is_asked_for(tmp_path: pathlib.Path
 
 def test_flags_that_change_no_result_may_be_others(tmp_path: pathlib.Path) -> None:
     folder = finished_run(tmp_path / "salt" / "seed-0", ["--steps=3", "--log_every=1", "--seed=0"])
-    step = study.Step(folder, "train", ("--steps=3", "--seed=0", "--microbatches=2"))
+    step = study.Command(folder, "train", ("--steps=3", "--seed=0", "--microbatches=2"))
     study._refuse_other_flags(step, tmp_path)
     for other in ("--batch_size=9", "--cache=moved", "--gin_file=log_every"):
         with pytest.raises(InputError, match=rf"they differ in {other}\)"):
@@ -116,11 +116,11 @@ def test_a_study_that_was_moved_is_the_same_study(tmp_path: pathlib.Path, root: 
     (step / "run.json").write_text(json.dumps({"verb": "train", "command_line": typed}))
     new = str(tmp_path / "new")
     asked = [flag.replace(f"my{new}", f"my{root}") for flag in flags(new, "c")]
-    study._refuse_other_flags(study.Step(step, "train", tuple(asked)), tmp_path / "new")
+    study._refuse_other_flags(study.Command(step, "train", tuple(asked)), tmp_path / "new")
     for other in ("another", f"{new}/c"):
         asked[0] = f"--cache={other}"
         with pytest.raises(InputError, match="they differ in --cache="):
-            study._refuse_other_flags(study.Step(step, "train", tuple(asked)), tmp_path / "new")
+            study._refuse_other_flags(study.Command(step, "train", tuple(asked)), tmp_path / "new")
 
 
 def test_the_last_arms_flags_are_checked_before_anything_runs(tmp_path: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from salt_jax.data.label_format import LabelFormat, Labels
-from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
+from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.errors import InputError
 
 FORM = LabelFormat(sequence_length=6, vocab_size=300, k=3)
@@ -45,7 +45,7 @@ def writer(folder: pathlib.Path, **changed: Any) -> SoftLabelsWriter:
     return SoftLabelsWriter(folder, **{**settings, **changed})
 
 
-def write_all(making: SoftLabelsWriter, labels: Labels) -> SoftLabels:
+def write_all(making: SoftLabelsWriter, labels: Labels) -> StoredLabels:
     making.begin()
     for shard in making.shards.unfinished():
         halves = np.array_split(np.arange(shard.rows.start, shard.rows.stop), 2)
@@ -112,21 +112,21 @@ def test_damage_is_named(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "labels"
     stored = write_all(writer(folder, row_ids=np.arange(ROWS) * 2, rows=99), make_labels(ROWS))
     with pytest.raises(InputError, match="belong to the cache cccc"):
-        SoftLabels.open(folder, cache_digest="e" * 64)
+        StoredLabels.open(folder, cache_digest="e" * 64)
     shard = next(folder.glob("shards/00001-*.labels"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
     with pytest.raises(InputError, match=r"00001.*has .* bytes, expected"):
-        SoftLabels.open(folder)
+        StoredLabels.open(folder)
     shard.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
-    damaged = SoftLabels.open(folder)
+    damaged = StoredLabels.open(folder)
     damaged.read([0, 10])
     with pytest.raises(InputError, match=r"00001.* is damaged at row 8 .*: copy"):
         damaged.read([0, 10, 8])
     shard.write_bytes(whole)
     (folder / "row_ids.npy").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"row_ids\.npy cannot be read"):
-        SoftLabels.open(folder)
+        StoredLabels.open(folder)
     assert json.loads((folder / "manifest.json").read_text())["rows"] == stored.rows == ROWS
 
 

@@ -23,7 +23,7 @@ from salt_jax.data.manifests import file_digest, manifest_digest
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.row_scores import RowScores, Selection
-from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
+from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.data.vocabularies import load_vocabulary
 from salt_jax.errors import InputError
 
@@ -60,7 +60,7 @@ def use_selection(folder: pathlib.Path) -> None:
 
 
 def use_labels(folder: pathlib.Path) -> None:
-    stored = SoftLabels.open(folder, cache_digest="c" * 64)
+    stored = StoredLabels.open(folder, cache_digest="c" * 64)
     assert stored.cost["seconds"] >= 0
     labels = stored.read([0, 2])
     assert labels.ids.shape == (2, stored.format.sequence_length, stored.format.k)

@@ -297,14 +297,14 @@ from jax.experimental import topologies
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models import decoder
 from salt_jax.training.partitioning import DEFAULT_RULES, MeshConfig, batch_sharding, partitioned
-from salt_jax.training.train_state import abstract_params
+from salt_jax.training.train_state import abstract_sharded_params
 
 settings = json.loads(sys.argv[1])
 mesh_settings = settings.pop("mesh")
 topology = topologies.get_topology_desc("v5e:2x2", "tpu", chip_config_name="default")
 mesh = MeshConfig(**mesh_settings).make(topology.devices)
 config = DecoderConfig(256, 2, 4, 512, vocab_size=512, head_dim=128, **settings)
-params = abstract_params(config, mesh, DEFAULT_RULES)
+params = abstract_sharded_params(config, mesh, DEFAULT_RULES)
 row = jax.ShapeDtypeStruct((8, 1280), jnp.int32, sharding=batch_sharding(mesh))
 batch = {"inputs": row, "segment_ids": row, "positions": row}
 

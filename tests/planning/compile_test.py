@@ -20,7 +20,7 @@ from salt_jax.planning.compile import (
 from salt_jax.training import partitioning
 from salt_jax.training.learning_rates import WarmupStableDecay
 from salt_jax.training.optimizers import Muon
-from salt_jax.training.train_state import abstract_params, make_layout
+from salt_jax.training.train_state import abstract_sharded_params, make_layout
 from salt_jax.training.train_step import lower_step
 
 LOCAL = topologies.find("local")
@@ -38,7 +38,7 @@ def test_memory_is_that_of_the_step_that_trains(make_job: Callable[..., Job], st
     mesh = partitioning.MeshConfig().make()
     layout = make_layout(job.model, job.optimizer.make(job.steps, job.model), mesh)
     assert job.teacher is not None
-    teacher = abstract_params(job.teacher, mesh, job.rules, "bfloat16")
+    teacher = abstract_sharded_params(job.teacher, mesh, job.rules, "bfloat16")
     arguments = (2, job.teacher, teacher) if stage == 1 else (1,)
     program = lower_step(layout, job.loss, (32, 16), *arguments).compile()
     expected = program.memory_analysis()

@@ -15,7 +15,7 @@ from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
 from salt_jax.data.row_order import RowOrder
 from salt_jax.data.row_scores import Selection
-from salt_jax.data.soft_labels import SoftLabels, SoftLabelsWriter
+from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill.losses import LossConfig
 from salt_jax.errors import InputError
@@ -128,7 +128,7 @@ def test_stage_1_has_the_rows_and_labels_of_salt_train(
     cache: PackedCache, labels: str, batches: Any
 ) -> None:
     rows = PackedRows(str(cache.path), BATCH, seed=2, soft_labels=labels, loss=LOSS)
-    want = pipeline(cache, stage1_steps=99, soft_labels=SoftLabels.open(labels))
+    want = pipeline(cache, stage1_steps=99, soft_labels=StoredLabels.open(labels))
     found = batches(rows, 12)  # more than an epoch of 48 rows
     for step, batch in enumerate(found):
         assert_rows(batch, want.batch(step), NAMES | LABELS)
@@ -153,7 +153,7 @@ def test_stage_1_of_salt_ds_reads_the_selection(
         cache,
         selected_rows=RowOrder(selection.row_ids, 0, seed=2),
         stage1_steps=99,
-        soft_labels=SoftLabels.open(stored),
+        soft_labels=StoredLabels.open(stored),
     )
     for step, batch in enumerate(batches(rows, 3), start=1):
         assert_rows(batch, want.batch(step), NAMES | LABELS)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salt_jax.preparation.packing import PACKINGS, PackedRows, shuffled_order
+from salt_jax.preparation.packing import PACKINGS, PackedSplit, shuffled_order
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
 EOS, PAD = 1, 0
@@ -27,7 +27,7 @@ def _pack(
     documents, subsets=None, packing="concatenate_and_split", length=8, seed=0, split="train"
 ):
     subsets = np.zeros(len(documents), int) if subsets is None else np.array(subsets)
-    return PackedRows(
+    return PackedSplit(
         documents,
         subsets,
         packing=packing,

@@ -19,7 +19,7 @@ from salt_jax.errors import InputError
 from salt_jax.main import main
 from salt_jax.preparation import cache_building
 from salt_jax.preparation.corpora import text_corpus
-from salt_jax.preparation.packing import PackedRows, PackingPlan, cut_document
+from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
 from salt_jax.preparation.reading_log import ReadingLog
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.run_folder import RunFolder
@@ -83,7 +83,7 @@ def test_exactly_the_responses_have_weight(sizes, length, packing, seed):
             assert prompt == max(min(p, length - r), 0)
         documents = [tokens for tokens, _ in cut]
         prompts = np.array([prompt for _, prompt in cut])
-    rows = PackedRows(
+    rows = PackedSplit(
         documents,
         np.zeros(len(documents), int),
         packing="whole_documents" if packing == "cut" else packing,

@@ -16,13 +16,13 @@ from salt_jax.reporting.comparison import (
     seeds_sentence,
 )
 from salt_jax.reporting.costs import Costs
-from salt_jax.reporting.runs import Evaluation, Origin, TrainingPoint, TrainRun
+from salt_jax.reporting.runs import EvaluationPoint, Origin, TrainingPoint, TrainRun
 
 
 def evaluations(*points):
     """Evaluations from (step, log-perplexity, accuracy, FLOPs, seconds)."""
     return tuple(
-        Evaluation(step, nats, accuracy, flops, 0.0, seconds)
+        EvaluationPoint(step, nats, accuracy, flops, 0.0, seconds)
         for step, nats, accuracy, flops, seconds in points
     )
 

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from salt_jax.errors import InputError
-from salt_jax.reporting.runs import ScoredRows, SelectedRows, TrainRun, read_folder, read_folders
+from salt_jax.reporting.runs import (
+    ScoreFolder,
+    SelectionFolder,
+    TrainRun,
+    read_folder,
+    read_folders,
+)
 
 
 def test_reads_a_finished_run(tmp_path, folders):
@@ -95,8 +101,8 @@ def test_reads_scores_and_selections(tmp_path, folders):
     folders.selection(tmp_path / "selected", scores, rows=100)
     scored = read_folder(tmp_path / "scores")
     selected = read_folder(tmp_path / "selected")
-    assert isinstance(scored, ScoredRows)
-    assert isinstance(selected, SelectedRows)
+    assert isinstance(scored, ScoreFolder)
+    assert isinstance(selected, SelectionFolder)
     assert scored.scores.shape == (500,)
     assert selected.row_ids.shape == (100,)
     assert selected.scores_digest == scored.digest

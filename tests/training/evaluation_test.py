@@ -24,7 +24,7 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices
-from salt_jax.training.evaluation import Evaluation, MixtureEvaluator, Quality
+from salt_jax.training.evaluation import EvaluationResult, MixtureEvaluator, Quality
 from salt_jax.training.ledger import Cost
 from salt_jax.training.partitioning import MeshConfig
 
@@ -90,7 +90,7 @@ def test_bits_per_byte_of_a_mixture_are_those_of_all_its_bytes() -> None:
     one = Quality.of(np.array([8.0, 2, 4, 10]))
     other = Quality.of(np.array([6.0, 1, 2, 30]))
     evaluators: Any = {
-        name: lambda params, rows, q=q: Evaluation(q, {"text": q})
+        name: lambda params, rows, q=q: EvaluationResult(q, {"text": q})
         for name, q in (("a", one), ("b", other))
     }
     whole = MixtureEvaluator(evaluators)(None).whole

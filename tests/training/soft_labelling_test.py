@@ -14,7 +14,7 @@ from salt_jax.commands.select import select
 from salt_jax.data.denoisers import Objectives
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
-from salt_jax.data.soft_labels import SoftLabels
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.distill import losses, schedules
 from salt_jax.distill.selection import RandomRows
 from salt_jax.errors import InputError
@@ -87,7 +87,7 @@ def test_the_pass_is_charged_and_the_teacher_is_named(
     assert summary["teacher_flops"] == 0
     assert summary["teacher"]["path"] == str(slm)
     assert summary["teacher"]["soft_labels"] == str(labels)
-    assert summary["teacher"]["digest"] == SoftLabels.open(labels).digest
+    assert summary["teacher"]["digest"] == StoredLabels.open(labels).digest
 
 
 def test_resumed_equals_straight(
@@ -133,7 +133,7 @@ def test_labels_of_a_selection(
         )
     stored = make_labels(selection=str(folders[0]))
     chosen = Selection.open(folders[0]).row_ids
-    found, whole = SoftLabels.open(stored), SoftLabels.open(labels)
+    found, whole = StoredLabels.open(stored), StoredLabels.open(labels)
     assert found.rows == 32
     for ours, theirs in zip(found.read(chosen)[1:], whole.read(chosen)[1:], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-3)
@@ -180,11 +180,11 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(
     )
     make_labels(folder, shard_rows=10)
     assert made == [2, 3, 4]
-    assert SoftLabels.open(folder).digest == SoftLabels.open(straight).digest
+    assert StoredLabels.open(folder).digest == StoredLabels.open(straight).digest
     # Shards of another size hold the same labels.
     for one, other in zip(
-        SoftLabels.open(folder).read(range(48)),
-        SoftLabels.open(labels).read(range(48)),
+        StoredLabels.open(folder).read(range(48)),
+        StoredLabels.open(labels).read(range(48)),
         strict=True,
     ):
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-3)

@@ -19,7 +19,12 @@ from salt_jax.planning import hlo
 from salt_jax.training import partitioning
 from salt_jax.training.learning_rates import WarmupConstant, WarmupCosine
 from salt_jax.training.optimizers import Adafactor, AdamW, Muon, Optimizer
-from salt_jax.training.train_state import StateLayout, TrainState, abstract_params, make_layout
+from salt_jax.training.train_state import (
+    StateLayout,
+    TrainState,
+    abstract_sharded_params,
+    make_layout,
+)
 from salt_jax.training.train_step import BATCH_FEATURES, Programs, compile_programs, lower_step
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64, vocab_size=259)
@@ -285,7 +290,7 @@ def distilling_hlo(fsdp: int) -> hlo.Module:
         (8, 64),
         1,
         teacher,
-        abstract_params(teacher, mesh, partitioning.DEFAULT_RULES),
+        abstract_sharded_params(teacher, mesh, partitioning.DEFAULT_RULES),
     )
     return hlo.parse(lowered.compile().as_text())
 
