@@ -70,6 +70,7 @@ setuptools.setup(
     + [f"salt_jax.{name}" for name in setuptools.find_packages("salt_jax")],
     package_data={
         "salt_jax": ["py.typed"],
+        "salt_jax.reporting": ["page.html"],
         "salt_jax.configs": ["**/*.gin"],
         "salt_jax.evaluation.tasks": ["*.yaml", "*.yml"],
     },
