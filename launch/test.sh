@@ -2,6 +2,7 @@
 # Runs every check: ruff, mypy and pytest. Makes .venv first if there is none.
 #
 #   launch/test.sh                          everything, on up to four cores
+#   launch/test.sh --quick                  a part of every test file, in some minutes
 #   launch/test.sh tests/distill -k oracle  arguments go to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment tests
@@ -13,5 +14,7 @@ ruff check .
 ruff format --check .
 mypy
 # A file's tests stay together: they share what is slow to make.
-[ $# -gt 0 ] || set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
+if [ $# -eq 0 ] || [ "$*" = --quick ]; then
+  set -- "$@" --numprocesses=auto --maxprocesses=4 --dist=loadfile
+fi
 exec python -m pytest "$@"

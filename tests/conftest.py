@@ -13,6 +13,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +37,29 @@ _programs = tempfile.TemporaryDirectory(prefix="salt_jax_programs_")
 use_compilation_cache(_programs.name)
 
 LENGTH = 16
+
+
+# Of a parametrized test, in the quick tier.
+_QUICK_CASES = 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="a part of every test file, no slow test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the quick tier: no slow tests, and of a parametrized one the first cases alone."""
+    if not config.getoption("--quick"):
+        return
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        seen[name] += 1
+        is_quick = item.get_closest_marker("slow") is None and seen[name] <= _QUICK_CASES
+        (kept if is_quick else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
