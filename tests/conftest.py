@@ -10,6 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from salt_jax.distill.scores import column_names
 from salt_jax.training.compilation import use_compilation_cache
 from tests.bucket_emulator import BucketEmulator
 
+# Below nohup it is ignored, and so it would be in all that tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same small programs, and compiling is most of what they do.
