@@ -8,11 +8,12 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 
+from salt_jax.errors import visible
 from salt_jax.reporting.plots import Plot
 from salt_jax.reporting.runs import Origin
 from salt_jax.reporting.sections import Report, Section
 from salt_jax.reporting.selection_audit import Excerpts
-from salt_jax.terminal import Table
+from salt_jax.terminal import WRITING, Table
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2126; --soft: #5b6570; --line: #dfe3e8;
@@ -187,4 +188,4 @@ def _origin(name: str, origin: Origin) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(str(text), quote=True)
+    return html.escape(visible(str(text), f"\n{WRITING}"), quote=True)
