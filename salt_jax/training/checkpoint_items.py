@@ -18,7 +18,7 @@ from salt_jax.training.checkpoint_digests import damaged, lacking
 ARRAYS, PROGRESS = ("params", "optimizer"), "progress"
 ITEMS = (*ARRAYS, PROGRESS)
 
-# Orbax globs by the whole path, and etils' glob knows no **; TensorStore takes the other for a slash.
+# Orbax's glob of the whole path knows no **, and a backslash is TensorStore's slash.
 _NOT_IN_PATHS = ("**", "\\")
 
 _UNREADABLE = (OSError, ValueError, KeyError)
