@@ -23,7 +23,7 @@ from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.models import decoder
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import evaluation
+from salt_jax.training import evaluation, scoring
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.partitioning import MeshConfig
 
@@ -122,6 +122,14 @@ def test_rows_that_get_no_numbers_are_named(
             compilation_cache="",
         )
     assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_an_infinite_loss_is_no_score() -> None:
+    values_CxB = np.array([[-np.inf, 1.0, np.inf, np.nan, 1.0], [2.0, 1.0, 1.0, 1.0, np.inf]])
+    ids_B = np.array([4, 5, 6, 7, -1])
+    with pytest.raises(InputError, match="on 2 of the rows 4 to 7 of train, the first of them 6:"):
+        scoring._require_numbers(ids_B, values_CxB, "train")
+    scoring._require_numbers(ids_B[:2], values_CxB[:, :2], "train")
 
 
 def test_rows_without_scores_are_left_out_where_they_are_allowed(
