@@ -25,9 +25,11 @@ from salt_jax.models import decoder
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import evaluation, scoring
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.config import Devices
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
+QUIET = Devices(compilation_cache="")
 TENSOR = r"layers\.mlp\.down\.kernel \(float32\)"
 
 
@@ -70,7 +72,7 @@ def too_large(slm: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
 
 
 def settings(cache: PackedCache, **changes: Any) -> dict[str, Any]:
-    return {"cache": str(cache.path), "batch_size": 8, "compilation_cache": "", **changes}
+    return {"cache": str(cache.path), "batch_size": 8, "devices": QUIET, **changes}
 
 
 def test_a_tensor_that_is_not_finite_is_named_by_every_verb(
@@ -88,7 +90,7 @@ def test_a_tensor_that_is_not_finite_is_named_by_every_verb(
             model=model,
             prompt=("a",),
             max_new_tokens=4,
-            compilation_cache="",
+            devices=QUIET,
         ),
         lambda: run_train(initial=model, model=None),
         lambda: run_train(teacher=model, schedule=schedules.Step(0.5, 3)),
@@ -119,7 +121,7 @@ def test_rows_that_get_no_numbers_are_named(
             model=model,
             prompt=("a",),
             max_new_tokens=4,
-            compilation_cache="",
+            devices=QUIET,
         )
     assert not list(tmp_path.rglob("summary.json"))
 
