@@ -67,8 +67,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Takes a command line apart.
 
     Raises:
-      InputError: A flag without its value.
+      InputError: A flag without its value, or bytes that are no text.
     """
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{argument} is not UTF-8: correct it, and rename the file or folder that it names."
+            ) from error
     safe_gin = _switch(os.environ.get(SAFE_GIN) or "0", SAFE_GIN)
     arguments = Arguments(argv[0], [], [], {}, [], "", {}, safe_gin, False)
     rest = iter(argv[1:])

@@ -9,7 +9,7 @@ import datetime
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import rich.progress
 from rich.box import SIMPLE_HEAD
@@ -22,14 +22,15 @@ from salt_jax.errors import visible
 WIDTH_OFF_TERMINAL = 120
 _PADDING = 3  # of a cell, and what parts it from the next
 _EDGES = 1  # of a table
+_MOST_OF_A_NAME = 400  # characters: a long path has fewer
 _LINES = 10  # that tell how far something is, where there is no terminal for a bar
 # What writing needs and no terminal is steered by: tabs, wide spaces, (non-)joiners.
-_KEPT = "\t\xa0\u202f\u3000\u200c\u200d"
+WRITING = "\t\xa0\u202f\u3000\u200c\u200d"
 
 
 def say(*lines: str) -> None:
     """Prints lines on stdout; what would steer the terminal, or end a line, is written out."""
-    print("\n".join(visible(line, _KEPT) for line in lines), flush=True)
+    print("\n".join(visible(line, WRITING) for line in lines), flush=True)
 
 
 def warn(sentence: str) -> None:
@@ -78,7 +79,8 @@ def print_table(table: Table) -> None:
                 min_width=_width(table, index) if index >= table.names else None,
             )
         for row in table.rows:
-            shown.add_row(*(_text(row[index]) for index in columns))
+            cells = (_cell(table, row, index) for index in columns)
+            shown.add_row(*map(_text, cells))
         console.print(shown)
     if table.note:
         console.print(_text(table.note, style="dim"))
@@ -86,6 +88,16 @@ def print_table(table: Table) -> None:
 
 def _text(text: str, style: str = "") -> Text:
     return Text(visible(text), style=style)
+
+
+def _cell(table: Table, row: Sequence[str], index: int) -> str:
+    """A cell; names too long for a table lose their middles."""
+    return shortened(row[index]) if index < table.names else row[index]
+
+
+def shortened(name: str, most: int = _MOST_OF_A_NAME) -> str:
+    """A name of anyone's without its middle where it has many more characters than a name has."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}"
 
 
 def _parts(table: Table, width: int) -> Iterator[list[int]]:
@@ -103,8 +115,9 @@ def _parts(table: Table, width: int) -> Iterator[list[int]]:
 
 def _width(table: Table, index: int) -> int:
     """What a column needs: a head may be folded between its words, a cell may not."""
+    cells = (_cell(table, row, index) for row in table.rows)
     words = table.columns[index].split() if index else [table.columns[index]]
-    return max(_text(text).cell_len for text in [*words, *(row[index] for row in table.rows), ""])
+    return max(_text(text).cell_len for text in [*words, *cells, ""])
 
 
 class ProgressBar:

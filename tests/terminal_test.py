@@ -77,6 +77,17 @@ def test_a_long_name_is_folded_and_its_figures_are_not(capsys: pytest.CaptureFix
     assert name in "".join(out.replace("3,072,000", "").split())
 
 
+def test_a_name_of_thousands_of_characters_takes_a_few_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_table(Table("", ("subset", "tokens"), (("a" * 10_000 + "z", "3,072,000"),)))
+    out = capsys.readouterr().out
+    assert "3,072,000" in out
+    assert "…" in out
+    assert "z" in out
+    assert len(out.splitlines()) < 12
+
+
 def test_progress_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

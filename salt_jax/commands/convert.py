@@ -44,6 +44,7 @@ from salt_jax.models.huggingface_tensors import (
 from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, SUMMARY_FILE, RunFolder, to_json
 from salt_jax.terminal import say
 from salt_jax.training.checkpoint_digests import complete_digests
+from salt_jax.training.checkpoint_items import require_path
 from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
 from salt_jax.training.converted_checkpoints import save_streamed
 from salt_jax.training.converted_tensors import (
@@ -142,6 +143,7 @@ def _take_in(
     compute_dtype: str | None,
     eos_token: str | None,
 ) -> None:
+    require_path(run.path)
     settings = read_json_object(source / CONFIG_FILE, DOWNLOAD)
     files = SafetensorsFolder(source)
     vocabulary = model_tokenizers.model_vocabulary(source, eos_token)

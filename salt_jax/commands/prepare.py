@@ -117,7 +117,7 @@ def prepare(
     if finished:
         cache = PackedCache.open(run.path)
         _refuse_changed_sources(cache, task)
-        run.begin(may_change=_may_change(cache, skip_broken_lines))
+        run.begin(may_change=_may_change(cache, task, skip_broken_lines))
         WorkFolder.of_cache(run.path).discard()
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
@@ -319,11 +319,17 @@ def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask
         )
 
 
-def _may_change(cache: PackedCache, skip_broken_lines: bool) -> list[str]:
+def _may_change(
+    cache: PackedCache, task: TextFiles | RegisteredTask, skip_broken_lines: bool
+) -> list[str]:
     """The settings that a finished cache would be the same with."""
     names = ["workers", "runner", "beam_options", "show"]
     if skip_broken_lines or not _broken_lines(cache):
         names += ["skip_broken_lines"]
+    if not cache.manifest.get("lost_characters", 0):
+        names += ["drop_unknown"]
+    if isinstance(task, TextFiles) and not task.template.prompt:
+        names += ["parse_special"]
     return [f"prepare.{name}" for name in names]
 
 

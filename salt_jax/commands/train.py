@@ -21,6 +21,7 @@ from salt_jax.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.caches import Caches, make_pipeline
+from salt_jax.training.checkpoint_items import require_path
 from salt_jax.training.checkpoints import (
     CheckpointConfig,
     SavedModel,
@@ -70,6 +71,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
       InputError: Settings that don't fit each other, the cache, the teacher or the devices.
     """
     data, devices = config.data, config.devices
+    require_path(run.path)
     if data.cache is None:
         raise InputError("cache is not set: add --cache=FOLDER, made by `salt prepare`.")
     caches = Caches.open(data.cache, data.weights)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from salt_jax.data.json_files import valid_unicode
 from salt_jax.errors import InputError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
@@ -75,9 +76,11 @@ def kind_of(path: str | os.PathLike[str]) -> FileKind:
     """What a file holds, by its name: x.jsonl.gz is (".jsonl", "gzip").
 
     Raises:
-      InputError: It is the name of what is no text.
+      InputError: It is the name of what is no text, or in another encoding than UTF-8.
     """
     name = pathlib.PurePath(path)
+    if valid_unicode(str(name)) != str(name):
+        raise InputError(f"{path} is no name in UTF-8, as records of it must be: rename it.")
     compression = COMPRESSIONS.get(name.suffix.lower(), "")
     suffix = (name.with_suffix("") if compression else name).suffix.lower()
     what = _NOT_TEXT.get(suffix)
@@ -106,6 +109,11 @@ def refuse_other_content(
       InputError: With what it holds.
     """
     held = next((what for what, pattern in _HELD.items() if pattern.match(head)), "")
+    if compression and not held and _is_text(head):
+        raise InputError(
+            f"{path} is not compressed with {compression}, as its name says: drop "
+            f"{pathlib.PurePath(path).suffix} from its name, or fetch the file again."
+        )
     if not held or held == compression:
         return
     if compression and held not in COMPRESSIONS.values():
@@ -121,6 +129,14 @@ def refuse_other_content(
         f"{path}{where} holds {held}, expected text in UTF-8: unpack or convert it, or leave it "
         "out of the files."
     )
+
+
+def _is_text(head: bytes) -> bool:
+    try:  # the last character may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def without_mark(text: bytes) -> bytes:

@@ -15,6 +15,7 @@ no more than the package itself does.
 
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +29,9 @@ from salt_jax.preparation.reading_log import ReadingLog
 
 _REPAIR = "mend the file{templates}, or skip such rows with skip_broken_lines=True"
 _PLAIN = Template()
+# Before the first row of JSON, perhaps of an array.
+_ROW = re.compile(rb"\s*(\[?)\s*(?=\{)")
+_MOST_ROW_BYTES = 16 << 20
 
 
 class Document(NamedTuple):
@@ -110,7 +114,10 @@ def _document(row: Any, place: str, template: Template) -> Document:
     """
     if isinstance(row, Broken):
         raise Unfit(f"this is not JSON ({row.reason})")
-    prompt, text = template.fill(row if isinstance(row, Mapping) else {})
+    if not isinstance(row, Mapping):
+        hint = " (of an array over a whole file make a .json file)" * isinstance(row, list)
+        raise Unfit(f"this row is a {type(row).__name__}, expected an object{hint}")
+    prompt, text = template.fill(row)
     return Document(valid_unicode(text), _subset_name(row), place, valid_unicode(prompt))
 
 
@@ -246,16 +253,21 @@ def _pieces(
 
 def _refuse_rows(path: pathlib.Path, text: bytearray) -> None:
     """Refuses rows of JSON in a file that is named as plain text."""
-    if not text.startswith(b"{"):
+    start = _ROW.match(text)
+    if start is None:
         return
+    is_array, end = bool(start[1]), text.find(b"\n", start.end())
+    # An array's first element may stand beside others, or over several lines.
+    end = start.end() + _MOST_ROW_BYTES if is_array or end < 0 else end
     try:
-        row = json.loads(text.partition(b"\n")[0])
+        head = text[start.end() : end].decode(errors="replace")
+        row, _ = json.JSONDecoder().raw_decode(head)
     except (ValueError, RecursionError):
         return
     if _PLAIN.fields[0] in row:
         raise InputError(
-            f"{path} holds rows of JSON, which its name doesn't say: name it ….jsonl (before a "
-            "….gz, ….zst and so on)."
+            f"{path} holds {'an array' * is_array or 'rows'} of JSON, which its name doesn't say: "
+            f"name it ….json{'l' * (not is_array)} (before a ….gz, ….zst and so on)."
         )
 
 

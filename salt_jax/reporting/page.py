@@ -7,11 +7,15 @@ from outside. page.html is its template.
 import base64
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
+import markupsafe
 
+from salt_jax.errors import visible
 from salt_jax.reporting.runs import Origin
 from salt_jax.reporting.sections import Report
+from salt_jax.terminal import WRITING
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 
@@ -31,7 +35,18 @@ def render(title: str, report: Report, origins: Sequence[tuple[str, Origin]], ma
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
+    environment.filters["base64"] = _base64
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, report=report, origins=origins, made=made)
+
+
+def _base64(data: bytes) -> markupsafe.Markup:
+    return markupsafe.Markup(base64.b64encode(data).decode("ascii"))
+
+
+def _shown(value: Any) -> Any:
+    """A text of anyone's with what steers a reader written out; jinja2 escapes it then."""
+    is_markup = isinstance(value, markupsafe.Markup)
+    return value if is_markup else visible(str(value), f"\n{WRITING}")

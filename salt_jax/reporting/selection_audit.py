@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from salt_jax.reporting import plots
 from salt_jax.reporting.plots import INK, PALE, PALETTE, Plot
 from salt_jax.reporting.tables import NOTHING, format_count, format_nats, format_share
-from salt_jax.terminal import Table
+from salt_jax.terminal import Table, shortened
 
 _GROUPS = {
     "highest": "The highest scores selected",
@@ -28,6 +28,7 @@ _GROUPS = {
     "sample": "Some of the rows selected",
 }
 _COLUMNS = 3  # of the histograms by subset
+_MOST_OF_A_NAME = 30  # characters, beside bars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,8 @@ def _share_plot(name: str, audit: Mapping[str, Any]) -> Plot:
     with matplotlib.rc_context(plots.LOOK):
         figure = Figure(figsize=(6.0, 1.6 + 0.26 * len(names)), layout="constrained")
         panel = figure.add_subplot()
-        panel.barh(names, shares, color=PALETTE[0], height=0.7)
+        panel.barh(range(len(names)), shares, color=PALETTE[0], height=0.7)
+        panel.set_yticks(range(len(names)), [shortened(name, _MOST_OF_A_NAME) for name in names])
         panel.axvline(whole, color=INK, linestyle="--", linewidth=1.2)
         panel.set_xlim(0, 1.1 * max([*shares, whole]))
         panel.set_xlabel("selected (% of the subset's rows)")
@@ -186,7 +188,7 @@ def _histogram_plot(name: str, audit: Mapping[str, Any]) -> Plot:
             panel.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
             panel.set_axisbelow(True)
             panel.set_ylim(0, max(2.0, 2.0 * max(part["scores"])))
-            panel.set_title(subset)
+            panel.set_title(shortened(subset, _MOST_OF_A_NAME))
         for panel in panels[len(parts) :]:
             panel.set_visible(False)
         figure.supxlabel("score (nats per token)")

@@ -12,13 +12,30 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from salt_jax.errors import RunFailed
+from salt_jax.errors import InputError, RunFailed
 from salt_jax.training.checkpoint_digests import damaged, lacking
 
 ARRAYS, PROGRESS = ("params", "optimizer"), "progress"
 ITEMS = (*ARRAYS, PROGRESS)
 
+# Orbax's glob of the whole path knows no **, and a backslash is TensorStore's slash.
+_NOT_IN_PATHS = ("**", "\\")
+
 _UNREADABLE = (OSError, ValueError, KeyError)
+
+
+def require_path(run_path: pathlib.Path) -> None:
+    """Refuses a run's folder of which no checkpoint could be written, or read back.
+
+    Raises:
+      InputError: With what its path has in it.
+    """
+    path = str(run_path.absolute())
+    if sign := next((sign for sign in _NOT_IN_PATHS if sign in path), ""):
+        raise InputError(
+            f"{path} has {sign} in its path, with which the libraries of checkpoints look "
+            "elsewhere: choose a folder without it."
+        )
 
 
 def item_handlers() -> ocp.handlers.CheckpointHandlerRegistry:

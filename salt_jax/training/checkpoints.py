@@ -32,7 +32,7 @@ from salt_jax.training.checkpoint_digests import (
     item_digest,
     write_digests,
 )
-from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading
+from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading, require_path
 from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_sharded_params
 
@@ -366,6 +366,7 @@ def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
         raise InputError(f"{role} is an empty text: {name}.")
     path = pathlib.Path(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
+        require_path(path)
         return path
     if (path / "config.json").exists():
         raise InputError(

@@ -122,7 +122,8 @@ def own_mesh(config: partitioning.MeshConfig) -> Mesh:
 
 
 def _require_numbers(row_ids_B: np.ndarray, values_CxB: np.ndarray, split: str) -> None:
-    broken_n = row_ids_B[np.isnan(values_CxB).any(axis=0) & (row_ids_B >= 0)]
+    # −∞ is the score of a row without a learnable token.
+    broken_n = row_ids_B[~(values_CxB < np.inf).all(axis=0) & (row_ids_B >= 0)]
     if len(broken_n):
         raise NotFiniteError(
             f"The scorer's losses are not finite on {len(broken_n)} of the rows {row_ids_B[0]} to "

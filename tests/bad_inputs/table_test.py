@@ -2,8 +2,8 @@
 
 A `$` line is typed in the folder `material`, with --output_dir=out where it has none; of the line
 below it all parts between … stand in this order in the one sentence that stderr has: the setting,
-the file or the value that is wrong. NAME = WORDS makes $NAME stand for words, <newline> and <long>
-are characters no keyboard gives. The exit code is 2, and nothing is written.
+the file or the value that is wrong. NAME = WORDS makes $NAME stand for words, <newline>, <long>
+and <byte> are what no keyboard gives. The exit code is 2, and nothing is written.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from salt_jax.command_line import verbs
 from salt_jax.main import main
 
 TABLES = sorted(pathlib.Path(__file__).parent.glob("*.txt"))
-TYPED = {"<newline>": "\n", "<long>": "x" * 5000}
+TYPED = {"<newline>": "\n", "<long>": "x" * 5000, "<byte>": "\udcff"}
 
 # What only someone who reads the code can make sense of.
 INTERNAL = re.compile(r"configurable|config string|collections|object at 0x|Traceback|salt_jax\.")

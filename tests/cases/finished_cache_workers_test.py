@@ -21,7 +21,10 @@ def typed(tmp_path):
 def test_on_other_workers_nothing_is_done(typed, tmp_path, capsys):
     assert main([*typed, "--workers=1", "--show=1"]) == 0
     made = (tmp_path / "cache/manifest.json").stat()
-    for changed in (["--workers=2"], [], ["--skip_broken_lines=True"]):
+    for changed in (
+        *(["--workers=2"], [], ["--skip_broken_lines=True"]),
+        *(["--drop_unknown=True"], ["--parse_special=False"]),
+    ):
         assert main([*typed, *changed]) == 0, capsys.readouterr().err
         assert "is finished already: nothing was prepared" in capsys.readouterr().out
     assert (tmp_path / "cache/manifest.json").stat() == made

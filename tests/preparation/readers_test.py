@@ -116,7 +116,7 @@ BAD_LINES = {
     "not JSON": b'{"text": "a',
     "no `text`": b'{"content": "a"}',
     "is 3, expected a text": b'{"text": 3}',
-    "has no `text`": b"[1]",
+    "is a list, expected an object": b"[1]",
     "this is not JSON": b'{"text": "\x01"}',
 }
 
@@ -298,3 +298,26 @@ def test_columns_that_are_no_text(tmp_path):
         pyarrow.table({"text": ["a", "b"], "meta": meta}), tmp_path / "b.parquet"
     )
     assert [document.subset for document in read_documents(tmp_path / "b.parquet")] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "answer"),
+    [
+        ("a.jsonl", b'[{"text": "x"}]', r"line 1: this row is a list, .*make a \.json file"),
+        ("a.jsonl", b'"x"', "line 1: this row is a str, expected an object"),
+        ("a.txt", b'\n {"text": "x"}\n', r"rows of JSON, .* name it ….jsonl"),
+        ("a.txt", b'[\n {"text": "x",\n "n": 1}]', r"an array of JSON, .* name it ….json \("),
+        ("a.jsonl.gz", '{"text": "ü"}'.encode(), "not compressed with gzip, as its name says: dr"),
+        ("a.txt.zst", b"text", r"not compressed with zstandard, .*: drop \.zst from its name"),
+    ],
+)
+def test_rows_that_a_name_does_not_say(tmp_path, name, content, answer):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=answer):
+        list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ["[INST] x", '{"x": 1}', "[[1]]", "[{", '[{"x": "text"}]'])
+def test_text_that_only_looks_like_rows_is_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert [document.text for document in read_documents(tmp_path / "a.txt")] == [text]

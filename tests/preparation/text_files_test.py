@@ -228,3 +228,9 @@ def test_a_shard_that_is_there_twice_is_named(tmp_path):
         files.refuse_equal_shards()
     anything = TextFiles(train=f"{tmp_path}/train/*.zst")
     anything.refuse_equal_shards()  # files of one's own may well be equal
+
+
+def test_a_name_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "caf\udce9.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(InputError, match=r"is no name in UTF-8, .*: rename it"):
+        TextFiles(train=f"{tmp_path}/*.jsonl").files("train")

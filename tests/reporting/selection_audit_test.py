@@ -227,9 +227,23 @@ def test_no_text_of_any_file_comes_out_raw(tmp_path, folders, capsys):
     assert "\x1b" not in capsys.readouterr().out
     plain, text = ((tmp_path / name / "index.html").read_text() for name in ("plain", "page"))
     assert "<script" not in text
+    assert "\x1b" not in text
     escaped = "&quot;&#x27;&gt;&lt;/td&gt;&lt;/pre&gt;&lt;script&gt;&amp;"
     assert text.count(escaped) > 100
     for shown in ("salt_ds", "Github", "jax", "0123456789abcdef", "text of "):
         assert shown in text
     before, after = Tags(plain), Tags(text)
     assert (after.tags, after.attributes) == (before.tags, before.attributes)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_long_names_leave_room_for_the_plots(audited):
+    scores, chosen = audited
+    audit = write_audit(chosen, scores)
+    parts = audit["by_subset"].values()
+    audit["by_subset"] = {str(n) * 10_000: part for n, part in enumerate(parts)}
+    share, histogram = selection_audit.audit_plots("selected", audit)
+    names = [label.get_text() for label in share.figure.axes[0].get_yticklabels()]
+    names += [panel.get_title("left") for panel in histogram.figure.axes]
+    assert {f"{n}" * 15 + "…" + f"{n}" * 15 for n in range(len(parts))} <= set(names)
+    assert max(map(len, names)) == 31

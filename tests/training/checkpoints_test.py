@@ -195,6 +195,15 @@ def test_a_path_is_no_pattern(run_train: Run, tmp_path: pathlib.Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["a**b", "a\\b"])
+def test_a_path_that_libraries_take_for_another_is_refused(
+    slm: pathlib.Path, tmp_path: pathlib.Path, name: str
+) -> None:
+    shutil.copytree(slm, tmp_path / name)
+    with pytest.raises(InputError, match=r"in its path, .*: choose a folder without it"):
+        find_model(tmp_path / name, None, "model")
+
+
 def test_what_cannot_be_read_back_is_no_checkpoint(
     run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,11 +23,13 @@ from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.models import decoder
 from salt_jax.run_folder import RunFolder
-from salt_jax.training import evaluation
+from salt_jax.training import evaluation, scoring
 from salt_jax.training.checkpoints import find_model
+from salt_jax.training.config import Devices
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
+QUIET = Devices(compilation_cache="")
 TENSOR = r"layers\.mlp\.down\.kernel \(float32\)"
 
 
@@ -70,7 +72,7 @@ def too_large(slm: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
 
 
 def settings(cache: PackedCache, **changes: Any) -> dict[str, Any]:
-    return {"cache": str(cache.path), "batch_size": 8, "compilation_cache": "", **changes}
+    return {"cache": str(cache.path), "batch_size": 8, "devices": QUIET, **changes}
 
 
 def test_a_tensor_that_is_not_finite_is_named_by_every_verb(
@@ -88,7 +90,7 @@ def test_a_tensor_that_is_not_finite_is_named_by_every_verb(
             model=model,
             prompt=("a",),
             max_new_tokens=4,
-            compilation_cache="",
+            devices=QUIET,
         ),
         lambda: run_train(initial=model, model=None),
         lambda: run_train(teacher=model, schedule=schedules.Step(0.5, 3)),
@@ -119,9 +121,17 @@ def test_rows_that_get_no_numbers_are_named(
             model=model,
             prompt=("a",),
             max_new_tokens=4,
-            compilation_cache="",
+            devices=QUIET,
         )
     assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_an_infinite_loss_is_no_score() -> None:
+    values_CxB = np.array([[-np.inf, 1.0, np.inf, np.nan, 1.0], [2.0, 1.0, 1.0, 1.0, np.inf]])
+    ids_B = np.array([4, 5, 6, 7, -1])
+    with pytest.raises(InputError, match="on 2 of the rows 4 to 7 of train, the first of them 6:"):
+        scoring._require_numbers(ids_B, values_CxB, "train")
+    scoring._require_numbers(ids_B[:2], values_CxB[:, :2], "train")
 
 
 def test_rows_without_scores_are_left_out_where_they_are_allowed(
