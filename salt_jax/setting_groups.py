@@ -77,7 +77,9 @@ def settings_of(
             continue
         own = (*path, name) if path or name != ROOT else ()
         setting = Setting(".".join(own), function, scope, name, hint, parameter.default)
-        group, inner = _group(bound_value(setting), hint)
+        value = bound_value(setting)
+        _refuse_class(value, setting)
+        group, inner = _group(value, hint)
         yield dataclasses.replace(setting, group=group)
         if group is not None:
             yield from settings_of(group, own, inner)
@@ -99,6 +101,18 @@ def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
         is_group = is_made and isinstance(made, type | types.FunctionType)
         return (made, "/".join(value.scopes)) if is_group else (None, "")
     return (None, "") if value is not None else (_dataclass_of(hint), "")
+
+
+def _refuse_class(value: Any, setting: Setting) -> None:
+    """Refuses @NAME of a class where what the class makes is meant, @NAME()."""
+    for each in value if isinstance(value, list | tuple) else [value]:
+        is_reference = isinstance(each, gin.config.ConfigurableReference)
+        if is_reference and not each.evaluate and inspect.isclass(each.configurable.wrapped):
+            name = "/".join([*each.scopes, each.configurable.name])
+            raise InputError(
+                f"{setting.selector} is the class @{name}, expected what it makes: add the "
+                f"brackets, @{name}()."
+            )
 
 
 def _dataclass_of(hint: Any) -> type | None:
@@ -143,9 +157,11 @@ def default_groups(function: Callable[..., Any]) -> Iterator[str]:
             yield from _link(setting)
 
 
-def _link(setting: Setting) -> Iterator[str]:
-    """Binds a setting to its group, where it is bound to nothing."""
-    if setting.name not in _bindings(setting.owner, setting.scope) and setting.group:
+def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
+    """Binds a setting to its group, where it is bound to nothing, or to None."""
+    is_bound = setting.name in _bindings(setting.owner, setting.scope)
+    is_none = instead_of_none and bound_value(setting) is None
+    if (is_none or not is_bound) and setting.group:
         module = setting.group.__module__.rpartition(".")[2]
         made = f"@{module}.{setting.group.__qualname__}()"
         yield f"{import_of(setting.group)}\n{setting.bind(made)}"
@@ -172,7 +188,7 @@ def bindings_of(
         setting = every[f"{setting.path}.path"]
     for path, outer in every.items():
         if outer is not setting and setting.path.startswith(f"{path}."):
-            yield from _link(outer)
+            yield from _link(outer, instead_of_none=True)
     yield setting.bind(_literal(name, values, setting))
 
 
@@ -186,14 +202,26 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str
         flags = ", ".join(f"--{shortest([*every], path)}" for path in found)
         raise InputError(f"--{name} could be any of {flags}: write which one is meant.")
     known = {
-        flag.replace(".", "_").lower(): f"--{flag}"
-        for flag in (shortest([*every], path) for path in every)
+        spelling: f"--{shortest([*every], one.path.removesuffix('.path'))}"
+        for spelling, one in spellings(every.values()).items()
     }
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
     close = nearest(name.replace(".", "_").lower(), known)
     if match := re.search(r"nearest: (.*)\)", close):
         close = f" (nearest: {known[match[1]]})"
     raise InputError(f"There is no setting --{name}{close}: `salt {verb} --help` lists them.")
+
+
+def spellings(settings: Iterable[Setting]) -> dict[str, Setting]:
+    """What settings may have been called: by path, by flag and by name, in lower case with
+    underscores, as older versions called some ("data_seed")."""
+    every = {setting.path: setting for setting in settings if setting.path}
+    found: dict[str, Setting] = {}
+    for path, setting in every.items():
+        flag = shortest([*every], path.removesuffix(".path"))
+        for name in (path, path.removesuffix(".path"), flag):
+            found[name.replace(".", "_").lower()] = setting
+    return found
 
 
 def _literal(name: str, values: Sequence[str], setting: Setting) -> str:

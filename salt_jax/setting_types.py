@@ -40,7 +40,8 @@ def is_a(value: Any, hint: Any) -> bool:
     if hint in (bool, str):
         return isinstance(value, hint)
     # A dataclass or protocol wants an object, which no plain value is.
-    return hint is Any or not isinstance(value, bool | int | float | str | list | tuple)
+    plain = bool | int | float | str | list | tuple | None
+    return hint is Any or not isinstance(value, plain)
 
 
 def described(hint: Any) -> str:

@@ -135,8 +135,11 @@ def test_help_lists_and_explains_every_setting(
     settings = [one for one in settings_of(function) if one.path and one.group is None]
     paths = [one.path for one in settings_of(function) if one.path]
     assert settings
-    for name in [shortest(paths, one.path.removesuffix(".path")) for one in settings]:
+    for one in settings:
+        name = shortest(paths, one.path.removesuffix(".path"))
         assert text.count(f"  --{name}: ") == 1
+        above = re.findall(r"^  ([\w.]+) \(.*\)$", text.partition(f"  --{name}: ")[0], re.M)
+        assert (above or [""])[-1].removeprefix("all") == one.path.rpartition(".")[0]
         assert re.search(rf"^  --{name}: .*\n      \S", text, re.M), f"{name} is not explained"
     assert "Raises:" not in text
 
