@@ -45,7 +45,7 @@ class Vocabulary(abc.ABC):
     """
 
     drop_unknown: bool = False
-    notes: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
     base_size: int
     eos_id: int
     pad_id: int

@@ -42,6 +42,21 @@ def clear_dropout(tokenizer: tokenizers.Tokenizer) -> float:
     return dropout
 
 
+def renumbered_tokens(model: bytes, tokenizer: tokenizers.Tokenizer) -> dict[str, tuple[int, int]]:
+    """The added tokens whose id in a tokenizer.json is not the one that they get: the library
+    numbers those that are no pieces in the file's order and without gaps.
+
+    Returns:
+      By token: the id in the file, and the one that it gets.
+    """
+    ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+    return {
+        token["content"]: (token["id"], ids[token["content"]])
+        for token in json.loads(model).get("added_tokens", [])
+        if ids.get(token["content"], token["id"]) != token["id"]
+    }
+
+
 def behaviour(tokenizer: tokenizers.Tokenizer) -> str:
     """What decides a text's ids, in one form whoever wrote the file.
 
