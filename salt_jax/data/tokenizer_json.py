@@ -27,7 +27,7 @@ def load_tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tok
       InputError: It is none.
     """
     try:
-        return tokenizers.Tokenizer.from_str(model.decode())
+        return tokenizers.Tokenizer.from_str(model.decode("utf-8-sig"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(
             f"{os.fspath(path)} is no Hugging Face tokenizer ({error}): name a tokenizer.json."

@@ -6,6 +6,7 @@ setting that changes an id. Two of different fingerprints are equal all the same
 every text the same ids: versions of transformers write one tokenizer in different bytes.
 """
 
+import codecs
 import contextlib
 import functools
 import os
@@ -179,7 +180,8 @@ class HuggingFaceVocabulary(Vocabulary):
         Raises:
           InputError: No such file, no tokenizer, or a token that it doesn't have.
         """
-        self._bytes = _read_model(path, "tokenizer.json") if model is None else model
+        model = _read_model(path, "tokenizer.json") if model is None else model
+        self._bytes = model.removeprefix(codecs.BOM_UTF8)  # which the library doesn't read
         self._tokenizer = load_tokenizer(self._bytes, path)
         if dropout := clear_dropout(self._tokenizer):
             self.notes += (
