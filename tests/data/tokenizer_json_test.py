@@ -1,7 +1,7 @@
 """tokenizer.json files: equal by what they do, the same ids in every run, nothing lost unsaid."""
 
-import copy
 import codecs
+import copy
 import json
 import pathlib
 from typing import Any
