@@ -30,7 +30,7 @@ from salt_jax.setting_groups import (
     flags_of,
     settings_of,
 )
-from salt_jax.setting_types import described, is_a
+from salt_jax.setting_types import described, is_a, makes
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MODEL_CLASS = "DecoderConfig"
@@ -362,10 +362,19 @@ def _refuse_wrong_types(
     constructor = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(constructor)
     for name, value in gin.get_bindings(function, resolve_references=False).items():
+        full = f"{selector}.{name}"
         for reference in _references([value]):
             if reference.configurable.selector != "gin.macro" and reference.evaluate:
                 with gin.config_scope(reference.scopes or None):
                     _refuse_wrong_types(reference.configurable.wrapped, seen, flags)
+        if isinstance(value, gin.config.ConfigurableReference) and value.evaluate:
+            made = value.configurable.wrapped
+            is_ours = inspect.isclass(made) and made.__module__.startswith("salt_jax.")
+            if is_ours and name in hints and not makes(made, hints[name]):
+                raise InputError(
+                    f"{plain(full, flags)} is what @{value.configurable.name}() makes, expected "
+                    f"{described(hints[name])}: change {flag_of(full, flags).partition('=')[0]}."
+                )
         macros = [r for r in _references([value]) if r.configurable.selector == "gin.macro"]
         if list(_references([value])) == macros and name in hints:
             try:
@@ -373,7 +382,6 @@ def _refuse_wrong_types(
             except RecursionError as error:
                 raise InputError(f"{value} refers to itself: give it a value.") from error
             if not is_a(given, hints[name]):
-                full = f"{selector}.{name}"
                 flag = flag_of("/".join(macros[0].scopes) if macros else full, flags)
                 raise InputError(
                     f"{plain(full, flags)} is {given!r}, expected {described(hints[name])}: change "

@@ -249,6 +249,23 @@ def test_a_class_without_its_brackets_is_refused(
     assert str(it.value).endswith(f"add the brackets, {brackets}.")
 
 
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("seed", "config.Data"),
+        ("data", "config.Teacher"),
+        ("teacher", "config.Data"),
+        ("schedule", "config.Data"),
+        ("learning_rate", "config.Data"),
+    ],
+)
+def test_an_object_of_another_kind_is_refused(mine: pathlib.Path, name: str, made: str) -> None:
+    typed = ["train", *PRETRAIN, "--gin_file=methods/salt.gin", "--gin.N_KD=3", "--teacher=base"]
+    settings(typed)
+    with pytest.raises(InputError, match=rf"{name} is what @{made.partition('.')[2]}\(\) makes, "):
+        settings([*typed, f"--{name}=@{made}()"])
+
+
 @pytest.mark.parametrize("group", ["data", "method", "method.loss", "devices.mesh", "checkpoints"])
 def test_a_group_that_must_be_is_not_none(mine: pathlib.Path, group: str) -> None:
     typed = ["train", *PRETRAIN, "--gin_file=methods/baseline.gin", f"--{group}=None"]

@@ -181,5 +181,5 @@ def test_the_file_of_a_template_is_utf_8_with_or_without_a_byte_order_mark(
     assert template is not None
     assert template([{"role": "user", "content": "Salt"}]) == "Salt"
     file.write_bytes(b"\xff{{ messages[0].content }}")
-    with pytest.raises(InputError, match="is not UTF-8 .*: convert the file"):
+    with pytest.raises(InputError, match=r"is not UTF-8 .*: convert the file"):
         load_chat_template(tmp_path)
