@@ -84,10 +84,10 @@ def _gin_sentence(
     if match := re.match(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
-        known = {name: name for name in _parameters_of(match[1])} | _below(match[1])
-        close = nearest(match[2], known)
+        names = {name: name for name in _parameters_of(match[1])} | _below(match[1])
+        close = nearest(match[2], names)
         if found := re.search(r"nearest: (.*)\)", close):
-            close = f" (nearest: {known[found[1]]})"
+            close = f" (nearest: {names[found[1]]})"
         return f"{where}: {match[1]} has no setting {match[2]}{close}: correct the name."
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
         return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1], flags)}."
