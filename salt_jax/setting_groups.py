@@ -19,8 +19,9 @@ from salt_jax.command_line import ROOT, shortest
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RunFolder
 
-# What a flag may hold in a plain value's place.
-_REFERENCE = re.compile(r"[@%][A-Za-z_]")
+# What a flag may hold in a plain value's place, alone or in brackets.
+_REFERENCE = re.compile(r"[@%][A-Za-z_][\w./]*(\(\))?")
+_REFERENCES = re.compile(r"[\[({].*[@%][A-Za-z_]", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,7 @@ def bindings_of(
     """
     every = {setting.path: setting for setting in settings_of(function) if setting.path}
     setting = every[_find(name, every, macros, function.__name__)]
-    is_plain = values[-1] != "None" and not _REFERENCE.match(values[-1])
+    is_plain = values[-1] != "None" and not _REFERENCE.fullmatch(values[-1])
     if is_plain and f"{setting.path}.path" in every:
         setting = every[f"{setting.path}.path"]
     for path, outer in every.items():
@@ -245,10 +246,10 @@ def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
 
 def _is_text(value: str, texts: bool) -> bool:
     """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
-    if _REFERENCE.match(value) or value == "None":
+    if _REFERENCE.fullmatch(value) or value == "None":
         return False
-    if texts:
-        return True
+    if texts or _REFERENCES.match(value):
+        return texts
     try:
         ast.literal_eval(value)
     except (ValueError, SyntaxError):
