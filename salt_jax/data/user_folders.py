@@ -4,10 +4,10 @@ import errno
 import functools
 import os
 import pathlib
-import sys
 import tempfile
 
 from salt_jax.errors import InputError
+from salt_jax.terminal import warn
 
 
 def writable(folder: str) -> pathlib.Path:
@@ -49,9 +49,8 @@ def cache_folder(name: str, setting: str) -> pathlib.Path:
         raise InputError(f"{own} is another user's: set {setting} to a folder of your own.")
     folder = own / name
     folder.mkdir(exist_ok=True)
-    print(
-        f"salt: {home} cannot be written ({reason}): {folder} is used; set {setting} to a folder "
-        "that lasts.",
-        file=sys.stderr,
+    warn(
+        f"{home} cannot be written ({reason}): {folder} is used; set {setting} to a folder that "
+        "lasts."
     )
     return folder

@@ -5,12 +5,12 @@ compiled again. And a counter of compilations, which tells that nothing stalls a
 """
 
 import functools
-import sys
 import types
 
 import jax
 
 from salt_jax.data.user_folders import writable
+from salt_jax.terminal import warn
 
 DEFAULT_FOLDER = "~/.cache/salt_jax/programs"
 
@@ -38,10 +38,9 @@ def use_compilation_cache(folder: str) -> None:
 
 @functools.cache
 def _tell_not_kept(folder: str, reason: str) -> None:
-    print(
-        f"salt: {folder} cannot be written ({reason}): programs are compiled anew in each run; set "
-        "--compilation_cache to a folder that can, or to nothing.",
-        file=sys.stderr,
+    warn(
+        f"{folder} cannot be written ({reason}): programs are compiled anew in each run; set "
+        "--compilation_cache to a folder that can, or to nothing."
     )
 
 
