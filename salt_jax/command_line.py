@@ -35,7 +35,8 @@ usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]…
   --safe_gin          read no more than settings of salt_jax's own from gin files: without it, a gin
                       file can run any code by importing it (docs/configuration.md)
   --gin.NAME=VALUE    one setting (config.TrainConfig.seed=1) or macro (STEPS=500), over the files
-  --SETTING=VALUE     a setting of the verb itself: --seed=1 is --gin.VERB.VERB.seed=1
+  --SETTING=VALUE     a setting of the verb's, by its name or the end of its path: --teacher=RUN,
+                      --data.seed=1
   --output_dir=FOLDER where the verb writes config.gin, run.json, summary.json and its results
   --coordinator_address=HOST:PORT --process_count=N --process_index=I, or --multi_process=True
                       one of several processes (docs/launching.md); the environment may say the
@@ -142,8 +143,11 @@ def verb_help(verb: str) -> str:
     settings = list(_described(fields, explained, source, ()))
     paths = [path for path, *_ in settings]
     groups = {path.rpartition(".")[0] for path in paths}
+    optional = [path for path, kind, *_ in settings if path in groups and "None" in kind]
     for path, kind, default, words in settings:
-        value = "required" if default is None else f"default {ast.unparse(default)}"
+        is_optional = any(path.startswith(f"{outer}.") for outer in optional)
+        required = "no default" if is_optional else "required"
+        value = required if default is None else f"default {ast.unparse(default)}"
         flag = shortest(paths, path.removesuffix(".path"))
         setting = f"  --{flag}: {kind} ({value})"
         lines.append(f"\n  {path or 'all'} ({kind})" if path in groups or not path else setting)
@@ -210,19 +214,25 @@ def _class(module: str, name: str) -> tuple[ast.ClassDef, Source] | None:
 def _described(
     fields: Iterable[Field], explained: Mapping[str, str], source: Source, outer: tuple[str, ...]
 ) -> Iterator[tuple[str, str, ast.expr | None, str]]:
-    """Path, type, default and description of each setting, groups before what is in them."""
+    """Path, type, default and description of each setting, groups behind the others and before
+    what is in them."""
+    groups = []
     for field in fields:
         path = (*outer, field.name) if outer or field.name != ROOT else ()
         kind = ast.unparse(field.hint) if field.hint else ""
-        yield ".".join(path), kind, field.default, explained.get(field.name, "")
+        line = (".".join(path), kind, field.default, explained.get(field.name, ""))
         if group := source.dataclass(field.hint):
-            node, where = group
-            inner = [
-                Field(part.target.id, part.annotation, part.value)
-                for part in node.body
-                if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-            ]
-            yield from _described(inner, _explained(node, "Attributes"), where, path)
+            groups.append((path, line, group))
+        else:
+            yield line
+    for path, line, (node, where) in groups:
+        yield line
+        inner = [
+            Field(part.target.id, part.annotation, part.value)
+            for part in node.body
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        ]
+        yield from _described(inner, _explained(node, "Attributes"), where, path)
 
 
 def _explained(node: ast.FunctionDef | ast.ClassDef, section: str) -> dict[str, str]:

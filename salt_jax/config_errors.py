@@ -18,6 +18,7 @@ from gin.config_parser import ImportStatement
 from salt_jax import gin_files
 from salt_jax.command_line import verbs
 from salt_jax.errors import InputError, nearest
+from salt_jax.setting_groups import settings_of, spellings
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -68,7 +69,7 @@ def _gin_sentence(
             for one in statements
             if isinstance(one, ImportStatement) and place and one.location.filename == place[1]
         }
-        known = sorted(imported.union(verbs()))
+        known = sorted(imported.union(verbs()) - {match[1]})
         return (
             f"{where}: {match[1]} is not imported there{nearest(match[1], known)}: correct "
             "the name, or add the import of its module."
@@ -83,17 +84,11 @@ def _gin_sentence(
     if match := re.match(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
-        known = _parameters_of(match[1])
-        if match[1] in ("train.train", "plan.plan"):
-            return (
-                f"{where}: {match[1]} has no setting {match[2]}: they are grouped, in "
-                "config.TrainConfig, config.Data, config.Method and others of training.config "
-                "(`salt train --help`)."
-            )
-        return (
-            f"{where}: {match[1]} has no setting {match[2]}{nearest(match[2], known)}: "
-            "correct the name."
-        )
+        names = {name: name for name in _parameters_of(match[1])} | _below(match[1])
+        close = nearest(match[2], names)
+        if found := re.search(r"nearest: (.*)\)", close):
+            close = f" (nearest: {names[found[1]]})"
+        return f"{where}: {match[1]} has no setting {match[2]}{close}: correct the name."
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
         return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1], flags)}."
     if match := re.match(r"No configurable matching '(\S+)'", message):
@@ -129,6 +124,17 @@ def _parameters_of(selector: str) -> list[str]:
         if is_it and callable(target := getattr(module, name, None)):
             return list(inspect.signature(target).parameters)
     return []
+
+
+def _below(selector: str) -> dict[str, str]:
+    """What a verb's settings may have been called, and what a gin file calls those that groups
+    have; nothing for what is no verb."""
+    verb = selector.rpartition(".")[2]
+    module = sys.modules.get(f"salt_jax.commands.{verb}")
+    if module is None or selector != f"{verb}.{verb}":
+        return {}
+    settings = settings_of(getattr(module, verb))
+    return {name: setting.selector for name, setting in spellings(settings).items()}
 
 
 def flag_of(name: str, flags: Mapping[str, str]) -> str:

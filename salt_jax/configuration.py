@@ -30,7 +30,7 @@ from salt_jax.setting_groups import (
     flags_of,
     settings_of,
 )
-from salt_jax.setting_types import described, is_a
+from salt_jax.setting_types import described, is_a, makes
 
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 MODEL_CLASS = "DecoderConfig"
@@ -171,15 +171,26 @@ def _close_unused_settings(function: Callable[..., None]) -> None:
     """
     reached: set[str] = set()
     list(_missing_settings(function, reached))
-    # By the last name: a class may be reached through another module than it is bound through.
-    last_names = {name.rpartition(".")[2] for name in reached}
     for (scope, selector), settings in [*gin.config._CONFIG.items()]:
-        is_own = selector.startswith(("gin.macro", "salt_jax."))
-        owner = f"%{scope}" if selector == "gin.macro" else selector.rpartition(".")[2]
-        if not is_own or owner in last_names:
+        if not selector.startswith(("gin.macro", "salt_jax.")):
             continue
         for name in [name for name, value in settings.items() if _is_open(value)]:
-            gin.bind_parameter((scope, selector, name), None)
+            if not _is_asked_for(scope, selector, name, reached):
+                gin.bind_parameter((scope, selector, name), None)
+
+
+def _is_asked_for(scope: str, selector: str, name: str, reached: set[str]) -> bool:
+    """Whether what refers to a setting, in the scopes that it is made in, finds it open."""
+    if selector == "gin.macro":
+        return f"%{scope}" in reached
+    for one in reached:
+        # By the last name: a class may be reached through another module than it is bound through.
+        if one.rpartition(".")[2] != selector.rpartition(".")[2]:
+            continue
+        with gin.config_scope(one.rpartition("/")[0] or None):
+            if _is_open(gin.get_bindings(selector, resolve_references=False).get(name)):
+                return True
+    return False
 
 
 def _is_open(value: Any) -> bool:
@@ -344,15 +355,26 @@ def _refuse_wrong_types(
 ) -> None:
     """Checks plain values against the annotations, of `function` and of all that it refers to."""
     selector = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    selector = "/".join([*gin.config.current_scope(), selector])
     if selector in seen:
         return
     seen.add(selector)
     constructor = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(constructor)
     for name, value in gin.get_bindings(function, resolve_references=False).items():
+        full = f"{selector}.{name}"
         for reference in _references([value]):
             if reference.configurable.selector != "gin.macro" and reference.evaluate:
-                _refuse_wrong_types(reference.configurable.wrapped, seen, flags)
+                with gin.config_scope(reference.scopes or None):
+                    _refuse_wrong_types(reference.configurable.wrapped, seen, flags)
+        if isinstance(value, gin.config.ConfigurableReference) and value.evaluate:
+            made = value.configurable.wrapped
+            is_ours = inspect.isclass(made) and made.__module__.startswith("salt_jax.")
+            if is_ours and name in hints and not makes(made, hints[name]):
+                raise InputError(
+                    f"{plain(full, flags)} is what @{value.configurable.name}() makes, expected "
+                    f"{described(hints[name])}: change {flag_of(full, flags).partition('=')[0]}."
+                )
         macros = [r for r in _references([value]) if r.configurable.selector == "gin.macro"]
         if list(_references([value])) == macros and name in hints:
             try:
@@ -360,7 +382,6 @@ def _refuse_wrong_types(
             except RecursionError as error:
                 raise InputError(f"{value} refers to itself: give it a value.") from error
             if not is_a(given, hints[name]):
-                full = f"{selector}.{name}"
                 flag = flag_of("/".join(macros[0].scopes) if macros else full, flags)
                 raise InputError(
                     f"{plain(full, flags)} is {given!r}, expected {described(hints[name])}: change "

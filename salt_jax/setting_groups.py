@@ -19,8 +19,9 @@ from salt_jax.command_line import ROOT, shortest
 from salt_jax.errors import InputError, nearest
 from salt_jax.run_folder import RunFolder
 
-# What a flag may hold in a plain value's place.
-_REFERENCE = re.compile(r"[@%][A-Za-z_]")
+# What a flag may hold in a plain value's place, alone or in brackets.
+_REFERENCE = re.compile(r"[@%][A-Za-z_][\w./]*(\(\))?")
+_REFERENCES = re.compile(r"[\[({].*[@%][A-Za-z_]", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,9 @@ def settings_of(
             continue
         own = (*path, name) if path or name != ROOT else ()
         setting = Setting(".".join(own), function, scope, name, hint, parameter.default)
-        group, inner = _group(bound_value(setting), hint)
+        value = bound_value(setting)
+        _refuse_class(value, setting)
+        group, inner = _group(value, hint)
         yield dataclasses.replace(setting, group=group)
         if group is not None:
             yield from settings_of(group, own, inner)
@@ -99,6 +102,18 @@ def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
         is_group = is_made and isinstance(made, type | types.FunctionType)
         return (made, "/".join(value.scopes)) if is_group else (None, "")
     return (None, "") if value is not None else (_dataclass_of(hint), "")
+
+
+def _refuse_class(value: Any, setting: Setting) -> None:
+    """Refuses @NAME of a class where what the class makes is meant, @NAME()."""
+    for each in value if isinstance(value, list | tuple) else [value]:
+        is_reference = isinstance(each, gin.config.ConfigurableReference)
+        if is_reference and not each.evaluate and inspect.isclass(each.configurable.wrapped):
+            name = "/".join([*each.scopes, each.configurable.name])
+            raise InputError(
+                f"{setting.selector} is the class @{name}, expected what it makes: add the "
+                f"brackets, @{name}()."
+            )
 
 
 def _dataclass_of(hint: Any) -> type | None:
@@ -143,9 +158,11 @@ def default_groups(function: Callable[..., Any]) -> Iterator[str]:
             yield from _link(setting)
 
 
-def _link(setting: Setting) -> Iterator[str]:
-    """Binds a setting to its group, where it is bound to nothing."""
-    if setting.name not in _bindings(setting.owner, setting.scope) and setting.group:
+def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
+    """Binds a setting to its group, where it is bound to nothing, or to None."""
+    is_bound = setting.name in _bindings(setting.owner, setting.scope)
+    is_none = instead_of_none and bound_value(setting) is None
+    if (is_none or not is_bound) and setting.group:
         module = setting.group.__module__.rpartition(".")[2]
         made = f"@{module}.{setting.group.__qualname__}()"
         yield f"{import_of(setting.group)}\n{setting.bind(made)}"
@@ -167,12 +184,12 @@ def bindings_of(
     """
     every = {setting.path: setting for setting in settings_of(function) if setting.path}
     setting = every[_find(name, every, macros, function.__name__)]
-    is_plain = values[-1] != "None" and not _REFERENCE.match(values[-1])
+    is_plain = values[-1] != "None" and not _REFERENCE.fullmatch(values[-1])
     if is_plain and f"{setting.path}.path" in every:
         setting = every[f"{setting.path}.path"]
     for path, outer in every.items():
         if outer is not setting and setting.path.startswith(f"{path}."):
-            yield from _link(outer)
+            yield from _link(outer, instead_of_none=True)
     yield setting.bind(_literal(name, values, setting))
 
 
@@ -183,16 +200,29 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str
     if len(found) == 1:
         return found[0]
     if found:
-        meant = ", ".join(f"--{shortest([*every], path)}" for path in found)
-        raise InputError(f"--{name} could be any of {meant}: write which one is meant.")
-    flags = {shortest([*every], path) for path in every}
-    flags |= {".".join(path.split(".")[-2:]) for path in every}
-    known = {flag.replace(".", "_").lower(): f"--{flag}" for flag in sorted(flags)}
+        flags = ", ".join(f"--{shortest([*every], path)}" for path in found)
+        raise InputError(f"--{name} could be any of {flags}: write which one is meant.")
+    known = {
+        spelling: f"--{shortest([*every], one.path.removesuffix('.path'))}"
+        for spelling, one in spellings(every.values()).items()
+    }
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
     close = nearest(name.replace(".", "_").lower(), known)
     if match := re.search(r"nearest: (.*)\)", close):
         close = f" (nearest: {known[match[1]]})"
     raise InputError(f"There is no setting --{name}{close}: `salt {verb} --help` lists them.")
+
+
+def spellings(settings: Iterable[Setting]) -> dict[str, Setting]:
+    """What settings may have been called: by path, by flag and by name, in lower case with
+    underscores, as older versions called some ("data_seed")."""
+    every = {setting.path: setting for setting in settings if setting.path}
+    found: dict[str, Setting] = {}
+    for path, setting in every.items():
+        flag = shortest([*every], path.removesuffix(".path"))
+        for name in (path, path.removesuffix(".path"), flag):
+            found[name.replace(".", "_").lower()] = setting
+    return found
 
 
 def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
@@ -216,10 +246,10 @@ def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
 
 def _is_text(value: str, texts: bool) -> bool:
     """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
-    if _REFERENCE.match(value) or value == "None":
+    if _REFERENCE.fullmatch(value) or value == "None":
         return False
-    if texts:
-        return True
+    if texts or _REFERENCES.match(value):
+        return texts
     try:
         ast.literal_eval(value)
     except (ValueError, SyntaxError):

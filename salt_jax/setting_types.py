@@ -1,9 +1,10 @@
 """Whether a plain value is of the type that a setting is annotated with, and what that is called.
 
-In: a value as a gin file or a flag gives it, and a type hint. Out: yes or no; of types that are not
-known here any value is. And the hint in plain words.
+In: a value as a gin file or a flag gives it, or the class that makes it, and a type hint. Out: yes
+or no; of types that are not known here any value is. And the hint in plain words.
 """
 
+import inspect
 import math
 import types
 import typing
@@ -40,7 +41,21 @@ def is_a(value: Any, hint: Any) -> bool:
     if hint in (bool, str):
         return isinstance(value, hint)
     # A dataclass or protocol wants an object, which no plain value is.
-    return hint is Any or not isinstance(value, bool | int | float | str | list | tuple)
+    plain = bool | int | float | str | list | tuple | None
+    return hint is Any or not isinstance(value, plain)
+
+
+def makes(target: type, hint: Any) -> bool:
+    """Whether what a class makes is of a type; of types unknown here, anything is."""
+    if typing.get_origin(hint) in _UNIONS:
+        return any(makes(target, part) for part in typing.get_args(hint))
+    if not inspect.isclass(hint):
+        return True
+    if getattr(hint, "_is_protocol", False):
+        has = {*dir(target), *inspect.signature(target).parameters}
+        own = {name for name in vars(hint) if not name.startswith("_") or name == "__call__"}
+        return own <= has
+    return issubclass(target, hint)
 
 
 def described(hint: Any) -> str:

@@ -103,7 +103,7 @@ def test_a_model_is_as_large_as_its_name(name: str) -> None:
 
 def test_what_a_model_lacks_is_named_as_gin_files_name_it() -> None:
     with pytest.raises(
-        InputError, match=r"^decoder\.DecoderConfig\.embed_dim is not set: add --embed_dim"
+        InputError, match=r"^decoder\.DecoderConfig\.embed_dim is not set: add a gin file"
     ):
         settings(*PRETRAIN)
     flag = "--gin.decoder.DecoderConfig.embed_dim='wide'"

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -206,3 +207,91 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path: pathlib.Path) -> None:
         check=True,
     )
     assert told.stdout == ascii("fumé ▁") + "\n"
+
+
+def test_a_group_in_a_scope_takes_flags_and_asks_for_what_is_open(mine: pathlib.Path) -> None:
+    (mine / "scoped.gin").write_text(
+        f"include 'runs/pretrain.gin'\ninclude 'methods/baseline.gin'\n{IMPORTS}"
+        "config.TrainConfig.data = @mine/config.Data()\nmine/config.Data.seed = 5\n"
+    )
+    typed = ["train", "--gin_file=scoped.gin", *PRETRAIN[1:]]
+    config = settings(typed)
+    assert (config.data.cache, config.data.batch_size, config.data.seed) == ("cache", 8, 5)
+    with pytest.raises(InputError, match=r"^cache must be set .* add --cache"):
+        settings([flag for flag in typed if not flag.startswith("--cache")])
+    with pytest.raises(InputError, match=r"^mine/config\.Data\.seed is 'x'"):
+        settings([*typed, "--data.seed=x"])
+
+
+@pytest.mark.parametrize("flag", ["--initial=base", "--initial.path=base"])
+def test_a_flag_of_a_group_makes_it_where_a_file_says_none(mine: pathlib.Path, flag: str) -> None:
+    (mine / "none.gin").write_text(f"{IMPORTS}config.TrainConfig.initial = None\n")
+    typed = ["train", *PRETRAIN, "--gin_file=methods/baseline.gin", "--gin_file=none.gin"]
+    assert settings(typed).initial is None
+    assert settings([*typed, flag]).initial.path == "base"
+
+
+@pytest.mark.parametrize(
+    ("line", "brackets"),
+    [
+        ("config.TrainConfig.data = @config.Data", "@Data()"),
+        ("config.Method.schedule = @big/schedules.NoDistillation", "@big/NoDistillation()"),
+    ],
+)
+def test_a_class_without_its_brackets_is_refused(
+    mine: pathlib.Path, line: str, brackets: str
+) -> None:
+    text = f"{IMPORTS}from salt_jax.distill import schedules\n{line}\n"
+    (mine / "class.gin").write_text(text)
+    typed = ["train", *PRETRAIN, "--gin_file=methods/baseline.gin", "--gin_file=class.gin"]
+    with pytest.raises(InputError, match=re.escape(f"{line.partition(' ')[0]} is the class")) as it:
+        settings(typed)
+    assert str(it.value).endswith(f"add the brackets, {brackets}.")
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("seed", "config.Data"),
+        ("data", "config.Teacher"),
+        ("teacher", "config.Data"),
+        ("schedule", "config.Data"),
+        ("learning_rate", "config.Data"),
+    ],
+)
+def test_an_object_of_another_kind_is_refused(mine: pathlib.Path, name: str, made: str) -> None:
+    typed = ["train", *PRETRAIN, "--gin_file=methods/salt.gin", "--gin.N_KD=3", "--teacher=base"]
+    settings(typed)
+    with pytest.raises(InputError, match=rf"{name} is what @{made.partition('.')[2]}\(\) makes, "):
+        settings([*typed, f"--{name}=@{made}()"])
+
+
+@pytest.mark.parametrize("group", ["data", "method", "method.loss", "devices.mesh", "checkpoints"])
+def test_a_group_that_must_be_is_not_none(mine: pathlib.Path, group: str) -> None:
+    typed = ["train", *PRETRAIN, "--gin_file=methods/baseline.gin", f"--{group}=None"]
+    with pytest.raises(InputError, match=rf"{group.rpartition('.')[2]} is None, expected an? "):
+        settings(typed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("seed", "config.TrainConfig.seed"),
+        ("data_seed", "config.Data.seed"),
+        ("teacher", "config.Teacher.path"),
+        ("teacher_step", "config.Teacher.step"),
+        ("evaluation_rows", "config.Evaluation.rows"),
+    ],
+)
+def test_settings_of_older_versions_are_answered_by_the_new_ones(
+    mine: pathlib.Path, capsys: pytest.CaptureFixture[str], old: str, new: str
+) -> None:
+    header = "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
+    (mine / "old.gin").write_text(f"{header}train.train.{old} = 3\n")
+    assert main(["train", "--gin_file=old.gin", "--output_dir=out"]) == 2
+    assert f"old.gin, line 3: train.train has no setting {old} (nearest: {new})" in (
+        capsys.readouterr().err
+    )
+    if old.endswith(("_step", "_rows", "_seed")):
+        assert main(["train", *PRETRAIN, f"--{old}=3", "--output_dir=out"]) == 2
+        assert re.search(rf"nearest: --[\w.]*{old.split('_')[1]}\)", capsys.readouterr().err)

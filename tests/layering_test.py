@@ -26,7 +26,7 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "command_line": {"processes"},
-    "config_errors": {"command_line", "gin_files"},
+    "config_errors": {"command_line", "gin_files", "setting_groups"},
     "errors": set(),
     "output_streams": set(),
     "run_folder": {"gin_files", "processes", "run_lock"},

@@ -13,11 +13,13 @@ import pytest
 
 import gin
 from salt_jax.command_line import parse_arguments, shortest, verbs
+from salt_jax.commands.generate import generate
 from salt_jax.commands.report import report
+from salt_jax.commands.score import score
 from salt_jax.commands.study import study
 from salt_jax.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.distill import schedules
+from salt_jax.distill import schedules, scores
 from salt_jax.main import main
 from salt_jax.setting_groups import settings_of
 
@@ -85,6 +87,22 @@ def test_text_flags_stay_text() -> None:
     assert gin.get_bindings(report) == {"runs": ("1", "2e3"), "title": "3"}
 
 
+@pytest.mark.parametrize(
+    "text", ["@ada says", "%d of %s", "@a.b() and", "100%", "[@x.Y()]", "None?"]
+)
+def test_a_text_may_begin_as_a_reference_does(text: str) -> None:
+    configure(parse_arguments(["generate", "--model=run", f"--prompt={text}"]))
+    assert gin.get_bindings(generate)["prompt"] == (text,)
+
+
+def test_a_flag_may_be_a_list_of_references(tmp_path: pathlib.Path) -> None:
+    imports = "from __gin__ import dynamic_registration\nfrom salt_jax.distill import scores\n"
+    (tmp_path / "scores.gin").write_text(imports)
+    typed = ["score", f"--gin_file={tmp_path / 'scores.gin'}", "--scorer=run", "--cache=cache"]
+    configure(parse_arguments([*typed, "--scores=[@scores.MeanEntropy()]"]))
+    assert gin.get_bindings(score)["scores"] == [scores.MeanEntropy()]
+
+
 def test_a_dictionary_may_be_a_flag() -> None:
     configure(parse_arguments(["study", "--arms={'a': ('--steps=3',)}", "--given={'slm': 'x'}"]))
     assert gin.get_bindings(study) == {"arms": {"a": ("--steps=3",)}, "given": {"slm": "x"}}
@@ -135,8 +153,11 @@ def test_help_lists_and_explains_every_setting(
     settings = [one for one in settings_of(function) if one.path and one.group is None]
     paths = [one.path for one in settings_of(function) if one.path]
     assert settings
-    for name in [shortest(paths, one.path.removesuffix(".path")) for one in settings]:
+    for one in settings:
+        name = shortest(paths, one.path.removesuffix(".path"))
         assert text.count(f"  --{name}: ") == 1
+        above = re.findall(r"^  ([\w.]+) \(.*\)$", text.partition(f"  --{name}: ")[0], re.M)
+        assert (above or [""])[-1].removeprefix("all") == one.path.rpartition(".")[0]
         assert re.search(rf"^  --{name}: .*\n      \S", text, re.M), f"{name} is not explained"
     assert "Raises:" not in text
 

@@ -34,6 +34,7 @@ from salt_jax.models.huggingface import (
     config_from_json,
     config_to_json,
     unread_fields,
+    vocab_multiple,
 )
 from salt_jax.models.huggingface_tensors import (
     HEADS,
@@ -343,8 +344,10 @@ def _give_out(
         say(f"transformers has no tokenizer like {vocabulary}: none was written.")
     write_text(run.path / CONFIG_FILE, to_json(settings, indent=2) + "\n")
     files = [*written, *names, CONFIG_FILE]
-    _summarize(run, architecture, config, {"model": saved.identity, "bytes": total, "files": files})
-    say(f"{run.path} has {_described(architecture, config)}")
+    multiple = vocab_multiple(vocabulary.size, rows)
+    given = dataclasses.replace(config, vocab_size=vocabulary.size, vocab_multiple=multiple)
+    _summarize(run, architecture, given, {"model": saved.identity, "bytes": total, "files": files})
+    say(f"{run.path} has {_described(architecture, given)}")
 
 
 def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:

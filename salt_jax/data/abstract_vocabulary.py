@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Vocabulary(abc.ABC):
     """
 
     drop_unknown: bool = False
-    notes: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
     base_size: int
     eos_id: int
     pad_id: int

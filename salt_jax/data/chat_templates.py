@@ -109,7 +109,13 @@ def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
     if isinstance(source, dict):
         source = source.get("default")
     if (folder / TEMPLATE_FILE).is_file():
-        source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        try:
+            source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{folder / TEMPLATE_FILE} is not UTF-8 ({error}): convert the file, or take in a "
+                "model that has another."
+            ) from error
     if not isinstance(source, str):
         return None
     tokens: dict[str, str] = {}

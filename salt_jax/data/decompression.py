@@ -23,10 +23,13 @@ _ZSTANDARD_BYTES = 1 << 10
 # As far as `zstd --long=31` goes. Memory of a frame's own window is taken, and no more.
 _LONGEST_WINDOW = 1 << 31
 
-# What zstandard's errors are about where a file is whole.
+# What zstandard's errors are about where a file is whole, and what to decompress it with then.
 _UNREAD = {
-    "memory": "a longer window than can be read here, 2 GiB with enough memory",
-    "ictionary": "a dictionary of its own, which is not read",
+    "memory": (
+        "a longer window than can be read here, 2 GiB with enough memory",
+        "--long=31 --memory=4GB",
+    ),
+    "ictionary": ("a dictionary of its own, which is not read", "-D DICTIONARY"),
 }
 
 
@@ -107,12 +110,12 @@ def _zstandard_blocks(path: str | os.PathLike[str], file: BinaryIO) -> Iterator[
             try:
                 block = frame.decompress(compressed)
             except zstandard.ZstdError as error:
-                why = next((why for word, why in _UNREAD.items() if word in str(error)), "")
-                if not why:
+                known = next((known for word, known in _UNREAD.items() if word in str(error)), None)
+                if known is None:
                     raise EOFError(str(error)) from error
                 raise InputError(
-                    f"{path} was compressed with {why} ({error}): recompress it, as by "
-                    "`zstd -dc --long=31 --memory=4GB FILE | zstd --long=27`."
+                    f"{path} was compressed with {known[0]} ({error}): recompress it, as by "
+                    f"`zstd -dc {known[1]} FILE | zstd --long=27`."
                 ) from error
             yield block
             if not frame.eof:

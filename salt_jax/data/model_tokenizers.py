@@ -18,11 +18,11 @@ from salt_jax.data.tokenizer_classes import (
     class_name,
     from_sentencepiece,
 )
+from salt_jax.data.tokenizer_json import load_tokenizer, renumbered_tokens
 from salt_jax.data.vocabularies import (
     HuggingFaceVocabulary,
     SentencePieceVocabulary,
     Vocabulary,
-    hugging_face_tokens,
 )
 from salt_jax.errors import InputError, nearest
 
@@ -220,7 +220,10 @@ def _class_settings(folder: pathlib.Path) -> dict[str, Any]:
 
 def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
     path = folder / TOKENIZER_FILE
-    ids = hugging_face_tokens(path)
+    model = path.read_bytes()
+    tokenizer = load_tokenizer(model, path)
+    _require_ids(renumbered_tokens(model, tokenizer), path)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
     found = {kind: _special_token(folder, kind, ids) for kind in ("eos", "bos", "pad")}
     eos_token = eos_token or found["eos"]
     if eos_token is None:
@@ -237,8 +240,20 @@ def _hugging_face(folder: pathlib.Path, eos_token: str | None) -> Vocabulary:
         eos_token=eos_token,
         start_token=found["bos"],
         pad_token=found["pad"],
-        model=as_transformers_reads(path.read_bytes(), path, _class_settings(folder)),
+        model=as_transformers_reads(model, path, _class_settings(folder)),
     )
+
+
+def _require_ids(moved: Mapping[str, tuple[int, int]], path: pathlib.Path) -> None:
+    """Refuses a tokenizer whose tokens have other ids than those that the model knows them by."""
+    if moved:
+        token, (written, read) = next(iter(moved.items()))
+        raise InputError(
+            f"{path} gives the added token {token!r} the id {written}, and tokenizers reads it as "
+            f"{read}, since it numbers added tokens in their order and without gaps: put its "
+            "added_tokens in the order of their ids, with a token for each id between, or each "
+            "into its vocab."
+        )
 
 
 def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> str | None:

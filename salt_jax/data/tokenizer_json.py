@@ -27,7 +27,7 @@ def load_tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tok
       InputError: It is none.
     """
     try:
-        return tokenizers.Tokenizer.from_str(model.decode())
+        return tokenizers.Tokenizer.from_str(model.decode("utf-8-sig"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(
             f"{os.fspath(path)} is no Hugging Face tokenizer ({error}): name a tokenizer.json."
@@ -40,6 +40,21 @@ def clear_dropout(tokenizer: tokenizers.Tokenizer) -> float:
     if dropout:
         tokenizer.model.dropout = None
     return dropout
+
+
+def renumbered_tokens(model: bytes, tokenizer: tokenizers.Tokenizer) -> dict[str, tuple[int, int]]:
+    """The added tokens whose id in a tokenizer.json is not the one that they get: the library
+    numbers those that are no pieces in the file's order and without gaps.
+
+    Returns:
+      By token: the id in the file, and the one that it gets.
+    """
+    ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+    return {
+        token["content"]: (token["id"], ids[token["content"]])
+        for token in json.loads(model).get("added_tokens", [])
+        if ids.get(token["content"], token["id"]) != token["id"]
+    }
 
 
 def behaviour(tokenizer: tokenizers.Tokenizer) -> str:

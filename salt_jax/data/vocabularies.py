@@ -6,6 +6,7 @@ setting that changes an id. Two of different fingerprints are equal all the same
 every text the same ids: versions of transformers write one tokenizer in different bytes.
 """
 
+import codecs
 import contextlib
 import functools
 import os
@@ -32,6 +33,7 @@ from salt_jax.data.tokenizer_json import (
     load_tokenizer,
     loss_marker,
     lost_characters,
+    renumbered_tokens,
 )
 from salt_jax.errors import InputError
 
@@ -178,12 +180,19 @@ class HuggingFaceVocabulary(Vocabulary):
         Raises:
           InputError: No such file, no tokenizer, or a token that it doesn't have.
         """
-        self._bytes = _read_model(path, "tokenizer.json") if model is None else model
+        model = _read_model(path, "tokenizer.json") if model is None else model
+        self._bytes = model.removeprefix(codecs.BOM_UTF8)  # which the library doesn't read
         self._tokenizer = load_tokenizer(self._bytes, path)
         if dropout := clear_dropout(self._tokenizer):
-            self.notes = (
+            self.notes += (
                 f"{os.fspath(path)} asks for BPE dropout {dropout:.3g}, by which no two runs would "
                 "have the same ids: it is switched off.",
+            )
+        if moved := renumbered_tokens(self._bytes, self._tokenizer):
+            token, (written, read) = next(iter(moved.items()))
+            self.notes += (
+                f"{os.fspath(path)} gives added tokens other ids than they get, as tokenizers "
+                f"numbers them ({len(moved):,}; {token!r} {written}, and it gets {read}).",
             )
         self._loss_marker = loss_marker(self._tokenizer)
         self.drop_unknown = drop_unknown
@@ -334,16 +343,6 @@ def _read_model(path: str | os.PathLike[str], what: str) -> bytes:
             f"The tokenizer's file {os.fspath(path)} cannot be read ({error.strerror}): "
             f"set the vocabulary's path to a {what}."
         ) from error
-
-
-def hugging_face_tokens(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Every token of a tokenizer.json with its id, special ones included.
-
-    Raises:
-      InputError: No such file, or no tokenizer.
-    """
-    tokenizer = load_tokenizer(_read_model(path, "tokenizer.json"), path)
-    return tokenizer.get_vocab(with_added_tokens=True)
 
 
 @contextlib.contextmanager

@@ -174,6 +174,7 @@ def config_from_json(
         for field, (setting, default) in architecture.fields.items()
     }
     theta, fraction = _rotary(architecture, settings, where)
+    activation = _activation(architecture, settings, where)
     rows = _value(settings, "vocab_size", ..., where)
     if rows < num_ids:
         raise InputError(
@@ -185,7 +186,7 @@ def config_from_json(
             **{
                 **architecture.fixed,
                 **found,
-                "mlp_activation": _activation(architecture, settings, where),
+                "mlp_activation": activation,
                 "rope_theta": theta,
                 "rope_fraction": fraction,
                 "vocab_size": num_ids,

@@ -13,6 +13,7 @@ The libraries of compressed files are imported when one is read: what only descr
 no more than the package itself does.
 """
 
+import itertools
 import json
 import pathlib
 import re
@@ -183,6 +184,7 @@ def _values(column: Any) -> list[Any]:
     """A column's values. Text may be of any of Arrow's types for it, or in plain bytes; bytes that
     are no UTF-8, which a writer may have let pass, become U+FFFD."""
     import pyarrow
+    import pyarrow.compute
     from pyarrow import types
 
     kind = column.type
@@ -195,6 +197,10 @@ def _values(column: Any) -> list[Any]:
         rows = zip(*map(_values, column.flatten()), strict=True)
         names = [field.name for field in kind]
         return [dict(zip(names, row, strict=True)) for row in rows]
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = iter(_values(column.flatten()))  # without those of lists that are null
+        sizes = pyarrow.compute.list_value_length(column).to_pylist()
+        return [None if size is None else list(itertools.islice(inner, size)) for size in sizes]
     if types.is_nested(kind):
         return [[]] * len(column)  # whatever is in it, it is no text
     if any(is_text(kind) for is_text in _text_types(types)):

@@ -104,7 +104,10 @@ def test_both_ways_give_transformers_logits(
 
 
 def test_a_run_that_trained_goes_out(
-    random_models: Any, tmp_path: pathlib.Path, tiny_run: pathlib.Path
+    random_models: Any,
+    tmp_path: pathlib.Path,
+    tiny_run: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     assert not convert(f"--model={tiny_run}", "--drop_padding=False", f"--output_dir={out}")
@@ -118,6 +121,10 @@ def test_a_run_that_trained_goes_out(
     size = find_model(tiny_run, None, "model").config.vocab_size
     theirs = random_models.their_logits(shorter)
     assert theirs.shape[-1] == size == ByteVocabulary().size
+    written = np.concatenate([value.ravel() for value in values(shorter).values()])
+    summary = json.loads((shorter / "summary.json").read_text())
+    assert summary["num_parameters"] == written.size
+    assert f"{size} ids in {size} rows" in capsys.readouterr().out
     np.testing.assert_allclose(theirs, expected[..., :size], atol=PARITY, rtol=0)
 
 

@@ -1,5 +1,6 @@
 """Chat templates: the text that transformers makes of messages, in a sandbox."""
 
+import codecs
 import json
 import pathlib
 import re
@@ -169,3 +170,16 @@ def test_what_a_template_may_not_do_is_one_sentence(source: str) -> None:
 def test_what_is_no_conversation(messages: Any) -> None:
     with pytest.raises(InputError, match="messages must be a list of objects like"):
         ChatTemplate("a")(messages)
+
+
+def test_the_file_of_a_template_is_utf_8_with_or_without_a_byte_order_mark(
+    tmp_path: pathlib.Path,
+) -> None:
+    file = tmp_path / "chat_template.jinja"
+    file.write_bytes(codecs.BOM_UTF8 + b"{{ messages[0].content }}")
+    template = load_chat_template(tmp_path)
+    assert template is not None
+    assert template([{"role": "user", "content": "Salt"}]) == "Salt"
+    file.write_bytes(b"\xff{{ messages[0].content }}")
+    with pytest.raises(InputError, match=r"is not UTF-8 .*: convert the file"):
+        load_chat_template(tmp_path)

@@ -86,6 +86,28 @@ def test_added_tokens_beyond_the_embedding_are_named(folder: pathlib.Path) -> No
     require_rows(ByteVocabulary(), 3, folder)
 
 
+@pytest.mark.parametrize("added", [["<b>", "<a>"], ["<a>", None, "<b>"]])
+def test_added_tokens_that_tokenizers_would_renumber_are_refused(
+    added: list[str | None], folder: pathlib.Path
+) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ids = {"<a>": 300, "<b>": 301 + (None in added)}
+    content["added_tokens"] += [
+        {"id": ids[name], "content": name, "special": True, **flags} for name in filter(None, added)
+    ]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"added token '<b>' the id 30[12], .* reads it as 30[01]"):
+        model_vocabulary(folder, "<s>")
+    # A tokenizer to train with may have any ids: it is told.
+    assert "gives added tokens other ids" in HuggingFaceVocabulary(path).notes[0]
+    content["added_tokens"].sort(key=lambda token: token["id"])
+    content["model"]["vocab"] |= ids
+    path.write_text(json.dumps(content))
+    assert model_vocabulary(folder, "<s>").encode("<a><b>", parse_special=True) == [*ids.values()]
+
+
 @pytest.mark.parametrize("settings", [{}, {"eos_token_id": [0, 1]}, {"eos_token_id": 999}])
 def test_a_tokenizer_without_an_end_of_document_is_refused(
     settings: dict[str, Any], folder: pathlib.Path

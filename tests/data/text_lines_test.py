@@ -165,7 +165,9 @@ def test_a_window_that_is_too_long_is_told_apart_from_damage(read, monkeypatch):
 def test_a_dictionary_is_told_apart_from_damage(read):
     dictionary = zstandard.train_dictionary(4096, LINES.splitlines())
     packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(LINES)
-    with pytest.raises(InputError, match=r"a dictionary of its own.*: recompress it"):
+    with pytest.raises(
+        InputError, match=r"a dictionary of its own.*: recompress it, as by `zstd -dc -D "
+    ):
         read("a.jsonl.zst", packed)
 
 

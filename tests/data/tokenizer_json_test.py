@@ -1,5 +1,6 @@
 """tokenizer.json files: equal by what they do, the same ids in every run, nothing lost unsaid."""
 
+import codecs
 import copy
 import json
 import pathlib
@@ -195,3 +196,12 @@ def test_an_unknown_token_that_is_missing_is_said_in_a_sentence(
     for encode in (vocabulary.encode, lambda text: vocabulary.encode_many([text])):
         with pytest.raises(InputError, match=r"cannot encode a text \(.*give its tokenizer\.json"):
             encode("b")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_tokenizer(tmp_path: pathlib.Path) -> None:
+    plain = _vocabulary(tmp_path, _byte_level())
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    marked = HuggingFaceVocabulary(path)
+    assert marked.fingerprint == plain.fingerprint
+    assert marked.model_bytes() == plain.model_bytes()

@@ -16,6 +16,8 @@ import pytest
 import zstandard
 
 from salt_jax.data import decompression
+from salt_jax.data.chat_templates import ChatTemplate
+from salt_jax.data.templates import Template
 from salt_jax.errors import InputError
 from salt_jax.preparation.readers import read_documents
 from salt_jax.preparation.reading_log import ReadingLog
@@ -60,6 +62,21 @@ def test_parquet(tmp_path):
     assert [(d.text, d.subset) for d in read_documents(path)] == [
         (row["text"], row["meta"]["pile_set_name"]) for row in ROWS
     ]
+
+
+@pytest.mark.parametrize("list_type", [pyarrow.list_, pyarrow.large_list])
+def test_conversations_of_parquet(tmp_path, list_type):
+    chat = ChatTemplate("{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}")
+    template = Template("{messages}", "{messages}", chat=chat)
+    said = [("user", "Salt?"), ("tool", None), ("assistant", "Yes\xff")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    fields = [("role", pyarrow.string()), ("content", pyarrow.large_string())]
+    rows = [messages[::2], messages]
+    column = pyarrow.array(rows, list_type(pyarrow.struct(fields)))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": column[1:]}), tmp_path / "a.parquet")
+    (document,) = read_documents(tmp_path / "a.parquet", template=template)
+    assert document.prompt == "<user>Salt?<tool>"
+    assert document.text == "<assistant>Yes\xff"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
