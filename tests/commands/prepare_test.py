@@ -395,7 +395,7 @@ for task in [*tasks, registered_task.RegisteredTask("pile", module="salt_jax.tas
 
 
 def test_text_and_finished_caches_need_no_extra(cache, corpus, tmp_path):
-    (corpus.folder / "1.jsonl.zst").write_bytes(b"")
+    (corpus.folder / "1.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     patterns = [f"{corpus.folder}/{name}" for name in ("*.jsonl", "*.zst")]
     command = [sys.executable, "-c", WITHOUT_THE_EXTRA, str(cache.path), str(tmp_path / "new")]
     result = subprocess.run([*command, *patterns], capture_output=True, text=True)

@@ -171,7 +171,11 @@ def _xsum_in_order(split: str) -> list[dict[str, Any]]:
     return [rows[example["inputs_pretokenized"].decode()] for example in examples]
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "templates").glob("*.gin")))
+# chat.gin is of the model's own template, for no data set.
+NAMES = sorted(p.stem for p in (CONFIGS / "templates").glob("*.gin") if p.stem != "chat")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gin_has_the_same_templates(name):
     flags = ["evaluate", "--gin_file=data/responses.gin", f"--gin_file=templates/{name}.gin"]
     configure(parse_arguments([*flags, "--gin.EXAMPLES='test.jsonl'", "--model=RUN"]))

@@ -118,12 +118,12 @@ def test_what_may_change_by_the_command(
     capsys.readouterr()
     assert main([*command, *changes]) == 0
     said = capsys.readouterr().out
-    assert "[baseline] batch_size was 8 and is now 16" in said
+    assert "[baseline] config.Data.batch_size was 8 and is now 16" in said
     assert "[baseline] SAVE_EVERY was 1000 and is now 1" in said
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows_consumed"]
     assert rows == {"stage1": 0, "stage2": 32}
     assert main([*command, *changes, "--data.seed=1"]) == 2
-    assert "configuration: data_seed was 0 and is now 1" in capsys.readouterr().err
+    assert "configuration: config.Data.seed was 0 and is now 1" in capsys.readouterr().err
 
 
 def test_stage_2_can_leave_out_what_stage_1_read(
@@ -362,11 +362,14 @@ def test_the_teacher_sees_what_the_student_sees(
         )
 
 
-def test_objectives_need_reserved_ids(run_train: Run, tmp_path: pathlib.Path) -> None:
+def test_objectives_need_reserved_ids(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     with pytest.raises(InputError, match=r"need \d+ reserved ids .* has 0: prepare the cache"):
         run_train(tmp_path / "out", objectives=UL2)
-    with pytest.raises(InputError, match="teacher_objectives is 'some'"):
-        run_train(tmp_path / "out", teacher_objectives="some")
+    with pytest.raises(InputError, match=r"objectives are 'some': set --teacher\.objectives to"):
+        taught = {"schedule": SALT, "teacher": str(slm)}
+        run_train(tmp_path / "out", **taught, teacher_objectives="some")
     with pytest.raises(InputError, match="stage2_rows is 'few'"):
         run_train(tmp_path / "out", stage2_rows="few")
     assert not (tmp_path / "out").exists()
