@@ -138,8 +138,8 @@ def test_a_damaged_configuration_is_told_of(tmp_path: pathlib.Path) -> None:
 
 def test_what_only_a_text_speaks_of_uses_no_macro(tmp_path: pathlib.Path) -> None:
     def begin(rows: int) -> list[str]:
-        text = f"train.train.arm = '%ROWS'\ntrain.train.batch_size = %ROWS\nROWS = {rows}\n"
-        return RunFolder(tmp_path, "train", lambda: text).begin(may_change=("train.batch_size",))
+        text = f"config.Method.arm = '%ROWS'\nconfig.Data.batch_size = %ROWS\nROWS = {rows}\n"
+        return RunFolder(tmp_path, "train", lambda: text).begin(may_change=("Data.batch_size",))
 
     begin(5)
     assert begin(6) == ["ROWS was 5 and is now 6"]
