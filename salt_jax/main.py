@@ -114,9 +114,12 @@ def _run(argv: list[str]) -> int:
             lock=lock,
             processes=together,
         )
+        begun = folder.begun
         try:
             verb(folder)
         except BaseException as error:
+            if isinstance(error, InputError) and not begun:
+                folder.withdraw_beginning()
             if not isinstance(error, InputError | RunFailed | Interrupted):
                 together.hear_who_is_lost()
             together.end(str(error).partition("\n")[0] or type(error).__name__)

@@ -25,7 +25,7 @@ from typing import Any
 from salt_jax import gin_files
 from salt_jax.errors import InputError
 from salt_jax.processes import Processes
-from salt_jax.run_lock import RunLock
+from salt_jax.run_lock import LOCK_FILE, RunLock
 
 CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
@@ -152,6 +152,13 @@ class RunFolder:
             self.lock.release()
         if not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def withdraw_beginning(self) -> None:
+        """`withdraw`, where this process has begun and there is nothing else yet."""
+        if self.lock is None or not self.lock.is_held or self.url or self.processes.count > 1:
+            return
+        if {path.name for path in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
+            self.withdraw()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the verb's results."""

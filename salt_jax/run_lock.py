@@ -67,6 +67,11 @@ class RunLock:
             self.release()
             raise
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has it."""
+        return self._file is not None
+
     def __enter__(self) -> "RunLock":
         return self
 

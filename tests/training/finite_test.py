@@ -21,6 +21,7 @@ from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import chunked_loss, schedules
 from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError, RunFailed
+from salt_jax.main import main
 from salt_jax.models import decoder
 from salt_jax.run_folder import RunFolder
 from salt_jax.training import evaluation, scoring
@@ -99,6 +100,19 @@ def test_a_tensor_that_is_not_finite_is_named_by_every_verb(
         with pytest.raises(InputError, match=rf"not finite, in {TENSOR}: use another one"):
             verb()
     assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_a_model_that_is_refused_leaves_no_folder(
+    with_nan: pathlib.Path, slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "out"
+    evaluating = ["evaluate", f"--cache={cache.path}", "--compilation_cache="]
+    assert main([*evaluating, f"--model={with_nan}", f"--output_dir={out}"]) == 2
+    assert not out.exists()
+    assert main([*evaluating, f"--model={slm}", f"--output_dir={out}"]) == 0
+    held = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main([*evaluating, f"--model={with_nan}", f"--output_dir={out}"]) == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == held
 
 
 def test_rows_that_get_no_numbers_are_named(
