@@ -174,7 +174,9 @@ def _field(place: str, row: Any) -> str | list[Any]:
     if isinstance(row, Broken):
         raise InputError(f"{place} is not JSON ({row.reason}): correct it.")
     fields = row if isinstance(row, dict) else {}
-    found = fields.get("messages", fields.get("prompt", fields.get("text")))
+    # What writes rows of one table writes null for what a row hasn't.
+    given = (fields.get(name) for name in ("messages", "prompt", "text"))
+    found = next((value for value in given if value is not None), None)
     # JSON can write half of a surrogate pair, which is no character.
     if isinstance(found, list) or (isinstance(found, str) and not _HALF_A_PAIR.search(found)):
         return found

@@ -61,7 +61,8 @@ def test_completions_are_those_of_the_model(
 def test_prompts_from_files(slm: pathlib.Path, tmp_path: pathlib.Path) -> None:
     lines, objects = tmp_path / "a.txt", tmp_path / "b.jsonl"
     lines.write_bytes("salt \r\n\nmodels é\n".encode())
-    objects.write_text('{"prompt": "salt ", "text": "no"}\n\n{"text": "models é"}\n')
+    row = {"messages": None, "prompt": None, "text": "models é"}
+    objects.write_text(f'{{"prompt": "salt ", "text": "no"}}\n\n{json.dumps(row)}\n')
     found = []
     for file in (lines, objects):
         out = tmp_path / file.stem
