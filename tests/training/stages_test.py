@@ -367,8 +367,8 @@ def test_objectives_need_reserved_ids(
 ) -> None:
     with pytest.raises(InputError, match=r"need \d+ reserved ids .* has 0: prepare the cache"):
         run_train(tmp_path / "out", objectives=UL2)
+    taught: dict[str, Any] = {"schedule": SALT, "teacher": str(slm)}
     with pytest.raises(InputError, match=r"objectives are 'some': set --teacher\.objectives to"):
-        taught = {"schedule": SALT, "teacher": str(slm)}
         run_train(tmp_path / "out", **taught, teacher_objectives="some")
     with pytest.raises(InputError, match="stage2_rows is 'few'"):
         run_train(tmp_path / "out", stage2_rows="few")
