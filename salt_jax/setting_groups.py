@@ -11,7 +11,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import gin
@@ -169,7 +169,7 @@ def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
 
 
 def bindings_of(
-    function: Callable[..., Any], name: str, values: Sequence[str], macros: Iterable[str] = ()
+    function: Callable[..., Any], name: str, values: Sequence[str], macros: Collection[str] = ()
 ) -> Iterator[str]:
     """gin texts for a flag --name=VALUE, which may have been given several times.
 
@@ -187,6 +187,12 @@ def bindings_of(
     is_plain = values[-1] != "None" and not _REFERENCE.fullmatch(values[-1])
     if is_plain and f"{setting.path}.path" in every:
         setting = every[f"{setting.path}.path"]
+    macro = name.rpartition(".")[2].upper()
+    if is_plain and setting.group is not None and macro in macros:
+        raise InputError(
+            f"--{name}={values[-1]}: a gin file makes an object of {setting.path}, and what it is "
+            f"made of is --gin.{macro}={values[-1]}."
+        )
     for path, outer in every.items():
         if outer is not setting and setting.path.startswith(f"{path}."):
             yield from _link(outer, instead_of_none=True)
