@@ -31,8 +31,9 @@ from salt_jax.distill.scores import column_names
 from salt_jax.training.compilation import use_compilation_cache
 from tests.bucket_emulator import BucketEmulator
 
-# Below nohup it is ignored, and so it would be in all that tests start.
+# Below nohup, or in a shell's background, they are ignored, and so in all that tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same small programs, and compiling is most of what they do.

@@ -228,7 +228,7 @@ def test_no_text_of_any_file_comes_out_raw(tmp_path, folders, capsys):
     plain, text = ((tmp_path / name / "index.html").read_text() for name in ("plain", "page"))
     assert "<script" not in text
     assert "\x1b" not in text
-    escaped = "&quot;&#x27;&gt;&lt;/td&gt;&lt;/pre&gt;&lt;script&gt;&amp;"
+    escaped = "&#34;&#39;&gt;&lt;/td&gt;&lt;/pre&gt;&lt;script&gt;&amp;"
     assert text.count(escaped) > 100
     for shown in ("salt_ds", "Github", "jax", "0123456789abcdef", "text of "):
         assert shown in text
