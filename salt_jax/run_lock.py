@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import socket
-import types
 from typing import IO
 
 from salt_jax.errors import InputError
@@ -75,12 +74,7 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def release(self) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import sys
 import time
-import types
 from collections.abc import Iterator, Sequence
 
 import rich.progress
@@ -183,10 +182,5 @@ class ProgressBar:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()

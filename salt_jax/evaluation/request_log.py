@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pathlib
-import types
 from typing import Any
 
 
@@ -43,12 +42,7 @@ class RequestLog:
         self._file.truncate(whole)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def key(self, request: Any) -> str:

@@ -5,7 +5,6 @@ compiled again. And a counter of compilations, which tells that nothing stalls a
 """
 
 import functools
-import types
 
 import jax
 
@@ -62,12 +61,7 @@ class CompilationCounter:
         jax.monitoring.register_event_duration_secs_listener(self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._note)
 
     def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:

@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import sys
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,12 +84,7 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -3,6 +3,7 @@
 One of one's own needs no more than what `Optimizer` has (docs/extending.md).
 """
 
+import abc
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,7 +31,7 @@ class Optimizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _ClippedOptimizer:
+class _ClippedOptimizer(abc.ABC):
     """What the optimizers here have in common; they differ by their `rule`.
 
     Attributes:
@@ -57,9 +58,9 @@ class _ClippedOptimizer:
             return rule
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
 
+    @abc.abstractmethod
     def rule(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
         """What happens to clipped gradients, weight decay and learning rate included."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,7 +181,7 @@ def test_any_changed_byte_is_read_or_refused(place: int, byte: int) -> None:
             return
         for tensor, info in files.tensors.items():
             if info.dtype in DTYPES:
-                files.read(tensor)
+                assert files.read(tensor).shape == info.shape
 
 
 @settings(max_examples=60, deadline=None)
