@@ -20,10 +20,10 @@ import measurement
 import numpy as np
 import tokenizers
 
-from salt_jax.data.safetensors_files import DTYPES, TensorInfo, write_shards
+from salt_jax.huggingface.model_config import config_to_json
+from salt_jax.huggingface.safetensors_files import DTYPES, TensorInfo, write_shards
+from salt_jax.huggingface.tensors import tensor_shapes
 from salt_jax.models.decoder_config import DecoderConfig
-from salt_jax.models.huggingface import config_to_json
-from salt_jax.models.huggingface_tensors import tensor_shapes
 
 ROWS = 50_304
 CONVERT = """

@@ -21,8 +21,9 @@ import measurement
 import numpy as np
 from flax import linen as nn
 
-from salt_jax.models import decoder, decoding
-from salt_jax.models.sampling import Sampling
+from salt_jax.inference import decoding
+from salt_jax.inference.sampling import Sampling
+from salt_jax.models import decoder
 from salt_jax.training import partitioning
 
 

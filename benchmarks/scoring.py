@@ -20,9 +20,9 @@ from flax import linen as nn
 from train_step import make_batch
 
 from salt_jax.distill import chunked_loss, losses, scores
+from salt_jax.inference.scoring import scoring_program
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
-from salt_jax.training.scoring import scoring_program
 
 
 def forward_program(config: decoder.DecoderConfig, chunk_tokens: int) -> Any:

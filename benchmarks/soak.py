@@ -37,7 +37,7 @@ import measurement
 import numpy as np
 import orbax.checkpoint as ocp
 
-from salt_jax.run_folder import CHECKPOINTS_FOLDER
+from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training.checkpoint_digests import check_digests
 from salt_jax.training.checkpoints import complete_steps
 

@@ -36,7 +36,7 @@ from salt_jax.data.packed_cache import PackedCacheWriter
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training import compilation, config, loop
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.learning_rates import WarmupCosine

@@ -20,9 +20,13 @@ PACKAGE = DOCS.parent / "salt_jax"
 LAYERS = (
     ("main.py",),
     ("commands",),
-    ("evaluation", "planning", "reporting"),
+    ("cli", "evaluation", "reporting"),
+    ("inference", "planning", "t5x"),
     ("training", "preparation"),
+    ("huggingface",),
     ("distill", "models", "data"),
+    ("storage",),
+    ("runtime",),
 )
 WAY = (
     ("text", "JSON lines, Parquet, files,\na SeqIO task"),
@@ -66,15 +70,18 @@ def draw() -> Figure:
     places = {}
     for level, parts in enumerate(LAYERS):
         for index, part in enumerate(parts):
-            places[part] = (10 * (index + 0.5) / len(parts), 9.2 - 2.1 * level)
+            places[part] = (10 * (index + 0.5) / len(parts), 9.4 - 1.12 * level)
     level = {part: number for number, parts in enumerate(LAYERS) for part in parts}
     # main finds the verbs by their files' names.
-    for (start, end), count in (imports() + Counter({("main.py", "commands"): 5})).items():
-        if start in level and level.get(end) == level[start] + 1:
+    found = imports() + Counter({("main.py", "commands"): 5})
+    for (start, end), count in found.items():
+        # Imports of what a part below imports too are left out.
+        below = (part for part in level if (start, part) in found and (part, end) in found)
+        if start in level and level.get(end, 0) > level[start] and not any(below):
             (x0, y0), (x1, y1) = places[start], places[end]
             arrow = FancyArrowPatch(
-                (x0, y0 - 0.42),
-                (x1, y1 + 0.42),
+                (x0, y0 - 0.3),
+                (x1, y1 + 0.3),
                 arrowstyle="-|>",
                 mutation_scale=9,
                 color=LINE,
@@ -83,7 +90,7 @@ def draw() -> Figure:
             )
             layers.add_patch(arrow)
     for part, (x, y) in places.items():
-        _box(layers, x, y, 2.7, 0.8, part, "")
+        _box(layers, x, y, 2.4, 0.56, part, "")
 
     heights = [9.3 - 1.42 * number for number in range(len(WAY))]
     for (name, words), y in zip(WAY, heights, strict=True):

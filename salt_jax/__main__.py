@@ -5,9 +5,9 @@ import signal
 import sys
 import types
 
-from salt_jax import output_streams
 from salt_jax.errors import INTERRUPTED
-from salt_jax.stop_signals import stop_signals
+from salt_jax.runtime import output_streams
+from salt_jax.runtime.stop_signals import stop_signals
 
 
 def run() -> None:

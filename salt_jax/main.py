@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import gin
-from salt_jax import __version__, output_streams, processes
-from salt_jax.command_line import (
+from salt_jax import __version__
+from salt_jax.cli.command_line import (
     SAFE_GIN,
     USAGE,
     Arguments,
@@ -28,14 +28,15 @@ from salt_jax.command_line import (
     verb_table,
     verbs,
 )
-from salt_jax.configuration import configure, settings_of_all
-from salt_jax.data.buckets import is_remote
+from salt_jax.cli.configuration import configure, settings_of_all
+from salt_jax.cli.verb_process import GUARDED, run_guarded
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, visible
-from salt_jax.mirror import Mirror
-from salt_jax.run_folder import RunFolder, library_versions
-from salt_jax.run_lock import RunLock
+from salt_jax.runtime import output_streams, processes
+from salt_jax.storage.buckets import is_remote
+from salt_jax.storage.mirror import Mirror
+from salt_jax.storage.run_folder import RunFolder, library_versions
+from salt_jax.storage.run_lock import RunLock
 from salt_jax.terminal import say, warn
-from salt_jax.verb_process import GUARDED, run_guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from salt_jax.data.vocabularies import (
 )
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
-from salt_jax.preparation.salt_ds import ScoredRows, SelectedRows
+from salt_jax.t5x.salt_ds import ScoredRows, SelectedRows
 
 
 def required(variable: str, what: str) -> str:

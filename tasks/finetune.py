@@ -12,8 +12,8 @@ its first 2% of train are held out.
 
 import seqio
 
-from salt_jax.data.templates import Template
-from salt_jax.preparation.text_tasks import register_response_task
+from salt_jax.preparation.templates import Template
+from salt_jax.t5x.text_tasks import register_response_task
 from salt_jax.tasks import environment
 
 GSM8K = Template("Question: {question}\nAnswer:", " {answer}")

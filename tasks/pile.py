@@ -14,9 +14,9 @@ release would repeat.
 import seqio
 
 from salt_jax.preparation.pile import PILE_DOCUMENT_RATES, PILE_SUBSETS, pile_slug
-from salt_jax.preparation.salt_ds import register_rows
-from salt_jax.preparation.text_tasks import register_dataset_task
-from salt_jax.preparation.the_pile import the_pile as _the_pile  # noqa: F401 (TFDS must know it)
+from salt_jax.t5x.salt_ds import register_rows
+from salt_jax.t5x.text_tasks import register_dataset_task
+from salt_jax.t5x.the_pile import the_pile as _the_pile  # noqa: F401 (TFDS must know it)
 from salt_jax.tasks import environment
 
 _DATASET = "the_pile/{config}:1.0.0"

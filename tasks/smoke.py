@@ -6,8 +6,8 @@ and test splits.
 """
 
 from salt_jax.preparation.own_text import own_text
-from salt_jax.preparation.salt_ds import register_rows
-from salt_jax.preparation.text_tasks import register_text_task
+from salt_jax.t5x.salt_ds import register_rows
+from salt_jax.t5x.text_tasks import register_text_task
 from salt_jax.tasks import environment
 
 SMOKE_TEXT = register_text_task("smoke_text", own_text, environment.vocabulary)

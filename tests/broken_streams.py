@@ -7,8 +7,8 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from salt_jax import output_streams
 from salt_jax.preparation.mapping import Progress
+from salt_jax.runtime import output_streams
 
 
 def print_much(number: int) -> Progress:

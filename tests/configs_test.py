@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 import gin
-from salt_jax.command_line import parse_arguments
-from salt_jax.config_errors import CONFIGS
-from salt_jax.configuration import configure
+from salt_jax.cli.command_line import parse_arguments
+from salt_jax.cli.config_errors import CONFIGS
+from salt_jax.cli.configuration import configure
 from salt_jax.data.denoisers import Denoising, Objectives
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import schedules
 from salt_jax.errors import InputError
+from salt_jax.huggingface.model_config import config_from_json
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.models.huggingface import config_from_json
 from salt_jax.training import flops
 from salt_jax.training.learning_rates import (
     WarmupConstant,
@@ -171,7 +171,7 @@ def test_all_files_are_tested() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "rows", "stage1", "stage2"])
 def test_files_for_t5x_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are for its own train.py; tests/t5x_model_test.py has it read them."""
+    """They are for its own train.py; tests/t5x/t5x_model_test.py has it read them."""
     monkeypatch.setitem(sys.modules, "t5x", None)
     assert names("t5x") == {"tiny", "rows", "stage1", "stage2"}
     with pytest.raises(InputError, match=r"t5x/\w+\.gin, line \d+") as caught:

@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from salt_jax.command_line import SAFE_GIN
+from salt_jax.cli.command_line import SAFE_GIN
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import main
 

@@ -12,16 +12,16 @@ import sys
 import pytest
 
 import gin
-from salt_jax.command_line import parse_arguments, shortest, verbs
+from salt_jax.cli.command_line import parse_arguments, shortest, verbs
+from salt_jax.cli.configuration import configure
+from salt_jax.cli.setting_groups import settings_of
 from salt_jax.commands.generate import generate
 from salt_jax.commands.report import report
 from salt_jax.commands.score import score
 from salt_jax.commands.study import study
-from salt_jax.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import schedules, scores
 from salt_jax.main import main
-from salt_jax.setting_groups import settings_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRETRAIN = ["train", "--gin_file=runs/pretrain.gin", "--gin.LEARNING_RATE=1e-3"]
@@ -174,8 +174,8 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_no_verb_but_prepare_imports_tensorflow_or_torch(verb: str) -> None:
     code = (
-        "import sys; from salt_jax.command_line import parse_arguments\n"
-        "from salt_jax.configuration import configure\n"
+        "import sys; from salt_jax.cli.command_line import parse_arguments\n"
+        "from salt_jax.cli.configuration import configure\n"
         f"import salt_jax.commands.{verb}\n"
         "bad = {'tensorflow', 'seqio', 'tensorflow_datasets', 'torch'} & set(sys.modules)\n"
         "sys.exit(f'imported: {bad}' if bad else 0)"

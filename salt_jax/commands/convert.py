@@ -13,36 +13,37 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.data import model_tokenizers
-from salt_jax.data.durable_files import write_text
-from salt_jax.data.json_files import read_json_object
-from salt_jax.data.local_copies import local_folder
-from salt_jax.data.model_folders import CONFIG_FILE, refuse_repository, require_config
-from salt_jax.data.model_tokenizers import GENERATION_FILE, TOKENIZER_FOLDER
-from salt_jax.data.safetensors_files import (
-    DOWNLOAD,
-    DTYPES,
-    SafetensorsFolder,
-    TensorInfo,
-    write_shards,
-)
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts, visible
-from salt_jax.models.decoder import DecoderConfig
-from salt_jax.models.huggingface import (
+from salt_jax.huggingface import model_tokenizers
+from salt_jax.huggingface.model_config import (
     Architecture,
     config_from_json,
     config_to_json,
     unread_fields,
     vocab_multiple,
 )
-from salt_jax.models.huggingface_tensors import (
-    HEADS,
-    Rule,
-    refuse_other_tensors,
-    tensor_shapes,
+from salt_jax.huggingface.model_folders import CONFIG_FILE, refuse_repository, require_config
+from salt_jax.huggingface.model_tokenizers import GENERATION_FILE, TOKENIZER_FOLDER
+from salt_jax.huggingface.safetensors_files import (
+    DOWNLOAD,
+    DTYPES,
+    SafetensorsFolder,
+    TensorInfo,
+    write_shards,
 )
-from salt_jax.run_folder import CHECKPOINTS_FOLDER, RUN_FILE, SUMMARY_FILE, RunFolder, to_json
+from salt_jax.huggingface.tensors import HEADS, Rule, refuse_other_tensors, tensor_shapes
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.json_files import read_json_object
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.run_folder import (
+    CHECKPOINTS_FOLDER,
+    RUN_FILE,
+    SUMMARY_FILE,
+    RunFolder,
+    to_json,
+)
 from salt_jax.terminal import say
 from salt_jax.training.checkpoint_digests import complete_digests
 from salt_jax.training.checkpoint_items import require_path

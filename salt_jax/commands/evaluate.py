@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.data.user_folders import cache_folder
 from salt_jax.distill import losses
 from salt_jax.errors import InputError
 from salt_jax.evaluation.examination import Examination, Examinee
 from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.evaluation.responses import Responding, Responses
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
+from salt_jax.storage.user_folders import cache_folder
 from salt_jax.training import compilation
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices

@@ -17,20 +17,20 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from salt_jax.data.buckets import open_file
-from salt_jax.data.chat_templates import ChatTemplate, load_chat_template
-from salt_jax.data.durable_files import write_text
 from salt_jax.data.file_kinds import kind_of
-from salt_jax.data.local_copies import local_file
-from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER
 from salt_jax.data.text_lines import Broken, json_rows, text_lines
 from salt_jax.errors import InputError
-from salt_jax.run_folder import RunFolder
+from salt_jax.huggingface.chat_templates import ChatTemplate, load_chat_template
+from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER
+from salt_jax.inference.generation import Generator, Sampling
+from salt_jax.storage.buckets import open_file
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.local_copies import local_file
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training import compilation
 from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.config import Devices
-from salt_jax.training.generation import Generator, Sampling
 
 GENERATIONS_FILE = "generations.jsonl"
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from salt_jax.data import denoisers
 from salt_jax.data.label_format import ENCODINGS, LabelFormat
-from salt_jax.data.local_copies import local_folder
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError, require_counts
@@ -40,7 +39,8 @@ from salt_jax.planning.stored_labels import (
     sentence,
     stored_labels,
 )
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training.config import FROM_FILES, Teacher, TrainConfig
 from salt_jax.training.teacher import check_dtype

@@ -15,8 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salt_jax.data.buckets import state_of
-from salt_jax.data.manifests import COMPLETED_FILE
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
 from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
@@ -30,7 +28,9 @@ from salt_jax.preparation.runners import LOCAL, JobRunner
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 from salt_jax.preparation.work_folder import WorkFolder, digest_of
-from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
+from salt_jax.storage.buckets import state_of
+from salt_jax.storage.manifests import COMPLETED_FILE
+from salt_jax.storage.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.terminal import Table, print_table, say
 
 
@@ -208,7 +208,7 @@ def _corpus_and_vocabulary(
 def _seqio_documents() -> types.ModuleType:
     """The module that reads registered tasks, imported now: it brings TensorFlow."""
     try:
-        return importlib.import_module("salt_jax.preparation.seqio_documents")
+        return importlib.import_module("salt_jax.t5x.seqio_documents")
     except ModuleNotFoundError as error:
         raise InputError(
             f"A registered task needs the library {error.name}, which is not installed: "

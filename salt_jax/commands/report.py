@@ -13,7 +13,7 @@ from salt_jax.reporting import page
 from salt_jax.reporting.runs import Material, Origin, read_folders
 from salt_jax.reporting.sections import compose
 from salt_jax.reporting.seeds import REFERENCE
-from salt_jax.run_folder import RunFolder, write_atomically
+from salt_jax.storage.run_folder import RunFolder, write_atomically
 from salt_jax.terminal import print_table, say
 
 POSITIONAL = "runs"

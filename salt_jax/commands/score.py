@@ -27,14 +27,14 @@ from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.distill import losses
 from salt_jax.distill.scores import Score, checked_ks, column_names, require_scores, scores_of
 from salt_jax.errors import InputError, require_counts
-from salt_jax.run_folder import RunFolder
+from salt_jax.inference.scoring import own_mesh, score_rows
+from salt_jax.inference.soft_labelling import label_rows
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, say
 from salt_jax.training import compilation
 from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.ledger import Cost
-from salt_jax.training.scoring import own_mesh, score_rows
-from salt_jax.training.soft_labelling import label_rows
 
 # Rows are shuffled, so the first of them are a sample.
 _SAMPLE_ROWS = 1 << 20

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.data import durable_files
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import (
     AUDIT_FILE,
@@ -28,7 +27,8 @@ from salt_jax.distill import selection, selection_audit
 from salt_jax.distill.scores import LOG_PERPLEXITY, ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.reporting.selection_audit import audit_tables
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage import durable_files
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import print_table, say
 
 # What sets the settings that no flag can.

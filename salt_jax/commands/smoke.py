@@ -12,15 +12,15 @@ from typing import Any
 
 import jax
 
+from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError, RunFailed, require_counts
-from salt_jax.run_folder import SUMMARY_FILE, RunFolder
+from salt_jax.storage.run_folder import SUMMARY_FILE, RunFolder
 from salt_jax.terminal import Table, print_table, say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.evaluation import EvaluationResult, Evaluator
-from salt_jax.verb_process import check_verbs, run_verb
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
 SPLIT = "test"

@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from salt_jax.data.local_copies import local_folder
+from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.errors import InputError, nearest, require_counts
-from salt_jax.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.terminal import say
-from salt_jax.verb_process import check_verbs, run_verb
 
 MAKERS = ("prepare", "train", "score", "select")
 REPORT = "report"

@@ -10,14 +10,14 @@ import jax
 
 from salt_jax.data import denoisers
 from salt_jax.data.input_pipeline import SELECTED, Position
-from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.errors import InputError
+from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.caches import Caches, make_pipeline

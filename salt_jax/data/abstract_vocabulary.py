@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.data.durable_files import whole_file, write_text
-from salt_jax.data.json_files import Shape
 from salt_jax.errors import InputError
+from salt_jax.storage.durable_files import whole_file, write_text
+from salt_jax.storage.json_files import Shape
 
 SETTINGS_FILE = "vocabulary.json"
 

@@ -18,8 +18,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from salt_jax.data.features import Row
-from salt_jax.data.manifests import file_digest
 from salt_jax.data.row_records import RecordFormat
+from salt_jax.storage.manifests import file_digest
 
 # The names that `shard_path` gives, and those of shards being written.
 SHARD_FILE = re.compile(r"rows-\d{5,}-of-\d{5,}\.array_record(\.tmp)?")

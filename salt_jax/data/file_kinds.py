@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from salt_jax.data.json_files import valid_unicode
 from salt_jax.errors import InputError
+from salt_jax.storage.json_files import valid_unicode
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 # Those that are read, by what they hold.

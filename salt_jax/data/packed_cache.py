@@ -32,17 +32,6 @@ from salt_jax.data.cache_shards import (
     write_shard,
 )
 from salt_jax.data.features import Row
-from salt_jax.data.json_files import inside, no_link_out
-from salt_jax.data.local_copies import local_folder
-from salt_jax.data.manifests import (
-    MANIFEST_FILE,
-    begin_writing,
-    file_digest,
-    manifest_digest,
-    new_manifest,
-    read_manifest,
-    write_manifest,
-)
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.vocabularies import (
     VOCABULARY_FILES,
@@ -51,6 +40,17 @@ from salt_jax.data.vocabularies import (
     load_vocabulary,
 )
 from salt_jax.errors import InputError
+from salt_jax.storage.json_files import inside, no_link_out
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.manifests import (
+    MANIFEST_FILE,
+    begin_writing,
+    file_digest,
+    manifest_digest,
+    new_manifest,
+    read_manifest,
+    write_manifest,
+)
 
 KIND = "packed_cache"
 _AGAIN = "copy the cache again, or make it again with `salt prepare`"

@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from salt_jax.data import durable_files
-from salt_jax.data.json_files import no_link_out
-from salt_jax.data.manifests import file_digest
 from salt_jax.errors import InputError
+from salt_jax.storage import durable_files
+from salt_jax.storage.json_files import no_link_out
+from salt_jax.storage.manifests import file_digest
 
 ROW_IDS_FILE = "row_ids.npy"
 

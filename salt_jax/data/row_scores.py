@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.data import durable_files
-from salt_jax.data.json_files import read_json_object, require_shape
-from salt_jax.data.local_copies import local_folder
-from salt_jax.data.manifests import (
+from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
+from salt_jax.data.shard_columns import SUFFIX, Column, layout_of, write_columns
+from salt_jax.errors import InputError
+from salt_jax.storage import durable_files
+from salt_jax.storage.json_files import read_json_object, require_shape
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.manifests import (
     COST,
     MANIFEST_FILE,
     begin_writing,
@@ -30,10 +33,7 @@ from salt_jax.data.manifests import (
     read_manifest,
     write_manifest,
 )
-from salt_jax.data.restartable_shards import FinishedShards, RestartableShards, Shard
-from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
-from salt_jax.data.shard_columns import SUFFIX, Column, layout_of, write_columns
-from salt_jax.errors import InputError
+from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards, Shard
 
 AUDIT_FILE = "audit.json"
 COST_FILE = "cost.json"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from salt_jax.data.restartable_shards import FinishedShards, ShardWriter
+from salt_jax.storage.restartable_shards import FinishedShards, ShardWriter
 
 SUFFIX = ".columns"
 

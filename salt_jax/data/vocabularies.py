@@ -24,8 +24,6 @@ from salt_jax.data.abstract_vocabulary import (
     Vocabulary,
     checked_reserved,
 )
-from salt_jax.data.json_files import read_json_object, require_shape
-from salt_jax.data.local_copies import local_file, local_folder
 from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
 from salt_jax.data.tokenizer_json import (
     behaviour,
@@ -36,6 +34,8 @@ from salt_jax.data.tokenizer_json import (
     renumbered_tokens,
 )
 from salt_jax.errors import InputError
+from salt_jax.storage.json_files import read_json_object, require_shape
+from salt_jax.storage.local_copies import local_file, local_folder
 
 VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.inference.generation import Generator, Sampling
 from salt_jax.terminal import ProgressBar
-from salt_jax.training.generation import Generator, Sampling
 
 
 @dataclasses.dataclass(frozen=True)

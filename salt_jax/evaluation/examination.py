@@ -14,9 +14,9 @@ from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.distill import losses
 from salt_jax.errors import require_counts
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.inference.generation import Generator
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import SavedModel
-from salt_jax.training.generation import Generator
 
 _REQUESTS_FILE = "requests.jsonl"
 

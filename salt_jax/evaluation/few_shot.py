@@ -7,14 +7,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salt_jax.data.durable_files import write_text
 from salt_jax.errors import require_counts
 from salt_jax.evaluation.continuations import Continuations
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.harness_tasks import SUITE, TaskResult, Tasks
 from salt_jax.evaluation.likelihood import Scorer
-from salt_jax.run_folder import to_json
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.run_folder import to_json
 from salt_jax.terminal import Table, print_table
 
 

@@ -17,8 +17,8 @@ from salt_jax.errors import InputError
 from salt_jax.evaluation.continuations import Continuations, Decoding
 from salt_jax.evaluation.likelihood import Scorer
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.inference.generation import Sampling
 from salt_jax.terminal import ProgressBar
-from salt_jax.training.generation import Sampling
 
 Instances = Sequence[lm_eval.api.instance.Instance]
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.data.durable_files import write_text
 from salt_jax.errors import InputError, nearest
 from salt_jax.evaluation.answer_metrics import METRICS, Scores
 from salt_jax.evaluation.continuations import Continuations, Decoding
 from salt_jax.evaluation.examination import Examinee
+from salt_jax.inference.generation import Sampling
 from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.readers import Document
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import to_json
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.run_folder import to_json
 from salt_jax.terminal import Table, print_table, say
-from salt_jax.training.generation import Sampling
 
 RESPONSES_FILE = "responses.jsonl"
 

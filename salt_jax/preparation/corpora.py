@@ -13,24 +13,53 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from salt_jax.data.buckets import path_of, state_of
 from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.preparation.part_files import TokenizedDocument, token_dtype
 from salt_jax.preparation.reading_log import ReadingLog, SourceFile
-from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.text_files import TextFiles
+from salt_jax.storage.buckets import path_of, state_of
 
 # Files are put together up to about so much text.
 _UNIT_TEXT_BYTES = 8_000_000
 # Text in a byte of a compressed file, roughly.
 _EXPANSION = {"zstandard": 4.0, "xz": 4.0, "bzip2": 4.0, "gzip": 3.0}
 _PARQUET_EXPANSION = 3.0
+
+
+class Unit(Protocol):
+    """A part of a corpus that is tokenized on its own: some text files, or a shard of a SeqIO task.
+
+    Attributes:
+      name: Names its part file.
+      split: The split that it is read from.
+      splits: The splits that its documents may belong to.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def splits(self) -> tuple[str, ...]: ...
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that its documents depend on, as JSON."""
+
+    def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
+        """Its documents, tokenized.
+
+        Raises:
+          InputError: Malformed text, with its file and line.
+        """
+
+    def sources(self, log: ReadingLog) -> list[SourceFile]:
+        """The files that were read, as `log` noted them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,57 +125,6 @@ class TextUnit:
     def sources(self, log: ReadingLog) -> list[SourceFile]:
         """Its files as they were read."""
         return log.sources(self.files)
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskUnit:
-    """A shard of a SeqIO task's source.
-
-    Attributes:
-      name: Names its part file.
-      split: The split it is of.
-      task: The task.
-      shard: Which shard.
-      shards: Of how many.
-    """
-
-    name: str
-    split: str
-    task: RegisteredTask
-    shard: int
-    shards: int
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits its documents may belong to."""
-        return (self.split,)
-
-    def identity(self) -> dict[str, Any]:
-        """What its documents depend on, apart from the task itself."""
-        return dataclasses.asdict(self)
-
-    def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
-        """Its documents.
-
-        Raises:
-          InputError: What the task's readers raise, or no such task.
-        """
-        from salt_jax.preparation import seqio_documents
-
-        task = seqio_documents.find_task(self.task)
-        return seqio_documents.read_documents(
-            task, self.split, vocabulary, self.shard, self.shards, log
-        )
-
-    def sources(self, log: ReadingLog) -> list[SourceFile]:
-        """The files of the shard as they were read."""
-        from salt_jax.preparation import seqio_documents
-
-        task = seqio_documents.find_task(self.task)
-        return seqio_documents.sources(task, self.split, self.shard, self.shards, log)
-
-
-Unit = TextUnit | TaskUnit
 
 
 @dataclasses.dataclass(frozen=True)

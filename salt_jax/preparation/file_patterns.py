@@ -13,7 +13,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
-from salt_jax.data.buckets import is_remote, matching
+from salt_jax.storage.buckets import is_remote, matching
 
 
 def names_of(pattern: str, left_out: dict[str, str]) -> list[str]:

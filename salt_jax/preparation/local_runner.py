@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from salt_jax import output_streams
 from salt_jax.errors import Interrupted, RunFailed
 from salt_jax.preparation.mapping import Progress
-from salt_jax.stop_signals import stop_signals, stop_signals_handled_by
+from salt_jax.runtime import output_streams
+from salt_jax.runtime.stop_signals import stop_signals, stop_signals_handled_by
 from salt_jax.terminal import ProgressBar
 
 _MOST_WORKERS = 64

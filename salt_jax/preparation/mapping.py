@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from salt_jax.data.durable_files import whole_file
 from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import TextUnit, Unit
 from salt_jax.preparation.part_files import PartWriter, token_dtype
 from salt_jax.preparation.reading_log import ReadingLog, SourceFile
 from salt_jax.preparation.work_folder import WorkFolder
+from salt_jax.storage.durable_files import whole_file
 
 
 class Progress(NamedTuple):

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, shard_path, write_shard
-from salt_jax.data.durable_files import whole_file
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.preparation.mapping import Progress
 from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
 from salt_jax.preparation.part_files import RECORD, read_bucket, token_dtype
 from salt_jax.preparation.work_folder import WorkFolder
+from salt_jax.storage.durable_files import whole_file
 
 
 @dataclasses.dataclass(frozen=True)

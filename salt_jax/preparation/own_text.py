@@ -10,8 +10,8 @@ import glob
 import os
 import sysconfig
 
-from salt_jax.data.buckets import state_of
 from salt_jax.preparation.text_files import TextFiles
+from salt_jax.storage.buckets import state_of
 
 TEXT_VARIABLE = "SALT_TEXT"
 

@@ -20,13 +20,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
-from salt_jax.data.buckets import open_file
 from salt_jax.data.file_kinds import FileKind, kind_of
-from salt_jax.data.json_files import valid_unicode
-from salt_jax.data.templates import Template, Unfit
 from salt_jax.data.text_lines import MOST_LINE_BYTES, Broken, json_rows, text_blocks
 from salt_jax.errors import InputError
 from salt_jax.preparation.reading_log import ReadingLog
+from salt_jax.preparation.templates import Template, Unfit
+from salt_jax.storage.buckets import open_file
+from salt_jax.storage.json_files import valid_unicode
 
 _REPAIR = "mend the file{templates}, or skip such rows with skip_broken_lines=True"
 _PLAIN = Template()

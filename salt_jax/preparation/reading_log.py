@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
-from salt_jax.data.buckets import BucketError, open_file, state_of
 from salt_jax.errors import InputError
+from salt_jax.storage.buckets import BucketError, open_file, state_of
 
 _BUFFER_BYTES = 1 << 20
 

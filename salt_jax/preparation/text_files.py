@@ -17,14 +17,14 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from salt_jax.data.buckets import path_of, state_of
 from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.packed_cache import SPLITS
-from salt_jax.data.templates import Template
 from salt_jax.errors import InputError, visible
 from salt_jax.preparation.file_patterns import names_of, once, real_paths
 from salt_jax.preparation.readers import Document, read_documents
 from salt_jax.preparation.reading_log import ReadingLog, source_digest
+from salt_jax.preparation.templates import Template
+from salt_jax.storage.buckets import path_of, state_of
 from salt_jax.terminal import say
 
 

@@ -23,9 +23,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from salt_jax.data.durable_files import LEFTOVERS, write_text
-from salt_jax.data.json_files import no_link_out, read_json_object, require_shape
 from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.storage.durable_files import LEFTOVERS, write_text
+from salt_jax.storage.json_files import no_link_out, read_json_object, require_shape
 
 _PLAN_FILE = "plan.json"
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from salt_jax.data.json_files import parse_json, read_json_object, require_shape
-from salt_jax.data.local_copies import local_folder
-from salt_jax.data.manifests import MANIFEST_FILE
 from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.reporting.costs import Costs, TeacherTraining
-from salt_jax.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
+from salt_jax.storage.json_files import parse_json, read_json_object, require_shape
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.manifests import MANIFEST_FILE
+from salt_jax.storage.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
 
 CURVE_SPLIT = "validation"
 _WHOLE = "give the folder of a whole run"

@@ -8,13 +8,13 @@ import numpy as np
 
 from salt_jax.data.denoisers import Denoising
 from salt_jax.data.input_pipeline import InputPipeline, Position
-from salt_jax.data.local_copies import local_folder
-from salt_jax.data.manifests import manifest_digest
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import MixedOrder, Order, RowOrder, UnusedRows
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.manifests import manifest_digest
 
 STAGE2_ROWS = ("all", "unused")
 

@@ -11,10 +11,10 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from salt_jax.data.durable_files import write_text
-from salt_jax.data.json_files import read_json_object, require_shape
-from salt_jax.data.manifests import file_digest
 from salt_jax.errors import InputError
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.json_files import read_json_object, require_shape
+from salt_jax.storage.manifests import file_digest
 from salt_jax.terminal import warn
 
 DIGESTS_FILE = "digests.json"

@@ -18,14 +18,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from salt_jax.data.buckets import is_remote
-from salt_jax.data.local_copies import local_run
-from salt_jax.data.model_tokenizers import TOKENIZER_FOLDER, end_ids
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
+from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER, end_ids
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.run_folder import CHECKPOINTS_FOLDER
+from salt_jax.storage.buckets import is_remote
+from salt_jax.storage.local_copies import local_run
+from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoint_digests import (
     check_digests,

@@ -8,7 +8,7 @@ import functools
 
 import jax
 
-from salt_jax.data.user_folders import writable
+from salt_jax.storage.user_folders import writable
 from salt_jax.terminal import warn
 
 DEFAULT_FOLDER = "~/.cache/salt_jax/programs"

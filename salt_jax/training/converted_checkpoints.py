@@ -22,7 +22,7 @@ import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import type_handlers
 
-from salt_jax.run_folder import CHECKPOINTS_FOLDER
+from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training.checkpoint_digests import write_digests
 from salt_jax.training.checkpoint_items import read_back, reading
 

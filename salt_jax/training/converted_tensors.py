@@ -11,15 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.data.safetensors_files import DTYPES, SafetensorsFolder
+from salt_jax.huggingface.safetensors_files import DTYPES, SafetensorsFolder
+from salt_jax.huggingface.tensors import Path, Rule, leaf_shapes, require_finite, tensor_shapes
 from salt_jax.models.decoder_config import DecoderConfig
-from salt_jax.models.huggingface_tensors import (
-    Path,
-    Rule,
-    leaf_shapes,
-    require_finite,
-    tensor_shapes,
-)
 from salt_jax.training.checkpoints import SavedModel
 from salt_jax.training.converted_checkpoints import StreamedParameter, open_parameters
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from salt_jax.data.input_pipeline import InputPipeline, Position
 from salt_jax.errors import InputError, Interrupted, RunFailed
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import Checkpointer, SavedModel

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from salt_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
+from salt_jax.storage.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
 from salt_jax.terminal import warn
 
 # tensorboardX imports torch where it is installed, for graphs that nobody asks it for here: half of

@@ -6,7 +6,7 @@ import types
 
 from jax.experimental import multihost_utils
 
-from salt_jax.stop_signals import stop_signals
+from salt_jax.runtime.stop_signals import stop_signals
 
 
 class StopRequests:

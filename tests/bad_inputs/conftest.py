@@ -22,14 +22,14 @@ from salt_jax.commands.train import train
 from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores
-from salt_jax.data.safetensors_files import TensorInfo, write_shards
 from salt_jax.data.soft_labels import SoftLabelsWriter
 from salt_jax.distill import losses, schedules
 from salt_jax.distill.selection import RandomRows
+from salt_jax.huggingface.model_config import config_from_json
+from salt_jax.huggingface.safetensors_files import TensorInfo, write_shards
+from salt_jax.huggingface.tensors import tensor_shapes
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.models.huggingface import config_from_json
-from salt_jax.models.huggingface_tensors import tensor_shapes
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW

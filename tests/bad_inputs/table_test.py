@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from salt_jax.command_line import verbs
+from salt_jax.cli.command_line import verbs
 from salt_jax.main import main
 
 TABLES = sorted(pathlib.Path(__file__).parent.glob("*.txt"))

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 import gin
-from salt_jax.command_line import parse_arguments
-from salt_jax.configuration import configure
+from salt_jax.cli.command_line import parse_arguments
+from salt_jax.cli.configuration import configure
 
 
 def test_is_dropped(case: Callable[[str], pathlib.Path], monkeypatch: pytest.MonkeyPatch) -> None:

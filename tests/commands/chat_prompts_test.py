@@ -9,11 +9,11 @@ import pytest
 import tokenizers
 
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.data.safetensors_files import TensorInfo, write_shards
+from salt_jax.huggingface.model_config import config_to_json
+from salt_jax.huggingface.safetensors_files import TensorInfo, write_shards
+from salt_jax.huggingface.tensors import tensor_shapes
 from salt_jax.main import main
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.models.huggingface import config_to_json
-from salt_jax.models.huggingface_tensors import tensor_shapes
 from salt_jax.training.checkpoints import find_model
 
 ROWS = 384

@@ -16,7 +16,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import losses, schedules
 from salt_jax.models import decoder
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW

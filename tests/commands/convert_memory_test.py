@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from salt_jax.data.safetensors_files import DTYPES, TensorInfo, write_shards
+from salt_jax.huggingface.model_config import config_to_json
+from salt_jax.huggingface.safetensors_files import DTYPES, TensorInfo, write_shards
+from salt_jax.huggingface.tensors import leaf_shapes, tensor_shapes
 from salt_jax.models.decoder_config import DecoderConfig
-from salt_jax.models.huggingface import config_to_json
-from salt_jax.models.huggingface_tensors import leaf_shapes, tensor_shapes
 from salt_jax.training.checkpoints import (
     CheckpointConfig,
     Checkpointer,

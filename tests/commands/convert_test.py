@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from salt_jax.data.safetensors_files import DTYPES, SafetensorsFolder, TensorInfo, write_shards
 from salt_jax.data.vocabularies import ByteVocabulary
+from salt_jax.huggingface.model_config import config_to_json
+from salt_jax.huggingface.safetensors_files import (
+    DTYPES,
+    SafetensorsFolder,
+    TensorInfo,
+    write_shards,
+)
+from salt_jax.huggingface.tensors import tensor_shapes
 from salt_jax.main import main
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.models.huggingface import config_to_json
-from salt_jax.models.huggingface_tensors import tensor_shapes
 from salt_jax.training.checkpoints import complete_steps, find_model, read_progress
 
 PARITY = 1e-4

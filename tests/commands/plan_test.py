@@ -10,8 +10,8 @@ import jax
 import pytest
 
 import gin
-from salt_jax.command_line import parse_arguments
-from salt_jax.configuration import configure
+from salt_jax.cli.command_line import parse_arguments
+from salt_jax.cli.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import main
 from salt_jax.planning import topologies

@@ -11,7 +11,6 @@ import pytest
 import zstandard
 
 from salt_jax.commands.prepare import prepare
-from salt_jax.data.manifests import COMPLETED_FILE, MANIFEST_FILE
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import ByteVocabulary, HuggingFaceVocabulary
 from salt_jax.errors import InputError
@@ -22,7 +21,8 @@ from salt_jax.preparation.pile import pile_files
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.manifests import COMPLETED_FILE, MANIFEST_FILE
+from salt_jax.storage.run_folder import RunFolder
 
 MINIPILE = pathlib.Path(__file__).parents[2].joinpath("../shared/data/minipile").resolve()
 TEXTS = [f"def f{number}(x):\n\treturn x + {number}  # né\n" * 3 for number in range(80)]
@@ -378,7 +378,7 @@ from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation import own_text, pile, readers, registered_task
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 prepare(RunFolder(pathlib.Path(sys.argv[1]), "prepare"), show=1, verify=True)
 new = pathlib.Path(sys.argv[2])
@@ -446,7 +446,7 @@ def test_a_registered_task_brings_its_vocabulary(corpus, run, monkeypatch, tmp_p
     module = tmp_path / "a_module_of_tasks.py"
     module.write_text(
         "from salt_jax.preparation.own_text import own_text\n"
-        "from salt_jax.preparation.text_tasks import register_text_task\n"
+        "from salt_jax.t5x.text_tasks import register_text_task\n"
         "from salt_jax.data.vocabularies import ByteVocabulary\n"
         "register_text_task('a_task', own_text(validation_fraction=0.2), ByteVocabulary())\n"
     )

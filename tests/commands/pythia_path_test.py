@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from salt_jax.command_line import parse_arguments
-from salt_jax.configuration import configure
+from salt_jax.cli.command_line import parse_arguments
+from salt_jax.cli.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import main
 from salt_jax.training.checkpoints import find_model, read_progress

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from salt_jax.command_line import verbs
+from salt_jax.cli.command_line import verbs
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores
 from salt_jax.main import main

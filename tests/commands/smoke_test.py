@@ -11,7 +11,7 @@ import pytest
 
 from salt_jax.commands import smoke
 from salt_jax.errors import InputError, RunFailed
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

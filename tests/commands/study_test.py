@@ -12,7 +12,7 @@ from salt_jax.commands import study
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError
 from salt_jax.main import main
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 ROOT = pathlib.Path("study")
 INPUTS = {"slm": ("train", "--cache={cache}"), "scores": ("score", "--scorer={slm}")}

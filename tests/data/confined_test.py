@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from salt_jax.data.manifests import manifest_digest
 from salt_jax.data.packed_cache import PackedCache, begin_cache
-from salt_jax.data.restartable_shards import RestartableShards
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.errors import InputError
+from salt_jax.storage.manifests import manifest_digest
+from salt_jax.storage.restartable_shards import RestartableShards
 
 LEAVES = "leads out of its folder"
 

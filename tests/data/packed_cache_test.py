@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from salt_jax.data.cache_shards import DocumentCounts
 from salt_jax.data.features import make_row
-from salt_jax.data.manifests import COMPLETED_FILE
 from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
+from salt_jax.storage.manifests import COMPLETED_FILE
 
 LENGTH = 12
 

@@ -231,7 +231,7 @@ def test_a_manifest_that_lacks_a_shard_is_refused(scores):
     made = scores()
     path = made.path / "manifest.json"
     manifest = {**json.loads(path.read_text()), "shard_rows": 1}
-    from salt_jax.data.manifests import write_manifest
+    from salt_jax.storage.manifests import write_manifest
 
     write_manifest(made.path, manifest)
     with pytest.raises(InputError, match="names 3 shards, expected 5 of 1 rows"):

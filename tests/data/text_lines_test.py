@@ -13,10 +13,10 @@ import pytest
 import zstandard
 
 from salt_jax.data import text_lines
-from salt_jax.data.buckets import open_file
 from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.text_lines import Broken, json_rows
 from salt_jax.errors import InputError
+from salt_jax.storage.buckets import open_file
 
 ROWS = [{"text": f"zwei\nZeilen 🙂 {number}"} for number in range(300)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -16,7 +16,7 @@ MOST_MEMORY = 4 << 30
 PROGRAM = r"""
 import json, pathlib, re, sys
 import numpy as np
-from salt_jax.data.restartable_shards import RestartableShards, FinishedShards
+from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.shard_columns import SUFFIX, Column, write_columns
 from salt_jax.distill.selection import Candidates, TopRows

@@ -14,7 +14,7 @@ from salt_jax.distill import losses, schedules
 from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.main import main
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW

@@ -22,8 +22,8 @@ from salt_jax.evaluation.continuations import Continuations
 from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.likelihood import Scorer
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.inference.generation import Generator
 from salt_jax.models import decoder
-from salt_jax.training.generation import Generator
 from salt_jax.training.partitioning import MeshConfig, param_shardings
 
 CONFIG = decoder.DecoderConfig(

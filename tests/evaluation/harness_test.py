@@ -16,8 +16,8 @@ from salt_jax.errors import InputError
 from salt_jax.evaluation.continuations import Decoding
 from salt_jax.evaluation.harness import HarnessModel, Limits
 from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.inference.sampling import Sampling
 from salt_jax.models import decoder
-from salt_jax.models.sampling import Sampling
 from salt_jax.training.partitioning import MeshConfig
 from tests.evaluation.conftest import CONFIG
 

@@ -9,18 +9,18 @@ import pytest
 from salt_jax.commands.evaluate import evaluate
 from salt_jax.commands.prepare import prepare
 from salt_jax.commands.train import train
-from salt_jax.data.templates import Template
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
 from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.evaluation.responses import Responses
+from salt_jax.inference.generation import Sampling
 from salt_jax.models.decoder import DecoderConfig
+from salt_jax.preparation.templates import Template
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.config import Devices
-from salt_jax.training.generation import Sampling
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW
 from tests.run_settings import train_config

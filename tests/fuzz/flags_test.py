@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from salt_jax.command_line import SAFE_GIN, parse_arguments, verbs
-from salt_jax.configuration import configure
+from salt_jax.cli.command_line import SAFE_GIN, parse_arguments, verbs
+from salt_jax.cli.configuration import configure
+from salt_jax.cli.setting_groups import settings_of
 from salt_jax.errors import InputError
 from salt_jax.main import main
-from salt_jax.setting_groups import settings_of
 
 fuzzed = settings(
     max_examples=int(os.environ.get("SALT_FUZZ_EXAMPLES", "40")),

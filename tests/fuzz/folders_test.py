@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from salt_jax.data.features import make_row
 from salt_jax.data.label_format import LabelFormat, Labels
-from salt_jax.data.manifests import file_digest, manifest_digest
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.data.vocabularies import load_vocabulary
 from salt_jax.errors import InputError
+from salt_jax.storage.manifests import file_digest, manifest_digest
 
 fuzzed = settings(
     max_examples=int(os.environ.get("SALT_FUZZ_EXAMPLES", "60")),

@@ -217,8 +217,10 @@ def test_an_archive_knows_its_commit() -> None:
         [*git, "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     archive = subprocess.run(
-        [*git, "archive", "HEAD", "salt_jax/run_folder.py"], capture_output=True
+        [*git, "archive", "HEAD", "salt_jax/storage/run_folder.py"], capture_output=True
     )
     text = subprocess.run(["tar", "-xO"], input=archive.stdout, capture_output=True).stdout.decode()
     assert f'_ARCHIVED_COMMIT = "{head}"' in text
-    assert '_ARCHIVED_COMMIT = "$Format:%H$"' in (ROOT / "salt_jax/run_folder.py").read_text()
+    assert (
+        '_ARCHIVED_COMMIT = "$Format:%H$"' in (ROOT / "salt_jax/storage/run_folder.py").read_text()
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from salt_jax.errors import InputError
-from salt_jax.models.huggingface import config_from_json, unread_fields
+from salt_jax.huggingface.model_config import config_from_json, unread_fields
 
 _NEOX_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 _LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}

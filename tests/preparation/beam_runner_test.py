@@ -9,7 +9,7 @@ from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.preparation import mapping
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 from .conftest import files_of
 

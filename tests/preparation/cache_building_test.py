@@ -21,7 +21,7 @@ from salt_jax.preparation.packing import PACKINGS
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 from salt_jax.preparation.work_folder import WorkFolder
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 from .conftest import files_of
 
@@ -335,7 +335,7 @@ from salt_jax.commands.prepare import prepare
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.preparation import corpora
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 corpora._UNIT_TEXT_BYTES = 1
 corpus, folder, shards, length, workers = sys.argv[1:]

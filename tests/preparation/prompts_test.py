@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from salt_jax.commands.prepare import prepare
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_text import row_as_text
-from salt_jax.data.templates import Template
 from salt_jax.data.vocabularies import ByteVocabulary, load_vocabulary
 from salt_jax.errors import InputError
 from salt_jax.main import main
@@ -21,8 +20,9 @@ from salt_jax.preparation import cache_building
 from salt_jax.preparation.corpora import text_corpus
 from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
 from salt_jax.preparation.reading_log import ReadingLog
+from salt_jax.preparation.templates import Template
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from tests.preparation.conftest import files_of
 
 GSM8K = Template("Q: {question}\nA:", " {answer}")

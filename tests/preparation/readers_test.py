@@ -16,11 +16,11 @@ import pytest
 import zstandard
 
 from salt_jax.data import decompression
-from salt_jax.data.chat_templates import ChatTemplate
-from salt_jax.data.templates import Template
 from salt_jax.errors import InputError
+from salt_jax.huggingface.chat_templates import ChatTemplate
 from salt_jax.preparation.readers import read_documents
 from salt_jax.preparation.reading_log import ReadingLog
+from salt_jax.preparation.templates import Template
 from salt_jax.preparation.text_files import TextFiles
 
 TEXTS = ["plain", "zwei\nZeilen\r\nund 🙂", "", "x" * 3000]

@@ -11,11 +11,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from salt_jax.data.manifests import file_digest
 from salt_jax.errors import InputError
 from salt_jax.preparation import reading_log
 from salt_jax.preparation.readers import read_documents
 from salt_jax.preparation.reading_log import ReadingLog, state_of
+from salt_jax.storage.manifests import file_digest
 
 LINES = "".join(json.dumps({"text": f"{n} " * 50}) + "\n" for n in range(4000)).encode()
 PACKED = {

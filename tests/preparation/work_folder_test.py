@@ -7,7 +7,7 @@ from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.preparation import cache_building, mapping, merging
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.work_folder import WorkFolder
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 from .conftest import files_of
 

@@ -6,7 +6,7 @@ import pytest
 
 from salt_jax.commands.report import POSITIONAL, report
 from salt_jax.errors import InputError
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 
 
 def output(path, config="report.report.runs = ()\n"):

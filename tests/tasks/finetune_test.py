@@ -9,17 +9,17 @@ import seqio
 import tensorflow_datasets as tfds
 
 import gin
-from salt_jax.command_line import parse_arguments
+from salt_jax.cli.command_line import parse_arguments
+from salt_jax.cli.config_errors import CONFIGS
+from salt_jax.cli.configuration import configure
 from salt_jax.commands.prepare import prepare
-from salt_jax.config_errors import CONFIGS
-from salt_jax.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.data.templates import Template
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.templates import Template
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.tasks import finetune
 
 ROWS: dict[str, list[dict[str, Any]]] = {

@@ -15,9 +15,9 @@ from salt_jax.errors import InputError
 from salt_jax.preparation.pile import PILE_DOCUMENT_RATES, PILE_SUBSETS
 from salt_jax.preparation.reading_log import ReadingLog
 from salt_jax.preparation.registered_task import RegisteredTask
-from salt_jax.preparation.seqio_documents import task_corpus
-from salt_jax.preparation.text_tasks import TextFilesSource
-from salt_jax.preparation.the_pile.the_pile import ThePile
+from salt_jax.t5x.seqio_documents import task_corpus
+from salt_jax.t5x.text_tasks import TextFilesSource
+from salt_jax.t5x.the_pile.the_pile import ThePile
 from salt_jax.tasks import environment, pile, smoke
 
 VARIABLES = ["TEXT", "VOCABULARY", "CACHE", "SELECTION", "SCORES"]

@@ -18,7 +18,7 @@ from salt_jax.distill.scores import ScoreConfig
 from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.learning_rates import WarmupCosine, WarmupStableDecay
 from salt_jax.training.optimizers import AdamW, Muon
 from salt_jax.training.partitioning import MeshConfig

@@ -20,7 +20,7 @@ from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError
 from salt_jax.models import decoder
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices

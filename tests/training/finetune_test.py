@@ -11,14 +11,14 @@ import pytest
 from salt_jax.commands.prepare import prepare
 from salt_jax.data.features import make_row
 from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
-from salt_jax.data.templates import Template
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
 from salt_jax.main import main
 from salt_jax.models.decoder import DecoderConfig
+from salt_jax.preparation.templates import Template
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.partitioning import MeshConfig

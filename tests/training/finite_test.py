@@ -21,10 +21,11 @@ from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import chunked_loss, schedules
 from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError, RunFailed
+from salt_jax.inference import scoring
 from salt_jax.main import main
 from salt_jax.models import decoder
-from salt_jax.run_folder import RunFolder
-from salt_jax.training import evaluation, scoring
+from salt_jax.storage.run_folder import RunFolder
+from salt_jax.training import evaluation
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.partitioning import MeshConfig

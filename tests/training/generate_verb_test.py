@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from salt_jax.errors import visible
+from salt_jax.inference.generation import Generator, Sampling
 from salt_jax.main import main
 from salt_jax.training.checkpoints import find_model
-from salt_jax.training.generation import Generator, Sampling
 from salt_jax.training.partitioning import MeshConfig
 
 

@@ -19,7 +19,7 @@ from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import losses, schedules
 from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError, RunFailed
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training import loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.config import Devices

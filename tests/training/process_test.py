@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from salt_jax.data.buckets import RemoteFolder
 from salt_jax.data.packed_cache import PackedCache
+from salt_jax.storage.buckets import RemoteFolder
 from salt_jax.training.checkpoints import complete_steps, find_model
 from salt_jax.training.partitioning import MeshConfig
 from tests.bucket_emulator import BucketEmulator

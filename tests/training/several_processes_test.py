@@ -118,7 +118,7 @@ STUCK = """
 import os, sys, threading
 from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.main import main
-from salt_jax.verb_process import GUARDED
+from salt_jax.cli.verb_process import GUARDED
 
 read = InputPipeline.batch
 InputPipeline.batch = lambda self, step: threading.Event().wait() if step == 3 else read(self, step)

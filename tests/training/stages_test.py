@@ -22,7 +22,7 @@ from salt_jax.errors import InputError
 from salt_jax.main import main
 from salt_jax.models import attention
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training import loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.evaluation import Evaluator

@@ -1,0 +1,155 @@
+"""gin files and bindings that can be read without trusting who wrote them: `--safe_gin=True`.
+
+In: the text that gin is to read, before it does. Out: nothing, or one sentence with file and line.
+
+gin imports any module that a file names, and calls any function in it: reading a file can run
+anything. Here a file may bind nothing but the verbs and the names below, and refer to nothing but
+those names, none of which imports, runs or writes what its settings name, and import nothing but
+their modules. Settings of theirs that do are refused as well. What is checked is what was parsed,
+with gin's own parser, of every file that is included too; nothing is imported for it.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gin import config_parser
+from salt_jax.cli.command_line import verbs
+from salt_jax.errors import InputError, nearest
+from salt_jax.storage import gin_files
+
+# What files may bind and refer to; the verbs they may bind.
+NAMES = frozenset(
+    f"salt_jax.{name}"
+    for name in (
+        "huggingface.chat_templates.model_chat_template",
+        *(
+            "data.denoisers.Objectives",
+            "data.denoisers.SpanDenoiser",
+            "preparation.templates.Template",
+        ),
+        *("data.vocabularies.ByteVocabulary", "data.vocabularies.SentencePieceVocabulary"),
+        *("data.vocabularies.HuggingFaceVocabulary", "data.vocabularies.load_vocabulary"),
+        *("distill.divergences.ForwardKL", "distill.divergences.ReverseKL"),
+        *("distill.divergences.JensenShannon", "distill.losses.LossConfig"),
+        "distill.schedules.NoDistillation",
+        *("distill.schedules.Constant", "distill.schedules.Step"),
+        *("distill.schedules.LinearDecay", "distill.schedules.LinearRatioDecay"),
+        *("distill.scores.LearnableFraction", "distill.scores.Mean", "distill.scores.MeanEntropy"),
+        *("distill.scores.MeanLoss", "distill.scores.Median"),
+        *("distill.selection.TopRows", "distill.selection.TopFraction"),
+        *("distill.selection.Threshold", "distill.selection.RandomRows"),
+        *("evaluation.responses.Responses", "models.decoder.DecoderConfig"),
+        *("models.decoder_config.DecoderConfig", "inference.sampling.Sampling"),
+        *("preparation.own_text.own_text", "preparation.pile.pile_files"),
+        *("preparation.text_files.TextFiles", "preparation.trained_vocabulary.TrainedVocabulary"),
+        *("training.checkpoints.CheckpointConfig", "training.learning_rates.WarmupConstant"),
+        *("training.learning_rates.WarmupCosine", "training.learning_rates.WarmupInverseSqrt"),
+        *("training.learning_rates.WarmupStableDecay", "training.optimizers.Adafactor"),
+        *("training.optimizers.AdamW", "training.optimizers.Muon"),
+        *("training.config.Data", "training.config.Devices", "training.config.Evaluation"),
+        *("training.config.Initial", "training.config.Method", "training.config.Teacher"),
+        "training.config.TrainConfig",
+        "training.partitioning.MeshConfig",
+    )
+)
+
+# Settings by which what they name is run, and the values that do no such thing.
+_OWN_PROGRAMS = ("~/.cache/salt_jax/programs", "")
+RUN_CODE: Mapping[str, tuple[Any, ...]] = {
+    "Devices.compilation_cache": _OWN_PROGRAMS,
+    "evaluate.allow_code_execution": (False,),
+    "evaluate.task_folder": (None,),
+    "prepare.runner": ("local",),
+}
+
+_DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
+_WITHOUT = "leave it out, or leave out --safe_gin where you trust who wrote it"
+
+
+def require_safe_file(file: str, find: gin_files.Finder) -> None:
+    """Refuses a gin file, and those that it includes, that could do more than set our settings.
+
+    Args:
+      file: Which.
+      find: Finds what it includes.
+
+    Raises:
+      InputError: With file and line.
+    """
+    _require_safe(gin_files.statements_of(file, find))
+
+
+def require_safe_bindings(text: str) -> None:
+    """Refuses the bindings of a command line likewise; see `require_safe_file`."""
+    _require_safe(gin_files.statements_in(text))
+
+
+def _require_safe(statements: Iterable[Any]) -> None:
+    # By file. gin looks names up among all that any module has registered where a file has no
+    # dynamic registration: of such a file no name is known.
+    imported: dict[str, dict[str, str]] = {}
+    for statement in statements:
+        file, where = statement.location.filename, gin_files.place_of(statement)
+        modules = imported.get(file, {})
+        if isinstance(statement, config_parser.IncludeStatement):
+            raise InputError(f"{where}: include {statement.filename!r} has no place in a flag.")
+        if isinstance(statement, config_parser.ImportStatement):
+            # As a whole: "import __gin__.dynamic_registration" is an import as any other.
+            if statement.format() == _DYNAMIC_REGISTRATION:
+                imported.setdefault(file, {})
+                continue
+            _require_own_module(statement.module, where)
+            is_whole = statement.is_from or statement.alias
+            modules[statement.bound_name()] = statement.module if is_whole else "salt_jax"
+            continue
+        is_binding = isinstance(statement, config_parser.BindingStatement)
+        if not is_binding or statement.arg_name:  # a macro's name is no selector
+            _require_own_name(statement.selector, modules, where, _own_names())
+        if is_binding:
+            for reference in gin_files.references_in(statement.value):
+                if name := reference.configurable:  # a value that is a verb runs it
+                    _require_own_name(name, modules, where, NAMES)
+            _require_no_code(statement, where)
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    return NAMES | {f"salt_jax.commands.{verb}.{verb}" for verb in verbs()}
+
+
+def _require_own_module(module: str, where: str) -> None:
+    own = {name.rpartition(".")[0] for name in _own_names()}
+    if module not in own:
+        raise InputError(
+            f"{where}: --safe_gin keeps gin from importing {module}, which is none of the modules "
+            f"of salt_jax that have settings{nearest(module, own)}: {_WITHOUT}."
+        )
+
+
+def _require_own_name(
+    name: str, modules: Mapping[str, str], where: str, own: frozenset[str]
+) -> None:
+    first, _, rest = name.partition(".")
+    if first not in modules:
+        raise InputError(
+            f"{where}: {first} is not imported there{nearest(first, modules)}, and "
+            "--safe_gin lets gin look nowhere else: correct the name, or import its module, after "
+            f"`{_DYNAMIC_REGISTRATION}`."
+        )
+    if f"{modules[first]}.{rest}" not in own:
+        last_names = {one.rpartition(".")[2] for one in own}
+        raise InputError(
+            f"{where}: {name} is none of the names that --safe_gin lets gin use there"
+            f"{nearest(name.rpartition('.')[2], last_names)}: {_WITHOUT}."
+        )
+
+
+def _require_no_code(statement: config_parser.BindingStatement, where: str) -> None:
+    owner, setting = statement.selector.rpartition(".")[2], statement.arg_name
+    harmless = RUN_CODE.get(f"{owner}.{setting}", (statement.value,))
+    if statement.value not in harmless:
+        raise InputError(
+            f"{where}: --safe_gin allows {setting} of {owner} to be "
+            f"{' or '.join(map(repr, harmless))} only, since what else it names is run: {_WITHOUT}."
+        )

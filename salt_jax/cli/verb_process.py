@@ -1,0 +1,131 @@
+"""One `salt` command as a process of its own, as a person would type it.
+
+In: a verb and its arguments. Out: the command printed, then run; its exit code as an error of ours.
+`salt smoke` and `salt study` are made of these. Commands can be checked beforehand, all in one
+process.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
+from salt_jax.runtime.stop_signals import stop_signals_handled_by
+from salt_jax.terminal import say
+
+# Set in the environment of a command that run_guarded runs.
+GUARDED = "SALT_GUARDED"
+
+
+def run_verb(
+    verb: str,
+    arguments: Sequence[str],
+    output: pathlib.Path,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Runs `salt VERB ARGUMENTS --output_dir=OUTPUT` and waits for it.
+
+    Args:
+      verb: "train".
+      arguments: Its flags.
+      output: Its output folder.
+      environment: Variables on top of this process's.
+
+    Raises:
+      InputError: It refused its input (exit code 2).
+      Interrupted: It, or this process, was asked to stop, and it has saved (75).
+      RunFailed: Any other exit code.
+    """
+    typed = [verb, *arguments, f"--output_dir={output}"]
+    say("", f"$ salt {shlex.join(typed)}")
+    # -P: a file of the working directory that is called like a library is not imported.
+    command = [sys.executable, "-P", "-m", "salt_jax", *typed]
+    with _stop_passed_on() as (received, children):
+        child = subprocess.Popen(command, env={**os.environ, **(environment or {})})
+        children.append(child)
+        if received:
+            child.terminate()
+        code = child.wait()
+    if code == 2:
+        raise InputError(f"`salt {verb}` refused its input, as it says above.")
+    # It may have been asked so late that it finished.
+    if code == INTERRUPTED or code == -signal.SIGTERM or (code == 0 and received):
+        raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to go on.")
+    if code != 0:
+        raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
+
+
+def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
+    """Refuses commands whose flags, gin files or settings are wrong, before any of them is run.
+
+    Args:
+      commands: What they are called → VERB and its flags.
+
+    Raises:
+      InputError: The first that is wrong, by what it is called and with what it would say itself.
+      Interrupted: This process was asked to stop.
+      RunFailed: They could not be checked.
+    """
+    code = "import sys; from salt_jax.main import check; sys.exit(check(sys.stdin))"
+    with _stop_passed_on() as (received, children):
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:replace"},
+        )
+        children.append(child)
+        _, error = child.communicate(
+            json.dumps({name: [*typed] for name, typed in commands.items()})
+        )
+    if received:
+        raise Interrupted("stopped before the first command: run the same command again.")
+    if child.returncode == 2:
+        raise InputError(error.strip().rpartition("\n")[2])
+    if child.returncode != 0:
+        raise RunFailed(f"the commands could not be checked: {error.strip()}")
+
+
+def run_guarded(argv: Sequence[str]) -> int:
+    """Runs `salt ARGV` in a process that may be ended by a library at any moment.
+
+    Returns:
+      Its exit code, negative for the signal that ended it.
+    """
+    command = [sys.executable, "-P", "-m", "salt_jax", *argv]
+    with _stop_passed_on() as (received, children):
+        child = subprocess.Popen(command, env={**os.environ, GUARDED: "1"})
+        children.append(child)
+        if received:
+            child.terminate()
+        return child.wait()
+
+
+@contextlib.contextmanager
+def _stop_passed_on() -> Iterator[tuple[list[int], list["subprocess.Popen[Any]"]]]:
+    """Asks children to stop when this process is asked, and lets them save before both end.
+
+    Yields:
+      The signals received, and the children, to be added to.
+    """
+    received: list[int] = []
+    children: list[subprocess.Popen[Any]] = []
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        del frame
+        # A closed terminal may say so several times, and to the children as well.
+        for child in () if received and number == signal.SIGHUP else children:
+            child.terminate()
+        received.append(number)
+
+    with stop_signals_handled_by(stop):
+        yield received, children

@@ -1,0 +1,1 @@
+"""Models as Hugging Face stores them: configurations, tensors and tokenizers, both ways."""

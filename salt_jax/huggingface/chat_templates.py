@@ -1,0 +1,177 @@
+"""A model's chat template: messages in, the prompt that the model was trained to read out.
+
+In: the folder of a tokenizer's files, of which tokenizer_config.json or chat_template.jinja hold a
+template in Jinja. Out: text, as `apply_chat_template` of transformers gives it. A template came
+with a model and is not trusted: it runs in Jinja's sandbox, and sees plain JSON values alone.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from salt_jax.errors import InputError
+from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER, settings_of
+from salt_jax.storage.json_files import valid_unicode
+from salt_jax.storage.local_copies import local_folder
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+Message = Mapping[str, Any]
+
+# What a template's code can raise beside Jinja's own errors.
+_RAISED = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError),
+    *(AttributeError, RecursionError),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation is written for a model.
+
+    Attributes:
+      source: In Jinja.
+      tokens: The special tokens that it may name, {"bos_token": "<s>"}.
+    """
+
+    source: str
+    tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, messages: Any, answer: bool = True) -> str:
+        """The conversation as text, up to where the model is to answer.
+
+        Args:
+          messages: [{"role": "user", "content": "Hello"}], and what else the template reads.
+          answer: Whether the beginning of an answer follows (`add_generation_prompt`).
+
+        Raises:
+          InputError: These are no messages, or the template doesn't take them.
+        """
+        if not (
+            isinstance(messages, list)
+            and messages
+            and all(
+                isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages
+            )
+        ):
+            raise InputError(
+                'messages must be a list of objects like {"role": "user", "content": "TEXT"}.'
+            )
+        # Some write a null for what there isn't, which templates would print.
+        given = [{k: v for k, v in each.items() if v is not None} for each in messages]
+        try:
+            text = self._compiled.render(
+                messages=given,
+                tools=None,
+                documents=None,
+                add_generation_prompt=answer,
+                **self.tokens,
+            )
+        except _RAISED as error:
+            raise InputError(f"the model's chat template doesn't take them ({error}).") from error
+        return valid_unicode(text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled template, so that it can be sent to other processes."""
+        return {"source": self.source, "tokens": self.tokens}
+
+    @functools.cached_property
+    def _compiled(self) -> jinja2.Template:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Answers, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        return environment.from_string(self.source)
+
+
+def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
+    """The template among a tokenizer's files; None where there is none.
+
+    A file of its own comes before tokenizer_config.json's; of several the one named "default".
+    """
+    settings = settings_of(folder / "tokenizer_config.json")
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # {"name": …, "template": …} each
+        named = [each for each in source if isinstance(each, dict)]
+        source = {each.get("name"): each.get("template") for each in named}
+    if isinstance(source, dict):
+        source = source.get("default")
+    if (folder / TEMPLATE_FILE).is_file():
+        try:
+            source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{folder / TEMPLATE_FILE} is not UTF-8 ({error}): convert the file, or take in a "
+                "model that has another."
+            ) from error
+    if not isinstance(source, str):
+        return None
+    tokens: dict[str, str] = {}
+    for name, token in (settings_of(folder / "special_tokens_map.json") | settings).items():
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if name.endswith("_token") and isinstance(text, str):
+            tokens[name] = text
+    return ChatTemplate(source, tokens)
+
+
+def model_chat_template(model: str) -> ChatTemplate:
+    """The chat template of a model that was taken in.
+
+    Args:
+      model: Its run's folder.
+
+    Raises:
+      InputError: It has none.
+    """
+    template = load_chat_template(local_folder(model) / TOKENIZER_FOLDER)
+    if template is None:
+        raise InputError(
+            f"The model {model} has no chat template: give prompts and responses by templates of "
+            "your own (PROMPT and RESPONSE), or name a model that has one."
+        )
+    return template
+
+
+class _Answers(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %} around an answer, which marks it for training."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Sequence[str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own would escape < and the like for HTML."""
+    pair = None if separators is None else (separators[0], separators[1])
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys
+    )

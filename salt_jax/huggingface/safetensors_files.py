@@ -1,0 +1,301 @@
+"""safetensors files of a model: tensors by name, read a part at a time and written one at a time.
+
+In: a folder with model.safetensors, or with shards and their model.safetensors.index.json. Out: the
+tensors' names, dtypes and shapes, and their values where asked for; and the same files again, from
+arrays that need not exist before their turn. Never a pickle.
+
+A file is an 8-byte little-endian length, a JSON header of so many bytes that gives each tensor's
+dtype, shape and place, and the tensors. The library safetensors checks headers: that places are in
+the file, cover it without gap or overlap, and are as long as dtype and shape say. Values are read
+and written here, since the library maps whole files into memory and writes shards it holds whole.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from salt_jax.errors import InputError
+from salt_jax.huggingface.model_folders import refuse_without_safetensors
+from salt_jax.storage.durable_files import whole_file, write_text
+from salt_jax.storage.json_files import read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES: Mapping[str, np.dtype[Any]] = types.MappingProxyType(
+    {
+        "float32": np.dtype(np.float32),
+        "bfloat16": np.dtype(ml_dtypes.bfloat16),
+        "float16": np.dtype(np.float16),
+    }
+)
+_CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What to do about a file of a model that isn't as it should be.
+DOWNLOAD = "name the folder of a downloaded model, or download it again"
+_GIT_LFS = b"version https://git-lfs"
+_READ_BYTES = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file, or one that is to be.
+
+    Attributes:
+      name: Its name.
+      dtype: One of DTYPES, or what the file calls a dtype that is none of them.
+      shape: Its shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    info: TensorInfo
+    path: pathlib.Path
+    offset: int  # of its first byte in the file
+    end: int  # the byte after its last
+
+
+class SafetensorsFolder:
+    """The tensors of a folder's safetensors files, by name; none is read before it is asked for.
+
+    Attributes:
+      path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads the headers.
+
+        Raises:
+          InputError: No safetensors files, pickles instead of them, or files that are damaged or
+            don't hold what their index says.
+        """
+        self.path = pathlib.Path(path)
+        self._places: dict[str, _Place] = {}
+        self._paths = self._files()
+        for file in self._paths:
+            for place in _read_header(file):
+                if place.info.name in self._places:
+                    raise InputError(
+                        f"The tensor {place.info.name} is in {file} and in "
+                        f"{self._places[place.info.name].path}: download the folder again."
+                    )
+                self._places[place.info.name] = place
+        for name, file_name in self._index().items():
+            if name not in self._places or self._places[name].path.name != file_name:
+                raise InputError(
+                    f"{self.path / INDEX_FILE} has the tensor {name} in {file_name}, where it is "
+                    "not: download the folder again."
+                )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+        return {name: place.info for name, place in self._places.items()}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the files' names and bytes; all of them are read for it."""
+        return self.inspect(lambda name, values: None)
+
+    def inspect(self, look: Callable[[str, np.ndarray[Any, Any]], None]) -> str:
+        """Reads all files once and shows each tensor's values, a part of it at a time.
+
+        Args:
+          look: Gets a tensor's name and some of its values, flat, in the file's dtype. Tensors of
+            other dtypes than DTYPES are not shown.
+
+        Returns:
+          The digest.
+        """
+        digest = hashlib.sha256()
+        for path in self._paths:
+            places = sorted(
+                (place for place in self._places.values() if place.path == path),
+                key=lambda place: place.offset,
+            )
+            of_file = hashlib.sha256()
+            with path.open("rb") as file:
+                for place in places:
+                    # Places follow one another without a gap; what is before them is the header.
+                    of_file.update(file.read(place.offset - file.tell()))
+                    while size := min(_READ_BYTES, place.end - file.tell()):
+                        part = file.read(size)
+                        if len(part) != size:
+                            raise InputError(f"{path} has become shorter: copy it again.")
+                        of_file.update(part)
+                        if place.info.dtype in DTYPES:
+                            look(place.info.name, np.frombuffer(part, DTYPES[place.info.dtype]))
+                of_file.update(file.read())
+            digest.update(path.name.encode() + b"\0")
+            digest.update(of_file.digest())
+        return digest.hexdigest()
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
+        """A tensor, or some of its rows, in the file's dtype.
+
+        Args:
+          name: One of `tensors`.
+          rows: Of its first axis, without a step.
+        """
+        place = self._places[name]
+        dtype = DTYPES[place.info.dtype]
+        shape = place.info.shape
+        start, stop, _ = rows.indices(shape[0])
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        count = (stop - start) * row_bytes
+        values = np.fromfile(
+            place.path, np.uint8, count=count, offset=place.offset + start * row_bytes
+        )
+        if len(values) != count:
+            raise InputError(f"{place.path} has become shorter while it was read: copy it again.")
+        return values.view(dtype).reshape(stop - start, *shape[1:])
+
+    def _files(self) -> list[pathlib.Path]:
+        if (self.path / SINGLE_FILE).is_file():
+            return [self.path / SINGLE_FILE]
+        if names := set(self._index().values()):
+            return [self.path / name for name in sorted(names)]
+        refuse_without_safetensors(self.path, f"{SINGLE_FILE} nor {INDEX_FILE}")
+
+    def _index(self) -> dict[str, str]:
+        """Each tensor's file as the index has it; nothing where there is a single file, or none."""
+        file = self.path / INDEX_FILE
+        if (self.path / SINGLE_FILE).is_file() or not file.is_file():
+            return {}
+        found = read_json_object(file, DOWNLOAD).get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise InputError(f"{file} has no weight_map of tensors: download the folder again.")
+        for name, file_name in found.items():
+            if not isinstance(file_name, str) or pathlib.Path(file_name).name != file_name:
+                raise InputError(
+                    f"{file} has the tensor {name} in {file_name!r}, expected the plain name of a "
+                    "file beside it: download the folder again."
+                )
+        return found
+
+
+def write_shards(
+    folder: pathlib.Path,
+    tensors: Sequence[TensorInfo],
+    arrays: Iterator[np.ndarray[Any, Any]],
+    max_shard_bytes: int,
+) -> list[str]:
+    """Writes tensors into as few files as may be, and their index if that is more than one.
+
+    Args:
+      folder: Where to; it must exist.
+      tensors: What is to be written.
+      arrays: Their values in the same order, each asked for when the one before is written.
+      max_shard_bytes: Of the values in a file; a larger tensor has one of its own.
+
+    Returns:
+      The names of the files, the index included.
+    """
+    shards: list[list[TensorInfo]] = [[]]
+    for tensor in tensors:
+        held = sum(other.num_bytes for other in shards[-1])
+        if shards[-1] and held + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = [SINGLE_FILE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, arrays)
+    if len(shards) == 1:
+        return names
+    index = {
+        "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
+        "weight_map": {
+            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        },
+    }
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    return [*names, INDEX_FILE]
+
+
+def _read_header(file: pathlib.Path) -> list[_Place]:
+    if not file.is_file():
+        raise InputError(f"{file} is missing: download the folder again.")
+    try:
+        with safetensors.safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length), object_pairs_hook=_without_doubles)
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(_GIT_LFS):
+            raise InputError(
+                f"{file} is a pointer of Git LFS's and not the file: run `git lfs pull` in its "
+                "folder, or download it again."
+            ) from error
+        raise InputError(
+            f"{file} is no whole safetensors file ({error}): download it again."
+        ) from error
+    return [
+        _Place(
+            TensorInfo(name, _CODES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])),
+            file,
+            *(8 + length + offset for offset in entry["data_offsets"]),
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that names something twice means different things to different readers."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header names something twice")
+    return found
+
+
+def _write_file(
+    path: pathlib.Path, tensors: Sequence[TensorInfo], arrays: Iterator[np.ndarray[Any, Any]]
+) -> None:
+    codes = {dtype: code for code, dtype in _CODES.items()}
+    # transformers reads only files that name a framework.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for values at multiples of 8
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors:
+            file.write(_values(next(arrays), tensor))
+
+
+def _values(array: np.ndarray[Any, Any], tensor: TensorInfo) -> memoryview:
+    assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not as announced"
+    assert array.dtype == DTYPES[tensor.dtype], f"{tensor.name} is {array.dtype}"
+    # numpy doesn't give the bytes of bfloat16 by themselves.
+    return np.ascontiguousarray(array).view(np.uint8).data

@@ -1,0 +1,1 @@
+"""What a trained model is used for: decoding, generation, scoring, soft labels."""

@@ -1,0 +1,380 @@
+"""Generation: prompts as ids in; each one's continuation out.
+
+The host sorts prompts into batches by length, runs the two programs of `inference.decoding` on the
+mesh, and between chunks of tokens reads the text so far, in which it looks for stop texts.
+"""
+
+import bisect
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.errors import InputError
+from salt_jax.inference import decoding
+from salt_jax.inference.sampling import Sampling
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.training import partitioning
+from salt_jax.training.finite import NotFiniteError
+from salt_jax.training.in_order import rounded_up
+
+__all__ = ["Completion", "Generator", "Sampling", "continuation"]
+
+# Tokens that the device makes before the host looks at them.
+_CHUNK = 32
+# The shortest length that prompts are padded to; the others are its doubles.
+_SHORTEST = 16
+# Tokens of the prompt that a continuation's text is decoded after.
+_CONTEXT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued by.
+
+    Attributes:
+      index: Which prompt, in the order given.
+      ids: The new ids, without the id that ended them, with those of a stop text.
+      text: What they add to the prompt's text, up to the first stop text.
+      log_probabilities: Of each, by the model before temperature, top-k and top-p; nats.
+      ended_by: "end of document", "stop text" or "length".
+    """
+
+    index: int
+    ids: list[int]
+    text: str
+    log_probabilities: list[float]
+    ended_by: str
+
+
+@dataclasses.dataclass
+class Work:
+    """What a generator has done; compiling is not in the seconds.
+
+    Attributes:
+      prompt_tokens: Tokens read of prompts.
+      prefill_seconds: Of reading them, and choosing a first token for each.
+      decoded_tokens: Tokens that completions have after their first ones.
+      decode_seconds: Of making them.
+    """
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decoded_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+class Generator:
+    """Continues prompts with one model.
+
+    Args:
+      config: The model.
+      vocabulary: Its vocabulary, which gives the end of document and the text to stop at.
+      mesh: Where the parameters live.
+      rules: From logical to mesh axes.
+      batch_size: Prompts at once, rounded up to what the mesh needs.
+      end_ids: What ends a continuation beside the vocabulary's end of document.
+
+    Raises:
+      InputError: The model has fewer ids than the vocabulary, or batch_size is below 1.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        vocabulary: Vocabulary,
+        mesh: Mesh,
+        rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+        *,
+        batch_size: int = 16,
+        end_ids: Sequence[int] = (),
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size} and must be at least 1.")
+        if config.padded_vocab_size < vocabulary.size:
+            raise InputError(
+                f"The vocabulary has {vocabulary.size} ids and the model {config.vocab_size}: use "
+                "the vocabulary that the model was trained with."
+            )
+        self._config, self._vocabulary = config, vocabulary
+        self._mesh, self._rules, self._batch_size = mesh, rules, batch_size
+        self._end_ids = tuple(sorted({vocabulary.eos_id, *end_ids}))
+        self._compiled: dict[Any, Any] = {}
+        self.work = Work()
+
+    def __call__(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop_texts: Sequence[str] = (),
+        prepend_start: bool = True,
+    ) -> list[list[int]]:
+        """The new ids of each prompt, in the order given; see `stream`."""
+        completions = self.stream(
+            params,
+            prompts,
+            max_new_tokens,
+            sampling=sampling,
+            stop_texts=stop_texts,
+            prepend_start=prepend_start,
+        )
+        ids = {completion.index: completion.ids for completion in completions}
+        return [ids[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop_texts: Sequence[str] = (),
+        prepend_start: bool = True,
+        draws: Sequence[int] | None = None,
+    ) -> Iterator[Completion]:
+        """Continues prompts, a batch at a time: the longest first, so that memory fails at once.
+
+        Args:
+          params: The model's parameters, on the mesh.
+          prompts: Ids of each.
+          max_new_tokens: The most that a prompt is continued by.
+          sampling: How tokens are chosen. A row's draws come from the seed, its number in `draws`
+            and the token's place alone, not from what else is in its batch.
+          stop_texts: A continuation ends with the token that completes one of these in its text.
+          prepend_start: Put the vocabulary's start before each prompt, as before each segment that
+            the model was trained on.
+          draws: A number for each prompt, 0 to 2³¹ − 1; by default its index.
+
+        Returns:
+          The completions, as they come.
+
+        Raises:
+          InputError: See `check`; or the model's logits are not finite.
+        """
+        rows = self.check(prompts, max_new_tokens, stop_texts, prepend_start)
+        waiting = [
+            _Row(
+                index,
+                draw,
+                row,
+                max_new_tokens,
+                self._vocabulary,
+                self._end_ids,
+                tuple(stop_texts),
+            )
+            for index, (draw, row) in enumerate(
+                zip(range(len(rows)) if draws is None else draws, rows, strict=True)
+            )
+        ]
+        return self._completions(params, waiting, max_new_tokens, sampling)
+
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_texts: Sequence[str] = (),
+        prepend_start: bool = True,
+    ) -> list[list[int]]:
+        """What the model will read of each prompt.
+
+        Raises:
+          InputError: No new tokens, an empty stop text, or a prompt that is empty, too long with
+            max_new_tokens, or has an id that the vocabulary hasn't.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens} and must be at least 1.")
+        if "" in stop_texts:
+            raise InputError("A stop text is empty: leave it out, or give it a character.")
+        start = [self._vocabulary.start_id] if prepend_start else []
+        rows = [[*start, *map(int, prompt)] for prompt in prompts]
+        size, longest = self._vocabulary.size, self._config.max_length
+        for index, row in enumerate(rows):
+            if not row:
+                raise InputError(
+                    f"Prompt {index} has no tokens, and no start is put before it: give it some."
+                )
+            if len(row) + max_new_tokens > longest:
+                raise InputError(
+                    f"Prompt {index} has {len(row)} tokens and max_new_tokens is {max_new_tokens}, "
+                    f"together more than the {longest} that the model takes: shorten the prompt or "
+                    "lower max_new_tokens."
+                )
+            if bad := [i for i in row if not 0 <= i < size]:
+                raise InputError(
+                    f"Prompt {index} has the id {bad[0]} and the vocabulary has {size} ids: encode "
+                    "it with the model's own vocabulary."
+                )
+        return rows
+
+    def _completions(
+        self,
+        params: Any,
+        rows: list["_Row"],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> Iterator[Completion]:
+        order = sorted(rows, key=lambda row: -len(row.prompt))
+        size = rounded_up(min(self._batch_size, max(len(rows), 1)), self._mesh)
+        # The seed is an argument of the programs, so that they serve all seeds.
+        choice = decoding.Choice(
+            dataclasses.replace(sampling, seed=0), self._vocabulary.size, self._end_ids
+        )
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
+            yield from self._batch(params, batch, size, max_new_tokens, sampling.seed, choice)
+
+    def _batch(
+        self,
+        params: Any,
+        rows: list["_Row"],
+        size: int,
+        max_new_tokens: int,
+        seed: int,
+        choice: decoding.Choice,
+    ) -> Iterator[Completion]:
+        arrays = self._padded(rows, size)
+        slots = arrays["prompts"].shape[1] + -(-max_new_tokens // _CHUNK) * _CHUNK
+        on_device = partitioning.to_device(arrays, self._mesh).values()
+        begin = functools.partial(decoding.begin, self._config, slots=slots, choice=choice)
+        advance = functools.partial(decoding.advance, self._config, chunk=_CHUNK, choice=choice)
+        (state, *made), seconds = self._run(begin, params, *on_device, np.uint32(seed))
+        self.work.prompt_tokens += sum(len(row.prompt) for row in rows)
+        self.work.prefill_seconds += seconds
+        yield from self._taken(rows, *made)
+        count = 1
+        while any(not row.ended_by for row in rows):
+            finished_B = np.array([bool(row.ended_by) for row in rows])
+            finished_B = np.pad(finished_B, (0, size - len(rows)), constant_values=True)
+            state = state._replace(finished=jax.device_put(finished_B, state.finished.sharding))
+            limit = min(_CHUNK, max_new_tokens - count)
+            (state, *made), seconds = self._run(advance, params, state, np.int32(limit))
+            before = sum(len(row.ids) for row in rows)
+            yield from self._taken(rows, *made)
+            self.work.decoded_tokens += sum(len(row.ids) for row in rows) - before
+            self.work.decode_seconds += seconds
+            count += limit
+
+    def _padded(self, rows: list["_Row"], size: int) -> dict[str, np.ndarray]:
+        """A batch's prompts, padded on the left, and rows to fill it."""
+        longest = max(len(row.prompt) for row in rows)
+        length = _SHORTEST << max(math.ceil(math.log2(longest / _SHORTEST)), 0)
+        length = min(length, self._config.max_length)
+        prompts_BxL = np.full((size, length), self._vocabulary.pad_id, np.int32)
+        segment_ids_BxL = np.zeros((size, length), np.int32)
+        for prompt_L, segment_ids_L, row in zip(prompts_BxL, segment_ids_BxL, rows, strict=False):
+            prompt_L[-len(row.prompt) :] = row.prompt
+            segment_ids_L[-len(row.prompt) :] = 1
+        draws = [row.draw for row in rows] + [-1] * (size - len(rows))
+        return {
+            "prompts": prompts_BxL,
+            "segment_ids": segment_ids_BxL,
+            "rows": np.array(draws, np.int32),
+        }
+
+    def _run(self, function: Any, params: Any, *arrays: Any) -> tuple[Any, float]:
+        """A program's results and seconds; compiled at its first call for such shapes."""
+        leaves = jax.tree.leaves((params, arrays))
+        key = (function.func, *function.keywords.values(), *((x.shape, x.dtype) for x in leaves))
+        with partitioning.partitioned(self._mesh, self._rules):
+            if key not in self._compiled:
+                # The state is the second argument: its cache is changed where it lies.
+                donated = (1,) if function.func is decoding.advance else ()
+                jitted = jax.jit(function, donate_argnums=donated)
+                self._compiled[key] = jitted.lower(params, *arrays).compile()
+            start = time.perf_counter()
+            results = jax.block_until_ready(self._compiled[key](params, *arrays))
+            return results, time.perf_counter() - start
+
+    def _taken(self, rows: list["_Row"], tokens: Any, log_p: Any) -> Iterator[Completion]:
+        """Gives rows what the device made; yields those that it ended."""
+        for row, tokens_C, log_p_C in zip(
+            rows, np.asarray(tokens), np.asarray(log_p), strict=False
+        ):
+            if not row.ended_by:
+                row.take(tokens_C.tolist(), log_p_C.tolist())
+                if row.ended_by:
+                    yield row.completion()
+
+
+class _Row:
+    """A prompt and what it was continued by so far."""
+
+    def __init__(
+        self,
+        index: int,
+        draw: int,
+        prompt: list[int],
+        max_new_tokens: int,
+        vocabulary: Vocabulary,
+        end_ids: tuple[int, ...],
+        stop_texts: tuple[str, ...],
+    ) -> None:
+        self.index, self.draw, self.prompt, self.ended_by = index, draw, prompt, ""
+        self.ids: list[int] = []
+        self.log_probabilities: list[float] = []
+        self._max_new_tokens, self._vocabulary = max_new_tokens, vocabulary
+        self._end_ids, self._stop_texts = end_ids, stop_texts
+
+    def take(self, tokens: list[int], log_probabilities: list[float]) -> None:
+        """Adds tokens up to where the row ends."""
+        old = len(self.ids)
+        for token, log_p in zip(tokens, log_probabilities, strict=True):
+            if token == decoding.NO_TOKEN:
+                break
+            if not math.isfinite(log_p):
+                raise NotFiniteError(
+                    f"The model's logits after {len(self.ids)} new tokens of prompt {self.index} "
+                    "are not finite: use another checkpoint."
+                )
+            if token in self._end_ids:
+                self.ended_by = "end of document"
+                break
+            self.ids.append(token)
+            self.log_probabilities.append(log_p)
+        if self._has_stop(len(self.ids)):
+            # Text only grows, so the tokens that hold a stop text are an end of the range.
+            length = bisect.bisect_left(range(len(self.ids)), True, old, key=self._has_stop)
+            del self.ids[length:], self.log_probabilities[length:]
+            self.ended_by = "stop text"
+        elif not self.ended_by and len(self.ids) == self._max_new_tokens:
+            self.ended_by = "length"
+
+    def completion(self) -> Completion:
+        """What there is at the end."""
+        text = self._text(len(self.ids))
+        text = text[: min((text.index(s) for s in self._stop_texts if s in text), default=None)]
+        return Completion(self.index, self.ids, text, self.log_probabilities, self.ended_by)
+
+    def _has_stop(self, length: int) -> bool:
+        text = self._text(length) if self._stop_texts else ""
+        return any(stop in text for stop in self._stop_texts)
+
+    def _text(self, length: int) -> str:
+        return continuation(self._vocabulary, self.prompt, self.ids[:length])
+
+
+def continuation(vocabulary: Vocabulary, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that ids add after a prompt: with the space before it, say, that stands for a word.
+
+    Args:
+      vocabulary: Of both.
+      prompt: Ids that come before; its last ones suffice.
+      ids: The new ones.
+
+    Returns:
+      The text of both less the prompt's; of the new ones alone where they change the prompt's last
+      character, which its ids leave incomplete.
+    """
+    context = prompt[-_CONTEXT:]
+    before, both = vocabulary.decode(context), vocabulary.decode([*context, *ids])
+    return both[len(before) :] if both.startswith(before) else vocabulary.decode(ids)

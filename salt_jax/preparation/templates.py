@@ -1,0 +1,176 @@
+"""Rows with fields into a prompt and a response, by templates.
+
+In: a row, a mapping of names to values. Out: two texts. Before and after, with the prompt
+"Question: {question}\\nAnswer:" and the response " {answer}":
+
+    {"question": "2 + 3?", "answer": "5"}
+    "Question: 2 + 3?\\nAnswer:" and " 5"
+
+A plain document is a row without a prompt, whose response is its `text`.
+"""
+
+import dataclasses
+import functools
+import string
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from salt_jax.errors import InputError, nearest
+from salt_jax.huggingface.chat_templates import ChatTemplate
+
+# Fields of a row, in an error.
+_MOST_NAMED = 8
+_LONGEST_SHOWN = 40  # characters of a value
+
+
+class Unfit(ValueError):  # noqa: N818 (says what the row is)
+    """A row that a template cannot take; the message says why, without the row's place."""
+
+
+class NoResponse(Unfit):
+    """A row whose response is empty."""
+
+
+class Filled(NamedTuple):
+    """A row's texts.
+
+    Attributes:
+      prompt: What a model is given; "" for a plain document.
+      response: What it is to say.
+    """
+
+    prompt: str
+    response: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a row becomes a prompt and a response.
+
+    A field stands in braces and must be a string of the row; "{document:.2000}" takes its first
+    2,000 characters, "{{" is a brace.
+
+    Attributes:
+      prompt: "Question: {question}\\nAnswer:", say; "" makes plain documents.
+      response: " {answer}", say.
+      words: What a field's values stand for: {"label": {"0": "true", "1": "false"}}. Such a field
+        may hold numbers, and no value but these.
+      chat: How a model writes conversations. A row's `messages` are then the prompt, and the last
+        one, the assistant's, the response: as text up to the token that ends a document, which
+        follows it anyway. `prompt` and `response` both say where the messages are, "{messages}".
+      parse_special: Whether the name of a special token in a prompt and its response
+        ("<|im_start|>") stands for that token; in plain documents it never does.
+    """
+
+    prompt: str = ""
+    response: str = "{text}"
+    words: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    parse_special: bool = True
+    chat: ChatTemplate | None = None
+
+    def __post_init__(self) -> None:
+        _ = self._parts  # refuses what cannot be parsed
+        if not self._fields_of("response"):
+            raise InputError(
+                f"The template response is {self.response!r} and names no field: write the field "
+                "that holds the response in braces, as in ' {answer}'."
+            )
+        for field in self.words:
+            if field not in self.fields:
+                raise InputError(
+                    f"Template.words is of the field {field!r}{nearest(field, self.fields)}, the "
+                    f"templates name {', '.join(self.fields)}: correct one of the two."
+                )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it names, each once, the prompt's first."""
+        return tuple(dict.fromkeys([*self._fields_of("prompt"), *self._fields_of("response")]))
+
+    def fill(self, row: Mapping[str, Any]) -> Filled:
+        """The row's prompt and response.
+
+        Raises:
+          Unfit: A field is missing, is no string, or has no word.
+          NoResponse: A prompt, and no response.
+        """
+        if self.chat is not None:
+            return _conversation(self.chat, row.get(self.fields[0]))
+        values = {field: self._value(field, row) for field in self.fields}
+        answered = any(values[field].strip() for field in self._fields_of("response"))
+        if self.prompt and not answered:
+            named = ", ".join(f"`{field}`" for field in self._fields_of("response"))
+            raise NoResponse(f"this row's response is empty (it is made of {named})")
+        return Filled(*(self._text(name, values) for name in ("prompt", "response")))
+
+    def _text(self, name: str, values: Mapping[str, str]) -> str:
+        pieces = (
+            literal + ("" if field is None else format(values[field], spec))
+            for literal, field, spec in self._parts[name]
+        )
+        return "".join(pieces)
+
+    def _value(self, field: str, row: Mapping[str, Any]) -> str:
+        value = row.get(field)
+        if (words := self.words.get(field)) is not None:
+            if str(value) not in words:
+                raise Unfit(
+                    f"the `{field}` of this row is {value!r}, expected one of {', '.join(words)}"
+                )
+            return words[str(value)]
+        if value is None:
+            names = [str(name) for name, each in row.items() if each is not None]
+            held = ", ".join(f"`{name}`" for name in names[:_MOST_NAMED]) or "no fields"
+            raise Unfit(f"this row has no `{field}`{nearest(field, names)}, it has {held}")
+        if not isinstance(value, str):
+            raise Unfit(f"the `{field}` of this row is {_shown(value)}, expected a text")
+        return value
+
+    def _fields_of(self, name: str) -> list[str]:
+        return [field for _, field, _ in self._parts[name] if field is not None]
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, list[tuple[str, str | None, str]]]:
+        """Literals with the field, if any, and the format that follow each; by template."""
+        return {name: list(_parsed(name, getattr(self, name))) for name in ("prompt", "response")}
+
+
+def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
+    """Messages up to the last one, as the model is to answer them, and that one."""
+    try:
+        whole = chat(messages, answer=False)
+        prompt = chat(messages[:-1]) if messages[-1]["role"] == "assistant" else ""
+    except InputError as error:
+        raise Unfit(str(error).removesuffix(".")) from error
+    if not prompt or not whole.startswith(prompt):
+        raise Unfit(
+            "the last of these messages is not an assistant's that the chat template writes behind "
+            "the others"
+        )
+    response, end = whole[len(prompt) :], chat.tokens.get("eos_token", "")
+    if end and response.rstrip().endswith(end):
+        response = response.rstrip().removesuffix(end)
+    if not response.strip():
+        raise NoResponse("the last of these messages is empty")
+    return Filled(prompt, response)
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written, where that is short."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__}"
+
+
+def _parsed(name: str, template: str) -> Iterator[tuple[str, str | None, str]]:
+    try:
+        for literal, field, spec, conversion in string.Formatter().parse(template):
+            if field is not None:
+                if not field or conversion:
+                    raise ValueError("braces must hold a field's name")
+                format("", spec or "")
+            yield literal, field, spec or ""
+    except ValueError as error:
+        raise InputError(
+            f"The template {name} is {template!r}, which cannot be read ({error}): write a field "
+            "as {name}, and a brace that is text twice."
+        ) from error

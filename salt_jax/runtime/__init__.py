@@ -1,0 +1,1 @@
+"""What a running process relies on: the other processes, its output streams, signals."""

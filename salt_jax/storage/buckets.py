@@ -1,0 +1,319 @@
+"""Folders and files in buckets, gs://BUCKET/PATH and s3://BUCKET/PATH, through fsspec.
+
+In: paths as they were typed. Out: what a bucket's folder holds, its files to and from the disk, or
+read in place. Credentials are found by gcsfs and s3fs, as by Google's and Amazon's own tools; this
+package never sees them.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from salt_jax.errors import InputError
+from salt_jax.storage.json_files import require_inside
+
+# What installs the library of each scheme.
+_EXTRAS = {"gs": "gcs", "s3": "s3"}
+# By which file systems tell one content of a file from the next.
+_VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
+_MARKS = ("COMPLETED", "digests.json")
+_ADVICE = "check the name, your rights to it and the network"
+# Otherwise fsspec takes as many files at once as an eighth of those that may be open, and holds
+# 50 MB and more of each.
+_FILES_AT_ONCE = 16
+_PART_BYTES = 8 * 2**20
+_MOST_PARTS, _PART_UNIT = 10_000, 2**18  # of a file on S3; of what GCS's parts are multiples
+# Of one file. s3fs reads on after a lost connection only where it reads a file in no parts.
+_PUT: dict[str, dict[str, int]] = {"gs": {}, "s3": {"max_concurrency": 2}}
+_GET: dict[str, dict[str, int]] = {
+    "gs": {"concurrency": 2, "chunk_size": _PART_BYTES, "max_prefetch_size": 2 * _PART_BYTES},
+    "s3": {"max_concurrency": 1},
+}
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+
+# It logs the stack of an error that it also raises, and that is then told in a sentence.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+class BucketError(InputError):
+    """A bucket that cannot be read or written: its name, the rights, the network."""
+
+
+class RemoteFile(NamedTuple):
+    """A file's size in bytes, and what changes with its content."""
+
+    bytes: int
+    version: str
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL."""
+    return "://" in os.fspath(path)
+
+
+class RemoteFolder:
+    """A folder in a bucket.
+
+    Args:
+      url: gs://BUCKET/PATH or s3://BUCKET/PATH.
+
+    Raises:
+      InputError: Another scheme, no folder, credentials in the URL, or the scheme's library is not
+        installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._root = _place(url)
+        scheme, parts = url.partition("://")[0], self._root.split("/")
+        if len(parts) < 2 or ".." in parts or "." in parts:
+            raise InputError(f"{url} names no folder of a bucket: write {scheme}://BUCKET/FOLDER.")
+        self.url = f"{scheme}://{self._root}"
+        self.parts = (scheme, *parts)
+        self._files, _ = _opened(url)
+
+    def files(self) -> dict[str, RemoteFile]:
+        """What it holds now, by names relative to it; empty where there is nothing.
+
+        Raises:
+          BucketError: It cannot be listed.
+          InputError: A name in it leads out of a folder, or is that of no file on a disk.
+        """
+        with _told(self.url, "read"):
+            self._files.invalidate_cache()
+            try:
+                found = self._files.find(self._root, detail=True)
+            except FileNotFoundError:
+                return {}
+        files = {
+            name.removeprefix(f"{self._root}/"): RemoteFile(int(info["size"]), _version(info))
+            for name, info in sorted(found.items())
+            if info["type"] == "file" and name.startswith(f"{self._root}/")
+        }
+        # What stands for a folder has no content. In a bucket ".." is a name as any other.
+        files = {name: file for name, file in files.items() if name and not name.endswith("/")}
+        for name in files:
+            require_inside(self.url, name, "rename or remove that object")
+        _require_files(self.url, files)
+        return files
+
+    def fetch(self, folder: pathlib.Path, names: Sequence[str]) -> None:
+        """Copies files into a folder on the disk, each whole or not at all.
+
+        Raises:
+          BucketError: One cannot be read.
+        """
+        temporary = {name: folder / f"{name}.fetched.tmp" for name in names}
+        for path in temporary.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _told(self.url, "read"):
+                local = list(map(str, temporary.values()))
+                there = [self._at(name) for name in names]
+                self._files.get(there, local, batch_size=_FILES_AT_ONCE, **_GET[self.parts[0]])
+            for name in sorted(names, key=completes):
+                os.replace(temporary[name], folder / name)
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+
+    def put(self, folder: pathlib.Path, names: Sequence[str]) -> None:
+        """Copies files from a folder on the disk, those last that say that others are complete.
+
+        Raises:
+          BucketError: One cannot be written.
+        """
+        for last in (False, True):
+            own = [name for name in names if completes(name) == last]
+            if not own:
+                continue
+            with _told(self.url, "written"):
+                local = [str(folder / name) for name in own]
+                self._files.put(
+                    local,
+                    [self._at(name) for name in own],
+                    batch_size=_FILES_AT_ONCE,
+                    chunksize=_part_bytes(max(map(os.path.getsize, local))),
+                    **_PUT[self.parts[0]],
+                )
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Takes files away, those first that say that others are complete.
+
+        Raises:
+          BucketError: One cannot be removed.
+        """
+        for name in sorted(names, key=completes, reverse=True):
+            with _told(self.url, "written"), contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def path_of(file: str) -> pathlib.Path:
+    """A file's path on the disk, or in a bucket: its name, its parent and its text are as any
+    path's; `open_file` and `state_of` read it."""
+    if not is_remote(file):
+        return pathlib.Path(file)
+    from etils import epath
+
+    return cast(pathlib.Path, epath.Path(file))
+
+
+def matching(pattern: str) -> list[str]:
+    """The URLs of a bucket's files that a pattern names; ** crosses folders. Brackets that are in a
+    name stand for themselves, and a pattern that is a file's name means that file alone.
+
+    Raises:
+      InputError: See RemoteFolder.
+    """
+    files, place = _opened(pattern)
+    with _told(pattern, "read"):
+        files.invalidate_cache()
+        readings = (files.glob(reading, detail=True) for reading in _readings(place))
+        found: dict[str, Any] = next(filter(None, readings), {})
+    found = {place: found[place]} if place in found else found
+    scheme = pattern.partition("://")[0]
+    return [f"{scheme}://{name}" for name, info in sorted(found.items()) if info["type"] == "file"]
+
+
+def _readings(place: str) -> Iterator[str]:
+    """What brackets in a pattern may mean, those first that are part of names."""
+    parts = ((part.replace("[", "[[]"), part) for part in place.split("/"))
+    return map("/".join, itertools.product(*map(dict.fromkeys, parts)))
+
+
+def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
+    """A file to read, unbuffered where it is on the disk, and its state as it was opened.
+
+    Raises:
+      OSError: It cannot be read.
+      BucketError: It lies in a bucket, and cannot be read.
+    """
+    if not is_remote(path):
+        file = cast(BinaryIO, open(path, "rb", buffering=0))  # noqa: SIM115 (the caller's)
+        status = os.fstat(file.fileno())
+        return file, (status.st_size, status.st_mtime_ns)
+    files, place = _opened(os.fspath(path))
+    with _told(os.fspath(path), "read"):
+        return files.open(place, "rb"), state_of(path)
+
+
+def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """A file's size, and what changes with its content: the time of change in nanoseconds, or a
+    hash of what a bucket goes by.
+
+    Raises:
+      OSError: It cannot be read.
+      BucketError: It lies in a bucket, and cannot be read.
+    """
+    if not is_remote(path):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    files, place = _opened(os.fspath(path))
+    with _told(os.fspath(path), "read"):
+        info = files.info(place)
+    digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
+    return int(info["size"]), int.from_bytes(digest)
+
+
+def checkpoint_of(name: str) -> str:
+    """The checkpoint that a file belongs to, "RUN/checkpoints/STEP"; "" where it is of none."""
+    found = re.match(r"(?:.*/)?checkpoints/\d+(?=/)", name)
+    return found[0] if found else ""
+
+
+def _place(url: str) -> str:
+    """The path that a URL names: BUCKET/FOLDER/FILE.
+
+    Raises:
+      InputError: Another scheme, or credentials in the URL.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme not in _EXTRAS:
+        raise InputError(
+            f"{scheme}:// is no kind of path that is known: name a folder on this machine, "
+            f"or one of {', '.join(f'{known}://' for known in _EXTRAS)}."
+        )
+    if re.search(r"[@#]|\?.*[=&]", rest):
+        raise InputError(
+            f"A {scheme}:// path holds '@', '#' or a query, which stand for credentials: name the "
+            "bucket and the folder alone, and give credentials as gcloud and aws find them."
+        )
+    return "/".join(part for part in rest.split("/") if part)
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and its path there.
+
+    Raises:
+      InputError: See `_place`; or the library is not installed.
+    """
+    import fsspec
+
+    # Otherwise gcsfs asks for the kind of bucket before each call, and warns where it may not.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    place, scheme = _place(url), url.partition("://")[0]
+    with _told(f"{scheme}://{place}", "read"):
+        try:
+            return fsspec.filesystem(scheme), place
+        except ImportError as error:
+            raise InputError(
+                f"{scheme}://{place} needs a library that is not installed: run "
+                f"pip install 'salt_jax[{_EXTRAS[scheme]}]'."
+            ) from error
+
+
+@contextlib.contextmanager
+def _told(url: str, what: str) -> Iterator[None]:
+    """Turns an error of a library or of the network, of whichever class, into a sentence."""
+    try:
+        yield
+    except (InputError, TypeError, AttributeError, NameError, LookupError, AssertionError):
+        raise
+    except Exception as error:  # each library has classes of its own
+        raise BucketError(f"{url} cannot be {what} ({_reason(error)}): {_ADVICE}.") from error
+
+
+def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
+    """Refuses names that can't be those of files on a disk, all at once."""
+    for name in files:
+        parts = name.split("/")
+        folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
+        if "" in parts or any(folder in files for folder in folders):
+            raise InputError(
+                f"{url} has an object {name!r}, which can't be a file beside its others: rename or "
+                "remove it."
+            )
+
+
+def completes(name: str) -> bool:
+    """Whether a file says that others are complete: it is sent last and removed first."""
+    return name.rpartition("/")[2] in _MARKS
+
+
+def _part_bytes(size: int) -> int:
+    """Of a part of a file of so many bytes."""
+    units = -(-size // (_MOST_PARTS * _PART_UNIT))
+    return max(_PART_BYTES, units * _PART_UNIT)
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line, without anything that opens the bucket."""
+    text = " ".join(str(error).split())
+    secrets = {os.environ.get(name, "") for name in _SECRETS} - {""}
+    for secret in sorted(secrets, key=len, reverse=True):  # one may begin like another
+        text = text.replace(secret, "…").replace(urllib.parse.quote(secret, safe=""), "…")
+    text = text[:200].rstrip(".")  # only now: half a secret would not be found
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

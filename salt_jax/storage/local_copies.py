@@ -1,0 +1,232 @@
+"""Copies on this machine's disk of what buckets hold.
+
+In: a path as it was typed. Out: where it lies on the disk: itself, or a copy, of which only what
+has changed in the bucket is fetched again. Copies are kept below SALT_LOCAL_COPIES, which is
+~/.cache/salt_jax by default, or a temporary folder where that cannot be written.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import urllib.parse
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from salt_jax.errors import InputError
+from salt_jax.storage.buckets import RemoteFile, RemoteFolder, completes, is_remote
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.user_folders import cache_folder, writable
+from salt_jax.terminal import say
+
+COPIES = "SALT_LOCAL_COPIES"
+
+_LONGEST_NAME = 200
+
+
+# A file's size, time of change in nanoseconds and inode; nothing where there is none.
+State = tuple[int, ...]
+
+
+class Copied(NamedTuple):
+    """A file of the bucket's as it was when it and its copy were the same (None while one is being
+    made the other), and the copy's `state_on_disk` then."""
+
+    there: RemoteFile | None
+    here: State
+
+
+class Copy:
+    """A folder on the disk and which of its files are the bucket's.
+
+    Args:
+      folder: The bucket's.
+      path: The copy.
+
+    Attributes:
+      control: A folder for what is known of it.
+    """
+
+    def __init__(self, folder: RemoteFolder, path: pathlib.Path) -> None:
+        self.folder, self.path = folder, path
+        # Beside it, since the folder itself is the bucket's.
+        self.control = path.with_name(f"{path.name}.copy")
+        self.control.mkdir(parents=True, exist_ok=True)
+        self._record = self.control / "copied.json"
+
+    def known(self) -> dict[str, Copied]:
+        """The files that were copied, either way, by name; empty where nothing was."""
+        try:
+            known = json.loads(self._record.read_text(encoding="utf-8"))
+            return {
+                str(name): Copied(there and RemoteFile(*there), tuple(map(int, here)))
+                for name, (there, here) in known.items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def note(self, files: Mapping[str, Copied]) -> None:
+        """Remembers them."""
+        write_text(self._record, json.dumps(files, indent=0))
+
+    def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Makes the copy what the bucket holds now.
+
+        Args:
+          wanted: Which files to have; others that were copied before are kept while they are the
+            bucket's.
+
+        Raises:
+          InputError: There is no room for it.
+          BucketError: It cannot be read.
+        """
+        there, known = self.folder.files(), self.known()
+        current = {
+            name: copied
+            for name, copied in known.items()
+            if there.get(name) == copied.there and state_on_disk(self.path / name) == copied.here
+        }
+        for name in sorted(known.keys() - there.keys(), key=completes, reverse=True):
+            self.drop(name)
+        missing = [name for name in there if wanted(name) and name not in current]
+        if missing:
+            total = sum(there[name].bytes for name in missing)
+            self._require_space(total)
+            say(
+                f"Copying {len(missing)} files, {total / 1e6:,.1f} MB, from {self.folder.url} to "
+                f"{self.path}"
+            )
+            self.note(current)
+            self.folder.fetch(self.path, missing)
+        new = {name: Copied(there[name], state_on_disk(self.path / name)) for name in missing}
+        if missing or known.keys() != current.keys():
+            self.note(current | new)
+
+    def drop(self, name: str) -> None:
+        """Takes a file out of the copy, and the folders that are empty without it."""
+        file = self.path / name
+        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in file.relative_to(self.path).parents:
+                (self.path / folder).rmdir()
+
+    def _require_space(self, needed: int) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise InputError(
+                f"The disk of {self.path} has {free / 1e6:,.0f} MB free, and the copy of "
+                f"{self.folder.url} needs {needed / 1e6:,.0f} MB: set {COPIES} to a folder on a "
+                "larger disk, or mount the bucket."
+            )
+
+
+def local_folder(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> pathlib.Path:
+    """A folder on this machine's disk: the path itself, or a copy of a bucket's folder.
+
+    Args:
+      path: As it was typed.
+      wanted: Which of a bucket's files to copy, by their names relative to it.
+
+    Raises:
+      InputError: The bucket's folder cannot be read, or is empty.
+    """
+    if not os.fspath(path):
+        raise InputError("A folder has an empty name: name the one that is meant.")
+    if not is_remote(path):
+        return pathlib.Path(path)
+    folder = RemoteFolder(os.fspath(path))
+    copy = Copy(folder, copy_below("input", folder))
+    with open(copy.control / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes on this machine one fetches
+        copy.fetch(wanted)
+    if not copy.path.is_dir():
+        raise InputError(f"There is nothing in {folder.url}: name another folder.")
+    return copy.path
+
+
+def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A file on this machine's disk: the path itself, or a copy of a bucket's file.
+
+    Raises:
+      InputError: The bucket's file cannot be read, or isn't there.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    folder, _, name = os.fspath(path).rpartition("/")
+    file = local_folder(folder, lambda other: other == name) / name
+    if not file.exists():
+        raise InputError(f"There is no file {os.fspath(path)}: name another.")
+    return file
+
+
+def local_run(url: str, step: int | None) -> pathlib.Path:
+    """A copy of a run's folder in a bucket, with one of its checkpoints.
+
+    Args:
+      url: The run's.
+      step: The checkpoint's step; None is the newest.
+
+    Raises:
+      InputError: It cannot be read, is empty, or has no such checkpoint.
+    """
+    steps = remote_steps(RemoteFolder(url).files())
+    if step is not None and step not in steps:
+        raise InputError(
+            f"{url} has {f'checkpoints of {_listed(steps)}' if steps else 'no checkpoint'}, and "
+            f"step {step} is asked for: name another step."
+        )
+    kept = f"checkpoints/{step if step is not None else max(steps, default=None)}/"
+    return local_folder(
+        url, lambda name: not name.startswith("checkpoints/") or name.startswith(kept)
+    )
+
+
+def remote_steps(files: Collection[str]) -> list[int]:
+    """The steps of complete checkpoints among the names of a run's files, ascending."""
+    found = (re.fullmatch(r"checkpoints/(\d+)/digests\.json", name) for name in files)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def state_on_disk(path: pathlib.Path) -> State:
+    """What tells a file's content from what was there before."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+
+
+def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
+    """Where a folder's copy lies on this machine: for reading ("input"), or to write ("output").
+
+    Its name is the folder's own; no copy lies in another one.
+    """
+    below = _copies_folder()
+    place = urllib.parse.quote(folder.url, safe="")
+    if len(place) > _LONGEST_NAME:
+        place = f"{place[:100]}-{hashlib.sha256(folder.url.encode()).hexdigest()}"
+    return below / kind / place / folder.parts[-1]
+
+
+def _copies_folder() -> pathlib.Path:
+    given = os.environ.get(COPIES)
+    if not given:
+        return cache_folder("salt_jax", COPIES)
+    try:
+        return writable(given)
+    except OSError as error:
+        raise InputError(
+            f"{COPIES} is {given}, which cannot be written ({error.strerror}): set it to a folder "
+            "that can."
+        ) from error

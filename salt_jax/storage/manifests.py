@@ -1,0 +1,183 @@
+"""Manifests: what a folder of data holds, and whether it was ever finished.
+
+In: a mapping of counts, digests and settings. Out: FOLDER/manifest.json, then FOLDER/COMPLETED,
+which names the manifest's digest and is written last. A reader refuses a folder without it, of
+another kind or of another version.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from salt_jax.errors import InputError
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.json_files import Shape, no_link_out, read_json_object, require_shape
+
+MANIFEST_FILE = "manifest.json"
+COMPLETED_FILE = "COMPLETED"
+
+# The version of each kind's layout on disk, raised whenever an older reader would misread a newer
+# folder.
+FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 2, "selection": 1, "soft_labels": 2}
+
+# What a pass of a model over rows took: of manifests, and of the file cost.json beside one.
+COST: Shape = {"flops": float, "tokens": float, "seconds": float}
+
+_SHARD = {"rows": int, "bytes": int, "digest": str}
+_SCORER = {"path": str, "step": int, "digest": str}
+_OF_ROWS = {"cache_digest": str, "split": str, "rows": int}
+_DOCUMENTS = ("documents", "bytes", "shared_documents", "duplicate_documents")
+_COUNTS = dict.fromkeys(("rows", "tokens", *_DOCUMENTS), int)
+
+# What a reader may ask of each kind without looking first.
+_SHAPES: Mapping[str, Shape] = {
+    "packed_cache": {
+        "sequence_length": int,
+        "subsets": [str],
+        "vocabulary": {"size": int, "fingerprint": str, "start_id": int},
+        "sources": [{"file": str, "bytes": int, "digest": str}],
+        "splits": {
+            str: {**_COUNTS, "by_subset": {str: _COUNTS}, "shards": [{**_SHARD, "file": str}]}
+        },
+    },
+    "row_scores": {
+        **_OF_ROWS,
+        "shard_rows": int,
+        "shards": [_SHARD],
+        "scorer": _SCORER,
+        "k": [int],
+        "columns": [[str]],
+        "nan_rows": int,
+    },
+    "selection": {
+        **_OF_ROWS,
+        "array_digest": str,
+        "how": {},
+        "scores_digest": (None, str),
+        "cut": (None, float),
+        "scorer": (None, _SCORER),
+        "score": (None, {}),
+        "scoring_cost": (None, COST),
+    },
+    "soft_labels": {
+        **_OF_ROWS,
+        "shard_rows": int,
+        "shards": [_SHARD],
+        "selection_digest": (None, str),
+        "row_ids_digest": (None, str),
+        "teacher": _SCORER,
+        "temperature": float,
+        "format": {"sequence_length": int, "vocab_size": int, "k": int, "encoding": str},
+    },
+}
+
+_CALLED = {
+    "packed_cache": "a packed cache",
+    "row_scores": "scores",
+    "selection": "a selection",
+    "soft_labels": "soft labels",
+}
+_MADE_BY = {
+    "packed_cache": "salt prepare",
+    "row_scores": "salt score",
+    "selection": "salt select",
+    "soft_labels": "salt score --soft_labels",
+}
+
+
+def begin_writing(folder: pathlib.Path) -> None:
+    """Makes the folder if there is none and takes away COMPLETED: from here on no reader accepts
+    it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / COMPLETED_FILE).unlink(missing_ok=True)
+
+
+def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Writes manifest.json, then COMPLETED. Everything the manifest names must be on disk already.
+
+    Two processes may write the same manifest at once. COMPLETED names its manifest by digest, so
+    one that is left of an earlier manifest completes nothing.
+
+    Args:
+      folder: Made if need be.
+      manifest: JSON-serialisable; holds "kind" and "format_version" (`new_manifest` adds both).
+    """
+    assert manifest.get("format_version") == FORMAT_VERSIONS.get(manifest.get("kind", "")), (
+        f"a manifest needs its kind and format version, got {dict(manifest)}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_text(folder / MANIFEST_FILE, text)
+    write_text(folder / COMPLETED_FILE, manifest_digest(manifest) + "\n")
+
+
+def new_manifest(kind: str, **parts: Any) -> dict[str, Any]:
+    """A manifest of this kind in its newest format version."""
+    return {"kind": kind, "format_version": FORMAT_VERSIONS[kind], **parts}
+
+
+def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
+    """The manifest of a finished folder of this kind.
+
+    Raises:
+      InputError: No such folder, no manifest, half-written, another kind or another format version,
+        or a manifest that lacks something.
+    """
+    made_by, what = _MADE_BY[kind], _CALLED[kind]
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {found}: expected the folder of {what}, made by `{made_by}`.")
+    if not (path / MANIFEST_FILE).exists():
+        raise InputError(
+            f"{path} holds no {MANIFEST_FILE}: expected the folder of {what}, made by `{made_by}`; "
+            f"if that command was interrupted here, run it again."
+        )
+    if not (path / COMPLETED_FILE).exists():
+        raise InputError(
+            f"{path} is half-written (it has no {COMPLETED_FILE}): run its `{made_by}` again "
+            "to finish it."
+        )
+    again = f"make the folder again with `{made_by}`"
+    for name in (MANIFEST_FILE, COMPLETED_FILE):
+        no_link_out(path, path / name, again)
+    manifest = read_json_object(path / MANIFEST_FILE, again)
+    _check_kind(path, manifest, kind)
+    with open(path / COMPLETED_FILE, "rb") as completed:
+        digest = completed.read(80).decode(errors="replace").strip()
+    if digest != manifest_digest(manifest):
+        raise InputError(
+            f"{path / MANIFEST_FILE} was changed after the folder was finished: make it again with "
+            f"`{made_by}`."
+        )
+    require_shape(path / MANIFEST_FILE, manifest, _SHAPES[kind], again)
+    return manifest
+
+
+def _check_kind(path: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> None:
+    found = manifest.get("kind")
+    if found != kind:
+        raise InputError(
+            f"{path} holds {_CALLED.get(str(found), 'something else')}, expected {_CALLED[kind]}: "
+            f"name the output folder of `{_MADE_BY[kind]}`."
+        )
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSIONS[kind]:
+        raise InputError(
+            f"{path} is of format version {version}, this version of salt_jax reads "
+            f"{FORMAT_VERSIONS[kind]}: make it again with `{_MADE_BY[kind]}`."
+        )
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the manifest as canonical JSON: equal content, equal digest."""
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,253 @@
+"""An output folder in a bucket: written on this machine's disk, and sent there as it grows.
+
+In: the URL of --output_dir. Out: a folder on the disk, which begins as what the bucket holds, so
+that a run goes on where one on another machine has ended; what changes in it is sent every half
+minute and at the end, a checkpoint or a shard once it is complete, and what it removes is removed.
+A bucket that cannot be reached for a while is told of and tried again.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import threading
+import time
+import types
+from collections.abc import Iterator, Mapping, Sequence
+
+from salt_jax.errors import InputError, RunFailed
+from salt_jax.storage.buckets import BucketError, RemoteFile, RemoteFolder, checkpoint_of, completes
+from salt_jax.storage.local_copies import Copied, Copy, State, copy_below, state_on_disk
+from salt_jax.storage.manifests import COMPLETED_FILE
+from salt_jax.storage.run_folder import RUN_FILE
+from salt_jax.storage.run_lock import RunLock
+from salt_jax.terminal import say, warn
+
+SEND_SECONDS = "SALT_SEND_SECONDS"
+
+_TRIES = 5
+_OWN_FOLDERS = ("processes", "work")
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class Mirror:
+    """Used as a context, which ends when all has been sent.
+
+    Args:
+      url: gs://BUCKET/PATH or s3://BUCKET/PATH.
+      verb: The verb that writes it, for other processes of this machine, which are kept out.
+
+    Attributes:
+      path: The folder to write into.
+
+    Raises:
+      InputError: See RemoteFolder.
+    """
+
+    def __init__(self, url: str, verb: str) -> None:
+        self._folder = RemoteFolder(url)
+        self._verb, self._lock = verb, RunLock()
+        self.path = copy_below("output", self._folder)
+        self._copy = Copy(self._folder, self.path)
+        self._known: dict[str, Copied] = {}
+        self._left_out: set[str] = set()
+        self._seconds = _seconds()
+        self._ended = threading.Event()
+        self._sending = threading.Lock()
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="mirror")
+
+    def __enter__(self) -> "Mirror":
+        """Brings the folder to what the bucket holds, if anything else wrote there.
+
+        Raises:
+          InputError: Another process writes it, or the bucket is not the one that was written to.
+          BucketError: The bucket cannot be read.
+        """
+        self._lock.acquire(self.path, self._verb, at=self._copy.control)
+        try:
+            self._begin(self._folder.files())
+        except BaseException:
+            self._lock.release()
+            raise
+        self._thread.start()
+        return self
+
+    def _begin(self, there: Mapping[str, RemoteFile]) -> None:
+        whole = {checkpoint_of(name) for name in there if name.endswith("/digests.json")}
+        self._left_out = {name for name in there if checkpoint_of(name) not in {"", *whole}}
+        self._known = known = self._copy.known()
+        settled = {name: copied.there for name, copied in known.items() if copied.there}
+        if settled and not there:
+            raise InputError(
+                f"There is nothing in {self._folder.url}, and {len(settled)} files were sent there "
+                "from this machine: check the bucket's name and whose credentials are used; or "
+                f"delete {self.path.parent} to begin anew."
+            )
+        # What was being sent when this machine stopped may be there or not.
+        passed_over = (known.keys() - settled.keys()) | (self._left_out - settled.keys())
+        if settled != {name: file for name, file in there.items() if name not in passed_over}:
+            self._take()
+
+    def _take(self) -> None:
+        """Makes the folder what the bucket holds, but for what is of no whole checkpoint there."""
+        if unsent := self._unsent(self._states()):
+            kept = self._copy.control / f"unsent-{time.time_ns()}"
+            os.replace(self.path, kept)
+            self._copy.note({})
+            warn(
+                f"{self._folder.url} was written to from elsewhere, which counts: "
+                f"{len(unsent)} files that were not sent are in {kept}"
+            )
+        self._copy.fetch(lambda name: name not in self._left_out)
+        self._known = self._copy.known()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        with self._lock:
+            self._send_rest(error)
+
+    def _send_rest(self, error: BaseException | None) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                self.send()
+                if self._is_there():
+                    break
+                failed: Exception = BucketError(f"{self._folder.url} is written to from elsewhere.")
+            except (InputError, OSError) as caught:
+                failed = caught
+            if not left:
+                if error is not None and not self.path.exists():
+                    return  # nothing was begun
+                sentence = (
+                    f"{failed} What was not sent is in {self.path}: run the same command on this "
+                    "machine again to send it"
+                )
+                if error is None:
+                    raise RunFailed(f"{sentence}.") from failed
+                warn(f"{sentence}.")
+                return
+        if self._known:
+            say(f"All of it is in {self._folder.url}")
+
+    def _is_there(self) -> bool:
+        """Whether the bucket holds what was sent; what it doesn't is sent again."""
+        there = self._folder.files() if self._known else {}
+        lost = [
+            name
+            for name, copied in self._known.items()
+            if not copied.there or there.get(name) != copied.there
+        ]
+        self._known |= {name: Copied(None, self._known[name].here) for name in lost}
+        return not lost
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._seconds):
+            try:
+                self.send()
+                self._failing = False
+            except (InputError, OSError) as error:
+                if not self._failing:
+                    warn(f"{error} It is tried again.")
+                self._failing = True
+
+    def send(self) -> None:
+        """Brings the bucket to what the folder holds.
+
+        Raises:
+          BucketError: It cannot be written.
+          OSError: The disk is full.
+        """
+        with self._sending:
+            self._send(self._states())
+
+    def _send(self, now: Mapping[str, State]) -> None:
+        known = self._known
+        gone = [name for name in known if name not in now]
+        changed = self._unsent(now)
+        if not changed and not gone:
+            return
+        with self._held(changed) as (folder, changed):
+            # Of a checkpoint that was sent in part before, no other file may stay.
+            anew = {checkpoint_of(name) for name in changed}
+            stale = {name for name in self._left_out - now.keys() if checkpoint_of(name) in anew}
+            marks = [name for name in changed if completes(name) and name in known]
+            marks += [name for name in gone if name.rpartition("/")[2] == COMPLETED_FILE]
+            known |= {name: Copied(None, now.get(name, ())) for name in (*changed, *gone)}
+            self._copy.note(known)
+            self._folder.remove({*marks, *stale})
+            self._folder.put(folder, changed)
+        there = self._folder.files()
+        known |= {name: Copied(there.get(name), now[name]) for name in changed}
+        self._folder.remove(gone)  # after a checkpoint that takes their place
+        for name in gone:
+            del known[name]
+        self._left_out -= stale
+        self._copy.note(known)
+
+    def _unsent(self, now: Mapping[str, State]) -> list[str]:
+        """The names of files that the bucket doesn't hold as they are."""
+        known = self._known
+        return [
+            name
+            for name, state in now.items()
+            if name not in known or not known[name].there or known[name].here != state
+        ]
+
+    @contextlib.contextmanager
+    def _held(self, names: Sequence[str]) -> Iterator[tuple[pathlib.Path, list[str]]]:
+        """A folder in which files stay as long as sending takes, whatever the run removes, and
+        those that are there: of a checkpoint all or none."""
+        folder, removed = self._copy.control / "sending", set()
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    _link_or_copy(self.path / name, folder / name)
+                except FileNotFoundError:
+                    removed.add(checkpoint_of(name) or name)
+            yield folder, [name for name in names if (checkpoint_of(name) or name) not in removed]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _states(self) -> dict[str, State]:
+        """The state of every file that is complete, by name."""
+        states = {}
+        for folder, folders, files in os.walk(self.path):
+            # Of a run: what its processes tell each other, and parts of an unfinished cache.
+            own = _OWN_FOLDERS if RUN_FILE in files else ()
+            folders[:] = [name for name in folders if name not in own and _UNFINISHED not in name]
+            place = pathlib.Path(folder)
+            for name in files:
+                if name.startswith(".") or name.endswith(".tmp"):
+                    continue
+                if state := state_on_disk(place / name):
+                    states[(place / name).relative_to(self.path).as_posix()] = state
+        return states
+
+
+def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _seconds() -> float:
+    given = os.environ.get(SEND_SECONDS) or "30"
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"{SEND_SECONDS} is {given!r}, expected seconds above 0: correct it.")
+    return seconds

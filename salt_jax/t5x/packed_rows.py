@@ -1,0 +1,212 @@
+"""The rows of a packed cache as T5X trains on them: a SeqIO task whose rows are packed already.
+
+In: a packed cache, and for stage 1 perhaps stored soft labels and a selection. Out: a registered
+task. Its train split is what `salt train` reads, step by step and without end, from any step on;
+the other splits are their rows once, in order. One example a row, in the words of SeqIO's own
+converters (L tokens, K ids):
+
+    decoder_target_tokens   int32[L]
+    decoder_input_tokens    int32[L]     targets shifted right inside each document
+    decoder_loss_weights    float32[L]   the row's own
+    decoder_segment_ids     int32[L]
+    decoder_positions       int32[L]
+    soft_ids                int32[L, K]  stage 1, with soft labels: label_format.Labels
+    soft_log_q              float16[L, K]
+    soft_rest               float16[L]
+    soft_teacher_loss       float16[L]
+
+There is nothing left to convert: seqio.PassThroughFeatureConverter takes all of them on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from salt_jax.data import input_pipeline
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.row_order import RowOrder
+from salt_jax.data.row_scores import Selection
+from salt_jax.data.soft_labels import StoredLabels
+from salt_jax.distill.losses import LossConfig
+from salt_jax.errors import InputError
+from salt_jax.t5x.quiet_tensorflow import seqio, tf
+from salt_jax.t5x.seqio_adapters import SeqIOVocabulary
+
+
+class _Feature(NamedTuple):
+    """A feature of the task: its name in a batch of ours, its type, L and K its rank."""
+
+    ours: str
+    dtype: tf.DType
+    rank: int = 1
+
+
+_ROW = {
+    "decoder_target_tokens": _Feature("targets", tf.int32),
+    "decoder_input_tokens": _Feature("inputs", tf.int32),
+    "decoder_loss_weights": _Feature("loss_weights", tf.float32),
+    "decoder_segment_ids": _Feature("segment_ids", tf.int32),
+    "decoder_positions": _Feature("positions", tf.int32),
+}
+_LABELS = {
+    "soft_ids": _Feature("soft_ids", tf.int32, 2),
+    "soft_log_q": _Feature("soft_log_q", tf.float16, 2),
+    "soft_rest": _Feature("soft_rest", tf.float16),
+    "soft_teacher_loss": _Feature("soft_teacher_loss", tf.float16),
+}
+_VALIDATION_ROWS = 64  # read at once
+_LAST_STEP = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Where the rows lie, and from where on they are read.
+
+    Attributes:
+      cache: Folder of `salt prepare`.
+      batch_size: Rows a step, T5X's own: it says which rows a step reads.
+      seed: Of the order, the data seed of `salt train`.
+      first_step: The step of the first row: what stage 1 has had, for stage 2.
+      soft_labels: Folder of `salt score --soft_labels=K`, for stage 1; None for none.
+      selection: Folder of `salt select`, whose rows stage 1 reads (SALT_DS); None reads all rows.
+      loss: What the soft labels are for.
+    """
+
+    cache: str
+    batch_size: int
+    seed: int = 0
+    first_step: int = 0
+    soft_labels: str | None = None
+    selection: str | None = None
+    loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("first_step", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(
+                    f"PackedRows.{name} is {value!r}: set it to a whole number of at least {least}."
+                )
+
+    @functools.cached_property
+    def opened(self) -> tuple[PackedCache, Selection | None, StoredLabels | None]:
+        """The cache, and what stage 1 has beside it.
+
+        Raises:
+          InputError: One of them is missing, half-written, or of another cache; T5X cannot tell
+            the cache's padding from its tokens; the labels are not of these rows, or not for this
+            loss.
+        """
+        cache = PackedCache.open(self.cache)
+        if cache.vocabulary.pad_id != 0 or cache.vocabulary.eos_id == 0:
+            raise InputError(
+                f"The vocabulary of the cache {self.cache} has the padding id "
+                f"{cache.vocabulary.pad_id} and the end of document {cache.vocabulary.eos_id}, and "
+                "T5X takes id 0 for padding wherever it stands: prepare the text with a vocabulary "
+                "whose id 0 is padding alone."
+            )
+        selection, labels = None, None
+        if self.selection is not None:
+            selection = Selection.open(self.selection, cache_digest=cache.digest)
+        if self.soft_labels is not None:
+            labels = StoredLabels.open(self.soft_labels, cache_digest=cache.digest)
+            labels.require_fit(
+                temperature=self.loss.teacher_temperature,
+                k=self.loss.teacher_top_k,
+                selection_digest=selection.digest if selection else None,
+            )
+        return cache, selection, labels
+
+    def dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        """The rows of a split; SeqIO's shuffling has no part in their order.
+
+        Raises:
+          InputError: See `opened`; or the cache has no such split.
+        """
+        del shuffle_files, seed
+        cache, _, labels = self.opened
+        split_rows, features, sizes = cache.split(split), _ROW, [cache.sequence_length]
+        if split == "train" and labels is not None:
+            features, sizes = _ROW | _LABELS, [cache.sequence_length, labels.format.k]
+
+        def batches() -> Iterator[Mapping[str, Any]]:
+            read = self._training() if split == "train" else self._in_order(split_rows)
+            for batch in read:
+                yield {name: batch[feature.ours] for name, feature in features.items()}
+
+        signature = {
+            name: tf.TensorSpec((None, *sizes[: feature.rank]), feature.dtype)
+            for name, feature in features.items()
+        }
+        return tf.data.Dataset.from_generator(batches, output_signature=signature).unbatch()
+
+    def _training(self) -> Iterator[Mapping[str, np.ndarray]]:
+        cache, selection, labels = self.opened
+        rows = cache.split("train")
+        of_selection = RowOrder(selection.row_ids, 0, self.seed) if selection else None
+        pipeline = input_pipeline.InputPipeline(
+            sources={"cache": rows},
+            batch_size=self.batch_size,
+            start_id=cache.start_id,
+            all_rows=RowOrder(None, len(rows), self.seed),
+            selected_rows=of_selection,
+            # What T5X runs is one stage to its end.
+            stage1_steps=_LAST_STEP if selection or labels else 0,
+            soft_labels=labels,
+        )
+        return pipeline.batches(self.first_step, _LAST_STEP)
+
+    def _in_order(self, rows: Any) -> Iterator[Mapping[str, np.ndarray]]:
+        start_id = self.opened[0].start_id
+        for batch in input_pipeline.in_order(rows, _VALIDATION_ROWS, start_id):
+            real_B = batch["row_id"] >= 0
+            yield {name: array[real_B] for name, array in batch.items()}
+
+
+def register(name: str, rows: PackedRows) -> str:
+    """Registers rows as a SeqIO task; the same rows again are the same task.
+
+    Args:
+      name: The task's name.
+      rows: The rows. They are opened at once.
+
+    Returns:
+      The name, for T5X's mixture_or_task_name.
+
+    Raises:
+      InputError: See `PackedRows.opened`.
+    """
+    rows.opened  # noqa: B018 (before T5X makes a model)
+    return _registered(name, rows).name
+
+
+def vocabulary(cache: str) -> SeqIOVocabulary:
+    """The vocabulary that T5X's model is to have.
+
+    Args:
+      cache: Folder of `salt prepare`.
+    """
+    return SeqIOVocabulary(PackedCache.open(cache).vocabulary)
+
+
+@functools.cache
+def _registered(name: str, rows: PackedRows) -> seqio.Task:
+    cache, _, _ = rows.opened
+    output_features: dict[str, seqio.Feature] = {
+        name: seqio.ContinuousFeature(
+            dtype=feature.dtype, rank=feature.rank, required=name not in _LABELS
+        )
+        for name, feature in (_ROW | _LABELS).items()
+    }
+    tokens = seqio.Feature(SeqIOVocabulary(cache.vocabulary), add_eos=False)
+    output_features |= {name: tokens for name in _ROW if name.endswith("_tokens")}
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(rows.dataset, splits=cache.split_names),
+        output_features=output_features,
+        preprocessors=[],
+        shuffle_buffer_size=None,  # the order is salt_jax's, and says which rows a step reads
+    )

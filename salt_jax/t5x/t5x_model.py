@@ -1,0 +1,134 @@
+"""SALT's loss in T5X: a model class for stage 1, whose teacher is in the batch as soft labels.
+
+In: T5X's network, its batches, and in them the soft labels of `t5x/packed_rows.py`. Out:
+T5X's loss and metrics. T5X's own `train.py` runs it (gin/t5x, docs/t5x.md), and nothing else of
+salt_jax imports this file: T5X is no requirement.
+
+A model there sees no step, and what its state holds is in every checkpoint. So ω is a constant, the
+stages are two launches, and no teacher is loaded: stage 2 is T5X's own class, which goes on from
+stage 1's checkpoint. The parameters of both are the same.
+"""
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from salt_jax.distill.losses import LossConfig, SoftLabels, token_losses
+from salt_jax.errors import InputError
+
+try:
+    from clu import metrics as clu_metrics
+    from t5x import losses as t5x_losses
+    from t5x import models
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"T5X needs the library {error.name}, which is not installed: docs/t5x.md says how, and "
+        "that its gin files are for `python -m t5x.train`",
+        name=error.name,
+    ) from error
+
+# token_losses's names, and T5X's for such metrics.
+_METRICS = {
+    "hard": "hard_loss_per_nonpadding_target_token",
+    "soft": "soft_loss_per_nonpadding_target_token",
+    "teacher_hard": "teacher_loss_per_nonpadding_target_token",
+    "agreement": "teacher_agreement",
+}
+
+
+class SaltDecoderOnlyModel(models.DecoderOnlyModel):
+    """T5X's decoder-only model with SALT's loss where a batch has soft labels.
+
+    Weights, z-loss and the loss's divisor are T5X's: Σ w · ((1 − ω) · hard + ω · soft + z_loss ·
+    log² Σ exp z), over `loss_normalizing_factor`, which by T5X's default is 1 and makes a sum of
+    it. As in T5X's own loss all of the network's logits are ids, those beyond the vocabulary too.
+    With ω 0 it is T5X's own loss, and a batch without soft labels has that as well.
+
+    Args:
+        args: T5X's: module, vocabulary, optimizer_def.
+        omega: ω, at every step of the launch.
+        loss: temperatures and divergence. The labels' temperature was made sure of by what reads
+            them, `PackedRows.loss`; z_loss is T5X's setting, and chunk_tokens has no part.
+        kwargs: T5X's own settings.
+
+    Raises:
+        InputError: ω outside [0, 1], or settings of which only one can hold.
+    """
+
+    def __init__(
+        self, *args: Any, omega: float = 2 / 3, loss: LossConfig | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        loss = loss or LossConfig()
+        if not isinstance(omega, numbers.Real) or not 0.0 <= omega <= 1.0:
+            raise InputError(f"SaltDecoderOnlyModel.omega is {omega!r}; set it within [0, 1].")
+        if self._label_smoothing:
+            raise InputError(
+                f"LABEL_SMOOTHING is {self._label_smoothing}, and soft labels take its place: set "
+                "it to 0.0."
+            )
+        if loss.z_loss:
+            raise InputError(
+                f"LossConfig.z_loss is {loss.z_loss}, and in T5X the model has a setting for it: "
+                "leave it at 0.0 and set Z_LOSS."
+            )
+        self._omega: float = float(omega)
+        self._loss: LossConfig = loss
+
+    def loss_fn(
+        self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """T5X's loss function.
+
+        Args:
+            params: the network's.
+            batch: what `packed_rows.py` gives, B of each.
+            dropout_rng: None leaves dropout out.
+
+        Returns:
+            (loss, clu metrics by name: T5X's, and per token hard and soft loss, the teacher's loss
+            and how often both models have the same most likely id).
+
+        Raises:
+            InputError: fewer logits than ids, or fewer labels than the loss asks for.
+        """
+        if "soft_ids" not in batch:
+            return super().loss_fn(params, batch, dropout_rng)
+        logits_BxLxV = self._compute_logits(params, batch, dropout_rng)
+        targets_BxL, ids = batch["decoder_target_tokens"], logits_BxLxV.shape[-1]
+        needed = self.output_vocabulary.vocab_size
+        if ids < needed:
+            raise InputError(
+                f"The network has {ids} logits and the vocabulary {needed} ids: set VOCAB_SIZE to "
+                "at least that."
+            )
+        divisor, weights_BxL = t5x_losses.get_loss_normalizing_factor_and_weights(
+            self._loss_normalizing_factor, batch
+        )
+        soft_labels = SoftLabels(
+            batch["soft_ids"], batch["soft_log_q"], batch["soft_rest"], batch["soft_teacher_loss"]
+        )
+        token = token_losses(
+            logits_BxLxV, None, targets_BxL, self._omega, self._loss, ids, soft_labels
+        )
+        token["z_loss"] = self._z_loss * jnp.square(jax.nn.logsumexp(logits_BxLxV, axis=-1))
+        sums = {name: jnp.sum(weights_BxL * value_BxL) for name, value_BxL in token.items()}
+        divisor = 1.0 if divisor is None else divisor
+        z_loss = sums["z_loss"] / divisor
+        loss = sums["loss"] / divisor + z_loss
+        metrics = self._compute_metrics(
+            logits=logits_BxLxV,
+            targets=targets_BxL,
+            mask=weights_BxL,
+            loss=loss,
+            z_loss=z_loss,
+            segment_ids={"decoder": batch["decoder_segment_ids"]},
+        )
+        metrics |= {
+            theirs: clu_metrics.Average(total=sums[ours], count=jnp.sum(weights_BxL))
+            for ours, theirs in _METRICS.items()
+        }
+        return loss, metrics

@@ -1,0 +1,186 @@
+"""SeqIO tasks over text files or a TFDS dataset: tokenize, append the end of document.
+
+In: TextFiles, or a dataset's name, and a vocabulary. Out: a seqio.Task with features `targets`
+(int32 ids, the end of document last) and `subset` (int64, index of the subset's name). One example
+is one document; before and after:
+
+    {"targets": "ab", "subset": 3}
+    {"targets": [100, 101, 1], "subset": 3}                      with ByteVocabulary
+
+A task of prompts and responses has `inputs` in place of the subset, without an end of document:
+
+    {"question": "a", "answer": "b"}
+    {"inputs": [100], "targets": [101, 1]}                       with "{question}" and "{answer}"
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from salt_jax.data.packed_cache import SPLITS
+from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.errors import InputError
+from salt_jax.preparation.reading_log import ReadingLog
+from salt_jax.preparation.templates import NoResponse, Template
+from salt_jax.preparation.text_files import TextFiles
+from salt_jax.t5x.quiet_tensorflow import seqio, tf
+from salt_jax.t5x.seqio_adapters import SeqIOVocabulary, SubsetVocabulary
+
+
+class TextFilesSource(seqio.FunctionDataSource):
+    """Documents of text files as a SeqIO data source.
+
+    Attributes:
+      failure: The error that ended the last reading; TensorFlow passes on no more than its text.
+      log: What reading found out about the files.
+    """
+
+    def __init__(self, files: TextFiles | Callable[[], TextFiles]):
+        """Takes the files, or a function that gives them when they are first read."""
+        self._given = files
+        self.failure: InputError | None = None
+        self.log = ReadingLog()
+        splits = files.splits if isinstance(files, TextFiles) else SPLITS
+        super().__init__(dataset_fn=self._dataset, splits=splits)
+
+    @property
+    def files(self) -> TextFiles:
+        """The files, their description made now if it was given as a function."""
+        if not isinstance(self._given, TextFiles):
+            self._given = self._given()
+        return self._given
+
+    def subset_names(self) -> tuple[str, ...]:
+        """The names that `subset` indexes."""
+        return self.files.subset_names()
+
+    def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        # Shuffling is left to the task's buffer: files have a fixed order, see TextFiles.
+        del shuffle_files, seed
+        index = {name: number for number, name in enumerate(self.subset_names())}
+
+        def examples() -> Iterator[Mapping[str, Any]]:
+            try:
+                for document in self.files.documents(split, self.log):
+                    yield {"targets": document.text, "subset": index[document.subset]}
+            except InputError as error:
+                self.failure = error
+                raise
+
+        signature = {
+            "targets": tf.TensorSpec((), tf.string),
+            "subset": tf.TensorSpec((), tf.int64),
+        }
+        return tf.data.Dataset.from_generator(examples, output_signature=signature)
+
+
+def register_text_task(
+    name: str,
+    files: TextFiles | Callable[[], TextFiles],
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+) -> seqio.Task:
+    """A task over text files, in SeqIO's registry.
+
+    Args:
+      name: The task's name.
+      files: The files, or a function that gives them when the task is first used.
+      vocabulary: The vocabulary, or a function that gives it.
+    """
+    source = TextFilesSource(files)
+    return seqio.TaskRegistry.add(
+        name,
+        source=source,
+        output_features=_features(vocabulary, source.subset_names),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    )
+
+
+def register_dataset_task(
+    name: str,
+    dataset: str,
+    subsets: Sequence[str],
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+) -> seqio.Task:
+    """The same over a TFDS dataset of {"text", "subset"}, where TFDS finds it (TFDS_DATA_DIR).
+
+    Args:
+      name: The task's name.
+      dataset: With configuration and version, "the_pile/all:1.0.0".
+      subsets: The names that `subset` indexes.
+      vocabulary: The vocabulary, or a function that gives it.
+    """
+    rekey = functools.partial(
+        seqio.preprocessors.rekey, key_map={"targets": "text", "subset": "subset"}
+    )
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.TfdsDataSource(dataset),
+        output_features=_features(vocabulary, subsets),
+        preprocessors=[rekey, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    )
+
+
+def register_response_task(
+    name: str,
+    dataset: str,
+    template: Template,
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+    splits: Mapping[str, str] | None = None,
+) -> seqio.Task:
+    """Prompts and responses from a TFDS dataset, where TFDS finds it (TFDS_DATA_DIR).
+
+    Rows without a response are left out.
+
+    Args:
+      name: The task's name.
+      dataset: With configuration and version, "anli/r1:0.1.0".
+      template: How its rows become prompts and responses.
+      vocabulary: The vocabulary, or a function that gives it.
+      splits: TFDS's name of each split, {"validation": "train[:2%]"}; None takes them as they are.
+    """
+    adapted = SeqIOVocabulary(vocabulary, template.parse_special)
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.TfdsDataSource(dataset, splits=splits),
+        output_features={
+            "inputs": seqio.Feature(adapted, add_eos=False),
+            "targets": seqio.Feature(adapted, add_eos=True),
+        },
+        preprocessors=[
+            functools.partial(_prompts_and_responses, template=template),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+        ],
+    )
+
+
+def _prompts_and_responses(dataset: tf.data.Dataset, template: Template) -> tf.data.Dataset:
+    """{"inputs", "targets"} as text, from rows with the template's fields."""
+
+    def fill(*values: Any) -> tuple[bytes, bytes]:
+        texts = [value.decode() if isinstance(value, bytes) else value.item() for value in values]
+        try:
+            prompt, response = template.fill(dict(zip(template.fields, texts, strict=True)))
+        except NoResponse:
+            return b"", b""
+        return prompt.encode(), response.encode()
+
+    def pair(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        values = [example[field] for field in template.fields]
+        texts = tf.numpy_function(fill, values, [tf.string, tf.string], stateful=False)
+        prompt, response = (tf.ensure_shape(text, ()) for text in texts)
+        return {"inputs": prompt, "targets": response}
+
+    filled = dataset.map(pair, num_parallel_calls=tf.data.AUTOTUNE)
+    return filled.filter(lambda example: tf.strings.length(example["targets"]) > 0)
+
+
+def _features(
+    vocabulary: Vocabulary | Callable[[], Vocabulary],
+    subsets: Sequence[str] | Callable[[], Sequence[str]],
+) -> dict[str, seqio.Feature]:
+    names = SubsetVocabulary(subsets)
+    return {
+        "targets": seqio.Feature(SeqIOVocabulary(vocabulary), add_eos=True),
+        "subset": seqio.Feature(names, add_eos=False, dtype=tf.int64, rank=0),
+    }
