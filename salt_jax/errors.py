@@ -1,7 +1,7 @@
 """The exceptions that main.py turns into a sentence and an exit code, and what sentences share."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # The exit code of a run that is to be started again.
 INTERRUPTED = 75
@@ -20,9 +20,15 @@ class Interrupted(RuntimeError):  # noqa: N818
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (nearest: …)" where some known name is like `name`, else nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (nearest: {matches[0]})" if matches else ""
+    """ " (nearest: …)" where some known name is like `name`, else nothing.
+
+    Args:
+      name: What was typed.
+      known: The valid names; of a mapping, its keys, for which its values are shown.
+    """
+    for match in difflib.get_close_matches(name, list(known), n=1, cutoff=0.5):
+        return f" (nearest: {known[match] if isinstance(known, Mapping) else match})"
+    return ""
 
 
 def visible(text: str, kept: str = "") -> str:

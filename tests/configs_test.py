@@ -10,7 +10,7 @@ import pytest
 
 import gin
 from salt_jax.cli.command_line import parse_arguments
-from salt_jax.cli.config_errors import CONFIGS
+from salt_jax.cli.config_files import CONFIGS
 from salt_jax.cli.configuration import configure
 from salt_jax.data.denoisers import Denoising, Objectives
 from salt_jax.data.vocabularies import ByteVocabulary

@@ -15,12 +15,11 @@ from typing import Any
 
 from gin.config_parser import ImportStatement
 
-from salt_jax.cli.command_line import verbs
+from salt_jax.cli.command_line import PACKAGE, verbs
+from salt_jax.cli.config_files import CONFIGS
 from salt_jax.cli.setting_groups import settings_of, spellings
 from salt_jax.errors import InputError, nearest
 from salt_jax.storage import gin_files
-
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 # What took the place of names that files of older versions have.
 _RENAMED = {
@@ -41,7 +40,7 @@ def explained(
       parse: What to call.
       *arguments: For it.
       statements: Those of all files, to say where a name comes from.
-      flags: What settings are called on the command line; see `plain`.
+      flags: What settings are called on the command line; see `spoken`.
     """
     logging.disable(logging.ERROR)  # gin logs every place where it looks for a file in vain
     try:
@@ -86,8 +85,6 @@ def _gin_sentence(
     ):
         names = {name: name for name in _parameters_of(match[1])} | _below(match[1])
         close = nearest(match[2], names)
-        if found := re.search(r"nearest: (.*)\)", close):
-            close = f" (nearest: {names[found[1]]})"
         return f"{where}: {match[1]} has no setting {match[2]}{close}: correct the name."
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
         return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1], flags)}."
@@ -96,6 +93,12 @@ def _gin_sentence(
             f"{where}: {match[1]} is unknown there: begin the file with `from __gin__ import "
             "dynamic_registration` and the import of its module, or correct the name."
         )
+    if match := re.fullmatch(r"No module named '(salt_jax\.[\w.]+)'", message):
+        # Of an older version's files, or misspelt: modules keep their names where they move.
+        files = [file.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py")]
+        modules = {file.stem: ".".join(file.with_suffix("").parts) for file in files}
+        close = nearest(match[1].rpartition(".")[2], modules)
+        return f"{where}: there is no module {match[1]}{close}: correct its name."
     if message.startswith("not enough values to unpack"):  # of a name without a module
         return (
             f"{where}: write a setting's whole name, as config.TrainConfig.steps, where it is set."
@@ -109,9 +112,9 @@ def _gin_sentence(
                 name = whole if flag_of(name, flags).startswith("--gin.") else name
                 file = pathlib.Path(binding.location.filename)
                 shown = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
-                is_open = f"{plain(name, flags)} must be set ({shown} leaves it open)"
+                is_open = f"{spoken(name, flags)} must be set ({shown} leaves it open)"
                 return f"{is_open}: add {flag_of(name, flags)}."
-        return f"{plain(name, flags)} must be set: add {flag_of(name, flags)}."
+        return f"{spoken(name, flags)} must be set: add {flag_of(name, flags)}."
     return f"{where}: {message.rstrip('.')}."
 
 
@@ -148,7 +151,7 @@ def flag_of(name: str, flags: Mapping[str, str]) -> str:
     return f"--{flag}=VALUE"
 
 
-def plain(name: str, flags: Mapping[str, str]) -> str:
+def spoken(name: str, flags: Mapping[str, str]) -> str:
     """A setting as a person calls it: those of a verb and of `training.config` as their flags are
     called, all others by their whole names."""
     modules = name.split(".")[:-2]  # none where gin has shortened the name

@@ -57,6 +57,21 @@ class Setting:
         return f"{import_of(self.owner)}\n{self.selector} = {value}"
 
 
+def is_reference(value: Any) -> bool:
+    """Whether what gin has bound comes from elsewhere: @NAME(), @NAME or %MACRO."""
+    return isinstance(value, gin.config.ConfigurableReference)
+
+
+def is_macro(value: Any) -> bool:
+    """Whether what gin has bound is %MACRO."""
+    return is_reference(value) and value.configurable.selector == "gin.macro"
+
+
+def is_required(value: Any) -> bool:
+    """Whether what gin has bound is %gin.REQUIRED."""
+    return is_reference(value) and value.configurable.selector == "gin.constant"
+
+
 def import_of(target: Callable[..., Any]) -> str:
     """The gin statement that imports a function's or class's module."""
     package, _, module = target.__module__.rpartition(".")
@@ -96,7 +111,7 @@ def _bindings(function: Callable[..., Any], scope: str) -> dict[str, Any]:
 
 def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
     """What makes a setting, and the scope it is made in."""
-    if isinstance(value, gin.config.ConfigurableReference):
+    if is_reference(value):
         made = value.configurable.wrapped
         is_made = value.evaluate and not value.configurable.selector.startswith("gin.")
         is_group = is_made and isinstance(made, type | types.FunctionType)
@@ -107,8 +122,7 @@ def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
 def _refuse_class(value: Any, setting: Setting) -> None:
     """Refuses @NAME of a class where what the class makes is meant, @NAME()."""
     for each in value if isinstance(value, list | tuple) else [value]:
-        is_reference = isinstance(each, gin.config.ConfigurableReference)
-        if is_reference and not each.evaluate and inspect.isclass(each.configurable.wrapped):
+        if is_reference(each) and not each.evaluate and inspect.isclass(each.configurable.wrapped):
             name = "/".join([*each.scopes, each.configurable.name])
             raise InputError(
                 f"{setting.selector} is the class @{name}, expected what it makes: add the "
@@ -131,11 +145,8 @@ def alternatives(hint: Any) -> Sequence[Any]:
 
 def bound_value(setting: Setting) -> Any:
     """What gin has bound a setting to, macros followed; None for nothing."""
-    value = _bindings(setting.owner, setting.scope).get(setting.name)
-    while (
-        isinstance(value, gin.config.ConfigurableReference)
-        and value.configurable.selector == "gin.macro"
-    ):
+    value: Any = _bindings(setting.owner, setting.scope).get(setting.name)
+    while is_macro(value):
         with gin.config_scope("/".join(value.scopes)):
             value = gin.get_bindings("gin.macro", resolve_references=False).get("value")
     return value
@@ -214,8 +225,6 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str
     }
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
     close = nearest(name.replace(".", "_").lower(), known)
-    if match := re.search(r"nearest: (.*)\)", close):
-        close = f" (nearest: {known[match[1]]})"
     raise InputError(f"There is no setting --{name}{close}: `salt {verb} --help` lists them.")
 
 

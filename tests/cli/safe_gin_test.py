@@ -11,8 +11,7 @@ import pytest
 import gin
 from salt_jax.cli import safe_gin
 from salt_jax.cli.command_line import SAFE_GIN, parse_arguments, verb_help, verbs
-from salt_jax.cli.config_errors import CONFIGS
-from salt_jax.cli.configuration import _find_gin_file
+from salt_jax.cli.config_files import CONFIGS, find_gin_file
 from salt_jax.errors import InputError
 from salt_jax.main import main
 from salt_jax.training import compilation
@@ -64,13 +63,13 @@ def refusal(
 
 @pytest.mark.parametrize("file", OWN_FILES)
 def test_our_own_files_pass(file: str) -> None:
-    path = _find_gin_file(file)
+    path = find_gin_file(file)
     # Those of T5X's own train.py, and a task that a module of anyone's registers.
     if file.startswith("t5x/") or file == "data/registered.gin":
         with pytest.raises(InputError, match=r"line \d+: .*--safe_gin"):
-            safe_gin.require_safe_file(path, _find_gin_file)
+            safe_gin.require_safe_file(path, find_gin_file)
     else:
-        safe_gin.require_safe_file(path, _find_gin_file)
+        safe_gin.require_safe_file(path, find_gin_file)
 
 
 @pytest.mark.parametrize("name", sorted(safe_gin.NAMES))
@@ -136,7 +135,7 @@ def test_nor_by_a_binding(
 ) -> None:
     said = refusal("", bad_module.parent, capsys, *typed)
     # What is no single value, or a verb as one, is refused before that, or is a text.
-    assert re.search(r"--safe_gin|cannot be read|is not set", said)
+    assert re.search(r"--safe_gin|cannot be read|is not set|expected a whole number", said)
     assert not bad_module.exists()
     with pytest.raises(InputError, match="the command line: --safe_gin keeps gin from importing"):
         safe_gin.require_safe_bindings(f"{OURS}config.TrainConfig.seed = 3\nimport not_ours")
@@ -220,10 +219,10 @@ def test_compiled_programs_are_ones_own(tmp_path: pathlib.Path) -> None:
     file, text = tmp_path / "mine.gin", f"{OURS}config.Devices.compilation_cache"
     for value in (compilation.DEFAULT_FOLDER, ""):
         file.write_text(f"{text} = {value!r}\n")
-        safe_gin.require_safe_file(str(file), _find_gin_file)
+        safe_gin.require_safe_file(str(file), find_gin_file)
     file.write_text(f"{text} = 'theirs'\n")
     with pytest.raises(InputError, match=r"allows compilation_cache of Devices to be '~.* or ''"):
-        safe_gin.require_safe_file(str(file), _find_gin_file)
+        safe_gin.require_safe_file(str(file), find_gin_file)
 
 
 @pytest.mark.parametrize("line", ["import salt_jax.not_of_ours", "X = @run_it()"])
@@ -250,7 +249,7 @@ def test_harmless_values_of_those_settings_pass(tmp_path: pathlib.Path) -> None:
         module = "config" if owner == "Devices" else owner
         lines += [f"{module}.{name} = {value!r}\n" for value in harmless]
     file.write_text("".join(lines))
-    safe_gin.require_safe_file(str(file), _find_gin_file)
+    safe_gin.require_safe_file(str(file), find_gin_file)
 
 
 def test_the_flag_of_a_setting_that_runs_code(

@@ -121,8 +121,12 @@ def test_model_files(lines: list[str], tmp_path: pathlib.Path) -> None:
     ("line", "said"),
     [
         ("", "imports no module that has DecoderConfig"),
-        ("from salt_jax.data import templates\n", "imports no module that has DecoderConfig"),
-        ("from salt_jax.models import nothing\n", "No module named"),
+        (
+            "from salt_jax.preparation import templates\n",
+            "imports no module that has DecoderConfig",
+        ),
+        ("from salt_jax.models import nothing\n", "there is no module salt_jax.models.nothing"),
+        ("from salt_jax.data import templates\n", r"nearest: salt_jax\.preparation\.templates"),
     ],
 )
 def test_a_model_file_without_its_import(line: str, said: str, tmp_path: pathlib.Path) -> None:

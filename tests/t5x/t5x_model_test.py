@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from salt_jax.cli.config_errors import CONFIGS
+from salt_jax.cli.config_files import CONFIGS
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill.chunked_loss import loss_sums
 from salt_jax.distill.divergences import JensenShannon, ReverseKL

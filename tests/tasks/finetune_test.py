@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 import gin
 from salt_jax.cli.command_line import parse_arguments
-from salt_jax.cli.config_errors import CONFIGS
+from salt_jax.cli.config_files import CONFIGS
 from salt_jax.cli.configuration import configure
 from salt_jax.commands.prepare import prepare
 from salt_jax.data.packed_cache import PackedCache

@@ -1,0 +1,163 @@
+"""Checks every setting that a verb would use, before it is called.
+
+gin makes objects only when something asks for them, in the middle of a run if need be. `uses` walks
+what calling a verb would make and read, without making any of it, so that a setting that is missing
+or of a wrong type is one sentence before a device starts.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import gin
+from salt_jax.cli.config_errors import flag_of, spoken
+from salt_jax.cli.setting_groups import is_macro, is_reference, is_required
+from salt_jax.cli.setting_types import described, is_a, makes
+from salt_jax.errors import InputError
+from salt_jax.storage.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A function or class that gin would call, or one it would pass on, or a macro it would read.
+
+    Attributes:
+      name: "decoder.DecoderConfig", with its gin scope in front; "%STEPS" for a macro.
+      target: The function or class; gin's own for a macro.
+      bindings: What gin has bound its parameters to; a macro has one, "value".
+      is_call: Whether gin would call it.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    bindings: Mapping[str, Any]
+    is_call: bool
+
+
+def uses(verb: Callable[..., Any]) -> list[Use]:
+    """What calling a verb would use, the verb itself first."""
+    found: dict[str, Use] = {}
+    _add(verb, "", True, found)
+    return [*found.values()]
+
+
+def _add(target: Callable[..., Any], scope: str, is_call: bool, found: dict[str, Use]) -> None:
+    name = f"{target.__module__.rpartition('.')[2]}.{target.__name__}"
+    name = f"%{scope}" if name == "config.macro" else f"{scope}/{name}" if scope else name
+    name = name if is_call or name[0] == "%" else f"@{name}"
+    if name in found:
+        return
+    with gin.config_scope(scope or None):
+        bindings = gin.get_bindings(target, resolve_references=False)
+    found[name] = Use(name, target, bindings, is_call)
+    for reference in _references(bindings):
+        made = reference.configurable.wrapped
+        if not isinstance(made, types.BuiltinFunctionType):
+            _add(made, "/".join(reference.scopes), reference.evaluate, found)
+
+
+def _references(value: Any) -> Iterator[Any]:
+    if is_reference(value):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _references([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _references(item)
+
+
+def missing_settings(used: Collection[Use]) -> Iterator[str]:
+    """Names of the parameters that need a value, and of the macros, that have none."""
+    for use in used:
+        if use.name[0] == "%":
+            yield from () if use.bindings else (use.name[1:],)
+        elif use.is_call:
+            for name, parameter in inspect.signature(use.target).parameters.items():
+                has_value = name in use.bindings or parameter.default is not parameter.empty
+                is_one = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+                if is_one and not has_value and parameter.annotation is not RunFolder:
+                    yield f"{use.name}.{name}"
+
+
+def require_types(used: Collection[Use], flags: Mapping[str, str]) -> None:
+    """Refuses values, and objects of this package's classes, that a parameter's type excludes.
+
+    Args:
+      used: What the verb would use.
+      flags: What its settings are called on the command line.
+
+    Raises:
+      InputError: With the first that is wrong.
+    """
+    for use in used:
+        if use.name[0] == "%" or not use.is_call:
+            continue
+        init = use.target.__init__ if inspect.isclass(use.target) else use.target
+        hints = typing.get_type_hints(init)
+        for parameter in use.bindings.keys() & hints.keys():
+            _require_type(f"{use.name}.{parameter}", use.bindings[parameter], hints, flags)
+
+
+def _require_type(
+    name: str, value: Any, hints: Mapping[str, Any], flags: Mapping[str, str]
+) -> None:
+    hint = hints[name.rpartition(".")[2]]
+    setting, given = name, value
+    if is_macro(value):
+        setting = "/".join(value.scopes)
+    try:
+        given = _without_macros(value)
+    except RecursionError as error:
+        raise InputError(f"{value} refers to itself: give it a value.") from error
+    change = f"change {flag_of(setting, flags).partition('=')[0]}"
+    if is_reference(given) and given.evaluate:
+        made = given.configurable.wrapped
+        is_ours = inspect.isclass(made) and made.__module__.startswith("salt_jax.")
+        if is_ours and not makes(made, hint):
+            raise InputError(
+                f"{spoken(name, flags)} is what @{given.configurable.name}() makes, expected "
+                f"{described(hint)}: {change}."
+            )
+    elif not [*_references([given])] and not is_a(given, hint):
+        raise InputError(
+            f"{spoken(name, flags)} is {given!r}, expected {described(hint)}: {change}."
+        )
+
+
+def _without_macros(value: Any) -> Any:
+    """A value with each macro replaced by what it stands for; one without a value stays."""
+    if is_macro(value):
+        with gin.config_scope("/".join(value.scopes)):
+            bound = gin.get_bindings("gin.macro", resolve_references=False)
+        return _without_macros(bound["value"]) if bound else value
+    if isinstance(value, Mapping):
+        return {_without_macros(key): _without_macros(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_macros, value))
+    return value
+
+
+def close_unused_settings(verb: Callable[..., Any]) -> None:
+    """Binds None to what gin files leave REQUIRED and the verb would not use.
+
+    Code from outside this package may ask gin in other ways: what it has REQUIRED stays so.
+    """
+    used = uses(verb)
+    for (scope, selector), settings in [*gin.config._CONFIG.items()]:
+        if selector.startswith(("gin.macro", "salt_jax.")):
+            for name in [name for name, value in settings.items() if is_required(value)]:
+                if not _is_used(scope, selector, name, used):
+                    gin.bind_parameter((scope, selector, name), None)
+
+
+def _is_used(scope: str, selector: str, name: str, used: Collection[Use]) -> bool:
+    if selector == "gin.macro":
+        return any(use.name == f"%{scope}" for use in used)
+    # By the last part: a class may be used through another module than it is bound through.
+    last = selector.rpartition(".")[2]
+    return any(
+        use.name.rpartition(".")[2] == last and is_required(use.bindings.get(name)) for use in used
+    )
