@@ -1,14 +1,14 @@
-"""The exceptions that main.py turns into a sentence and an exit code, and what sentences share."""
+"""The exceptions that main.py turns into a sentence and an exit code, and helpers for messages."""
 
 import difflib
 from collections.abc import Iterable, Mapping
 
-# The exit code of a run that is to be started again.
+# Exit code: run the same command again.
 INTERRUPTED = 75
 
 
 class InputError(ValueError):
-    """Bad input or a bad setting: what was got, what was expected, what to change. Exit code 2."""
+    """Bad input or a bad setting; says what was got, expected and to be changed. Exit code 2."""
 
 
 class RunFailed(RuntimeError):  # noqa: N818 (says what happened, as KeyboardInterrupt does)
@@ -32,12 +32,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def visible(text: str, kept: str = "") -> str:
-    """A text of anyone's for a terminal: what would steer it, or end a line, is written out."""
+    """Untrusted text for a terminal, with control characters and line ends escaped."""
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def require_counts(at_least: int = 1, **settings: int | None) -> None:
-    """Refuses settings that are too small, or no int32; None is none.
+    """Refuses settings below a minimum or beyond int32; None passes.
 
     Raises:
       InputError: With the flag.

@@ -1,8 +1,7 @@
 """The `salt` command: `salt VERB --gin_file=A --gin.NAME=value --output_dir=PATH`.
 
-In: the command line. Out: one verb of `salt_jax.commands` called with its gin settings, and an exit
-code: 0 finished, 1 the run failed, 2 bad input, 75 interrupted and saved (start it again).
-Nothing else in the package knows gin.
+Calls one verb of `salt_jax.commands` with its gin settings. Exit codes: 0 finished, 1 the run
+failed, 2 bad input, 75 interrupted and saved (run the same command again).
 """
 
 import contextlib
@@ -133,8 +132,10 @@ def _run(argv: list[str]) -> int:
 
 
 def check(file: TextIO) -> int:
-    """Checks commands, {NAME: [VERB, FLAG, …]} as JSON, as far as that goes without running them:
-    tells the first that is wrong on stderr, by its name, and returns the exit code."""
+    """Configures commands, {NAME: [VERB, FLAG, …]} as JSON, without running them.
+
+    Writes the name and error of the first wrong one to stderr; returns the exit code.
+    """
     for name, argv in json.load(file).items():
         arguments = parse_arguments(argv)
         try:
@@ -146,14 +147,14 @@ def check(file: TextIO) -> int:
 
 
 def _prints_only(arguments: Arguments) -> bool:
-    """Whether the verb is asked for nothing but a print, for which it needs no folder."""
+    """Whether the verb only prints something (a list of tasks), and so needs no output folder."""
     module = importlib.import_module(f"salt_jax.commands.{arguments.verb}")
     typed = arguments.settings.get(getattr(module, "PRINTS_ONLY", ""), [])
     return typed[-1:] in (["True"], ["true"])
 
 
 def _join(arguments: Arguments) -> processes.Processes:
-    """Meets the other processes, if there are any; of several, one prints."""
+    """Joins the other processes of the run, if any; only the first prints."""
     module = importlib.import_module(f"salt_jax.commands.{arguments.verb}")
     together = processes.join(arguments.processes, getattr(module, "SAVES_ON_REQUEST", False))
     if together.count > 1 and not getattr(module, "SEVERAL_PROCESSES", False):
@@ -167,7 +168,7 @@ def _join(arguments: Arguments) -> processes.Processes:
 
 
 def _mirrored(arguments: Arguments) -> contextlib.AbstractContextManager[Mirror | None]:
-    """What sends the output to a bucket, where it is to go to one."""
+    """Sends the output to a bucket, if --output_dir is in one."""
     if is_remote(arguments.output_dir):
         return Mirror(arguments.output_dir, arguments.verb)
     return contextlib.nullcontext()
@@ -191,12 +192,12 @@ def _quiet_libtpu() -> None:
 
 
 def _as_raised(error: OSError) -> OSError:
-    """The error that gin passes on as another one of the same class, without number and file."""
+    """The original of an OSError that gin has raised again without its number and file."""
     while error.errno is None and isinstance(error.__context__, OSError):
         error = error.__context__
     return error
 
 
 def _sentence(error: Exception) -> str:
-    """An error's own text on one line, without what gin appends to errors that pass through it."""
+    """An error's text on one line, without the call stack that gin appends to it."""
     return visible(str(error).partition("\n  In call to configurable")[0])

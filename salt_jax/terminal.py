@@ -1,7 +1,7 @@
-"""What people see while a command runs: sentences, tables, and how far something is.
+"""Output on the terminal: lines, tables and progress bars. Nothing else in the package prints.
 
-In: text of ours with names, prompts and rows of anyone's in it. Out: it, printed, with what would
-steer the terminal written out and square brackets as they are. Nothing else prints.
+Names, prompts and rows in it are untrusted, so control characters are escaped and rich's markup is
+off.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from salt_jax.errors import visible
 WIDTH_OFF_TERMINAL = 120
 _PADDING = 3  # of a cell, and what parts it from the next
 _EDGES = 1  # of a table
-_MOST_OF_A_NAME = 400  # characters: a long path has fewer
-_LINES = 10  # that tell how far something is, where there is no terminal for a bar
-# What writing needs and no terminal is steered by: tabs, wide spaces, (non-)joiners.
+_MOST_OF_A_NAME = 400  # characters, more than a long path has
+_LINES = 10  # of progress in all, off a terminal
+# Not printable by Python's rules but harmless: tabs, wide spaces, (non-)joiners.
 WRITING = "\t\xa0\u202f\u3000\u200c\u200d"
 
 
 def say(*lines: str) -> None:
-    """Prints lines on stdout; what would steer the terminal, or end a line, is written out."""
+    """Prints lines on stdout, control characters escaped."""
     print("\n".join(visible(line, WRITING) for line in lines), flush=True)
 
 
@@ -42,11 +42,11 @@ class Table:
     """Rows of text under column heads.
 
     Attributes:
-      title: Above them.
-      columns: The heads.
-      rows: The cells.
-      note: Below them.
-      names: So many of a row's first cells name it, the others are figures.
+      title: Shown above.
+      columns: Column heads.
+      rows: Cells.
+      note: Shown below.
+      names: How many of the first columns are names; the others are figures.
     """
 
     title: str
@@ -62,9 +62,8 @@ class Table:
 
 
 def print_table(table: Table) -> None:
-    """Shows a table; where it is wider than the terminal, in parts below one another, each with the
-    column that names the rows."""
-    # Into a file or a pipe there is no width to keep to, and folded figures are hard to read.
+    """Prints a table; one wider than the terminal in parts, each with the first column."""
+    # A file or pipe has no width to keep to.
     console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
     for part, columns in enumerate(_parts(table, console.width)):
         title = _text(table.title if not part else f"{table.title}, continued", style="bold")
@@ -74,7 +73,7 @@ def print_table(table: Table) -> None:
                 _text(table.columns[index]),
                 justify="right" if index >= table.names else "left",
                 overflow="fold",
-                # What names the rows is folded where it must be, figures never.
+                # Names may be folded, figures never.
                 min_width=_width(table, index) if index >= table.names else None,
             )
         for row in table.rows:
@@ -90,17 +89,17 @@ def _text(text: str, style: str = "") -> Text:
 
 
 def _cell(table: Table, row: Sequence[str], index: int) -> str:
-    """A cell; names too long for a table lose their middles."""
+    """A cell's text; long names are shortened."""
     return shortened(row[index]) if index < table.names else row[index]
 
 
 def shortened(name: str, most: int = _MOST_OF_A_NAME) -> str:
-    """A name of anyone's without its middle where it has many more characters than a name has."""
+    """A name without its middle if it is longer than `most` characters."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}"
 
 
 def _parts(table: Table, width: int) -> Iterator[list[int]]:
-    """The columns of each part, the first column in all of them."""
+    """Column indices of each part, the first column in all of them."""
     widths = [_PADDING + _width(table, index) for index in range(len(table.columns))]
     part, used = [0], _EDGES + widths[0]
     for index in range(1, len(widths)):
@@ -113,23 +112,22 @@ def _parts(table: Table, width: int) -> Iterator[list[int]]:
 
 
 def _width(table: Table, index: int) -> int:
-    """What a column needs: a head may be folded between its words, a cell may not."""
+    """A column's minimum width: a head may be folded between words, a cell may not."""
     cells = (_cell(table, row, index) for row in table.rows)
     words = table.columns[index].split() if index else [table.columns[index]]
     return max(_text(text).cell_len for text in [*words, *cells, ""])
 
 
 class ProgressBar:
-    """How far something is: a bar on a terminal, a line now and then elsewhere; a context.
+    """A context that shows progress: a bar on a terminal, a line now and then elsewhere.
 
-    Rates and the time left go by the time since the first parts were done, so that compiling is not
-    in them.
+    Rates and the time left are measured from the first update on, so that they leave compiling out.
 
     Args:
-      title: What goes on ("score").
-      total: How many parts it has.
-      done: Those that were done before.
-      unit: Of a rate that is shown ("rows"); none is without one.
+      title: "score".
+      total: Parts in all.
+      done: Parts that an earlier process has done.
+      unit: "rows", to show a rate; none is shown for "".
     """
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "") -> None:
@@ -148,11 +146,11 @@ class ProgressBar:
         self._task = self._bar.add_task(visible(title), total=total, completed=done, status="")
 
     def add(self, count: int = 1, status: str = "") -> None:
-        """Says that so many more parts are done."""
+        """Adds to the parts done."""
         self.update(self._done + count, status)
 
     def update(self, done: int, status: str = "") -> None:
-        """Says how many parts are done, and what else there is to say."""
+        """Sets the parts done, and the text behind the bar."""
         self._done = done
         shown = "  ".join(text for text in (visible(status), *self._pace()) if text)
         self._bar.update(self._task, completed=self._done, status=shown)
@@ -161,7 +159,7 @@ class ProgressBar:
             self.say(f"{self._done:,}/{self._total:,} {self._unit}".rstrip() + f"  {shown}")
 
     def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Prints a line above the bar."""
         line = Text(visible(f"[{self._title}] {text}"))
         self._bar.console.print(line, soft_wrap=True)
 

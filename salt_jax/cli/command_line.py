@@ -1,7 +1,6 @@
-"""The command line: what was typed, taken apart; and what the command says of itself.
+"""Parses the command line, and writes --help.
 
-In: argv. Out: Arguments, and the texts of --help, read from the verbs' docstrings without importing
-the libraries that they need.
+Help is read from the source of the verbs, without importing the libraries that they need.
 """
 
 import ast
@@ -17,12 +16,12 @@ from salt_jax.runtime import processes
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 COMMANDS = PACKAGE / "commands"
-# A verb's parameter of this name is the tree of its settings, and no part of their paths.
+# A verb's parameter of this name is the tree of its settings; their paths leave it out.
 ROOT = "config"
 
 _COMMON_FLAGS = ("gin_file", "safe_gin", "output_dir", *processes.FLAGS)
 
-# Set for the commands that a command starts: what they read comes from the same files.
+# Environment variable that passes --safe_gin on to the commands that a command starts.
 SAFE_GIN = "SALT_SAFE_GIN"
 _NO_VALUE = "--{name} needs a value: --{name}=VALUE."
 _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
@@ -46,7 +45,7 @@ usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]…
 
 
 class Arguments(NamedTuple):
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     verb: str
     gin_files: list[str]
@@ -65,10 +64,10 @@ def verbs() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Takes a command line apart.
+    """Parses a command line.
 
     Raises:
-      InputError: A flag without its value, or bytes that are no text.
+      InputError: A flag without its value, or bytes that are not UTF-8.
     """
     for argument in argv:
         try:
@@ -88,7 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             arguments.positional.append(argument)
             continue
         if argument.partition("=")[0] == "--safe_gin":
-            # It can be asked for only: what a file has its commands started with can't undo it.
+            # A flag can turn it on only: SALT_SAFE_GIN is not undone by it.
             typed = _switch(argument.partition("=")[2] or "1", "--safe_gin")
             arguments = arguments._replace(safe_gin=arguments.safe_gin or typed)
             continue
@@ -165,7 +164,7 @@ class Field(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A module's source, parsed, and what the names that it imports from this package stand for."""
+    """A parsed module, and the names that it imports from this package."""
 
     tree: ast.Module
     imports: Mapping[str, tuple[str, str]]
@@ -183,7 +182,7 @@ class Source(NamedTuple):
         return cls(tree, imports)
 
     def dataclass(self, hint: ast.expr | None) -> tuple[ast.ClassDef, "Source"] | None:
-        """The first dataclass of this package that a type hint names, and where it stands."""
+        """The first dataclass of this package that a type hint names, and its module."""
         for node in [hint.left, hint.right] if isinstance(hint, ast.BinOp) else [hint]:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 module = ".".join(self.imports.get(node.value.id, ("", "")))
@@ -200,7 +199,7 @@ class Source(NamedTuple):
 
 
 def _class(module: str, name: str) -> tuple[ast.ClassDef, Source] | None:
-    """A class by the module that has it, which may have imported it from another one."""
+    """Finds a class by a module that defines or imports it."""
     file = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
     if not module.startswith("salt_jax.") or not file.is_file():
         return None
@@ -214,8 +213,8 @@ def _class(module: str, name: str) -> tuple[ast.ClassDef, Source] | None:
 def _described(
     fields: Iterable[Field], explained: Mapping[str, str], source: Source, outer: tuple[str, ...]
 ) -> Iterator[tuple[str, str, ast.expr | None, str]]:
-    """Path, type, default and description of each setting, groups behind the others and before
-    what is in them."""
+    """Path, type, default and description of each setting; a group follows the plain settings
+    beside it, and its own follow the group."""
     groups = []
     for field in fields:
         path = (*outer, field.name) if outer or field.name != ROOT else ()
@@ -236,7 +235,7 @@ def _described(
 
 
 def _explained(node: ast.FunctionDef | ast.ClassDef, section: str) -> dict[str, str]:
-    """What a docstring says of each name in one of its sections."""
+    """The descriptions of a docstring's section, "Args" or "Attributes", by name."""
     text = (ast.get_docstring(node) or "").partition(f"\n{section}:\n")[2].partition("\n\n")[0]
     explained: dict[str, str] = {}
     name = ""
@@ -249,7 +248,7 @@ def _explained(node: ast.FunctionDef | ast.ClassDef, section: str) -> dict[str, 
 
 
 def shortest(paths: Sequence[str], path: str) -> str:
-    """The shortest end of a setting's path that no other one has: what its flag is called."""
+    """The shortest suffix of a setting's path that no other one has: the name of its flag."""
     parts = path.split(".")
     for count in range(1, len(parts)):
         name = ".".join(parts[-count:])

@@ -1,7 +1,4 @@
-"""What gin refuses in; one sentence with the name, the file and the nearest valid name out.
-
-gin's own messages name internals and come with tracebacks. These say what to correct.
-"""
+"""Turns gin's errors into one sentence with the name, the file and the nearest valid name."""
 
 import importlib
 import inspect
@@ -21,7 +18,7 @@ from salt_jax.cli.setting_groups import settings_of, spellings
 from salt_jax.errors import InputError, nearest
 from salt_jax.storage import gin_files
 
-# What took the place of names that files of older versions have.
+# Names in gin files of older versions, and what replaced them.
 _RENAMED = {
     "optimizers.OptimizerConfig": "AdamW, Adafactor and Muon of optimizers, in optimizers/*.gin",
     "optimizers.LearningRate": "WarmupCosine and the others of training.learning_rates",
@@ -39,7 +36,7 @@ def explained(
     Args:
       parse: What to call.
       *arguments: For it.
-      statements: Those of all files, to say where a name comes from.
+      statements: Of all gin files, to say where a name comes from.
       flags: What settings are called on the command line; see `spoken`.
     """
     logging.disable(logging.ERROR)  # gin logs every place where it looks for a file in vain
@@ -94,7 +91,7 @@ def _gin_sentence(
             "dynamic_registration` and the import of its module, or correct the name."
         )
     if match := re.fullmatch(r"No module named '(salt_jax\.[\w.]+)'", message):
-        # Of an older version's files, or misspelt: modules keep their names where they move.
+        # Modules keep their last names when they move to another folder.
         files = [file.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py")]
         modules = {file.stem: ".".join(file.with_suffix("").parts) for file in files}
         close = nearest(match[1].rpartition(".")[2], modules)
@@ -130,8 +127,7 @@ def _parameters_of(selector: str) -> list[str]:
 
 
 def _below(selector: str) -> dict[str, str]:
-    """What a verb's settings may have been called, and what a gin file calls those that groups
-    have; nothing for what is no verb."""
+    """Names of a verb's settings, by each spelling that may have been meant; none for others."""
     verb = selector.rpartition(".")[2]
     module = sys.modules.get(f"salt_jax.commands.{verb}")
     if module is None or selector != f"{verb}.{verb}":
@@ -152,8 +148,8 @@ def flag_of(name: str, flags: Mapping[str, str]) -> str:
 
 
 def spoken(name: str, flags: Mapping[str, str]) -> str:
-    """A setting as a person calls it: those of a verb and of `training.config` as their flags are
-    called, all others by their whole names."""
+    """A setting's name in a sentence: its flag's for settings of a verb and of `training.config`,
+    gin's for all others."""
     modules = name.split(".")[:-2]  # none where gin has shortened the name
     is_verbs = {*modules} <= {*verbs(), "config"}
     flag = flag_of(name, flags).removeprefix("--").removesuffix("=VALUE")

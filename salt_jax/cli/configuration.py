@@ -1,7 +1,6 @@
-"""gin files, bindings and flags in; a verb's function, ready to be called, out.
+"""Configures a verb from gin files, bindings and flags.
 
-Nothing else in the package knows gin, but for `main`, the words of its errors (`config_errors`) and
-what may be read of it untrusted (`safe_gin`).
+Outside of cli/, only `main` and `storage.gin_files` know gin.
 """
 
 import importlib
@@ -38,7 +37,7 @@ from salt_jax.errors import InputError
 from salt_jax.storage import gin_files
 from salt_jax.storage.run_folder import RunFolder
 
-# Settings that each of several processes may have its own of.
+# Settings that may differ between the processes of a run.
 _OWN_TO_A_PROCESS = ("compilation_cache", "read_threads", "hang_seconds", "worker")
 
 
@@ -132,7 +131,7 @@ def _missing_sentence(name: str, function: Callable[..., None], flags: Mapping[s
 def _flags(
     function: Callable[..., None], arguments: Arguments
 ) -> Iterator[tuple[str, Sequence[str]]]:
-    """The verb's flags and positional arguments, by setting."""
+    """The values of flags and positional arguments, by setting."""
     settings = dict(arguments.settings)
     if arguments.positional:
         name = getattr(sys.modules[function.__module__], "POSITIONAL", None)
@@ -146,13 +145,13 @@ def _flags(
 
 
 def _make_groups(function: Callable[..., None]) -> None:
-    """Binds the verb's groups of settings that nothing is bound to."""
+    """Binds groups of settings that nothing is bound to, so that their defaults apply."""
     for text in default_groups(function):
         explained(gin.parse_config, f"{DYNAMIC_REGISTRATION}\n{text}")
 
 
 def _close_what_is_not_needed(function: Callable[..., None]) -> None:
-    """Lets what files leave REQUIRED be what the verb's NEEDS_NO says."""
+    """Binds what gin files leave REQUIRED and this verb does not need, as its NEEDS_NO says."""
     closed = getattr(sys.modules[function.__module__], "NEEDS_NO", {})
     for setting in settings_of(function):
         key = f"{setting.owner.__qualname__}.{setting.name}"
@@ -162,7 +161,7 @@ def _close_what_is_not_needed(function: Callable[..., None]) -> None:
 
 
 def settings_of_all() -> str:
-    """What is set, as far as several processes must have the same of it."""
+    """The settings that must be the same in all processes of a run, as text."""
     bindings = gin_files.bindings_in(gin_files.statements_in(gin.config_str()))
     return repr(
         [
@@ -194,9 +193,9 @@ def _refuse_unreadable(bindings: Iterable[str]) -> None:
 def _refuse_unknown_macros(
     bindings: Iterable[str], in_files: Iterable[gin_files.Statement]
 ) -> None:
-    """gin takes any NAME = value as a macro; a flag's that nothing refers to is a slip of the pen.
+    """Refuses a --gin.NAME that nothing refers to, which gin takes as a new macro.
 
-    A file may set macros for those who include it, and not all of them use all.
+    In files unused macros are fine: an included file may set more than its user needs.
     """
     flags = list(gin_files.bindings_in(gin_files.statements_in("\n".join(bindings))))
     every = [*flags, *gin_files.bindings_in(in_files)]

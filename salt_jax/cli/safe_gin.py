@@ -1,12 +1,10 @@
-"""gin files and bindings that can be read without trusting who wrote them: `--safe_gin=True`.
+"""`--safe_gin`: refuses gin files and bindings that could do more than set salt_jax's settings.
 
-In: the text that gin is to read, before it does. Out: nothing, or one sentence with file and line.
-
-gin imports any module that a file names, and calls any function in it: reading a file can run
-anything. Here a file may bind nothing but the verbs and the names below, and refer to nothing but
-those names, none of which imports, runs or writes what its settings name, and import nothing but
-their modules. Settings of theirs that do are refused as well. What is checked is what was parsed,
-with gin's own parser, of every file that is included too; nothing is imported for it.
+gin imports any module that a file names and calls any function in it, so reading a file can run
+arbitrary code. Under --safe_gin a file may bind only the verbs and the names below, refer only to
+those names, none of which imports, runs or writes what its settings name, and import only their
+modules; settings that would run code (RUN_CODE) are refused as well. The check reads what gin's own
+parser gives for each file and its includes, before gin does, and imports nothing.
 """
 
 import functools
@@ -18,43 +16,37 @@ from salt_jax.cli.command_line import verbs
 from salt_jax.errors import InputError, nearest
 from salt_jax.storage import gin_files
 
-# What files may bind and refer to; the verbs they may bind.
+# Names that files may bind and refer to; verbs they may only bind.
+_NAMES = {
+    "data.denoisers": "Objectives SpanDenoiser",
+    "data.vocabularies": "ByteVocabulary HuggingFaceVocabulary "
+    "SentencePieceVocabulary load_vocabulary",
+    "distill.divergences": "ForwardKL JensenShannon ReverseKL",
+    "distill.losses": "LossConfig",
+    "distill.schedules": "Constant LinearDecay LinearRatioDecay NoDistillation Step",
+    "distill.scores": "LearnableFraction Mean MeanEntropy MeanLoss Median",
+    "distill.selection": "RandomRows Threshold TopFraction TopRows",
+    "evaluation.responses": "Responses",
+    "huggingface.chat_templates": "model_chat_template",
+    "inference.sampling": "Sampling",
+    "models.decoder": "DecoderConfig",
+    "models.decoder_config": "DecoderConfig",
+    "preparation.own_text": "own_text",
+    "preparation.pile": "pile_files",
+    "preparation.templates": "Template",
+    "preparation.text_files": "TextFiles",
+    "preparation.trained_vocabulary": "TrainedVocabulary",
+    "training.checkpoints": "CheckpointConfig",
+    "training.config": "Data Devices Evaluation Initial Method Teacher TrainConfig",
+    "training.learning_rates": "WarmupConstant WarmupCosine WarmupInverseSqrt WarmupStableDecay",
+    "training.optimizers": "Adafactor AdamW Muon",
+    "training.partitioning": "MeshConfig",
+}
 NAMES = frozenset(
-    f"salt_jax.{name}"
-    for name in (
-        "huggingface.chat_templates.model_chat_template",
-        *(
-            "data.denoisers.Objectives",
-            "data.denoisers.SpanDenoiser",
-            "preparation.templates.Template",
-        ),
-        *("data.vocabularies.ByteVocabulary", "data.vocabularies.SentencePieceVocabulary"),
-        *("data.vocabularies.HuggingFaceVocabulary", "data.vocabularies.load_vocabulary"),
-        *("distill.divergences.ForwardKL", "distill.divergences.ReverseKL"),
-        *("distill.divergences.JensenShannon", "distill.losses.LossConfig"),
-        "distill.schedules.NoDistillation",
-        *("distill.schedules.Constant", "distill.schedules.Step"),
-        *("distill.schedules.LinearDecay", "distill.schedules.LinearRatioDecay"),
-        *("distill.scores.LearnableFraction", "distill.scores.Mean", "distill.scores.MeanEntropy"),
-        *("distill.scores.MeanLoss", "distill.scores.Median"),
-        *("distill.selection.TopRows", "distill.selection.TopFraction"),
-        *("distill.selection.Threshold", "distill.selection.RandomRows"),
-        *("evaluation.responses.Responses", "models.decoder.DecoderConfig"),
-        *("models.decoder_config.DecoderConfig", "inference.sampling.Sampling"),
-        *("preparation.own_text.own_text", "preparation.pile.pile_files"),
-        *("preparation.text_files.TextFiles", "preparation.trained_vocabulary.TrainedVocabulary"),
-        *("training.checkpoints.CheckpointConfig", "training.learning_rates.WarmupConstant"),
-        *("training.learning_rates.WarmupCosine", "training.learning_rates.WarmupInverseSqrt"),
-        *("training.learning_rates.WarmupStableDecay", "training.optimizers.Adafactor"),
-        *("training.optimizers.AdamW", "training.optimizers.Muon"),
-        *("training.config.Data", "training.config.Devices", "training.config.Evaluation"),
-        *("training.config.Initial", "training.config.Method", "training.config.Teacher"),
-        "training.config.TrainConfig",
-        "training.partitioning.MeshConfig",
-    )
+    f"salt_jax.{module}.{name}" for module, names in _NAMES.items() for name in names.split()
 )
 
-# Settings by which what they name is run, and the values that do no such thing.
+# Settings whose value names code to run, and the values that do not.
 _OWN_PROGRAMS = ("~/.cache/salt_jax/programs", "")
 RUN_CODE: Mapping[str, tuple[Any, ...]] = {
     "Devices.compilation_cache": _OWN_PROGRAMS,
@@ -68,7 +60,7 @@ _WITHOUT = "leave it out, or leave out --safe_gin where you trust who wrote it"
 
 
 def require_safe_file(file: str, find: gin_files.Finder) -> None:
-    """Refuses a gin file, and those that it includes, that could do more than set our settings.
+    """Refuses a gin file that, by itself or by an include, could do more than set our settings.
 
     Args:
       file: Which.

@@ -1,4 +1,4 @@
-"""The settings of a verb as a tree: its parameters, and the fields of the dataclasses among them.
+"""The tree of a verb's settings: its parameters, and the fields of the dataclasses among them.
 
 A flag names a setting by the end of its path: --cache is data.cache where no other group has a
 `cache`, --teacher.step is method.teacher.step. A flag that names a group with a `path` sets that:
@@ -19,7 +19,7 @@ from salt_jax.cli.command_line import ROOT, shortest
 from salt_jax.errors import InputError, nearest
 from salt_jax.storage.run_folder import RunFolder
 
-# What a flag may hold in a plain value's place, alone or in brackets.
+# References that a flag may hold in place of a plain value, alone or in brackets.
 _REFERENCE = re.compile(r"[@%][A-Za-z_][\w./]*(\(\))?")
 _REFERENCES = re.compile(r"[\[({].*[@%][A-Za-z_]", re.DOTALL)
 
@@ -35,7 +35,7 @@ class Setting:
       name: The parameter's name.
       hint: Its type.
       default: Its default; inspect.Parameter.empty where it has none.
-      group: What makes it, where it is a group of settings itself: a class, or a function.
+      group: The class or function that makes it, where it is a group of settings.
     """
 
     path: str
@@ -58,17 +58,17 @@ class Setting:
 
 
 def is_reference(value: Any) -> bool:
-    """Whether what gin has bound comes from elsewhere: @NAME(), @NAME or %MACRO."""
+    """Whether a bound value is @NAME(), @NAME or %MACRO."""
     return isinstance(value, gin.config.ConfigurableReference)
 
 
 def is_macro(value: Any) -> bool:
-    """Whether what gin has bound is %MACRO."""
+    """Whether a bound value is %MACRO."""
     return is_reference(value) and value.configurable.selector == "gin.macro"
 
 
 def is_required(value: Any) -> bool:
-    """Whether what gin has bound is %gin.REQUIRED."""
+    """Whether a bound value is %gin.REQUIRED."""
     return is_reference(value) and value.configurable.selector == "gin.constant"
 
 
@@ -81,9 +81,9 @@ def import_of(target: Callable[..., Any]) -> str:
 def settings_of(
     function: Callable[..., Any], path: tuple[str, ...] = (), scope: str = ""
 ) -> Iterator[Setting]:
-    """Every setting of a verb's function, those of groups after the group.
+    """Every setting of a verb's function, those of a group after the group.
 
-    What a gin file makes a setting of decides which settings come below it; else its type does.
+    The class that a gin file binds decides which settings a group has; else its type does.
     """
     constructor = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(constructor)
@@ -110,7 +110,7 @@ def _bindings(function: Callable[..., Any], scope: str) -> dict[str, Any]:
 
 
 def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
-    """What makes a setting, and the scope it is made in."""
+    """The class or function that makes a group, and its gin scope."""
     if is_reference(value):
         made = value.configurable.wrapped
         is_made = value.evaluate and not value.configurable.selector.startswith("gin.")
@@ -120,7 +120,7 @@ def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
 
 
 def _refuse_class(value: Any, setting: Setting) -> None:
-    """Refuses @NAME of a class where what the class makes is meant, @NAME()."""
+    """Refuses @NAME of a class where an instance is meant, @NAME()."""
     for each in value if isinstance(value, list | tuple) else [value]:
         if is_reference(each) and not each.evaluate and inspect.isclass(each.configurable.wrapped):
             name = "/".join([*each.scopes, each.configurable.name])
@@ -144,7 +144,7 @@ def alternatives(hint: Any) -> Sequence[Any]:
 
 
 def bound_value(setting: Setting) -> Any:
-    """What gin has bound a setting to, macros followed; None for nothing."""
+    """The value that gin has bound to a setting, macros followed; None if unbound."""
     value: Any = _bindings(setting.owner, setting.scope).get(setting.name)
     while is_macro(value):
         with gin.config_scope("/".join(value.scopes)):
@@ -163,14 +163,14 @@ def flags_of(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def default_groups(function: Callable[..., Any]) -> Iterator[str]:
-    """gin texts that make the groups which are neither bound nor optional, the outer ones first."""
+    """gin texts that bind each unbound group that is not optional, outer ones first."""
     for setting in settings_of(function):
         if setting.group is not None and type(None) not in alternatives(setting.hint):
             yield from _link(setting)
 
 
 def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
-    """Binds a setting to its group, where it is bound to nothing, or to None."""
+    """The gin text that binds a group, unless it is bound already; None may count as unbound."""
     is_bound = setting.name in _bindings(setting.owner, setting.scope)
     is_none = instead_of_none and bound_value(setting) is None
     if (is_none or not is_bound) and setting.group:
@@ -229,8 +229,8 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str
 
 
 def spellings(settings: Iterable[Setting]) -> dict[str, Setting]:
-    """What settings may have been called: by path, by flag and by name, in lower case with
-    underscores, as older versions called some ("data_seed")."""
+    """Settings by path, flag and name, in lower case with underscores (older versions had flags
+    like "data_seed")."""
     every = {setting.path: setting for setting in settings if setting.path}
     found: dict[str, Setting] = {}
     for path, setting in every.items():
@@ -241,7 +241,7 @@ def spellings(settings: Iterable[Setting]) -> dict[str, Setting]:
 
 
 def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
-    """A flag's values as gin writes them."""
+    """A flag's values as gin text."""
     kinds = alternatives(setting.hint)
     lists = [part for part in kinds if typing.get_origin(part) in (Sequence, list, tuple)]
     of_texts = any(str in typing.get_args(part) for part in lists)
@@ -260,7 +260,7 @@ def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
 
 
 def _is_text(value: str, texts: bool) -> bool:
-    """Whether a flag's value stands for itself, and is no Python literal or gin reference."""
+    """Whether a flag's value is a string, rather than a Python literal or a gin reference."""
     if _REFERENCE.fullmatch(value) or value == "None":
         return False
     if texts or _REFERENCES.match(value):

@@ -1,8 +1,4 @@
-"""Whether a plain value is of the type that a setting is annotated with, and what that is called.
-
-In: a value as a gin file or a flag gives it, or the class that makes it, and a type hint. Out: yes
-or no; of types that are not known here any value is. And the hint in plain words.
-"""
+"""Checks values of gin files and flags against type hints, and names types in plain words."""
 
 import inspect
 import math
@@ -22,7 +18,7 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 def is_a(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a type; of types unknown here, anything is."""
+    """Whether a plain value fits a type hint; any fits a hint that is not known here."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         return any(is_a(value, part) for part in parts)
@@ -46,7 +42,7 @@ def is_a(value: Any, hint: Any) -> bool:
 
 
 def makes(target: type, hint: Any) -> bool:
-    """Whether what a class makes is of a type; of types unknown here, anything is."""
+    """Whether instances of a class fit a type hint; any fit a hint that is not known here."""
     if typing.get_origin(hint) in _UNIONS:
         return any(makes(target, part) for part in typing.get_args(hint))
     if not inspect.isclass(hint):

@@ -1,8 +1,6 @@
-"""One `salt` command as a process of its own, as a person would type it.
+"""Runs `salt` commands as child processes, for `salt smoke` and `salt study`.
 
-In: a verb and its arguments. Out: the command printed, then run; its exit code as an error of ours.
-`salt smoke` and `salt study` are made of these. Commands can be checked beforehand, all in one
-process.
+Commands can be checked beforehand, all in one process.
 """
 
 import contextlib
@@ -21,7 +19,7 @@ from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
 from salt_jax.runtime.stop_signals import stop_signals_handled_by
 from salt_jax.terminal import say
 
-# Set in the environment of a command that run_guarded runs.
+# Environment variable of a command that run_guarded runs.
 GUARDED = "SALT_GUARDED"
 
 
@@ -67,10 +65,10 @@ def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
     """Refuses commands whose flags, gin files or settings are wrong, before any of them is run.
 
     Args:
-      commands: What they are called → VERB and its flags.
+      commands: VERB and its flags, by the name to use in messages.
 
     Raises:
-      InputError: The first that is wrong, by what it is called and with what it would say itself.
+      InputError: The first wrong command's name and its own message.
       Interrupted: This process was asked to stop.
       RunFailed: They could not be checked.
     """
