@@ -6,7 +6,6 @@ failed, 2 bad input, 75 interrupted and saved (run the same command again).
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import pathlib
@@ -28,6 +27,7 @@ from salt_jax.cli.command_line import (
     verbs,
 )
 from salt_jax.cli.configuration import configure, settings_of_all
+from salt_jax.cli.verb import load
 from salt_jax.cli.verb_process import GUARDED, run_guarded
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, visible
 from salt_jax.runtime import output_streams, processes
@@ -148,16 +148,15 @@ def check(file: TextIO) -> int:
 
 def _prints_only(arguments: Arguments) -> bool:
     """Whether the verb only prints something (a list of tasks), and so needs no output folder."""
-    module = importlib.import_module(f"salt_jax.commands.{arguments.verb}")
-    typed = arguments.settings.get(getattr(module, "PRINTS_ONLY", ""), [])
+    typed = arguments.settings.get(load(arguments.verb).print_flag, [])
     return typed[-1:] in (["True"], ["true"])
 
 
 def _join(arguments: Arguments) -> processes.Processes:
     """Joins the other processes of the run, if any; only the first prints."""
-    module = importlib.import_module(f"salt_jax.commands.{arguments.verb}")
-    together = processes.join(arguments.processes, getattr(module, "SAVES_ON_REQUEST", False))
-    if together.count > 1 and not getattr(module, "SEVERAL_PROCESSES", False):
+    verb = load(arguments.verb)
+    together = processes.join(arguments.processes, verb.saves_on_request)
+    if together.count > 1 and not verb.several_processes:
         raise InputError(
             f"`salt {arguments.verb}` runs in one process and this is one of {together.count}: "
             "leave out --coordinator_address, --process_count, --process_index, --multi_process."

@@ -3,8 +3,6 @@
 Outside of cli/, only `main` and `storage.gin_files` know gin.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import gin
@@ -12,7 +10,6 @@ from gin import config_parser
 from salt_jax.cli.command_line import Arguments, require_known
 from salt_jax.cli.config_errors import explained, flag_of, spoken
 from salt_jax.cli.config_files import (
-    DYNAMIC_REGISTRATION,
     find_gin_file,
     gin_text,
     open_gin_file,
@@ -33,6 +30,7 @@ from salt_jax.cli.used_settings import (
     require_types,
     uses,
 )
+from salt_jax.cli.verb import Verb, load
 from salt_jax.errors import InputError
 from salt_jax.storage import gin_files
 from salt_jax.storage.run_folder import RunFolder
@@ -56,8 +54,8 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     # it takes any folder of a gin file's name in the working directory.
     gin.config._LOCATION_PREFIXES[:] = [""]
     gin.config._FILE_READERS[:] = [(open_gin_file, lambda name: True)]
-    verb = arguments.verb
-    function = _function_of(verb)
+    name, verb = arguments.verb, load(arguments.verb)
+    function = verb.function
     in_files = _read_gin_files(arguments)
     _refuse_unreadable(arguments.bindings)
     _refuse_unknown_macros(arguments.bindings, in_files)
@@ -74,34 +72,22 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
 
     bind(*arguments.bindings)
     # A reference registers the function with gin even when nothing is bound to it.
-    explained(gin.parse_config, gin_text(modules, f"salt_{verb} = @{verb}.{verb}"))
+    explained(gin.parse_config, gin_text(modules, f"salt_{name} = @{name}.{name}"))
     _make_groups(function)
-    for name, values in _flags(function, arguments):
+    for flag, values in _flags(verb, arguments):
         macros = [n for n, one in gin_files.bindings_in(in_files) if not one.arg_name]
-        for binding in bindings_of(function, name, values, macros):
+        for binding in bindings_of(function, flag, values, macros):
             bind(binding)
     _make_groups(function)
     read_model_files(function, arguments.safe_gin)
-    _close_what_is_not_needed(function)
+    _close_what_is_not_needed(verb)
     close_unused_settings(function)
     flags, used = flags_of(function), uses(function)
     require_types(used, flags)
     explained(gin.finalize, statements=in_files, flags=flags)
     if missing := next(missing_settings(used), ""):
-        raise InputError(_missing_sentence(missing, function, flags))
+        raise InputError(_missing_sentence(missing, verb, flags))
     return gin.get_configurable(function)
-
-
-def _function_of(verb: str) -> Callable[..., None]:
-    try:
-        return getattr(importlib.import_module(f"salt_jax.commands.{verb}"), verb)
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("salt_jax"):
-            raise
-        raise InputError(
-            f"`salt {verb}` needs the library {error.name}, which is not installed: "
-            "pip install 'salt_jax[prepare]'."
-        ) from error
 
 
 def _read_gin_files(arguments: Arguments) -> list[gin_files.Statement]:
@@ -116,48 +102,44 @@ def _read_gin_files(arguments: Arguments) -> list[gin_files.Statement]:
     return statements
 
 
-def _missing_sentence(name: str, function: Callable[..., None], flags: Mapping[str, str]) -> str:
-    module, last = sys.modules[function.__module__], name.rpartition(".")[2]
-    if last == getattr(module, "POSITIONAL", None):
-        verb = function.__name__
-        return f"Nothing to {verb} was named: `salt {verb} FOLDER…`."
-    if file := getattr(module, "FROM_FILES", {}).get(last):
+def _missing_sentence(name: str, verb: Verb, flags: Mapping[str, str]) -> str:
+    last = name.rpartition(".")[2]
+    if last == verb.positional:
+        word = verb.function.__name__
+        return f"Nothing to {word} was named: `salt {word} FOLDER…`."
+    if file := verb.gin_files.get(last):
         how = f"add a gin file that sets it (--gin_file={file}, say)"
     else:
         how = f"add {flag_of(name, flags)}, or a gin file that sets it"
     return f"{spoken(name, flags)} is not set: {how}."
 
 
-def _flags(
-    function: Callable[..., None], arguments: Arguments
-) -> Iterator[tuple[str, Sequence[str]]]:
+def _flags(verb: Verb, arguments: Arguments) -> Iterator[tuple[str, Sequence[str]]]:
     """The values of flags and positional arguments, by setting."""
     settings = dict(arguments.settings)
+    if arguments.positional and not verb.positional:
+        raise InputError(
+            f"`salt {arguments.verb}` takes no argument {arguments.positional[0]!r}: "
+            "settings are written --NAME=VALUE."
+        )
     if arguments.positional:
-        name = getattr(sys.modules[function.__module__], "POSITIONAL", None)
-        if name is None:
-            raise InputError(
-                f"`salt {arguments.verb}` takes no argument {arguments.positional[0]!r}: "
-                "settings are written --NAME=VALUE."
-            )
-        settings[name] = [*settings.get(name, []), *arguments.positional]
+        typed = settings.get(verb.positional, [])
+        settings[verb.positional] = [*typed, *arguments.positional]
     yield from settings.items()
 
 
 def _make_groups(function: Callable[..., None]) -> None:
     """Binds groups of settings that nothing is bound to, so that their defaults apply."""
     for text in default_groups(function):
-        explained(gin.parse_config, f"{DYNAMIC_REGISTRATION}\n{text}")
+        explained(gin.parse_config, gin_text([], text))
 
 
-def _close_what_is_not_needed(function: Callable[..., None]) -> None:
-    """Binds what gin files leave REQUIRED and this verb does not need, as its NEEDS_NO says."""
-    closed = getattr(sys.modules[function.__module__], "NEEDS_NO", {})
-    for setting in settings_of(function):
+def _close_what_is_not_needed(verb: Verb) -> None:
+    """Binds what gin files leave REQUIRED and this verb does not need."""
+    for setting in settings_of(verb.function):
         key = f"{setting.owner.__qualname__}.{setting.name}"
-        if key in closed and is_required(bound_value(setting)):
-            module = f"{DYNAMIC_REGISTRATION}\n"
-            explained(gin.parse_config, module + setting.bind(repr(closed[key])))
+        if key in verb.not_needed and is_required(bound_value(setting)):
+            explained(gin.parse_config, gin_text([], setting.bind(repr(verb.not_needed[key]))))
 
 
 def settings_of_all() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts, visible
 from salt_jax.huggingface import model_tokenizers
@@ -376,3 +377,6 @@ def _described(architecture: Architecture, config: DecoderConfig) -> str:
         f"a {architecture.model_type} of {config.num_parameters:,} parameters, "
         f"{config.vocab_size:,} ids in {config.padded_vocab_size:,} rows."
     )
+
+
+VERB = Verb(convert, changes_no_result=CHANGES_NO_RESULT)

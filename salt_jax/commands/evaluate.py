@@ -19,6 +19,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import losses
 from salt_jax.errors import InputError
@@ -32,16 +33,12 @@ from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices
 
 # It may be one of several processes.
-SEVERAL_PROCESSES = True
 
 # What changes no result, but for rounding, when the command is given again.
 CHANGES_NO_RESULT = (
     *("evaluate.devices", "Devices", "MeshConfig"),
     *("evaluate.batch_size", "evaluate.chunk_tokens", "evaluate.save_samples"),
 )
-
-# With this setting it prints, and needs no folder.
-PRINTS_ONLY = "list_tasks"
 
 
 def evaluate(
@@ -172,3 +169,11 @@ def _few_shot() -> Any:
             f"--tasks needs the library {error.name}, which is not installed: "
             "pip install 'salt_jax[eval]'."
         ) from error
+
+
+VERB = Verb(
+    evaluate,
+    print_flag="list_tasks",
+    several_processes=True,
+    changes_no_result=CHANGES_NO_RESULT,
+)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.text_lines import Broken, json_rows, text_lines
 from salt_jax.errors import InputError
@@ -229,3 +230,6 @@ def _summarize(
             "seconds": seconds,
         }
     )
+
+
+VERB = Verb(generate)

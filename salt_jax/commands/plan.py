@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data import denoisers
 from salt_jax.data.label_format import ENCODINGS, LabelFormat
 from salt_jax.data.packed_cache import PackedCache
@@ -44,8 +45,6 @@ from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training.config import FROM_FILES, Teacher, TrainConfig
 from salt_jax.training.teacher import check_dtype
-
-__all__ = ["FROM_FILES", "plan"]
 
 # What a run needs and a plan does not: what they name need not be there. None but for KEEP_STEPS.
 NEEDS_NO = {
@@ -380,3 +379,6 @@ def _summary(job: Job, arm: str, plans: list[dict[str, Any]]) -> Mapping[str, An
 
 def _days(seconds: float | None) -> float | None:
     return None if seconds is None else seconds / 86_400
+
+
+VERB = Verb(plan, gin_files=FROM_FILES, not_needed=NEEDS_NO)

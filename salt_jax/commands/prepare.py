@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
 from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
@@ -413,3 +414,6 @@ def _print_rows(cache: PackedCache, count: int) -> None:
                 f"{cache.sequence_length} · segments: {int(row['segment_ids'].max())}",
                 *row_as_text(row, cache.vocabulary).split("\n"),
             )
+
+
+VERB = Verb(prepare)

@@ -8,6 +8,7 @@ import datetime
 from collections.abc import Sequence
 
 from salt_jax import __version__
+from salt_jax.cli.verb import Verb
 from salt_jax.errors import InputError
 from salt_jax.reporting import page
 from salt_jax.reporting.runs import Material, Origin, read_folders
@@ -16,7 +17,6 @@ from salt_jax.reporting.seeds import REFERENCE
 from salt_jax.storage.run_folder import RunFolder, write_atomically
 from salt_jax.terminal import print_table, say
 
-POSITIONAL = "runs"
 PAGE_FILE = "index.html"
 
 
@@ -77,3 +77,6 @@ def _origins(material: Material) -> list[tuple[str, Origin]]:
         *((f"scores: {one.origin.path.name}", one.origin) for one in material.scores),
         *((f"selection: {one.name}", one.origin) for one in material.selections),
     ]
+
+
+VERB = Verb(report, positional="runs")

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data.label_format import LabelFormat
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores, RowScoresWriter, Selection
@@ -40,7 +41,6 @@ from salt_jax.training.ledger import Cost
 _SAMPLE_ROWS = 1 << 20
 
 # It may be one of several processes.
-SEVERAL_PROCESSES = True
 
 # What changes no result, but for rounding; pass.json compares the rest when a pass goes on.
 CHANGES_NO_RESULT = (
@@ -317,3 +317,6 @@ def _quantiles(values_n: np.ndarray) -> dict[str, float]:
     if not len(values_n):
         return {}
     return {f"{q:g}": float(np.quantile(values_n, q)) for q in shares}
+
+
+VERB = Verb(score, several_processes=True, changes_no_result=CHANGES_NO_RESULT)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import (
     AUDIT_FILE,
@@ -32,7 +33,6 @@ from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import print_table, say
 
 # What sets the settings that no flag can.
-FROM_FILES = {"rule": "methods/top_fraction.gin"}
 
 # What changes no result when the command is given again: rows with NaN are never selected.
 CHANGES_NO_RESULT = ("select.allow_nan",)
@@ -285,3 +285,8 @@ def _summary(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> dict[
         "duplicates": audit["duplicates"],
         "overlaps": audit["overlaps"],
     }
+
+
+VERB = Verb(
+    select, changes_no_result=CHANGES_NO_RESULT, gin_files={"rule": "methods/top_fraction.gin"}
+)

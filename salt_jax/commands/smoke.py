@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from salt_jax.cli.verb import Verb
 from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import InputError, RunFailed, require_counts
@@ -203,3 +204,6 @@ def _require_learning(summary: dict[str, Any]) -> None:
                 f"the LLM's held-out log-perplexity {arm['log_perplexity']:.4f} ({arm['arm']}) "
                 f"doesn't beat the SLM's {slm:.4f}: raise llm_steps, or give it more text."
             )
+
+
+VERB = Verb(smoke)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from salt_jax.cli.verb import Verb
 from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.storage.local_copies import local_folder
@@ -237,3 +238,6 @@ def _that_count(verb: str, flags: Sequence[str]) -> list[str]:
         names |= {last} if group is None else {field.name for field in dataclasses.fields(group)}
     # By the last part: --devices.mesh is --mesh.
     return [flag for flag in flags if re.split("--|[.]", flag.partition("=")[0])[-1] not in names]
+
+
+VERB = Verb(study)

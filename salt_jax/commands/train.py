@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 
+from salt_jax.cli.verb import Verb
 from salt_jax.data import denoisers
 from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
@@ -37,11 +38,6 @@ from salt_jax.training.optimizers import make_transformation
 from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, make_layout
-
-__all__ = ["FROM_FILES", "train"]
-
-# It may be one of several processes, and asks whether one of them was asked to stop.
-SEVERAL_PROCESSES = SAVES_ON_REQUEST = True
 
 # How the run is computed and when it is told of: no result changes, but for rounding.
 CHANGES_NO_RESULT = (
@@ -316,3 +312,12 @@ def _describe(setup: TrainingSetup) -> None:
         )
     else:
         say(f"{says} stage 1 reads {needed:,} of the {selected:,} selected rows, once")
+
+
+VERB = Verb(
+    train,
+    several_processes=True,
+    saves_on_request=True,
+    changes_no_result=CHANGES_NO_RESULT,
+    gin_files=FROM_FILES,
+)

@@ -92,6 +92,6 @@ def test_settings_that_change_no_result_are_there(verb: str) -> None:
     """Those of a verb's own are its own, by their names."""
     module = importlib.import_module(f"salt_jax.commands.{verb}")
     settings = inspect.signature(getattr(module, verb)).parameters
-    names = [*getattr(module, "CHANGES_NO_RESULT", ()), *getattr(module, "MAY_CHANGE", ())]
+    names = [*module.VERB.changes_no_result, *getattr(module, "MAY_CHANGE", ())]
     own = [name.rpartition(".") for name in names]
     assert [setting for owner, _, setting in own if owner == verb and setting not in settings] == []

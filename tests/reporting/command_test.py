@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from salt_jax.commands.report import POSITIONAL, report
+from salt_jax.commands.report import VERB, report
 from salt_jax.errors import InputError
 from salt_jax.storage.run_folder import RunFolder
 
@@ -93,4 +93,4 @@ def test_bad_input_leaves_nothing_behind(tmp_path, runs):
 
 
 def test_folders_are_given_without_a_flag():
-    assert POSITIONAL == "runs"
+    assert VERB.positional == "runs"

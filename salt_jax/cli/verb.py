@@ -1,0 +1,51 @@
+"""What the command line knows of a verb besides its settings."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from salt_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb; its module in `salt_jax.commands` has it as VERB.
+
+    Attributes:
+      function: Takes a RunFolder, and its settings as keyword arguments.
+      positional: The setting that arguments without a flag are values of.
+      print_flag: A flag with which it only prints something, and needs no output folder.
+      several_processes: Whether it may run as one of several processes.
+      saves_on_request: Whether all of several processes save when one is asked to stop.
+      changes_no_result: Settings that change no result but for rounding ("Devices.mesh").
+      gin_files: A gin file that sets what no flag can, by setting, for messages.
+      not_needed: Values of settings that gin files may leave REQUIRED ("Data.cache").
+    """
+
+    function: Callable[..., None]
+    positional: str = ""
+    print_flag: str = ""
+    several_processes: bool = False
+    saves_on_request: bool = False
+    changes_no_result: tuple[str, ...] = ()
+    gin_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    not_needed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(name: str) -> Verb:
+    """The verb of that name.
+
+    Raises:
+      InputError: A library that it needs is not installed.
+    """
+    try:
+        verb: Verb = importlib.import_module(f"salt_jax.commands.{name}").VERB
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("salt_jax"):
+            raise
+        raise InputError(
+            f"`salt {name}` needs the library {error.name}, which is not installed: "
+            "pip install 'salt_jax[prepare]'."
+        ) from error
+    return verb
