@@ -86,6 +86,7 @@ setuptools.setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
+        "pandas>=3",
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

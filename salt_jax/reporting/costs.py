@@ -1,122 +1,78 @@
-"""What a run had cost by some step, part by part.
+"""The tables of what runs cost, and the sentences that say what of it is charged."""
 
-In: the counters of metrics.jsonl, summary.json or a checkpoint (`training/ledger.py` defines them).
-Out: the same as numbers, NaN where a record of another version doesn't say.
-"""
+from collections.abc import Sequence
 
-import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any
+from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, TrainRun
+from salt_jax.reporting.tables import format_count, format_power, format_seconds, or_none, table
+from salt_jax.terminal import Table
+
+CHARGED = (
+    "What is charged to an arm, and made equal where arms are compared at equal FLOPs or equal "
+    "time: the student's passes, in stage 1 the teacher's forward pass, and, where rows were "
+    "chosen by score, the scoring of every row. FLOPs are model FLOPs: what rematerialisation does "
+    "twice counts once.",
+    "What is not charged: evaluation, and compiling and checkpoints in time.",
+)
+TEACHERS_NOT_CHARGED = (
+    "Training the teacher is not charged either, since one small model serves many runs; it has a "
+    "line of its own where its cost is known. `salt report --charge_teacher_training=True` charges "
+    "it to every arm that has a teacher."
+)
+TEACHERS_CHARGED = (
+    "Training the teacher is charged, whole, to every arm that has one, from its first step on "
+    "(charge_teacher_training)."
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """FLOPs, tokens and seconds by what they were spent on, cumulative from step 0.
+# The columns of each table: what they show of `TrainRun.costs`, and their heads.
+_SPENT_BEFORE = ("scoring", "making the teacher")
+_FLOPS = {
+    **dict(zip(FLOPS_PARTS, ("student", "teacher", *_SPENT_BEFORE), strict=True)),
+    "train_flops": "train FLOPs, their sum",
+    "evaluation_flops": "evaluation, not charged",
+}
+_TIME = {
+    **dict(zip(SECONDS_PARTS, ("stage 1", "stage 2", *_SPENT_BEFORE), strict=True)),
+    "seconds": "time, their sum",
+    "evaluation_seconds": "evaluation, not charged",
+    "compile_seconds": "compiling, not charged",
+}
+_TOKENS = {
+    "stage1_tokens": "stage 1",
+    "stage2_tokens": "stage 2",
+    "tokens": "trained on, their sum",
+    "scoring_tokens": "scored",
+}
 
-    Attributes:
-      student_flops, teacher_flops, scoring_flops: What a run's train FLOPs consist of.
-      teacher_training_flops: Of making the teacher; 0 where that is not charged.
-      evaluation_flops: Of evaluations; never charged.
-      stage1_tokens, stage2_tokens, scoring_tokens: Trained on in each stage, and scored.
-      stage1_seconds, stage2_seconds, scoring_seconds: What a run's time consists of.
-      teacher_training_seconds: Of making the teacher; 0 where that is not charged.
-      evaluation_seconds, compile_seconds: Never charged.
+
+def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
+    """FLOPs, time and tokens by what they were spent on, of every run and of every teacher once.
+
+    Args:
+      runs: The runs, charged for their teachers or not.
+      charged: Whether they are.
     """
-
-    student_flops: float = math.nan
-    teacher_flops: float = math.nan
-    scoring_flops: float = math.nan
-    teacher_training_flops: float = 0.0
-    evaluation_flops: float = math.nan
-    stage1_tokens: float = math.nan
-    stage2_tokens: float = math.nan
-    scoring_tokens: float = math.nan
-    stage1_seconds: float = math.nan
-    stage2_seconds: float = math.nan
-    scoring_seconds: float = math.nan
-    teacher_training_seconds: float = 0.0
-    evaluation_seconds: float = math.nan
-    compile_seconds: float = math.nan
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Costs":
-        """The parts that a record has."""
-        found = {field.name: record.get(field.name) for field in dataclasses.fields(cls)}
-        return cls(
-            **{
-                name: float(value)
-                for name, value in found.items()
-                if isinstance(value, int | float) and not isinstance(value, bool)
-            }
+    costs = [(run.label, run.costs) for run in runs]
+    notes = []
+    for teacher in {run.teacher.digest: run.teacher for run in runs if run.teacher}.values():
+        name, how = f"teacher: {teacher.name}", "charged" if charged else "not charged"
+        taught = [r.label for r in runs if r.teacher and r.teacher.digest == teacher.digest]
+        costs.append((name, teacher.costs))
+        notes.append(
+            f"{name} is what it took to train the teacher of {', '.join(taught)}: "
+            f"{how if teacher.cost_is_known else 'not known, and not charged'}."
         )
-
-    @property
-    def flops_parts(self) -> tuple[float, ...]:
-        """What is charged as train FLOPs: student, teacher, scoring, making the teacher."""
-        return (
-            self.student_flops,
-            self.teacher_flops,
-            self.scoring_flops,
-            self.teacher_training_flops,
-        )
-
-    @property
-    def seconds_parts(self) -> tuple[float, ...]:
-        """What is charged as time: stage 1, stage 2, scoring, making the teacher."""
-        return (
-            self.stage1_seconds,
-            self.stage2_seconds,
-            self.scoring_seconds,
-            self.teacher_training_seconds,
-        )
-
-    def towards(self, later: "Costs", part: float) -> "Costs":
-        """What lies `part` of the way from these costs to later ones, each number by itself."""
-        return Costs(
-            **{
-                name: value + part * (getattr(later, name) - value)
-                for name, value in dataclasses.asdict(self).items()
-            }
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherTraining:
-    """What it took to train a run's teacher, up to the checkpoint that taught.
-
-    Attributes:
-      name: The teacher's folder and step.
-      digest: Of the checkpoint.
-      train_flops, seconds, tokens: As of any training run; NaN where they are not known.
-      costs: Their parts.
-    """
-
-    name: str
-    digest: str
-    train_flops: float
-    seconds: float
-    tokens: float
-    costs: Costs
-
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "TeacherTraining | None":
-        """The teacher of a run's summary; None for a run without one."""
-        teacher = facts.get("teacher")
-        if not isinstance(teacher, Mapping):
-            return None
-        cost = teacher.get("training_cost") or {}
-        folder = str(teacher.get("path", "")).rstrip("/").rsplit("/", 1)[-1]
-        return cls(
-            name=f"{folder} at step {teacher.get('step')}",
-            digest=str(teacher.get("digest")),
-            train_flops=cost.get("train_flops", math.nan),
-            seconds=cost.get("seconds", math.nan),
-            tokens=cost.get("tokens", math.nan),
-            costs=Costs.of(cost),
-        )
-
-    @property
-    def known(self) -> bool:
-        """Whether its cost is known: a converted model has none."""
-        return math.isfinite(self.train_flops) and math.isfinite(self.seconds)
+    measured = "As measured on each run's own machine, scoring with its compiling."
+    found = []
+    for title, columns, form, note in (
+        ("Model FLOPs by what they were spent on", _FLOPS, format_power, " ".join(notes)),
+        ("Time by what it was spent on", _TIME, format_seconds, measured),
+        ("Tokens", _TOKENS, format_count, ""),
+    ):
+        shown = {c: head for c, head in columns.items() if charged or head != _SPENT_BEFORE[-1]}
+        rows = [
+            {"arm": name, **{head: form(or_none(cost[column])) for column, head in shown.items()}}
+            for name, cost in costs
+        ]
+        found.append(table(title, rows, note))
+    return found

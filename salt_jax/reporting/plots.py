@@ -1,7 +1,6 @@
-"""The plots of a report, all with one look.
+"""The plots of a report, all with one look: PNG images with a text that says what they show.
 
-In: training runs, scores and selections. Out: PNG images with a text that says what is to be seen.
-matplotlib is used without its global state, so nothing outside is touched.
+matplotlib is used without its global state, so that the caller's own figures stay as they are.
 """
 
 import dataclasses
@@ -13,13 +12,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, cost_at_step, costs
+from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, cost_at_step
 from salt_jax.reporting.runs import ScoreFolder, SelectionFolder, TrainRun
 from salt_jax.reporting.seeds import band
 from salt_jax.reporting.tables import SUPERSCRIPTS, time_unit
@@ -55,15 +53,24 @@ LOOK: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What an evaluation plot shows: an attribute of EvaluationPoint, and its title."""
+    """What an evaluation plot shows.
+
+    Attributes:
+      name: In file names.
+      column: Of TrainRun.evaluations.
+      title: On the page.
+      scale: What it is multiplied by.
+    """
 
     name: str
-    field: str
+    column: str
     title: str
+    scale: float
 
 
-LOG_PERPLEXITY = Metric("log_perplexity", "log_perplexity", "log-perplexity (nats per token)")
-ACCURACY = Metric("accuracy", "next_token_accuracy", "next-token accuracy (%)")
+LOG_PERPLEXITY = Metric("log_perplexity", "log_perplexity", "log-perplexity (nats per token)", 1.0)
+ACCURACY = Metric("accuracy", "next_token_accuracy", "next-token accuracy (%)", 100.0)
+METRICS = (LOG_PERPLEXITY, ACCURACY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,12 @@ class Style:
     colour: str
     dash: Dash
     marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """matplotlib's settings for it."""
+        width = 1.6 if self.marker else 1.2
+        return {"color": self.colour, "linestyle": self.dash, "linewidth": width}
 
 
 # Runs that are shown for orientation only.
@@ -114,8 +127,9 @@ def styles(arms: Mapping[str, str]) -> dict[str, Style]:
     return chosen
 
 
+@matplotlib.rc_context(LOOK)
 def evaluation_plot(
-    runs: Sequence[TrainRun],
+    arms: Mapping[str, Sequence[TrainRun]],
     others: Sequence[TrainRun],
     looks: Mapping[str, Style],
     axis: Axis,
@@ -124,227 +138,173 @@ def evaluation_plot(
     """Held-out results against a cost: the whole run above, its second half enlarged below.
 
     Args:
-      runs: The arms that are compared; they set the limits of the enlarged half.
+      arms: The runs of each arm that is compared, one a seed: of several, the mean is drawn and its
+        95% interval. They set the limits of the enlarged half.
       others: Runs that are not compared (another size), drawn faintly in the upper half only.
-      looks: A style for each label.
-      axis: What to draw them against.
-      metric: What to draw.
-    """
-    percent = 100.0 if metric is ACCURACY else 1.0
-    curves = {
-        run.label: (
-            costs(run.evaluations, axis),
-            percent * np.array([getattr(point, metric.field) for point in run.evaluations]),
-        )
-        for run in [*runs, *others]
-    }
-    with matplotlib.rc_context(LOOK):
-        figure, (whole, half) = _two_panels()
-        for run in others:
-            look = IN_THE_BACKGROUND
-            whole.plot(*curves[run.label], color=look.colour, linestyle=look.dash, linewidth=1.2)
-        for panel in (whole, half):
-            for run in runs:
-                _draw_curve(panel, run, curves[run.label], looks[run.label], axis)
-        _enlarge_second_half(half, [curves[run.label] for run in runs])
-        whole.set_title(f"{metric.title}, held-out text")
-        half.set_title("the second half, enlarged")
-        end = max((float(x[-1]) for x, _ in curves.values() if x.size), default=1.0)
-        for panel in (whole, half):
-            _scale_cost_axis(panel, axis, end)
-        shown, switches = _looks_of(runs, looks)
-        _legend(figure, shown, others, switches)
-        caption = (
-            f"Held-out {metric.title} against {axis.title}, the whole run and its second half. "
-            f"Arms: {', '.join(run.label for run in runs)}.{_switch_sentence(runs)}"
-        )
-        return Plot(f"{metric.name}_by_{axis.name}", caption, figure, to_png(figure))
-
-
-def band_plot(
-    arms: Mapping[str, Sequence[TrainRun]],
-    looks: Mapping[str, Style],
-    axis: Axis,
-    metric: Metric,
-) -> Plot:
-    """Means over seeds with their 95% intervals: the whole run above, its second half below.
-
-    Args:
-      arms: Each arm's runs, one a seed.
       looks: A style for each arm.
       axis: What to draw them against.
       metric: What to draw.
     """
-    percent = 100.0 if metric is ACCURACY else 1.0
-    bands = {arm: band(runs, axis, metric.field) for arm, runs in arms.items()}
-    with matplotlib.rc_context(LOOK):
-        figure, (whole, half) = _two_panels()
+    curves = [_curve(runs, axis, metric) for runs in arms.values()]
+    faint = [_curve([run], axis, metric) for run in others]
+    unit, label = _unit(axis, pd.concat([*curves, *faint])["at"].max())
+    figure, (whole, half) = _two_panels(label)
+    for curve in faint:
+        whole.plot(curve["at"] / unit, curve["mean"], **IN_THE_BACKGROUND.line)
+    several_seeds = any(len(runs) > 1 for runs in arms.values())
+    for (arm, runs), curve in zip(arms.items(), curves, strict=True):
+        look, low = looks[arm], curve["mean"] - curve["half_width"]
+        marker = look.marker if len(curve) <= MOST_MARKERS else None
+        curve["at"] /= unit
         for panel in (whole, half):
-            for arm, curve in bands.items():
-                look = looks[arm]
-                low, high = (
-                    percent * (curve.mean + sign * curve.half_width) for sign in (-1.0, 1.0)
-                )
-                panel.fill_between(curve.values, low, high, color=look.colour, alpha=0.15, lw=0)
-                panel.plot(
-                    curve.values,
-                    percent * curve.mean,
-                    color=look.colour,
-                    linestyle=look.dash,
-                    linewidth=1.6,
-                    marker=look.marker if curve.values.size <= MOST_MARKERS else None,
-                    markersize=3.5,
-                )
-        curves = [(curve.values, percent * curve.mean) for curve in bands.values()]
-        _enlarge_second_half(half, curves)
-        whole.set_title(f"{metric.title}, held-out text")
-        half.set_title("the second half, enlarged")
-        end = max((float(x[-1]) for x, _ in curves if x.size), default=1.0)
-        for panel in (whole, half):
-            _scale_cost_axis(panel, axis, end)
-        _legend(figure, {arm: looks[arm] for arm in arms}, [], switches=False)
-        seeds = ", ".join(f"{arm} ({len(runs)})" for arm, runs in arms.items())
-        caption = (
-            f"Held-out {metric.title} against {axis.title}: means over seeds with 95% intervals, "
-            f"the whole run and its second half. Arms (seeds): {seeds}."
+            high = curve["mean"] + curve["half_width"]
+            panel.fill_between(curve["at"], low, high, color=look.colour, alpha=0.15, lw=0)
+            panel.plot(curve["at"], curve["mean"], **look.line, marker=marker, markersize=3.5)
+            for run in () if several_seeds else runs:
+                _mark_switch(panel, run, axis, unit, curve, look)
+    _enlarge_second_half(half, curves)
+    whole.set_title(f"{metric.title}, held-out text")
+    half.set_title("the second half, enlarged")
+    alone = [] if several_seeds else [run for runs in arms.values() for run in runs]
+    _legend(figure, {arm: looks[arm] for arm in arms}, alone, others)
+    caption = f"Held-out {metric.title} against {axis.title}"
+    if several_seeds:
+        named = ", ".join(f"{arm} ({len(runs)})" for arm, runs in arms.items())
+        caption += (
+            ": means over seeds with 95% intervals, the whole run and its second half. "
+            f"Arms (seeds): {named}."
         )
-        return Plot(f"{metric.name}_by_{axis.name}", caption, figure, to_png(figure))
+    else:
+        caption += f", the whole run and its second half. Arms: {', '.join(arms)}."
+    return finished_plot(f"{metric.name}_by_{axis.name}", caption + _switch_sentence(alone), figure)
 
 
+@matplotlib.rc_context(LOOK)
 def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
     """Training loss against steps: the objective above, next-token loss alone below, enlarged."""
     window = max((1, *(len(run.training) // 20 for run in runs)))
-    hard_curves = []
-    with matplotlib.rc_context(LOOK):
-        figure, (objective, hard) = _two_panels()
-        for run in runs:
-            steps = np.array([point.step for point in run.training], np.float64)
-            stages = np.array([point.stage for point in run.training])
-            losses = np.array([point.loss for point in run.training], np.float64)
-            hard_losses = np.array([point.log_perplexity for point in run.training], np.float64)
-            smooth = np.full(losses.shape, np.nan)
-            for stage in set(stages):
-                smooth[stages == stage] = smoothed(losses[stages == stage], window)
-            hard_curves.append((steps, smoothed(hard_losses, window)))
-            look = looks[run.label]
-            line: Any = {"color": look.colour, "linestyle": look.dash, "linewidth": 1.6}
-            objective.plot(steps, losses, color=look.colour, linewidth=0.6, alpha=0.35)
-            objective.plot(steps, smooth, **line)
-            hard.plot(*hard_curves[-1], **line)
-            for panel in (objective, hard):
-                _mark_switch(panel, run, STEPS)
-        _enlarge_second_half(hard, hard_curves)
-        objective.set_title("training loss: the objective, blended in stage 1")
-        hard.set_title("training log-perplexity, second half enlarged")
-        for panel in (objective, hard):
-            _scale_cost_axis(panel, STEPS, 1.0)
-        shown, switches = _looks_of(runs, looks)
-        _legend(figure, shown, [], switches)
-        lines = "1 line of metrics" if window == 1 else f"{window} lines of metrics"
-        caption = (
-            f"Training loss against steps, averaged over {lines}. In stage 1 the objective blends "
-            "next-token loss with the teacher's soft labels, so it jumps at the switch; the "
-            "log-perplexity below is the next-token loss alone, in both stages."
-            f"{_switch_sentence(runs)}"
+    figure, (objective, hard) = _two_panels(STEPS.title)
+    curves = []
+    for run in runs:
+        lines, look = run.training, looks[run.label]
+        smooth = lines.groupby("stage")["loss"].transform(smoothed, window)
+        curves.append(
+            pd.DataFrame({"at": lines["step"], "mean": smoothed(lines["log_perplexity"], window)})
         )
-        return Plot("training_loss", caption, figure, to_png(figure))
+        objective.plot(lines["step"], lines["loss"], color=look.colour, linewidth=0.6, alpha=0.35)
+        objective.plot(lines["step"], smooth, **look.line)
+        hard.plot(curves[-1]["at"], curves[-1]["mean"], **look.line)
+        for panel in (objective, hard):
+            _mark_switch(panel, run, STEPS)
+    _enlarge_second_half(hard, curves)
+    objective.set_title("training loss: the objective, blended in stage 1")
+    hard.set_title("training log-perplexity, second half enlarged")
+    _legend(figure, {run.label: looks[run.label] for run in runs}, runs)
+    averaged = "1 line of metrics" if window == 1 else f"{window} lines of metrics"
+    caption = (
+        f"Training loss against steps, averaged over {averaged}. In stage 1 the objective blends "
+        "next-token loss with the teacher's soft labels, so it jumps at the switch; the "
+        "log-perplexity below is the next-token loss alone, in both stages."
+        f"{_switch_sentence(runs)}"
+    )
+    return finished_plot("training_loss", caption, figure)
 
 
+@matplotlib.rc_context(LOOK)
 def score_plot(scored: ScoreFolder, selections: Sequence[SelectionFolder]) -> Plot:
     """How scores are distributed, with what each selection took of them and its cut."""
     finite = scored.scores[np.isfinite(scored.scores)]
     edges = np.histogram_bin_edges(finite, SCORE_BINS) if finite.size else np.linspace(0, 1, 2)
+    counts = np.histogram(finite, edges)[0]
+    figure = Figure(figsize=(6.0, 4.2), layout="constrained")
+    panel = figure.add_subplot()
+    panel.stairs(counts, edges, fill=True, color=PALE)
     left_out = scored.scores.size - finite.size
     aside = f"; {left_out:,} more have none (−∞)" if left_out else ""
-    with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(6.0, 4.2), layout="constrained")
-        panel = figure.add_subplot()
-        counts = np.histogram(finite, edges)[0]
-        panel.stairs(counts, edges, fill=True, color=PALE)
-        handles = [Line2D([], [], color=PALE, linewidth=8)]
-        names = [f"all {finite.size:,} rows with a score{aside}"]
-        for index, selected in enumerate(selections):
-            colour = PALETTE[index % len(PALETTE)]
-            taken = scored.scores[selected.row_ids]
-            panel.stairs(
-                np.histogram(taken[np.isfinite(taken)], edges)[0],
-                edges,
-                color=colour,
-                linewidth=1.6,
-            )
-            handles.append(Line2D([], [], color=colour, linewidth=1.6))
-            cut = ""
-            if selected.cut is not None:
-                each = "cut in each subset, the lowest" if selected.stratified else "cut"
-                cut = f", {each} at {selected.cut:.3f}"
-            names.append(f"{selected.name}: {taken.size:,} rows{cut}")
-            if selected.cut is not None and not selected.stratified:
+    names = [f"all {finite.size:,} rows with a score{aside}"]
+    handles = [Line2D([], [], color=PALE, linewidth=8)]
+    for index, selected in enumerate(selections):
+        colour = PALETTE[index % len(PALETTE)]
+        taken = scored.scores[selected.selection.row_ids]
+        own_counts = np.histogram(taken[np.isfinite(taken)], edges)[0]
+        panel.stairs(own_counts, edges, color=colour, linewidth=1.6)
+        handles.append(Line2D([], [], color=colour, linewidth=1.6))
+        cut = ""
+        if selected.cut is not None:
+            each = "cut in each subset, the lowest" if selected.stratified else "cut"
+            cut = f", {each} at {selected.cut:.3f}"
+            if not selected.stratified:
                 panel.axvline(selected.cut, color=colour, linestyle="--", linewidth=1.4)
-        panel.set_yscale("symlog", linthresh=1)
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
-        panel.set_ylim(0, max(2.0, 2.0 * float(counts.max(initial=1))))
-        panel.set_xlabel("score (nats per token)")
-        panel.set_ylabel("rows, logarithmic")
-        figure.legend(handles, names, loc="outside upper left", fontsize=9.5)
-        cuts = "; ".join(names[1:]) or "no selection was given"
-        caption = f"Scores ({scored.column}) in {scored.origin.path.name}: {names[0]}; {cuts}."
-        return Plot("scores", caption, figure, to_png(figure))
+        names.append(f"{selected.name}: {taken.size:,} rows{cut}")
+    scale_counts(panel, float(counts.max(initial=1)))
+    panel.set_xlabel("score (nats per token)")
+    panel.set_ylabel("rows, logarithmic")
+    figure.legend(handles, names, loc="outside upper left", fontsize=9.5)
+    cuts = "; ".join(names[1:]) or "no selection was given"
+    caption = f"Scores ({scored.score.column}) in {scored.name}: {names[0]}; {cuts}."
+    return finished_plot("scores", caption, figure)
 
 
-def smoothed(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+def smoothed(values: pd.Series, window: int) -> pd.Series:
     """The mean over `window` neighbours on both sides together, of what is finite among them.
 
     Near an end the neighbourhood is cut short, so that the ends are not pulled anywhere.
 
         [0, 3, 6, 9], window 3 → [1.5, 3, 6, 7.5]
     """
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    places = np.arange(values.size)
-    first = np.maximum(places - window // 2, 0)
-    last = np.minimum(places + (window - 1) // 2 + 1, values.size)
-    number = counts[last] - counts[first]
-    mean = (sums[last] - sums[first]) / np.maximum(number, 1)
-    return np.where(number > 0, mean, np.nan)
+    return values.rolling(window, center=True, min_periods=1).mean()
 
 
-def _two_panels() -> tuple[Figure, tuple[Axes, Axes]]:
+def scale_counts(panel: Axes, highest: float) -> None:
+    """A logarithmic vertical axis of counts that begins at 0 and holds the highest of them."""
+    panel.set_yscale("symlog", linthresh=1)
+    panel.yaxis.set_major_formatter("{x:,.0f}")
+    panel.set_ylim(0, max(2.0, 2.0 * highest))
+
+
+def _curve(runs: Sequence[TrainRun], axis: Axis, metric: Metric) -> pd.DataFrame:
+    curve = band(runs, axis, metric.column)
+    curve[["mean", "half_width"]] *= metric.scale
+    return curve
+
+
+def _unit(axis: Axis, end: float) -> tuple[float, str]:
+    """The unit that suits an axis up to `end`, and the axis' label."""
+    if axis == FLOPS and end > 0:
+        exponent = 3 * math.floor(math.log10(end) / 3)
+        return 10.0**exponent, f"train FLOPs (10{str(exponent).translate(SUPERSCRIPTS)})"
+    if axis == SECONDS:
+        name, unit = time_unit(end)
+        return unit, f"training time ({name})"
+    return 1.0, axis.title
+
+
+def _two_panels(label: str) -> tuple[Figure, tuple[Axes, Axes]]:
     figure = Figure(figsize=(6.0, 6.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[2, 3])
+    for panel in (upper, lower):
+        panel.set_xlabel(label)
+        panel.xaxis.set_major_formatter("{x:,.10g}")
     return figure, (upper, lower)
 
 
-def _draw_curve(
+def _mark_switch(
     panel: Axes,
     run: TrainRun,
-    curve: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
-    look: Style,
     axis: Axis,
+    unit: float = 1.0,
+    curve: pd.DataFrame | None = None,
+    look: Style = IN_THE_BACKGROUND,
 ) -> None:
-    marker = look.marker if len(run.evaluations) <= MOST_MARKERS else None
-    panel.plot(
-        *curve,
-        color=look.colour,
-        linestyle=look.dash,
-        linewidth=1.6,
-        marker=marker,
-        markersize=3.5,
-    )
-    switch = _mark_switch(panel, run, axis)
-    if switch is None or not curve[0].size or not curve[0][0] <= switch <= curve[0][-1]:
-        return
-    height = float(np.interp(switch, *curve))
-    panel.plot([switch], [height], "D", color="white", markeredgecolor=look.colour, markersize=7)
-
-
-def _mark_switch(panel: Axes, run: TrainRun, axis: Axis) -> float | None:
-    """A dotted line where the run went over to stage 2; gives its place on the axis."""
+    """A dotted line where the run went over to stage 2, and a diamond on its curve."""
     if run.switch_step is None:
-        return None
-    switch = cost_at_step(run, axis, run.switch_step)
+        return
+    switch = cost_at_step(run, axis, run.switch_step) / unit
     panel.axvline(switch, color=FAINT, linestyle=":", linewidth=1.1, zorder=0.5)
-    return switch
+    if curve is not None and curve["at"].min() <= switch <= curve["at"].max():
+        height = np.interp(switch, curve["at"], curve["mean"])
+        edge = look.colour
+        panel.plot([switch], [height], "D", color="white", markeredgecolor=edge, markersize=7)
 
 
 def _switch_sentence(runs: Sequence[TrainRun]) -> str:
@@ -354,82 +314,47 @@ def _switch_sentence(runs: Sequence[TrainRun]) -> str:
     return f" Switch to stage 2: {', '.join(switches)}." if switches else ""
 
 
-def _enlarge_second_half(
-    panel: Axes, curves: Sequence[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
-) -> None:
-    """Limits that show the curves' second half, and only it."""
-    end = max((float(x[-1]) for x, _ in curves if x.size), default=0.0)
-    seen = [y[(x >= end / 2) & np.isfinite(y)] for x, y in curves]
-    heights = np.concatenate(seen) if seen else np.zeros(0)
-    if end <= 0 or not heights.size:
+def _enlarge_second_half(panel: Axes, curves: Sequence[pd.DataFrame]) -> None:
+    """Limits that show the second half of the curves (at, mean), and only it."""
+    both = pd.concat(curves)
+    end = both["at"].max()
+    heights = both["mean"][(both["at"] >= end / 2) & np.isfinite(both["mean"])]
+    if not end > 0 or heights.empty:
         return
-    low, high = float(heights.min()), float(heights.max())
+    low, high = heights.min(), heights.max()
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     panel.set_ylim(low - margin, high + margin)
     panel.set_xlim(end / 2, end * 1.01)
 
 
-def _scale_cost_axis(panel: Axes, axis: Axis, end: float) -> None:
-    """A label with a unit, and ticks in it."""
-    if axis == FLOPS and end > 0:
-        exponent = 3 * math.floor(math.log10(end) / 3)
-        unit, label = 10.0**exponent, f"train FLOPs (10{str(exponent).translate(SUPERSCRIPTS)})"
-    elif axis == SECONDS:
-        name, unit = time_unit(end)
-        label = f"training time ({name})"
-    else:
-        unit, label = 1.0, axis.title
-    panel.xaxis.set_major_locator(_ScaledLocator(unit))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,.10g}"))
-    panel.set_xlabel(label)
-
-
-class _ScaledLocator(MaxNLocator):
-    """Ticks that are round in `unit`."""
-
-    def __init__(self, unit: float) -> None:
-        super().__init__(nbins=7, steps=[1, 2, 2.5, 5, 10])
-        self._unit = unit
-
-    def tick_values(self, vmin: float, vmax: float) -> Any:
-        return self._unit * np.asarray(super().tick_values(vmin / self._unit, vmax / self._unit))
-
-
 def _legend(
-    figure: Figure, shown: Mapping[str, Style], others: Sequence[TrainRun], switches: bool
+    figure: Figure,
+    looks: Mapping[str, Style],
+    runs: Sequence[TrainRun],
+    others: Sequence[TrainRun] = (),
 ) -> None:
-    handles = []
-    for look in shown.values():
-        line = Line2D([], [], color=look.colour, linestyle=look.dash, marker=look.marker)
-        line.set_markersize(4)
-        handles.append(line)
-    names = list(shown)
+    """Names everything in `looks`, the other runs, and the switch if one of the runs has one."""
+    lines: dict[str, dict[str, Any]] = {
+        name: {"color": look.colour, "linestyle": look.dash, "marker": look.marker, "markersize": 4}
+        for name, look in looks.items()
+    }
     if others:
-        look = IN_THE_BACKGROUND
-        handles.append(Line2D([], [], color=look.colour, linestyle=look.dash, linewidth=1.2))
-        names.append("not compared: " + ", ".join(run.label for run in others))
-    if switches:
-        marker = Line2D([], [], color=FAINT, linestyle=":", marker="D", markerfacecolor="white")
-        handles.append(marker)
-        names.append("switch to stage 2")
-    columns = 3 if max(map(len, names), default=0) < 18 else 2
-    figure.legend(handles, names, loc="outside upper left", ncols=columns)
+        name = "not compared: " + ", ".join(run.label for run in others)
+        lines[name] = IN_THE_BACKGROUND.line
+    if any(run.switch_step is not None for run in runs):
+        diamond = {"color": FAINT, "linestyle": ":", "marker": "D", "markerfacecolor": "white"}
+        lines["switch to stage 2"] = diamond
+    handles = [Line2D([], [], **line) for line in lines.values()]
+    columns = 3 if max(map(len, lines)) < 18 else 2
+    figure.legend(handles, [*lines], loc="outside upper left", ncols=columns)
 
 
-def _looks_of(
-    runs: Sequence[TrainRun], looks: Mapping[str, Style]
-) -> tuple[dict[str, Style], bool]:
-    """Each run's look for the legend, and whether any of them has a switch."""
-    switches = any(run.switch_step is not None for run in runs)
-    return {run.label: looks[run.label] for run in runs}, switches
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure's bytes, the same whenever it is drawn anew."""
+def finished_plot(name: str, caption: str, figure: Figure) -> Plot:
+    """The plot with its image, whose bytes are the same whenever it is drawn anew."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # the letters of a name that are not in the font, raw
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(
             buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None}
         )
-    return buffer.getvalue()
+    return Plot(name, caption, figure, buffer.getvalue())

@@ -1,24 +1,23 @@
-"""What the folders of a report hold: training runs with their evaluations, scores and selections.
+"""Run folders read back: training runs with their metrics, scores, and selections.
 
-A folder's kind is recognised by its run.json or manifest.
+The kind of a folder is recognised by its run.json or its manifest.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
 from salt_jax.distill.scores import ScoreConfig
-from salt_jax.errors import InputError
-from salt_jax.reporting.costs import Costs, TeacherTraining
+from salt_jax.errors import InputError, visible
 from salt_jax.storage.json_files import parse_json, read_json_object, require_shape
 from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.manifests import MANIFEST_FILE
@@ -27,57 +26,27 @@ from salt_jax.storage.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUM
 CURVE_SPLIT = "validation"
 _WHOLE = "give the folder of a whole run"
 
+# Columns of the data frames of metrics: nats per token and a fraction; what training had cost by
+# then, cumulative from step 0; and what these sums consist of, as in `training/ledger.py`. The cost
+# of training the teacher is 0 unless it is charged (`comparison.charge_for_teachers`).
+QUALITY = ("log_perplexity", "next_token_accuracy")
+SUMS = ("train_flops", "tokens", "seconds")
+FLOPS_PARTS = ("student_flops", "teacher_flops", "scoring_flops", "teacher_training_flops")
+SECONDS_PARTS = ("stage1_seconds", "stage2_seconds", "scoring_seconds", "teacher_training_seconds")
+PARTS = (
+    *(*FLOPS_PARTS, "evaluation_flops", "stage1_tokens", "stage2_tokens", "scoring_tokens"),
+    *(*SECONDS_PARTS, "evaluation_seconds", "compile_seconds"),
+)
+_EVALUATED = ("step", *QUALITY, *SUMS)
+EVALUATION = (*_EVALUATED, *PARTS)
+_TRAINED = ("step", "stage", "loss", "log_perplexity", "skipped_updates", *SUMS)
+TRAINING = (*_TRAINED, "grad_norm", "update_norm", *PARTS)
 
-@dataclasses.dataclass(frozen=True)
-class SubsetResult:
-    """One subset's part of an evaluation: nats per token, a fraction, and tokens evaluated."""
-
-    log_perplexity: float
-    next_token_accuracy: float
-    tokens: float
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationPoint:
-    """Held-out results after `step` steps, and what training had cost by then.
-
-    Attributes:
-      step: Steps completed.
-      log_perplexity: Nats per token.
-      next_token_accuracy: A fraction of 1.
-      train_flops, tokens, seconds: Cumulative, of training, from step 0.
-      costs: What they consist of, and what is not in them.
-      by_subset: The same by subset, empty where it was not measured.
-    """
-
-    step: int
-    log_perplexity: float
-    next_token_accuracy: float
-    train_flops: float
-    tokens: float
-    seconds: float
-    by_subset: Mapping[str, SubsetResult] = dataclasses.field(default_factory=dict)
-    costs: Costs = Costs()  # noqa: RUF009 (frozen)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingPoint:
-    """One line of training metrics: losses in nats per token, costs cumulative from step 0.
-
-    The norms, of all gradients and of the optimizer's update, are NaN where they are not known.
-    """
-
-    step: int
-    stage: int
-    loss: float
-    log_perplexity: float
-    train_flops: float
-    tokens: float
-    seconds: float
-    skipped_updates: int
-    costs: Costs = Costs()  # noqa: RUF009 (frozen)
-    grad_norm: float = math.nan
-    update_norm: float = math.nan
+# The types of what is read from summary.json, where it has it.
+_FACTS = {
+    **{"arm": str, "seed": (None, int), "parameters": (None, int), "distill_steps": int},
+    **{"skipped_updates": int, "cache_digest": (None, str), "teacher": (None, {})},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,30 +62,46 @@ class Origin:
     config: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Teacher:
+    """A run's teacher: its folder and step, its checkpoint's digest, and SUMS and PARTS of what
+    training it had cost by then, NaN where they are not known."""
+
+    name: str
+    digest: str
+    costs: pd.Series
+
+    @property
+    def cost_is_known(self) -> bool:
+        """Not that of a converted model."""
+        return bool(np.isfinite(self.costs[["train_flops", "seconds"]]).all())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainRun:
     """One training run, finished or not.
 
     Attributes:
       origin: How it was made.
-      label: What the report calls it; unique among the runs of one report.
+      label: Its name in the report, unique among the report's runs.
       facts: summary.json; empty while the run has not finished.
-      evaluations, training: Ascending by step, each step once.
-      unreadable_lines: Lines of metrics.jsonl that were cut short and left out.
+      evaluations: Columns EVALUATION, a row for each evaluation on CURVE_SPLIT, steps ascending.
+      training: Columns TRAINING, a row for each line of training metrics, steps ascending.
+      final: The summary's evaluation, else the last one so far, if any.
+      by_subset: Its log-perplexity, next-token accuracy and tokens by subset.
+      teacher: None without one, or before the run has finished.
+      skipped_lines: Lines of metrics.jsonl that were cut short.
     """
 
     origin: Origin
     label: str
     facts: Mapping[str, Any]
-    evaluations: tuple[EvaluationPoint, ...]
-    training: tuple[TrainingPoint, ...]
-    unreadable_lines: int = 0
-
-    def __post_init__(self) -> None:
-        for points in (self.evaluations, self.training):
-            steps = [point.step for point in points]
-            if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-                raise ValueError(f"{self.origin.path}: steps must ascend, got {steps}.")
+    evaluations: pd.DataFrame
+    training: pd.DataFrame
+    final: pd.Series | None
+    by_subset: pd.DataFrame
+    teacher: Teacher | None
+    skipped_lines: int
 
     @property
     def finished(self) -> bool:
@@ -125,7 +110,7 @@ class TrainRun:
     @property
     def arm(self) -> str:
         """The method's name, or the folder's until the run has written its summary."""
-        return str(self.facts.get("arm", self.origin.path.name))
+        return self.facts.get("arm", visible(self.origin.path.name))
 
     @property
     def parameters(self) -> int | None:
@@ -136,107 +121,81 @@ class TrainRun:
         return self.facts.get("seed")
 
     @property
+    def points(self) -> pd.DataFrame:
+        """All measurements, of training and of evaluations, steps ascending."""
+        return pd.concat([self.training, self.evaluations]).sort_values("step", kind="stable")
+
+    @property
     def last_step(self) -> int:
-        evaluated = self.evaluations[-1].step if self.evaluations else 0
-        trained = self.training[-1].step if self.training else 0
-        return max(int(self.facts.get("steps", 0)), evaluated, trained)
+        return int(max(self.facts.get("steps", 0), self.points["step"].iloc[-1]))
 
     @property
     def switch_step(self) -> int | None:
         """Steps completed at the switch from stage 1 to stage 2; None for a run with one stage."""
-        if self.finished and "distill_steps" in self.facts:
-            step = int(self.facts["distill_steps"])
+        if "distill_steps" in self.facts:
+            step = self.facts["distill_steps"]
             return step if 0 < step < self.last_step else None
-        for before, after in itertools.pairwise(self.training):
-            if (before.stage, after.stage) == (1, 2):
-                return before.step
-        return None
+        stage = self.training["stage"]
+        before = self.training["step"][(stage == 1) & (stage.shift(-1) == 2)]
+        return None if before.empty else int(before.iloc[0])
 
     @property
-    def final(self) -> EvaluationPoint | None:
-        """The result at the end: of the summary, else of the last evaluation so far."""
-        if self.finished:
-            where = str(self.origin.path / SUMMARY_FILE)
-            return _evaluation({**self.facts, "step": self.facts.get("steps")}, where)
-        return self.evaluations[-1] if self.evaluations else None
-
-    @property
-    def costs(self) -> Costs:
-        """What the run has cost, at its end or so far."""
-        if self.finished:
-            return Costs.of(self.facts)
-        measured = [points[-1] for points in (self.training, self.evaluations) if points]
-        return max(measured, key=lambda point: point.step).costs if measured else Costs()
-
-    @property
-    def teacher_training(self) -> TeacherTraining | None:
-        """What its teacher had cost; None without a teacher, or before the run has finished."""
-        return TeacherTraining.of(self.facts)
+    def costs(self) -> pd.Series:
+        """SUMS and PARTS of what the run has cost, at its end or so far."""
+        at_end = self.final if self.finished and self.final is not None else self.points.iloc[-1]
+        return at_end[[*SUMS, *PARTS]]
 
     @property
     def skipped_updates(self) -> int:
-        last = self.training[-1].skipped_updates if self.training else 0
-        return int(self.facts.get("skipped_updates", last))
+        so_far = int(self.training["skipped_updates"].tail(1).sum())
+        return self.facts.get("skipped_updates", so_far)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ScoreFolder:
-    """A folder of `salt score`, and which of its columns is looked at as the score."""
+    """A folder of `salt score`, and which of its columns is the score."""
 
     origin: Origin
     rows: RowScores
     score: ScoreConfig
 
+    @property
+    def name(self) -> str:
+        return self.origin.path.name
+
     @functools.cached_property
     def scores(self) -> npt.NDArray[np.float32]:
-        """float32[N], one per row of the split; −∞ or NaN where there is none."""
-        score = self.score
-        return self.rows.scores(score.column, score.learnable_column, score.min_learnable_fraction)[
-            :
-        ]
-
-    @property
-    def column(self) -> str:
-        return self.score.column
-
-    @property
-    def digest(self) -> str:
-        return self.rows.digest
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        return self.rows.manifest
-
-    def by(self, score: Mapping[str, Any]) -> "ScoreFolder":
-        """The same folder by another score: a selection's."""
-        return dataclasses.replace(self, score=ScoreConfig(**score))
+        """float32[N], one for each row of the split; −∞ or NaN where there is none."""
+        how = self.score
+        return self.rows.scores(how.column, how.learnable_column, how.min_learnable_fraction)[:]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SelectionFolder:
-    """A folder of `salt select`: ids int64[m] of rows, ascending, how they were chosen, and their
-    audit where the folder has one."""
+    """A folder of `salt select`, with the selection's audit where the folder has one."""
 
     origin: Origin
-    row_ids: npt.NDArray[np.int64]
-    cut: float | None
-    scores_digest: str | None
-    manifest: Mapping[str, Any]
-    audit: Mapping[str, Any] | None = None
+    selection: Selection
+    audit: Mapping[str, Any] | None
 
     @property
     def name(self) -> str:
         return self.origin.path.name
 
     @property
+    def cut(self) -> float | None:
+        """The lowest score selected."""
+        return self.selection.manifest["cut"]
+
+    @property
     def stratified(self) -> bool:
-        """Whether each subset has a cut of its own, of which `cut` is the lowest."""
-        return bool(self.manifest["how"].get("stratified"))
+        """Whether each subset has a cut of its own."""
+        return bool(self.selection.manifest["how"].get("stratified"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """All that a report is made from."""
+    """Everything that a report is made from."""
 
     runs: tuple[TrainRun, ...]
     scores: tuple[ScoreFolder, ...]
@@ -260,7 +219,7 @@ def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
             raise InputError(f"The folder {folder} was given twice: name each run once.")
     read = [read_folder(folder) for folder in folders]
     return Material(
-        runs=labelled([found for found in read if isinstance(found, TrainRun)]),
+        runs=_labelled([found for found in read if isinstance(found, TrainRun)]),
         scores=tuple(found for found in read if isinstance(found, ScoreFolder)),
         selections=tuple(found for found in read if isinstance(found, SelectionFolder)),
     )
@@ -283,34 +242,25 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
         scores = RowScores.open(path)
         return ScoreFolder(origin, scores, ScoreConfig(scores.manifest["k"][0]))
     if origin.verb == "select" or kind == "selection":
-        selection = Selection.open(path)
-        content = selection.manifest
         audit = path / AUDIT_FILE
-        return SelectionFolder(
-            origin=origin,
-            row_ids=selection.row_ids,
-            cut=content["cut"],
-            scores_digest=content["scores_digest"],
-            manifest=content,
-            audit=read_json_object(audit, _WHOLE) if audit.exists() else None,
-        )
+        found = read_json_object(audit, _WHOLE) if audit.exists() else None
+        return SelectionFolder(origin, Selection.open(path), found)
     what = f"a run of `salt {origin.verb}`" if origin.verb else "no run"
+    below = sorted(found.parent.name for found in path.glob(f"*/{RUN_FILE}"))
+    hint = f" (it has folders of runs in it, give those: {', '.join(below[:8])})" if below else ""
     raise InputError(
         f"The folder {path} holds {what}: `salt report` takes output folders of `salt train`, "
-        f"`salt score` and `salt select`{_runs_below(path)}."
+        f"`salt score` and `salt select`{hint}."
     )
 
 
-def labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
+def _labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
     """Gives each run a label of its own: its arm or, where arms repeat, the end of its path."""
     labels = [run.arm for run in runs]
     places = [run.origin.path.resolve().parts for run in runs]
-    for depth in range(1, max((len(place) for place in places), default=0) + 1):
-        repeated = {label for label in labels if labels.count(label) > 1}
-        if not repeated:
-            break
+    for depth in range(1, max(map(len, places), default=0) + 1):
         labels = [
-            "/".join(place[-depth:]) if label in repeated else label
+            visible("/".join(place[-depth:])) if labels.count(label) > 1 else label
             for label, place in zip(labels, places, strict=True)
         ]
     return tuple(
@@ -319,39 +269,66 @@ def labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
 
 
 def _train_run(origin: Origin) -> TrainRun:
-    path = origin.path
-    summary = path / SUMMARY_FILE
+    summary, metrics = origin.path / SUMMARY_FILE, origin.path / METRICS_FILE
     facts = read_json_object(summary, _WHOLE) if summary.exists() else {}
-    metrics = path / METRICS_FILE
+    require_shape(summary, facts, {k: v for k, v in _FACTS.items() if k in facts}, _WHOLE)
     if not metrics.exists():
-        raise InputError(f"The run {path} has no {METRICS_FILE}: it has not begun training.")
-    evaluations: dict[int, EvaluationPoint] = {}
-    training: dict[int, TrainingPoint] = {}
-    unreadable_lines = 0
-    for where, record in _records(metrics):
+        raise InputError(f"The run {origin.path} has no {METRICS_FILE}: it has not begun training.")
+    # By step: of two lines the later one counts, which a resumed run has written.
+    evaluations: dict[float, dict[str, float]] = {}
+    training: dict[float, dict[str, float]] = {}
+    by_subset: dict[float, pd.DataFrame] = {}
+    skipped_lines = 0
+    for where, record in _lines(metrics):
         if record is None:
-            unreadable_lines += 1
+            skipped_lines += 1
         elif record.get("kind") == "train":
-            training[_step(record, where)] = _training_point(record, where)
+            row = _row(record, TRAINING, _TRAINED, where)
+            training[row["step"]] = row
         elif record.get("kind") == "eval" and record.get("split") == CURVE_SPLIT:
-            evaluations[_step(record, where)] = _evaluation(record, where)
+            row = _row(record, EVALUATION, _EVALUATED, where)
+            evaluations[row["step"]] = row
+            by_subset[row["step"]] = _subsets(record, where)
     if not evaluations and not training:
-        raise InputError(f"The run {path} has no measurement yet: leave it out, or wait.")
-    run = TrainRun(
+        raise InputError(f"The run {origin.path} has no measurement yet: leave it out, or wait.")
+    end = max(evaluations, default=math.inf)
+    final = evaluations.get(end)
+    if facts:
+        ended = {**facts, "step": facts.get("steps")}
+        final = _row(ended, EVALUATION, _EVALUATED, str(summary))
+        by_subset[end] = _subsets(facts, str(summary))
+    return TrainRun(
         origin=origin,
-        label=str(facts.get("arm", path.name)),
+        label=facts.get("arm", visible(origin.path.name)),
         facts=facts,
-        evaluations=tuple(evaluations[step] for step in sorted(evaluations)),
-        training=tuple(training[step] for step in sorted(training)),
-        unreadable_lines=unreadable_lines,
+        evaluations=_frame(evaluations, EVALUATION),
+        training=_frame(training, TRAINING),
+        final=None if final is None else pd.Series(final),
+        by_subset=by_subset.get(end, _subsets({}, "")),
+        teacher=_teacher(facts),
+        skipped_lines=skipped_lines,
     )
-    if run.finished:
-        _ = run.final  # a damaged summary is to be named now, not while the page is made
-    return run
 
 
-def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Each line's place and object; None for a line cut short by a kill."""
+def _frame(rows: Mapping[float, Mapping[str, float]], columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame([rows[step] for step in sorted(rows)], columns=[*columns], dtype=float)
+
+
+def _teacher(facts: Mapping[str, Any]) -> Teacher | None:
+    teacher = facts.get("teacher")
+    if teacher is None:
+        return None
+    folder = str(teacher.get("path", "")).rstrip("/").rsplit("/", 1)[-1]
+    cost = teacher.get("training_cost")
+    return Teacher(
+        name=f"{folder} at step {teacher.get('step')}",
+        digest=str(teacher.get("digest")),
+        costs=pd.Series(_row(cost if isinstance(cost, dict) else {}, (*SUMS, *PARTS), (), "")),
+    )
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """The place and the object of each line; None for a line cut short by a kill."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -363,86 +340,51 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
             yield f"{path}, line {number}", record if isinstance(record, dict) else None
 
 
-def _training_point(record: Mapping[str, Any], where: str) -> TrainingPoint:
-    return TrainingPoint(
-        step=_step(record, where),
-        stage=int(_number(record, "stage", where)),
-        skipped_updates=int(_number(record, "skipped_updates", where)),
-        costs=Costs.of(record),
-        **{
-            name: _number(record, name, where)
-            for name in ("loss", "log_perplexity", "train_flops", "tokens", "seconds")
-        },
-        **{
-            name: _number(record, name, where)
-            for name in ("grad_norm", "update_norm")
-            if record.get(name) is not None
-        },
-    )
+def _row(
+    record: Mapping[str, Any], names: Sequence[str], required: Collection[str], where: str
+) -> dict[str, float]:
+    """The named numbers of a record, NaN where one that is not required is missing.
+
+    null stands for a number that was not finite, which strict JSON cannot say.
+    """
+    row = {name: 0.0 if name.startswith("teacher_training") else math.nan for name in names}
+    for name in names:
+        value = record.get(name)
+        # A whole number may have more digits than a float can hold.
+        if type(value) is float or (type(value) is int and value.bit_length() < 1024):
+            row[name] = float(value)
+        elif name in required and name not in record:
+            raise InputError(f"{where}: {name} is missing; was another version's run given?")
+        elif name in required and value is not None:
+            raise InputError(f"{where}: {name} is {value!r}, not a number.")
+    if "step" in row and not 0 <= row["step"] < math.inf:
+        raise InputError(f"{where}: step is {record['step']!r}, not a number of steps.")
+    if not math.isfinite(row.get("log_perplexity", 0.0)) and "next_token_accuracy" in row:
+        row["next_token_accuracy"] = math.nan  # no prediction of a model that gives NaN is right
+    return row
 
 
-def _evaluation(record: Mapping[str, Any], where: str) -> EvaluationPoint:
-    subsets = record.get("by_subset") or {}
+def _subsets(record: Mapping[str, Any], where: str) -> pd.DataFrame:
+    """An evaluation's results by subset."""
+    subsets, columns = record.get("by_subset") or {}, (*QUALITY, "tokens")
     if not isinstance(subsets, dict) or not all(isinstance(x, dict) for x in subsets.values()):
-        raise InputError(f"{where}: by_subset is no object of objects: {_WHOLE}.")
-    return EvaluationPoint(
-        _step(record, where),
-        *_quality(record, where),
-        by_subset={
-            str(name): SubsetResult(*_quality(result, where), _number(result, "tokens", where))
-            for name, result in subsets.items()
-        },
-        costs=Costs.of(record),
-        **{name: _number(record, name, where) for name in ("train_flops", "tokens", "seconds")},
-    )
-
-
-def _quality(record: Mapping[str, Any], where: str) -> tuple[float, float]:
-    """Log-perplexity and next-token accuracy; of a model that gives NaN no prediction is right."""
-    nats = _number(record, "log_perplexity", where)
-    return nats, _number(record, "next_token_accuracy", where) if math.isfinite(nats) else math.nan
-
-
-def _step(record: Mapping[str, Any], where: str) -> int:
-    step = _number(record, "step", where)
-    if not math.isfinite(step) or step < 0:
-        raise InputError(f"{where}: step is {record.get('step')!r}, not a number of steps.")
-    return int(step)
-
-
-def _number(record: Mapping[str, Any], name: str, where: str) -> float:
-    """A number; null stands for one that was not finite, which strict JSON cannot say."""
-    if name not in record:
-        raise InputError(f"{where}: {name} is missing; was another version's run given?")
-    value = record[name]
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{where}: {name} is {value!r}, not a number.")
-    return float(value)
+        raise InputError(f"{where}: by_subset must be an object of objects: {_WHOLE}.")
+    rows = [_row(part, columns, columns, where) for part in subsets.values()]
+    return pd.DataFrame(rows, index=[*subsets], columns=[*columns], dtype=float)
 
 
 def _origin(path: pathlib.Path) -> Origin:
     run_file, config = path / RUN_FILE, path / CONFIG_FILE
     content = read_json_object(run_file, _WHOLE) if run_file.exists() else {}
-    command_line = content.get("command_line") or ""
-    versions = content.get("versions") or {}
-    lists = {
-        "versions": {str: str},
-        "command_line": str if isinstance(command_line, str) else [str],
-    }
-    require_shape(run_file, {"versions": versions, "command_line": command_line}, lists, _WHOLE)
+    typed, versions = content.get("command_line") or "", content.get("versions") or {}
+    shape = {"versions": {str: str}, "command_line": str if isinstance(typed, str) else [str]}
+    require_shape(run_file, {"versions": versions, "command_line": typed}, shape, _WHOLE)
     return Origin(
         path=path,
         verb=str(content.get("verb", "")),
-        command_line=command_line if isinstance(command_line, str) else shlex.join(command_line),
+        command_line=typed if isinstance(typed, str) else shlex.join(typed),
         versions=versions,
         git_commit=content.get("git_commit"),
         started=str(content.get("started", "")),
         config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
     )
-
-
-def _runs_below(path: pathlib.Path) -> str:
-    below = sorted(found.parent.name for found in path.glob(f"*/{RUN_FILE}"))
-    return f" (it has folders of runs in it, give those: {', '.join(below[:8])})" if below else ""

@@ -1,76 +1,77 @@
-"""What a report says, in which order.
+"""What a report says, in which order: sections of text, tables and plots, and their numbers."""
 
-In: the material read from run folders. Out: sections of text, tables and plots, and the same
-results as numbers for summary.json.
-"""
-
+import collections
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
+from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, nearest
-from salt_jax.reporting import (
-    cost_tables,
-    plots,
-    seed_tables,
-    seeds,
-    selection_audit,
-    stability,
-    tables,
-)
+from salt_jax.reporting import costs, plots, seeds, selection_audit, stability, tables
 from salt_jax.reporting.comparison import (
     AXES,
     FLOPS,
     SECONDS,
     Axis,
     Matched,
-    Reading,
-    charged_for_their_teachers,
+    charge_for_teachers,
     comparable_groups,
     matched,
-    seeds_sentence,
 )
 from salt_jax.reporting.plots import Plot, Style
-from salt_jax.reporting.runs import Material, ScoreFolder, SelectionFolder, TrainRun
-from salt_jax.reporting.selection_audit import Excerpts
+from salt_jax.reporting.runs import (
+    FLOPS_PARTS,
+    PARTS,
+    QUALITY,
+    SUMS,
+    Material,
+    ScoreFolder,
+    SelectionFolder,
+    TrainRun,
+)
 from salt_jax.terminal import Table
 
-# {teachers} is what is added when the arms are charged for making their teachers.
-_FLOPS_SENTENCE = (
-    "Train FLOPs are the sum of the student's passes, the teacher's forward pass in stage 1, and "
-    "the scoring that a run's selection needed{teachers}. Evaluation is not in them."
-)
-_TIME_SENTENCE = (
-    "Training time is the sum of the steps of both stages and the scoring that a run's selection "
-    "needed{teachers}. Evaluation, compiling and checkpoints are not in it."
-)
+# {teachers} is what is added when the arms are charged for training their teachers.
+_CHARGED = {
+    FLOPS: (
+        "Train FLOPs are the sum of the student's passes, the teacher's forward pass in stage 1, "
+        "and the scoring that a run's selection needed{teachers}. Evaluation is not in them."
+    ),
+    SECONDS: (
+        "Training time is the sum of the steps of both stages and the scoring that a run's "
+        "selection needed{teachers}. Evaluation, compiling and checkpoints are not in it."
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: its text, then its tables, its plots, and rows to be read."""
+    """A part of the page: its text, tables, plots, and rows to be read (`audit_excerpts`)."""
 
     title: str
-    text: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    plots: tuple[Plot, ...] = ()
-    excerpts: tuple[Excerpts, ...] = ()
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    excerpts: Mapping[str, Sequence[tuple[str, str]]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that a page shows but its head, and the numbers behind it.
+    """Everything that a page shows but its title, and the numbers behind it.
 
     Attributes:
       summary_sentences: What is compared, and what may be concluded.
-      sections: In reading order.
+      sections: In reading order; the names of their plots are unique.
       looks: How each run is drawn, by label.
-      numbers: For summary.json; strict JSON values only.
+      numbers: For summary.json.
     """
 
-    summary_sentences: tuple[str, ...]
-    sections: tuple[Section, ...]
+    summary_sentences: Sequence[str]
+    sections: Sequence[Section]
     looks: Mapping[str, Style]
     numbers: Mapping[str, Any]
 
@@ -92,52 +93,63 @@ def compose(
       material: The runs, scores and selections.
       charge_teacher_training: Whether an arm's costs include those of training its teacher.
       reference: The arm that others are compared with over seeds.
+
+    Raises:
+      InputError: The reference is not the default, and no arm.
     """
     if charge_teacher_training:
-        material = dataclasses.replace(material, runs=charged_for_their_teachers(material.runs))
+        material = dataclasses.replace(material, runs=charge_for_teachers(material.runs))
     runs = material.runs
-    _require_reference(reference, runs)
+    arms = sorted({run.arm for run in runs})
+    if reference != seeds.REFERENCE and reference not in arms:
+        raise InputError(
+            f"reference is {reference!r}{nearest(reference, arms)}, and the arms are "
+            f"{', '.join(arms)}: name one of them."
+        )
     groups = comparable_groups(runs)
     compared = [group for group in groups if len(group) > 1]
     alone = [run for group in groups if len(group) == 1 for run in group]
     foreground = [run for group in compared for run in group] or alone
-    looks = {
-        **{run.label: plots.IN_THE_BACKGROUND for run in alone},
-        **_looks(foreground),
-    }
+    looks = {run.label: plots.IN_THE_BACKGROUND for run in alone} | _looks(foreground)
+    matches = [[m for axis in AXES if (m := matched(group, axis))] for group in compared]
+    over_seeds = [
+        seeds.over_seeds(group, reference) if seeds.arms_repeat(group) else () for group in compared
+    ]
     sections: list[Section] = []
-    found: list[Matched] = []
-    over_seeds: list[seeds.ArmOverSeeds] = []
     if runs:
-        notes = [f"{run.label}: {_unreadable(run)}" for run in runs if run.unreadable_lines]
-        sections.append(Section("Results", tuple(notes), (tables.final_table(runs),)))
-    for number, group in enumerate(compared, start=1):
-        suffix = f"_{number}" if len(compared) > 1 else ""
-        matches = [match for axis in AXES if (match := matched(group, axis))]
-        found += matches
-        if seeds.arms_repeat(group):
-            arms = seeds.over_seeds(group, reference)
-            over_seeds += arms
-            sections += _seed_sections(group, arms, looks, suffix, reference)
+        skipped = [f"{run.label}: {_skipped(run)}" for run in runs if run.skipped_lines]
+        sections.append(Section("Results", skipped, [tables.final_table(runs)]))
+    for group, found, estimates in zip(compared, matches, over_seeds, strict=True):
+        size = group[0].parameters
+        of_size = f" ({size:,} parameters)" if len(compared) > 1 and size else ""
+        if estimates:
+            sections += _seed_sections(group, estimates, looks, of_size, reference)
         else:
-            sections += _comparison_sections(group, alone, looks, matches, suffix)
+            at_equal = {match.axis: tables.matched_table(match) for match in found}
+            sections += _curve_sections(_each(group), alone, looks, at_equal, of_size)
     if alone and not compared:
-        sections += _comparison_sections(alone, [], looks, [], "")
+        sections += _curve_sections(_each(alone), [], looks, {}, "")
     if runs:
-        sections.append(_cost_section(runs, charge_teacher_training))
-        sections += _stability_sections(runs)
-    by_subset = tables.subset_table(runs)
-    if by_subset:
-        sections.append(Section("Results by subset", (), (by_subset,)))
-    sections += _score_sections(material.scores, material.selections)
-    sections += _audit_sections(material.selections)
+        sections += _run_sections(runs, charge_teacher_training)
+    if material.scores or material.selections:
+        sections.append(_score_section(material.scores, material.selections))
+    for selected in material.selections:
+        if selected.audit is not None:
+            sections.append(
+                Section(
+                    f"Audit of {selected.name}",
+                    tables=selection_audit.audit_tables(selected.name, selected.audit),
+                    plots=selection_audit.audit_plots(selected.name, selected.audit),
+                    excerpts=selection_audit.audit_excerpts(selected.audit),
+                )
+            )
     return Report(
         summary_sentences=_summary_sentences(material),
-        sections=tuple(sections),
+        sections=_with_unique_names(sections),
         looks=looks,
         numbers={
-            **_numbers(material, found),
-            "over_seeds": [_without_nan(dataclasses.asdict(one)) for one in over_seeds],
+            **_numbers(material, [*itertools.chain(*matches)]),
+            "over_seeds": [dataclasses.asdict(arm) for arm in itertools.chain(*over_seeds)],
         },
     )
 
@@ -150,189 +162,163 @@ def _looks(runs: Sequence[TrainRun]) -> dict[str, Style]:
     return {**by_arm, **plots.styles({run.label: run.arm for run in runs})}
 
 
-def _require_reference(reference: str, runs: Sequence[TrainRun]) -> None:
-    """The default may be missing; one that was asked for may not."""
-    arms = sorted({run.arm for run in runs})
-    if reference != seeds.REFERENCE and reference not in arms:
-        raise InputError(
-            f"reference is {reference!r}{nearest(reference, arms)}, and the arms are "
-            f"{', '.join(arms)}: name one of them."
-        )
+def _each(runs: Sequence[TrainRun]) -> dict[str, list[TrainRun]]:
+    """Every run an arm of its own."""
+    return {run.label: [run] for run in runs}
 
 
 def _seed_sections(
     group: Sequence[TrainRun],
-    arms: Sequence[seeds.ArmOverSeeds],
+    estimates: Sequence[seeds.ArmOverSeeds],
     looks: Mapping[str, Style],
-    suffix: str,
+    of_size: str,
     reference: str,
-) -> list[Section]:
+) -> Iterator[Section]:
     """Arms over their seeds: at the end, then against each cost."""
-    shown = {arm: list(runs.values()) for arm, runs in seeds.by_arm(group).items()}
-    sections = [
-        Section("Over seeds", tables=(seed_tables.final_seeds_table(arms, reference),)),
-    ]
-    for axis, value in seeds.common_values(group).items():
-        table = seed_tables.equal_cost_table(arms, axis, value, reference)
-        images = tuple(
-            _renamed(plots.band_plot(shown, looks, axis, metric), suffix)
-            for metric in (plots.LOG_PERPLEXITY, plots.ACCURACY)
-        )
-        text = _charged_sentences(axis, group)
-        sections.append(Section(f"Against {axis.title}", text, (table,), images))
-    return sections
+    at_end = seeds.final_seeds_table(estimates, reference)
+    yield Section(f"Over seeds{of_size}", tables=[at_end])
+    at_equal = {
+        axis: seeds.equal_cost_table(estimates, axis, value, reference)
+        for axis, value in seeds.common_values(group).items()
+    }
+    arms = {arm: [*runs.values()] for arm, runs in seeds.by_arm(group).items()}
+    yield from _curve_sections(arms, [], looks, at_equal, of_size)
 
 
-def _comparison_sections(
-    group: Sequence[TrainRun],
+def _curve_sections(
+    arms: Mapping[str, Sequence[TrainRun]],
     others: Sequence[TrainRun],
     looks: Mapping[str, Style],
-    matches: Sequence[Matched],
-    suffix: str,
-) -> list[Section]:
+    at_equal: Mapping[Axis, Table],
+    of_size: str,
+) -> Iterator[Section]:
     """Evaluation curves against each cost, with the arms at equal cost, then the training loss."""
-    sizes = {run.parameters for run in group}
-    size = next(iter(sizes)) if len(sizes) == 1 else None
-    of_size = f" ({size:,} parameters)" if suffix and size else ""
-    by_axis = {match.axis.name: match for match in matches}
-    sections = []
-    if any(run.evaluations for run in group):
-        for axis in AXES:
-            match = by_axis.get(axis.name)
-            sections.append(
-                Section(
-                    title=f"Against {axis.title}{of_size}",
-                    text=_charged_sentences(axis, group),
-                    tables=(tables.matched_table(match),) if match else (),
-                    plots=tuple(
-                        _renamed(plots.evaluation_plot(group, others, looks, axis, metric), suffix)
-                        for metric in (plots.LOG_PERPLEXITY, plots.ACCURACY)
-                    ),
-                )
-            )
-    if any(run.training for run in group):
-        plot = _renamed(plots.training_plot(group, looks), suffix)
-        sections.append(Section(f"Training loss{of_size}", plots=(plot,)))
-    return sections
+    group = [run for runs in arms.values() for run in runs]
+    for axis in AXES if any(len(run.evaluations) for run in group) else ():
+        yield Section(
+            f"Against {axis.title}{of_size}",
+            _charged_sentences(axis, group),
+            [at_equal[axis]] if axis in at_equal else [],
+            [plots.evaluation_plot(arms, others, looks, axis, metric) for metric in plots.METRICS],
+        )
+    if len(group) == len(arms) and any(len(run.training) for run in group):
+        yield Section(f"Training loss{of_size}", plots=[plots.training_plot(group, looks)])
 
 
-def _stability_sections(runs: Sequence[TrainRun]) -> list[Section]:
-    switch, found = stability.switch_table(runs), stability.spikes_table(runs)
-    shown = tuple(table for table in (switch, found) if table)
-    sentences = () if found else ("No run's training loss has a spike.",)
-    return [Section("Stability", sentences, shown)] if shown else []
-
-
-def _cost_section(runs: Sequence[TrainRun], charged: bool) -> Section:
-    teachers = cost_tables.TEACHERS_CHARGED if charged else cost_tables.TEACHERS_NOT_CHARGED
-    return Section(
-        "What the runs cost",
-        (*cost_tables.CHARGED, teachers),
-        (
-            cost_tables.flops_table(runs, charged),
-            cost_tables.time_table(runs, charged),
-            cost_tables.tokens_table(runs),
-        ),
-    )
-
-
-def _charged_sentences(axis: Axis, runs: Sequence[TrainRun]) -> tuple[str, ...]:
+def _charged_sentences(axis: Axis, runs: Sequence[TrainRun]) -> list[str]:
     """What the costs on an axis consist of."""
-    sentence = {FLOPS: _FLOPS_SENTENCE, SECONDS: _TIME_SENTENCE}.get(axis)
-    charged = any(run.costs.teacher_training_flops for run in runs)
+    charged = any(run.costs[FLOPS_PARTS[-1]] for run in runs)
     teachers = ", and the training of its teacher" if charged else ""
-    return (sentence.format(teachers=teachers),) if sentence else ()
+    return [_CHARGED[axis].format(teachers=teachers)] if axis in _CHARGED else []
 
 
-def _score_sections(
-    scores: Sequence[ScoreFolder], selections: Sequence[SelectionFolder]
-) -> list[Section]:
+def _run_sections(runs: Sequence[TrainRun], charged: bool) -> Iterator[Section]:
+    """What the runs cost, how steady they were, and their results by subset."""
+    teachers = costs.TEACHERS_CHARGED if charged else costs.TEACHERS_NOT_CHARGED
+    yield Section(
+        "What the runs cost", [*costs.CHARGED, teachers], costs.cost_tables(runs, charged)
+    )
+    spikes = stability.spikes_table(runs)
+    steadiness = [table for table in (stability.switch_table(runs), spikes) if table]
+    if steadiness:
+        text = () if spikes else ["No run's training loss has a spike."]
+        yield Section("Stability", text, steadiness)
+    if by_subset := tables.subset_table(runs):
+        yield Section("Results by subset", tables=[by_subset])
+
+
+def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[SelectionFolder]) -> Section:
     """Each score folder with what was selected by it, or at random from the same rows."""
-    if not scores and not selections:
-        return []
-    drawn = []
+    images, placed = [], []
     for scored in scores:
         own = [selected for selected in selections if _belongs(selected, scored)]
-        by_score = [one for one in own if one.manifest.get("score")]
-        at_random = [one for one in own if one not in by_score]
+        placed += own
+        by_score: dict[str, list[SelectionFolder]] = {}
+        for selected in own:
+            if score := selected.selection.manifest["score"]:
+                by_score.setdefault(str(score), []).append(selected)
+        at_random = [one for one in own if not one.selection.manifest["score"]]
         # One plot for each score that selections were made by, or for the usual one.
-        columns = {str(one.manifest["score"]): one.manifest["score"] for one in by_score}
-        for score in columns.values():
-            same = [one for one in by_score if one.manifest["score"] == score]
-            drawn.append((scored.by(score), [*same, *at_random]))
-        if not columns:
-            drawn.append((scored, own))
-    images = [
-        _renamed(plots.score_plot(*each), f"_{number}" if len(drawn) > 1 else "")
-        for number, each in enumerate(drawn, start=1)
-    ]
-    placed = [one for one in selections if any(_belongs(one, scored) for scored in scores)]
+        for same in by_score.values():
+            score = ScoreConfig(**same[0].selection.manifest["score"])
+            by_it = dataclasses.replace(scored, score=score)
+            images.append(plots.score_plot(by_it, [*same, *at_random]))
+        if not by_score:
+            images.append(plots.score_plot(scored, own))
     missing = [one.name for one in selections if one not in placed]
-    text = (
-        f"The scores that these selections were made from were not given: {', '.join(missing)}.",
-    )
+    text = f"The scores that these selections were made from were not given: {', '.join(missing)}."
     shown = [tables.scores_table(scores)] if scores else []
     shown += [tables.selections_table(selections)] if selections else []
-    return [Section("Scores of rows", text if missing else (), tuple(shown), tuple(images))]
-
-
-def _audit_sections(selections: Sequence[SelectionFolder]) -> list[Section]:
-    """What each selection took and left."""
-    sections = []
-    for number, selected in enumerate(selections, start=1):
-        if selected.audit is None:
-            continue
-        suffix = f"_{number}" if len(selections) > 1 else ""
-        images = selection_audit.audit_plots(selected.name, selected.audit)
-        sections.append(
-            Section(
-                title=f"Audit of {selected.name}",
-                tables=tuple(selection_audit.audit_tables(selected.name, selected.audit)),
-                plots=tuple(_renamed(image, suffix) for image in images),
-                excerpts=tuple(selection_audit.audit_excerpts(selected.audit)),
-            )
-        )
-    return sections
+    return Section("Scores of rows", [text] if missing else [], shown, images)
 
 
 def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:
     """Whether a selection was made from these scores; a random control, from the same rows."""
-    if selected.scores_digest is not None:
-        return selected.scores_digest == scored.digest
-    if selected.row_ids.max(initial=-1) >= scored.rows.rows:
-        return False
-    same = ("cache_digest", "split")
-    return all(selected.manifest.get(name) == scored.manifest.get(name) for name in same)
+    chosen, rows = selected.selection.manifest, scored.rows
+    if chosen["scores_digest"] is not None:
+        return chosen["scores_digest"] == rows.digest
+    is_within = selected.selection.row_ids.max(initial=-1) < rows.rows
+    return is_within and all(chosen[n] == rows.manifest[n] for n in ("cache_digest", "split"))
 
 
-def _renamed(plot: Plot, suffix: str) -> Plot:
-    return dataclasses.replace(plot, name=plot.name + suffix)
+def _with_unique_names(sections: Sequence[Section]) -> list[Section]:
+    """The sections with a number behind the names of plots that repeat."""
+    names = [plot.name for section in sections for plot in section.plots]
+    number: collections.Counter[str] = collections.Counter()
 
+    def named(plot: Plot) -> Plot:
+        number[plot.name] += 1
+        suffix = f"_{number[plot.name]}" if names.count(plot.name) > 1 else ""
+        return dataclasses.replace(plot, name=plot.name + suffix)
 
-def _unreadable(run: TrainRun) -> str:
-    number = run.unreadable_lines
-    lines = "one line of its metrics was" if number == 1 else f"{number} lines of its metrics were"
-    return f"{lines} cut short and left out."
-
-
-def _summary_sentences(material: Material) -> tuple[str, ...]:
-    counts = [
-        (len(material.runs), "training run"),
-        (len(material.scores), "score folder"),
-        (len(material.selections), "selection"),
+    return [
+        dataclasses.replace(section, plots=[named(plot) for plot in section.plots])
+        for section in sections
     ]
-    named = [f"{number} {noun}{'s' if number > 1 else ''}" for number, noun in counts if number]
+
+
+def _skipped(run: TrainRun) -> str:
+    number = run.skipped_lines
+    lines = "one line of its metrics was" if number == 1 else f"{number} lines of its metrics were"
+    return f"{lines} cut short and skipped."
+
+
+def _summary_sentences(material: Material) -> list[str]:
+    counts = {
+        "training run": len(material.runs),
+        "score folder": len(material.scores),
+        "selection": len(material.selections),
+    }
+    named = [f"{number} {noun}{'s' * (number > 1)}" for noun, number in counts.items() if number]
     sentences = [f"Made from {', '.join(named)}."]
     if material.runs:
-        sentences.append(
+        sentences += [
             "Log-perplexity is the mean next-token loss on held-out text, in nats per token (lower "
-            "is better); next-token accuracy is how often the most likely token is the true one."
+            "is better); next-token accuracy is how often the most likely token is the true one.",
+            seeds_sentence(material.runs),
+        ]
+    return sentences
+
+
+def seeds_sentence(runs: Sequence[TrainRun]) -> str:
+    """What the number of seeds lets a reader conclude, in one or two sentences."""
+    counts = collections.Counter((run.arm, run.parameters) for run in runs).values()
+    if max(counts) == 1:
+        seeds = sorted({str(run.seed) for run in runs if run.seed is not None})
+        named = f" (seed {', '.join(seeds)})" if seeds else ""
+        return (
+            f"This is one seed per arm{named}: differences between arms may be chance, and this "
+            "page says nothing about which arm is better: that takes several seeds per arm."
         )
-        sentences.append(seeds_sentence(material.runs))
-    return tuple(sentences)
+    least, most = min(counts), max(counts)
+    count = str(most) if least == most else f"{least} to {most}"
+    return (
+        f"Each arm was run with {count} seeds, which vary the initialisation and the order of rows "
+        "and not the teacher or the selection: arms are shown as means with 95% intervals."
+    )
 
 
-def _numbers(material: Material, found: Sequence[Matched]) -> dict[str, Any]:
+def _numbers(material: Material, matches: Sequence[Matched]) -> dict[str, Any]:
     return {
         "runs": [_run_numbers(run) for run in material.runs],
         "matched": [
@@ -340,34 +326,37 @@ def _numbers(material: Material, found: Sequence[Matched]) -> dict[str, Any]:
                 "axis": match.axis.name,
                 "value": match.value,
                 "arms": [
-                    {"label": label, **(_reading_numbers(reading) if reading else {})}
-                    for label, reading in match.readings
+                    {"label": label, **_reading_numbers(reading)}
+                    for label, reading in match.readings.iterrows()
                 ],
             }
-            for match in found
+            for match in matches
         ],
         "scores": [
             {"path": str(scored.origin.path), "rows": scored.rows.rows}
             for scored in material.scores
         ],
         "selections": [
-            {
-                "path": str(selected.origin.path),
-                "rows": int(selected.row_ids.size),
-                "cut": selected.cut,
-            }
-            for selected in material.selections
+            {"path": str(one.origin.path), "rows": len(one.selection.row_ids), "cut": one.cut}
+            for one in material.selections
         ],
     }
 
 
-def _reading_numbers(reading: Reading) -> dict[str, Any]:
-    numbers = dataclasses.asdict(reading)
-    return {**_finite(numbers), "costs": _finite(numbers["costs"])}
+def _reading_numbers(reading: pd.Series) -> dict[str, Any]:
+    if math.isnan(reading["step"]):
+        return {}
+    columns = ["step", *QUALITY, "interpolated", "train_flops", "seconds"]
+    return {
+        **reading[columns].to_dict(),
+        "interpolated": bool(reading["interpolated"]),
+        "costs": reading[[*PARTS]].to_dict(),
+    }
 
 
 def _run_numbers(run: TrainRun) -> dict[str, Any]:
-    final, made = run.final, run.teacher_training
+    teacher = run.teacher
+    results = [*QUALITY, *SUMS]
     return {
         "label": run.label,
         "arm": run.arm,
@@ -378,35 +367,8 @@ def _run_numbers(run: TrainRun) -> dict[str, Any]:
         "switch_step": run.switch_step,
         "steps": run.last_step,
         "skipped_updates": run.skipped_updates,
-        **_finite(
-            {
-                field: getattr(final, field) if final else None
-                for field in (
-                    *("log_perplexity", "next_token_accuracy"),
-                    *("train_flops", "tokens", "seconds"),
-                )
-            }
-        ),
-        "costs": _finite(dataclasses.asdict(run.costs)),
-        "teacher_training": _finite(
-            {"teacher": made.name, "train_flops": made.train_flops, "seconds": made.seconds}
-            if made
-            else {}
-        )
-        or None,
-    }
-
-
-def _without_nan(value: Any) -> Any:
-    """The same, all the way down, with None for what strict JSON cannot say."""
-    if isinstance(value, Mapping):
-        return {name: _without_nan(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for what strict JSON cannot say."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
+        **(dict.fromkeys(results) if run.final is None else run.final[results].to_dict()),
+        "costs": run.costs[[*PARTS]].to_dict(),
+        "teacher_training": teacher
+        and {"teacher": teacher.name, **teacher.costs[["train_flops", "seconds"]].to_dict()},
     }

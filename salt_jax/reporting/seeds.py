@@ -1,104 +1,75 @@
-"""Arms over seeds: means, intervals and paired differences.
+"""Arms over seeds: means, 95% intervals of Student's t, and paired differences to a reference.
 
-In: runs of one group (`comparison.comparable_groups`) in which arms repeat, each with its seed.
-Out: numbers with 95% intervals of Student's t over seeds,
+    mean ± t(0.975, n - 1) · s / √n,    s² = Σ (x - mean)² / (n - 1)
 
-    mean ± t(0.975, n - 1) · s / √n,    s² = Σ (x - mean)² / (n - 1),
-
-and for differences the same over x_arm - x_reference of equal seeds: what varies with the seed in
-both arms alike, the initialisation and the order of rows, cancels. With one seed there is no
+over seeds, and for differences the same over x_arm - x_reference of equal seeds: what varies with
+the seed in both arms alike, the initialisation and the order of rows, cancels. One seed has no
 interval. The teacher, the scores and the selection are the same for all seeds of a study, so the
 intervals say nothing about other teachers.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.special
 
-from salt_jax.reporting.comparison import (
-    AXES,
-    STEPS,
-    Axis,
-    Reading,
-    costs,
-    largest_common,
-    read_at,
-)
-from salt_jax.reporting.runs import EvaluationPoint, TrainRun
+from salt_jax.reporting.comparison import AXES, Axis, costs, largest_common, read_at
+from salt_jax.reporting.runs import QUALITY, TrainRun
+from salt_jax.reporting.tables import NOTHING, format_cost
+from salt_jax.terminal import Table
 
 REFERENCE = "baseline"
-METRICS = ("log_perplexity", "next_token_accuracy")
+# mean (NaN without a finite value), half_width (of the 95% interval; NaN with fewer than two), and
+# count (of the finite values).
+Estimate = Mapping[str, float]
 
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds.
-
-    Attributes:
-      mean: Of the values that are finite; NaN where there are none.
-      half_width: Of the 95% interval; NaN with fewer than two values.
-      count: Values.
-    """
-
-    mean: float
-    half_width: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """The estimate from one value a seed."""
-        finite = np.array([value for value in values if math.isfinite(value)], np.float64)
-        count = finite.size
-        if count < 2:
-            return cls(float(finite[0]) if count else math.nan, math.nan, count)
-        quantile = float(scipy.special.stdtrit(count - 1, 0.975))
-        return cls(
-            float(finite.mean()), quantile * float(finite.std(ddof=1)) / math.sqrt(count), count
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """One metric of one arm: its level, and its difference to the reference, by seed.
-
-    Attributes:
-      level: Over the arm's seeds.
-      difference: Over the seeds that arm and reference share; None for the reference itself.
-    """
-
-    level: Estimate
-    difference: Estimate | None
+_NOTE = (
+    "Means over seeds ± the half-width of a 95% interval (Student's t). Δ is the mean of the "
+    "differences to {reference} seed by seed; * marks one whose interval leaves out 0."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ArmOverSeeds:
-    """An arm of a study.
+    """An arm with its seeds, as summary.json holds it.
 
     Attributes:
       arm: Its name.
       seeds: Of its runs, ascending.
-      final: At the end of each run, by metric.
-      at_equal: At the largest steps, train FLOPs and time that every run of the group reached, by
-        axis name and metric; without the axes that have no such value.
+      final: At the end of each run: for each metric of QUALITY its level, and its difference to the
+        reference over the seeds that both have, which is None for the reference itself.
+      at_equal: The same by axis name, at the largest steps, train FLOPs and time that every run of
+        the group reached; without the axes that have no such value.
       steps_to_reference: Steps at which it is as good as the reference at its end by
-        log-perplexity, over the reference's steps, by seed; of the seeds that get there.
+        log-perplexity, over the reference's steps, of the seeds that get there.
       seeds_that_got_there: How many do.
     """
 
     arm: str
     seeds: tuple[int, ...]
-    final: dict[str, Compared]
-    at_equal: dict[str, dict[str, Compared]]
+    final: dict[str, dict[str, Any]]
+    at_equal: dict[str, dict[str, dict[str, Any]]]
     steps_to_reference: Estimate
     seeds_that_got_there: int
 
 
-def arms_repeat(runs: Sequence[TrainRun]) -> bool:
-    """Whether some arm has been run with several seeds."""
-    return any(len(group) > 1 for group in by_arm(runs).values())
+def intervals(values: pd.DataFrame) -> pd.DataFrame:
+    """The estimate of each row, from a column for each seed."""
+    finite = values.where(np.isfinite(values))
+    count = finite.count(axis=1)
+    quantile = scipy.special.stdtrit(count - 1, 0.975)
+    return pd.DataFrame(
+        {
+            "mean": finite.mean(axis=1),
+            "half_width": quantile * finite.std(axis=1) / np.sqrt(count),
+            "count": count,
+        }
+    )
 
 
 def by_arm(runs: Sequence[TrainRun]) -> dict[str, dict[int, TrainRun]]:
@@ -108,6 +79,11 @@ def by_arm(runs: Sequence[TrainRun]) -> dict[str, dict[int, TrainRun]]:
         if run.finished and run.seed is not None:
             found.setdefault(run.arm, {})[run.seed] = run
     return {arm: dict(sorted(group.items())) for arm, group in found.items()}
+
+
+def arms_repeat(runs: Sequence[TrainRun]) -> bool:
+    """Whether some arm has been run with several seeds."""
+    return any(len(group) > 1 for group in by_arm(runs).values())
 
 
 def common_values(runs: Sequence[TrainRun]) -> dict[Axis, float]:
@@ -124,109 +100,146 @@ def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[Ar
       runs: Of one group; unfinished ones are left out.
       reference: The arm to compare with; without it there are no differences.
     """
-    arms = by_arm(runs)
-    common = common_values(runs)
+    arms, common = by_arm(runs), common_values(runs)
     base = arms.get(reference, {})
+
+    def compared(arm: str, read: Callable[[TrainRun], pd.Series | None]) -> dict[str, Any]:
+        own, others = (_by_seed(group, read) for group in (arms[arm], base))
+        levels = intervals(own).to_dict("index")
+        has_others = base and arm != reference
+        differences = intervals(own - others).to_dict("index") if has_others else {}
+        return {
+            metric: {"level": levels[metric], "difference": differences.get(metric)}
+            for metric in QUALITY
+        }
+
     results = []
     for arm, group in arms.items():
-        others = {} if arm == reference else base
-
-        def compared(
-            read: Callable[[TrainRun], EvaluationPoint | Reading | None],
-            group: dict[int, TrainRun] = group,
-            others: dict[int, TrainRun] = others,
-        ) -> dict[str, Compared]:
-            return {name: _compared(group, others, read, name) for name in METRICS}
-
-        reached = _steps_to_reference(group, base)
+        shares = _shares_of_steps(group, base)
         results.append(
             ArmOverSeeds(
                 arm=arm,
                 seeds=tuple(group),
-                final=compared(lambda run: run.final),
+                final=compared(arm, lambda run: run.final),
                 at_equal={
-                    axis.name: compared(_reader(axis, value)) for axis, value in common.items()
+                    axis.name: compared(arm, functools.partial(_at, axis, value))
+                    for axis, value in common.items()
                 },
-                steps_to_reference=Estimate.of(reached),
-                seeds_that_got_there=len(reached),
+                steps_to_reference=intervals(pd.DataFrame([shares])).to_dict("index")[0],
+                seeds_that_got_there=len(shares),
             )
         )
     return tuple(results)
 
 
-def _reader(axis: Axis, value: float) -> Callable[[TrainRun], Reading | None]:
-    return lambda run: read_at(run.evaluations, axis, value)
+def _at(axis: Axis, value: float, run: TrainRun) -> pd.Series | None:
+    return read_at(run.evaluations, axis, value)
 
 
-def _compared(
-    group: dict[int, TrainRun],
-    others: dict[int, TrainRun],
-    read: Callable[[TrainRun], EvaluationPoint | Reading | None],
-    metric: str,
-) -> Compared:
-    def value(run: TrainRun) -> float:
-        found = read(run)
-        return math.nan if found is None else float(getattr(found, metric))
-
-    shared = group.keys() & others.keys()
-    pairs = [value(group[seed]) - value(others[seed]) for seed in sorted(shared)]
-    level = Estimate.of([value(run) for run in group.values()])
-    return Compared(level, Estimate.of(pairs) if others else None)
+def _by_seed(
+    group: Mapping[int, TrainRun], read: Callable[[TrainRun], pd.Series | None]
+) -> pd.DataFrame:
+    """QUALITY in the rows, seeds in the columns."""
+    points = {seed: read(run) for seed, run in group.items()}
+    return pd.DataFrame(points, index=[*QUALITY], dtype=float)
 
 
-def _steps_to_reference(group: dict[int, TrainRun], base: dict[int, TrainRun]) -> list[float]:
+def _shares_of_steps(group: Mapping[int, TrainRun], base: Mapping[int, TrainRun]) -> list[float]:
     """For each shared seed that gets there, the share of the reference's steps that it takes."""
     shares = []
     for seed in sorted(group.keys() & base.keys()):
-        end = base[seed].evaluations[-1] if base[seed].evaluations else None
-        step = None if end is None else first_step_at(group[seed].evaluations, end.log_perplexity)
-        if end is not None and step is not None:
-            shares.append(step / end.step)
+        if not base[seed].evaluations.empty:
+            end = base[seed].evaluations.iloc[-1]
+            step = first_step_at(group[seed].evaluations, end["log_perplexity"])
+            shares += [] if step is None else [step / end["step"]]
     return shares
 
 
-def first_step_at(evaluations: Sequence[EvaluationPoint], log_perplexity: float) -> float | None:
+def first_step_at(evaluations: pd.DataFrame, log_perplexity: float) -> float | None:
     """The first step with at most this log-perplexity, linearly between evaluations, or None."""
-    for left, right in zip([None, *evaluations], evaluations, strict=False):
-        if right.log_perplexity > log_perplexity:
-            continue
-        if left is None or not math.isfinite(left.log_perplexity):
-            return float(right.step)
-        fall = left.log_perplexity - right.log_perplexity
-        part = (left.log_perplexity - log_perplexity) / fall
-        return left.step + part * (right.step - left.step)
-    return None
+    nats, steps = evaluations["log_perplexity"].to_numpy(), evaluations["step"].to_numpy()
+    reached = np.flatnonzero(nats <= log_perplexity)
+    if not reached.size:
+        return None
+    after = reached[0]
+    before = after - 1 if after and math.isfinite(nats[after - 1]) else after
+    return float(np.interp(log_perplexity, nats[[after, before]], steps[[after, before]]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """An arm's curve over seeds.
+def band(runs: Sequence[TrainRun], axis: Axis, metric: str) -> pd.DataFrame:
+    """The curve of one arm's runs at the steps that all of them have.
 
-    Attributes:
-      values: The axis at each step that all its seeds were evaluated at, a mean over seeds, [P].
-      mean: Of the metric there, [P].
-      half_width: Of its 95% interval; NaN with one seed, [P].
+    Returns:
+      A row for each step: the estimate of the metric, and `at`, the mean of the axis there.
     """
-
-    values: np.ndarray
-    mean: np.ndarray
-    half_width: np.ndarray
-
-
-def band(runs: Sequence[TrainRun], axis: Axis, metric: str) -> Band:
-    """The curve of one arm's runs against an axis, at the steps that all of them have."""
-    tables = [
-        {
-            point.step: (float(value), float(getattr(point, metric)))
-            for value, point in zip(costs(run.evaluations, axis), run.evaluations, strict=True)
-        }
+    curves = [
+        run.evaluations.assign(at=costs(run.evaluations, axis)).set_index("step", drop=False)
         for run in runs
     ]
-    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
-    estimates = [Estimate.of([table[step][1] for table in tables]) for step in steps]
-    at = steps if axis == STEPS else [np.mean([t[step][0] for t in tables]) for step in steps]
-    return Band(
-        np.array(at, np.float64),
-        np.array([one.mean for one in estimates]),
-        np.array([one.half_width for one in estimates]),
+    at, values = (
+        pd.concat([curve[column] for curve in curves], axis=1, join="inner").sort_index()
+        for column in ("at", metric)
     )
+    return intervals(values).assign(at=at.mean(axis=1))
+
+
+def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str) -> Table:
+    """Every arm at the end of its runs."""
+
+    def reaching(one: ArmOverSeeds) -> str:
+        count = f"{one.seeds_that_got_there} of {len(one.seeds)}"
+        if one.arm == reference:
+            return NOTHING
+        share = _format(one.steps_to_reference, 100, 0)
+        return f"{share} ({count})" if one.seeds_that_got_there else count
+
+    return Table(
+        title="Over seeds, at the end of each run",
+        columns=(*_columns(reference), f"reaches {reference}'s end after"),
+        rows=tuple((*_row(one, one.final), reaching(one)) for one in arms),
+        note=f"{_NOTE.format(reference=reference)} The last column: the share of {reference}'s "
+        f"steps after which an arm's log-perplexity is {reference}'s at its end, and how many "
+        "seeds get there; an arm's learning rate is then still to fall.",
+    )
+
+
+def equal_cost_table(
+    arms: Sequence[ArmOverSeeds], axis: Axis, value: float, reference: str
+) -> Table:
+    """Every arm at one common value of an axis, which all of them have in at_equal."""
+    return Table(
+        title=f"Over seeds, at equal {axis.title}: {format_cost(axis, value)}",
+        columns=_columns(reference),
+        rows=tuple(_row(one, one.at_equal[axis.name]) for one in arms),
+        note=f"{_NOTE.format(reference=reference)} {NOTHING}: more than that was spent before the "
+        "first evaluation.",
+    )
+
+
+def _columns(reference: str) -> tuple[str, ...]:
+    delta = f"Δ to {reference}"
+    return ("arm", "seeds", "log-perplexity", delta, "next-token accuracy", delta)
+
+
+def _row(one: ArmOverSeeds, compared: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    seeds, count = str(len(one.seeds)), compared["log_perplexity"]["level"]["count"]
+    cells = [one.arm, seeds if count == len(one.seeds) else f"{count} of {seeds}"]
+    for metric, scale, digits in zip(QUALITY, (1, 100), (4, 2), strict=True):
+        level, difference = compared[metric]["level"], compared[metric]["difference"]
+        cells.append(_format(level, scale, digits))
+        if difference is None:
+            cells.append(NOTHING)
+        else:
+            is_clear = abs(difference["mean"]) > difference["half_width"]  # false for NaN
+            cells.append(_format(difference, scale, digits, "+") + " *" * is_clear)
+    return tuple(cells)
+
+
+def _format(estimate: Estimate, scale: int, digits: int, sign: str = "") -> str:
+    """3.594 ± 0.012, or at a scale of 100 32.14 ± 0.20%."""
+    if not math.isfinite(estimate["mean"]):
+        return NOTHING
+    text = f"{estimate['mean'] * scale:{sign}.{digits}f}"
+    if math.isfinite(estimate["half_width"]):
+        text += f" ± {estimate['half_width'] * scale:.{digits}f}"
+    return text + "%" * (scale == 100)

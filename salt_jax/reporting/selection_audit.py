@@ -1,9 +1,5 @@
-"""The audit of a selection as `salt select` prints it and `salt report` shows it.
+"""A selection's audit.json as `salt select` prints it and `salt report` shows it."""
 
-In: audit.json of a selection. Out: tables, plots and rows to be read.
-"""
-
-import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,11 +8,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from salt_jax.reporting import plots
-from salt_jax.reporting.plots import INK, PALE, PALETTE, Plot
-from salt_jax.reporting.tables import NOTHING, format_count, format_nats, format_share
+from salt_jax.reporting.plots import INK, PALE, PALETTE, Plot, finished_plot, scale_counts
+from salt_jax.reporting.tables import NOTHING, format_count, format_nats, format_share, table
 from salt_jax.terminal import Table, shortened
 
 _GROUPS = {
@@ -29,14 +24,6 @@ _GROUPS = {
 }
 _COLUMNS = 3  # of the histograms by subset
 _MOST_OF_A_NAME = 30  # characters, beside bars
-
-
-@dataclasses.dataclass(frozen=True)
-class Excerpts:
-    """Rows to be read: what they have in common, and of each a head and its text."""
-
-    title: str
-    rows: tuple[tuple[str, str], ...]
 
 
 def audit_tables(name: str, audit: Mapping[str, Any]) -> list[Table]:
@@ -54,13 +41,10 @@ def audit_plots(name: str, audit: Mapping[str, Any]) -> list[Plot]:
     return [_share_plot(name, audit), _histogram_plot(name, audit)]
 
 
-def audit_excerpts(audit: Mapping[str, Any]) -> list[Excerpts]:
-    """The rows that the audit shows, by group."""
-    return [
-        Excerpts(title, tuple(_excerpt(row) for row in audit["examples"][group]))
-        for group, title in _GROUPS.items()
-        if audit["examples"].get(group)
-    ]
+def audit_excerpts(audit: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """The rows that the audit shows: of each a head and its text, by what they have in common."""
+    groups = {title: audit["examples"].get(group) for group, title in _GROUPS.items()}
+    return {title: [_excerpt(row) for row in rows] for title, rows in groups.items() if rows}
 
 
 def _excerpt(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -71,25 +55,26 @@ def _excerpt(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _subset_table(name: str, audit: Mapping[str, Any]) -> Table:
-    by_subset = audit["by_subset"]
-    parts = [*by_subset.items(), ("all rows", audit["whole"])]
-    has_scores, stratified = "score_edges" in audit, audit.get("stratified", False)
-    columns = ["subset", "rows", "selected", "share of its rows", "share of selection"]
-    if stratified:
-        columns.append("cut")
-    if has_scores:
-        columns += ["mean loss", "of selected", "learnable", "of those selected"]
     rows = []
-    for subset, part in parts:
-        cells = [subset, format_count(part["rows"]), format_count(part["kept"])]
-        cells += [_share(part["kept_share"]), _share(part["share_of_kept"])]
-        if stratified:
-            cells.append(_nats(_cut(audit, part)))
-        if has_scores:
-            cells += [_nats(part["log_perplexity"]), _nats(part["log_perplexity_kept"])]
-            cells += [_share(part["learnable"]), _share(part["learnable_kept"])]
-        rows.append(tuple(cells))
-    return Table(f"Selected rows by subset: {name}", tuple(columns), tuple(rows), _note(audit))
+    for subset, part in [*audit["by_subset"].items(), ("all rows", audit["whole"])]:
+        row = {
+            "subset": subset,
+            "rows": format_count(part["rows"]),
+            "selected": format_count(part["kept"]),
+            "share of its rows": format_share(part["kept_share"]),
+            "share of selection": format_share(part["share_of_kept"]),
+        }
+        if audit.get("stratified"):
+            row["cut"] = format_nats(_cut(audit, part))
+        if "score_edges" in audit:
+            row |= {
+                "mean loss": format_nats(part["log_perplexity"]),
+                "of selected": format_nats(part["log_perplexity_kept"]),
+                "learnable": format_share(part["learnable"]),
+                "of those selected": format_share(part["learnable_kept"]),
+            }
+        rows.append(row)
+    return table(f"Selected rows by subset: {name}", rows, _note(audit))
 
 
 def _note(audit: Mapping[str, Any]) -> str:
@@ -125,99 +110,81 @@ def _overlap_table(name: str, overlaps: Sequence[Mapping[str, Any]]) -> Table:
         what = [f"{key} {value}" for key, value in score.items() if value]
         what += [f"scorer's step {scorer['step']}"] if "step" in scorer else []
         rows.append(
-            (
-                short if names.count(short) == 1 else str(other["selection"]),
-                ", ".join(what) or str(other["how"].get("rule", NOTHING)),
-                format_count(other["rows"]),
-                format_count(other["shared"]),
-                _share(other["jaccard"]),
-                _share(other["share_of_this"]),
-                _share(other["share_by_chance"]),
-            )
+            {
+                "selection": short if names.count(short) == 1 else str(other["selection"]),
+                "by": ", ".join(what) or str(other["how"].get("rule", NOTHING)),
+                "rows": format_count(other["rows"]),
+                "shared": format_count(other["shared"]),
+                "Jaccard": format_share(other["jaccard"]),
+                f"share of {name}": format_share(other["share_of_this"]),
+                "by chance": format_share(other["share_by_chance"]),
+            }
         )
-    return Table(
-        title=f"What {name} shares with other selections",
-        columns=(
-            *("selection", "by", "rows", "shared", "Jaccard", f"share of {name}", "by chance"),
-        ),
-        rows=tuple(rows),
-        note="By chance: the share that a random selection of the other one's size would have.",
-    )
+    note = "By chance: the share that a random selection of the other one's size would have."
+    return table(f"What {name} shares with other selections", rows, note)
 
 
+@matplotlib.rc_context(plots.LOOK)
 def _share_plot(name: str, audit: Mapping[str, Any]) -> Plot:
     """Which share of each subset was selected, beside that of all rows."""
     by_subset = sorted(audit["by_subset"].items(), key=lambda item: item[1]["kept_share"])
-    names = [subset for subset, _ in by_subset]
-    shares = [100 * part["kept_share"] for _, part in by_subset]
-    whole = 100 * audit["whole"]["kept_share"]
-    with matplotlib.rc_context(plots.LOOK):
-        figure = Figure(figsize=(6.0, 1.6 + 0.26 * len(names)), layout="constrained")
-        panel = figure.add_subplot()
-        panel.barh(range(len(names)), shares, color=PALETTE[0], height=0.7)
-        panel.set_yticks(range(len(names)), [shortened(name, _MOST_OF_A_NAME) for name in names])
-        panel.axvline(whole, color=INK, linestyle="--", linewidth=1.2)
-        panel.set_xlim(0, 1.1 * max([*shares, whole]))
-        panel.set_xlabel("selected (% of the subset's rows)")
-        panel.set_title(f"{name}: share of each subset")
-        panel.set_ylim(-0.6, len(names) - 0.4)
-        panel.set_axisbelow(True)
-        panel.grid(visible=False, axis="y")
-        shown = ", ".join(f"{subset} {share:.1f}%" for subset, share in zip(names, shares))  # noqa: B905
-        caption = (
-            f"Share of each subset's rows that {name} selected; the dashed line is that of all "
-            f"rows, {whole:.1f}%. {shown}."
-        )
-        return Plot("selected_share", caption, figure, plots.to_png(figure))
+    shares = {subset: 100 * part["kept_share"] for subset, part in by_subset}
+    places, whole = range(len(shares)), 100 * audit["whole"]["kept_share"]
+    figure = Figure(figsize=(6.0, 1.6 + 0.26 * len(shares)), layout="constrained")
+    panel = figure.add_subplot()
+    panel.barh(places, [*shares.values()], color=PALETTE[0], height=0.7)
+    panel.set_yticks(places, [shortened(subset, _MOST_OF_A_NAME) for subset in shares])
+    panel.axvline(whole, color=INK, linestyle="--", linewidth=1.2)
+    panel.set_xlim(0, 1.1 * max([*shares.values(), whole]))
+    panel.set_xlabel("selected (% of the subset's rows)")
+    panel.set_title(f"{name}: share of each subset")
+    panel.set_ylim(-0.6, len(shares) - 0.4)
+    panel.set_axisbelow(True)
+    panel.grid(visible=False, axis="y")
+    shown = ", ".join(f"{subset} {share:.1f}%" for subset, share in shares.items())
+    caption = (
+        f"Share of each subset's rows that {name} selected; the dashed line is that of all rows, "
+        f"{whole:.1f}%. {shown}."
+    )
+    return finished_plot("selected_share", caption, figure)
 
 
+@matplotlib.rc_context(plots.LOOK | {"font.size": 8, "axes.titlesize": 8})
 def _histogram_plot(name: str, audit: Mapping[str, Any]) -> Plot:
     """Scores of all rows and of those selected: in whole, then subset by subset."""
     parts = [("all rows", audit["whole"]), *audit["by_subset"].items()]
     edges = np.array(audit["score_edges"])
     lines = math.ceil(len(parts) / _COLUMNS)
-    with matplotlib.rc_context(plots.LOOK | {"font.size": 8, "axes.titlesize": 8}):
-        figure = Figure(figsize=(7.5, 0.8 + 1.4 * lines), layout="constrained")
-        panels = figure.subplots(lines, _COLUMNS, squeeze=False, sharex=True).ravel()
-        for panel, (subset, part) in zip(panels, parts, strict=False):
-            panel.stairs(part["scores"], edges, fill=True, color=PALE)
-            panel.stairs(part["scores_kept"], edges, color=PALETTE[0], linewidth=1.2)
-            if (cut := _cut(audit, part)) is not None:
-                panel.axvline(cut, color=PALETTE[1], linestyle="--", linewidth=1)
-            panel.set_yscale("symlog", linthresh=1)
-            panel.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
-            panel.set_axisbelow(True)
-            panel.set_ylim(0, max(2.0, 2.0 * max(part["scores"])))
-            panel.set_title(shortened(subset, _MOST_OF_A_NAME))
-        for panel in panels[len(parts) :]:
-            panel.set_visible(False)
-        figure.supxlabel("score (nats per token)")
-        figure.supylabel("rows, logarithmic")
-        line = ""
-        if audit.get("stratified"):
-            cuts = ((subset, part["lowest_kept"]) for subset, part in audit["by_subset"].items())
-            listed = ", ".join(f"{subset} {cut:.3f}" for subset, cut in cuts if cut is not None)
-            line = f"; the dashed lines are the subsets' cuts: {listed}"
-        elif audit["cut"] is not None:
-            line = f"; the dashed line is the cut at {audit['cut']:.3f}"
-        caption = (
-            f"Scores of all rows (filled) and of those that {name} selected (line), in whole and "
-            f"by subset{line}."
-        )
-        return Plot("selected_scores", caption, figure, plots.to_png(figure))
+    figure = Figure(figsize=(7.5, 0.8 + 1.4 * lines), layout="constrained")
+    panels = figure.subplots(lines, _COLUMNS, squeeze=False, sharex=True).ravel()
+    for panel, (subset, part) in zip(panels, parts, strict=False):
+        panel.stairs(part["scores"], edges, fill=True, color=PALE)
+        panel.stairs(part["scores_kept"], edges, color=PALETTE[0], linewidth=1.2)
+        if (cut := _cut(audit, part)) is not None:
+            panel.axvline(cut, color=PALETTE[1], linestyle="--", linewidth=1)
+        panel.set_axisbelow(True)
+        scale_counts(panel, max(part["scores"]))
+        panel.set_title(shortened(subset, _MOST_OF_A_NAME))
+    for panel in panels[len(parts) :]:
+        panel.set_visible(False)
+    figure.supxlabel("score (nats per token)")
+    figure.supylabel("rows, logarithmic")
+    line = ""
+    if audit.get("stratified"):
+        cuts = ((subset, part["lowest_kept"]) for subset, part in audit["by_subset"].items())
+        listed = ", ".join(f"{subset} {cut:.3f}" for subset, cut in cuts if cut is not None)
+        line = f"; the dashed lines are the subsets' cuts: {listed}"
+    elif audit["cut"] is not None:
+        line = f"; the dashed line is the cut at {audit['cut']:.3f}"
+    caption = (
+        f"Scores of all rows (filled) and of those that {name} selected (line), in whole and by "
+        f"subset{line}."
+    )
+    return finished_plot("selected_scores", caption, figure)
 
 
 def _cut(audit: Mapping[str, Any], part: Mapping[str, Any]) -> float | None:
-    """Where a part's rows are cut: in one place, or each subset in its own and so nowhere for all
-    rows."""
+    """Where a part's rows are cut; a stratified selection has no one cut for all rows."""
     if not audit.get("stratified"):
         return audit["cut"]
     return None if part is audit["whole"] else part["lowest_kept"]
-
-
-def _share(value: float | None) -> str:
-    return NOTHING if value is None else format_share(value)
-
-
-def _nats(value: float | None) -> str:
-    return NOTHING if value is None else format_nats(value)

@@ -1,182 +1,51 @@
-"""The tables of a report, as text cells: the page and the terminal show the same ones.
-
-In: runs, runs at a common cost, scores and selections. Out: Table.
-"""
+"""The tables of a report, as text: the page and the terminal show the same ones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, Matched
-from salt_jax.reporting.runs import ScoreFolder, SelectionFolder, TrainRun
+from salt_jax.reporting.runs import FLOPS_PARTS, QUALITY, ScoreFolder, SelectionFolder, TrainRun
 from salt_jax.terminal import Table
 
 NOTHING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+Format = Callable[[float | None], str]
 
 
-def final_table(runs: Sequence[TrainRun]) -> Table:
-    """Every run's result at its end."""
-    unfinished = [run.label for run in runs if not run.finished]
-    note = (
-        f"Not finished, so as of the last evaluation: {', '.join(unfinished)}."
-        if unfinished
-        else ""
-    )
-    return Table(
-        title="Results at the end of each run",
-        columns=(
-            *("arm", "steps", "log-perplexity", "next-token accuracy", "train FLOPs"),
-            *("time", "tokens", "parameters", "skipped updates"),
-        ),
-        rows=tuple(_final_row(run) for run in runs),
-        note=note,
-    )
+def _or_nothing(form: Callable[[float], str]) -> Format:
+    """A format that also shows what is missing (None) and what is not finite."""
+
+    def shown(value: float | None) -> str:
+        if value is None:
+            return NOTHING
+        return form(value) if math.isfinite(value) else "not finite"
+
+    return shown
 
 
-def matched_table(found: Matched) -> Table:
-    """Runs at equal steps, equal train FLOPs or equal time."""
-    charged = any(one.costs.teacher_training_flops for _, one in found.readings if one)
-    rows = []
-    for label, reading in found.readings:
-        if reading is None:
-            rows.append((label, *[NOTHING] * 6))
-            continue
-        sign = "≈ " if reading.interpolated else ""
-        parts = reading.costs.flops_parts
-        rows.append(
-            (
-                label,
-                format_nats(reading.log_perplexity),
-                format_share(reading.next_token_accuracy),
-                sign + format_count(reading.step),
-                format_power(reading.train_flops),
-                format_parts(parts if charged else parts[:3]),
-                format_seconds(reading.seconds),
-            )
-        )
-    made = " + making the teacher" if charged else ""
-    return Table(
-        title=f"At equal {found.axis.title}: {format_cost(found.axis, found.value)}",
-        columns=(
-            *("arm", "log-perplexity", "next-token accuracy", "steps by then"),
-            *("train FLOPs by then", f"student + teacher + scoring{made} (%)", "time by then"),
-        ),
-        rows=tuple(rows),
-        note=_MATCHED_NOTES[found.axis.name],
-    )
+def or_none(value: float) -> float | None:
+    """None for NaN, where that stands for what is not known."""
+    return None if math.isnan(value) else value
 
 
-def subset_table(runs: Sequence[TrainRun]) -> Table | None:
-    """Final log-perplexity and accuracy by subset; None when no run measured more than one."""
-    results = {run.label: run.final.by_subset if run.final else {} for run in runs}
-    tokens: dict[str, float] = {}
-    for by_subset in results.values():
-        for name, result in by_subset.items():
-            tokens[name] = max(tokens.get(name, 0.0), result.tokens)
-    if len(tokens) < 2:
-        return None
-    rows = []
-    for name in sorted(tokens, key=lambda name: (-tokens[name], name)):
-        found = [results[run.label].get(name) for run in runs]
-        cells = [
-            f"{format_nats(one.log_perplexity)} / {format_share(one.next_token_accuracy)}"
-            if one
-            else NOTHING
-            for one in found
-        ]
-        rows.append((name, format_count(tokens[name]), *cells))
-    return Table(
-        title="By subset",
-        columns=("subset", "held-out tokens", *(run.label for run in runs)),
-        rows=tuple(rows),
-        note="Log-perplexity / next-token accuracy at the end of each run.",
-    )
+format_nats = _or_nothing("{:.3f}".format)
+format_share = _or_nothing("{:.2%}".format)
+format_count = _or_nothing("{:,.0f}".format)
 
 
-def scores_table(scores: Sequence[ScoreFolder]) -> Table:
-    """What each score folder holds."""
-    rows = []
-    for scored in scores:
-        finite = scored.scores[np.isfinite(scored.scores)]
-        scorer = scored.manifest.get("scorer") or {}
-        middle = format_nats(float(np.median(finite))) if finite.size else NOTHING
-        rows.append(
-            (
-                scored.origin.path.name,
-                format_count(scored.scores.size),
-                format_count(scored.scores.size - finite.size),
-                middle,
-                scored.column,
-                ", ".join(map(str, scored.manifest["k"])),
-                str(scorer.get("step", NOTHING)),
-            )
-        )
-    return Table(
-        title="Scores",
-        columns=(
-            *("scores", "rows", "without a score", "median score", "shown", "k"),
-            "scorer's step",
-        ),
-        rows=tuple(rows),
-        note="Scores are in nats per token. A row without a score (−∞) has too few learnable "
-        "tokens and is never selected.",
-    )
-
-
-def selections_table(selections: Sequence[SelectionFolder]) -> Table:
-    """What each selection folder holds."""
-    rows = []
-    for selected in selections:
-        how = selected.manifest.get("how") or {}
-        rows.append(
-            (
-                selected.name,
-                format_count(selected.row_ids.size),
-                NOTHING if selected.cut is None else format_nats(selected.cut),
-                ", ".join(f"{name} {value}" for name, value in how.items()) or NOTHING,
-            )
-        )
-    return Table(
-        title="Selections",
-        columns=("selection", "rows", "lowest score selected", "how"),
-        rows=tuple(rows),
-    )
-
-
-def format_nats(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "not finite"
-
-
-def format_share(value: float) -> str:
-    return f"{value:.2%}" if math.isfinite(value) else "not finite"
-
-
-def format_count(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) else "not finite"
-
-
+@_or_nothing
 def format_power(value: float) -> str:
     """1.234e15 as 1.234 × 10¹⁵."""
-    if not math.isfinite(value):
-        return "not finite"
     digits, exponent = f"{value:.3e}".split("e")
     return f"{digits} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}" if value else "0"
 
 
-def format_parts(values: Sequence[float]) -> str:
-    """The shares of a sum in percent: 97.1 + 2.9 + 0.0."""
-    total = sum(values)
-    if not math.isfinite(total) or not total:
-        return NOTHING
-    return " + ".join(f"{100 * value / total:.1f}" for value in values)
-
-
+@_or_nothing
 def format_seconds(value: float) -> str:
     """Seconds in the unit that suits them."""
-    if not math.isfinite(value):
-        return "not finite"
     name, seconds = time_unit(value)
     return f"{value / seconds:,.1f} {name}"
 
@@ -190,38 +59,140 @@ def time_unit(value: float) -> tuple[str, float]:
 
 def format_cost(axis: Axis, value: float) -> str:
     """A value of an axis with its unit."""
-    if axis == FLOPS:
-        return format_power(value)
-    return format_seconds(value) if axis == SECONDS else format_count(value)
+    return {FLOPS: format_power, SECONDS: format_seconds}.get(axis, format_count)(value)
 
 
-def _final_row(run: TrainRun) -> tuple[str, ...]:
-    final = run.final
-    size = NOTHING if run.parameters is None else format_count(run.parameters)
-    skipped = format_count(run.skipped_updates)
-    if final is None:
-        return (run.label, format_count(run.last_step), *[NOTHING] * 5, size, skipped)
-    return (
-        run.label,
-        format_count(final.step),
-        format_nats(final.log_perplexity),
-        format_share(final.next_token_accuracy),
-        format_power(final.train_flops),
-        format_seconds(final.seconds),
-        format_count(final.tokens),
-        size,
-        skipped,
-    )
+def format_parts(values: Sequence[float]) -> str:
+    """The shares of a sum in percent: 97.1 + 2.9 + 0.0."""
+    total = sum(values)
+    if not math.isfinite(total) or not total:
+        return NOTHING
+    return " + ".join(f"{100 * value / total:.1f}" for value in values)
+
+
+def table(title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> Table:
+    """A table of at least one row; the rows' keys are the heads of the columns."""
+    return Table(title, tuple(rows[0]), tuple(tuple(row.values()) for row in rows), note)
+
+
+def final_table(runs: Sequence[TrainRun]) -> Table:
+    """Every run's result at its end."""
+    rows = []
+    for run in runs:
+        final = {} if run.final is None else run.final
+        rows.append(
+            {
+                "arm": run.label,
+                "steps": format_count(final.get("step", run.last_step)),
+                "log-perplexity": format_nats(final.get("log_perplexity")),
+                "next-token accuracy": format_share(final.get("next_token_accuracy")),
+                "train FLOPs": format_power(final.get("train_flops")),
+                "time": format_seconds(final.get("seconds")),
+                "tokens": format_count(final.get("tokens")),
+                "parameters": format_count(run.parameters),
+                "skipped updates": format_count(run.skipped_updates),
+            }
+        )
+    unfinished = ", ".join(run.label for run in runs if not run.finished)
+    note = f"Not finished, so as of the last evaluation: {unfinished}." if unfinished else ""
+    return table("Results at the end of each run", rows, note)
 
 
 _SCHEDULE_CAVEAT = (
     "An arm that costs less per step is read at its end, a dearer one before its end, while its "
     "learning rate is still to fall: that favours the cheaper arm."
 )
+_INTERPOLATED = "≈ marks figures interpolated linearly between two evaluations. " + _SCHEDULE_CAVEAT
 _MATCHED_NOTES = {
-    STEPS.name: "The largest number of steps at which every arm has been evaluated.",
-    FLOPS.name: "The largest train FLOPs that every arm reached; ≈ marks figures interpolated "
-    f"linearly between two evaluations. {_SCHEDULE_CAVEAT}",
-    SECONDS.name: "The longest time that every arm trained, as measured on its machine; ≈ marks "
-    f"figures interpolated linearly between two evaluations. {_SCHEDULE_CAVEAT}",
+    STEPS: "The largest number of steps at which every arm has been evaluated.",
+    FLOPS: "The largest train FLOPs that every arm reached; " + _INTERPOLATED,
+    SECONDS: "The longest time that every arm trained, as measured on its machine; "
+    + _INTERPOLATED,
 }
+
+
+def matched_table(found: Matched) -> Table:
+    """Runs at equal steps, equal train FLOPs or equal time."""
+    charged = bool((found.readings[FLOPS_PARTS[-1]] > 0).any())
+    parts = list(FLOPS_PARTS if charged else FLOPS_PARTS[:-1])
+    named = "student + teacher + scoring" + " + making the teacher" * charged
+    rows = []
+    for label, reading in found.readings.iterrows():
+        known = {} if math.isnan(reading["step"]) else reading
+        sign = "≈ " if reading["interpolated"] > 0 else ""
+        rows.append(
+            {
+                "arm": label,
+                "log-perplexity": format_nats(known.get("log_perplexity")),
+                "next-token accuracy": format_share(known.get("next_token_accuracy")),
+                "steps by then": sign + format_count(known.get("step")),
+                "train FLOPs by then": format_power(known.get("train_flops")),
+                f"{named} (%)": format_parts(reading[parts]),
+                "time by then": format_seconds(known.get("seconds")),
+            }
+        )
+    title = f"At equal {found.axis.title}: {format_cost(found.axis, found.value)}"
+    return table(title, rows, _MATCHED_NOTES[found.axis])
+
+
+def subset_table(runs: Sequence[TrainRun]) -> Table | None:
+    """Final log-perplexity and accuracy by subset; None when no run measured more than one."""
+    tokens = pd.concat([run.by_subset["tokens"] for run in runs], axis=1).max(axis=1)
+    if len(tokens) < 2:
+        return None
+
+    def cell(name: str, run: TrainRun) -> str:
+        if name not in run.by_subset.index:
+            return NOTHING
+        nats, share = run.by_subset.loc[name, [*QUALITY]]
+        return f"{format_nats(nats)} / {format_share(share)}"
+
+    return Table(
+        "By subset",
+        ("subset", "held-out tokens", *(run.label for run in runs)),
+        tuple(
+            (name, format_count(tokens[name]), *(cell(name, run) for run in runs))
+            for name in sorted(tokens.index, key=lambda name: (-tokens[name], name))
+        ),
+        "Log-perplexity / next-token accuracy at the end of each run.",
+    )
+
+
+def scores_table(scores: Sequence[ScoreFolder]) -> Table:
+    """What each score folder holds."""
+    rows = []
+    for scored in scores:
+        finite = scored.scores[np.isfinite(scored.scores)]
+        scorer = scored.rows.manifest.get("scorer") or {}
+        rows.append(
+            {
+                "scores": scored.name,
+                "rows": format_count(scored.scores.size),
+                "without a score": format_count(scored.scores.size - finite.size),
+                "median score": format_nats(float(np.median(finite)) if finite.size else None),
+                "shown": scored.score.column,
+                "k": ", ".join(map(str, scored.rows.manifest["k"])),
+                "scorer's step": str(scorer.get("step", NOTHING)),
+            }
+        )
+    note = (
+        "Scores are in nats per token. A row without a score (−∞) has too few learnable tokens and "
+        "is never selected."
+    )
+    return table("Scores", rows, note)
+
+
+def selections_table(selections: Sequence[SelectionFolder]) -> Table:
+    """What each selection folder holds."""
+    rows = []
+    for selected in selections:
+        how = selected.selection.manifest["how"]
+        rows.append(
+            {
+                "selection": selected.name,
+                "rows": format_count(selected.selection.row_ids.size),
+                "lowest score selected": format_nats(selected.cut),
+                "how": ", ".join(f"{name} {value}" for name, value in how.items()) or NOTHING,
+            }
+        )
+    return table("Selections", rows)

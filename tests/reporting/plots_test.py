@@ -5,6 +5,7 @@ import warnings
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
@@ -25,6 +26,11 @@ def material(tmp_path, folders):
     return read_folders(folders.experiment(tmp_path))
 
 
+def each(*runs):
+    """Every run an arm of its own."""
+    return {run.label: [run] for run in runs}
+
+
 @pytest.fixture
 def looks(material):
     return plots.styles({run.label: run.arm for run in material.runs})
@@ -34,7 +40,7 @@ def looks(material):
 @pytest.mark.parametrize("metric", [plots.LOG_PERPLEXITY, plots.ACCURACY], ids=lambda m: m.name)
 def test_every_arm_is_in_the_evaluation_plot(material, looks, axis, metric):
     slm, *arms = material.runs
-    plot = plots.evaluation_plot(arms, [slm], looks, axis, metric)
+    plot = plots.evaluation_plot(each(*arms), [slm], looks, axis, metric)
     assert plot.name == f"{metric.name}_by_{axis.name}"
     assert all(shows(plot, looks[run.label].colour) for run in arms)
     assert not shows(plot, looks["slm"].colour)
@@ -43,33 +49,34 @@ def test_every_arm_is_in_the_evaluation_plot(material, looks, axis, metric):
 
 def test_the_switch_is_marked_on_the_curve_and_the_axis(material, looks):
     salt = material.runs[3]
-    plot = plots.evaluation_plot([salt], [], looks, FLOPS, plots.LOG_PERPLEXITY)
+    plot = plots.evaluation_plot(each(salt), [], looks, FLOPS, plots.LOG_PERPLEXITY)
     whole = plot.figure.axes[0]
     switch = cost_at_step(salt, FLOPS, 187)
+    assert whole.get_xlabel() == "train FLOPs (10¹²)"
     lines = {line.get_marker(): line.get_xdata() for line in whole.lines}
     dotted = [line.get_xdata()[0] for line in whole.lines if line.get_linestyle() == ":"]
-    assert dotted == [switch]
-    assert list(lines["D"]) == [switch]
+    assert dotted == [switch / 1e12]
+    assert list(lines["D"]) == [switch / 1e12]
     (height,) = next(line.get_ydata() for line in whole.lines if line.get_marker() == "D")
-    assert read_at(salt.evaluations, FLOPS, switch).log_perplexity == pytest.approx(height)
+    assert read_at(salt.evaluations, FLOPS, switch)["log_perplexity"] == pytest.approx(height)
     training = plots.training_plot([salt], looks).figure.axes[0]
     assert [187] in [list(line.get_xdata())[:1] for line in training.lines]
 
 
 def test_the_second_half_is_enlarged(material, looks):
     baseline, rkd = material.runs[1:3]
-    plot = plots.evaluation_plot([baseline, rkd], [], looks, STEPS, plots.LOG_PERPLEXITY)
+    plot = plots.evaluation_plot(each(baseline, rkd), [], looks, STEPS, plots.LOG_PERPLEXITY)
     whole, half = plot.figure.axes
     left, right = half.get_xlim()
     low, high = half.get_ylim()
     assert left == 375
     assert right == pytest.approx(750, rel=0.02)
-    assert low < baseline.final.log_perplexity < rkd.final.log_perplexity < high
+    assert low < baseline.final["log_perplexity"] < rkd.final["log_perplexity"] < high
     assert high - low < 0.3 * (whole.get_ylim()[1] - whole.get_ylim()[0])
 
 
 def test_an_arm_left_out_is_not_in_the_plot(material, looks):
-    plot = plots.evaluation_plot(material.runs[1:3], [], looks, STEPS, plots.ACCURACY)
+    plot = plots.evaluation_plot(each(*material.runs[1:3]), [], looks, STEPS, plots.ACCURACY)
     assert not shows(plot, looks["salt"].colour)
     assert "Switch" not in plot.caption
 
@@ -102,8 +109,8 @@ def test_plots_of_odd_runs_are_made(tmp_path, folders):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for axis in AXES:
-            plots.evaluation_plot(runs, [], looks, axis, plots.LOG_PERPLEXITY)
-            plots.evaluation_plot(runs[3:], [], looks, axis, plots.LOG_PERPLEXITY)
+            plots.evaluation_plot(each(*runs), [], looks, axis, plots.LOG_PERPLEXITY)
+            plots.evaluation_plot(each(runs[3]), [], looks, axis, plots.LOG_PERPLEXITY)
         plot = plots.training_plot(runs, looks)
     (legend,) = plot.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
@@ -143,10 +150,10 @@ def test_many_runs_are_told_apart():
     ],
 )
 def test_smoothing(values, window, expected):
-    np.testing.assert_allclose(plots.smoothed(np.array(values, float), window), expected)
+    np.testing.assert_allclose(plots.smoothed(pd.Series(values, dtype=float), window), expected)
 
 
 def test_matplotlib_is_left_as_it_was(material, looks):
     before = dict(matplotlib.rcParams)
-    plots.evaluation_plot(material.runs, [], looks, FLOPS, plots.ACCURACY)
+    plots.evaluation_plot(each(*material.runs), [], looks, FLOPS, plots.ACCURACY)
     assert dict(matplotlib.rcParams) == before

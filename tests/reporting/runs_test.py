@@ -29,15 +29,12 @@ def test_reads_a_finished_run(tmp_path, folders):
     assert isinstance(run, TrainRun)
     assert (run.arm, run.seed, run.parameters, run.finished) == ("salt", 0, 2_200_000, True)
     assert (run.last_step, run.switch_step, run.skipped_updates) == (100, 60, 2)
-    assert [(point.step, point.log_perplexity) for point in run.evaluations] == [
-        (50, 4.4),
-        (100, 4.1),
-    ]
-    assert [point.stage for point in run.training] == [1, 2]
+    assert run.evaluations[["step", "log_perplexity"]].values.tolist() == [[50, 4.4], [100, 4.1]]
+    assert run.training["stage"].tolist() == [1, 2]
     assert run.final is not None
     assert run.final.next_token_accuracy == 0.31
     assert run.final.train_flops == 1e11
-    assert run.final.by_subset["Github"].tokens == 7
+    assert run.by_subset.loc["Github", "tokens"] == 7
     assert run.origin.command_line.startswith("salt train --gin_file=runs/smoke.gin")
     assert "config.TrainConfig.steps = 750" in run.origin.config
 
@@ -51,24 +48,21 @@ def test_the_later_of_two_lines_for_a_step_wins(tmp_path, folders):
         folders.training(20, 4.7),
     ]
     run = read_folder(folders.run(tmp_path / "run", lines))
-    assert [(point.step, point.log_perplexity) for point in run.evaluations] == [
-        (10, 5.1),
-        (20, 4.5),
-    ]
-    assert [point.loss for point in run.training] == [4.7]
+    assert run.evaluations[["step", "log_perplexity"]].values.tolist() == [[10, 5.1], [20, 4.5]]
+    assert run.training["loss"].tolist() == [4.7]
 
 
 def test_only_the_validation_split_makes_the_curve(tmp_path, folders):
     lines = [folders.evaluation(10, 5.0), folders.evaluation(10, 1.0, split="test")]
     run = read_folder(folders.run(tmp_path / "run", lines))
-    assert [point.log_perplexity for point in run.evaluations] == [5.0]
+    assert run.evaluations["log_perplexity"].tolist() == [5.0]
 
 
 def test_a_half_written_line_is_left_out_and_counted(tmp_path, folders):
     lines = [folders.evaluation(10), folders.training(10)]
     run = read_folder(folders.run(tmp_path / "run", lines, tail='{"kind": "eval", "step": 2'))
-    assert run.unreadable_lines == 1
-    assert [point.step for point in run.evaluations] == [10]
+    assert run.skipped_lines == 1
+    assert run.evaluations["step"].tolist() == [10]
 
 
 def test_an_unfinished_run_is_called_like_its_folder(tmp_path, folders):
@@ -81,7 +75,8 @@ def test_an_unfinished_run_is_called_like_its_folder(tmp_path, folders):
     run = read_folder(folders.run(tmp_path / "salt_now", lines))
     assert (run.arm, run.finished, run.parameters, run.last_step) == ("salt_now", False, None, 30)
     assert run.switch_step == 20
-    assert run.final == run.evaluations[-1]
+    assert run.final is not None
+    assert run.final.equals(run.evaluations.iloc[-1])
 
 
 @pytest.mark.parametrize("distill_steps", [0, 100])
@@ -93,7 +88,7 @@ def test_a_run_with_one_stage_has_no_switch(tmp_path, folders, distill_steps):
 
 def test_null_stands_for_a_number_that_was_not_finite(tmp_path, folders):
     run = read_folder(folders.run(tmp_path / "run", [folders.evaluation(10, None)]))
-    assert math.isnan(run.evaluations[0].log_perplexity)
+    assert math.isnan(run.evaluations["log_perplexity"][0])
 
 
 def test_reads_scores_and_selections(tmp_path, folders):
@@ -104,8 +99,8 @@ def test_reads_scores_and_selections(tmp_path, folders):
     assert isinstance(scored, ScoreFolder)
     assert isinstance(selected, SelectionFolder)
     assert scored.scores.shape == (500,)
-    assert selected.row_ids.shape == (100,)
-    assert selected.scores_digest == scored.digest
+    assert selected.selection.row_ids.shape == (100,)
+    assert selected.selection.manifest["scores_digest"] == scored.rows.digest
     assert selected.cut == pytest.approx(float(np.sort(scored.scores)[-100]))
 
 

@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 
@@ -15,13 +16,13 @@ from salt_jax.reporting.comparison import FLOPS, STEPS
 from salt_jax.reporting.plots import USUAL_COLOURS
 from salt_jax.reporting.runs import TrainRun, read_folders
 from salt_jax.reporting.sections import compose
-from salt_jax.reporting.seed_tables import final_seeds_table
 from salt_jax.reporting.seeds import (
-    Estimate,
     arms_repeat,
     band,
     by_arm,
+    final_seeds_table,
     first_step_at,
+    intervals,
     over_seeds,
 )
 from tests.reporting.conftest import evaluation, summary_of, training, write_run
@@ -65,60 +66,61 @@ def runs(folders: list[pathlib.Path]) -> tuple[TrainRun, ...]:
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [0.5, -0.25], [3.0] * 4])
 def test_intervals_are_students(values: list[float]) -> None:
-    found = Estimate.of(values)
+    found = intervals(pd.DataFrame([values])).loc[0]
     standard_error = np.std(values, ddof=1) / math.sqrt(len(values))
     expected = scipy.stats.t.ppf(0.975, len(values) - 1) * standard_error
-    assert found.mean == pytest.approx(np.mean(values))
-    assert found.half_width == pytest.approx(expected)
-    assert found.count == len(values)
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["half_width"] == pytest.approx(expected)
+    assert found["count"] == len(values)
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     draws = np.random.default_rng(0).normal(5.0, 2.0, size=(4000, 3))
-    estimates = [Estimate.of(row.tolist()) for row in draws]
-    held = np.mean([abs(one.mean - 5.0) <= one.half_width for one in estimates])
+    found = intervals(pd.DataFrame(draws))
+    held = np.mean((found["mean"] - 5.0).abs() <= found["half_width"])
     assert abs(held - 0.95) < 0.02
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert Estimate.of([2.0]).mean == 2.0
-    assert math.isnan(Estimate.of([2.0]).half_width)
-    assert Estimate.of([math.nan, math.inf]).count == 0
+    found = intervals(pd.DataFrame([[2.0, math.nan], [math.nan, math.inf]]))
+    assert found["mean"][0] == 2.0
+    assert found["half_width"].isna().all()
+    assert found["count"].tolist() == [1, 0]
 
 
 def test_differences_are_paired_by_seed(runs: tuple[TrainRun, ...]) -> None:
     # In another order: pairs go by seed, not by place.
     baseline, salt = over_seeds([runs[2], runs[0], runs[1], *reversed(runs[3:])])
     assert (baseline.arm, baseline.seeds) == ("baseline", (0, 1, 2))
-    assert baseline.final["log_perplexity"].difference is None
+    assert baseline.final["log_perplexity"]["difference"] is None
     ends = {arm: [CURVES[arm, seed][-1] for seed in range(3)] for arm in ("baseline", "salt")}
     found = salt.final["log_perplexity"]
-    assert found.level.mean == pytest.approx(np.mean(ends["salt"]))
-    assert found.difference is not None
+    assert found["level"]["mean"] == pytest.approx(np.mean(ends["salt"]))
     test = scipy.stats.ttest_rel(ends["salt"], ends["baseline"])
     low, high = test.confidence_interval(0.95)
-    assert found.difference.mean == pytest.approx((low + high) / 2)
-    assert found.difference.half_width == pytest.approx((high - low) / 2)
+    assert found["difference"]["mean"] == pytest.approx((low + high) / 2)
+    assert found["difference"]["half_width"] == pytest.approx((high - low) / 2)
     # Unpaired, three seeds would tell nothing.
-    assert found.difference.half_width < 0.03 < 0.1 < found.level.half_width
+    assert found["difference"]["half_width"] < 0.03 < 0.1 < found["level"]["half_width"]
 
 
 def test_only_shared_seeds_are_paired(runs: tuple[TrainRun, ...]) -> None:
     _, salt = over_seeds([*runs[:2], *runs[4:]])
-    difference = salt.final["log_perplexity"].difference
-    assert difference is not None
-    assert (difference.count, salt.seeds) == (1, (1, 2))
-    assert difference.mean == pytest.approx(3.75 - 3.78)
+    difference = salt.final["log_perplexity"]["difference"]
+    assert (difference["count"], salt.seeds) == (1, (1, 2))
+    assert difference["mean"] == pytest.approx(3.75 - 3.78)
 
 
 def test_at_equal_cost(runs: tuple[TrainRun, ...]) -> None:
     _, salt = over_seeds(runs)
-    at_steps, at_flops = (salt.at_equal[axis.name]["log_perplexity"] for axis in (STEPS, FLOPS))
-    assert at_steps.level.mean == pytest.approx(np.mean([3.66, 3.75, 3.62]))
+    at_steps, at_flops = (
+        salt.at_equal[axis.name]["log_perplexity"]["level"]["mean"] for axis in (STEPS, FLOPS)
+    )
+    assert at_steps == pytest.approx(np.mean([3.66, 3.75, 3.62]))
     # 7.5e11 FLOPs are the baseline's end and 8/11 of the way between SALT's last evaluations.
     part = (7.5e11 / 1.1e9 - 500) / 250
     expected = [a + part * (b - a) for a, b in [(3.8, 3.66), (3.9, 3.75), (3.7, 3.62)]]
-    assert at_flops.level.mean == pytest.approx(np.mean(expected))
+    assert at_flops == pytest.approx(np.mean(expected))
 
 
 def test_steps_to_the_reference(runs: tuple[TrainRun, ...]) -> None:
@@ -128,8 +130,8 @@ def test_steps_to_the_reference(runs: tuple[TrainRun, ...]) -> None:
         _, left, right = CURVES["salt", seed]
         shares.append((500 + 250 * (left - CURVES["baseline", seed][-1]) / (left - right)) / 750)
     assert salt.seeds_that_got_there == 3
-    assert salt.steps_to_reference.mean == pytest.approx(np.mean(shares))
-    assert baseline.steps_to_reference.mean == pytest.approx(1.0)
+    assert salt.steps_to_reference["mean"] == pytest.approx(np.mean(shares))
+    assert baseline.steps_to_reference["mean"] == pytest.approx(1.0)
 
 
 def test_a_curve_that_never_gets_there(runs: tuple[TrainRun, ...]) -> None:
@@ -138,11 +140,11 @@ def test_a_curve_that_never_gets_there(runs: tuple[TrainRun, ...]) -> None:
 
 
 def test_band_is_the_mean_at_the_steps_that_all_have(runs: tuple[TrainRun, ...]) -> None:
-    shorter = dataclasses.replace(runs[4], evaluations=runs[4].evaluations[1:])
+    shorter = dataclasses.replace(runs[4], evaluations=runs[4].evaluations.iloc[1:])
     found = band([runs[3], shorter, runs[5]], FLOPS, "log_perplexity")
-    assert found.values.tolist() == [5.5e11, 8.25e11]
-    np.testing.assert_allclose(found.mean, [3.8, (3.66 + 3.75 + 3.62) / 3])
-    assert np.all(found.half_width > 0)
+    assert found["at"].tolist() == [5.5e11, 8.25e11]
+    np.testing.assert_allclose(found["mean"], [3.8, (3.66 + 3.75 + 3.62) / 3])
+    assert np.all(found["half_width"] > 0)
 
 
 def test_unfinished_runs_and_single_seeds(runs: tuple[TrainRun, ...]) -> None:
@@ -160,8 +162,10 @@ def test_table_marks_what_is_clear(runs: tuple[TrainRun, ...]) -> None:
     assert salt[3].startswith("-0.0300 ± ")
     assert salt[3].endswith(" *")
     assert salt[-1].endswith("(3 of 3)")
-    noisy = [dataclasses.replace(run) for run in runs]
-    noisy[3] = dataclasses.replace(runs[3], facts={**runs[3].facts, "log_perplexity": 3.9})
+    noisy = list(runs)
+    assert runs[3].final is not None
+    final = pd.Series({**runs[3].final, "log_perplexity": 3.9})
+    noisy[3] = dataclasses.replace(runs[3], final=final)
     assert not final_seeds_table(over_seeds(noisy), "baseline").rows[1][3].endswith("*")
 
 

@@ -146,8 +146,8 @@ def test_an_audit_without_scores_has_a_table_and_texts_alone(capsys):
     print_table(table)
     assert "33.33%" in capsys.readouterr().out
     assert selection_audit.audit_plots("control", audit) == []
-    (excerpts,) = selection_audit.audit_excerpts(audit)
-    assert excerpts.rows == (("row 4, code", "x"),)
+    (rows,) = selection_audit.audit_excerpts(audit).values()
+    assert rows == [("row 4, code", "x")]
 
 
 def test_selections_by_several_scores_are_each_drawn_over_their_own(tmp_path, audited, folders):

@@ -49,15 +49,14 @@ def test_spikes_are_found_and_noise_is_not(tmp_path):
     rng = np.random.default_rng(0)
     losses = 3 * np.exp(-np.arange(400) / 300) + 2 + 0.05 * rng.standard_normal(400)
     quiet = runs_of(write(tmp_path / "quiet", losses.tolist()))
-    assert stability.spikes(quiet[0].training) == []
+    assert stability.spikes(quiet[0].training).empty
     assert stability.spikes_table(quiet) is None
     losses[200:203] += [1.0, 2.0, 1.5]
     losses[300] += 0.9
     (run,) = runs_of(write(tmp_path / "wild", losses.tolist(), grad_norm=lambda step: step))
-    long, short = stability.spikes(run.training)
-    assert (long.point.step, long.lines) == (202, 3)
-    assert (short.point.step, short.lines) == (301, 1)
-    assert long.usual == pytest.approx(np.median(losses[150:200]), abs=1e-6)
+    found = stability.spikes(run.training)
+    assert found[["step", "lines"]].values.tolist() == [[202, 3], [301, 1]]
+    assert found["usual"].iloc[0] == pytest.approx(np.median(losses[150:200]), abs=1e-6)
     table = stability.spikes_table([run])
     assert [row[1] for row in table.rows] == ["202", "301"], "the highest comes first"
     assert table.rows[0][4] == "202"
@@ -67,6 +66,6 @@ def test_the_jump_at_the_switch_is_no_spike(tmp_path):
     losses = [2.0 + 0.001 * (step % 7) for step in range(60)]
     losses += [3.0 + 0.001 * (step % 5) for step in range(60)]
     (run,) = runs_of(write(tmp_path / "a", losses, switch=60))
-    assert stability.spikes(run.training) == []
+    assert stability.spikes(run.training).empty
     (run,) = runs_of(write(tmp_path / "b", losses))
-    assert stability.spikes(run.training), "in one stage it would be"
+    assert len(stability.spikes(run.training)), "in one stage it would be"

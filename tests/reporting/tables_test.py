@@ -2,12 +2,12 @@
 
 import math
 
+import pandas as pd
 import pytest
 
 from salt_jax.reporting import tables
-from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Matched, Reading
-from salt_jax.reporting.costs import Costs
-from salt_jax.reporting.runs import read_folders
+from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Matched
+from salt_jax.reporting.runs import FLOPS_PARTS, QUALITY, read_folders
 
 
 def test_final_table(tmp_path, folders):
@@ -16,7 +16,7 @@ def test_final_table(tmp_path, folders):
     cells = dict(zip(table.columns, table.rows[3], strict=True))
     assert cells["arm"] == "salt"
     assert cells["steps"] == "750"
-    assert cells["log-perplexity"] == tables.format_nats(runs[3].final.log_perplexity)
+    assert cells["log-perplexity"] == tables.format_nats(runs[3].final["log_perplexity"])
     assert cells["next-token accuracy"].endswith("%")
     assert cells["train FLOPs"].endswith("× 10¹³")
     assert cells["tokens"] == "3,072,000"
@@ -32,13 +32,15 @@ def test_final_table_says_which_runs_go_on(tmp_path, folders):
 
 
 def test_matched_table_marks_what_was_interpolated():
-    parts = Costs(student_flops=1.9e13, teacher_flops=0.1e13, scoring_flops=0.0)
-    readings = (
-        ("baseline", Reading(200, 3.6, 0.34, False, 2e13, 40.0)),
-        ("salt", Reading(150.0, 3.5, 0.351, True, 2e13, 30.0, parts)),
-        ("late", None),
-    )
-    table = tables.matched_table(Matched(FLOPS, 2e13, readings))
+    columns = ["step", *QUALITY, "train_flops", "seconds", "interpolated", *FLOPS_PARTS]
+    nan = math.nan
+    readings = {
+        "baseline": [200, 3.6, 0.34, 2e13, 40.0, 0, nan, nan, nan, 0],
+        "salt": [150.0, 3.5, 0.351, 2e13, 30.0, 1, 1.9e13, 0.1e13, 0, 0],
+        "late": [nan] * 10,
+    }
+    found = Matched(FLOPS, 2e13, pd.DataFrame.from_dict(readings, "index", columns=columns))
+    table = tables.matched_table(found)
     assert "2.000 × 10¹³" in table.title
     assert table.rows == (
         ("baseline", "3.600", "34.00%", "200", "2.000 × 10¹³", "–", "40.0 s"),

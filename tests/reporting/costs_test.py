@@ -2,13 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from salt_jax.reporting import cost_tables
-from salt_jax.reporting.comparison import FLOPS, SECONDS, charged_for_their_teachers, matched
-from salt_jax.reporting.runs import read_folder, read_folders
+from salt_jax.reporting.comparison import FLOPS, SECONDS, charge_for_teachers, matched
+from salt_jax.reporting.costs import cost_tables
+from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, read_folder, read_folders
 from salt_jax.reporting.sections import compose
 from salt_jax.reporting.tables import NOTHING, format_power, format_seconds
+
+
+def assert_parts_add_up(points):
+    """Of one point, or of each."""
+    for parts, whole in ((FLOPS_PARTS, "train_flops"), (SECONDS_PARTS, "seconds")):
+        np.testing.assert_allclose(points[[*parts]].sum(axis=points.ndim - 1), points[whole])
 
 
 def cells(table, row):
@@ -22,51 +29,50 @@ def arms(tmp_path, folders):
 
 def test_the_parts_add_up_to_what_is_compared(arms):
     for arm in arms.values():
-        for point in (*arm.training, *arm.evaluations):
-            assert sum(point.costs.flops_parts) == pytest.approx(point.train_flops)
-            assert sum(point.costs.seconds_parts) == pytest.approx(point.seconds)
-    assert arms["baseline"].costs.teacher_flops == arms["baseline"].costs.scoring_flops == 0
-    assert arms["salt"].costs.teacher_flops > arms["salt"].costs.scoring_flops == 0
-    assert arms["salt_ds"].costs.scoring_flops == 2e12
+        for points in (arm.training, arm.evaluations):
+            assert_parts_add_up(points)
+    baseline, salt = arms["baseline"].costs, arms["salt"].costs
+    assert baseline["teacher_flops"] == baseline["scoring_flops"] == 0
+    assert salt["teacher_flops"] > salt["scoring_flops"] == 0
+    assert arms["salt_ds"].costs["scoring_flops"] == 2e12
 
 
 def test_flops_table(arms):
-    table = cost_tables.flops_table(list(arms.values()), charged=False)
+    table, _, _ = cost_tables([*arms.values()], charged=False)
     assert len(set(table.columns)) == len(table.columns)
     salt_ds = cells(table, "salt_ds")
     costs = arms["salt_ds"].costs
-    assert salt_ds["student"] == format_power(costs.student_flops)
-    assert salt_ds["teacher"] == format_power(costs.teacher_flops)
+    assert salt_ds["student"] == format_power(costs["student_flops"])
+    assert salt_ds["teacher"] == format_power(costs["teacher_flops"])
     assert salt_ds["scoring"] == "2.000 × 10¹²"
-    assert salt_ds["train FLOPs, their sum"] == format_power(arms["salt_ds"].final.train_flops)
+    assert salt_ds["train FLOPs, their sum"] == format_power(costs["train_flops"])
     assert salt_ds["evaluation, not charged"] == "1.500 × 10¹⁰"
     assert cells(table, "baseline")["teacher"] == "0"
 
 
 def test_the_teacher_has_a_line_of_its_own(arms):
-    table = cost_tables.flops_table(list(arms.values()), charged=False)
+    table, times, _ = cost_tables([*arms.values()], charged=False)
     assert [row[0] for row in table.rows][-2:] == ["salt_ds", "teacher: slm at step 750"]
     teacher = cells(table, "teacher: slm at step 750")
-    assert teacher["train FLOPs, their sum"] == format_power(arms["slm"].final.train_flops)
+    assert teacher["train FLOPs, their sum"] == format_power(arms["slm"].final["train_flops"])
     assert "the teacher of rkd, salt, salt_ds: not charged." in table.note
-    times = cost_tables.time_table(list(arms.values()), charged=False)
     seconds = cells(times, "teacher: slm at step 750")["time, their sum"]
-    assert seconds == format_seconds(arms["slm"].final.seconds)
+    assert seconds == format_seconds(arms["slm"].final["seconds"])
 
 
 def test_time_table(arms):
-    table = cost_tables.time_table(list(arms.values()), charged=False)
+    _, table, _ = cost_tables([*arms.values()], charged=False)
     assert len(set(table.columns)) == len(table.columns)
     salt_ds = cells(table, "salt_ds")
     assert salt_ds["stage 1"] == "17.2 s"
     assert salt_ds["scoring"] == "2.0 s"
-    assert salt_ds["time, their sum"] == format_seconds(arms["salt_ds"].final.seconds)
+    assert salt_ds["time, their sum"] == format_seconds(arms["salt_ds"].final["seconds"])
     assert salt_ds["evaluation, not charged"] == "7.0 s"
     assert salt_ds["compiling, not charged"] == "11.0 s"
 
 
 def test_tokens_table(arms):
-    table = cost_tables.tokens_table(list(arms.values()))
+    _, _, table = cost_tables([*arms.values()], charged=False)
     assert cells(table, "salt_ds") == {
         "arm": "salt_ds",
         "stage 1": f"{187 * 4096:,}",
@@ -81,30 +87,28 @@ def test_scoring_is_charged_when_arms_are_matched(arms):
     """SALT_DS is read earlier than SALT: by then it had spent as much."""
     four = [arms[name] for name in ("baseline", "rkd", "salt", "salt_ds")]
     for axis in (FLOPS, SECONDS):
-        at = dict(matched(four, axis).readings)
-        assert at["salt_ds"].step < at["salt"].step < at["baseline"].step == 750
-    costs = dict(matched(four, FLOPS).readings)["salt_ds"].costs
-    total = arms["baseline"].final.train_flops
-    assert sum(costs.flops_parts) == pytest.approx(total)
-    assert costs.scoring_flops == 2e12
+        step = matched(four, axis).readings["step"]
+        assert step["salt_ds"] < step["salt"] < step["baseline"] == 750
+    costs = matched(four, FLOPS).readings.loc["salt_ds"]
+    total = arms["baseline"].final["train_flops"]
+    assert costs[[*FLOPS_PARTS]].sum() == pytest.approx(total)
+    assert costs["scoring_flops"] == 2e12
 
 
 def test_teachers_are_charged_when_asked(arms):
     plain = [arms[name] for name in ("baseline", "salt")]
-    baseline, salt = charged_for_their_teachers(plain)
-    assert baseline == plain[0]
+    baseline, salt = charge_for_teachers(plain)
+    assert baseline is plain[0]
     made = arms["slm"].final
-    for before, after in (
-        *zip(plain[1].evaluations, salt.evaluations, strict=True),
-        *zip(plain[1].training, salt.training, strict=True),
-        (plain[1].final, salt.final),
-    ):
-        assert after.train_flops == before.train_flops + made.train_flops
-        assert after.seconds == before.seconds + made.seconds
-        assert sum(after.costs.flops_parts) == pytest.approx(after.train_flops)
-        assert sum(after.costs.seconds_parts) == pytest.approx(after.seconds)
-    table = cost_tables.flops_table([baseline, salt], charged=True)
-    assert cells(table, "salt")["making the teacher"] == format_power(made.train_flops)
+    for points in ("evaluations", "training", "final"):
+        before, after = getattr(plain[1], points), getattr(salt, points)
+        for cost in ("train_flops", "seconds"):
+            assert np.array_equal(after[cost], before[cost] + made[cost])
+        assert_parts_add_up(after)
+        same = [*{*before.keys()} - {"train_flops", "seconds", FLOPS_PARTS[-1], SECONDS_PARTS[-1]}]
+        assert after[same].equals(before[same])
+    table, _, _ = cost_tables([baseline, salt], charged=True)
+    assert cells(table, "salt")["making the teacher"] == format_power(made["train_flops"])
     assert cells(table, "baseline")["making the teacher"] == "0"
     assert "salt: charged." in table.note
 
@@ -140,17 +144,17 @@ def test_a_run_of_another_version_has_no_parts(tmp_path, folders):
     lines = [folders.training(10), folders.evaluation(10)]
     path = folders.run(tmp_path / "old", lines, folders.summary_of("old", lines[-1]))
     run = read_folder(path)
-    row = cost_tables.flops_table([run], charged=False).rows[0]
+    row = cost_tables([run], charged=False)[0].rows[0]
     assert row == ("old", NOTHING, NOTHING, NOTHING, "1.000 × 10¹⁰", NOTHING)
-    assert charged_for_their_teachers([run]) == (run,)
+    assert charge_for_teachers([run]) == (run,)
 
 
 def test_a_teacher_whose_cost_is_not_known_is_named_and_not_charged(tmp_path, folders):
     teacher = {"path": "pythia", "step": 0, "digest": "e" * 64, "training_cost": None}
     path = folders.arm(tmp_path / "salt", "salt", floor=3.7, distill_steps=10, teacher=teacher)
     run = read_folder(path)
-    assert charged_for_their_teachers([run]) == (run,)
-    table = cost_tables.flops_table([run], charged=True)
+    assert charge_for_teachers([run]) == (run,)
+    table, _, _ = cost_tables([run], charged=True)
     assert set(cells(table, "teacher: pythia at step 0").values()) >= {NOTHING}
     assert "not known, and not charged" in table.note
 
@@ -159,6 +163,6 @@ def test_a_run_that_goes_on_shows_its_costs_so_far(tmp_path, folders):
     early, late = folders.parts(1e9, stage2=(1, 2.0)), folders.parts(3e9, stage2=(3, 6.0))
     lines = [folders.evaluation(10, **early), folders.training(30, **late)]
     run = read_folder(folders.run(tmp_path / "going", lines))
-    assert cells(cost_tables.flops_table([run], charged=False), "going")["student"] == "3.000 × 10⁹"
-    times = cells(cost_tables.time_table([run], charged=False), "going")
+    flops, times, _ = (cells(table, "going") for table in cost_tables([run], charged=False))
+    assert flops["student"] == "3.000 × 10⁹"
     assert times["stage 2"] == times["time, their sum"] == "6.0 s"
