@@ -1,7 +1,7 @@
 """`salt report RUN…`: one self-contained page of plots and tables from any runs.
 
-In: output folders of `salt train`, `salt score` and `salt select`, finished or still going.
-Out: index.html, its plots as PNG files, and summary.json with the same results as numbers.
+It reads output folders of `salt train`, `salt score` and `salt select`, finished or still going,
+and writes index.html, its plots as PNG files, and summary.json with the same results as numbers.
 """
 
 import datetime
@@ -37,9 +37,9 @@ def report(
     Args:
       run: The folder the page is written to.
       runs: Output folders of `salt train`, `salt score` and `salt select`, in any order.
-      title: The page's head.
-      charge_teacher_training: Count what it took to train an arm's teacher as the arm's own cost;
-        by default it is shown beside the arms and not charged.
+      title: The page's title.
+      charge_teacher_training: Count the cost of training an arm's teacher as the arm's own; by
+        default it is shown beside the arms and not charged.
       reference: The arm that the others are compared with, where arms have several seeds.
 
     Raises:
@@ -50,18 +50,18 @@ def report(
     material = read_folders(runs)
     composed = compose(material, charge_teacher_training, reference)
     run.begin(replace=True)
-    for plot in composed.plots:
-        (run.path / f"{plot.name}.png").write_bytes(plot.png)
+    files = {f"{name}.png": plot.png for name, plot in composed.plots.items()}
+    for name, png in files.items():
+        (run.path / name).write_bytes(png)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     made = f"Made by salt report {__version__}, {now}."
     path = run.path / PAGE_FILE
     write_atomically(path, page.render(title, composed, _origins(material), made))
-    files = [f"{plot.name}.png" for plot in composed.plots]
     run.write_summary(
         {
             "title": title,
             "page": PAGE_FILE,
-            "plots": files,
+            "plots": [*files],
             "charge_teacher_training": charge_teacher_training,
             **composed.numbers,
         }

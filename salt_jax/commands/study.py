@@ -1,8 +1,8 @@
-"""`salt study`: arms × seeds, each a `salt train` of its own, and a page with means and intervals.
+"""`salt study`: arms × seeds, each a `salt train`, and a report with means and intervals.
 
-A study is a gin file (gin/studies): what is made once (the cache, the SLM, scores, selections), the
-arms, and the seeds. Every step is a `salt` command that is printed before it runs. A study that
-was stopped goes on when the same command is given again; arms and seeds may be added to it.
+A study is a gin file (gin/studies): inputs that are made once (the cache, the SLM, scores,
+selections), the arms, and the seeds. Every step is a `salt` command, printed before it runs. The
+same command resumes a study that was stopped; arms and seeds may be added to it.
 """
 
 import dataclasses
@@ -22,20 +22,15 @@ from salt_jax.terminal import say
 
 MAKERS = ("prepare", "train", "score", "select")
 REPORT = "report"
-# Folders of the study that are not those of its parts.
+# Folders in that of a study that hold no input and no arm.
 _TAKEN = (REPORT, "processes", "work")
+# Flags that the study sets itself.
 _OWN_FLAGS = ("--output_dir",)
 _OWN_FLAGS_OF_ARMS = (*_OWN_FLAGS, "--arm", "--seed", "--data.seed")
 
 
 class Command(NamedTuple):
-    """One command of a study.
-
-    Attributes:
-      output: Its output folder.
-      verb: "train".
-      arguments: Its flags, placeholders filled in.
-    """
+    """One command of a study; the placeholders in its flags are filled in."""
 
     output: pathlib.Path
     verb: str
@@ -43,7 +38,7 @@ class Command(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether it has written its results."""
+        """Whether it has written its summary."""
         return (self.output / SUMMARY_FILE).exists()
 
 
@@ -60,23 +55,23 @@ def study(
 ) -> None:
     """Trains every arm with every seed, one after another, and reports on them.
 
-    In flags, {NAME} stands for a folder: what `given` says, an input's output, or in an arm another
-    arm's run of the same seed. A seed is that of the initialisation and of the order of rows; the
-    inputs, so the SLM and the selections, are made once and are the same for all seeds.
+    In flags, {NAME} stands for a folder: one of `given`, an input's output, or in an arm another
+    arm's run with the same seed. The seed sets the initialisation and the order of rows; inputs,
+    such as the SLM and the selections, are made once and are the same for all seeds.
 
     Args:
       run: The folder of the study: INPUT/ for each input, ARM/seed-N/ for each run, report/.
-      arms: The flags of `salt train` that make each arm what it is, by name.
-      common: Flags of `salt train` for all arms; an arm's own come after them and so prevail.
+      arms: The flags of `salt train` that set each arm apart: name → (flag, flag, …).
+      common: Flags of `salt train` for all arms; an arm's own flags override them.
       inputs: What the arms need, in the order in which it is made: name → (verb, flag, flag, …).
-      given: Folders that are there already: name → path.
-      seeds: The seeds, all arms of one seed before the next.
+      given: Folders that exist already: name → path.
+      seeds: The seeds; all arms of one seed run before the next.
       reference: The arm that the others are compared with, seed by seed.
-      title: The page's head.
+      title: The page's title.
 
     Raises:
-      InputError: A name twice, a placeholder that nothing fills, a flag that its command doesn't
-        take, or a finished run that was made with other flags.
+      InputError: A duplicate name, a placeholder that nothing fills, a flag that its command
+        doesn't take, or a finished run that was made with other flags.
       RunFailed: A step failed.
     """
     _check_names(arms, inputs, given)
@@ -85,24 +80,24 @@ def study(
         raise InputError(
             f"reference is {reference!r}, and the arms are {', '.join(arms)}: name one of them."
         )
-    made = list(_input_steps(run.path, inputs, given))
-    runs = list(_runs(run.path, arms, common, inputs, given, seeds))
-    for step in (*made, *runs):
+    steps = list(_commands(run.path, arms, common, inputs, given, seeds))
+    for step in steps:
         _refuse_other_flags(step, run.path)
     check_verbs(
         {
             str(step.output.relative_to(run.path)): (step.verb, *step.arguments)
-            for step in (*made, *runs)
+            for step in steps
             if not step.finished
         }
     )
     run.begin(replace=True)
-    for number, step in enumerate((*made, *runs), start=1):
+    for number, step in enumerate(steps, start=1):
         if not step.finished:
-            say("", f"── step {number} of {len(made) + len(runs)}")
+            say("", f"── step {number} of {len(steps)}")
             run_verb(step.verb, step.arguments, step.output)
-    shown = [str(step.output) for step in (*runs, *made) if step.verb in ("train", "select")]
-    shown += [str(step.output) for step in made if step.verb == "score"]
+    runs_first = [*steps[len(inputs) :], *steps[: len(inputs)]]
+    shown = [str(step.output) for step in runs_first if step.verb in ("train", "select")]
+    shown += [str(step.output) for step in steps if step.verb == "score"]
     report = run.path / REPORT
     run_verb(REPORT, [*shown, f"--reference={reference}", f"--title={title}"], report)
     numbers = json.loads((report / SUMMARY_FILE).read_text(encoding="utf-8"))
@@ -161,16 +156,7 @@ def _check_seeds(seeds: Sequence[int]) -> None:
         require_counts(0, seeds=seed)
 
 
-def _input_steps(
-    root: pathlib.Path, inputs: Mapping[str, Sequence[str]], given: Mapping[str, str]
-) -> Iterator[Command]:
-    folders = dict(given)
-    for name, (verb, *flags) in inputs.items():
-        yield Command(root / name, verb, _filled(f"inputs[{name!r}]", flags, folders))
-        folders[name] = str(root / name)
-
-
-def _runs(
+def _commands(
     root: pathlib.Path,
     arms: Mapping[str, Sequence[str]],
     common: Sequence[str],
@@ -178,15 +164,20 @@ def _runs(
     given: Mapping[str, str],
     seeds: Sequence[int],
 ) -> Iterator[Command]:
+    """The inputs in order, then for each seed all arms."""
+    folders = dict(given)
+    for name, (verb, *flags) in inputs.items():
+        yield Command(root / name, verb, _filled(f"inputs[{name!r}]", flags, folders))
+        folders[name] = str(root / name)
     _check_flags("common", common, _OWN_FLAGS_OF_ARMS)
     for seed in seeds:
-        folders = {**given, **{name: str(root / name) for name in inputs}}
-        for arm, flags in arms.items():
+        made = dict(folders)  # and the runs of this seed
+        for arm in arms:
             output = root / arm / f"seed-{seed}"
-            filled = _filled(f"arms[{arm!r}]", [*common, *flags], folders)
+            filled = _filled(f"arms[{arm!r}]", [*common, *arms[arm]], made)
             own = (f"--arm={arm}", f"--seed={seed}", f"--data.seed={seed}")
             yield Command(output, "train", (*filled, *own))
-            folders[arm] = str(output)
+            made[arm] = str(output)
 
 
 def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tuple[str, ...]:
@@ -204,9 +195,9 @@ def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tup
 
 
 def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
-    """A run is not made again, nor gone on with otherwise: it must be the one asked for now.
+    """Refuses a run that exists and was made with other flags than the study has now.
 
-    The study's folder may have been moved since: what was in it then is in it now.
+    The study's folder may have been moved since: paths in it are compared as if it had not.
     """
     if not (step.output / RUN_FILE).exists():
         return
@@ -219,7 +210,7 @@ def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
         before = [folder.sub(lambda _: str(root), part) for part in before]
     if typed[1] == step.verb and before == list(step.arguments):
         return
-    before, now = (_that_count(step.verb, flags) for flags in (before, step.arguments))
+    before, now = (_changing_results(step.verb, flags) for flags in (before, step.arguments))
     if typed[1] != step.verb or before != now:
         changed = sorted({*before} ^ {*now}) or ["their order"]
         raise InputError(
@@ -228,8 +219,8 @@ def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
         )
 
 
-def _that_count(verb: str, flags: Sequence[str]) -> list[str]:
-    """The flags but for those of settings that change no result of a verb's."""
+def _changing_results(verb: str, flags: Sequence[str]) -> list[str]:
+    """The flags without those of settings that don't change the verb's results."""
     module = importlib.import_module(f"salt_jax.commands.{verb}")
     names: set[str] = set()
     for name in getattr(module, "CHANGES_NO_RESULT", ()):

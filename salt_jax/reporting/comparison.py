@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +12,8 @@ import pandas as pd
 from salt_jax.reporting.runs import EVALUATION, FLOPS_PARTS, SECONDS_PARTS, TRAINING, TrainRun
 
 
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """A cost that runs are compared by.
-
-    Attributes:
-      name: In file names and summary.json.
-      column: Of the data frames of metrics.
-      title: On the page.
-    """
+class Axis(NamedTuple):
+    """A cost that runs are compared by: its name in files, its column of metrics, and its title."""
 
     name: str
     column: str
@@ -32,16 +26,9 @@ SECONDS = Axis("seconds", "seconds", "training time")
 AXES = (STEPS, FLOPS, SECONDS)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Matched:
-    """Runs at one common value of an axis.
-
-    Attributes:
-      axis: The axis.
-      value: The largest value of it that all of them reached.
-      readings: What `read_at` gives, by label; a row of NaN for a run whose first evaluation comes
-        later.
-    """
+class Matched(NamedTuple):
+    """Runs at the largest value of an axis that all of them reached: `read_at` of each by label,
+    and a row of NaN for a run whose first evaluation comes later."""
 
     axis: Axis
     value: float
@@ -75,15 +62,11 @@ def read_at(evaluations: pd.DataFrame, axis: Axis, value: float) -> pd.Series | 
     return reading
 
 
-def charge_for_teachers(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
-    """Runs whose costs include, from their first step on, what training their teachers cost.
+def charged_for_teacher(run: TrainRun) -> TrainRun:
+    """The run with what training its teacher cost as a cost of its own, from its first step on.
 
     A run whose teacher's cost is not known, or that has no teacher, stays as it is.
     """
-    return tuple(_charged(run) for run in runs)
-
-
-def _charged(run: TrainRun) -> TrainRun:
     if run.teacher is None or not run.teacher.cost_is_known:
         return run
     added = pd.Series(0.0, sorted({*EVALUATION, *TRAINING}))

@@ -1,7 +1,7 @@
-"""One HTML page that holds all of a report: no network, no script, images inside.
+"""One HTML page that holds a whole report: no network, no script, images inside.
 
-Every text that comes from a run is escaped, and the page's own policy forbids scripts and anything
-from outside. page.html is its template.
+Every text that comes from a run is escaped, and the page's content policy forbids scripts and
+anything from outside. Its template is page.html.
 """
 
 import base64
@@ -21,14 +21,7 @@ TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 
 
 def render(title: str, report: Report, origins: Sequence[tuple[str, Origin]], made: str) -> str:
-    """Makes the page.
-
-    Args:
-      title: Its head.
-      report: What it shows.
-      origins: How each run was made, by the name the report calls it.
-      made: By what and when, for its foot.
-    """
+    """The page, with how each run was made by its name in the report, and who made it and when."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -47,6 +40,6 @@ def _base64(data: bytes) -> markupsafe.Markup:
 
 
 def _shown(value: Any) -> Any:
-    """A text of anyone's with what steers a reader written out; jinja2 escapes it then."""
+    """A text with its control characters written out; jinja2 escapes it then."""
     is_markup = isinstance(value, markupsafe.Markup)
     return value if is_markup else visible(str(value), f"\n{WRITING}")

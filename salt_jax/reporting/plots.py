@@ -5,10 +5,11 @@ matplotlib is used without its global state, so that the caller's own figures st
 
 import dataclasses
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -51,16 +52,9 @@ LOOK: Any = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """What an evaluation plot shows.
-
-    Attributes:
-      name: In file names.
-      column: Of TrainRun.evaluations.
-      title: On the page.
-      scale: What it is multiplied by.
-    """
+class Metric(NamedTuple):
+    """What an evaluation plot shows: a name for files, the column of evaluations, a title, and what
+    the column is multiplied by."""
 
     name: str
     column: str
@@ -73,8 +67,7 @@ ACCURACY = Metric("accuracy", "next_token_accuracy", "next-token accuracy (%)", 
 METRICS = (LOG_PERPLEXITY, ACCURACY)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A figure: its file name without ending, what it shows in words, and its PNG bytes."""
 
     name: str
@@ -115,15 +108,11 @@ def styles(arms: Mapping[str, str]) -> dict[str, Style]:
         if usual and usual not in colours.values():
             colours[label] = usual
     free = [colour for colour in PALETTE if colour not in colours.values()] or list(PALETTE)
+    others = itertools.cycle((colour, dash) for dash in DASHES for colour in free)
     chosen = {}
-    rest = 0
-    for index, label in enumerate(arms):
-        dash = DASHES[0]
-        if label not in colours:
-            colours[label] = free[rest % len(free)]
-            dash = DASHES[rest // len(free) % len(DASHES)]
-            rest += 1
-        chosen[label] = Style(colours[label], dash, MARKERS[index % len(MARKERS)])
+    for label, marker in zip(arms, itertools.cycle(MARKERS)):
+        usual_look = (colours[label], DASHES[0]) if label in colours else None
+        chosen[label] = Style(*(usual_look or next(others)), marker)
     return chosen
 
 
@@ -138,12 +127,11 @@ def evaluation_plot(
     """Held-out results against a cost: the whole run above, its second half enlarged below.
 
     Args:
-      arms: The runs of each arm that is compared, one a seed: of several, the mean is drawn and its
-        95% interval. They set the limits of the enlarged half.
+      arms: The runs of each arm, one for each seed: of several, the mean and its 95% interval are
+        drawn. They set the limits of the enlarged half.
       others: Runs that are not compared (another size), drawn faintly in the upper half only.
       looks: A style for each arm.
-      axis: What to draw them against.
-      metric: What to draw.
+      axis, metric: What to draw against, and what to draw.
     """
     curves = [_curve(runs, axis, metric) for runs in arms.values()]
     faint = [_curve([run], axis, metric) for run in others]

@@ -28,7 +28,7 @@ _WHOLE = "give the folder of a whole run"
 
 # Columns of the data frames of metrics: nats per token and a fraction; what training had cost by
 # then, cumulative from step 0; and what these sums consist of, as in `training/ledger.py`. The cost
-# of training the teacher is 0 unless it is charged (`comparison.charge_for_teachers`).
+# of training the teacher is 0 unless it is charged (`comparison.charged_for_teacher`).
 QUALITY = ("log_perplexity", "next_token_accuracy")
 SUMS = ("train_flops", "tokens", "seconds")
 FLOPS_PARTS = ("student_flops", "teacher_flops", "scoring_flops", "teacher_training_flops")

@@ -18,7 +18,7 @@ from salt_jax.reporting.comparison import (
     SECONDS,
     Axis,
     Matched,
-    charge_for_teachers,
+    charged_for_teacher,
     comparable_groups,
     matched,
 )
@@ -65,7 +65,7 @@ class Report:
 
     Attributes:
       summary_sentences: What is compared, and what may be concluded.
-      sections: In reading order; the names of their plots are unique.
+      sections: In reading order.
       looks: How each run is drawn, by label.
       numbers: For summary.json.
     """
@@ -76,8 +76,17 @@ class Report:
     numbers: Mapping[str, Any]
 
     @property
-    def plots(self) -> tuple[Plot, ...]:
-        return tuple(plot for section in self.sections for plot in section.plots)
+    def plots(self) -> dict[str, Plot]:
+        """By a name of their own: where several have one name, it has a number behind it."""
+        named: dict[str, list[Plot]] = {}
+        for section in self.sections:
+            for plot in section.plots:
+                named.setdefault(plot.name, []).append(plot)
+        return {
+            f"{name}_{number}" if len(same) > 1 else name: plot
+            for name, same in named.items()
+            for number, plot in enumerate(same, start=1)
+        }
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -98,7 +107,8 @@ def compose(
       InputError: The reference is not the default, and no arm.
     """
     if charge_teacher_training:
-        material = dataclasses.replace(material, runs=charge_for_teachers(material.runs))
+        charged = tuple(map(charged_for_teacher, material.runs))
+        material = dataclasses.replace(material, runs=charged)
     runs = material.runs
     arms = sorted({run.arm for run in runs})
     if reference != seeds.REFERENCE and reference not in arms:
@@ -117,7 +127,12 @@ def compose(
     ]
     sections: list[Section] = []
     if runs:
-        skipped = [f"{run.label}: {_skipped(run)}" for run in runs if run.skipped_lines]
+        skipped = [
+            f"{run.label}: metrics.jsonl has {run.skipped_lines:,} malformed "
+            f"line{'s' * (run.skipped_lines > 1)}, skipped."
+            for run in runs
+            if run.skipped_lines
+        ]
         sections.append(Section("Results", skipped, [tables.final_table(runs)]))
     for group, found, estimates in zip(compared, matches, over_seeds, strict=True):
         size = group[0].parameters
@@ -125,10 +140,11 @@ def compose(
         if estimates:
             sections += _seed_sections(group, estimates, looks, of_size, reference)
         else:
+            each = {run.label: [run] for run in group}
             at_equal = {match.axis: tables.matched_table(match) for match in found}
-            sections += _curve_sections(_each(group), alone, looks, at_equal, of_size)
+            sections += _curve_sections(each, alone, looks, at_equal, of_size)
     if alone and not compared:
-        sections += _curve_sections(_each(alone), [], looks, {}, "")
+        sections += _curve_sections({run.label: [run] for run in alone}, [], looks, {}, "")
     if runs:
         sections += _run_sections(runs, charge_teacher_training)
     if material.scores or material.selections:
@@ -145,7 +161,7 @@ def compose(
             )
     return Report(
         summary_sentences=_summary_sentences(material),
-        sections=_with_unique_names(sections),
+        sections=sections,
         looks=looks,
         numbers={
             **_numbers(material, [*itertools.chain(*matches)]),
@@ -160,11 +176,6 @@ def _looks(runs: Sequence[TrainRun]) -> dict[str, Style]:
     if seeds.arms_repeat(runs):
         return {**{run.label: by_arm[run.arm] for run in runs}, **by_arm}
     return {**by_arm, **plots.styles({run.label: run.arm for run in runs})}
-
-
-def _each(runs: Sequence[TrainRun]) -> dict[str, list[TrainRun]]:
-    """Every run an arm of its own."""
-    return {run.label: [run] for run in runs}
 
 
 def _seed_sections(
@@ -239,12 +250,11 @@ def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[Selection
                 by_score.setdefault(str(score), []).append(selected)
         at_random = [one for one in own if not one.selection.manifest["score"]]
         # One plot for each score that selections were made by, or for the usual one.
-        for same in by_score.values():
-            score = ScoreConfig(**same[0].selection.manifest["score"])
-            by_it = dataclasses.replace(scored, score=score)
-            images.append(plots.score_plot(by_it, [*same, *at_random]))
-        if not by_score:
-            images.append(plots.score_plot(scored, own))
+        for same in by_score.values() or [[]]:
+            if same:
+                score = ScoreConfig(**same[0].selection.manifest["score"])
+                scored = dataclasses.replace(scored, score=score)
+            images.append(plots.score_plot(scored, [*same, *at_random]))
     missing = [one.name for one in selections if one not in placed]
     text = f"The scores that these selections were made from were not given: {', '.join(missing)}."
     shown = [tables.scores_table(scores)] if scores else []
@@ -259,28 +269,6 @@ def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:
         return chosen["scores_digest"] == rows.digest
     is_within = selected.selection.row_ids.max(initial=-1) < rows.rows
     return is_within and all(chosen[n] == rows.manifest[n] for n in ("cache_digest", "split"))
-
-
-def _with_unique_names(sections: Sequence[Section]) -> list[Section]:
-    """The sections with a number behind the names of plots that repeat."""
-    names = [plot.name for section in sections for plot in section.plots]
-    number: collections.Counter[str] = collections.Counter()
-
-    def named(plot: Plot) -> Plot:
-        number[plot.name] += 1
-        suffix = f"_{number[plot.name]}" if names.count(plot.name) > 1 else ""
-        return dataclasses.replace(plot, name=plot.name + suffix)
-
-    return [
-        dataclasses.replace(section, plots=[named(plot) for plot in section.plots])
-        for section in sections
-    ]
-
-
-def _skipped(run: TrainRun) -> str:
-    number = run.skipped_lines
-    lines = "one line of its metrics was" if number == 1 else f"{number} lines of its metrics were"
-    return f"{lines} cut short and skipped."
 
 
 def _summary_sentences(material: Material) -> list[str]:

@@ -9,9 +9,8 @@ intervals say nothing about other teachers.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,24 +35,19 @@ _NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class ArmOverSeeds:
-    """An arm with its seeds, as summary.json holds it.
+    """An arm over its seeds, as summary.json holds it.
 
-    Attributes:
-      arm: Its name.
-      seeds: Of its runs, ascending.
-      final: At the end of each run: for each metric of QUALITY its level, and its difference to the
-        reference over the seeds that both have, which is None for the reference itself.
-      at_equal: The same by axis name, at the largest steps, train FLOPs and time that every run of
-        the group reached; without the axes that have no such value.
-      steps_to_reference: Steps at which it is as good as the reference at its end by
-        log-perplexity, over the reference's steps, of the seeds that get there.
-      seeds_that_got_there: How many do.
+    `final` is at the end of each run, `at_equal` by axis name at the largest steps, train FLOPs and
+    time that every run of the group reached. By metric of QUALITY both have the level, and the
+    difference to the reference over the seeds that both arms have; None for the reference itself.
+    `steps_to_reference` are the steps at which it is as good as the reference at its end by
+    log-perplexity, over the reference's steps, of the seeds that get there.
     """
 
     arm: str
     seeds: tuple[int, ...]
-    final: dict[str, dict[str, Any]]
-    at_equal: dict[str, dict[str, dict[str, Any]]]
+    final: dict[str, Any]
+    at_equal: dict[str, dict[str, Any]]
     steps_to_reference: Estimate
     seeds_that_got_there: int
 
@@ -100,48 +94,44 @@ def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[Ar
       runs: Of one group; unfinished ones are left out.
       reference: The arm to compare with; without it there are no differences.
     """
-    arms, common = by_arm(runs), common_values(runs)
-    base = arms.get(reference, {})
-
-    def compared(arm: str, read: Callable[[TrainRun], pd.Series | None]) -> dict[str, Any]:
-        own, others = (_by_seed(group, read) for group in (arms[arm], base))
-        levels = intervals(own).to_dict("index")
-        has_others = base and arm != reference
-        differences = intervals(own - others).to_dict("index") if has_others else {}
-        return {
-            metric: {"level": levels[metric], "difference": differences.get(metric)}
-            for metric in QUALITY
+    arms = by_arm(runs)
+    ends = {arm: {seed: run.final for seed, run in own.items()} for arm, own in arms.items()}
+    readings = {
+        axis.name: {
+            arm: {seed: read_at(run.evaluations, axis, value) for seed, run in own.items()}
+            for arm, own in arms.items()
         }
-
-    results = []
-    for arm, group in arms.items():
-        shares = _shares_of_steps(group, base)
-        results.append(
-            ArmOverSeeds(
-                arm=arm,
-                seeds=tuple(group),
-                final=compared(arm, lambda run: run.final),
-                at_equal={
-                    axis.name: compared(arm, functools.partial(_at, axis, value))
-                    for axis, value in common.items()
-                },
-                steps_to_reference=intervals(pd.DataFrame([shares])).to_dict("index")[0],
-                seeds_that_got_there=len(shares),
-            )
+        for axis, value in common_values(runs).items()
+    }
+    shares = {arm: _shares_of_steps(own, arms.get(reference, {})) for arm, own in arms.items()}
+    return tuple(
+        ArmOverSeeds(
+            arm=arm,
+            seeds=tuple(own),
+            final=_compared(ends, arm, reference),
+            at_equal={name: _compared(points, arm, reference) for name, points in readings.items()},
+            steps_to_reference=intervals(pd.DataFrame([shares[arm]])).to_dict("index")[0],
+            seeds_that_got_there=len(shares[arm]),
         )
-    return tuple(results)
+        for arm, own in arms.items()
+    )
 
 
-def _at(axis: Axis, value: float, run: TrainRun) -> pd.Series | None:
-    return read_at(run.evaluations, axis, value)
-
-
-def _by_seed(
-    group: Mapping[int, TrainRun], read: Callable[[TrainRun], pd.Series | None]
-) -> pd.DataFrame:
-    """QUALITY in the rows, seeds in the columns."""
-    points = {seed: read(run) for seed, run in group.items()}
-    return pd.DataFrame(points, index=[*QUALITY], dtype=float)
+def _compared(
+    points: Mapping[str, Mapping[int, pd.Series | None]], arm: str, reference: str
+) -> dict[str, Any]:
+    """The level and the difference of each metric, from what was measured by arm and seed."""
+    by_seed = {
+        one: pd.DataFrame(points[one], index=[*QUALITY], dtype=float)
+        for one in {arm, reference} & points.keys()
+    }
+    levels, differences = intervals(by_seed[arm]).to_dict("index"), {}
+    if arm != reference and reference in by_seed:
+        differences = intervals(by_seed[arm] - by_seed[reference]).to_dict("index")
+    return {
+        metric: {"level": levels[metric], "difference": differences.get(metric)}
+        for metric in QUALITY
+    }
 
 
 def _shares_of_steps(group: Mapping[int, TrainRun], base: Mapping[int, TrainRun]) -> list[float]:

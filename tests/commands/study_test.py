@@ -21,14 +21,14 @@ GIVEN = {"cache": "."}
 
 
 def test_inputs_are_made_in_order_from_what_is_there() -> None:
-    slm, scores = study._input_steps(ROOT, INPUTS, GIVEN)
+    slm, scores = study._commands(ROOT, {}, (), INPUTS, GIVEN, (0,))
     assert slm == study.Command(ROOT / "slm", "train", ("--cache=.",))
     assert scores == study.Command(ROOT / "scores", "score", ("--scorer=study/slm",))
 
 
 def test_arms_by_seed_with_their_own_flags_last() -> None:
     common = ("--cache={cache}", "--steps=9")
-    steps = list(study._runs(ROOT, ARMS, common, INPUTS, GIVEN, (0, 4)))
+    _, _, *steps = study._commands(ROOT, ARMS, common, INPUTS, GIVEN, (0, 4))
     assert [str(step.output) for step in steps] == [
         *("study/baseline/seed-0", "study/salt/seed-0"),
         *("study/baseline/seed-4", "study/salt/seed-4"),

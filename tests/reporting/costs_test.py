@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from salt_jax.reporting.comparison import FLOPS, SECONDS, charge_for_teachers, matched
+from salt_jax.reporting.comparison import FLOPS, SECONDS, charged_for_teacher, matched
 from salt_jax.reporting.costs import cost_tables
 from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, read_folder, read_folders
 from salt_jax.reporting.sections import compose
@@ -97,7 +97,7 @@ def test_scoring_is_charged_when_arms_are_matched(arms):
 
 def test_teachers_are_charged_when_asked(arms):
     plain = [arms[name] for name in ("baseline", "salt")]
-    baseline, salt = charge_for_teachers(plain)
+    baseline, salt = map(charged_for_teacher, plain)
     assert baseline is plain[0]
     made = arms["slm"].final
     for points in ("evaluations", "training", "final"):
@@ -146,14 +146,14 @@ def test_a_run_of_another_version_has_no_parts(tmp_path, folders):
     run = read_folder(path)
     row = cost_tables([run], charged=False)[0].rows[0]
     assert row == ("old", NOTHING, NOTHING, NOTHING, "1.000 × 10¹⁰", NOTHING)
-    assert charge_for_teachers([run]) == (run,)
+    assert charged_for_teacher(run) is run
 
 
 def test_a_teacher_whose_cost_is_not_known_is_named_and_not_charged(tmp_path, folders):
     teacher = {"path": "pythia", "step": 0, "digest": "e" * 64, "training_cost": None}
     path = folders.arm(tmp_path / "salt", "salt", floor=3.7, distill_steps=10, teacher=teacher)
     run = read_folder(path)
-    assert charge_for_teachers([run]) == (run,)
+    assert charged_for_teacher(run) is run
     table, _, _ = cost_tables([run], charged=True)
     assert set(cells(table, "teacher: pythia at step 0").values()) >= {NOTHING}
     assert "not known, and not charged" in table.note

@@ -153,10 +153,10 @@ def test_an_audit_without_scores_has_a_table_and_texts_alone(capsys):
 def test_selections_by_several_scores_are_each_drawn_over_their_own(tmp_path, audited, folders):
     scores, chosen = audited
     zero = folders.selection(tmp_path / "zero", scores, rows=50, unlearnable="zero")
-    captions = [plot.caption for plot in compose(read_folders([scores.path, chosen.path])).plots]
-    assert len(captions) == 1
+    (plot,) = compose(read_folders([scores.path, chosen.path])).plots.values()
+    assert "selected: 100 rows" in plot.caption
     both = [scores.path, chosen.path, zero.path]
-    captions = [plot.caption for plot in compose(read_folders(both)).plots]
+    captions = [plot.caption for plot in compose(read_folders(both)).plots.values()]
     assert "median_drop_k10" in captions[0]
     assert "selected: 100 rows" in captions[0]
     assert "median_zero_k10" in captions[1]
