@@ -1,28 +1,10 @@
-"""The tables of what runs cost, and the sentences that say what of it is charged."""
+"""The tables of what runs cost, by what it was spent on."""
 
 from collections.abc import Sequence
 
 from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, TrainRun
 from salt_jax.reporting.tables import format_count, format_power, format_seconds, or_none, table
 from salt_jax.terminal import Table
-
-CHARGED = (
-    "What is charged to an arm, and made equal where arms are compared at equal FLOPs or equal "
-    "time: the student's passes, in stage 1 the teacher's forward pass, and, where rows were "
-    "chosen by score, the scoring of every row. FLOPs are model FLOPs: what rematerialisation does "
-    "twice counts once.",
-    "What is not charged: evaluation, and compiling and checkpoints in time.",
-)
-TEACHERS_NOT_CHARGED = (
-    "Training the teacher is not charged either, since one small model serves many runs; it has a "
-    "line of its own where its cost is known. `salt report --charge_teacher_training=True` charges "
-    "it to every arm that has a teacher."
-)
-TEACHERS_CHARGED = (
-    "Training the teacher is charged, whole, to every arm that has one, from its first step on "
-    "(charge_teacher_training)."
-)
-
 
 # The columns of each table: what they show of `TrainRun.costs`, and their heads.
 _SPENT_BEFORE = ("scoring", "making the teacher")

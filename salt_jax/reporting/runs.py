@@ -120,7 +120,7 @@ class TrainRun:
     def seed(self) -> int | None:
         return self.facts.get("seed")
 
-    @property
+    @functools.cached_property
     def points(self) -> pd.DataFrame:
         """All measurements, of training and of evaluations, steps ascending."""
         return pd.concat([self.training, self.evaluations]).sort_values("step", kind="stable")

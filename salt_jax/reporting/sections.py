@@ -14,8 +14,6 @@ from salt_jax.errors import InputError, nearest
 from salt_jax.reporting import costs, plots, seeds, selection_audit, stability, tables
 from salt_jax.reporting.comparison import (
     AXES,
-    FLOPS,
-    SECONDS,
     Axis,
     Matched,
     charged_for_teacher,
@@ -35,25 +33,17 @@ from salt_jax.reporting.runs import (
 )
 from salt_jax.terminal import Table
 
-# {teachers} is what is added when the arms are charged for training their teachers.
-_CHARGED = {
-    FLOPS: (
-        "Train FLOPs are the sum of the student's passes, the teacher's forward pass in stage 1, "
-        "and the scoring that a run's selection needed{teachers}. Evaluation is not in them."
-    ),
-    SECONDS: (
-        "Training time is the sum of the steps of both stages and the scoring that a run's "
-        "selection needed{teachers}. Evaluation, compiling and checkpoints are not in it."
-    ),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: its text, tables, plots, and rows to be read (`audit_excerpts`)."""
+    """A part of the page: its text, then its tables, its plots, and rows to be read.
+
+    `kind` is the name of its text in page.html, and `facts` are what that text is made of.
+    """
 
     title: str
-    text: Sequence[str] = ()
+    kind: str = ""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
     excerpts: Mapping[str, Sequence[tuple[str, str]]] = dataclasses.field(default_factory=dict)
@@ -64,16 +54,22 @@ class Report:
     """Everything that a page shows but its title, and the numbers behind it.
 
     Attributes:
-      summary_sentences: What is compared, and what may be concluded.
+      material: What it was made from.
       sections: In reading order.
       looks: How each run is drawn, by label.
       numbers: For summary.json.
     """
 
-    summary_sentences: Sequence[str]
+    material: Material
     sections: Sequence[Section]
     looks: Mapping[str, Style]
     numbers: Mapping[str, Any]
+
+    @property
+    def seeds_per_arm(self) -> list[int]:
+        """Of each arm of each model size, ascending."""
+        arms = collections.Counter((run.arm, run.parameters) for run in self.material.runs)
+        return sorted(arms.values())
 
     @property
     def plots(self) -> dict[str, Plot]:
@@ -127,13 +123,7 @@ def compose(
     ]
     sections: list[Section] = []
     if runs:
-        skipped = [
-            f"{run.label}: metrics.jsonl has {run.skipped_lines:,} malformed "
-            f"line{'s' * (run.skipped_lines > 1)}, skipped."
-            for run in runs
-            if run.skipped_lines
-        ]
-        sections.append(Section("Results", skipped, [tables.final_table(runs)]))
+        sections.append(Section("Results", "results", tables=[tables.final_table(runs)]))
     for group, found, estimates in zip(compared, matches, over_seeds, strict=True):
         size = group[0].parameters
         of_size = f" ({size:,} parameters)" if len(compared) > 1 and size else ""
@@ -160,7 +150,7 @@ def compose(
                 )
             )
     return Report(
-        summary_sentences=_summary_sentences(material),
+        material=material,
         sections=sections,
         looks=looks,
         numbers={
@@ -208,7 +198,8 @@ def _curve_sections(
     for axis in AXES if any(len(run.evaluations) for run in group) else ():
         yield Section(
             f"Against {axis.title}{of_size}",
-            _charged_sentences(axis, group),
+            axis.name,
+            {"charged": any(run.costs[FLOPS_PARTS[-1]] for run in group)},
             [at_equal[axis]] if axis in at_equal else [],
             [plots.evaluation_plot(arms, others, looks, axis, metric) for metric in plots.METRICS],
         )
@@ -216,24 +207,14 @@ def _curve_sections(
         yield Section(f"Training loss{of_size}", plots=[plots.training_plot(group, looks)])
 
 
-def _charged_sentences(axis: Axis, runs: Sequence[TrainRun]) -> list[str]:
-    """What the costs on an axis consist of."""
-    charged = any(run.costs[FLOPS_PARTS[-1]] for run in runs)
-    teachers = ", and the training of its teacher" if charged else ""
-    return [_CHARGED[axis].format(teachers=teachers)] if axis in _CHARGED else []
-
-
 def _run_sections(runs: Sequence[TrainRun], charged: bool) -> Iterator[Section]:
     """What the runs cost, how steady they were, and their results by subset."""
-    teachers = costs.TEACHERS_CHARGED if charged else costs.TEACHERS_NOT_CHARGED
-    yield Section(
-        "What the runs cost", [*costs.CHARGED, teachers], costs.cost_tables(runs, charged)
-    )
+    by_part = costs.cost_tables(runs, charged)
+    yield Section("What the runs cost", "costs", {"charged": charged}, by_part)
     spikes = stability.spikes_table(runs)
     steadiness = [table for table in (stability.switch_table(runs), spikes) if table]
     if steadiness:
-        text = () if spikes else ["No run's training loss has a spike."]
-        yield Section("Stability", text, steadiness)
+        yield Section("Stability", "stability", {"spikes": spikes}, steadiness)
     if by_subset := tables.subset_table(runs):
         yield Section("Results by subset", tables=[by_subset])
 
@@ -256,10 +237,9 @@ def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[Selection
                 scored = dataclasses.replace(scored, score=score)
             images.append(plots.score_plot(scored, [*same, *at_random]))
     missing = [one.name for one in selections if one not in placed]
-    text = f"The scores that these selections were made from were not given: {', '.join(missing)}."
     shown = [tables.scores_table(scores)] if scores else []
     shown += [tables.selections_table(selections)] if selections else []
-    return Section("Scores of rows", [text] if missing else [], shown, images)
+    return Section("Scores of rows", "scores", {"missing": missing}, shown, images)
 
 
 def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:
@@ -269,41 +249,6 @@ def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:
         return chosen["scores_digest"] == rows.digest
     is_within = selected.selection.row_ids.max(initial=-1) < rows.rows
     return is_within and all(chosen[n] == rows.manifest[n] for n in ("cache_digest", "split"))
-
-
-def _summary_sentences(material: Material) -> list[str]:
-    counts = {
-        "training run": len(material.runs),
-        "score folder": len(material.scores),
-        "selection": len(material.selections),
-    }
-    named = [f"{number} {noun}{'s' * (number > 1)}" for noun, number in counts.items() if number]
-    sentences = [f"Made from {', '.join(named)}."]
-    if material.runs:
-        sentences += [
-            "Log-perplexity is the mean next-token loss on held-out text, in nats per token (lower "
-            "is better); next-token accuracy is how often the most likely token is the true one.",
-            seeds_sentence(material.runs),
-        ]
-    return sentences
-
-
-def seeds_sentence(runs: Sequence[TrainRun]) -> str:
-    """What the number of seeds lets a reader conclude, in one or two sentences."""
-    counts = collections.Counter((run.arm, run.parameters) for run in runs).values()
-    if max(counts) == 1:
-        seeds = sorted({str(run.seed) for run in runs if run.seed is not None})
-        named = f" (seed {', '.join(seeds)})" if seeds else ""
-        return (
-            f"This is one seed per arm{named}: differences between arms may be chance, and this "
-            "page says nothing about which arm is better: that takes several seeds per arm."
-        )
-    least, most = min(counts), max(counts)
-    count = str(most) if least == most else f"{least} to {most}"
-    return (
-        f"Each arm was run with {count} seeds, which vary the initialisation and the order of rows "
-        "and not the teacher or the selection: arms are shown as means with 95% intervals."
-    )
 
 
 def _numbers(material: Material, matches: Sequence[Matched]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from salt_jax.reporting.comparison import (
     read_at,
 )
 from salt_jax.reporting.runs import EVALUATION, TRAINING, Origin, TrainRun
-from salt_jax.reporting.sections import seeds_sentence
 
 
 def frame(rows, names, columns):
@@ -117,13 +116,3 @@ def test_groups_hold_models_of_one_size_on_one_cache():
     elsewhere = run("c", parameters=5, cache_digest="other")
     groups = comparable_groups([small, arms[0], elsewhere, arms[1]])
     assert [[one.label for one in group] for group in groups] == [["a", "b"], ["c"], ["slm"]]
-
-
-def test_one_seed_is_said_to_be_one_seed():
-    slm = run("slm", arm="baseline", parameters=1, seed=0)
-    arms = [run(arm, arm=arm, parameters=5, seed=0) for arm in ("baseline", "salt")]
-    sentence = seeds_sentence([slm, *arms])
-    assert "one seed per arm (seed 0)" in sentence
-    assert "nothing about which arm is better" in sentence
-    again = run("again", arm="salt", parameters=5, seed=1)
-    assert "Each arm was run with 1 to 2 seeds" in seeds_sentence([*arms, again])

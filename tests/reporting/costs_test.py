@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from salt_jax.reporting import page
 from salt_jax.reporting.comparison import FLOPS, SECONDS, charged_for_teacher, matched
 from salt_jax.reporting.costs import cost_tables
 from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, read_folder, read_folders
@@ -115,17 +116,17 @@ def test_teachers_are_charged_when_asked(arms):
 
 def test_the_page_says_which_flops_are_equal(tmp_path, folders):
     material = read_folders(folders.experiment(tmp_path))
-    by_title = {section.title: section for section in compose(material).sections}
-    text = " ".join(by_title["Against train FLOPs"].text)
-    for part in ("student's passes", "teacher's forward pass", "scoring", "Evaluation is not"):
-        assert part in text
-    assert "training of its teacher" not in text
-    costs = " ".join(by_title["What the runs cost"].text)
-    assert "Training the teacher is not charged" in costs
-    charged = {one.title: one for one in compose(material, charge_teacher_training=True).sections}
-    assert "training of its teacher" in " ".join(charged["Against train FLOPs"].text)
-    assert "Training the teacher is charged" in " ".join(charged["What the runs cost"].text)
-    (match,) = charged["Against train FLOPs"].tables
+    text = page.render("Runs", compose(material), [], "now")
+    assert (
+        "Train FLOPs are the sum of the student's passes, the teacher's forward pass in stage 1, "
+        "and the scoring that a run's selection needed. Evaluation is not in them."
+    ) in text
+    assert "Training the teacher is not charged" in text
+    report = compose(material, charge_teacher_training=True)
+    text = page.render("Runs", report, [], "now")
+    assert "a run's selection needed, and the training of its teacher. Evaluation is" in text
+    assert "Training the teacher is charged" in text
+    (match,) = next(one.tables for one in report.sections if one.title == "Against train FLOPs")
     assert "student + teacher + scoring + making the teacher (%)" in match.columns
 
 

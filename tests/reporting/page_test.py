@@ -51,6 +51,16 @@ def test_the_page_shows_every_part(tmp_path, folders):
     assert not re.search(r"\b(best|better than|beats|wins|outperforms)\b", text)
 
 
+def test_one_seed_is_said_to_be_one_seed(tmp_path, folders):
+    slm = folders.arm(tmp_path / "slm", "baseline", floor=3.9, parameters=1000)
+    paths = [folders.arm(tmp_path / arm, arm, floor=3.7) for arm in ("baseline", "salt")]
+    text = rendered([slm, *paths])
+    assert "one seed per arm (seed 0)" in text
+    assert "nothing about which arm is better" in text
+    again = folders.arm(tmp_path / "again", "salt", floor=3.7, seed=1)
+    assert "Each arm was run with 1 to 2 seeds" in rendered([*paths, again])
+
+
 def test_runs_of_another_size_are_not_in_the_matched_tables(tmp_path, folders):
     report = compose(read_folders(folders.experiment(tmp_path)))
     matched = [table for table in report.tables if table.title.startswith("At equal")]
@@ -92,8 +102,7 @@ def test_a_selection_is_drawn_in_its_own_scores_only(tmp_path, folders):
     captions = [plot.caption for plot in compose(read_folders(both)).plots.values()]
     assert "selected: 100 rows" in captions[0]
     assert "no selection was given" in captions[1]
-    strangers = compose(read_folders(both[1:]))
-    assert "were not given: selected" in strangers.sections[-1].text[0]
+    assert "were not given: selected" in rendered(both[1:])
 
 
 def test_every_text_is_escaped(tmp_path, folders):
