@@ -1,10 +1,10 @@
-"""Attention that keeps no [L, L] scores: cuDNN's on NVIDIA GPUs, Splash (Pallas) on TPUs.
+"""Flash attention, which never stores [L, L] scores: cuDNN's on NVIDIA GPUs, Splash on TPUs.
 
-attention.attention's arrays in and out, and its values but for rounding. `cudnn_obstacle` and
-`splash_obstacle` say what a kernel can't do: a reason, or None.
+Both take the arrays of attention.attention and agree with the reference to rounding.
+`cudnn_obstacle` and `splash_obstacle` give the reason why a kernel can't be used, or None.
 
-XLA cannot partition a Pallas kernel. Under a mesh, jax.shard_map therefore gives each device its
-own rows and heads, by the rules of the logical axes "batch" and "activation_heads".
+XLA cannot partition a Pallas kernel such as Splash. Under a mesh, jax.shard_map therefore gives
+each device its own rows and heads, by the rules of the logical axes "batch" and "activation_heads".
 """
 
 import math
@@ -20,14 +20,14 @@ from jax.sharding import PartitionSpec
 
 from salt_jax.models.reference_attention import OUTPUT_NAME, causal_segment_mask
 
-_LANES = 128  # numbers that lie side by side in a TPU's vector register
+_LANES = 128  # the width of a TPU's vector register
 _LARGEST_BLOCK = 640  # its float32 scores are 1.6 MB of 16 MB of vector memory
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def cudnn_obstacle(platform: str, length: int, width: int, dtype: Any) -> str | None:
-    """Why cuDNN can't attend over rows of `length` with heads of `width`, if it can't."""
+    """Why cuDNN's kernel can't be used for rows of `length` and heads of `width`, or None."""
     if platform not in ("gpu", "cuda"):
         return f"cuDNN needs an NVIDIA GPU and this program is for {platform}"
     if not _is_ampere_or_later():
@@ -49,8 +49,8 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's flash attention.
 
-    The segments go in as an additive mask [B, 1, L, L] beside cuDNN's own causal one. Its packed
-    layout would do without the mask, but wants a fixed bound on the segments of a row.
+    The segments are an additive mask [B, 1, L, L] beside cuDNN's own causal one. Its packed layout
+    needs no such mask, but a fixed bound on the segments of a row.
     """
 
     def kernel(query: Any, key: Any, value: Any, segment_ids: Any) -> jax.Array:
@@ -64,11 +64,10 @@ def cudnn_attention(
 
 
 def splash_obstacle(platform: str, length: int, width: int, dtype: Any) -> str | None:
-    """Why Splash can't attend over rows of `length` with heads of `width`, if it can't."""
+    """Why Splash can't be used for rows of `length`, or None; it takes heads of any `width`."""
+    del width, dtype
     if platform != "tpu":
         return f"Splash attention needs a TPU and this program is for {platform}"
-    if width % _LANES:
-        return f"heads of {width} are not a multiple of {_LANES}"
     if length % _LANES:
         return f"rows of {length} tokens are not a multiple of {_LANES}"
     return None
@@ -82,14 +81,10 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Splash attention: blocks ahead of the diagonal are never computed.
+    """Splash attention, a Pallas kernel that skips the blocks above the diagonal.
 
-    Args:
-        query_BxLxHxK: see attention.attention; so are the next three.
-        key_BxLxGxK: see there.
-        value_BxLxGxK: see there.
-        segment_ids_BxL: see there.
-        interpret: run the kernel's steps as plain operations, on any device and slowly.
+    The arrays are those of attention.attention. With `interpret` the kernel's steps run as plain
+    operations, slowly and on any device.
     """
     length, width = query_BxLxHxK.shape[1], query_BxLxHxK.shape[3]
     block = splash_block(length)
@@ -115,7 +110,7 @@ def splash_attention(
 
 
 def splash_block(length: int) -> int:
-    """Queries, and keys, in a block of Splash's: the largest that divides a row of `length`."""
+    """The size of a block of queries or keys: the largest allowed that divides `length`."""
     sizes = range(_LANES, _LARGEST_BLOCK + 1, _LANES)
     return max(size for size in sizes if length % size == 0)
 
@@ -123,16 +118,16 @@ def splash_block(length: int) -> int:
 def _over_mesh(
     kernel: Kernel, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
-    """Runs a kernel on each device of the mesh in context with its own rows and heads.
+    """Runs a kernel on each device of the mesh in context, on the device's own rows and heads.
 
-    Rows or heads that the devices don't divide are computed whole on each of them.
+    Rows or heads that can't be split evenly are computed on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(query, key, value, segment_ids)
     rows, _ = _shards("batch", query.shape[0], mesh)
     heads, head_shards = _shards("activation_heads", query.shape[2], mesh)
-    # Each device needs whole groups: one that several devices share is given to each of them.
+    # Each device needs whole groups: one that several devices share is repeated for each of them.
     copies = math.lcm(key.shape[2], head_shards) // key.shape[2]
     if copies > 1:
         key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
@@ -147,7 +142,7 @@ def _over_mesh(
 
 
 def _shards(logical_axis: str, size: int, mesh: Any) -> tuple[Any, int]:
-    """The mesh axes of a logical one, and how many devices lie along them; none if uneven."""
+    """The mesh axes of a logical axis and their number of devices; (None, 1) if it is uneven."""
     spec = nn.logical_to_mesh_axes((logical_axis,))
     axes = spec[0] if spec else None
     names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
@@ -156,9 +151,9 @@ def _shards(logical_axis: str, size: int, mesh: Any) -> tuple[Any, int]:
 
 
 def _is_ampere_or_later() -> bool:
-    """Whether this process's GPUs run cuDNN's flash attention; True if it has none to ask."""
+    """Whether this process's GPUs run cuDNN's flash attention; True if it has no GPU."""
     if jax.default_backend() != "gpu":
         return True
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    major = capability.partition(".")[0]  # AMD's are such as "gfx90a"
+    major = capability.partition(".")[0]  # AMD's look like "gfx90a"
     return major.isdecimal() and int(major) >= 8
