@@ -1,14 +1,13 @@
-"""A compiled program in; the largest arrays that it makes on the way, out: what to look at first
-where memory is short.
+"""The largest arrays that a compiled program makes: what to look at first where memory is short.
 
-Which of them live at the same time is the compiler's affair; the text doesn't say.
+Which of them live at the same time is up to the compiler; the text doesn't say.
 """
 
 from typing import NamedTuple
 
 from salt_jax.planning import hlo
 
-# Names for what another instruction made, or made in place.
+# They make no array of their own.
 _NAMES = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "opt-barrier", "dynamic-update-slice", "custom-call-done"),
@@ -22,7 +21,7 @@ class Buffer(NamedTuple):
       dtype: XLA's name for it.
       dims: Sizes on one device.
       bytes: Its size, without what a layout pads.
-      op_name: The JAX function that it came from; empty where XLA does not say.
+      op_name: The JAX function that it came from; empty where XLA doesn't say.
     """
 
     dtype: str
@@ -32,12 +31,7 @@ class Buffer(NamedTuple):
 
 
 def largest(module: hlo.Module, count: int) -> list[Buffer]:
-    """The largest arrays, one of each shape and dtype, the largest first.
-
-    Args:
-      module: The program.
-      count: At most so many.
-    """
+    """The `count` largest arrays, one of each shape and dtype, the largest first."""
     found: dict[tuple[str, tuple[int, ...]], Buffer] = {}
     for execution in hlo.executions(module):
         instruction = execution.instruction

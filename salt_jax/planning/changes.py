@@ -1,6 +1,6 @@
-"""A run that does not fit in; the settings that make it fit, tried by compiling, out.
+"""Settings that make a run fit, or use memory that it leaves idle, found by compiling with them.
 
-Tried in this order for a stage that does not fit, each alone and then all together, until it does:
+For a stage that does not fit, tried in this order, each alone and then all together, until it does:
 
     microbatches            twice as many, and again, while the batch can be split so; gradients are
                             the same, matrix products get smaller
@@ -11,106 +11,138 @@ Tried in this order for a stage that does not fit, each alone and then all toget
 
 Microbatches are a stage's own; the others hold for the run, so what one stage takes of them the
 other is compiled with too.
+
+For a run that fits, the reverse of the first three: what keeps more and is faster by the estimate.
+A change is compiled only if the memory that it adds, as far as it can be predicted, is there.
 """
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from salt_jax.planning.compile import CompiledStage, Job, TooLarge, largest_microbatches
+import jax
+
+from salt_jax.planning.compile import Job, loss_bytes
+from salt_jax.planning.stage_plan import StagePlan
 from salt_jax.planning.topologies import GIB, Topology
 from salt_jax.training import partitioning
 
-Compile = Callable[[Job, Topology, int], CompiledStage | TooLarge]
+Plan = Callable[[Job, Topology, int], StagePlan]
+Tried = Callable[["Change", StagePlan], None]
+
 _LEAST_CHUNK = 64
-# From what keeps most to what keeps least (models/remat.py).
+_LEAST_GAIN = 0.01  # of a run's time, to be worth a change
+# The policies of models/remat.py from what keeps most to what keeps least.
 _REMAT = ("none", "minimal", "attention", "attention_output", "full")
+# What the backward pass keeps of each token and block: D, H·K, G·K and F (a gated MLP's twice).
+_KEPT = {"minimal": (2, 2, 2, 1), "attention": (2, 2, 2, 0), "attention_output": (1, 1, 0, 0)}
+
+# What each setting is in TrainConfig.
+_MICROBATCHES, _STAGE1 = "config.Devices.microbatches", "config.Devices.stage1_microbatches"
+_CHUNK, _POLICY = "losses.LossConfig.chunk_tokens", "decoder.DecoderConfig.remat"
+_PATHS: Mapping[str, tuple[str, ...]] = {
+    _MICROBATCHES: ("devices", "microbatches"),
+    _STAGE1: ("devices", "stage1_microbatches"),
+    _CHUNK: ("method", "loss", "chunk_tokens"),
+    _POLICY: ("model", "remat"),
+    **{
+        f"partitioning.MeshConfig.{axis}": ("devices", "mesh", axis)
+        for axis in partitioning.MESH_AXES
+    },
+}
 
 
 class Change(NamedTuple):
-    """Settings to change and what comes of it.
-
-    Attributes:
-      settings: New values by the settings' names.
-      job: The job with them.
-    """
+    """New values of settings, by name, and the job with them."""
 
     settings: Mapping[str, Any]
     job: Job
 
     @property
     def flags(self) -> str:
-        """The settings as flags of `salt train`."""
-        own = "config.Devices."
-        return shlex.join(
-            f"--{name.removeprefix(own) if name.startswith(own) else f'gin.{name}'}={value!r}"
-            for name, value in self.settings.items()
-        )
+        """The settings as flags of `salt train`, as a shell takes them."""
+        flags = (f"--gin.{name}={value!r}" for name, value in self.settings.items())
+        short = (flag.replace("--gin.config.Devices.", "--") for flag in flags)
+        return " ".join(f'"{flag}"' if "'" in flag else flag for flag in short)
+
+    def of(self, settings: Mapping[str, Any]) -> "Change":
+        """This change and more settings."""
+        values = {_PATHS[name]: value for name, value in settings.items()}
+        job = dataclasses.replace(self.job, config=_replaced(self.job.config, values))
+        return Change({**self.settings, **settings}, job)
 
 
-class Fit(NamedTuple):
-    """A change with which every stage fits.
-
-    Attributes:
-      change: What to change.
-      stages: The stages with it, by number.
-    """
+class Found(NamedTuple):
+    """A change with which every stage fits, and the stages with it by number."""
 
     change: Change
-    stages: Mapping[int, CompiledStage | TooLarge]
+    stages: Mapping[int, StagePlan]
 
 
-def fits(compiled: CompiledStage | TooLarge, topology: Topology) -> bool | None:
-    """Whether a stage compiled and its peak is within the device's memory; None: not known."""
-    if isinstance(compiled, TooLarge):
-        return False
-    limit = topology.chip.hbm_gib
-    return None if limit is None else compiled.memory.peak <= limit * GIB
-
-
-def find_change(
-    job: Job,
-    topology: Topology,
-    stages: Mapping[int, CompiledStage | TooLarge],
-    compile_stage: Compile,
-    tried: Callable[[int, Change, CompiledStage | TooLarge], None],
-) -> Fit | None:
-    """The first settings with which all stages fit, None where none of those tried do.
+def find_fit(stages: Mapping[int, StagePlan], plan_stage: Plan, tried: Tried) -> Found | None:
+    """The first change tried with which all stages fit, None if there is none.
 
     Args:
-      job: What does not fit.
-      topology: The devices.
-      stages: Its stages by number, as they compiled.
-      compile_stage: What compiles a stage.
-      tried: Told of every attempt: the stage, the change, what came of it.
+      stages: The stages of a run on a topology, by number; some don't fit.
+      plan_stage: Compiles a stage and measures it.
+      tried: Is told of every attempt.
     """
-    change, compiled = Change({}, job), dict(stages)
-    while failing := [stage for stage in compiled if fits(compiled[stage], topology) is False]:
+    change, planned = Change({}, stages[2].job), dict(stages)
+    topology = stages[2].topology
+    while failing := [stage for stage in planned if planned[stage].fits is False]:
         stage = failing[0]
         for candidate in candidates(change, topology, stage):
-            outcome = compile_stage(candidate.job, topology, stage)
-            tried(stage, candidate, outcome)
-            if fits(outcome, topology):
+            outcome = plan_stage(candidate.job, topology, stage)
+            tried(candidate, outcome)
+            if outcome.fits:
                 break
         else:
             return None
-        for other in compiled.keys() - {stage}:
+        for other in planned.keys() - {stage}:
             if _shared(candidate) != _shared(change):
-                compiled[other] = compile_stage(candidate.job, topology, other)
-        change, compiled[stage] = candidate, outcome
-    return Fit(change, compiled)
+                planned[other] = plan_stage(candidate.job, topology, other)
+        change, planned[stage] = candidate, outcome
+    return Found(change, planned)
+
+
+def find_faster(stages: Mapping[int, StagePlan], plan_stage: Plan, tried: Tried) -> Found | None:
+    """Settings that use idle memory and make the run faster by its estimate, None if none do.
+
+    Args:
+      stages: The stages of a run on a topology, by number; all fit.
+      plan_stage: Compiles a stage and measures it.
+      tried: Is told of every attempt.
+    """
+    found = Found(Change({}, stages[2].job), stages)
+    for options, helps in (
+        (_weaker_remat, {"compute", "memory"}),
+        (_fewer_microbatches, {"memory", "overlapped", "waited"}),
+        (_larger_chunks, {"memory"}),
+    ):
+        for candidate in options(found.change, stages[2].topology):
+            if not helps & _limits(found.stages) or not _can_fit(candidate.job, found.stages):
+                continue
+            planned: dict[int, StagePlan] = {}
+            for stage in sorted(stages, key=lambda stage: -_steps(candidate.job, stage)):
+                planned[stage] = plan_stage(candidate.job, stages[2].topology, stage)
+                tried(candidate, planned[stage])
+                if not planned[stage].fits:
+                    break
+            else:
+                if _seconds(planned) < (1 - _LEAST_GAIN) * _seconds(found.stages):
+                    found = Found(candidate, planned)
+                break  # the others of this kind keep less, and gain less
+    return found if found.change.settings else None
 
 
 def candidates(start: Change, topology: Topology, stage: int) -> Iterator[Change]:
-    """The changes to try for a stage, 1 or 2, on top of those already made, in order."""
-    kinds = (_microbatches, _chunks, _remat, _mesh)
+    """The changes to try for a stage that does not fit, on top of those already made, in order."""
+    kinds = (_more_microbatches, _smaller_chunks, _stronger_remat, _all_along_fsdp)
     for options in kinds:
         yield from options(start, topology, stage)
     together, combined = start, 0
     for options in kinds:
-        stronger = list(options(together, topology, stage))
-        if stronger:
+        if stronger := list(options(together, topology, stage)):
             together, combined = stronger[-1], combined + 1
             if combined > 1:
                 yield together
@@ -121,72 +153,134 @@ def _shared(change: Change) -> dict[str, Any]:
     return {name: v for name, v in change.settings.items() if not name.endswith("microbatches")}
 
 
-def _microbatches(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
+def _more_microbatches(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
     job = change.job
-    most = largest_microbatches(job, topology)
+    most = job.config.data.batch_size // partitioning.batch_divisor(job.mesh(topology))
     parts = 2 * job.microbatches_of(stage)
     while parts <= most:
-        if most % parts == 0:
-            fields = {"stage1_microbatches" if stage == 1 else "microbatches": parts}
-            if stage == 2 and job.has_stage1:
-                # Not set, it would follow.
-                fields = {"stage1_microbatches": job.stage1_microbatches, **fields}
-            settings = {f"config.Devices.{name}": value for name, value in fields.items()}
-            split: Job = dataclasses.replace(job, **cast(Any, fields))
-            yield Change({**change.settings, **settings}, split)
+        if most % parts == 0 and stage == 1:
+            yield change.of({_STAGE1: parts})
+        elif most % parts == 0:
+            # Stage 1's would follow if they were not set.
+            own = {_STAGE1: job.microbatches_of(1)} if 1 in job.stages else {}
+            yield change.of({**own, _MICROBATCHES: parts})
         parts *= 2
 
 
-def _chunks(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
+def _smaller_chunks(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
     del topology, stage
-    loss = change.job.loss
     for divisor in (2, 4, 8):
-        tokens = loss.chunk_tokens // divisor
+        tokens = change.job.config.method.loss.chunk_tokens // divisor
         if tokens >= _LEAST_CHUNK:
-            smaller = dataclasses.replace(loss, chunk_tokens=tokens)
-            yield _changed(change, "losses.LossConfig.chunk_tokens", tokens, loss=smaller)
+            yield change.of({_CHUNK: tokens})
 
 
-def _remat(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
+def _stronger_remat(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
     del topology, stage
-    model = change.job.model
-    if model.remat not in _REMAT:
-        stronger: tuple[str, ...] = _REMAT[-1:]
-    else:
-        stronger = _REMAT[_REMAT.index(model.remat) + 1 :]
-    for remat in stronger:
-        recomputing = dataclasses.replace(model, remat=remat)
-        yield _changed(change, "decoder.DecoderConfig.remat", remat, model=recomputing)
+    remat = change.job.student.remat
+    stronger = _REMAT[_REMAT.index(remat) + 1 :] if remat in _REMAT else _REMAT[-1:]
+    yield from (change.of({_POLICY: policy}) for policy in stronger)
 
 
-def _mesh(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
+def _all_along_fsdp(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
     del stage  # the mesh is both stages', and so must be their batches
-    slices = topology.slices
-    mesh = partitioning.MeshConfig(slice=slices, data=1, fsdp=-1, tensor=1)
-    before = change.job.mesh.make(topology.devices).shape
-    if dict(before) == dict(mesh.make(topology.devices).shape):
-        return
-    job = dataclasses.replace(change.job, mesh=mesh)
-    rows, rest = divmod(job.batch_size, partitioning.batch_divisor(mesh.make(topology.devices)))
-    if rest:
+    job = change.job
+    mesh = partitioning.MeshConfig(slice=topology.slices, data=1, fsdp=-1, tensor=1)
+    made = mesh.make(topology.devices)
+    rows, rest = divmod(job.config.data.batch_size, partitioning.batch_divisor(made))
+    if rest or dict(job.mesh(topology).shape) == dict(made.shape):
         return
     names = zip(partitioning.MESH_AXES, mesh.sizes(), strict=True)
     settings: dict[str, Any] = {f"partitioning.MeshConfig.{axis}": size for axis, size in names}
-    parts = {
-        "stage1_microbatches": _most_parts(rows, job.stage1_microbatches),
-        "microbatches": _most_parts(rows, job.microbatches),
+    parts = {stage: job.microbatches_of(stage) for stage in (1, 2)}
+    # The most equal parts of a device's rows, at most as many as now.
+    equal = {
+        stage: max(p for p in range(1, now + 1) if rows % p == 0) for stage, now in parts.items()
     }
-    if parts != {name: getattr(job, name) for name in parts}:
-        job = dataclasses.replace(job, **cast(Any, parts))
-        settings |= {f"config.Devices.{name}": value for name, value in parts.items()}
-    yield Change({**change.settings, **settings}, job)
+    if equal != parts:
+        settings |= {_STAGE1: equal[1], _MICROBATCHES: equal[2]}
+    yield change.of(settings)
 
 
-def _most_parts(rows: int, parts: int) -> int:
-    """The most equal parts, at most `parts`, of a device's rows."""
-    return next(most for most in range(parts, 0, -1) if rows % most == 0)
+def _weaker_remat(change: Change, topology: Topology) -> Iterator[Change]:
+    del topology
+    remat = change.job.student.remat
+    weaker = _REMAT[1 : _REMAT.index(remat)] if remat in _REMAT else ()
+    yield from (change.of({_POLICY: policy}) for policy in weaker)
 
 
-def _changed(change: Change, name: str, value: Any, **fields: Any) -> Change:
-    job = dataclasses.replace(change.job, **fields)
-    return Change({**change.settings, name: value}, job)
+def _fewer_microbatches(change: Change, topology: Topology) -> Iterator[Change]:
+    del topology
+    parts = {stage: change.job.microbatches_of(stage) for stage in change.job.stages}
+    for most in range(1, max(parts.values())):
+        if all(now % most == 0 or now < most for now in parts.values()):
+            fewer = {stage: min(now, most) for stage, now in parts.items()}
+            own = {_STAGE1: fewer[1]} if 1 in fewer else {}
+            yield change.of({**own, _MICROBATCHES: fewer[2]})
+
+
+def _larger_chunks(change: Change, topology: Topology) -> Iterator[Change]:
+    job = change.job
+    parts = max(job.microbatches_of(stage) for stage in job.stages)
+    most = job.tokens // (partitioning.batch_divisor(job.mesh(topology)) * parts)
+    for factor in (8, 4, 2):
+        tokens = factor * job.config.method.loss.chunk_tokens
+        if tokens <= most:
+            yield change.of({_CHUNK: tokens})
+
+
+def _limits(stages: Mapping[int, StagePlan]) -> set[str]:
+    """The parts of the roofline that the time of a step depends on, in any stage."""
+    limits = set()
+    for plan in stages.values():
+        if plan.cost and plan.cost.seconds:
+            parts = dict(plan.cost.seconds)
+            if parts.pop("waited") > _LEAST_GAIN * max(parts.values()):
+                limits.add("waited")
+            limits.add(max(parts, key=lambda name: parts[name]))
+    return limits
+
+
+def _can_fit(job: Job, stages: Mapping[int, StagePlan]) -> bool:
+    """Whether a job is predicted to fit, from the stages of one that does."""
+    for stage, now in stages.items():
+        limit, needed = now.topology.chip.hbm_gib, now.compiled.needed_gib
+        if limit is None or needed is None or now.step_seconds is None:
+            return False
+        more = _kept_bytes(job, now.topology, stage) - _kept_bytes(now.job, now.topology, stage)
+        if needed + more / GIB > limit:
+            return False
+    return True
+
+
+def _kept_bytes(job: Job, topology: Topology, stage: int) -> float:
+    """An estimate of a device's memory for what the backward pass keeps and for the loss, bytes."""
+    model, mesh = job.student, job.mesh(topology)
+    tokens = job.tokens / partitioning.batch_divisor(mesh) / job.microbatches_of(stage)
+    inputs, heads, kv_heads, hidden = _KEPT.get(model.remat, (1, 0, 0, 0))
+    split = (
+        heads * model.num_heads * model.head_width + kv_heads * model.kv_heads * model.head_width
+    )
+    split += hidden * model.mlp_dim * (2 if model.gated_mlp else 1)
+    numbers = inputs * model.embed_dim + split / mesh.shape["tensor"]
+    itemsize = jax.numpy.dtype(model.dtype).itemsize
+    return model.num_layers * tokens * numbers * itemsize + loss_bytes(job, stage, mesh)
+
+
+def _steps(job: Job, stage: int) -> int:
+    distilling = job.config.stage1_steps
+    return distilling if stage == 1 else job.config.steps - distilling
+
+
+def _seconds(stages: Mapping[int, StagePlan]) -> float:
+    """The time of a run by the estimates of its stages, all of them known."""
+    return sum(_steps(s.job, number) * (s.step_seconds or 0.0) for number, s in stages.items())
+
+
+def _replaced(settings: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
+    """Frozen settings with new values, given by the path of field names to each."""
+    fields = {}
+    for name in {path[0] for path in values}:
+        below = {path[1:]: value for path, value in values.items() if path[0] == name}
+        fields[name] = below[()] if () in below else _replaced(getattr(settings, name), below)
+    return dataclasses.replace(settings, **fields)

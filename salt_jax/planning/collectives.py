@@ -1,7 +1,7 @@
-"""A compiled program in; the bytes that each of its devices sends to others in one step, out.
+"""The bytes that each device of a compiled program sends to others in one step.
 
-Counted for the ring algorithms, which move the least (n devices in a group, S bytes of operands on
-each):
+They are those of the ring algorithms, which move the least (n devices in a group, S bytes of
+operands on each):
 
     all-gather           S · (n - 1)          each device passes on all parts but one
     reduce-scatter       S · (n - 1) / n
@@ -9,14 +9,14 @@ each):
     all-to-all           S · (n - 1) / n
     collective-permute   S
 
-A transfer that the compiler lets run beside other work appears as a start and a done, or on TPUs in
-slices that are fused into the work beside it; it counts once.
+A transfer that runs beside other work appears as a start and a done, or on TPUs as parts that are
+fused into the work beside it; it counts once.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from salt_jax.planning import hlo
 
@@ -34,26 +34,26 @@ class Collective:
       kind: One of KINDS.
       sent_bytes: Bytes that one device sends each time.
       times: How often a step does it.
-      group: Devices that take part.
       overlaps: Whether other work runs meanwhile.
-      op_name: The JAX function it came from.
     """
 
     kind: str
     sent_bytes: float
     times: int
-    group: int
     overlaps: bool
-    op_name: str
 
 
 def collectives(module: hlo.Module) -> list[Collective]:
-    """The transfers of one run of the program."""
+    """The transfers of one run of the program.
+
+    Raises:
+      UnreadableError: The program has something that is not understood.
+    """
     return list(_collectives(module))
 
 
 def bytes_by_kind(transfers: list[Collective]) -> dict[str, float]:
-    """Bytes that a device sends in a step, by kind; kinds that do not occur are left out."""
+    """Bytes that a device sends in a step, by kind; kinds that don't occur are left out."""
     total: dict[str, float] = {}
     for transfer in transfers:
         total[transfer.kind] = total.get(transfer.kind, 0.0) + transfer.sent_bytes * transfer.times
@@ -61,7 +61,7 @@ def bytes_by_kind(transfers: list[Collective]) -> dict[str, float]:
 
 
 def group_size(attributes: str, num_partitions: int) -> int:
-    """How many devices exchange with one another, by any of the ways HLO has to write groups."""
+    """How many devices exchange with one another, in any of HLO's notations for groups."""
     match = re.search(r"replica_groups=(.*)", attributes)
     if match is None or match[1].startswith("{}"):
         return num_partitions
@@ -75,7 +75,7 @@ def group_size(attributes: str, num_partitions: int) -> int:
         return int(rows[1].rpartition(",")[2])
     if first := re.match(r"\{\{([\d,]*)\}", groups):
         return first[1].count(",") + 1
-    raise ValueError(f"The groups {groups[:100]!r} of a transfer are written in an unknown way.")
+    raise hlo.UnreadableError(f"The groups {groups:.100} of a transfer are not understood.")
 
 
 def _collectives(module: hlo.Module) -> Iterator[Collective]:
@@ -100,24 +100,22 @@ def _collectives(module: hlo.Module) -> Iterator[Collective]:
             kind=kind,
             sent_bytes=operand_bytes * _sent(kind, size),
             times=execution.times,
-            group=size,
             overlaps=bool(chain) or execution.in_async or instruction.opcode.endswith("-start"),
-            op_name=instruction.op_name,
         )
 
 
 def _sent(kind: str, size: int) -> float:
     """Bytes sent for each byte of operands."""
-    factors: Mapping[str, float] = {
-        "all-gather": size - 1.0,
-        "all-reduce": 2.0 * (size - 1) / size,
-        "reduce-scatter": (size - 1) / size,
-        "all-to-all": (size - 1) / size,
-        "ragged-all-to-all": (size - 1) / size,
-    }
-    return factors.get(kind, 1.0)
+    match kind:
+        case "all-gather":
+            return size - 1.0
+        case "all-reduce":
+            return 2.0 * (size - 1) / size
+        case "reduce-scatter" | "all-to-all" | "ragged-all-to-all":
+            return (size - 1) / size
+    return 1.0
 
 
 def _is_scattered(execution: hlo.Execution) -> bool:
-    """Whether a TPU's all-reduce keeps a part alone: it is then fused with the slice it keeps."""
+    """Whether an all-reduce keeps only a part: on a TPU it is then fused with a slice."""
     return execution.in_fusion and "all-reduce-scatter" in execution.computation.name

@@ -1,10 +1,10 @@
-"""A compiled stage in; its FLOPs, its traffic and an estimate of its time, out. And of the run's.
+"""FLOPs and traffic of a compiled step, and estimates of its time and of the run's.
 
-FLOPs are analytic (training/flops.py), for all devices together: for each token 3 forward passes of
+FLOPs are analytic (training/flops.py), of all devices together: for each token 3 forward passes of
 the student and, in stage 1, one of the teacher. Hardware FLOPs add what rematerialisation repeats.
 
-The time is a roofline's, with the makers' peaks times what programs of this kind usually reach of
-them. Work that overlaps counts as the longest of it, what does not is added:
+The time is a roofline's, of the makers' peaks times the share of them that programs of this kind
+usually reach. Work that overlaps counts as the longest part of it, and what does not is added:
 
     step = max(compute, memory, overlapped transfers) + transfers that the program waits for
 
@@ -19,32 +19,29 @@ from salt_jax.planning.compile import Job
 from salt_jax.planning.topologies import Chip
 from salt_jax.training import flops
 
-COMPUTE_FRACTION = 0.6  # of the peak, by matrix products and what lies between them
+COMPUTE_FRACTION = 0.6  # by matrix products and what lies between them
 MEMORY_FRACTION = 0.8
 LINK_FRACTION = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
-class StageEstimate:
+class Cost:
     """What a step of a stage costs.
 
     Attributes:
-      flops: Model FLOPs of a step, all devices: what MFU counts.
-      hardware_flops: The same with what is computed twice.
-      memory_bytes: Main memory read and written by a device in a step.
-      collective_bytes: Bytes that a device sends in a step, by kind.
-      seconds: Parts of the roofline, by name: compute, memory, overlapped, waited.
+      memory_bytes: Main memory read and written by a device.
+      collective_bytes: Bytes that a device sends, by kind of transfer.
+      seconds: Parts of the roofline: compute, memory, overlapped, waited; None where the peaks of
+        the device are not known.
     """
 
-    flops: float
-    hardware_flops: float
     memory_bytes: float
     collective_bytes: Mapping[str, float]
     seconds: Mapping[str, float] | None
 
     @property
     def step_seconds(self) -> float | None:
-        """The roofline's time of a step; None for a device whose peaks are not known."""
+        """The time of a step by the roofline."""
         if self.seconds is None:
             return None
         overlapping = (self.seconds[name] for name in ("compute", "memory", "overlapped"))
@@ -53,21 +50,19 @@ class StageEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class RunEstimate:
-    """What a whole run costs, beside the same run without a teacher.
+    """What a run costs, beside the same run without a teacher; None where it is not known.
 
     Attributes:
       flops: Model FLOPs of all steps.
       baseline_flops: The same if all steps were plain.
-      seconds: Of all steps, without compiling, evaluation and checkpoints; None if not known.
+      seconds: Of all steps, without compiling, evaluation and checkpoints.
       baseline_seconds: The same if all steps were plain.
-      chips: How many devices.
     """
 
     flops: float
     baseline_flops: float
     seconds: float | None
     baseline_seconds: float | None
-    chips: int
 
     @property
     def overhead(self) -> float | None:
@@ -76,88 +71,59 @@ class RunEstimate:
             return None
         return self.seconds / self.baseline_seconds - 1
 
-    def chip_hours(self, seconds: float | None) -> float | None:
-        """Chips × hours of so many seconds."""
-        return None if seconds is None else seconds * self.chips / 3600
-
 
 def flops_per_step(job: Job, stage: int) -> float:
     """Model FLOPs of a step, all devices."""
-    length = job.sequence_length
-    per_token = flops.train_flops_per_token(job.model, length) + _teacher_flops(job, stage)
-    return per_token * job.tokens
+    per_token = flops.train_flops_per_token(job.student, job.sequence_length)
+    return (per_token + _teacher_flops(job, stage)) * job.tokens
 
 
 def hardware_flops_per_step(job: Job, stage: int) -> float:
-    """The same with what rematerialisation computes twice."""
-    length = job.sequence_length
-    per_token = flops.hardware_train_flops_per_token(job.model, length) + _teacher_flops(job, stage)
-    return per_token * job.tokens
+    """The same with what rematerialisation computes again."""
+    per_token = flops.hardware_train_flops_per_token(job.student, job.sequence_length)
+    return (per_token + _teacher_flops(job, stage)) * job.tokens
 
 
-def estimate_stage(
-    job: Job, stage: int, chip: Chip, chips: int, module: hlo.Module
-) -> StageEstimate:
-    """What a step costs.
+def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Module) -> Cost:
+    """What a step of a stage costs on each of `chips` chips that run a compiled program.
 
-    Args:
-      job: What the run computes.
-      stage: 1 or 2.
-      chip: What a device can do.
-      chips: How many.
-      module: The compiled program.
+    Raises:
+      UnreadableError: The program has something that is not understood.
     """
     transfers = collectives.collectives(module)
     memory_bytes = traffic.memory_bytes(module)
-    hardware_flops = hardware_flops_per_step(job, stage)
     seconds = None
     if chip.peak_flops and chip.memory_bandwidth and chip.link_bandwidth:
         link = LINK_FRACTION * chip.link_bandwidth
-        sent = {
-            overlaps: sum(t.sent_bytes * t.times for t in transfers if t.overlaps is overlaps)
-            for overlaps in (True, False)
-        }
+        sent = {True: 0.0, False: 0.0}
+        for transfer in transfers:
+            sent[transfer.overlaps] += transfer.sent_bytes * transfer.times
+        compute = hardware_flops_per_step(job, stage) / chips
         seconds = {
-            "compute": hardware_flops / chips / (COMPUTE_FRACTION * chip.peak_flops),
+            "compute": compute / (COMPUTE_FRACTION * chip.peak_flops),
             "memory": memory_bytes / (MEMORY_FRACTION * chip.memory_bandwidth),
             "overlapped": sent[True] / link,
             "waited": sent[False] / link,
         }
-    return StageEstimate(
-        flops=flops_per_step(job, stage),
-        hardware_flops=hardware_flops,
-        memory_bytes=memory_bytes,
-        collective_bytes=collectives.bytes_by_kind(transfers),
-        seconds=seconds,
-    )
+    return Cost(memory_bytes, collectives.bytes_by_kind(transfers), seconds)
 
 
-def estimate_run(
-    job: Job, chips: int, stage1_seconds: float | None, stage2_seconds: float | None
-) -> RunEstimate:
-    """What a run costs, of the seconds that a step of each stage takes.
-
-    Args:
-      job: What the run computes.
-      chips: How many devices.
-      stage1_seconds: A distilling step's; not used where the run has none.
-      stage2_seconds: A plain step's.
-    """
-    plain_steps = job.steps - job.stage1_steps
-    seconds = None
-    if stage2_seconds is not None and (stage1_seconds is not None or job.stage1_steps == 0):
-        seconds = plain_steps * stage2_seconds + job.stage1_steps * (stage1_seconds or 0.0)
-    plain = flops_per_step(job, 2)
+def estimate_run(job: Job, step_seconds: Mapping[int, float | None]) -> RunEstimate:
+    """What a run costs, of the seconds that a step of each of its stages takes."""
+    distilling = job.config.stage1_steps
+    steps = {1: distilling, 2: job.config.steps - distilling}
+    taken = [(steps[stage], step_seconds.get(stage)) for stage in steps if steps[stage]]
+    plain_seconds, plain = step_seconds.get(2), flops_per_step(job, 2)
     return RunEstimate(
-        flops=plain_steps * plain + job.stage1_steps * flops_per_step(job, 1),
-        baseline_flops=job.steps * plain,
-        seconds=seconds,
-        baseline_seconds=None if stage2_seconds is None else job.steps * stage2_seconds,
-        chips=chips,
+        flops=steps[1] * flops_per_step(job, 1) + steps[2] * plain,
+        baseline_flops=job.config.steps * plain,
+        seconds=None
+        if any(seconds is None for _, seconds in taken)
+        else sum(count * (seconds or 0.0) for count, seconds in taken),
+        baseline_seconds=None if plain_seconds is None else job.config.steps * plain_seconds,
     )
 
 
 def _teacher_flops(job: Job, stage: int) -> float:
-    if stage != 1 or job.teacher is None:
-        return 0.0
-    return flops.forward_flops_per_token(job.teacher, job.sequence_length)
+    teacher = job.teacher_of(stage)
+    return flops.forward_flops_per_token(teacher, job.sequence_length) if teacher else 0.0

@@ -1,46 +1,48 @@
-"""Plans in; a table for a terminal out."""
+"""Plans as tables for a terminal, with what to change where a run does not fit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salt_jax.terminal import Table, print_table, say
 
+_STAGE_COLUMNS = ("fits", "peak GiB", "HBM GiB", "PFLOP", "sent GB", "s", "MFU")
+_RUN_COLUMNS = ("chips", "EFLOP", "days", "chip-hours", "without teacher", "teacher adds")
+
 
 def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
-    """Prints summary.json's plans as tables, and what to change where a stage does not fit."""
+    """Prints summary.json's plans."""
     print_table(
         Table(
             "A step, as compiled (seconds and MFU are estimates)",
-            (
-                *("topology", "stage", "fits", "peak GiB", "HBM GiB", "PFLOP", "sent GB", "s"),
-                "MFU",
-            ),
+            ("topology", "stage", *_STAGE_COLUMNS),
             tuple(_stage_row(plan, stage) for plan in plans for stage in plan["stages"]),
         )
     )
     print_table(
         Table(
             "The run, estimated",
-            (
-                *("topology", "chips", "EFLOP", "days", "chip-hours", "without teacher"),
-                "teacher adds",
-            ),
+            ("topology", *_RUN_COLUMNS),
             tuple(_run_row(plan) for plan in plans),
         )
     )
     for plan in plans:
-        for note in _notes(plan):
-            say(note)
+        for stage in plan["stages"]:
+            _say_stage(plan, stage)
+        for labels in (plan.get("stored_labels"), plan.get("read_labels")):
+            if labels:
+                say(f"{plan['topology']}: {labels['advice']}")
+        _say_change(plan)
+        _say_faster(plan)
 
 
 def _stage_row(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> tuple[str, ...]:
-    change = stage["change"]
-    shown = change or stage
+    shown = stage["change"] or stage
     sent = shown.get("collective_bytes_per_step")
+    fits = "?" if stage["fits"] is None else "yes" if stage["fits"] else "no"
     return (
         plan["topology"],
         f"{stage['stage']} {'distil' if stage['stage'] == 1 else 'plain'}",
-        _verdict(stage),
+        fits + ("*" if stage["change"] else ""),
         _number(shown["peak_hbm_gib"], ".2f"),
         _number(plan["hbm_gib"], ".2f"),
         _count(stage["flops_per_step"] / 1e15),
@@ -63,50 +65,45 @@ def _run_row(plan: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _verdict(stage: Mapping[str, Any]) -> str:
-    if stage["fits"] is None:
-        return "?"
-    return ("yes" if stage["fits"] else "no") + ("*" if stage["change"] else "")
+def _say_stage(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> None:
+    where, shown = f"{plan['topology']}, stage {stage['stage']}", stage["change"] or stage
+    if stage["fits"] is False:
+        needs = stage["needed_gib"]
+        amount = "more" if needs is None else f"{needs:.2f} GiB"
+        say(f"{where} needs {amount} and has {_number(plan['hbm_gib'], '.2f')} GiB.")
+    elif stage["fits"] is None:
+        say(f"{where}: the memory of {plan['device_kind']} is not known: add --hbm_gib=GIB.")
+    if parts := shown.get("breakdown_gib"):
+        listed = (f"{name} {gib:.2f}" for name, gib in parts.items() if gib > 0.005)
+        say(f"{where}, GiB: {', '.join(listed)}")
+    if unread := shown.get("unread"):
+        say(f"{where}: what it sends and how long it takes is not known. {unread}")
 
 
-def _notes(plan: Mapping[str, Any]) -> list[str]:
-    notes = []
-    for stage in plan["stages"]:
-        where = f"{plan['topology']}, stage {stage['stage']}"
-        if stage["fits"] is False:
-            needs = stage.get("peak_hbm_gib") or stage["needed_gib"]
-            amount = "more" if needs is None else f"{needs:.2f} GiB"
-            notes.append(f"{where} needs {amount} and has {_number(plan['hbm_gib'], '.2f')} GiB.")
-        elif stage["fits"] is None:
-            notes.append(
-                f"{where}: the memory of {plan['device_kind']} is not known; say it with --hbm_gib."
-            )
-        parts = (stage["change"] or stage).get("breakdown_gib")
-        if parts:
-            listed = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib > 0.005)
-            notes.append(f"{where}, GiB: {listed}")
-    if stored := plan.get("stored_labels"):
-        notes.append(f"{plan['topology']}: {stored['advice']}")
-    if read := plan.get("read_labels"):
-        notes.append(f"{plan['topology']}: {read['advice']}")
-    return [*notes, *_advice(plan)]
-
-
-def _advice(plan: Mapping[str, Any]) -> list[str]:
+def _say_change(plan: Mapping[str, Any]) -> None:
     stages = plan["stages"]
-    if all(stage["fits"] is not False for stage in stages):
-        return []
-    change = stages[0]["change"]
-    if change is not None:
-        return [f"* It fits, as shown, with {change['flags']}"]
     tried = sum(len(stage["tried"]) for stage in stages)
-    if tried:
-        return [
-            f"  None of the {tried} changes tried makes it fit: more chips, or a smaller model."
-        ]
-    return [
-        "  There is nothing to change that was not there already: more chips, or a smaller model."
-    ]
+    if all(stage["fits"] is not False for stage in stages):
+        return
+    if change := stages[0]["change"]:
+        say(f"* It fits, as shown, with {change['flags']}")
+    elif tried:
+        say(f"  None of the {tried} changes tried makes it fit: more chips, or a smaller model.")
+    else:
+        say("  There is no setting left to change: more chips, or a smaller model.")
+
+
+def _say_faster(plan: Mapping[str, Any]) -> None:
+    faster = plan.get("faster")
+    if not faster or not faster["settings"]:
+        return
+    steps = ", ".join(
+        f"stage {stage['stage']} {stage['step_seconds_estimate']:.3g} s a step, "
+        f"{stage['peak_hbm_gib']:.2f} GiB"
+        for stage in faster["stages"]
+    )
+    days = f"{faster['run']['days']:.2f} days instead of {plan['run']['days']:.2f}"
+    say(f"{plan['topology']}: idle memory makes it faster with {faster['flags']}: {steps}; {days}.")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,100 +1,191 @@
-"""A compiled program in; the bytes that a device reads from and writes to its main memory, out.
+"""The bytes that a compiled program reads from and writes to a device's main memory.
 
-Every instruction outside fusions reads its operands and writes its result once: what XLA's cost
-analysis counts, but with the trip counts of loops, and without what lies in a TPU's on-chip memory
-(S(1) in its layout). A slice reads what it takes and an update writes what it puts, in place, not
-the whole array; that matters in loops, which carry whole stacks of parameters.
+Every instruction outside fusions reads its operands and writes its result once. This is what XLA's
+cost analysis counts, but with the trip counts of loops, and without what lies in a TPU's on-chip
+memory (S(1) in its layout). Of an operand only what is needed is read: a slice of it, or, by a
+fusion, what its result depends on. An update in place writes what it puts, not the whole array;
+that matters in loops, which carry whole stacks of parameters.
 """
+
+import collections
+import dataclasses
+from collections.abc import Sequence
 
 from salt_jax.planning import hlo
 
 # They move nothing: names for what is there, control, and the ends of what a start has counted.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-start"),
+    *("call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start"),
 }
+_FREE_CALLS = ("AllocateBuffer", "AssumeGather", "AsyncCollective", "ConcatBitcast")
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}
-_UPDATES = {"dynamic-update-slice", "scatter"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that they put
+# Where the results are in the tuple of a start, which names its operands too.
+_RESULTS = {
+    "all-gather-start": slice(1, 2),
+    "collective-permute-start": slice(1, 2),
+    "copy-start": slice(1),
+    "slice-start": slice(-2, -1),
+}
+# In a fusion, each element of their result depends on one of an operand's, or on none.
+_ELEMENTWISE = {
+    *("abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "compare", "convert", "cosine"),
+    *("count-leading-zeros", "divide", "erf", "exponential", "exponential-minus-one", "floor"),
+    *("is-finite", "log", "log-plus-one", "logistic", "maximum", "minimum", "multiply", "negate"),
+    *("not", "or", "popcnt", "power", "real", "reduce-precision", "remainder", "round-nearest-afz"),
+    *("round-nearest-even", "rsqrt", "select", "shift-left", "shift-right-arithmetic"),
+    *("shift-right-logical", "sign", "sine", "sqrt", "stochastic-convert", "subtract", "tan"),
+    *("tanh", "xor", "bitcast", "bitcast-convert", "broadcast", "concatenate", "copy", "pad"),
+    *("reshape", "reverse", "transpose", "get-tuple-element", "optimization-barrier"),
+}
 
 
 def memory_bytes(module: hlo.Module) -> float:
     """Bytes of main memory read and written by one run of the program on one device."""
     return sum(
-        execution.times * _moved(module, execution)
+        execution.times * moved(module, execution.computation, execution.instruction)
         for execution in hlo.executions(module)
         if not execution.in_fusion
-        and execution.instruction.opcode not in _FREE
-        and not execution.instruction.opcode.endswith(("-done", "-update"))
     )
 
 
-def _moved(module: hlo.Module, execution: hlo.Execution) -> float:
-    instruction, computation = execution.instruction, execution.computation
-    operands = computation.operands(instruction)
-    if instruction.opcode == "fusion":
+def moved(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+    """Bytes that an instruction outside fusions reads and writes each time."""
+    opcode, operands = instruction.opcode, computation.operands(instruction)
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or _is_free_call(instruction):
+        return 0.0
+    if opcode == "fusion":
         return _moved_by_fusion(module, instruction, operands)
-    if instruction.opcode in _SLICES:
-        sliced = instruction.shapes[-2:-1] if instruction.opcode == "slice-start" else None
-        return 2 * _in_memory(sliced or instruction.shapes)
-    if instruction.opcode in _UPDATES:
-        return 2 * _in_memory(operands[_update_operand(instruction)].shapes)
-    if instruction.opcode == "copy-start":
-        return sum(_in_memory((shape,)) for shape in instruction.shapes[:2])
-    read = sum(_in_memory(operand.shapes) for operand in operands)
-    if instruction.opcode.endswith("-start"):  # its result names the operands too
-        return 2 * read
-    return read + _in_memory(instruction.shapes)
+    results = instruction.shapes[_RESULTS.get(opcode, slice(None))]
+    if opcode in _UPDATES:
+        put = operands[_UPDATES[opcode]]
+        return _in_memory(put.shapes) + _put(instruction, put, results[0])
+    if opcode in _SLICES:
+        read = sum(shape.bytes for shape in results) if _in_memory(operands[0].shapes) else 0.0
+    else:
+        read = sum(_in_memory(operand.shapes) for operand in operands)
+    return read + _in_memory(results)
 
 
 def _moved_by_fusion(
-    module: hlo.Module, fusion: hlo.Instruction, operands: list[hlo.Instruction]
+    module: hlo.Module, fusion: hlo.Instruction, operands: Sequence[hlo.Instruction]
 ) -> float:
-    body = module.computations[fusion.called["calls"][0]]
-    parameters = {int(i.arguments): i for i in body.instructions if i.opcode == "parameter"}
+    """What a fusion reads of its operands, and what it writes of its results."""
+    inside: dict[str, hlo.Instruction] = {}
+    outputs = _inline(module, module.fused(fusion), None, "", inside)
+    needed: dict[str, float] = collections.defaultdict(float)  # the share of each one's elements
+    if len(outputs) != len(fusion.shapes):
+        outputs *= len(fusion.shapes)
     total = 0.0
-    for index, operand in enumerate(operands):
-        whole = _in_memory(operand.shapes)
-        if whole and index in parameters:
-            total += min(whole, _read_of(body, parameters[index], whole))
-    roots = body.operands(body.root) if body.root.opcode == "tuple" else [body.root]
-    outputs = fusion.shapes
-    if len(roots) != len(outputs):
-        return total + _in_memory(outputs)
-    return total + sum(
-        min(_in_memory((shape,)), _written_by(body, root))
-        for root, shape in zip(roots, outputs, strict=True)
-    )
-
-
-def _read_of(body: hlo.Computation, parameter: hlo.Instruction, whole: float) -> float:
-    """Bytes that a fusion reads of one of its parameters, of `whole` bytes."""
-    total = 0.0
-    for user in body.instructions:
-        if parameter.name not in user.operands or user.opcode == "tuple":
-            continue
-        if user.opcode in ("bitcast", "reshape"):
-            total += _read_of(body, user, whole)
-        elif user.opcode in _SLICES and user.operands[0] == parameter.name:
-            total += user.bytes
-        elif not (user.opcode in _UPDATES and user.operands[0] == parameter.name):
-            total += whole
+    for name, shape in zip(outputs, fusion.shapes, strict=True):
+        output = _origin(inside, name)
+        base = _origin(inside, output.operands[0]) if output.opcode in _UPDATES else None
+        if output.opcode == "parameter" or _is_under_way(inside, output, shape):
+            continue  # handed on
+        if base is not None and base.opcode == "parameter":
+            put = inside[output.operands[_UPDATES[output.opcode]]]
+            total += _put(output, put, shape)
+            needed.update(dict.fromkeys(output.operands[1:], 1.0))
+        else:
+            total += _in_memory((shape,))
+            needed[output.name] = 1.0
+    for instruction in reversed(inside.values()):
+        if instruction.opcode == "parameter":
+            operand = operands[int(instruction.arguments)]
+            total += min(1.0, needed[instruction.name]) * _in_memory(operand.shapes)
+        elif needed[instruction.name]:
+            for place, name in enumerate(instruction.operands):
+                share = min(1.0, needed[instruction.name])
+                needed[name] += _share(instruction, place, inside[name], share)
     return total
 
 
-def _written_by(body: hlo.Computation, root: hlo.Instruction) -> float:
-    """Bytes that one result of a fusion takes to write."""
-    while root.opcode == "bitcast" and body.operands(root):
-        root = body.operands(root)[0]
-    if root.opcode == "parameter":  # handed on, as a TPU does with transfers under way
+def _share(
+    instruction: hlo.Instruction, place: int, operand: hlo.Instruction, share: float
+) -> float:
+    """The share of an operand's elements that a share of an instruction's elements depends on."""
+    opcode = instruction.opcode
+    if opcode == "reduce" or (opcode in _UPDATES and place == 0):
+        return share
+    if opcode in _ELEMENTWISE or (opcode in _SLICES and place == 0):
+        elements = sum(shape.elements for shape in operand.shapes)
+        return min(1.0, share * instruction.shapes[0].elements / max(1, elements))
+    return 1.0
+
+
+def _inline(
+    module: hlo.Module,
+    body: hlo.Computation,
+    inputs: Sequence[str] | None,
+    prefix: str,
+    inside: dict[str, hlo.Instruction],
+) -> list[str]:
+    """Adds a fusion's instructions to `inside`, those of fusions in it too; names its outputs.
+
+    Args:
+      module: The program.
+      body: The fusion's computation.
+      inputs: What its parameters are in `inside`; None adds the parameters themselves.
+      prefix: Put before the instructions' names.
+      inside: Instructions by name; their operands are other names of it.
+    """
+    names: dict[str, list[str]] = {}  # of each instruction's result, element by element
+    for instruction in body.instructions:
+        operands = [names[operand][0] for operand in instruction.operands if operand in names]
+        if instruction.opcode == "parameter" and inputs is not None:
+            found = [inputs[int(instruction.arguments)]]
+        elif instruction.opcode == "fusion":
+            within = f"{prefix}{instruction.name}/"
+            found = _inline(module, module.fused(instruction), operands, within, inside)
+        elif instruction.opcode == "tuple":
+            found = operands
+        elif instruction.index is not None and len(names[instruction.operands[0]]) > 1:
+            found = [names[instruction.operands[0]][instruction.index]]
+        else:
+            found = [prefix + instruction.name]
+            inside[found[0]] = dataclasses.replace(
+                instruction, name=found[0], operands=tuple(operands)
+            )
+        names[instruction.name] = found
+    return names[body.root.name]
+
+
+def _origin(inside: dict[str, hlo.Instruction], name: str) -> hlo.Instruction:
+    """The instruction whose result another one is, under another shape."""
+    while inside[name].opcode == "bitcast":
+        name = inside[name].operands[0]
+    return inside[name]
+
+
+def _is_under_way(
+    inside: dict[str, hlo.Instruction], output: hlo.Instruction, shape: hlo.Shape
+) -> bool:
+    """Whether an output belongs to a transfer that another fusion has begun, and counts there.
+
+    A TPU slices a transfer into the fusions beside it, from one with an AsyncCollectiveStart to one
+    with an AsyncCollectiveDone; all of them hand on its operands and its result.
+    """
+    if output.opcode != "custom-call":
+        return "chain_id=" in output.attributes
+    if "AsyncCollectiveStart" not in output.attributes:
+        return "AsyncCollectiveDone" in output.attributes
+    results = [(s.dtype, s.dims) for name in output.operands for s in inside[name].shapes]
+    return (shape.dtype, shape.dims) not in results
+
+
+def _put(update: hlo.Instruction, put: hlo.Instruction, result: hlo.Shape) -> float:
+    """Bytes that an update in place writes, and reads where it adds to what is there."""
+    if result.memory_space:
         return 0.0
-    if root.opcode in _UPDATES:
-        return body.operands(root)[_update_operand(root)].bytes
-    return root.bytes
+    return (2 if update.opcode == "scatter" else 1) * sum(shape.bytes for shape in put.shapes)
 
 
-def _update_operand(instruction: hlo.Instruction) -> int:
-    return 1 if instruction.opcode == "dynamic-update-slice" else len(instruction.operands) - 1
+def _is_free_call(instruction: hlo.Instruction) -> bool:
+    return instruction.opcode == "custom-call" and any(
+        f'custom_call_target="{target}' in instruction.attributes for target in _FREE_CALLS
+    )
 
 
-def _in_memory(shapes: tuple[hlo.Shape, ...]) -> float:
+def _in_memory(shapes: Sequence[hlo.Shape]) -> float:
     return sum(shape.bytes for shape in shapes if shape.memory_space == 0)

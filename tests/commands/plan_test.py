@@ -15,7 +15,7 @@ from salt_jax.cli.configuration import configure
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.main import main
 from salt_jax.planning import topologies
-from salt_jax.planning.compile import Job, TooLarge
+from salt_jax.planning.compile import CompiledStage, Job
 
 IMPORTS = "from __gin__ import dynamic_registration\n"
 TEACHER = (
@@ -146,12 +146,11 @@ def test_the_teacher_computes_as_the_student(
 ) -> None:
     jobs: list[Job] = []
 
-    def compile_stage(job: Job, topology: object, stage: int) -> TooLarge:
+    def compile_stage(job: Job, topology: object, stage: int) -> CompiledStage:
         jobs.append(job)
-        return TooLarge(None, 0.0)
+        return CompiledStage(0.0, None)
 
-    command = importlib.import_module("salt_jax.commands.plan")
-    monkeypatch.setattr(command, "compile_stage", compile_stage)
+    monkeypatch.setattr("salt_jax.planning.stage_plan.compile_stage", compile_stage)
     run([*salt, "--try_changes=false"], tmp_path / "plan", code=2)
     teacher = jobs[0].teacher
     assert teacher is not None

@@ -85,7 +85,7 @@ def test_group_sizes(attributes: str, expected: int) -> None:
 
 
 def test_unknown_groups_are_no_guess() -> None:
-    with pytest.raises(ValueError, match="unknown way"):
+    with pytest.raises(hlo.UnreadableError, match=r"something new .* not understood"):
         group_size("replica_groups=something new", 64)
 
 

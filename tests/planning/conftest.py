@@ -1,15 +1,16 @@
-"""A small run to plan, and what tests that need libtpu ask for."""
+"""A small run to plan, and a fixture for tests that need libtpu."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
 from salt_jax.distill.losses import LossConfig
+from salt_jax.distill.schedules import NoDistillation, Step
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning.compile import Job
-from salt_jax.training import partitioning
+from salt_jax.training.config import Data, Devices, Method, Teacher, TrainConfig
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW
 
@@ -21,27 +22,33 @@ TEACHER = dataclasses.replace(STUDENT, embed_dim=32, num_layers=1)
 
 @pytest.fixture
 def make_job() -> Callable[..., Job]:
-    """Makes a job of a few thousand parameters; settings override."""
+    """Makes a job of a few thousand parameters; settings of any group override."""
+    return small_job
 
-    def make(**settings: Any) -> Job:
-        defaults: dict[str, Any] = {
-            "model": STUDENT,
-            "teacher": TEACHER,
-            "teacher_dtype": "bfloat16",
-            "optimizer": AdamW(WarmupCosine(1e-3)),
-            "loss": LossConfig(chunk_tokens=64),
-            "steps": 100,
-            "stage1_steps": 25,
-            "batch_size": 32,
-            "sequence_length": 16,
-            "microbatches": 1,
-            "stage1_microbatches": 1,
-            "mesh": partitioning.MeshConfig(),
-            "rules": partitioning.DEFAULT_RULES,
-        }
-        return Job(**{**defaults, **settings})
 
-    return make
+def small_job(
+    *,
+    teacher: DecoderConfig | None = TEACHER,
+    sequence_length: int = 16,
+    soft_labels: int = 0,
+    devices: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Job:
+    has_stage1 = teacher is not None or soft_labels
+    defaults: dict[str, Any] = {
+        "model": STUDENT,
+        "data": Data(None, batch_size=32),
+        "method": Method(
+            "test",
+            Step(omega=0.5, n_kd=25) if has_stage1 else NoDistillation(),
+            LossConfig(chunk_tokens=64),
+            Teacher(None, dtype="bfloat16"),
+        ),
+        "optimizer": AdamW(WarmupCosine(1e-3)),
+        "steps": 100,
+        "devices": Devices(**(devices or {})),
+    }
+    return Job(TrainConfig(**{**defaults, **settings}), teacher, sequence_length, soft_labels)
 
 
 @pytest.fixture

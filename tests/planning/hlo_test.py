@@ -42,7 +42,11 @@ metadata={op_name="jit(step)/a (b/mul" stack_frame_id=1}
 
 %outer_body (carry: (s32[], f32[16,128])) -> (s32[], f32[16,128]) {
   %carry = (s32[], f32[16,128]) parameter(0)
-  %inner = (s32[], f32[16,128]) while(%carry), condition=%inner_condition, body=%inner_body
+  %zero = s32[] constant(0)
+  %from = s32[]{:T(128)S(6)} copy(%zero)
+  %x = f32[16,128] get-tuple-element(%carry), index=1
+  %begin = (s32[], f32[16,128]) tuple(%from, %x)
+  %inner = (s32[], f32[16,128]) while(%begin), condition=%inner_condition, body=%inner_body
   %y = f32[16,128] get-tuple-element(%inner), index=1
   %i = s32[] get-tuple-element(%inner), index=0
   %start = (f32[16,128], f32[128,128]) all-gather-start(%y), channel_id=1, \
@@ -130,13 +134,12 @@ def test_select(nested: hlo.Module) -> None:
 
 
 def test_trip_counts(nested: hlo.Module) -> None:
-    loops = {e.instruction.name: e.instruction for e in hlo.select(nested, opcode="while")}
-    assert hlo.trip_count(nested, loops["outer"]) == 4
-    assert hlo.trip_count(nested, loops["inner"]) == 25
-    unknown = hlo.parse(NESTED.replace("direction=LT", "direction=NE"))
-    assert hlo.trip_count(unknown, loops["inner"]) is None
-    times = {e.instruction.name: e.times for e in hlo.executions(unknown)}
-    assert times["fusion.1"] == 4
+    loops = {e.instruction.name: e for e in hlo.select(nested, opcode="while")}
+    for name, count in (("outer", 4), ("inner", 25)):
+        loop = loops[name]
+        assert hlo.trip_count(nested, loop.computation, loop.instruction) == count
+    with pytest.raises(hlo.UnreadableError, match="How often the loop inner"):
+        list(hlo.executions(hlo.parse(NESTED.replace("direction=LT", "direction=NE"))))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +151,64 @@ def test_bytes_by_dtype(dtype: str, expected: float) -> None:
 
 
 def test_no_module() -> None:
-    with pytest.raises(ValueError, match="ENTRY"):
-        hlo.parse("nothing of the kind")
+    for text in ("nothing of the kind", NESTED[: NESTED.index("ENTRY")], NESTED[:-4]):
+        with pytest.raises(hlo.UnreadableError, match="ENTRY"):
+            hlo.parse(text)
+
+
+def test_attributes_over_several_lines(nested: hlo.Module) -> None:
+    """As Splash's kernels have them, one line of which begins with the end of a computation."""
+    kernel = """  %kernel = (f32[16,128], f32[8]) custom-call(%x), custom_call_target="kernel", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 640, (\\"is\\": false}"
+}}, metadata={op_name="jit(step)/splash"}, backend_config={"body":"a
+}
+b"}
+"""
+    module = hlo.parse(NESTED.replace("  %next = ", f"{kernel}  %next = "))
+    body = module.computations["inner_body"]
+    assert [i.name for i in body.instructions][-4:] == ["one", "kernel", "next", "out"]
+    assert body.by_name["kernel"].op_name == "jit(step)/splash"
+    assert body.by_name["kernel"].operands == ("x",)
+    assert body.by_name["kernel"].bytes == 16 * 128 * 4 + 8 * 4
+    assert [e.times for e in hlo.select(module, opcode="custom-call")] == [100]
+    others = {name for name in nested.computations if name != "inner_body"}
+    assert all(module.computations[name] == nested.computations[name] for name in others)
+
+
+@pytest.mark.parametrize(
+    ("line", "broken"),
+    [
+        ("  %one = s32[] constant(1)", "  one is a constant"),
+        ("  %one = s32[] constant(1)", "  %one = s32[]"),
+        ("  %one = s32[] constant(1)", "  %one = words constant(1)"),
+        ("  %one = s32[] constant(1)", "}}, metadata={}"),
+        ("%branch_a (p: f32[16,128]) -> f32[16,128] {", "branch_a of p:"),
+    ],
+)
+def test_lines_that_are_not_understood(line: str, broken: str) -> None:
+    number = NESTED[: NESTED.index(line)].count("\n") + 1
+    with pytest.raises(
+        hlo.UnreadableError, match=rf"Line {number} .* not understood: .?{broken[:6]}"
+    ):
+        hlo.parse(NESTED.replace(line, broken, 1))
+
+
+def test_loops_that_start_elsewhere_and_take_larger_steps() -> None:
+    """The counter, its start, its step and its limit through copies, fusions and outer loops."""
+    fused = "%plus (p: s32[]) -> s32[] {\n  %p = s32[] parameter(0)\n  %two = s32[] constant(2)\n"
+    fused += "  ROOT %sum = s32[] add(%two, %p)\n}\n\n"
+    text = NESTED.replace("%inner_body (", fused + "%inner_body (", 1)
+    text = text.replace("%next = s32[] add(%i, %one)", "%next = s32[] fusion(%i), calls=%plus")
+    text = text.replace("%zero = s32[] constant(0)\n  %from", "%zero = s32[] constant(4)\n  %from")
+    module = hlo.parse(text)
+    (inner,) = (e for e in hlo.select(module, opcode="while") if e.instruction.name == "inner")
+    assert hlo.trip_count(module, inner.computation, inner.instruction) == 11  # 4, 6, … 24
+
+
+def test_unknown_element_types() -> None:
+    with pytest.raises(hlo.UnreadableError, match="unknown element type 'strange'"):
+        _ = hlo.Shape("strange", (3,)).bytes
 
 
 def test_compiled_scan_in_scan() -> None:

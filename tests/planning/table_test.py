@@ -54,7 +54,7 @@ def test_memory_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     print_plans([plan])
     printed = capsys.readouterr().out
     assert printed.splitlines()[4].split()[3] == "?"
-    assert "the memory of cpu is not known; say it with --hbm_gib" in printed
+    assert "the memory of cpu is not known: add --hbm_gib=GIB" in printed
     assert "It fits" not in printed
 
 
@@ -65,3 +65,27 @@ def test_a_stage_that_nothing_helps(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "needs more" in printed
     assert "None of the 2 changes tried makes it fit" in printed
+
+
+def test_what_cannot_be_read_has_no_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    unknown = dict.fromkeys(
+        ("collective_bytes_per_step", "step_seconds_estimate", "mfu_estimate"), None
+    )
+    print_plans([plan_of(unread="Line 7 of the program is not understood: '?'.", **unknown)])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[4].split() == [
+        *("v5e:16x16", "1", "distil", "yes", "9.25", "15.75", "54.5")
+    ]
+    assert "takes is not known. Line 7 of the program is not understood: '?'.\n" in printed
+
+
+def test_idle_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = {"stage": 2, "step_seconds_estimate": 1.393, "peak_hbm_gib": 8.25}
+    faster = {"settings": {"x": 1}, "flags": "--x=1", "stages": [stage], "run": {"days": 4.0}}
+    print_plans([{**plan_of(), "faster": faster}])
+    assert (
+        "v5e:16x16: idle memory makes it faster with --x=1: stage 2 1.39 s a step, 8.25 GiB; "
+        "4.00 days instead of 4.83.\n"
+    ) in capsys.readouterr().out
+    print_plans([{**plan_of(), "faster": {"settings": {}, "tried": [{}]}}])
+    assert "idle" not in capsys.readouterr().out
