@@ -16,7 +16,6 @@ fused into the work beside it; it counts once.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 from salt_jax.planning import hlo
 
@@ -49,7 +48,27 @@ def collectives(module: hlo.Module) -> list[Collective]:
     Raises:
       UnreadableError: The program has something that is not understood.
     """
-    return list(_collectives(module))
+    found, seen = [], set()
+    for execution in hlo.executions(module):
+        instruction = execution.instruction
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        if chain:
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            key = (execution.caller, chain[1], channel and channel[1])
+            if key in seen:
+                continue
+            seen.add(key)
+        size = group_size(instruction.attributes, module.num_partitions)
+        operand_bytes = sum(o.bytes for o in execution.computation.operands(instruction))
+        if kind == "all-reduce" and _is_scattered(execution):
+            kind = "reduce-scatter"
+        overlaps = bool(chain) or execution.in_async or instruction.opcode.endswith("-start")
+        sent = operand_bytes * _sent(kind, size)
+        found.append(Collective(kind, sent, execution.times, overlaps))
+    return found
 
 
 def bytes_by_kind(transfers: list[Collective]) -> dict[str, float]:
@@ -76,32 +95,6 @@ def group_size(attributes: str, num_partitions: int) -> int:
     if first := re.match(r"\{\{([\d,]*)\}", groups):
         return first[1].count(",") + 1
     raise hlo.UnreadableError(f"The groups {groups:.100} of a transfer are not understood.")
-
-
-def _collectives(module: hlo.Module) -> Iterator[Collective]:
-    seen = set()
-    for execution in hlo.executions(module):
-        instruction = execution.instruction
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
-        if chain:
-            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            key = (execution.caller, chain[1], channel and channel[1])
-            if key in seen:
-                continue
-            seen.add(key)
-        size = group_size(instruction.attributes, module.num_partitions)
-        operand_bytes = sum(o.bytes for o in execution.computation.operands(instruction))
-        if kind == "all-reduce" and _is_scattered(execution):
-            kind = "reduce-scatter"
-        yield Collective(
-            kind=kind,
-            sent_bytes=operand_bytes * _sent(kind, size),
-            times=execution.times,
-            overlaps=bool(chain) or execution.in_async or instruction.opcode.endswith("-start"),
-        )
 
 
 def _sent(kind: str, size: int) -> float:

@@ -48,30 +48,6 @@ class Cost:
         return max(overlapping) + self.seconds["waited"]
 
 
-@dataclasses.dataclass(frozen=True)
-class RunEstimate:
-    """What a run costs, beside the same run without a teacher; None where it is not known.
-
-    Attributes:
-      flops: Model FLOPs of all steps.
-      baseline_flops: The same if all steps were plain.
-      seconds: Of all steps, without compiling, evaluation and checkpoints.
-      baseline_seconds: The same if all steps were plain.
-    """
-
-    flops: float
-    baseline_flops: float
-    seconds: float | None
-    baseline_seconds: float | None
-
-    @property
-    def overhead(self) -> float | None:
-        """The share of time that the teacher adds: 0.03 is 3%."""
-        if self.seconds is None or self.baseline_seconds is None:
-            return None
-        return self.seconds / self.baseline_seconds - 1
-
-
 def flops_per_step(job: Job, stage: int) -> float:
     """Model FLOPs of a step, all devices."""
     per_token = flops.train_flops_per_token(job.student, job.sequence_length)
@@ -108,20 +84,38 @@ def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Modu
     return Cost(memory_bytes, collectives.bytes_by_kind(transfers), seconds)
 
 
-def estimate_run(job: Job, step_seconds: Mapping[int, float | None]) -> RunEstimate:
-    """What a run costs, of the seconds that a step of each of its stages takes."""
-    distilling = job.config.stage1_steps
-    steps = {1: distilling, 2: job.config.steps - distilling}
-    taken = [(steps[stage], step_seconds.get(stage)) for stage in steps if steps[stage]]
-    plain_seconds, plain = step_seconds.get(2), flops_per_step(job, 2)
-    return RunEstimate(
-        flops=steps[1] * flops_per_step(job, 1) + steps[2] * plain,
-        baseline_flops=job.config.steps * plain,
-        seconds=None
-        if any(seconds is None for _, seconds in taken)
-        else sum(count * (seconds or 0.0) for count, seconds in taken),
-        baseline_seconds=None if plain_seconds is None else job.config.steps * plain_seconds,
-    )
+def estimate_run(
+    job: Job, chips: int, step_seconds: Mapping[int, float | None]
+) -> dict[str, float | None]:
+    """What a run costs beside the same run without a teacher, as summary.json has it.
+
+    Args:
+      job: What the run computes.
+      chips: The number of devices.
+      step_seconds: Of a step of each stage; None or missing is not known.
+
+    Returns:
+      Steps, model FLOPs, and days and chip-hours without compiling, evaluation and checkpoints; the
+      same if all steps were plain ("baseline_"), and the share of time that the teacher adds.
+    """
+    steps, distilling = job.config.steps, job.config.stage1_steps
+    first, second = step_seconds.get(1) if distilling else 0.0, step_seconds.get(2)
+    baseline = None if second is None else steps * second
+    total = None
+    if first is not None and (second is not None or steps == distilling):
+        total = distilling * first + (steps - distilling) * (second or 0.0)
+    plain = flops_per_step(job, 2)
+    run: dict[str, float | None] = {
+        "steps": steps,
+        "stage1_steps": distilling,
+        "flops": distilling * flops_per_step(job, 1) + (steps - distilling) * plain,
+        "baseline_flops": steps * plain,
+        "teacher_overhead": total / baseline - 1 if total and baseline else None,
+    }
+    for name, seconds in (("", total), ("baseline_", baseline)):
+        run[f"{name}days"] = None if seconds is None else seconds / 86_400
+        run[f"{name}chip_hours"] = None if seconds is None else seconds * chips / 3600
+    return run
 
 
 def _teacher_flops(job: Job, stage: int) -> float:

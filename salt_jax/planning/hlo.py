@@ -33,6 +33,7 @@ __all__ = [
     "trip_count",
 ]
 
+_Place = tuple[int, int, str, bool, bool]  # the fields of Execution from `times` on
 _COPIES = {"copy", "bitcast", "reshape", "convert", "copy-start", "copy-done"}
 
 
@@ -67,7 +68,7 @@ def executions(module: Module) -> Iterator[Execution]:
     Raises:
       UnreadableError: The trip count of a loop can't be told.
     """
-    yield from _walk(module, _Place(module.entry, 1, 0, module.entry, False, False))
+    yield from _walk(module, module.entry, (1, 0, module.entry, False, False))
 
 
 def select(
@@ -97,49 +98,34 @@ def select(
     ]
 
 
-class _Place(NamedTuple):
-    """A computation and how it came to run; the other fields are Execution's."""
-
-    name: str
-    times: int
-    depth: int
-    caller: str
-    in_fusion: bool
-    in_async: bool
-
-
-def _walk(module: Module, place: _Place) -> Iterator[Execution]:
-    computation = module.computations[place.name]
+def _walk(module: Module, name: str, place: _Place) -> Iterator[Execution]:
+    computation = module.computations[name]
     for instruction in computation.instructions:
-        yield Execution(instruction, computation, *place[1:])
-        for called in _called(module, computation, instruction, place):
-            yield from _walk(module, called)
+        yield Execution(instruction, computation, *place)
+        for called, inner in _called(module, computation, instruction, place):
+            yield from _walk(module, called, inner)
 
 
 def _called(
     module: Module, computation: Computation, instruction: Instruction, place: _Place
-) -> Iterator[_Place]:
-    """The computations that an instruction runs."""
+) -> Iterator[tuple[str, _Place]]:
+    """The computations that an instruction runs, and how."""
     opcode = instruction.opcode
+    times, depth, caller, in_fusion, _ = place
     if opcode == "while":
-        times = place.times * trip_count(module, computation, instruction)
-        for role, more in (("body", 0), ("condition", place.times)):
-            name = instruction.called[role][0]
-            yield _Place(name, times + more, place.depth + 1, name, place.in_fusion, False)
+        (body,), (condition,) = instruction.called["body"], instruction.called["condition"]
+        trips = times * trip_count(module, computation, instruction)
+        yield body, (trips, depth + 1, body, in_fusion, False)
+        yield condition, (trips + times, depth + 1, condition, in_fusion, False)
         return
     if opcode.endswith(("-done", "-update")):  # the -start has called it
         return
-    in_fusion = place.in_fusion or opcode == "fusion"
+    in_fusion = in_fusion or opcode == "fusion"
     for role, names in instruction.called.items():
-        if role == "to_apply" and opcode != "call":
-            continue
-        for name in names:
-            yield place._replace(
-                name=name,
-                caller=place.caller if in_fusion else name,
-                in_fusion=in_fusion,
-                in_async=opcode == "async-start",
-            )
+        if role != "to_apply" or opcode == "call":
+            for name in names:
+                inside = caller if in_fusion else name
+                yield name, (times, depth, inside, in_fusion, opcode == "async-start")
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:

@@ -62,19 +62,8 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
 
 
 def _run(stages: Mapping[int, StagePlan]) -> dict[str, Any]:
-    job, chips = stages[2].job, len(stages[2].topology.devices)
-    total = estimate.estimate_run(job, {n: plan.step_seconds for n, plan in stages.items()})
-    run = {
-        "steps": job.config.steps,
-        "stage1_steps": job.config.stage1_steps,
-        "flops": total.flops,
-        "baseline_flops": total.baseline_flops,
-        "teacher_overhead": total.overhead,
-    }
-    for name, seconds in (("", total.seconds), ("baseline_", total.baseline_seconds)):
-        run[f"{name}days"] = None if seconds is None else seconds / 86_400
-        run[f"{name}chip_hours"] = None if seconds is None else seconds * chips / 3600
-    return run
+    seconds = {stage: plan.step_seconds for stage, plan in stages.items()}
+    return estimate.estimate_run(stages[2].job, len(stages[2].topology.devices), seconds)
 
 
 def _add_change(

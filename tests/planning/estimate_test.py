@@ -10,7 +10,7 @@ from salt_jax.planning.compile import Job
 from salt_jax.planning.topologies import Chip
 from salt_jax.training import flops
 
-CHIP = Chip("x", 16.0, peak_flops=1e12, memory_bandwidth=1e11, link_bandwidth=1e10)
+CHIP = Chip("TPU v5 lite", 16.0, memory_bandwidth=2e13, link_bandwidth=2e12)  # 197 TFLOP/s
 # A loop of ten: each time an all-gather of 1,024 bytes that other work hides and an all-reduce that
 # it doesn't, on four devices.
 MODULE = hlo.parse("""HloModule m, num_partitions=4
@@ -63,10 +63,10 @@ def test_roofline(make_job: Callable[..., Job]) -> None:
         {
             "compute": estimate.hardware_flops_per_step(job, 2)
             / 4
-            / (estimate.COMPUTE_FRACTION * 1e12),
-            "memory": cost.memory_bytes / (estimate.MEMORY_FRACTION * 1e11),
-            "overlapped": gathered / (estimate.LINK_FRACTION * 1e10),
-            "waited": reduced / (estimate.LINK_FRACTION * 1e10),
+            / (estimate.COMPUTE_FRACTION * 197e12),
+            "memory": cost.memory_bytes / (estimate.MEMORY_FRACTION * 2e13),
+            "overlapped": gathered / (estimate.LINK_FRACTION * 2e12),
+            "waited": reduced / (estimate.LINK_FRACTION * 2e12),
         }
     )
     assert cost.seconds is not None
@@ -80,20 +80,26 @@ def test_roofline(make_job: Callable[..., Job]) -> None:
 def test_no_time_without_peaks(make_job: Callable[..., Job]) -> None:
     cost = estimate.estimate_cost(make_job(), 1, Chip("cpu"), 8, MODULE)
     assert cost.step_seconds is None
-    assert estimate.estimate_run(make_job(), {1: None, 2: None}).seconds is None
-    assert estimate.estimate_run(make_job(), {1: None, 2: 2.0}).overhead is None
+    run = estimate.estimate_run(make_job(), 8, {1: None, 2: None})
+    assert run["days"] is run["baseline_chip_hours"] is None
+    run = estimate.estimate_run(make_job(), 8, {1: None, 2: 2.0})
+    assert run["chip_hours"] is run["teacher_overhead"] is None
+    assert run["baseline_days"] == 200 / 86_400
 
 
 def test_run_with_and_without_teacher(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    run = estimate.estimate_run(job, {1: 3.0, 2: 2.0})
-    assert run.seconds == 25 * 3.0 + 75 * 2.0
-    assert run.baseline_seconds == 200.0
-    assert run.overhead == pytest.approx(0.125)
-    assert run.baseline_flops == 100 * estimate.flops_per_step(job, 2)
-    assert run.flops - run.baseline_flops == pytest.approx(
-        25 * (estimate.flops_per_step(job, 1) - estimate.flops_per_step(job, 2))
-    )
-    plain = estimate.estimate_run(make_job(teacher=None), {2: 2.0})
-    assert plain.seconds == plain.baseline_seconds == 200.0
-    assert plain.flops == plain.baseline_flops
+    run = estimate.estimate_run(job, 8, {1: 3.0, 2: 2.0})
+    assert (run["steps"], run["stage1_steps"]) == (100, 25)
+    assert run["days"] == pytest.approx((25 * 3.0 + 75 * 2.0) / 86_400)
+    assert run["baseline_days"] == pytest.approx(200 / 86_400)
+    assert run["teacher_overhead"] == pytest.approx(0.125)
+    assert run["chip_hours"] == pytest.approx(225 * 8 / 3600)
+    assert run["baseline_chip_hours"] == pytest.approx(200 * 8 / 3600)
+    plain, distilling = (estimate.flops_per_step(job, stage) for stage in (2, 1))
+    assert run["baseline_flops"] == 100 * plain
+    assert run["flops"] == pytest.approx(75 * plain + 25 * distilling)
+    run = estimate.estimate_run(make_job(teacher=None), 8, {2: 2.0})
+    assert run["days"] == run["baseline_days"] == pytest.approx(200 / 86_400)
+    assert run["flops"] == run["baseline_flops"]
+    assert run["teacher_overhead"] == 0
