@@ -26,6 +26,8 @@ _NAMES = {
     "distill.schedules": "Constant LinearDecay LinearRatioDecay NoDistillation Step",
     "distill.scores": "LearnableFraction Mean MeanEntropy MeanLoss Median",
     "distill.selection": "RandomRows Threshold TopFraction TopRows",
+    "evaluation.few_shot": "FewShot",
+    "evaluation.held_out": "HeldOut",
     "evaluation.responses": "Responses",
     "huggingface.chat_templates": "model_chat_template",
     "inference.sampling": "Sampling",
@@ -50,8 +52,8 @@ NAMES = frozenset(
 _OWN_PROGRAMS = ("~/.cache/salt_jax/programs", "")
 RUN_CODE: Mapping[str, tuple[Any, ...]] = {
     "Devices.compilation_cache": _OWN_PROGRAMS,
-    "evaluate.allow_code_execution": (False,),
-    "evaluate.task_folder": (None,),
+    "FewShot.allow_code_execution": (False,),
+    "FewShot.task_folder": (None,),
     "prepare.runner": ("local",),
 }
 

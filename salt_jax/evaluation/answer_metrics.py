@@ -1,13 +1,11 @@
-"""Generated texts against reference texts, each metric a pure function.
+"""Scores of a generated text against a reference text, by name, 0 to 1 each.
 
-In: two texts. Out: scores by name, each 0 to 1, whose means over a data set are its metrics.
-
-    number  exact_match: whether the numbers behind "####" are equal (GSM8K); answered: whether
-            the generated text has one
-    rouge   rouge1, rouge2, rougeL and rougeLsum: F-measures over stemmed words (XSum,
-            CNN/DailyMail); rougeLsum takes each line for a sentence
-    label   accuracy: whether the texts are equal (ANLI), case, white space at the ends and a last
-            full stop aside
+number  exact_match: whether the numbers behind "####" are equal (GSM8K); answered: whether
+        the generated text has one
+rouge   rouge1, rouge2, rougeL and rougeLsum: F-measures over stemmed words (XSum,
+        CNN/DailyMail); rougeLsum takes each line for a sentence
+label   accuracy: whether the texts are equal (ANLI), apart from case, white space at the ends
+        and a last full stop
 """
 
 import decimal
@@ -24,16 +22,17 @@ _NUMBER = re.compile(r"####\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def number_scores(generated: str, reference: str) -> Scores:
-    """Of the first number behind "####"; one without commas, equal in value, is equal.
+    """Of the first number behind "####"; with commas or without, equal in value is equal.
 
     Raises:
       InputError: The reference has no such number.
     """
     expected = final_number(reference)
     if expected is None:
+        shown = reference if len(reference) <= 80 else reference[:77] + "…"
         raise InputError(
-            f"The metric 'number' compares numbers behind \"####\", and the reference "
-            f"{_shortened(reference)} has none: correct the templates or the metric."
+            f"The metric 'number' compares numbers behind \"####\", and the reference {shown!r} "
+            "has none: correct the templates or the metric."
         )
     found = final_number(generated)
     return {"exact_match": float(found == expected), "answered": float(found is not None)}
@@ -52,7 +51,8 @@ def rouge_scores(generated: str, reference: str) -> Scores:
       InputError: The package isn't installed.
     """
     return {
-        name: score.fmeasure for name, score in _rouge_scorer().score(reference, generated).items()
+        name: float(score.fmeasure)
+        for name, score in _rouge_scorer().score(reference, generated).items()
     }
 
 
@@ -70,10 +70,6 @@ METRICS: Mapping[str, Callable[[str, str], Scores]] = {
 
 def _label(text: str) -> str:
     return text.strip().removesuffix(".").rstrip().casefold()
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "…")
 
 
 @functools.cache

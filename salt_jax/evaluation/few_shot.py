@@ -1,124 +1,141 @@
-"""The few-shot examination: names of tasks in; what the model reaches in them out.
+"""Examination on few-shot tasks of lm-eval, of a folder of YAML files, or of salt_suite."""
 
-The names may be lm-eval's, of tasks of a folder of YAML files, or salt_suite: see harness_tasks.py.
-"""
-
+import dataclasses
+import importlib
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salt_jax.errors import require_counts
-from salt_jax.evaluation.continuations import Continuations
-from salt_jax.evaluation.examination import Examinee
-from salt_jax.evaluation.harness import HarnessModel, Limits
-from salt_jax.evaluation.harness_tasks import SUITE, TaskResult, Tasks
-from salt_jax.evaluation.likelihood import Scorer
+from salt_jax.errors import InputError, require_counts
+from salt_jax.evaluation.answers import logged_answers
+from salt_jax.evaluation.examination import Examine, Examinee
+from salt_jax.inference.generation import Sampling
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.run_folder import to_json
+from salt_jax.storage.user_folders import cache_folder
 from salt_jax.terminal import Table, print_table
 
+SUITE = "salt_suite"
 
+
+@dataclasses.dataclass(frozen=True)
 class FewShot:
-    """Asks tasks of lm-eval; an `Examination`.
+    """Tasks and how they are asked, an `Examination`.
 
-    Args:
-      examinee: The model.
-      names: Of tasks or groups.
-      task_folder: A folder of YAML files of more tasks.
-      task_data: A folder of files in the place of data sets: TASK/SPLIT.jsonl, or .parquet.
-      shots: Examples in a prompt; each task's own number by default.
+    Attributes:
+      tasks: Names of tasks or groups; the flag may be given again.
+      shots: Examples in a prompt, except in tasks that are meant to have none; each task's own
+        number by default.
       limit: Documents of each task, the first ones; all by default.
-      max_new_tokens: At most so many tokens are generated, whatever a task asks for.
-      prepend_start: Whether the vocabulary's start comes before every text.
-      save_samples: Whether to write what was asked and answered.
-      allow_code_execution: Whether tasks may execute what the model writes.
-      seed: Of tasks that draw tokens by lot.
-      parse_special: Whether names of special tokens in a text stand for these tokens.
-
-    Raises:
-      InputError: An unknown name, a data set that isn't there, a model without its vocabulary, a
-        task that generates more than the model takes, or a setting out of range.
+      task_folder: A folder of YAML files of more tasks, which can run any code: one you trust.
+      task_data: A folder of files in place of tasks' data sets: TASK/SPLIT.jsonl, or .parquet.
+      max_new_tokens: The most tokens of an answer, where a task asks for more.
+      prepend_start: Whether the vocabulary's start comes before every text, as before every segment
+        in training; False for models trained without one, such as Pythia.
+      seed: Of tasks that draw tokens.
+      bootstrap_iters: Resamplings for the standard error of a metric that has no formula for it;
+        lm-eval's own 100,000 take minutes.
+      save_samples: Write samples_TASK.jsonl: documents, prompts, answers and metrics.
+      allow_code_execution: Execute the programs that a model writes, in tasks that score them so;
+        otherwise such tasks are generated for and not scored.
     """
 
-    def __init__(
-        self,
-        examinee: Examinee,
-        names: Sequence[str],
-        *,
-        task_folder: str | None = None,
-        task_data: str | None = None,
-        shots: int | None = None,
-        limit: int | None = None,
-        max_new_tokens: int | None = None,
-        prepend_start: bool = True,
-        save_samples: bool = False,
-        allow_code_execution: bool = False,
-        seed: int = 0,
-        parse_special: bool = True,
-    ) -> None:
-        require_counts(limit=limit, max_new_tokens=max_new_tokens)
-        require_counts(at_least=0, shots=shots)
-        self._examinee, self._limit, self._save_samples = examinee, limit, save_samples
-        self._vocabulary = examinee.saved.load_vocabulary()
-        self._limits = Limits(
-            examinee.saved.config.max_length, prepend_start, max_new_tokens, seed, parse_special
-        )
-        self._tasks = Tasks(task_folder, allow_code_execution, task_data)
-        self._loaded = self._tasks.load(names, shots)
-        for name, task in self._loaded["tasks"].items():
+    tasks: Sequence[str] = ()
+    shots: int | None = None
+    limit: int | None = None
+    task_folder: str | None = None
+    task_data: str | None = None
+    max_new_tokens: int | None = None
+    prepend_start: bool = True
+    seed: int = 0
+    bootstrap_iters: int = 1000
+    save_samples: bool = False
+    allow_code_execution: bool = False
+
+    def __post_init__(self) -> None:
+        require_counts(limit=self.limit, max_new_tokens=self.max_new_tokens)
+        require_counts(at_least=0, shots=self.shots, bootstrap_iters=self.bootstrap_iters)
+        Sampling(seed=self.seed)  # refuses a bad one
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there are tasks.
+
+        Raises:
+          InputError: There are none, and a setting that is of no use without them.
+        """
+        for name in ("shots", "limit", "task_data", "max_new_tokens", "task_folder"):
+            if not self.tasks and getattr(self, name) is not None:
+                raise InputError(
+                    f"{name} is for few-shot tasks: add --tasks=NAME, or leave it unset."
+                )
+        return bool(self.tasks)
+
+    def prepare(self, examinee: Examinee) -> Examine:
+        """See `Examination`.
+
+        Raises:
+          InputError: An unknown name, a data set that isn't there, a model without its vocabulary,
+            or a task that generates more than the model takes.
+        """
+        tasks, harness = _lm_eval_module("harness_tasks"), _lm_eval_module("harness")
+        examinee.vocabulary  # noqa: B018 (refuses a model without one)
+        loaded = tasks.load(self)
+        max_length = examinee.saved.config.max_length
+        for task in tasks.leaves(loaded):
             if task.OUTPUT_TYPE == "generate_until":
-                self._limits.decoding(name, task.get_config("generation_kwargs") or {})
+                own = task.get_config("generation_kwargs") or {}
+                harness.decoding_of(task.task_name, own, self, max_length)
 
-    def __call__(self, params: Any, folder: pathlib.Path) -> dict[str, Any]:
-        """See Examination; what came out, by task and group."""
-        examinee, prepend_start = self._examinee, self._limits.prepend_start
-        with examinee.request_log(folder, self._vocabulary, prepend_start) as log:
-            generator = examinee.generator(self._vocabulary)
-            model = HarnessModel(
-                Scorer(
-                    examinee.saved.config,
-                    params,
-                    examinee.mesh,
-                    examinee.rules,
-                    examinee.batch_size,
-                    examinee.chunk_tokens,
-                ),
-                Continuations(generator, params, log, prepend_start),
-                self._vocabulary,
-                log,
-                self._limits,
-            )
-            results, samples = self._tasks.evaluate(model, self._loaded, self._limit)
-        for name, records in samples.items() if self._save_samples else ():
-            lines = "".join(f"{to_json(record)}\n" for record in records)
-            write_text(folder / f"samples_{name.replace('/', '_')}.jsonl", lines)
-        print_table(_table(results, examinee.title))
-        return {"few_shot": {name: result.to_json() for name, result in results.items()}}
+        def examine(folder: pathlib.Path) -> dict[str, Any]:
+            with logged_answers(examinee, folder, self.prepend_start) as answers:
+                model = harness.HarnessModel(examinee, answers, self)
+                results, samples = tasks.evaluate(model, loaded, self)
+            for name, records in samples.items() if self.save_samples else ():
+                lines = "".join(f"{to_json(record)}\n" for record in records)
+                write_text(folder / f"samples_{name.replace('/', '_')}.jsonl", lines)
+            print_table(_table(results, examinee.title))
+            return {"few_shot": results}
+
+        return examine
+
+    def print_tasks(self) -> None:
+        """Prints the tasks, those of salt_suite by default, with their data sets; loads none.
+
+        Raises:
+          InputError: An unknown name, or no such folder.
+        """
+        names = self.tasks or [SUITE]
+        rows = _lm_eval_module("harness_tasks").data_sets(self, names)
+        columns = ("task", "data set", "part", "kind")
+        print_table(Table(", ".join(names), columns, tuple(rows), names=len(columns)))
 
 
-def print_tasks(names: Sequence[str], task_folder: str | None = None) -> None:
-    """Prints tasks, those of salt_suite by default, with their data sets; loads none.
+def _lm_eval_module(name: str) -> Any:
+    """A module of this folder that needs lm-eval, which may not be installed."""
+    if not os.environ.keys() & {"HF_HOME", "XDG_CACHE_HOME"}:  # read when it is imported
+        os.environ["HF_HOME"] = str(cache_folder("huggingface", "HF_HOME"))
+    try:
+        return importlib.import_module(f"salt_jax.evaluation.{name}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("salt_jax"):
+            raise
+        raise InputError(
+            f"--tasks needs the library {error.name}, which is not installed: "
+            "pip install 'salt_jax[eval]'."
+        ) from error
 
-    Raises:
-      InputError: An unknown name, or no such folder.
-    """
-    tasks = Tasks(task_folder)
-    names = names or [SUITE]
-    columns = ("task", "data set", "part", "kind")
-    found = [one for name in names for one in tasks.data_sets(name)]
-    rows = tuple((one.task, one.path, one.name, one.kind) for one in found)
-    print_table(Table(", ".join(names), columns, rows, names=len(columns)))
 
-
-def _table(results: Mapping[str, TaskResult], title: str) -> Table:
+def _table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     rows: list[tuple[str, ...]] = []
     for name, result in results.items():
-        counts = ["" if fact is None else str(fact) for fact in (result.shots, result.documents)]
-        for metric, (value, stderr) in result.metrics.items():
-            error = "" if stderr is None else f"{stderr:.4f}"
-            rows.append((name, metric, *counts, f"{value:.4f}", error))
+        counts = ["" if n is None else str(n) for n in (result["shots"], result["documents"])]
+        for metric, found in result["metrics"].items():
+            error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
+            rows.append((name, metric, *counts, f"{found['value']:.4f}", error))
             name, counts = "", ["", ""]
-        if not result.metrics and result.documents is not None:
+        if not result["metrics"] and result["documents"] is not None:
             rows.append((name, "generated, not scored", *counts, "", ""))
     columns = ("task", "metric", "shots", "documents", "value", "± stderr")
     return Table(title, columns, tuple(rows), names=2)

@@ -1,5 +1,4 @@
-"""The examination on held-out rows: a split of a packed cache in; log-perplexity, bits per byte and
-next-token accuracy out, whole and by subset."""
+"""Examination on held-out rows: log-perplexity, bits per byte and accuracy on a cache's split."""
 
 import dataclasses
 import pathlib
@@ -8,60 +7,65 @@ from typing import Any
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.errors import require_counts
-from salt_jax.evaluation.examination import Examinee
+from salt_jax.evaluation.examination import Examine, Examinee
 from salt_jax.terminal import Table, print_table
+from salt_jax.training.checkpoints import require_fit
 from salt_jax.training.evaluation import EvaluationResult, Evaluator
 from salt_jax.training.ledger import Cost
 
 
+@dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Reads a split; an `Examination`.
+    """The rows to evaluate on, an `Examination`.
 
-    Args:
-      examinee: The model.
-      cache: The rows, of the model's vocabulary.
-      split: "test" or "validation".
-      rows: Rows to read, from the first on; all by default.
-
-    Raises:
-      InputError: No such split, or no rows.
+    Attributes:
+      cache: A packed cache with the model's vocabulary; none by default.
+      split: Its split, "test" or "validation".
+      rows: Rows of it to read, from the first on; all by default.
     """
 
-    def __init__(
-        self, examinee: Examinee, cache: PackedCache, split: str = "test", rows: int | None = None
-    ) -> None:
-        require_counts(rows=rows)
-        self._examinee, self._cache, self._split = examinee, cache, split
-        whole = len(cache.split(split))
-        self._rows = min(rows or whole, whole)
-        self._evaluator = Evaluator(
+    cache: str | None = None
+    split: str = "test"
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        require_counts(rows=self.rows)
+
+    def prepare(self, examinee: Examinee) -> Examine:
+        """See `Examination`.
+
+        Raises:
+          InputError: No such cache or split, or another vocabulary.
+        """
+        cache = PackedCache.open(self.cache or "")
+        require_fit(examinee.saved, cache, "model")
+        whole = len(cache.split(self.split))
+        rows = min(self.rows or whole, whole)
+        evaluator = Evaluator(
             examinee.saved.config,
             cache,
-            split,
+            self.split,
             examinee.batch_size,
             examinee.mesh,
             examinee.rules,
-            self._rows,
+            rows,
             examinee.chunk_tokens,
         )
 
-    def __call__(self, params: Any, folder: pathlib.Path) -> dict[str, Any]:
-        """See Examination; the figures, the rows and what reading them cost."""
-        start = time.perf_counter()
-        evaluation = self._evaluator(params)
-        seconds = time.perf_counter() - start
-        print_table(_table(evaluation, f"{self._examinee.title} on {self._split}"))
-        length = self._cache.sequence_length
-        cost = Cost.of(self._examinee.saved.config, self._rows, length, seconds)
-        return {
-            "split": self._split,
-            "rows": self._rows,
-            **evaluation.to_json(),
-            **dataclasses.asdict(cost),
-        }
+        def examine(_: pathlib.Path) -> dict[str, Any]:
+            params = examinee.params
+            start = time.perf_counter()
+            result = evaluator(params)
+            seconds = time.perf_counter() - start
+            print_table(_table(result, f"{examinee.title} on {self.split}"))
+            cost = Cost.of(examinee.saved.config, rows, cache.sequence_length, seconds)
+            facts = {"split": self.split, "rows": rows}
+            return facts | result.to_json() | dataclasses.asdict(cost)
+
+        return examine
 
 
-def _table(evaluation: EvaluationResult, title: str) -> Table:
+def _table(result: EvaluationResult, title: str) -> Table:
     return Table(
         title,
         ("", "log-perplexity", "bits per byte", "next-token accuracy", "tokens"),
@@ -73,6 +77,6 @@ def _table(evaluation: EvaluationResult, title: str) -> Table:
                 f"{quality.next_token_accuracy:.2%}",
                 f"{quality.tokens:,}",
             )
-            for name, quality in [("all", evaluation.whole), *evaluation.by_subset.items()]
+            for name, quality in [("all", result.whole), *result.by_subset.items()]
         ),
     )

@@ -1,7 +1,7 @@
-"""The request log: what has been computed for a model, so that a killed evaluation goes on.
+"""Log of what has been computed for a model, so that a killed evaluation resumes.
 
-In: requests and their answers, as they come. Out: a JSONL file, an object a line with a key and
-an answer. A key is a digest of all that the answer depends on, so a log may serve other tasks too.
+A JSONL file, on each line an object with a key and an answer. A key is a digest of all that the
+answer depends on, so a log may serve other tasks, too.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ from typing import Any
 
 
 class RequestLog:
-    """Answers by key, on the disk as soon as they are added; a context manager.
+    """Answers by key, on disk as soon as they are added; a context manager.
 
-    Lines that a kill cut short, or that are damaged, count as never written.
+    Lines that a kill cut short, or that are damaged, are dropped.
 
     Args:
-      path: The file; made by `__enter__`, whose folder must be there then.
-      context: What every answer depends on: the model's digest, say.
+      path: The file; `__enter__` makes it, in a folder that exists.
+      context: What every answer depends on, the model's digest for one.
     """
 
     def __init__(self, path: pathlib.Path, context: Any) -> None:
@@ -46,7 +46,7 @@ class RequestLog:
         self._file.close()
 
     def key(self, request: Any) -> str:
-        """The key of a request, which JSON must be able to hold."""
+        """The key of a request, a value that JSON can hold."""
         text = json.dumps([self._context, request], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

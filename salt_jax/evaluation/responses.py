@@ -1,11 +1,11 @@
-"""The examination by responses: what a model says to prompts, against what it should say.
+"""Examination by responses: what a model generates after prompts, against references.
 
-In: files of examples and a metric. Out: each example's generated response with its scores, and
-their means. A prompt is given as in training: the model reads the start and the prompt's tokens,
-and says what follows, until the end of document.
+A prompt is given as in training: the model reads the start and the prompt's tokens, and generates
+until the end of document.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from salt_jax.errors import InputError, nearest
-from salt_jax.evaluation.answer_metrics import METRICS, Scores
-from salt_jax.evaluation.continuations import Continuations, Decoding
-from salt_jax.evaluation.examination import Examinee
+from salt_jax.evaluation.answer_metrics import METRICS
+from salt_jax.evaluation.answers import Decoding, logged_answers
+from salt_jax.evaluation.examination import Examine, Examinee
 from salt_jax.inference.generation import Sampling
 from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.readers import Document
@@ -30,16 +30,16 @@ RESPONSES_FILE = "responses.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """What to ask a model, and how its responses are judged.
+    """Prompts, and how the responses to them are judged; an `Examination`.
 
     Attributes:
       examples: The files, and the template that makes prompts and responses of their rows; its
-        train files are what is read.
+        train files are read.
       metric: "number" (GSM8K), "rouge" (summaries) or "label" (classes); see answer_metrics.py.
-      max_new_tokens: The most that a response has. A prompt that leaves the model no room for so
+      max_new_tokens: The most tokens of a response. A prompt that leaves the model no room for so
         many loses its beginning, and is counted.
       stop_texts: A response ends before the first of these, too.
-      sampling: How tokens are chosen; the likeliest ones by default.
+      sampling: How tokens are chosen; greedily by default.
     """
 
     examples: TextFiles
@@ -64,109 +64,68 @@ class Responses:
         if "" in self.stop_texts:
             raise InputError("One of Responses.stop_texts is empty: leave it out.")
 
-    def read(self) -> list[Document]:
-        """The examples.
+    def prepare(self, examinee: Examinee) -> Examine:
+        """See `Examination`.
 
         Raises:
-          InputError: See TextFiles.documents; or there are none.
+          InputError: Bad examples, or a model without its vocabulary or without room for a
+            response.
         """
-        with needed_libraries():
-            examples = list(self.examples.documents("train"))
-        if not examples:
-            raise InputError(
-                f"There are no examples in {', '.join(self.examples.train)}: correct "
-                "--gin.EXAMPLES."
-            )
-        return examples
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One example, answered.
-
-    Attributes:
-      prompt: What the model was given.
-      reference: What it should say.
-      generated: What it said.
-      scores: By name, 0 to 1.
-    """
-
-    prompt: str
-    reference: str
-    generated: str
-    scores: Scores
-
-
-class Responding:
-    """Asks a model all examples; an `Examination`.
-
-    Args:
-      examinee: The model.
-      responses: What to ask.
-
-    Raises:
-      InputError: Bad examples, or a model without its vocabulary or without room for a response.
-    """
-
-    def __init__(self, examinee: Examinee, responses: Responses) -> None:
-        self._examinee, self._responses = examinee, responses
-        self._vocabulary = examinee.saved.load_vocabulary()
         max_length = examinee.saved.config.max_length
-        room = max_length - 1 - responses.max_new_tokens  # 1 for the start
+        room = max_length - 1 - self.max_new_tokens  # 1 for the start
         if room < 1:
             raise InputError(
-                f"max_new_tokens is {responses.max_new_tokens} and the model "
-                f"{examinee.saved.path} takes {max_length} tokens, prompt included: lower "
-                "Responses.max_new_tokens."
+                f"max_new_tokens is {self.max_new_tokens} and the model {examinee.saved.path} "
+                f"takes {max_length} tokens, prompt included: lower Responses.max_new_tokens."
             )
-        self._examples = responses.read()
-        for example in self._examples:  # a bad reference, or no library, before hours of generating
-            METRICS[responses.metric]("", example.text)
-        prompts = self._vocabulary.encode_many(
-            [example.prompt for example in self._examples],
-            responses.examples.template.parse_special,
+        files = self.examples if examinee.parse_special else self.examples.as_plain_text()
+        with needed_libraries():
+            examples = list(files.documents("train"))
+        if not examples:
+            raise InputError(
+                f"There are no examples in {', '.join(files.train)}: correct --gin.EXAMPLES."
+            )
+        for example in examples:  # a bad reference, or no library, before hours of generating
+            METRICS[self.metric]("", example.text)
+        prompts = examinee.vocabulary.encode_many(
+            [example.prompt for example in examples], files.template.parse_special
         )
-        self._cut_prompts = sum(len(prompt) > room for prompt in prompts)
-        self._prompts = [prompt[-room:] for prompt in prompts]
+        cut = sum(len(prompt) > room for prompt in prompts)
+        prompts = [prompt[-room:] for prompt in prompts]
+        return functools.partial(self._examine, examinee, examples, prompts, cut)
 
-    def __call__(self, params: Any, folder: pathlib.Path) -> dict[str, Any]:
-        """See Examination; the means. Writes responses.jsonl, an answer a line."""
-        decoding = Decoding(
-            self._responses.max_new_tokens,
-            tuple(self._responses.stop_texts),
-            self._responses.sampling,
-        )
-        start = time.perf_counter()
-        generator = self._examinee.generator(self._vocabulary)
-        with self._examinee.request_log(folder, self._vocabulary, prepend_start=True) as log:
-            continuations = Continuations(generator, params, log)
-            texts = continuations([(prompt, decoding) for prompt in self._prompts])
-        seconds = time.perf_counter() - start
-        scored = METRICS[self._responses.metric]
-        answers = [
-            Answer(example.prompt, example.text, text, scored(text, example.text))
-            for example, text in zip(self._examples, texts, strict=True)
+    def _examine(
+        self,
+        examinee: Examinee,
+        examples: Sequence[Document],
+        prompts: Sequence[list[int]],
+        cut: int,
+        folder: pathlib.Path,
+    ) -> dict[str, Any]:
+        decoding = Decoding(self.max_new_tokens, tuple(self.stop_texts), self.sampling)
+        with logged_answers(examinee, folder) as answers:
+            start = time.perf_counter()
+            texts = answers.continuations([(prompt, decoding) for prompt in prompts])
+            seconds = time.perf_counter() - start
+        scores = [
+            METRICS[self.metric](text, example.text)
+            for example, text in zip(examples, texts, strict=True)
         ]
-        lines = "".join(f"{to_json(dataclasses.asdict(answer))}\n" for answer in answers)
-        write_text(folder / RESPONSES_FILE, lines)
-        means = {
-            name: float(np.mean([answer.scores[name] for answer in answers]))
-            for name in answers[0].scores
-        }
-        self._print(means)
-        return {
-            "responses": {
-                "metric": self._responses.metric,
-                "examples": len(answers),
-                "cut_prompts": self._cut_prompts,
-                **means,
-                "seconds": seconds,
+        records = [
+            {
+                "prompt": example.prompt,
+                "reference": example.text,
+                "generated": text,
+                "scores": scored,
             }
-        }
-
-    def _print(self, means: Scores) -> None:
-        columns = ("", f"mean of {len(self._examples):,}")
-        rows = tuple((name, f"{score:.2%}") for name, score in means.items())
-        print_table(Table(self._examinee.title, columns, rows))
-        if self._cut_prompts:
-            say(f"{self._cut_prompts:,} prompts were too long and lost their beginning.")
+            for example, text, scored in zip(examples, texts, scores, strict=True)
+        ]
+        lines = "".join(f"{to_json(record)}\n" for record in records)
+        write_text(folder / RESPONSES_FILE, lines)
+        means = {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
+        rows = tuple((name, f"{mean:.2%}") for name, mean in means.items())
+        print_table(Table(examinee.title, ("", f"mean of {len(records):,}"), rows))
+        if cut:
+            say(f"{cut:,} prompts were too long and lost their beginning.")
+        facts = {"metric": self.metric, "examples": len(records), "cut_prompts": cut}
+        return {"responses": facts | means | {"seconds": seconds}}

@@ -1,7 +1,7 @@
-"""Generation: prompts as ids in; each one's continuation out.
+"""Continues prompts, given as token ids, with one model.
 
-The host sorts prompts into batches by length, runs the two programs of `inference.decoding` on the
-mesh, and between chunks of tokens reads the text so far, in which it looks for stop texts.
+The host sorts prompts into batches by length and runs the two programs of `inference.decoding` on the
+mesh; between chunks of tokens it looks for stop texts in the text so far.
 """
 
 import bisect
@@ -27,23 +27,20 @@ from salt_jax.training.in_order import rounded_up
 
 __all__ = ["Completion", "Generator", "Sampling", "continuation"]
 
-# Tokens that the device makes before the host looks at them.
-_CHUNK = 32
-# The shortest length that prompts are padded to; the others are its doubles.
-_SHORTEST = 16
-# Tokens of the prompt that a continuation's text is decoded after.
-_CONTEXT = 8
+_CHUNK = 32  # tokens that the device makes before the host looks at them
+_SHORTEST = 16  # the shortest length that prompts are padded to, tokens
+_CONTEXT = 8  # tokens of the prompt that a continuation's text is decoded after
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a prompt was continued by.
+    """The continuation of a prompt.
 
     Attributes:
-      index: Which prompt, in the order given.
+      index: The prompt's index in the order given.
       ids: The new ids, without the id that ended them, with those of a stop text.
       text: What they add to the prompt's text, up to the first stop text.
-      log_probabilities: Of each, by the model before temperature, top-k and top-p; nats.
+      log_probabilities: Of each id, by the model before temperature, top-k and top-p; nats.
       ended_by: "end of document", "stop text" or "length".
     """
 
@@ -56,13 +53,13 @@ class Completion:
 
 @dataclasses.dataclass
 class Work:
-    """What a generator has done; compiling is not in the seconds.
+    """What a generator has done, without the time to compile.
 
     Attributes:
-      prompt_tokens: Tokens read of prompts.
-      prefill_seconds: Of reading them, and choosing a first token for each.
-      decoded_tokens: Tokens that completions have after their first ones.
-      decode_seconds: Of making them.
+      prompt_tokens: Tokens of prompts.
+      prefill_seconds: Time to read them and to choose each prompt's first token.
+      decoded_tokens: Tokens of completions after their first ones.
+      decode_seconds: Time to make those.
     """
 
     prompt_tokens: int = 0
@@ -76,11 +73,11 @@ class Generator:
 
     Args:
       config: The model.
-      vocabulary: Its vocabulary, which gives the end of document and the text to stop at.
+      vocabulary: Its vocabulary.
       mesh: Where the parameters live.
       rules: From logical to mesh axes.
       batch_size: Prompts at once, rounded up to what the mesh needs.
-      end_ids: What ends a continuation beside the vocabulary's end of document.
+      end_ids: Ids that end a continuation, beside the vocabulary's end of document.
 
     Raises:
       InputError: The model has fewer ids than the vocabulary, or batch_size is below 1.
@@ -110,24 +107,10 @@ class Generator:
         self.work = Work()
 
     def __call__(
-        self,
-        params: Any,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        stop_texts: Sequence[str] = (),
-        prepend_start: bool = True,
+        self, params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: Any
     ) -> list[list[int]]:
-        """The new ids of each prompt, in the order given; see `stream`."""
-        completions = self.stream(
-            params,
-            prompts,
-            max_new_tokens,
-            sampling=sampling,
-            stop_texts=stop_texts,
-            prepend_start=prepend_start,
-        )
+        """The new ids of each prompt, in the order given; the settings are those of `stream`."""
+        completions = self.stream(params, prompts, max_new_tokens, **settings)
         ids = {completion.index: completion.ids for completion in completions}
         return [ids[index] for index in range(len(prompts))]
 
@@ -147,36 +130,28 @@ class Generator:
         Args:
           params: The model's parameters, on the mesh.
           prompts: Ids of each.
-          max_new_tokens: The most that a prompt is continued by.
-          sampling: How tokens are chosen. A row's draws come from the seed, its number in `draws`
-            and the token's place alone, not from what else is in its batch.
+          max_new_tokens: The most new tokens of a prompt.
+          sampling: How tokens are chosen. A row's draws depend on the seed, its number in `draws`
+            and the token's position alone, not on the rest of its batch.
           stop_texts: A continuation ends with the token that completes one of these in its text.
           prepend_start: Put the vocabulary's start before each prompt, as before each segment that
             the model was trained on.
           draws: A number for each prompt, 0 to 2³¹ − 1; by default its index.
 
         Returns:
-          The completions, as they come.
+          The completions, as they are made.
 
         Raises:
           InputError: See `check`; or the model's logits are not finite.
         """
-        rows = self.check(prompts, max_new_tokens, stop_texts, prepend_start)
-        waiting = [
-            _Row(
-                index,
-                draw,
-                row,
-                max_new_tokens,
-                self._vocabulary,
-                self._end_ids,
-                tuple(stop_texts),
-            )
-            for index, (draw, row) in enumerate(
-                zip(range(len(rows)) if draws is None else draws, rows, strict=True)
-            )
+        read = self.check(prompts, max_new_tokens, stop_texts, prepend_start)
+        ends = _Ends(self._vocabulary, self._end_ids, tuple(stop_texts), max_new_tokens)
+        numbers = range(len(read)) if draws is None else draws
+        rows = [
+            _Row(index, draw, prompt, ends)
+            for index, (draw, prompt) in enumerate(zip(numbers, read, strict=True))
         ]
-        return self._completions(params, waiting, max_new_tokens, sampling)
+        return self._completions(params, rows, max_new_tokens, sampling)
 
     def check(
         self,
@@ -185,11 +160,11 @@ class Generator:
         stop_texts: Sequence[str] = (),
         prepend_start: bool = True,
     ) -> list[list[int]]:
-        """What the model will read of each prompt.
+        """The ids that the model will read of each prompt.
 
         Raises:
           InputError: No new tokens, an empty stop text, or a prompt that is empty, too long with
-            max_new_tokens, or has an id that the vocabulary hasn't.
+            max_new_tokens, or has an id outside of the vocabulary.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens} and must be at least 1.")
@@ -217,11 +192,7 @@ class Generator:
         return rows
 
     def _completions(
-        self,
-        params: Any,
-        rows: list["_Row"],
-        max_new_tokens: int,
-        sampling: Sampling,
+        self, params: Any, rows: list["_Row"], max_new_tokens: int, sampling: Sampling
     ) -> Iterator[Completion]:
         order = sorted(rows, key=lambda row: -len(row.prompt))
         size = rounded_up(min(self._batch_size, max(len(rows), 1)), self._mesh)
@@ -250,7 +221,7 @@ class Generator:
         (state, *made), seconds = self._run(begin, params, *on_device, np.uint32(seed))
         self.work.prompt_tokens += sum(len(row.prompt) for row in rows)
         self.work.prefill_seconds += seconds
-        yield from self._taken(rows, *made)
+        yield from _taken(rows, *made)
         count = 1
         while any(not row.ended_by for row in rows):
             finished_B = np.array([bool(row.ended_by) for row in rows])
@@ -259,16 +230,15 @@ class Generator:
             limit = min(_CHUNK, max_new_tokens - count)
             (state, *made), seconds = self._run(advance, params, state, np.int32(limit))
             before = sum(len(row.ids) for row in rows)
-            yield from self._taken(rows, *made)
+            yield from _taken(rows, *made)
             self.work.decoded_tokens += sum(len(row.ids) for row in rows) - before
             self.work.decode_seconds += seconds
             count += limit
 
     def _padded(self, rows: list["_Row"], size: int) -> dict[str, np.ndarray]:
-        """A batch's prompts, padded on the left, and rows to fill it."""
+        """A batch's prompts, padded on the left, and rows that fill it up."""
         longest = max(len(row.prompt) for row in rows)
-        length = _SHORTEST << max(math.ceil(math.log2(longest / _SHORTEST)), 0)
-        length = min(length, self._config.max_length)
+        length = padded_length(longest, _SHORTEST, self._config.max_length)
         prompts_BxL = np.full((size, length), self._vocabulary.pad_id, np.int32)
         segment_ids_BxL = np.zeros((size, length), np.int32)
         for prompt_L, segment_ids_L, row in zip(prompts_BxL, segment_ids_BxL, rows, strict=False):
@@ -282,12 +252,12 @@ class Generator:
         }
 
     def _run(self, function: Any, params: Any, *arrays: Any) -> tuple[Any, float]:
-        """A program's results and seconds; compiled at its first call for such shapes."""
+        """A program's results and seconds, without compiling it for new shapes."""
         leaves = jax.tree.leaves((params, arrays))
         key = (function.func, *function.keywords.values(), *((x.shape, x.dtype) for x in leaves))
         with partitioning.partitioned(self._mesh, self._rules):
             if key not in self._compiled:
-                # The state is the second argument: its cache is changed where it lies.
+                # The state is the second argument: its cache is updated in place.
                 donated = (1,) if function.func is decoding.advance else ()
                 jitted = jax.jit(function, donate_argnums=donated)
                 self._compiled[key] = jitted.lower(params, *arrays).compile()
@@ -295,35 +265,28 @@ class Generator:
             results = jax.block_until_ready(self._compiled[key](params, *arrays))
             return results, time.perf_counter() - start
 
-    def _taken(self, rows: list["_Row"], tokens: Any, log_p: Any) -> Iterator[Completion]:
-        """Gives rows what the device made; yields those that it ended."""
-        for row, tokens_C, log_p_C in zip(
-            rows, np.asarray(tokens), np.asarray(log_p), strict=False
-        ):
-            if not row.ended_by:
-                row.take(tokens_C.tolist(), log_p_C.tolist())
-                if row.ended_by:
-                    yield row.completion()
+
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+    """What ends a continuation."""
+
+    vocabulary: Vocabulary
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    max_new_tokens: int
 
 
+@dataclasses.dataclass
 class _Row:
-    """A prompt and what it was continued by so far."""
+    """A prompt and its continuation so far."""
 
-    def __init__(
-        self,
-        index: int,
-        draw: int,
-        prompt: list[int],
-        max_new_tokens: int,
-        vocabulary: Vocabulary,
-        end_ids: tuple[int, ...],
-        stop_texts: tuple[str, ...],
-    ) -> None:
-        self.index, self.draw, self.prompt, self.ended_by = index, draw, prompt, ""
-        self.ids: list[int] = []
-        self.log_probabilities: list[float] = []
-        self._max_new_tokens, self._vocabulary = max_new_tokens, vocabulary
-        self._end_ids, self._stop_texts = end_ids, stop_texts
+    index: int
+    draw: int
+    prompt: list[int]
+    ends: _Ends
+    ids: list[int] = dataclasses.field(default_factory=list)
+    log_probabilities: list[float] = dataclasses.field(default_factory=list)
+    ended_by: str = ""
 
     def take(self, tokens: list[int], log_probabilities: list[float]) -> None:
         """Adds tokens up to where the row ends."""
@@ -336,44 +299,60 @@ class _Row:
                     f"The model's logits after {len(self.ids)} new tokens of prompt {self.index} "
                     "are not finite: use another checkpoint."
                 )
-            if token in self._end_ids:
+            if token in self.ends.ids:
                 self.ended_by = "end of document"
                 break
             self.ids.append(token)
             self.log_probabilities.append(log_p)
         if self._has_stop(len(self.ids)):
-            # Text only grows, so the tokens that hold a stop text are an end of the range.
+            # Text only grows, so the lengths that have a stop text are the last ones.
             length = bisect.bisect_left(range(len(self.ids)), True, old, key=self._has_stop)
             del self.ids[length:], self.log_probabilities[length:]
             self.ended_by = "stop text"
-        elif not self.ended_by and len(self.ids) == self._max_new_tokens:
+        elif not self.ended_by and len(self.ids) == self.ends.max_new_tokens:
             self.ended_by = "length"
 
     def completion(self) -> Completion:
-        """What there is at the end."""
+        """The row at its end."""
         text = self._text(len(self.ids))
-        text = text[: min((text.index(s) for s in self._stop_texts if s in text), default=None)]
+        text = text[: min((text.index(s) for s in self.ends.texts if s in text), default=None)]
         return Completion(self.index, self.ids, text, self.log_probabilities, self.ended_by)
 
     def _has_stop(self, length: int) -> bool:
-        text = self._text(length) if self._stop_texts else ""
-        return any(stop in text for stop in self._stop_texts)
+        text = self._text(length) if self.ends.texts else ""
+        return any(stop in text for stop in self.ends.texts)
 
     def _text(self, length: int) -> str:
-        return continuation(self._vocabulary, self.prompt, self.ids[:length])
+        return continuation(self.ends.vocabulary, self.prompt, self.ids[:length])
+
+
+def _taken(rows: Sequence[_Row], tokens_BxC: Any, log_p_BxC: Any) -> Iterator[Completion]:
+    """Gives rows what the device made; yields the completions of those that it ended."""
+    for row, tokens_C, log_p_C in zip(
+        rows, np.asarray(tokens_BxC), np.asarray(log_p_BxC), strict=False
+    ):
+        if not row.ended_by:
+            row.take(tokens_C.tolist(), log_p_C.tolist())
+            if row.ended_by:
+                yield row.completion()
+
+
+def padded_length(length: int, shortest: int, longest: int) -> int:
+    """The first of shortest · 1, 2, 4, … that is at least `length`; at most `longest`."""
+    return min(shortest << max(math.ceil(math.log2(length / shortest)), 0), longest)
 
 
 def continuation(vocabulary: Vocabulary, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that ids add after a prompt: with the space before it, say, that stands for a word.
+    """The text that ids add after a prompt, with the space that a word's first token may stand for.
 
     Args:
       vocabulary: Of both.
-      prompt: Ids that come before; its last ones suffice.
+      prompt: The ids before; the last ones suffice.
       ids: The new ones.
 
     Returns:
-      The text of both less the prompt's; of the new ones alone where they change the prompt's last
-      character, which its ids leave incomplete.
+      The text of both without the prompt's; of the new ids alone where they change the prompt's
+      last character, which its own ids leave incomplete.
     """
     context = prompt[-_CONTEXT:]
     before, both = vocabulary.decode(context), vocabulary.decode([*context, *ids])

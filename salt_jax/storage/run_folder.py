@@ -53,8 +53,8 @@ _LIBRARIES = [
 ]
 
 
-# Before the settings of `salt train` were grouped each was one of the verb's own.
-_OLD_FORM = re.compile(r"train\.train\.(?!config$)")
+# Before the settings of these verbs were grouped each was one of the verb's own.
+_OLD_FORM = re.compile(r"train\.train\.(?!config$)|evaluate\.evaluate\.(cache|tasks)$")
 
 
 @dataclasses.dataclass(frozen=True)

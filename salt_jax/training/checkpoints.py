@@ -355,7 +355,7 @@ def find_model(
         url=url,
     )
     if cache is not None:
-        _require_fit(model, cache, role)
+        require_fit(model, cache, role)
     return model
 
 
@@ -399,8 +399,12 @@ def complete_steps(path: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
-    """Soft labels, scores and evaluations mean something only over the same tokens."""
+def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
+    """Refuses rows that a model cannot read, or whose tokens are not its own.
+
+    Raises:
+      InputError: Rows longer than the model takes, or another vocabulary.
+    """
     if cache.sequence_length > model.config.max_length:
         raise InputError(
             f"The cache {cache.path} has rows of {cache.sequence_length} tokens and the {role} "

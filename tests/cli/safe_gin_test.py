@@ -21,6 +21,7 @@ OURS = (
     "from __gin__ import dynamic_registration\nfrom salt_jax.commands import train\n"
     "from salt_jax.training import config\n"
 )
+FEW_SHOT = "from salt_jax.evaluation import few_shot"
 MARK = "run_by_gin"
 
 _calls: list[str] = []
@@ -83,7 +84,8 @@ def test_every_name_is_a_public_one_of_ours(name: str) -> None:
 def test_every_setting_that_runs_code_is_one_of_a_verb() -> None:
     for name, harmless in safe_gin.RUN_CODE.items():
         owner, _, setting = name.partition(".")
-        module = "training.config" if owner == "Devices" else f"commands.{owner}"
+        groups = {"Devices": "training.config", "FewShot": "evaluation.few_shot"}
+        module = groups.get(owner, f"commands.{owner}")
         function = getattr(importlib.import_module(f"salt_jax.{module}"), owner)
         assert inspect.signature(function).parameters[setting].default in harmless
 
@@ -172,9 +174,9 @@ def test_nor_by_an_included_file(
         ("", "X = {'a': [(1, @train.RunFolder)]}"),
         ("", "train.RunFolder:\n  path = 'x'"),
         ("", "X = @gin.macro.__globals__.get()"),
-        ("from salt_jax.commands import evaluate", "evaluate.evaluate.task_folder = 'tasks'"),
-        ("from salt_jax.commands import evaluate", "a/evaluate.evaluate.task_folder = %X\nX = ''"),
-        ("from salt_jax.commands import evaluate", "evaluate.evaluate.allow_code_execution = True"),
+        (FEW_SHOT, "few_shot.FewShot.task_folder = 'tasks'"),
+        (FEW_SHOT, "a/few_shot.FewShot.task_folder = %X\nX = ''"),
+        (FEW_SHOT, "few_shot.FewShot.allow_code_execution = True"),
         ("from salt_jax.commands import prepare", "prepare.prepare.runner = 'not_ours.Runner'"),
     ],
 )
@@ -243,10 +245,10 @@ def test_harmless_values_of_those_settings_pass(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "config.gin"
     lines = [f"from salt_jax.commands import {verb}\n" for verb in verbs()]
     lines.insert(0, "from __gin__ import dynamic_registration\n")
-    lines.append("from salt_jax.training import config\n")
+    lines += ["from salt_jax.training import config\n", f"{FEW_SHOT}\n"]
     for name, harmless in safe_gin.RUN_CODE.items():
         owner = name.partition(".")[0]
-        module = "config" if owner == "Devices" else owner
+        module = {"Devices": "config", "FewShot": "few_shot"}.get(owner, owner)
         lines += [f"{module}.{name} = {value!r}\n" for value in harmless]
     file.write_text("".join(lines))
     safe_gin.require_safe_file(str(file), find_gin_file)
@@ -257,7 +259,7 @@ def test_the_flag_of_a_setting_that_runs_code(
 ) -> None:
     typed = ["evaluate", "--safe_gin", "--task_folder=mine", f"--output_dir={tmp_path / 'out'}"]
     assert main(typed) == 2
-    assert "--safe_gin allows task_folder of evaluate to be None only" in (capsys.readouterr().err)
+    assert "--safe_gin allows task_folder of FewShot to be None only" in (capsys.readouterr().err)
 
 
 def test_commands_that_a_command_starts_are_asked_for_the_same(

@@ -36,7 +36,7 @@ AGAIN = {
             "--save_samples=True",
             *MESH,
         ],
-        ("--rows=3", "rows was None and is now 3"),
+        ("--rows=3", "held_out.HeldOut.rows was None and is now 3"),
     ),
     "select": (
         ["--cache={cache}", "--scores={scores}", "--gin_file=methods/top_rows.gin", "--gin.ROWS=5"],

@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from salt_jax.evaluation import harness_tasks
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.few_shot import FewShot
-from salt_jax.evaluation.harness_tasks import Tasks
 from salt_jax.main import main
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.partitioning import MeshConfig
@@ -124,22 +124,18 @@ def test_lm_eval_s_own_backend_says_the_same(kind: str, tmp_path: pathlib.Path) 
     run, export = run_and_export(tmp_path, kind)
     write_tasks(tmp_path)
     names = ["local_choice", "local_rolling", "local_generate"]
-    tasks = Tasks(str(tmp_path))
-    theirs = HFLM(
+    settings = FewShot(names, task_folder=str(tmp_path), prepend_start=False, save_samples=True)
+    theirs: Any = HFLM(
         pretrained=str(export), dtype="float32", batch_size=4, device="cpu", max_length=64
     )
-    their_results, their_samples = tasks.evaluate(theirs, tasks.load(names))
+    their_results, their_samples = harness_tasks.evaluate(
+        theirs, harness_tasks.load(settings), settings
+    )
 
     saved, mesh = find_model(run, None, "model"), MeshConfig().make(jax.devices())
-    few_shot = FewShot(
-        Examinee(saved, mesh, batch_size=8),
-        names,
-        task_folder=str(tmp_path),
-        prepend_start=False,
-        save_samples=True,
-    )
-    summary = few_shot(saved.load_params(mesh), tmp_path)["few_shot"]
-    assert summary["local_choice"] == their_results["local_choice"].to_json()  # the same choices
+    examine = settings.prepare(Examinee(saved, mesh, batch_size=8))
+    summary = examine(tmp_path)["few_shot"]
+    assert summary["local_choice"] == their_results["local_choice"]  # the same choices
     for name in names:
         lines = (tmp_path / f"samples_{name}.jsonl").read_text().splitlines()
         our_samples = [json.loads(line) for line in lines]
@@ -154,5 +150,6 @@ def test_lm_eval_s_own_backend_says_the_same(kind: str, tmp_path: pathlib.Path) 
                 (their_total, their_greedy), (our_total, our_greedy) = pairs
                 assert our_total == pytest.approx(their_total, abs=1e-3)
                 assert our_greedy == their_greedy
-        for metric, (value, _) in their_results[name].metrics.items():
-            assert summary[name]["metrics"][metric]["value"] == pytest.approx(value, abs=1e-4)
+        for metric, their in their_results[name]["metrics"].items():
+            value = summary[name]["metrics"][metric]["value"]
+            assert value == pytest.approx(their["value"], abs=1e-4)

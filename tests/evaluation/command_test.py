@@ -120,6 +120,25 @@ def test_a_task_of_lm_eval_s_on_files_of_one_s_own(
     assert found.keys() == {"piqa"}
 
 
+def test_an_examination_of_one_s_own(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_examination.py").write_text(
+        "class Layers:\n"
+        "    def prepare(self, examinee):\n"
+        "        return lambda folder: {'layers': examinee.saved.config.num_layers}\n"
+    )
+    (tmp_path / "mine.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "import my_examination\n"
+        "from salt_jax.commands import evaluate\n"
+        "evaluate.evaluate.responses = @my_examination.Layers()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(model, tmp_path / "out", f"--gin_file={tmp_path / 'mine.gin'}") == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["layers"] == 1
+
+
 def _nothing(self: RequestLog, answers: dict[str, object]) -> None:
     assert not answers, f"{answers} were computed again"
 
@@ -214,7 +233,7 @@ def test_without_lm_eval(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("few_shot", "harness", "harness_tasks"):
+    for module in ("harness", "harness_tasks"):
         monkeypatch.delitem(sys.modules, f"salt_jax.evaluation.{module}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)

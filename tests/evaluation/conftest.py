@@ -9,20 +9,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pathlib
 import shutil
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
+import lm_eval.evaluator
 import pytest
 from lm_eval.tasks._index import TaskIndex
 
 from salt_jax.data.vocabularies import ByteVocabulary, Vocabulary
-from salt_jax.evaluation.continuations import Continuations
-from salt_jax.evaluation.harness import HarnessModel, Limits
-from salt_jax.evaluation.likelihood import Scorer
+from salt_jax.evaluation.answers import Answers
+from salt_jax.evaluation.examination import Examinee
+from salt_jax.evaluation.few_shot import FewShot
+from salt_jax.evaluation.harness import HarnessModel
 from salt_jax.evaluation.request_log import RequestLog
-from salt_jax.inference.generation import Generator
 from salt_jax.models import decoder
 from salt_jax.training.partitioning import MeshConfig, param_shardings
 
@@ -59,6 +61,14 @@ def params() -> Any:
     return jax.tree.map(lambda x: 3.0 * x, fresh)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_facts_of_the_machine() -> Iterator[None]:
+    """lm-eval asks pip and others for them after each evaluation, for a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        yield
+
+
 @pytest.fixture
 def harness(params: Any, tmp_path: pathlib.Path) -> Iterator[Callable[..., HarnessModel]]:
     """Makes harness models of CONFIG, or of another model."""
@@ -71,23 +81,25 @@ def harness(params: Any, tmp_path: pathlib.Path) -> Iterator[Callable[..., Harne
         mesh: MeshConfig | None = None,
         log: str = "requests.jsonl",
         batch_size: int = 4,
-        prepend_start: bool = True,
-        max_new_tokens: int | None = None,
+        **settings: Any,
     ) -> HarnessModel:
         vocabulary = vocabulary or ByteVocabulary()
         devices = jax.devices() if mesh else jax.devices()[:1]
         grid = (mesh or MeshConfig(fsdp=1)).make(devices)
         placed = jax.device_put(params, param_shardings(decoder.abstract_params(config), grid))
-        generator = Generator(config, vocabulary, grid, batch_size=batch_size)
-        opened = RequestLog(tmp_path / log, {"prepend_start": prepend_start}).__enter__()
-        logs.append(opened)
-        return HarnessModel(
-            Scorer(config, placed, grid, batch_size=batch_size, chunk_tokens=64),
-            Continuations(generator, placed, opened, prepend_start),
-            vocabulary,
-            opened,
-            Limits(config.max_length, prepend_start, max_new_tokens),
+        saved: Any = types.SimpleNamespace(
+            config=config,
+            load_vocabulary=lambda: vocabulary,
+            load_params=lambda mesh, rules: placed,
+            end_ids=lambda: (),
         )
+        examinee = Examinee(saved, grid, batch_size=batch_size, chunk_tokens=64)
+        few_shot = FewShot(**settings)
+        context = {"prepend_start": few_shot.prepend_start}
+        opened = RequestLog(tmp_path / log, context).__enter__()
+        logs.append(opened)
+        answers = Answers(examinee, opened, few_shot.prepend_start)
+        return HarnessModel(examinee, answers, few_shot)
 
     yield make
     for opened in logs:

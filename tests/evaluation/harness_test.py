@@ -13,8 +13,9 @@ from lm_eval.api.instance import Instance
 
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
-from salt_jax.evaluation.continuations import Decoding
-from salt_jax.evaluation.harness import HarnessModel, Limits
+from salt_jax.evaluation.answers import Decoding
+from salt_jax.evaluation.few_shot import FewShot
+from salt_jax.evaluation.harness import HarnessModel, decoding_of
 from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.inference.sampling import Sampling
 from salt_jax.models import decoder
@@ -160,17 +161,20 @@ def test_repeats_by_lot_differ_and_come_again(harness: Callable[..., HarnessMode
 
 
 def test_what_a_task_asks_of_decoding() -> None:
-    limits = Limits(max_length=512, seed=3)
+    def decoding(asked: dict[str, Any], **settings: Any) -> Decoding:
+        return decoding_of("t", asked, FewShot(seed=3, **settings), 512)
+
     settings = {"until": "\n", "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
     sampling = Sampling(0.7, top_k=5, top_p=0.9, seed=3)
-    assert limits.decoding("t", settings) == Decoding(256, ("\n",), sampling)
-    assert limits.decoding("t", {"do_sample": False, "temperature": 0.7}).sampling == Sampling()
-    assert limits.decoding("t", {"do_sample": True}).sampling == Sampling(1.0, seed=3)
-    assert limits.decoding("t", {"until": ["", "a"], "max_new_tokens": 9}) == Decoding(9, ("a",))
-    assert Limits(512, max_new_tokens=7).decoding("t", {}).max_new_tokens == 7
-    assert Limits(512, max_new_tokens=300).decoding("t", {}).max_new_tokens == 256
+    assert decoding(settings) == Decoding(256, ("\n",), sampling)
+    assert decoding({"temperature": 0.7}).sampling == Sampling(0.7, seed=3)
+    assert decoding({"do_sample": False, "temperature": 0.7}).sampling == Sampling()
+    assert decoding({"do_sample": True}).sampling == Sampling(1.0, seed=3)
+    assert decoding({"until": ["", "a"], "max_new_tokens": 9}) == Decoding(9, ("a",))
+    assert decoding({}, max_new_tokens=7).max_new_tokens == 7
+    assert decoding({}, max_new_tokens=300).max_new_tokens == 256
     with pytest.raises(InputError, match=r"task t sets generation_kwargs\.num_beams to 4"):
-        limits.decoding("t", {"num_beams": 4})
+        decoding({"num_beams": 4})
 
 
 def test_an_answer_longer_than_the_model(harness: Callable[..., HarnessModel]) -> None:

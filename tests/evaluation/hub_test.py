@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import constants
 
 from salt_jax.errors import InputError
-from salt_jax.evaluation.harness_tasks import Tasks
-from salt_jax.evaluation.hub import do_without_the_hub_if_out_of_reach
+from salt_jax.evaluation import harness_tasks
+from salt_jax.evaluation.few_shot import FewShot
 
 
 class _Refuses(http.server.BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
 
 
 def test_a_hub_that_answers_is_used(hub: http.server.HTTPServer) -> None:
-    do_without_the_hub_if_out_of_reach()
+    harness_tasks._do_without_the_hub_if_it_is_out_of_reach()
     assert not datasets.config.HF_HUB_OFFLINE
     assert not constants.HF_HUB_OFFLINE
 
@@ -50,7 +50,7 @@ def test_a_hub_out_of_reach_is_asked_once(
     hub.shutdown()
     hub.server_close()
     with pytest.raises(InputError, match=r"run datasets\.load_dataset\('allenai/ai2_arc', 'ARC-E"):
-        Tasks().load(["arc_easy"])
+        harness_tasks.load(FewShot(["arc_easy"]))
     assert datasets.config.HF_HUB_OFFLINE
     assert constants.HF_HUB_OFFLINE
     assert "data sets come from the cache alone" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from salt_jax.commands.train import train
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
+from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.evaluation.responses import Responses
 from salt_jax.inference.generation import Sampling
@@ -186,7 +187,7 @@ def test_a_killed_run_makes_no_response_twice(model, tmp_path, monkeypatch, samp
 def test_rows_and_responses_in_one_run(model, tmp_path, capsys):
     responses = Responses(_files(tmp_path / "t.jsonl"), "number", max_new_tokens=20)
     cache = str(model.parent / "cache")
-    settings = {"cache": cache, "split": "validation"}
+    settings = {"held_out": HeldOut(cache, "validation")}
     means, _ = _evaluate(model, tmp_path / "out", responses, **settings)
     assert means["exact_match"] == 1
     summary = json.loads((tmp_path / "out/summary.json").read_text())

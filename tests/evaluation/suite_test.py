@@ -1,5 +1,6 @@
 """Every task of salt_suite on rows of its data set's schema; no data set is downloaded."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -9,8 +10,8 @@ import pytest
 
 from salt_jax.errors import InputError
 from salt_jax.evaluation import harness_tasks
+from salt_jax.evaluation.few_shot import SUITE, FewShot
 from salt_jax.evaluation.harness import HarnessModel
-from salt_jax.evaluation.harness_tasks import SUITE, Tasks
 from salt_jax.evaluation.tasks import programs, reading, summaries
 
 ARTICLE = "Salt is a mineral. It is won from the sea and from mines."
@@ -151,7 +152,7 @@ SPLITS = {
 }
 
 
-def local(folder: pathlib.Path, *names: str) -> Tasks:
+def local(folder: pathlib.Path, *names: str, **settings: Any) -> FewShot:
     """Tasks that read two rows each from files, of every split that their data sets have."""
     for name in names:
         rows = [{**ROWS[name], "row": row} for row in range(2)]  # lm-eval shows no row to itself
@@ -161,21 +162,20 @@ def local(folder: pathlib.Path, *names: str) -> Tasks:
             file = folder / name / f"{split}.jsonl"
             file.parent.mkdir(exist_ok=True, parents=True)
             file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return Tasks(data=str(folder))
+    return FewShot(**{"tasks": names, "task_data": str(folder), "save_samples": True} | settings)
 
 
-@pytest.fixture(scope="module")
-def tasks() -> Tasks:
-    return Tasks()
+def ask(model: HarnessModel, settings: FewShot) -> tuple[Any, Any]:
+    return harness_tasks.evaluate(model, harness_tasks.load(settings), settings)
 
 
-def test_the_rows_are_of_every_task_of_the_suite(tasks: Tasks) -> None:
-    found = {one.task: one for one in tasks.data_sets(SUITE)}
+def test_the_rows_are_of_every_task_of_the_suite() -> None:
+    rows = harness_tasks.data_sets(FewShot(), [SUITE])
+    found = {task: (path, part) for task, path, part, _ in rows}
     assert found.keys() == ROWS.keys()
-    assert all(one.path for one in found.values())
+    assert all(path for path, _ in found.values())
     for part in ("middle", "high"):
-        race = found[f"salt_race_{part}"]
-        assert (race.path, race.name) == ("ehovy/race", part)
+        assert found[f"salt_race_{part}"] == ("ehovy/race", part)
 
 
 class _Scripted(HarnessModel):
@@ -197,16 +197,16 @@ class _Scripted(HarnessModel):
 
 @pytest.mark.parametrize("shots", [None, 1])
 def test_every_task_of_the_suite_runs(tmp_path: pathlib.Path, shots: int | None) -> None:
-    model, tasks = _Scripted(), local(tmp_path, *ROWS)
-    results, samples = tasks.evaluate(model, tasks.load([SUITE], shots))
+    model = _Scripted()
+    results, samples = ask(model, local(tmp_path, *ROWS, tasks=[SUITE], shots=shots))
     assert results.keys() == ROWS.keys() == samples.keys()
     for name in ROWS.keys() - {"salt_mbpp"}:
-        assert results[name].metrics, name
-        assert results[name].documents == (1 if "race" in name else 2), name
+        assert results[name]["metrics"], name
+        assert results[name]["documents"] == (1 if "race" in name else 2), name
     values = {
-        (name, metric): value
+        (name, metric): found["value"]
         for name, result in results.items()
-        for metric, (value, _) in result.metrics.items()
+        for metric, found in result["metrics"].items()
     }
     # "a mineral" is what was generated, and the shortest choice the likeliest one.
     for name in ("triviaqa", "nq_open", "salt_webqs"):
@@ -219,7 +219,7 @@ def test_every_task_of_the_suite_runs(tmp_path: pathlib.Path, shots: int | None)
         assert values[name, "rouge1"] == 0  # the summary has neither word
     assert values["salt_record", "em"] == 1  # Kim, the first of two as likely
     # What nobody allowed is generated and not scored.
-    assert not results["salt_mbpp"].metrics
+    assert not results["salt_mbpp"]["metrics"]
     assert [sample["answer"] for sample in samples["salt_mbpp"]] == ["a mineral"] * 4
     prompts = [context for context, *_ in model.asked if "Your code should pass" in context]
     assert [prompt.count("[DONE]") for prompt in prompts] == [shots or 3] * 4
@@ -232,15 +232,14 @@ def test_code_is_executed_where_it_is_allowed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
-    local(tmp_path, "salt_mbpp")
-    tasks = Tasks(allow_code_execution=True, data=str(tmp_path))
+    settings = local(tmp_path, "salt_mbpp", allow_code_execution=True)
     results = []
     for code in ("def add(a, b):\n  return a + b", "def add(a, b):\n  return a * b"):
         model = _Scripted(code)
-        found, _ = tasks.evaluate(model, tasks.load(["salt_mbpp"]))
+        found, _ = ask(model, settings)
         assert found.keys() == {"salt_mbpp"}
         assert model.asked[0][0].count("[DONE]") == 3  # of the rows 2, 3 and 4
-        results.append(found["salt_mbpp"].metrics["pass_at_1"][0])
+        results.append(found["salt_mbpp"]["metrics"]["pass_at_1"]["value"])
     assert results == [1, 0]
 
 
@@ -269,71 +268,91 @@ def test_rouge_of_a_summary() -> None:
     assert turned["rougeL"] == pytest.approx(0.25)
 
 
-def test_names_and_data_sets_that_are_not_there(tasks: Tasks, tmp_path: pathlib.Path) -> None:
+def test_names_and_data_sets_that_are_not_there() -> None:
     with pytest.raises(InputError, match=r"no task arc_eazy \(nearest: arc_easy\)"):
-        tasks.load(["arc_eazy"])
+        harness_tasks.load(FewShot(["arc_eazy"]))
     with pytest.raises(InputError) as caught:
-        tasks.load(["arc_challenge"])
+        harness_tasks.load(FewShot(["arc_challenge"]))
     message = str(caught.value)
     assert "load_dataset('allenai/ai2_arc', 'ARC-Challenge')" in message
     assert "HF_DATASETS_CACHE" in message
     assert "--task_data=FOLDER and put its splits there, as arc_challenge/SPLIT.jsonl" in message
     assert "\n" not in message
     with pytest.raises(InputError) as caught:
-        tasks.load(["salt_xsum"])
+        harness_tasks.load(FewShot(["salt_xsum"]))
     revision = "revision='refs/convert/parquet'"
     assert f"load_dataset('EdinburghNLP/xsum', {revision})" in str(caught.value)
-    with pytest.raises(InputError, match="task_folder is nowhere"):
-        Tasks("nowhere")
+    for setting in ("task_folder", "task_data"):
+        with pytest.raises(InputError, match=f"{setting} is nowhere"):
+            harness_tasks.load(FewShot(["piqa"], **{setting: "nowhere"}))
 
 
 def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
     data = tmp_path / "data"
-    tasks = local(data, "piqa")
+    settings = local(data, "piqa")
     (data / "piqa/validation.jsonl").unlink()
-    with pytest.raises(InputError, match=r"tasks piqa cannot .*its splits in --task_data"):
-        tasks.load(["piqa"])
-    with pytest.raises(InputError, match=r"piqa .*validation.*its splits in --task_data"):
-        Tasks(data=str(data)).load(["piqa"])
+    with pytest.raises(InputError, match=r"task piqa .*validation.*its splits in --task_data"):
+        harness_tasks.load(settings)
     (data / "piqa/train.jsonl").rename(data / "piqa/train.csv")
     with pytest.raises(InputError, match=r"piqa of --task_data holds test\.jsonl, train\.csv: exp"):
-        Tasks(data=str(data)).load(["piqa"])
+        harness_tasks.load(settings)
     (data / "piqa").rename(data / "pika")
     with pytest.raises(InputError, match="has no folder for any of the tasks piqa: name its fold"):
-        Tasks(data=str(data)).load(["piqa"])
+        harness_tasks.load(settings)
     (data / "pika/train.csv").unlink()
     (data / "pika").rename(data / SUITE)
     with pytest.raises(InputError, match="salt_suite of --task_data has the name of a group"):
-        Tasks(data=str(data)).load([SUITE])
-    with pytest.raises(InputError, match="task_data is nowhere"):
-        Tasks(data="nowhere")
+        harness_tasks.load(dataclasses.replace(settings, tasks=[SUITE]))
 
 
 def test_files_of_tasks_that_are_not_asked_for_are_passed_over(tmp_path: pathlib.Path) -> None:
-    tasks = local(tmp_path, "piqa", "boolq")
+    settings = local(tmp_path, "piqa", "boolq")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "about.md").write_text("Where the rows come from.")
     (tmp_path / "boolq" / "about.md").write_text("As well.")
-    for _ in range(2):
-        assert tasks.load(["piqa"])["tasks"]["piqa"].DATASET_PATH == "json"
+    (piqa,) = harness_tasks.load(dataclasses.replace(settings, tasks=["piqa"]))
+    assert piqa.DATASET_PATH == "json"
     with pytest.raises(InputError, match=r"boolq of --task_data holds about\.md, test\.jsonl"):
-        tasks.load(["piqa", "boolq"])
+        harness_tasks.load(settings)
+
+
+def test_a_task_that_is_named_twice(tmp_path: pathlib.Path) -> None:
+    settings = local(tmp_path, *ROWS, tasks=[SUITE, "piqa"])
+    with pytest.raises(InputError, match=r"'piqa': found in both .* leave one of them out of --t"):
+        harness_tasks.load(settings)
+
+
+def test_more_examples_than_there_are(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InputError, match=r"piqa is to show 3 examples .* has 2: lower --shots"):
+        harness_tasks.load(local(tmp_path, "piqa", shots=3))
 
 
 Make = Callable[..., HarnessModel]
 
 
 def test_a_real_model_answers_every_kind_of_task(harness: Make, tmp_path: pathlib.Path) -> None:
-    names = ["piqa", "lambada_openai", "nq_open"]
-    tasks = local(tmp_path / "data", *names)
-    results, samples = tasks.evaluate(harness(max_new_tokens=4), tasks.load(names))
-    assert 0 <= results["piqa"].metrics["acc"][0] <= 1
-    assert results["lambada_openai"].metrics["perplexity"][0] > 1
+    settings = local(tmp_path / "data", "piqa", "lambada_openai", "nq_open")
+    results, samples = ask(harness(max_new_tokens=4), settings)
+    assert 0 <= results["piqa"]["metrics"]["acc"]["value"] <= 1
+    assert results["lambada_openai"]["metrics"]["perplexity"]["value"] > 1
     assert len(samples["nq_open"]) == 2
 
 
-def test_a_task_that_is_not_scored_takes_no_other_group_s_average() -> None:
-    group_map = {"mine": ["a", "b"], "programs": ["c"], "all": ["mine", "programs"]}
-    loaded = {"tasks": {}, "groups": {name: name for name in group_map}, "group_map": group_map}
-    assert harness_tasks._scored_groups(loaded, {"c": None}) == {"mine": "mine"}
-    assert harness_tasks._scored_groups(loaded, {}).keys() == group_map.keys()
+def test_a_task_that_is_not_scored_takes_no_other_group_s_average(tmp_path: pathlib.Path) -> None:
+    def group(name: str, *members: str) -> None:
+        averages = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+        settings = {"group": name, "task": members, "aggregate_metric_list": averages}
+        (folder / f"{name}.yaml").write_text(json.dumps(settings))
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    group("mine", "piqa", "boolq")
+    group("whole", "mine", "salt_mbpp")
+    settings = local(
+        tmp_path, "piqa", "boolq", "salt_mbpp", tasks=["whole"], task_folder=str(folder)
+    )
+    results, _ = ask(_Scripted(), settings)
+    assert results.keys() == {"mine", "piqa", "boolq", "salt_mbpp"}
+    assert results["mine"]["metrics"]["acc"]["value"] == 0
+    results, _ = ask(_Scripted(), dataclasses.replace(settings, allow_code_execution=True))
+    assert results.keys() == {"whole", "mine", "piqa", "boolq", "salt_mbpp"}

@@ -75,8 +75,8 @@ def test_what_may_change_is_said_and_the_rest_is_refused(tmp_path: pathlib.Path)
 def test_a_run_of_an_older_version_says_so(tmp_path: pathlib.Path) -> None:
     """Its settings had other names, and were the verb's own."""
 
-    def begin(text: str, replace: bool = False) -> list[str]:
-        return RunFolder(tmp_path / "a", "train", lambda: text).begin(replace=replace)
+    def begin(text: str, replace: bool = False, verb: str = "train") -> list[str]:
+        return RunFolder(tmp_path / verb, verb, lambda: text).begin(replace=replace)
 
     begin("train.train.seed = 3\noptimizers.LearningRate.peak = 0.1\n")
     now = "config.TrainConfig.seed = 3\n"
@@ -85,6 +85,9 @@ def test_a_run_of_an_older_version_says_so(tmp_path: pathlib.Path) -> None:
     begin(now, replace=True)
     with pytest.raises(InputError, match="another configuration"):
         begin("config.TrainConfig.seed = 4\n")
+    begin("evaluate.evaluate.cache = 'a'\n", verb="evaluate")
+    with pytest.raises(InputError, match=r"of an older version of salt_jax, with other names of"):
+        begin("held_out.HeldOut.cache = 'a'\n", verb="evaluate")
 
 
 def test_a_macro_may_change_if_all_that_it_is_given_to_may(tmp_path: pathlib.Path) -> None:

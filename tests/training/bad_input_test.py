@@ -17,6 +17,7 @@ from salt_jax.distill.losses import LossConfig
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError
+from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.learning_rates import WarmupCosine, WarmupStableDecay
@@ -90,7 +91,7 @@ def test_teacher_and_student_must_share_the_tokenizer(
     assert other.vocabulary_fingerprint[:12] in text
     for verb, call in {
         "score": lambda run: score(run, scorer=str(slm), cache=str(other.path)),
-        "evaluate": lambda run: evaluate(run, model=str(slm), cache=str(other.path)),
+        "evaluate": lambda run: evaluate(run, model=str(slm), held_out=HeldOut(str(other.path))),
     }.items():
         with pytest.raises(InputError, match=r"was trained with the vocabulary"):
             call(RunFolder(tmp_path / verb, verb))

@@ -19,6 +19,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError
+from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.models import decoder
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.bigram import bigram_log_perplexity
@@ -51,8 +52,7 @@ def test_evaluation_equals_numpy(
     evaluate(
         RunFolder(tmp_path, "evaluate"),
         model=str(slm),
-        cache=str(cache.path),
-        split="validation",
+        held_out=HeldOut(str(cache.path), "validation"),
         batch_size=8,
         devices=Devices(compilation_cache=""),
     )

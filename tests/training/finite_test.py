@@ -21,6 +21,7 @@ from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import chunked_loss, schedules
 from salt_jax.distill.selection import TopRows
 from salt_jax.errors import InputError, RunFailed
+from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.inference import scoring
 from salt_jax.main import main
 from salt_jax.models import decoder
@@ -77,12 +78,17 @@ def settings(cache: PackedCache, **changes: Any) -> dict[str, Any]:
     return {"cache": str(cache.path), "batch_size": 8, "devices": QUIET, **changes}
 
 
+def held_out(cache: PackedCache, model: str) -> dict[str, Any]:
+    rows = HeldOut(str(cache.path))
+    return {"model": model, "held_out": rows, "batch_size": 8, "devices": QUIET}
+
+
 def test_a_tensor_that_is_not_finite_is_named_by_every_verb(
     with_nan: pathlib.Path, cache: PackedCache, run_train: Run, tmp_path: pathlib.Path
 ) -> None:
     model = str(with_nan)
     verbs: list[Callable[[], Any]] = [
-        lambda: evaluate(RunFolder(tmp_path / "a", "evaluate"), **settings(cache, model=model)),
+        lambda: evaluate(RunFolder(tmp_path / "a", "evaluate"), **held_out(cache, model)),
         lambda: score(RunFolder(tmp_path / "b", "score"), **settings(cache, scorer=model)),
         lambda: score(
             RunFolder(tmp_path / "c", "score"), **settings(cache, scorer=model, soft_labels=3)
@@ -123,7 +129,7 @@ def test_rows_that_get_no_numbers_are_named(
     with pytest.raises(
         InputError, match=r"losses are not finite among the rows \d+ to \d+ of test"
     ):
-        evaluate(RunFolder(tmp_path / "a", "evaluate"), **settings(cache, model=model))
+        evaluate(RunFolder(tmp_path / "a", "evaluate"), **held_out(cache, model))
     with pytest.raises(
         InputError, match=r"not finite on \d of the rows 0 to 7 of train, the first"
     ):

@@ -1,7 +1,7 @@
-"""Programs: a model's code and its tests in; whether it passes them out.
+"""Runs the programs that a model writes against their tests, for tasks of lm-eval.
 
-The code is executed, in a process of its own without this one's environment, and with little other
-protection: its output goes nowhere, its memory and the files it writes have a limit, and what it
+A program runs in a process of its own, without this one's environment and with little other
+protection: its output is discarded, its memory and the files it writes are limited, and what it
 started ends with it, unless that left its process group. lm-eval calls this only where a user
 allows code execution.
 """
@@ -19,7 +19,7 @@ import datasets
 _EXAMPLES = (2, 3, 4)  # the ids of MBPP's own prompt (arXiv 2108.07732)
 _SECONDS = 3.0  # as in Hugging Face's code_eval
 
-# Sets the limits, which a program can't raise again, and becomes the program on its stdin.
+# Sets limits that a program can't raise again, and becomes the program on its stdin.
 _LIMITED = f"""
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({4 << 30}, {4 << 30}))
@@ -30,7 +30,7 @@ os.execv(sys.executable, [sys.executable, "-I", "-"])
 
 
 def pass_at_1(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """The share of programs that run through their tests, a text each, within three seconds."""
+    """The share of programs that pass their tests, a text each, within three seconds."""
     passed = [
         _runs(f"{program}\n{tests}\n")
         for program, tests in zip(predictions, references, strict=True)
@@ -39,7 +39,7 @@ def pass_at_1(references: Sequence[str], predictions: Sequence[str]) -> float:
 
 
 def examples(rows: datasets.Dataset) -> datasets.Dataset:
-    """Those rows of the split `prompt` that are shown before a task."""
+    """The rows of the split `prompt` that are shown before a task."""
     return rows.filter(lambda row: row["task_id"] in _EXAMPLES)
 
 

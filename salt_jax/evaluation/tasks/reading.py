@@ -1,4 +1,4 @@
-"""Reading comprehension: rows and answers in; RACE's articles, ReCoRD's and SQuAD's metrics out."""
+"""RACE's articles, and the metrics of ReCoRD and SQuAD, for tasks of lm-eval."""
 
 import collections
 import re
@@ -12,7 +12,7 @@ UNANSWERABLE = "unanswerable"
 
 
 def race_articles(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows of a question each as rows of an article each, in the form of EleutherAI/race."""
+    """From a row for each question a row for each article, in the form of EleutherAI/race."""
     problems: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         problem = {name: row[name] for name in ("question", "answer", "options")}

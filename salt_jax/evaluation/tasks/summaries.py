@@ -1,4 +1,4 @@
-"""Summaries: a document and a model's text in; ROUGE out."""
+"""ROUGE of generated summaries, for tasks of lm-eval."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
