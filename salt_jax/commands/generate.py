@@ -1,15 +1,16 @@
-"""`salt generate`: what a trained model writes after prompts.
+"""`salt generate`: continues prompts with a trained model.
 
     salt generate --model=out/salt --prompt='Salt is' --prompt='In 1492' --output_dir=out/texts
     salt generate --model=out/salt --prompts=prompts.jsonl --temperature=0.8 --top_p=0.95 \\
         --stop=$'\\n\\n' --max_new_tokens=200 --output_dir=out/texts
 
-Completions are printed as they come, those of the longest prompts first. generations.jsonl holds
-them in the order of the prompts: prompt, completion (which ends before a stop text), token ids,
-their log-probabilities by the model (before temperature, top-k and top-p; nats), and what ended it:
-"end of document", "stop text" or "length".
+Completions are printed as they are made, those of the longest prompts first. generations.jsonl
+holds them in the order of the prompts: prompt, completion (which ends before a stop text), token
+ids, their log-probabilities by the model (before temperature, top-k and top-p; nats), and what
+ended it: "end of document", "stop text" or "length".
 """
 
+import collections
 import json
 import pathlib
 import re
@@ -23,7 +24,7 @@ from salt_jax.data.text_lines import Broken, json_rows, text_lines
 from salt_jax.errors import InputError
 from salt_jax.huggingface.chat_templates import ChatTemplate, load_chat_template
 from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER
-from salt_jax.inference.generation import Generator, Sampling
+from salt_jax.inference.generation import Generator, Sampling, Work
 from salt_jax.storage.buckets import open_file
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.local_copies import local_file
@@ -63,7 +64,7 @@ def generate(
       prompts: A file of them instead: .txt, one a line, or .jsonl, in the field "prompt" or "text",
         or in "messages", [{"role": "user", "content": "TEXT"}], for the model's chat template. May
         be compressed.
-      max_new_tokens: The most tokens that a prompt is continued by.
+      max_new_tokens: The most new tokens of a prompt.
       sampling: How each token is chosen.
       stop: A text to end at; the flag may be given again.
       prepend_start: Whether the vocabulary's start comes before a prompt that doesn't begin with
@@ -80,54 +81,47 @@ def generate(
     saved = find_model(model, step, "model")
     vocabulary = saved.load_vocabulary()
     template = load_chat_template(saved.path / TOKENIZER_FOLDER)
-    texts = [
-        text if isinstance(text, str) else _written(saved, place, text, template)
-        for place, text in given
-    ]
-    device_mesh = devices.mesh.make()
+    start = [vocabulary.start_id] if prepend_start else []
+    texts, ids = [], []
+    for place, asked in given:
+        # A chat template writes a conversation's start itself, where there is one.
+        is_chat = isinstance(asked, list)
+        text = _written(saved, place, asked, template) if is_chat else asked
+        encoded = vocabulary.encode(text, parse_special or is_chat)
+        texts.append(text)
+        ids.append(encoded if is_chat or encoded[:1] == start else [*start, *encoded])
+    mesh, ends = devices.mesh.make(), saved.end_ids()
     generator = Generator(
-        saved.config,
-        vocabulary,
-        device_mesh,
-        devices.rules,
-        batch_size=batch_size,
-        end_ids=saved.end_ids(),
+        saved.config, vocabulary, mesh, devices.rules, batch_size=batch_size, end_ids=ends
     )
-    # A chat template writes a conversation's start itself, where there is one.
-    first = [vocabulary.start_id] if prepend_start else []
-    ids = []
-    for (_, asked), text in zip(given, texts, strict=True):
-        encoded = vocabulary.encode(text, parse_special or isinstance(asked, list))
-        begun = isinstance(asked, list) or encoded[:1] == first
-        ids.append(encoded if begun else [*first, *encoded])
     generator.check(ids, max_new_tokens, stop, prepend_start=False)
     run.begin(replace=True)
     compilation.use_compilation_cache(devices.compilation_cache)
-    # Held as it is computed with: reading the parameters is most of what a token costs.
-    params = saved.load_params(device_mesh, devices.rules, saved.config.dtype)
+    # Held in the dtype of computation: reading the parameters is most of what a token costs.
+    params = saved.load_params(mesh, devices.rules, saved.config.dtype)
     records: list[dict[str, Any]] = [{}] * len(texts)
-    start = time.perf_counter()
-    completions = generator.stream(
+    began = time.perf_counter()
+    for completion in generator.stream(
         params, ids, max_new_tokens, sampling=sampling, stop_texts=stop, prepend_start=False
-    )
-    for completion in completions:
-        shown = f"[{completion.index}] {texts[completion.index]}\n→ {completion.text}\n"
-        say(*shown.split("\n"))
+    ):
+        text = texts[completion.index]
+        say(*f"[{completion.index}] {text}\n→ {completion.text}\n".split("\n"))
         records[completion.index] = {
-            "prompt": texts[completion.index],
+            "prompt": text,
             "completion": completion.text,
             "ids": completion.ids,
             "log_probabilities": completion.log_probabilities,
             "ended_by": completion.ended_by,
         }
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(run.path / GENERATIONS_FILE, lines)
-    _summarize(run, saved.identity, generator, records, seconds)
+    summary = _summary(generator.work, records, seconds)
+    run.write_summary({"model": saved.identity, **summary})
 
 
 def _given(prompt: Sequence[str], prompts: str | None) -> list[tuple[str, Any]]:
-    """The prompts, from the command line or from a file: the place and the text, or messages."""
+    """The prompts of the command line or of a file: the place, and the text or messages."""
     if bool(prompt) == (prompts is not None):
         raise InputError(
             f"prompt is {tuple(prompt)} and prompts is {prompts}: set one of them, --prompt=TEXT "
@@ -201,35 +195,26 @@ def _written(
         raise InputError(f"{place}: {error}") from error
 
 
-def _summarize(
-    run: RunFolder,
-    model: dict[str, Any],
-    generator: Generator,
-    records: Sequence[dict[str, Any]],
-    seconds: float,
-) -> None:
-    work = generator.work
+def _summary(work: Work, records: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The counts and rates of summary.json, which it prints, too."""
     prefill = work.prompt_tokens / work.prefill_seconds
     decode = work.decoded_tokens / work.decode_seconds if work.decode_seconds else None
-    ended = [record["ended_by"] for record in records]
     new_tokens = sum(len(record["ids"]) for record in records)
+    made = f"{decode:,.0f} generated" if decode else "none generated after the first"
     say(
         f"{len(records)} prompts of {work.prompt_tokens:,} tokens, continued by {new_tokens:,} in "
-        f"{seconds:.1f} s; without compiling: {prefill:,.0f} tokens/s read, "
-        + (f"{decode:,.0f} made" if decode else "none made after the first")
+        f"{seconds:.1f} s; without compiling: {prefill:,.0f} tokens/s read, {made}"
     )
-    run.write_summary(
-        {
-            "model": model,
-            "prompts": len(records),
-            "prompt_tokens": work.prompt_tokens,
-            "new_tokens": new_tokens,
-            "ended_by": {reason: ended.count(reason) for reason in sorted(set(ended))},
-            "prefill_tokens_per_second": prefill,
-            "decode_tokens_per_second": decode,
-            "seconds": seconds,
-        }
-    )
+    ended_by = collections.Counter(record["ended_by"] for record in records)
+    return {
+        "prompts": len(records),
+        "prompt_tokens": work.prompt_tokens,
+        "new_tokens": new_tokens,
+        "ended_by": dict(sorted(ended_by.items())),
+        "prefill_tokens_per_second": prefill,
+        "decode_tokens_per_second": decode,
+        "seconds": seconds,
+    }
 
 
 VERB = Verb(generate)

@@ -7,6 +7,7 @@ mesh; between chunks of tokens it looks for stop texts in the text so far.
 import bisect
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -151,7 +152,12 @@ class Generator:
             _Row(index, draw, prompt, ends)
             for index, (draw, prompt) in enumerate(zip(numbers, read, strict=True))
         ]
-        return self._completions(params, rows, max_new_tokens, sampling)
+        rows.sort(key=lambda row: -len(row.prompt))
+        size = rounded_up(min(self._batch_size, max(len(rows), 1)), self._mesh)
+        batches = (rows[first : first + size] for first in range(0, len(rows), size))
+        return itertools.chain.from_iterable(
+            self._completions(params, batch, size, max_new_tokens, sampling) for batch in batches
+        )
 
     def check(
         self,
@@ -192,33 +198,19 @@ class Generator:
         return rows
 
     def _completions(
-        self, params: Any, rows: list["_Row"], max_new_tokens: int, sampling: Sampling
+        self, params: Any, rows: list["_Row"], size: int, max_new_tokens: int, sampling: Sampling
     ) -> Iterator[Completion]:
-        order = sorted(rows, key=lambda row: -len(row.prompt))
-        size = rounded_up(min(self._batch_size, max(len(rows), 1)), self._mesh)
+        """Those of a batch, which has `size` rows with those that fill it up."""
         # The seed is an argument of the programs, so that they serve all seeds.
         choice = decoding.Choice(
             dataclasses.replace(sampling, seed=0), self._vocabulary.size, self._end_ids
         )
-        for first in range(0, len(order), size):
-            batch = order[first : first + size]
-            yield from self._batch(params, batch, size, max_new_tokens, sampling.seed, choice)
-
-    def _batch(
-        self,
-        params: Any,
-        rows: list["_Row"],
-        size: int,
-        max_new_tokens: int,
-        seed: int,
-        choice: decoding.Choice,
-    ) -> Iterator[Completion]:
         arrays = self._padded(rows, size)
         slots = arrays["prompts"].shape[1] + -(-max_new_tokens // _CHUNK) * _CHUNK
         on_device = partitioning.to_device(arrays, self._mesh).values()
         begin = functools.partial(decoding.begin, self._config, slots=slots, choice=choice)
         advance = functools.partial(decoding.advance, self._config, chunk=_CHUNK, choice=choice)
-        (state, *made), seconds = self._run(begin, params, *on_device, np.uint32(seed))
+        (state, *made), seconds = self._run(begin, params, *on_device, np.uint32(sampling.seed))
         self.work.prompt_tokens += sum(len(row.prompt) for row in rows)
         self.work.prefill_seconds += seconds
         yield from _taken(rows, *made)
