@@ -91,7 +91,7 @@ class FewShot:
         def examine(folder: pathlib.Path) -> dict[str, Any]:
             with logged_answers(examinee, folder, self.prepend_start) as answers:
                 model = harness.HarnessModel(examinee, answers, self)
-                results, samples = tasks.evaluate(model, loaded, self)
+                results, samples = harness.evaluate(model, loaded, self)
             for name, records in samples.items() if self.save_samples else ():
                 lines = "".join(f"{to_json(record)}\n" for record in records)
                 write_text(folder / f"samples_{name.replace('/', '_')}.jsonl", lines)

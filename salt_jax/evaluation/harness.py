@@ -1,23 +1,32 @@
-"""A model as lm-evaluation-harness asks it: log-likelihoods and generated texts.
+"""Runs tasks of lm-evaluation-harness on a model.
 
-Texts are cut into context and continuation as lm-eval's own `hf` backend does it.
+Texts are cut into context and continuation as lm-eval's own `hf` backend does it. Tasks that
+execute what a model writes are only generated for, and not scored, unless that is allowed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lm_eval.api.instance
 import lm_eval.api.model
+import lm_eval.evaluator
 import lm_eval.models.utils
+import lm_eval.tasks
 import lm_eval.utils
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
 
 from salt_jax.errors import InputError
 from salt_jax.evaluation.answers import Answers, Decoding
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.few_shot import FewShot
+from salt_jax.evaluation.harness_tasks import Loaded, leaves
 from salt_jax.inference.generation import Sampling
 
 Instances = Sequence[lm_eval.api.instance.Instance]
+# By task or group: "shots", "documents" (None of a group) and "metrics", by metric, and by filter
+# where it has one ("exact_match,strict-match"), its "value" and "stderr", None where it has none.
+Results = dict[str, dict[str, Any]]
 
 # The generation_kwargs of a task that we follow, as lm-eval normalizes them.
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
@@ -142,3 +151,74 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
                 sequences.append((ids[-(self._max_length + 1) :], len(target)))
         scored = iter(self._answers.log_likelihoods(sequences))
         return [next(scored) if target else (0.0, True) for _, target in pairs]
+
+
+def evaluate(
+    model: HarnessModel, loaded: Loaded, settings: FewShot
+) -> tuple[Results, dict[str, list[dict[str, Any]]]]:
+    """Asks the model.
+
+    Returns:
+      The results by task and group, and by task what was asked and answered: of all tasks with
+      save_samples, else of those that are not scored.
+    """
+    results, samples = Results(), {}
+    for task in leaves(loaded):
+        if _is_unscored(task, settings):
+            name = task.task_name
+            samples[name] = _generate_only(model, task, settings.limit)
+            shots = task.get_config("num_fewshot")
+            results[name] = {"shots": shots, "documents": len(samples[name]), "metrics": {}}
+    if scored := [part for one in loaded for part in _scored(one, settings)]:
+        found: Any = lm_eval.evaluator.simple_evaluate(
+            model=model,
+            tasks=scored,
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+            limit=settings.limit,
+            bootstrap_iters=settings.bootstrap_iters,
+            log_samples=settings.save_samples,
+            confirm_run_unsafe_code=settings.allow_code_execution,
+        )
+        results |= {name: _result(found, name) for name in found["results"]}
+        samples |= found.get("samples", {})
+    return results, samples
+
+
+def _is_unscored(task: Task, settings: FewShot) -> bool:
+    return getattr(task, "UNSAFE_CODE", False) and not settings.allow_code_execution
+
+
+def _scored(one: Task | Group, settings: FewShot) -> Iterator[Task | Group]:
+    """The parts of which every task is scored: only such groups have an average."""
+    if not any(_is_unscored(task, settings) for task in leaves([one])):
+        yield one
+    elif isinstance(one, Group):
+        for member in one:
+            yield from _scored(member, settings)
+
+
+def _generate_only(model: HarnessModel, task: Task, limit: int | None) -> list[dict[str, Any]]:
+    """A task's prompts and answers. lm-eval's `predict_only` would let its filters, which are its
+    own code, see the answers."""
+    task.build_all_requests(limit=limit)
+    answers = model.generate_until(task.instances)
+    return [
+        {"doc_id": request.doc_id, "doc": request.doc, "prompt": request.args[0], "answer": answer}
+        for request, answer in zip(task.instances, answers, strict=True)
+    ]
+
+
+def _result(found: Any, name: str) -> dict[str, Any]:
+    values, counts = found["results"][name], found["n-samples"].get(name)
+    metrics = {}
+    for key, value in values.items():
+        metric, comma, chosen = key.partition(",")
+        if comma and not metric.endswith("_stderr") and not isinstance(value, str):
+            stderr = values.get(f"{metric}_stderr,{chosen}")
+            is_number = isinstance(stderr, int | float)
+            metrics[metric if chosen == "none" else key] = {
+                "value": float(value),
+                "stderr": float(stderr) if is_number else None,
+            }
+    shots = found["n-shot"].get(name) if counts else None
+    return {"shots": shots, "documents": counts and counts["effective"], "metrics": metrics}

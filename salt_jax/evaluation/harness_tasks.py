@@ -1,8 +1,4 @@
-"""Tasks of lm-eval by name: found, loaded with their data sets, and asked.
-
-Tasks that execute what a model writes are only generated for, and not scored, unless that is
-allowed.
-"""
+"""Finds tasks of lm-eval by name, and loads them with their data sets."""
 
 import dataclasses
 import glob
@@ -18,20 +14,18 @@ from typing import Any
 
 import datasets
 import jinja2
-import lm_eval.evaluator
 import lm_eval.tasks
 from huggingface_hub import constants
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from salt_jax.errors import InputError, nearest
 from salt_jax.evaluation.few_shot import FewShot
-from salt_jax.evaluation.harness import HarnessModel
 from salt_jax.terminal import say
 
 OWN_TASKS = pathlib.Path(__file__).parent / "tasks"
 
-_FEWSHOT_SEED = 1234  # lm-eval's
 _HUB_SECONDS = 10.0
 
 # What tasks, which are code of many authors, and `datasets` raise for files that are missing,
@@ -44,9 +38,6 @@ _LOADING_ERRORS = (
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 Loaded = Sequence[Task | Group]
-# By task or group: "shots", "documents" (None of a group) and "metrics", by metric, and by filter
-# where it has one ("exact_match,strict-match"), its "value" and "stderr", None where it has none.
-Results = dict[str, dict[str, Any]]
 
 
 def load(settings: FewShot) -> Loaded:
@@ -103,38 +94,6 @@ def data_sets(settings: FewShot, names: Sequence[str]) -> list[tuple[str, str, s
     ]
 
 
-def evaluate(
-    model: HarnessModel, loaded: Loaded, settings: FewShot
-) -> tuple[Results, dict[str, list[dict[str, Any]]]]:
-    """Asks the model.
-
-    Returns:
-      The results by task and group, and by task what was asked and answered: of all tasks with
-      save_samples, else of those that are not scored.
-    """
-    results, samples = Results(), {}
-    for task in leaves(loaded):
-        if _is_unscored(task, settings):
-            name = task.task_name
-            samples[name] = _generate_only(model, task, settings.limit)
-            shots = task.get_config("num_fewshot")
-            results[name] = {"shots": shots, "documents": len(samples[name]), "metrics": {}}
-    if scored := [part for one in loaded for part in _scored(one, settings)]:
-        found: Any = lm_eval.evaluator.simple_evaluate(
-            model=model,
-            tasks=scored,
-            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
-            limit=settings.limit,
-            bootstrap_iters=settings.bootstrap_iters,
-            log_samples=settings.save_samples,
-            confirm_run_unsafe_code=settings.allow_code_execution,
-            fewshot_random_seed=_FEWSHOT_SEED,
-        )
-        results |= {name: _result(found, name) for name in found["results"]}
-        samples |= found.get("samples", {})
-    return results, samples
-
-
 def _manager(settings: FewShot) -> lm_eval.tasks.TaskManager:
     """lm-eval with the tasks of this package and of task_folder, which come before its own."""
     for name in ("task_folder", "task_data"):
@@ -145,6 +104,7 @@ def _manager(settings: FewShot) -> lm_eval.tasks.TaskManager:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Its bootstraps would fork this process, threads and devices and all.
     os.environ["DISABLE_MULTIPROC"] = "1"
+    os.environ["LOCAL_RANK"] = "0"  # no other process gets lm-eval's results
     # Whatever it was set to around us.
     os.environ["HF_ALLOW_CODE_EVAL"] = "1" if settings.allow_code_execution else "0"
     folders = [str(OWN_TASKS), *([settings.task_folder] if settings.task_folder else [])]
@@ -280,7 +240,7 @@ def _set_shots(task: Task, shots: int | None) -> None:
     own = task.get_config("num_fewshot")
     asked = own or 0 if shots is None or own == 0 else shots
     task.set_config(key="num_fewshot", value=asked)
-    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     examples = len(task.sampler.df)
     # A document that may be among the examples is not its own one.
     spare = int(task.fewshot_cfg.split == task.config.test_split)
@@ -289,43 +249,3 @@ def _set_shots(task: Task, shots: int | None) -> None:
             f"The task {task.task_name} is to show {asked} examples besides the document itself "
             f"and has {examples}: lower --shots."
         )
-
-
-def _is_unscored(task: Task, settings: FewShot) -> bool:
-    return getattr(task, "UNSAFE_CODE", False) and not settings.allow_code_execution
-
-
-def _scored(one: Task | Group, settings: FewShot) -> Iterator[Task | Group]:
-    """The parts of which every task is scored: only such groups have an average."""
-    if not any(_is_unscored(task, settings) for task in leaves([one])):
-        yield one
-    elif isinstance(one, Group):
-        for member in one:
-            yield from _scored(member, settings)
-
-
-def _generate_only(model: HarnessModel, task: Task, limit: int | None) -> list[dict[str, Any]]:
-    """A task's prompts and answers. lm-eval's `predict_only` would let its filters, which are its
-    own code, see the answers."""
-    task.build_all_requests(limit=limit)
-    answers = model.generate_until(task.instances)
-    return [
-        {"doc_id": request.doc_id, "doc": request.doc, "prompt": request.args[0], "answer": answer}
-        for request, answer in zip(task.instances, answers, strict=True)
-    ]
-
-
-def _result(found: Any, name: str) -> dict[str, Any]:
-    values, counts = found["results"][name], found["n-samples"].get(name)
-    metrics = {}
-    for key, value in values.items():
-        metric, comma, chosen = key.partition(",")
-        if comma and not metric.endswith("_stderr") and not isinstance(value, str):
-            stderr = values.get(f"{metric}_stderr,{chosen}")
-            is_number = isinstance(stderr, int | float)
-            metrics[metric if chosen == "none" else key] = {
-                "value": float(value),
-                "stderr": float(stderr) if is_number else None,
-            }
-    shots = found["n-shot"].get(name) if counts else None
-    return {"shots": shots, "documents": counts and counts["effective"], "metrics": metrics}

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from salt_jax.evaluation import harness_tasks
+from salt_jax.evaluation import harness, harness_tasks
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.few_shot import FewShot
 from salt_jax.main import main
@@ -128,9 +128,7 @@ def test_lm_eval_s_own_backend_says_the_same(kind: str, tmp_path: pathlib.Path) 
     theirs: Any = HFLM(
         pretrained=str(export), dtype="float32", batch_size=4, device="cpu", max_length=64
     )
-    their_results, their_samples = harness_tasks.evaluate(
-        theirs, harness_tasks.load(settings), settings
-    )
+    their_results, their_samples = harness.evaluate(theirs, harness_tasks.load(settings), settings)
 
     saved, mesh = find_model(run, None, "model"), MeshConfig().make(jax.devices())
     examine = settings.prepare(Examinee(saved, mesh, batch_size=8))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from salt_jax.errors import InputError
-from salt_jax.evaluation import harness_tasks
+from salt_jax.evaluation import harness, harness_tasks
 from salt_jax.evaluation.few_shot import SUITE, FewShot
 from salt_jax.evaluation.harness import HarnessModel
 from salt_jax.evaluation.tasks import programs, reading, summaries
@@ -166,7 +166,7 @@ def local(folder: pathlib.Path, *names: str, **settings: Any) -> FewShot:
 
 
 def ask(model: HarnessModel, settings: FewShot) -> tuple[Any, Any]:
-    return harness_tasks.evaluate(model, harness_tasks.load(settings), settings)
+    return harness.evaluate(model, harness_tasks.load(settings), settings)
 
 
 def test_the_rows_are_of_every_task_of_the_suite() -> None:
