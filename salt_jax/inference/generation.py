@@ -1,6 +1,6 @@
 """Continues prompts, given as token ids, with one model.
 
-The host sorts prompts into batches by length and runs the two programs of `inference.decoding` on the
+The host sorts prompts into batches by length and runs the two programs of `decoding` on the
 mesh; between chunks of tokens it looks for stop texts in the text so far.
 """
 
