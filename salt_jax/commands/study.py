@@ -5,15 +5,14 @@ selections), the arms, and the seeds. Every step is a `salt` command, printed be
 same command resumes a study that was stopped; arms and seeds may be added to it.
 """
 
-import dataclasses
-import importlib
 import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from salt_jax.cli.verb import Verb
+from salt_jax.cli.setting_groups import settings_of
+from salt_jax.cli.verb import Verb, load
 from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.storage.local_copies import local_folder
@@ -221,12 +220,13 @@ def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
 
 def _changing_results(verb: str, flags: Sequence[str]) -> list[str]:
     """The flags without those of settings that don't change the verb's results."""
-    module = importlib.import_module(f"salt_jax.commands.{verb}")
-    names: set[str] = set()
-    for name in getattr(module, "CHANGES_NO_RESULT", ()):
-        last = name.rpartition(".")[2]
-        group: Any = getattr(module, last, None)
-        names |= {last} if group is None else {field.name for field in dataclasses.fields(group)}
+    known = load(verb)
+    names = {
+        setting.name
+        for setting in settings_of(known.function)
+        for name in (setting.owner.__qualname__, f"{setting.owner.__qualname__}.{setting.name}")
+        if name in known.changes_no_result
+    }
     # By the last part: --devices.mesh is --mesh.
     return [flag for flag in flags if re.split("--|[.]", flag.partition("=")[0])[-1] not in names]
 
