@@ -1,7 +1,7 @@
-"""One shard of a packed cache: an ArrayRecord file of rows, written whole or not at all, counted.
+"""Writes one shard of a packed cache, an ArrayRecord file of rows, whole or not at all.
 
-In: rows in their order. Out: the file, and what the manifest says of it (ShardCounts). Shards of
-one cache may be written by different processes; `split_info` adds up what they counted.
+What was counted meanwhile goes into the manifest. Shards of one cache may be written by different
+processes; `split_info` adds up their counts.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from salt_jax.data.features import Row
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.storage.manifests import file_digest
 
-# The names that `shard_path` gives, and those of shards being written.
+# The names that `cache_shard` gives, and those of shards being written.
 SHARD_FILE = re.compile(r"rows-\d{5,}-of-\d{5,}\.array_record(\.tmp)?")
 
-# One record a group makes reading random; without compression equal rows give equal bytes whatever
-# the version of a compressor, and reading is about twice as fast for 16-bit tokens.
+# One record a group makes random reads cheap; without compression equal rows give equal bytes
+# whatever the version of a compressor, and 16-bit tokens are read about twice as fast.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
@@ -70,7 +70,7 @@ class DocumentCounts:
         return DocumentCounts(*(own + others for own, others in pairs))
 
 
-def shard_path(folder: pathlib.Path, split: str, index: int, shards: int) -> pathlib.Path:
+def cache_shard(folder: pathlib.Path, split: str, index: int, shards: int) -> pathlib.Path:
     """Where a cache keeps a shard: FOLDER/train/rows-00000-of-00004.array_record."""
     return folder / split / f"rows-{index:05d}-of-{shards:05d}.array_record"
 
@@ -89,10 +89,7 @@ def write_shard(
       rows: At least one row.
       record_format: How a row becomes a record.
       subsets: Names; a row's subset is an index in them.
-      temporary: Where it lies while it is written, on the same disk; beside `file` unless given.
-
-    Raises:
-      OSError: The disk is full.
+      temporary: Where it lies while it is written, on the same disk; beside `file` by default.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or file.with_name(file.name + ".tmp")
@@ -125,7 +122,7 @@ def split_info(
 
     Args:
       shards: The split's shards by their path in the cache, in the order of their rows.
-      documents: By the subset's name.
+      documents: What they were made from, by the subset's name.
     """
     names = {*documents, *(name for shard in shards.values() for name in shard.rows_by_subset)}
 
@@ -159,7 +156,7 @@ def _array_record(file: pathlib.Path) -> Iterator[Any]:
             writer.close()
     except BaseException as error:
         file.unlink(missing_ok=True)
-        # The library says a full disk in words of its own.
+        # The library reports a full disk as a RuntimeError.
         for number in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, RuntimeError) and os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(file)) from error

@@ -1,18 +1,18 @@
 """A row's soft labels as bytes: the record format of stored soft labels (format version 2).
 
-In: for every position of a row the teacher's K most likely ids, best first, their log q, the log q
-of all other ids together, and the teacher's loss on the truth. Out: one record of fixed size, and
-back. Little-endian, L positions, b = the bits that the vocabulary's ids need:
+A record of fixed size has for every position of a row the teacher's K most likely ids, best first,
+their log q, the log q of all other ids together, and the teacher's loss on the truth.
+Little-endian, L positions, b = the bits that the vocabulary's ids need:
 
     ids           b bits each, [L · K]: a plane of the lowest 16, 8, 4, 2 or 1 bits, then of the
                   next; b = 18 is a plane of 16 bits and one of 2. Each plane begins on a byte
     log q         [L · K] float16, or uint8 by the square-root law below
     rest          [L] float16, log q of the rest
     teacher loss  [L] float16, nats
-    check         uint32, CRC-32 of all of it: rows are read from any place, so that comparing a
+    check         uint32, CRC-32 of all of it: rows are read in any order, so that comparing a
                   shard's digest would read far more than is asked for
 
-The square-root law is fine where q is large and coarse where nothing hangs on it: code c stands for
+The square-root law is fine where q is large and coarse where it matters little: code c stands for
 log q = -32 (c / 255)²; its step is 0.004 nats at q = 0.99, 0.044 at 0.37 and 0.14 at 5e-5.
 """
 
@@ -108,21 +108,22 @@ class LabelFormat:
         assert labels.ids.shape == labels.log_q.shape == shape, (
             f"soft labels of {labels.ids.shape} and {labels.log_q.shape}, expected {shape}"
         )
-        values = self.sequence_length * self.k
-        ids_NxP = labels.ids.reshape(rows, values).astype(np.uint32)
+        ids_NxP = labels.ids.reshape(rows, -1).astype(np.uint32)
         parts = [_packed(ids_NxP >> shift, width) for shift, width in _planes(self.id_bits)]
-        log_q_NxP = labels.log_q.reshape(rows, values)
-        parts.append(
-            _bytes(log_q_NxP.astype("<f2")) if self.encoding == "float16" else _codes(log_q_NxP)
-        )
+        log_q_NxP = labels.log_q.reshape(rows, -1)
+        if self.encoding == "float16":
+            parts.append(_bytes(log_q_NxP.astype("<f2")))
+        else:
+            share_NxP = np.clip(log_q_NxP.astype(np.float32) / _LOWEST_LOG_Q, 0.0, 1.0)
+            parts.append(np.rint(255.0 * np.sqrt(share_NxP)).astype(np.uint8))
         parts += [_bytes(x.astype("<f2")) for x in (labels.rest, labels.teacher_loss)]
         body = np.concatenate(parts, axis=1)
-        return np.concatenate([body, _bytes(_checks(body)[:, None])], axis=1)
+        return np.concatenate([body, _checks(body)], axis=1)
 
     def damaged(self, records: np.ndarray) -> np.ndarray:
         """bool[N]: which of uint8[N, record_bytes] are not as `encode` made them."""
         bodies, checks = np.split(records, [self._label_bytes], axis=1)
-        return np.any(_bytes(_checks(bodies)[:, None]) != checks, axis=1)
+        return np.any(_checks(bodies) != checks, axis=1)
 
     def decode(self, records: np.ndarray) -> Labels:
         """The labels of uint8[N, record_bytes]."""
@@ -147,11 +148,6 @@ class LabelFormat:
 
 
 _LOG_Q_OF_CODE = (_LOWEST_LOG_Q * (np.arange(256) / 255.0) ** 2).astype(np.float16)
-
-
-def _codes(log_q: np.ndarray) -> np.ndarray:
-    share = np.clip(log_q.astype(np.float32) / _LOWEST_LOG_Q, 0.0, 1.0)
-    return np.rint(255.0 * np.sqrt(share)).astype(np.uint8)
 
 
 def _planes(bits: int) -> Iterator[tuple[int, int]]:
@@ -186,8 +182,8 @@ def _unpacked(packed: np.ndarray, width: int, count: int) -> np.ndarray:
 
 
 def _checks(bodies: np.ndarray) -> np.ndarray:
-    """uint32[N], CRC-32 of uint8[N, …]."""
-    return np.array([zlib.crc32(body.tobytes()) for body in bodies], "<u4")
+    """uint8[N, 4], CRC-32 of uint8[N, …]."""
+    return _bytes(np.array([[zlib.crc32(body.tobytes())] for body in bodies], "<u4").reshape(-1, 1))
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

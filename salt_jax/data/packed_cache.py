@@ -1,24 +1,23 @@
 """The packed cache: fixed-length rows of tokens, shuffled once, each with a stable id.
 
-In (writer): rows in their final order, split by split. Out: a folder
+A cache is a folder, read without TensorFlow and JAX:
 
     train/rows-00000-of-00004.array_record …   one record a row (row_records.py), uncompressed
     validation/…  test/…
     vocabulary/                                what load_vocabulary reads
     manifest.json  COMPLETED                   counts, digests, tokenizer fingerprint, settings
 
-In (reader): that folder. Out: rows by id, as Grain reads them; no TensorFlow, no JAX. A row's id is
-its index in its split: row 0 is the first record of the first shard.
+A row's id is its index in its split: row 0 is the first record of the first shard.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from array_record.python import array_record_data_source
@@ -27,7 +26,7 @@ from salt_jax.data.cache_shards import (
     SHARD_FILE,
     DocumentCounts,
     ShardCounts,
-    shard_path,
+    cache_shard,
     split_info,
     write_shard,
 )
@@ -57,19 +56,6 @@ _AGAIN = "copy the cache again, or make it again with `salt prepare`"
 SPLITS = ("train", "validation", "test")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """A whole ArrayRecord file, in the words of ArrayRecordDataSource."""
-
-    filename: str
-    examples_in_shard: int
-    skip: int = 0
-
-    @property
-    def take(self) -> int:
-        return self.examples_in_shard
-
-
 class PackedSplit:
     """The rows of one split by row id. A Grain RandomAccessDataSource; can be pickled.
 
@@ -86,46 +72,39 @@ class PackedSplit:
         self.info = info
         self._folder = folder
         self._format = record_format
-        shards = [_Shard(str(folder / shard["file"]), shard["rows"]) for shard in info["shards"]]
-        self._records = array_record_data_source.ArrayRecordDataSource(shards)
+        whole_files = [
+            types.SimpleNamespace(
+                filename=str(folder / shard["file"]),
+                examples_in_shard=shard["rows"],
+                **{"skip": 0, "take": shard["rows"]},
+            )
+            for shard in info["shards"]
+        ]
+        self._records = array_record_data_source.ArrayRecordDataSource(whole_files)
 
     def __len__(self) -> int:
         return self.info["rows"]
 
     def __getitem__(self, row_id: SupportsIndex) -> Row:
-        index = self._checked(row_id)
-        with self._refusing_damage():
-            record = self._records[index]
-        return self._format.decode(record, index)
+        return self.__getitems__([row_id])[0]
 
     def __getitems__(self, row_ids: Sequence[SupportsIndex]) -> list[Row]:
         """Rows in the order asked for; reads several shards at once."""
-        ids = [self._checked(row_id) for row_id in row_ids]
-        with self._refusing_damage():
-            records = self._records.__getitems__(ids)
-        return [
-            self._format.decode(record, row_id) for record, row_id in zip(records, ids, strict=True)
-        ]
-
-    @contextlib.contextmanager
-    def _refusing_damage(self) -> Iterator[None]:
-        """What the library raises for bytes that it didn't write, in a sentence."""
+        ids = [operator.index(row_id) for row_id in row_ids]
+        if ids and not 0 <= min(ids) <= max(ids) < len(self):
+            raise IndexError(f"rows {ids} of {len(self)} rows of the {self.name} split")
         try:
-            yield
+            records = self._records.__getitems__(ids)
+        # What the library raises for bytes that it didn't write.
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             raise InputError(
                 f"The {self.name} split of the cache {self._folder} cannot be read ({error}): "
                 f"{_AGAIN}."
             ) from error
+        return [self._format.decode(record, i) for record, i in zip(records, ids, strict=True)]
 
     def __repr__(self) -> str:
         return f"PackedSplit({str(self._folder)!r}, {self.name!r}, rows={len(self)})"
-
-    def _checked(self, row_id: SupportsIndex) -> int:
-        index = operator.index(row_id)
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} rows of the {self.name} split")
-        return index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +139,10 @@ class PackedCache:
             found = f"has {file.stat().st_size:,} bytes" if file.exists() else "does not exist"
             if found != f"has {shard['bytes']:,} bytes":
                 raise InputError(
-                    f"The shard {file} {found}, expected {shard['bytes']:,} bytes: "
-                    "copy the cache again, or make it again with `salt prepare`."
+                    f"The shard {file} {found}, expected {shard['bytes']:,} bytes: {_AGAIN}."
                 )
         if not no_link_out(cache.path, cache.path / VOCABULARY_FOLDER, _AGAIN).is_dir():
-            raise InputError(
-                f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: copy it again, or make "
-                "it again with `salt prepare`."
-            )
+            raise InputError(f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: {_AGAIN}.")
         return cache
 
     @property
@@ -206,39 +181,29 @@ class PackedCache:
         return tuple(name for name in SPLITS if name in self.manifest["splits"])
 
     def split(self, name: str) -> PackedSplit:
-        """The rows of a split.
-
-        Raises:
-          InputError: The cache has no such split.
-        """
+        """The rows of a split; an InputError if the cache has no such split."""
         if name not in self.manifest["splits"]:
             raise InputError(
                 f"The cache {self.path} has no split {name!r}, it has "
-                f"{', '.join(self.split_names)}: "
-                "name one of these, or prepare the text with that split."
+                f"{', '.join(self.split_names)}: name one of these, or prepare the text with it."
             )
         record_format = RecordFormat(self.sequence_length, self.vocabulary_size)
         return PackedSplit(self.path, name, self.manifest["splits"][name], record_format)
 
     def verify(self) -> None:
-        """Reads vocabulary and shards and compares their digests with the manifest's.
-
-        Raises:
-          InputError: The vocabulary or a shard's bytes have changed.
-        """
+        """Compares the digests of vocabulary and shards, which are read, with the manifest's."""
         if self.vocabulary.fingerprint != self.vocabulary_fingerprint:
             raise InputError(
                 f"The vocabulary of {self.path} has the fingerprint "
                 f"{self.vocabulary.fingerprint[:12]}…, its manifest says "
-                f"{self.vocabulary_fingerprint[:12]}…: copy the cache again, or make it again."
+                f"{self.vocabulary_fingerprint[:12]}…: {_AGAIN}."
             )
         for shard in self._shards():
             digest = file_digest(self.path / shard["file"])
             if digest != shard["digest"]:
                 raise InputError(
                     f"The shard {self.path / shard['file']} has the digest {digest[:12]}…, "
-                    f"its manifest says {shard['digest'][:12]}…: copy the cache again, "
-                    "or make it again."
+                    f"its manifest says {shard['digest'][:12]}…: {_AGAIN}."
                 )
 
     def _refuse_contradictions(self) -> None:
@@ -335,7 +300,7 @@ class PackedCacheWriter:
         iterator = iter(rows)
         written = {}
         for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
-            file = shard_path(self._folder, name, shard, shards)
+            file = cache_shard(self._folder, name, shard, shards)
             own = itertools.islice(iterator, end - start)
             written[f"{name}/{file.name}"] = write_shard(file, own, self._format, self._subsets)
         assert next(iterator, None) is None, f"more than {num_rows} rows for the {name} split"
@@ -348,13 +313,7 @@ class PackedCacheWriter:
         shards: Mapping[str, ShardCounts],
         documents: Mapping[str, DocumentCounts],
     ) -> None:
-        """Adds a split whose shards are written.
-
-        Args:
-          name: "train", "validation" or "test".
-          shards: By their path in the cache, in the order of their rows.
-          documents: What they were made from, by the subset's name.
-        """
+        """Adds a split whose shards are written; see `split_info`."""
         self._splits[name] = split_info(shards, documents)
 
     def finish(self) -> dict[str, Any]:
@@ -365,24 +324,23 @@ class PackedCacheWriter:
 
 
 def begin_cache(folder: pathlib.Path) -> None:
-    """Begins a cache: one begun there before is removed, known by its files' names; nothing else
-    is.
+    """Begins a cache: one begun there before is removed, and no file that isn't a cache's.
 
     Raises:
       InputError: A part of it is a link that leads out of the folder.
     """
-    for name in (*SPLITS, VOCABULARY_FOLDER):
+    parts = (*SPLITS, VOCABULARY_FOLDER)
+    for name in parts:
         no_link_out(folder, folder / name, "choose another --output_dir")
     begin_writing(folder)
-    for name in (*SPLITS, VOCABULARY_FOLDER):
-        if not (folder / name).is_dir():
-            continue
-        files = list((folder / name).iterdir())
-        if name == VOCABULARY_FOLDER:
-            own = [file for file in files if file.name in VOCABULARY_FILES]
-        else:
-            own = [file for file in files if SHARD_FILE.fullmatch(file.name)]
-        for file in own:
+    for path in (folder / name for name in parts if (folder / name).is_dir()):
+        is_own = VOCABULARY_FILES.__contains__ if path.name == VOCABULARY_FOLDER else _is_shard
+        files = list(path.iterdir())
+        for file in (own := [file for file in files if is_own(file.name)]):
             file.unlink()
-        if own == files and not (folder / name).is_symlink():
-            (folder / name).rmdir()
+        if own == files and not path.is_symlink():
+            path.rmdir()
+
+
+def _is_shard(name: str) -> bool:
+    return SHARD_FILE.fullmatch(name) is not None

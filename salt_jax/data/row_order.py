@@ -1,9 +1,8 @@
-"""Endless orders of rows: a position in, the row to read there out.
+"""Endless orders of rows: which row is read at a position.
 
-An order is a function of the position alone, computed element by element: starting anywhere costs
-what starting at 0 does. Each row of a source comes exactly once in each of its epochs, and epochs
-are shuffled anew. A mixture interleaves such orders: in each of them nothing is skipped or read
-twice, whatever the others do.
+An order is a function of the position alone, computed element by element, so that resuming costs
+nothing. Each row of a source comes exactly once in each of its epochs, and every epoch is shuffled
+anew. A mixture interleaves such orders: none of them skips a row or reads one twice.
 """
 
 import fractions
@@ -32,7 +31,7 @@ class Draw(NamedTuple):
 
 
 class Order(Protocol):
-    """What an input pipeline reads by."""
+    """The order that an input pipeline reads rows in."""
 
     def __getitem__(self, position: int) -> Draw:
         """The row at a position, from 0 on without end."""
@@ -45,7 +44,7 @@ class Order(Protocol):
 
 
 class UnusedRows:
-    """The ids 0 … rows − 1 without some, ascending; takes the memory of those left out.
+    """The ids 0 … rows − 1 without some, ascending, in the memory of those left out.
 
     Args:
       rows: All rows.
@@ -103,16 +102,13 @@ class RowOrder:
 class MixedOrder:
     """Orders interleaved in fixed proportions.
 
-    After k positions an order has given its weight's share of k rows to within the number of
-    orders. Which order a position belongs to follows from k by whole numbers (the rule of Grain's
-    MapDataset.mix, which rounds weights to hundredths of the smallest; here they are exact).
+    After k positions an order has given its weight's share of k rows, to within the number of
+    orders. The rule is that of Grain's MapDataset.mix, which rounds weights to hundredths of the
+    smallest; here they are exact.
 
     Args:
       orders: At least two, each of a source of its own.
-      weights: Positive; only their proportions matter.
-
-    Raises:
-      InputError: A weight for each order is missing, or one is not a number over 0.
+      weights: One for each, positive; only their proportions matter.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
