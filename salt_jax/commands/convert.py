@@ -15,12 +15,11 @@ import numpy as np
 
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts, visible
-from salt_jax.huggingface import model_tokenizers
+from salt_jax.huggingface import model_tokenizers, tokenizer_files
 from salt_jax.huggingface.families import FAMILIES
 from salt_jax.huggingface.family import Family, vocab_multiple
 from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.model_folders import CONFIG_FILE, refuse_repository, require_config
-from salt_jax.huggingface.model_tokenizers import GENERATION_FILE, TOKENIZER_FOLDER
 from salt_jax.huggingface.safetensors_files import (
     DOWNLOAD,
     DTYPES,
@@ -29,6 +28,7 @@ from salt_jax.huggingface.safetensors_files import (
     write_shards,
 )
 from salt_jax.huggingface.tensors import Rule, refuse_other_tensors, tensor_shapes
+from salt_jax.huggingface.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object
@@ -183,8 +183,8 @@ def _import(
         say(note)
     run.begin(replace=True)
     vocabulary.save(run.path / VOCABULARY_FOLDER)
-    model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
-    ends = model_tokenizers.end_ids(source)
+    tokenizer_files.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
+    ends = tokenizer_files.end_ids(source)
     if ends and not (source / GENERATION_FILE).exists():
         text = to_json({"eos_token_id": ends})  # as transformers takes it from config.json
         write_text(run.path / TOKENIZER_FOLDER / GENERATION_FILE, text + "\n")
@@ -324,10 +324,10 @@ def _export(
     try:
         arrays = tensors_of(saved, rules, DTYPES[dtype], rows)
         names = write_shards(run.path, tensors, arrays, max_shard_bytes)
-        written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
+        written = tokenizer_files.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
         if not written:
             written = model_tokenizers.write_tokenizer(vocabulary, run.path)
-        settings |= {"eos_token_id": model_tokenizers.settle_generation(run.path, tokens)}
+        settings |= {"eos_token_id": tokenizer_files.settle_generation(run.path, tokens)}
     except InputError:
         for file in (run.path / SUMMARY_FILE, *_files_of_a_model(run.path)):
             file.unlink(missing_ok=True)
@@ -345,7 +345,7 @@ def _export(
 
 def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:
     """What a folder holds of a Hugging Face model, config.json first."""
-    names = [CONFIG_FILE, *model_tokenizers.tokenizer_files(folder)]
+    names = [CONFIG_FILE, *tokenizer_files.tokenizer_files(folder)]
     files = [folder / name for name in names if (folder / name).exists()]
     return files + sorted(folder.glob("model*.safetensors*"))
 

@@ -108,9 +108,9 @@ class LabelFormat:
         assert labels.ids.shape == labels.log_q.shape == shape, (
             f"soft labels of {labels.ids.shape} and {labels.log_q.shape}, expected {shape}"
         )
-        ids_NxP = labels.ids.reshape(rows, -1).astype(np.uint32)
+        ids_NxP = labels.ids.reshape(rows, self.sequence_length * self.k).astype(np.uint32)
         parts = [_packed(ids_NxP >> shift, width) for shift, width in _planes(self.id_bits)]
-        log_q_NxP = labels.log_q.reshape(rows, -1)
+        log_q_NxP = labels.log_q.reshape(rows, self.sequence_length * self.k)
         if self.encoding == "float16":
             parts.append(_bytes(log_q_NxP.astype("<f2")))
         else:
@@ -183,7 +183,7 @@ def _unpacked(packed: np.ndarray, width: int, count: int) -> np.ndarray:
 
 def _checks(bodies: np.ndarray) -> np.ndarray:
     """uint8[N, 4], CRC-32 of uint8[N, …]."""
-    return _bytes(np.array([[zlib.crc32(body.tobytes())] for body in bodies], "<u4").reshape(-1, 1))
+    return _bytes(np.array([zlib.crc32(body.tobytes()) for body in bodies], "<u4")[:, None])
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

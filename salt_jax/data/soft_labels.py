@@ -175,7 +175,7 @@ class StoredLabels(RowPass):
             )
         layout = [("record", f"V{self.format.record_bytes}")]
         column = Column(self.shards, layout, "record", verify=False)
-        records = column[at_N].view(np.uint8).reshape(len(at_N), -1)
+        records = column[at_N].view(np.uint8).reshape(len(at_N), self.format.record_bytes)
         if (damaged_N := self.format.damaged(records)).any():
             shard = int(at_N[damaged_N][0]) // self.shards.shard_rows
             row = ids_N[damaged_N][0]

@@ -19,13 +19,13 @@ import jinja2.parser
 import jinja2.sandbox
 
 from salt_jax.errors import InputError
-from salt_jax.huggingface.model_tokenizers import (
+from salt_jax.huggingface.tokenizer_classes import token_text
+from salt_jax.huggingface.tokenizer_files import (
     SETTINGS_FILE,
     SPECIAL_TOKENS_FILE,
     TOKENIZER_FOLDER,
     tokenizer_settings,
 )
-from salt_jax.huggingface.tokenizer_classes import token_text
 from salt_jax.storage.json_files import valid_unicode
 from salt_jax.storage.local_copies import local_folder
 
