@@ -31,21 +31,13 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 @dataclasses.dataclass(frozen=True)
 class ShardCounts:
-    """A written shard.
-
-    Attributes:
-      rows: Its rows.
-      bytes: Its size.
-      digest: SHA-256 (hex).
-      rows_by_subset: Rows by the subset's name.
-      tokens_by_subset: Tokens with loss weight of those rows.
-    """
+    """A written shard; its digest is SHA-256 (hex)."""
 
     rows: int
     bytes: int
     digest: str
     rows_by_subset: Mapping[str, int]
-    tokens_by_subset: Mapping[str, int]
+    tokens_by_subset: Mapping[str, int]  # with loss weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,22 +85,17 @@ def write_shard(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or file.with_name(file.name + ".tmp")
-    row_count: Counter[int] = Counter()
-    token_count: Counter[int] = Counter()
+    row_count: Counter[str] = Counter()
+    token_count: Counter[str] = Counter()
     with _array_record(temporary) as writer:
         for row in rows:
             writer.write(record_format.encode(row))
-            subset = int(row["subset"])
+            subset = subsets[int(row["subset"])]
             row_count[subset] += 1
             token_count[subset] += int(np.count_nonzero(row["loss_weights"]))
     assert row_count, f"no rows for {file}"
-    counts = ShardCounts(
-        rows=row_count.total(),
-        bytes=temporary.stat().st_size,
-        digest=file_digest(temporary),
-        rows_by_subset={subsets[index]: count for index, count in row_count.items()},
-        tokens_by_subset={subsets[index]: count for index, count in token_count.items()},
-    )
+    size, digest = temporary.stat().st_size, file_digest(temporary)
+    counts = ShardCounts(row_count.total(), size, digest, dict(row_count), dict(token_count))
     with open(temporary, "rb") as written:
         os.fsync(written.fileno())
     os.replace(temporary, file)
@@ -124,19 +111,22 @@ def split_info(
       shards: The split's shards by their path in the cache, in the order of their rows.
       documents: What they were made from, by the subset's name.
     """
-    names = {*documents, *(name for shard in shards.values() for name in shard.rows_by_subset)}
-
-    def of_subset(name: str) -> dict[str, int]:
-        return {
-            "rows": sum(shard.rows_by_subset.get(name, 0) for shard in shards.values()),
-            "tokens": sum(shard.tokens_by_subset.get(name, 0) for shard in shards.values()),
-            **dataclasses.asdict(documents.get(name, DocumentCounts())),
+    rows: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for shard in shards.values():
+        rows.update(shard.rows_by_subset)
+        tokens.update(shard.tokens_by_subset)
+    none = DocumentCounts()
+    by_subset = {
+        name: {
+            **{"rows": rows[name], "tokens": tokens[name]},
+            **dataclasses.asdict(documents.get(name, none)),
         }
-
-    by_subset = {name: of_subset(name) for name in sorted(names)}
-    totals = {key: sum(of[key] for of in by_subset.values()) for key in of_subset("")}
+        for name in sorted({*documents, *rows})
+    }
+    counted = ("rows", "tokens", *dataclasses.asdict(none))
     return {
-        **totals,
+        **{key: sum(of[key] for of in by_subset.values()) for key in counted},
         "by_subset": by_subset,
         "shards": [
             {"file": file, "rows": shard.rows, "bytes": shard.bytes, "digest": shard.digest}

@@ -91,16 +91,15 @@ class PackedSplit:
     def __getitems__(self, row_ids: Sequence[SupportsIndex]) -> list[Row]:
         """Rows in the order asked for; reads several shards at once."""
         ids = [operator.index(row_id) for row_id in row_ids]
-        if ids and not 0 <= min(ids) <= max(ids) < len(self):
-            raise IndexError(f"rows {ids} of {len(self)} rows of the {self.name} split")
+        for index in ids:
+            if not 0 <= index < len(self):
+                raise IndexError(f"row {index} of {len(self)} rows of the {self.name} split")
         try:
             records = self._records.__getitems__(ids)
         # What the library raises for bytes that it didn't write.
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            raise InputError(
-                f"The {self.name} split of the cache {self._folder} cannot be read ({error}): "
-                f"{_AGAIN}."
-            ) from error
+            what = f"The {self.name} split of the cache {self._folder} cannot be read ({error})"
+            raise InputError(f"{what}: {_AGAIN}.") from error
         return [self._format.decode(record, i) for record, i in zip(records, ids, strict=True)]
 
     def __repr__(self) -> str:
@@ -114,8 +113,7 @@ class PackedCache:
     Attributes:
       path: Its folder.
       manifest: As written.
-      digest: What scores and selections name it by: the manifest's digest, shards' digests
-        included.
+      digest: The manifest's, which holds the shards': scores and selections name a cache by it.
     """
 
     path: pathlib.Path
@@ -133,14 +131,12 @@ class PackedCache:
         folder = local_folder(path)
         manifest = read_manifest(folder, KIND)
         cache = cls(folder, manifest, manifest_digest(manifest))
-        cache._refuse_contradictions()
+        _refuse_contradictions(folder / MANIFEST_FILE, manifest)
         for shard in cache._shards():
-            file = inside(cache.path, shard["file"], _AGAIN)
+            file, expected = inside(folder, shard["file"], _AGAIN), f"{shard['bytes']:,} bytes"
             found = f"has {file.stat().st_size:,} bytes" if file.exists() else "does not exist"
-            if found != f"has {shard['bytes']:,} bytes":
-                raise InputError(
-                    f"The shard {file} {found}, expected {shard['bytes']:,} bytes: {_AGAIN}."
-                )
+            if found != f"has {expected}":
+                raise InputError(f"The shard {file} {found}, expected {expected}: {_AGAIN}.")
         if not no_link_out(cache.path, cache.path / VOCABULARY_FOLDER, _AGAIN).is_dir():
             raise InputError(f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: {_AGAIN}.")
         return cache
@@ -192,46 +188,26 @@ class PackedCache:
 
     def verify(self) -> None:
         """Compares the digests of vocabulary and shards, which are read, with the manifest's."""
-        if self.vocabulary.fingerprint != self.vocabulary_fingerprint:
-            raise InputError(
-                f"The vocabulary of {self.path} has the fingerprint "
-                f"{self.vocabulary.fingerprint[:12]}…, its manifest says "
-                f"{self.vocabulary_fingerprint[:12]}…: {_AGAIN}."
-            )
+        vocabulary = f"The vocabulary of {self.path} has the fingerprint"
+        compared = [(vocabulary, self.vocabulary.fingerprint, self.vocabulary_fingerprint)]
         for shard in self._shards():
-            digest = file_digest(self.path / shard["file"])
-            if digest != shard["digest"]:
-                raise InputError(
-                    f"The shard {self.path / shard['file']} has the digest {digest[:12]}…, "
-                    f"its manifest says {shard['digest'][:12]}…: {_AGAIN}."
-                )
-
-    def _refuse_contradictions(self) -> None:
-        """Refuses counts that cannot all be right: reading would go wrong far from here."""
-        file = self.path / MANIFEST_FILE
-        for name in ("sequence_length", "subsets", "splits"):
-            if not self.manifest[name]:
-                raise InputError(f"{file}: {name} is {self.manifest[name]}: {_AGAIN}.")
-        for name, info in self.manifest["splits"].items():
-            rows = sum(shard["rows"] for shard in info["shards"])
-            if rows != info["rows"] or name not in SPLITS:
-                raise InputError(
-                    f"{file}: the split {name!r} has {info['rows']} rows and its shards {rows}, "
-                    f"expected the same of {', '.join(SPLITS)}: {_AGAIN}."
-                )
+            file = self.path / shard["file"]
+            compared += [(f"The shard {file} has the digest", file_digest(file), shard["digest"])]
+        for what, found, expected in compared:
+            if found != expected:
+                said = f"its manifest says {expected[:12]}…"
+                raise InputError(f"{what} {found[:12]}…, {said}: {_AGAIN}.")
 
     def _shards(self) -> list[dict[str, Any]]:
         return [shard for info in self.manifest["splits"].values() for shard in info["shards"]]
 
 
 class PackedCacheWriter:
-    """Writes a packed cache: each split once, then `finish`. Until then no reader accepts the
-    folder.
+    """Writes a packed cache: each split once, then `finish`; before, no reader accepts the folder.
 
-    Example:
-      writer = PackedCacheWriter(folder, vocabulary=ByteVocabulary(), sequence_length=128)
-      writer.write_split("train", rows, num_rows=len(rows))
-      manifest = writer.finish()
+    writer = PackedCacheWriter(folder, vocabulary=ByteVocabulary(), sequence_length=128)
+    writer.write_split("train", rows, num_rows=len(rows))
+    manifest = writer.finish()
     """
 
     def __init__(
@@ -249,8 +225,7 @@ class PackedCacheWriter:
         """Begins a cache.
 
         Args:
-          folder: Where it will lie. A cache begun there before is removed; files that a writer
-            doesn't make are left alone, whatever folder they are in.
+          folder: Where it will lie. A cache begun there before is removed, and no other file.
           vocabulary: Saved beside the rows.
           sequence_length: L, tokens a row.
           subsets: Names; a row's subset is an index in them.
@@ -317,14 +292,14 @@ class PackedCacheWriter:
         self._splits[name] = split_info(shards, documents)
 
     def finish(self) -> dict[str, Any]:
-        """Writes the manifest and COMPLETED, and gives the manifest."""
+        """Writes the manifest and COMPLETED; returns the manifest."""
         manifest = {**self._manifest, "splits": self._splits}
         write_manifest(self._folder, manifest)
         return manifest
 
 
 def begin_cache(folder: pathlib.Path) -> None:
-    """Begins a cache: one begun there before is removed, and no file that isn't a cache's.
+    """Begins a cache: one begun there before is removed, and no other file.
 
     Raises:
       InputError: A part of it is a link that leads out of the folder.
@@ -334,13 +309,23 @@ def begin_cache(folder: pathlib.Path) -> None:
         no_link_out(folder, folder / name, "choose another --output_dir")
     begin_writing(folder)
     for path in (folder / name for name in parts if (folder / name).is_dir()):
-        is_own = VOCABULARY_FILES.__contains__ if path.name == VOCABULARY_FOLDER else _is_shard
-        files = list(path.iterdir())
-        for file in (own := [file for file in files if is_own(file.name)]):
-            file.unlink()
-        if own == files and not path.is_symlink():
+        of_vocabulary = path.name == VOCABULARY_FOLDER
+        for file in path.iterdir():
+            if file.name in VOCABULARY_FILES if of_vocabulary else SHARD_FILE.fullmatch(file.name):
+                file.unlink()
+        if not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
 
 
-def _is_shard(name: str) -> bool:
-    return SHARD_FILE.fullmatch(name) is not None
+def _refuse_contradictions(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses counts that cannot all be right: reading would go wrong far from here."""
+    for name in ("sequence_length", "subsets", "splits"):
+        if not manifest[name]:
+            raise InputError(f"{file}: {name} is {manifest[name]}: {_AGAIN}.")
+    for name, info in manifest["splits"].items():
+        rows = sum(shard["rows"] for shard in info["shards"])
+        if rows != info["rows"] or name not in SPLITS:
+            raise InputError(
+                f"{file}: the split {name!r} has {info['rows']} rows and its shards {rows}, "
+                f"expected the same of {', '.join(SPLITS)}: {_AGAIN}."
+            )

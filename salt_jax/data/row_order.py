@@ -71,7 +71,7 @@ class RowOrder:
       row_ids: The rows to draw from; None is all of 0 … rows − 1.
       rows: How many there are when row_ids is None.
       seed: Of the permutations.
-      source: What draws name the source by.
+      source: Its number in draws.
     """
 
     def __init__(
@@ -85,17 +85,14 @@ class RowOrder:
         self._order = grain.MapDataset.range(self._size).shuffle(seed=mixed).repeat()
 
     def __getitem__(self, position: int) -> Draw:
-        """The row at a position, from 0 on without end."""
         index = self._order[position]
         row_id = int(index if self._row_ids is None else self._row_ids[index])
         return Draw(self._source, row_id, position // self._size)
 
     def rows_read(self, position: int) -> Mapping[int, int]:
-        """How many rows come before a position."""
         return {self._source: position}
 
     def sizes(self) -> Mapping[int, int]:
-        """Rows of an epoch."""
         return {self._source: self._size}
 
 
@@ -128,18 +125,15 @@ class MixedOrder:
             )
 
     def __getitem__(self, position: int) -> Draw:
-        """The row at a position, from 0 on without end."""
         before, after = self._counts(position), self._counts(position + 1)
         which = next(i for i, count in enumerate(before) if after[i] > count)
         return self._orders[which][before[which]]
 
     def rows_read(self, position: int) -> Mapping[int, int]:
-        """How many of the positions before this one are of each source."""
         counts = zip(self._orders, self._counts(position), strict=True)
         return {k: n for order, count in counts for k, n in order.rows_read(count).items()}
 
     def sizes(self) -> Mapping[int, int]:
-        """Rows of an epoch of each source."""
         return {source: size for order in self._orders for source, size in order.sizes().items()}
 
     def _counts(self, position: int) -> list[int]:

@@ -21,12 +21,7 @@ LARGEST_SUBSET = 2**16 - 1  # a row's subset is an index up to this
 
 @dataclasses.dataclass(frozen=True)
 class RecordFormat:
-    """Turns rows of one length and vocabulary into records and back.
-
-    Attributes:
-      sequence_length: L, tokens a row.
-      vocabulary_size: All ids, special and reserved ones included.
-    """
+    """Turns rows of L tokens into records and back; the vocabulary's size counts all ids."""
 
     sequence_length: int
     vocabulary_size: int

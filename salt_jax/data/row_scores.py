@@ -10,7 +10,7 @@ import os
 import pathlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class RowScoresWriter(PassWriter):
     """Scores of a split's rows in the making.
 
     Args:
-      folder: Where they will lie.
+      folder: Where they will lie; an InputError if it was begun with something else.
       cache_digest: PackedCache.digest of the cache scored.
       split: The split scored.
       rows: N, its rows.
@@ -57,9 +57,6 @@ class RowScoresWriter(PassWriter):
       columns: Names of their columns, float32.
       own_columns: Names of those beside them.
       shard_rows: Rows of a shard.
-
-    Raises:
-      InputError: The folder was begun with something else, or two columns have one name.
     """
 
     def __init__(
@@ -160,13 +157,8 @@ class RowScores(RowPass):
     def scores(
         self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
     ) -> "Scores":
-        """The score of every row.
-
-        Args:
-          column: Where it is.
-          learnable_column: Where the share of learnable tokens is.
-          min_learnable_fraction: Rows with a smaller share score −inf.
-        """
+        """The score of every row: a column, with −inf where another, the share of learnable tokens,
+        is below a fraction."""
         learnable = self.column(learnable_column) if min_learnable_fraction > 0 else None
         return Scores(self.column(column), learnable, min_learnable_fraction)
 
@@ -220,7 +212,7 @@ class Selection:
         scores: RowScores | None = None,
         score: Mapping[str, Any] | None = None,
         cut: float | None = None,
-    ) -> "Selection":
+    ) -> Self:
         """Writes the selection and opens what was written.
 
         Args:
@@ -254,18 +246,8 @@ class Selection:
         return cls.open(path)
 
     @classmethod
-    def open(
-        cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
-    ) -> "Selection":
-        """Opens a finished selection.
-
-        Args:
-          folder: A folder written by `salt select`.
-          cache_digest: The cache it must belong to; None takes any.
-
-        Raises:
-          InputError: Not there, half-written, cut short, changed, or of another cache.
-        """
+    def open(cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None) -> Self:
+        """Opens a finished selection, and reads its ids; see `RowPass.open`."""
         path = local_folder(folder)
         manifest = read_manifest(path, "selection")
         refuse_other_cache(path, "selection", manifest, cache_digest)

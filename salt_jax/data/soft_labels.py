@@ -27,7 +27,7 @@ class SoftLabelsWriter(PassWriter):
     """Soft labels in the making.
 
     Args:
-      folder: Where they will lie.
+      folder: Where they will lie; an InputError if it was begun with something else.
       cache_digest: PackedCache.digest of the cache.
       split: The split.
       rows: Rows of the split.
@@ -37,9 +37,6 @@ class SoftLabelsWriter(PassWriter):
       temperature: τ.
       form: The records.
       shard_rows: Rows of a shard.
-
-    Raises:
-      InputError: The folder was begun with something else.
     """
 
     def __init__(
@@ -92,11 +89,8 @@ class SoftLabelsWriter(PassWriter):
 
         Args:
           shard: Which.
-          batches: The labels of its rows, in order.
+          batches: The labels of its rows, in order. One that is not finite is an InputError.
           workers: Among how many the pass is divided.
-
-        Raises:
-          InputError: A label is not finite: the teacher is broken.
         """
         start, row_ids, written = time.perf_counter(), self.row_ids(shard), 0
         with self.shards.write(shard) as file:
@@ -157,12 +151,8 @@ class StoredLabels(RowPass):
         return LabelFormat(**{field.name: self.manifest["format"][field.name] for field in fields})
 
     def read(self, row_ids: Sequence[int] | np.ndarray) -> Labels:
-        """The labels of some rows of the split, in that order.
-
-        Raises:
-          InputError: A row has none, its bytes have changed, or they hold a number that is not
-            finite.
-        """
+        """The labels of some rows of the split, in that order; an InputError if one has none or
+        damaged ones."""
         at_N = ids_N = np.asarray(row_ids, np.int64)
         have_N = ids_N < self.rows
         if self._row_ids is not None:
@@ -189,15 +179,13 @@ class StoredLabels(RowPass):
         return labels
 
     def require_fit(self, *, temperature: float, k: int, selection_digest: str | None) -> None:
-        """Refuses labels that a stage 1 cannot be trained on.
+        """Refuses labels of another split, temperature or selection than stage 1 needs, and of too
+        few ids.
 
         Args:
           temperature: LossConfig.teacher_temperature.
           k: LossConfig.teacher_top_k.
           selection_digest: Of the selection whose rows it reads; None for all rows.
-
-        Raises:
-          InputError: They are of another split, temperature or selection, or have too few ids.
         """
         manifest = self.manifest
         if manifest["split"] != "train":

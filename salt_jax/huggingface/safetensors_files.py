@@ -52,16 +52,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file, or one that is to be written.
-
-    Attributes:
-      name: Its name.
-      dtype: One of DTYPES, or what the file calls a dtype that is none of them.
-      shape: Its shape.
-    """
+    """A tensor in a file, or one that is to be written."""
 
     name: str
-    dtype: str
+    dtype: str  # one of DTYPES, or what the file calls a dtype that is none of them
     shape: tuple[int, ...]
 
     @property
@@ -86,12 +80,8 @@ class SafetensorsFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Reads the headers.
-
-        Raises:
-          InputError: No safetensors files, pickles instead of them, or files that are damaged or
-            don't hold what their index says.
-        """
+        """Reads the headers; an InputError if there are no safetensors files, pickles instead of
+        them, or files that are damaged or don't hold what their index says."""
         self.path = pathlib.Path(path)
         self._places: dict[str, _Place] = {}
         index = _index(self.path)
