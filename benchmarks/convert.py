@@ -61,8 +61,8 @@ def write_model(folder: pathlib.Path, layers: int, width: int, heads: int) -> li
         tied_embeddings=False,
         scale_embeddings=False,
     )
-    architecture, settings = config_to_json(config, ROWS, "float16", {"eos_token_id": 0})
-    shapes = tensor_shapes(config, architecture.rules(config))
+    family, settings = config_to_json(config, ROWS, "float16", {"eos_token_id": 0})
+    shapes = tensor_shapes(config, family.rules(config))
     tensors = [TensorInfo(name, "float16", shape) for name, shape in shapes]
     rng = np.random.default_rng(0)
     arrays = (

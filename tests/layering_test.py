@@ -47,7 +47,7 @@ IMPORTERS = {name: parts for names, parts in LIBRARIES.items() for name in names
 
 
 def files() -> list[pathlib.Path]:
-    folders = ("", "[!t]*/", "t*/", "evaluation/*/")
+    folders = ("", "[!t]*/", "t*/", "evaluation/*/", "huggingface/*/")
     return sorted(file for folder in folders for file in PACKAGE.glob(f"{folder}*.py"))
 
 

@@ -1,14 +1,14 @@
-"""`salt convert`: models of Hugging Face's into checkpoints, and checkpoints into such models.
+"""`salt convert`: imports Hugging Face models as checkpoints, and exports checkpoints as them.
 
-In: --huggingface=FOLDER makes a run's folder of a downloaded model (GPT-NeoX with Pythia, Llama,
-Gemma), which --teacher, --scorer, --initial and --model take. Its steps can be converted one after
-the other into one folder. Out: --model=RUN makes a folder that transformers loads. Only safetensors
-are read and written, a tensor at a time.
+--huggingface=FOLDER makes a run's folder of a downloaded model, which --teacher, --scorer,
+--initial and --model take. Its steps can be converted one after the other into one folder.
+--model=RUN makes a folder that transformers loads. Only safetensors are read and written, one
+tensor at a time. The families are GPT-NeoX with Pythia, Llama, Gemma, and those of one's own.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,11 @@ import numpy as np
 from salt_jax.cli.verb import Verb
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts, visible
-from salt_jax.huggingface import model_tokenizers
-from salt_jax.huggingface.model_config import (
-    Architecture,
-    config_from_json,
-    config_to_json,
-    unread_fields,
-    vocab_multiple,
-)
+from salt_jax.huggingface import model_tokenizers, tokenizer_files
+from salt_jax.huggingface.families import FAMILIES
+from salt_jax.huggingface.family import Family, vocab_multiple
+from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.model_folders import CONFIG_FILE, refuse_repository, require_config
-from salt_jax.huggingface.model_tokenizers import GENERATION_FILE, TOKENIZER_FOLDER
 from salt_jax.huggingface.safetensors_files import (
     DOWNLOAD,
     DTYPES,
@@ -33,7 +28,8 @@ from salt_jax.huggingface.safetensors_files import (
     TensorInfo,
     write_shards,
 )
-from salt_jax.huggingface.tensors import HEADS, Rule, refuse_other_tensors, tensor_shapes
+from salt_jax.huggingface.tensors import Rule, refuse_other_tensors, tensor_shapes
+from salt_jax.huggingface.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object
@@ -57,7 +53,7 @@ from salt_jax.training.converted_tensors import (
     tensors_of,
 )
 
-# What changes no tensor when a model is given out again.
+# What changes no tensor when a model is exported again.
 CHANGES_NO_RESULT = ("convert.max_shard_bytes",)
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -76,156 +72,149 @@ def convert(
     eos_token: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     drop_padding: bool | None = None,
+    families: Sequence[Family] = (),
 ) -> None:
-    """Converts a model from or to Hugging Face's files.
+    """Imports or exports a model in Hugging Face's files.
 
     Args:
       run: The folder for the run, or for the files.
-      huggingface: The folder of a model to take in: config.json, safetensors, tokenizer.json or
+      huggingface: The folder of a model to import: config.json, safetensors, tokenizer.json or
         tokenizer.model.
-      model: The run folder of a model to give out.
-      step: What step the checkpoint is to have, 0 by default; or the step to give out, the newest
-        by default.
-      dtype: Of the parameters, "float32", "bfloat16" or "float16"; as they are by default.
-      compute_dtype: Of activations and products once taken in, "float32" or "bfloat16"; the latter
-        by default where the parameters have 16 bits.
-      eos_token: The token that ends a document, where the folder taken in doesn't say.
-      max_shard_bytes: Of the values in a file given out.
-      drop_padding: Give out no rows of the embedding beyond the vocabulary. By default those of a
-        model trained here are left out, which has never learned that these ids don't occur (its own
-        evaluation leaves them out, and transformers would give them most of the probability), and
-        those of a model that was taken in are kept.
+      model: The run folder of a model to export.
+      step: What step the checkpoint is to have, 0 by default; or the step to export, the newest by
+        default.
+      dtype: Of the parameters, "float32", "bfloat16" or "float16"; unchanged by default.
+      compute_dtype: Of activations and products of an imported model, "float32" or "bfloat16"; the
+        latter by default where the parameters have 16 bits.
+      eos_token: The token that ends a document, where the imported folder doesn't say.
+      max_shard_bytes: Of the values in an exported file.
+      drop_padding: Export no rows of the embedding beyond the vocabulary. By default those of a
+        model trained here are left out, since it has never learned that these ids don't occur (its
+        own evaluation leaves them out, and transformers would give them most of the probability),
+        and those of an imported model are kept.
+      families: Families of models beside the built-in ones, and before them.
 
     Raises:
-      InputError: No such model, one that salt_jax or transformers has no architecture for, damaged
-        files, values that are not finite or that dtype can't hold, or a folder that holds something
-        else. Nothing is written then.
+      InputError: No such model, one that no family describes, damaged files, values that are not
+        finite or that dtype can't hold, or a folder that holds something else. Nothing is written
+        then.
     """
     if (huggingface is None) == (model is None):
         given = "neither is" if model is None else "both are"
         raise InputError(
-            f"huggingface is what to take in and model what to give out, and {given} set: set one, "
+            f"huggingface is what to import and model what to export, and {given} set: set one, "
             "--huggingface=FOLDER or --model=RUN."
         )
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(
-            f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}: change --dtype."
-        )
-    if compute_dtype not in (None, *COMPUTE_DTYPES):
-        raise InputError(
-            f"compute_dtype is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}: "
-            "change --compute_dtype."
-        )
+    for name, value, known in (
+        ("dtype", dtype, tuple(DTYPES)),
+        ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
+    ):
+        if value not in (None, *known):
+            raise InputError(
+                f"{name} is {value!r}, expected one of {', '.join(known)}: change --{name}."
+            )
     require_counts(0, step=step)
     if max_shard_bytes < 1:
         raise InputError(
             f"max_shard_bytes is {max_shard_bytes} and must be at least 1: change "
             "--max_shard_bytes."
         )
+    known_families = (*families, *FAMILIES)
     if huggingface is not None:
         if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
         refuse_repository(huggingface)
         source = local_folder(huggingface)
         require_config(huggingface, source)
-        _take_in(run, source, step or 0, dtype, compute_dtype, eos_token)
+        require_path(run.path)
+        _import(run, source, step or 0, dtype, compute_dtype, eos_token, known_families)
     else:
         if compute_dtype is not None or eos_token is not None:
             raise InputError(
                 "compute_dtype and eos_token are for --huggingface=FOLDER: leave them unset."
             )
         saved = find_model(str(model), step, "model")
-        _give_out(run, saved, dtype or saved.config.param_dtype, max_shard_bytes, drop_padding)
+        dtype = dtype or saved.config.param_dtype
+        _export(run, saved, dtype, max_shard_bytes, drop_padding, known_families)
 
 
-def _take_in(
+def _import(
     run: RunFolder,
     source: pathlib.Path,
     step: int,
     dtype: str | None,
     compute_dtype: str | None,
     eos_token: str | None,
+    families: Sequence[Family],
 ) -> None:
-    require_path(run.path)
     settings = read_json_object(source / CONFIG_FILE, DOWNLOAD)
     files = SafetensorsFolder(source)
-    vocabulary = model_tokenizers.model_vocabulary(source, eos_token)
+    vocabulary = model_tokenizers.model_vocabulary(source, eos_token, families)
     model_tokenizers.require_rows(vocabulary, settings.get("vocab_size"), source)
     if complete_steps(run.path) and (run.path / VOCABULARY_FOLDER).is_dir():
         # Of equal ones the first stays, which the steps that are there name.
         kept = load_vocabulary(run.path / VOCABULARY_FOLDER)
         vocabulary = kept if kept == vocabulary else vocabulary
-    architecture, config = config_from_json(
-        settings, vocabulary.base_size, str(source / CONFIG_FILE)
+    family, config = config_from_json(
+        settings, vocabulary.base_size, str(source / CONFIG_FILE), families
     )
-    rules = architecture.rules(config)
+    rules = family.rules(config)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    refuse_other_tensors(config, rules, shapes, str(source))
-    _refuse_another_head(files, config, rules)
-    param_dtype = _dtype_of(files, config, rules)
-    if any(rule.less_one for rule in rules):
-        param_dtype = "float32"  # 1 + w has more digits than w
-    param_dtype = dtype or param_dtype
-    config = dataclasses.replace(
-        config,
-        param_dtype=param_dtype,
-        dtype=compute_dtype or ("float32" if param_dtype == "float32" else "bfloat16"),
-    )
-    if _is_there(run.path, step, config, vocabulary, files):
+    refuse_other_tensors(config, rules, shapes, family.head, str(source))
+    if config.tied_embeddings and family.head in shapes:
+        _refuse_another_head(files, tables_of(config, rules)[0], family.head)
+    of_files = _dtype_of(files, config, rules)
+    # 1 + w has more digits than w.
+    dtype = dtype or ("float32" if family.norm_offset else of_files)
+    compute_dtype = compute_dtype or ("float32" if dtype == "float32" else "bfloat16")
+    config = dataclasses.replace(config, param_dtype=dtype, dtype=compute_dtype)
+    for other in complete_steps(run.path):
+        _require_same_model(run.path, other, config, vocabulary)
+    if _is_there(run.path, step, files):
         say(f"{run.path} has step {step} of {source} already: nothing was converted.")
         return
-    run.require_space(config.num_parameters * DTYPES[param_dtype].itemsize, "the parameters")
-    if unread := unread_fields(architecture, settings):
+    run.require_space(config.num_parameters * DTYPES[dtype].itemsize, "the parameters")
+    if unread := family.unread_fields(settings):
         say(
             f"{source / CONFIG_FILE} sets {visible(', '.join(unread))}, which no forward pass of "
-            f"{architecture.model_type} reads: passed over."
+            f"{family.model_type} reads: ignored."
         )
     digest = inspected_digest(files, config, rules)
     for note in vocabulary.notes:
         say(note)
     run.begin(replace=True)
     vocabulary.save(run.path / VOCABULARY_FOLDER)
-    model_tokenizers.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
-    ends = model_tokenizers.end_ids(source)
+    tokenizer_files.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
+    ends = tokenizer_files.end_ids(source)
     if ends and not (source / GENERATION_FILE).exists():
         text = to_json({"eos_token_id": ends})  # as transformers takes it from config.json
         write_text(run.path / TOKENIZER_FOLDER / GENERATION_FILE, text + "\n")
-    save_streamed(
-        run.path,
-        step,
-        parameters_of(files, config, rules),
-        {
-            "model": config.to_json(),
-            "vocabulary_fingerprint": vocabulary.fingerprint,
-            "counters": {},
-            "converted_from": str(source.resolve()),
-            "source_digest": digest,
-        },
-    )
+    progress = {
+        "model": config.to_json(),
+        "vocabulary_fingerprint": vocabulary.fingerprint,
+        "counters": {},
+        "converted_from": str(source.resolve()),
+        "source_digest": digest,
+    }
+    save_streamed(run.path, step, parameters_of(files, config, rules), progress)
     saved = find_model(run.path, step, "model")
-    _summarize(run, architecture, config, {"model": saved.identity})
-    say(f"{run.path} has step {step}: {_described(architecture, config)}")
+    _summarize(run, family, config, {"model": saved.identity}, f"step {step}:")
 
 
-def _refuse_another_head(
-    files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
-) -> None:
+def _refuse_another_head(files: SafetensorsFolder, embedding: str, head: str) -> None:
     """A head beside a tied embedding is the same table, or config.json is wrong about it."""
-    for head in HEADS & files.tensors.keys() if config.tied_embeddings else ():
-        embedding = tables_of(config, rules)[0]
-        size, same = files.tensors[embedding].shape, files.tensors[head].shape
-        for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
-            rows = slice(first, min(first + _COMPARED_ROWS, size[0]))
-            ours, theirs = (files.read(name, rows).view(np.uint8) for name in (embedding, head))
-            if not np.array_equal(ours, theirs):
-                same = ()
-                break
-        if size != same:
-            raise InputError(
-                f"{files.path / CONFIG_FILE} sets tie_word_embeddings, and {head} is another "
-                f"tensor than {embedding}: set it to false there if the model has a head of its "
-                "own."
-            )
+    size, same = files.tensors[embedding].shape, files.tensors[head].shape
+    for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
+        rows = slice(first, min(first + _COMPARED_ROWS, size[0]))
+        ours, theirs = (files.read(name, rows).view(np.uint8) for name in (embedding, head))
+        if not np.array_equal(ours, theirs):
+            same = ()
+            break
+    if size != same:
+        raise InputError(
+            f"{files.path / CONFIG_FILE} sets tie_word_embeddings, and {head} is another tensor "
+            f"than {embedding}: set it to false there if the model has a head of its own."
+        )
 
 
 def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
@@ -242,55 +231,53 @@ def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
         if dtype not in DTYPES:
             raise InputError(
                 f"The tensor {name} of {files.path} is of {dtype}, expected one of "
-                f"{', '.join(DTYPES)}: take a version of the model that is not quantized."
+                f"{', '.join(DTYPES)}: choose a version of the model that is not quantized."
             )
         found.add(dtype)
     return found.pop() if len(found) == 1 else "float32"
 
 
-def _is_there(
-    path: pathlib.Path,
-    step: int,
-    config: DecoderConfig,
-    vocabulary: Vocabulary,
-    files: SafetensorsFolder,
-) -> bool:
-    """Whether a step is in a run's folder already; refuses one that it doesn't belong into."""
+def _require_same_model(
+    path: pathlib.Path, step: int, config: DecoderConfig, vocabulary: Vocabulary
+) -> None:
+    """Refuses a run's folder that holds a step of something else."""
+    progress = read_progress(path, step)
+    if "converted_from" not in progress:
+        raise InputError(
+            f"The output folder {path} holds a run that trained: choose another --output_dir."
+        )
+    there = DecoderConfig.from_json(progress["model"])
+    differing = {
+        name: f"{name} {value!r} (here {getattr(config, name)!r})"
+        for name, value in vars(there).items()
+        if value != getattr(config, name)
+    }
+    if differing and differing.keys() <= {"dtype", "param_dtype"}:
+        raise InputError(
+            f"{path} holds step {step} with --dtype={there.param_dtype} "
+            f"--compute_dtype={there.dtype}, and this is --dtype={config.param_dtype} "
+            f"--compute_dtype={config.dtype}: give all steps the same two, or choose another "
+            "--output_dir."
+        )
+    if differing:
+        raise InputError(
+            f"{path} holds step {step} of another model, with {', '.join(differing.values())}: "
+            "choose another --output_dir."
+        )
+    if progress["vocabulary_fingerprint"] != vocabulary.fingerprint:
+        raise InputError(
+            f"{path} holds step {step} of a model with another tokenizer: choose another "
+            "--output_dir."
+        )
+
+
+def _is_there(path: pathlib.Path, step: int, files: SafetensorsFolder) -> bool:
+    """Whether a run's folder has a step of these weights already; refuses one of others."""
     if (path / CONFIG_FILE).exists():
         raise InputError(
-            f"{path} holds a model of Hugging Face's, no run: choose another --output_dir."
+            f"{path} holds a model in Hugging Face's files, not a run: choose another --output_dir."
         )
-    steps = complete_steps(path)
-    for other in steps:
-        progress = read_progress(path, other)
-        if "converted_from" not in progress:
-            raise InputError(
-                f"The output folder {path} holds a run that trained: choose another --output_dir."
-            )
-        there = DecoderConfig.from_json(progress["model"])
-        if there != config:
-            differing = {
-                name: f"{name} {value!r} (here {getattr(config, name)!r})"
-                for name, value in vars(there).items()
-                if value != getattr(config, name)
-            }
-            if differing.keys() <= {"dtype", "param_dtype"}:
-                raise InputError(
-                    f"{path} holds step {other} with --dtype={there.param_dtype} "
-                    f"--compute_dtype={there.dtype}, and this is --dtype={config.param_dtype} "
-                    f"--compute_dtype={config.dtype}: give all steps the same two, or choose "
-                    "another --output_dir."
-                )
-            raise InputError(
-                f"{path} holds step {other} of another model, with "
-                f"{', '.join(differing.values())}: choose another --output_dir."
-            )
-        if progress["vocabulary_fingerprint"] != vocabulary.fingerprint:
-            raise InputError(
-                f"{path} holds step {other} of a model with another tokenizer: choose another "
-                "--output_dir."
-            )
-    if step not in steps:
+    if step not in complete_steps(path):
         return False
     complete_digests(path / CHECKPOINTS_FOLDER / str(step), ("params", "progress"))
     progress = read_progress(path, step)
@@ -302,8 +289,13 @@ def _is_there(
     return True
 
 
-def _give_out(
-    run: RunFolder, saved: SavedModel, dtype: str, max_shard_bytes: int, drop_padding: bool | None
+def _export(
+    run: RunFolder,
+    saved: SavedModel,
+    dtype: str,
+    max_shard_bytes: int,
+    drop_padding: bool | None,
+    families: Sequence[Family],
 ) -> None:
     config = saved.config
     if drop_padding is None:
@@ -311,14 +303,14 @@ def _give_out(
     vocabulary = saved.load_vocabulary()
     rows = vocabulary.size if drop_padding else config.padded_vocab_size
     tokens = {"eos_token_id": vocabulary.eos_id, "bos_token_id": vocabulary.start_id}
-    architecture, settings = config_to_json(config, rows, dtype, tokens)
+    family, settings = config_to_json(config, rows, dtype, tokens, families)
     old = _files_of_a_model(run.path)
     if old and not (run.path / RUN_FILE).exists():
         raise InputError(
             f"{run.path} holds a {old[0].name} that `salt convert` didn't write: choose another "
             "--output_dir."
         )
-    rules = architecture.rules(config)
+    rules = family.rules(config)
     tables = tables_of(config, rules)
     tensors = [
         TensorInfo(name, dtype, (rows, *shape[1:]) if name in tables else shape)
@@ -327,16 +319,16 @@ def _give_out(
     total = sum(tensor.num_bytes for tensor in tensors)
     run.require_space(total, "the tensors")
     run.begin(may_change=CHANGES_NO_RESULT)
-    # Without config.json no folder is a model: it goes first and comes last.
+    # A folder without config.json is no model: it is removed first and written last.
     for file in old:
         file.unlink()
     try:
         arrays = tensors_of(saved, rules, DTYPES[dtype], rows)
         names = write_shards(run.path, tensors, arrays, max_shard_bytes)
-        written = model_tokenizers.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
+        written = tokenizer_files.copy_tokenizer(saved.path / TOKENIZER_FOLDER, run.path)
         if not written:
             written = model_tokenizers.write_tokenizer(vocabulary, run.path)
-        settings |= {"eos_token_id": model_tokenizers.settle_generation(run.path, tokens)}
+        settings |= {"eos_token_id": tokenizer_files.settle_generation(run.path, tokens)}
     except InputError:
         for file in (run.path / SUMMARY_FILE, *_files_of_a_model(run.path)):
             file.unlink(missing_ok=True)
@@ -348,34 +340,32 @@ def _give_out(
     files = [*written, *names, CONFIG_FILE]
     multiple = vocab_multiple(vocabulary.size, rows)
     given = dataclasses.replace(config, vocab_size=vocabulary.size, vocab_multiple=multiple)
-    _summarize(run, architecture, given, {"model": saved.identity, "bytes": total, "files": files})
-    say(f"{run.path} has {_described(architecture, given)}")
+    more = {"model": saved.identity, "bytes": total, "files": files}
+    _summarize(run, family, given, more)
 
 
 def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What a folder holds of a model of Hugging Face's, config.json first."""
-    names = [CONFIG_FILE, *model_tokenizers.tokenizer_files(folder)]
+    """What a folder holds of a Hugging Face model, config.json first."""
+    names = [CONFIG_FILE, *tokenizer_files.tokenizer_files(folder)]
     files = [folder / name for name in names if (folder / name).exists()]
     return files + sorted(folder.glob("model*.safetensors*"))
 
 
 def _summarize(
-    run: RunFolder, architecture: Architecture, config: DecoderConfig, more: Mapping[str, Any]
+    run: RunFolder, family: Family, config: DecoderConfig, more: Mapping[str, Any], step: str = ""
 ) -> None:
     run.write_summary(
         {
-            "architecture": architecture.model_type,
+            "architecture": family.model_type,
             "num_parameters": config.num_parameters,
             "config": config.to_json(),
             **more,
         }
     )
-
-
-def _described(architecture: Architecture, config: DecoderConfig) -> str:
-    return (
-        f"a {architecture.model_type} of {config.num_parameters:,} parameters, "
-        f"{config.vocab_size:,} ids in {config.padded_vocab_size:,} rows."
+    say(
+        f"{run.path} has {step}{' ' * bool(step)}a {family.model_type} of "
+        f"{config.num_parameters:,} parameters, {config.vocab_size:,} ids in "
+        f"{config.padded_vocab_size:,} rows."
     )
 
 

@@ -23,7 +23,7 @@ from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.text_lines import Broken, json_rows, text_lines
 from salt_jax.errors import InputError
 from salt_jax.huggingface.chat_templates import ChatTemplate, load_chat_template
-from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER
+from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER
 from salt_jax.inference.generation import Generator, Sampling, Work
 from salt_jax.storage.buckets import open_file
 from salt_jax.storage.durable_files import write_text

@@ -15,7 +15,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.errors import InputError
-from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER, copy_tokenizer
+from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder

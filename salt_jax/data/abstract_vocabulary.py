@@ -1,9 +1,8 @@
-"""What every vocabulary is: text to token ids and back, by a fingerprint and by what it does.
+"""The interface of a vocabulary: text to token ids and back.
 
-The ids of special tokens are the vocabulary's own business (Pythia's end of document is 0): nothing
-else may assume them. `reserved` ids are appended after the tokenizer's own: the first three are the
-mode tokens [R], [S] and [X] of `denoisers.py`, the others its sentinels, in ascending order. The
-kinds of vocabularies are in `vocabularies.py`.
+Only the vocabulary knows the ids of special tokens (Pythia's end of document is 0). `reserved` ids
+are appended after the tokenizer's own: the first three are the mode tokens [R], [S] and [X] of
+`denoisers.py`, the others its sentinels, in ascending order. `vocabularies.py` has the kinds.
 """
 
 import abc
@@ -24,7 +23,7 @@ from salt_jax.storage.json_files import Shape
 
 SETTINGS_FILE = "vocabulary.json"
 
-# Arrays of a vocabulary's size are held in memory; no tokenizer comes near it.
+# Arrays of a vocabulary's size are held in memory; no tokenizer is nearly as large.
 MOST_IDS = 1 << 24
 
 # UL2's: short spans, a prefix, extreme spans.
@@ -41,7 +40,7 @@ class Vocabulary(abc.ABC):
       start_id: What a model reads before a segment's first token.
       reserved: Ids appended at the end.
       drop_unknown: Whether `encode` leaves out what it has no id for, instead of refusing it.
-      notes: What whoever takes the vocabulary up should be told, sentences.
+      notes: Sentences for whoever begins to use the vocabulary.
     """
 
     drop_unknown: bool = False
@@ -64,7 +63,7 @@ class Vocabulary(abc.ABC):
 
     @property
     def mode_ids(self) -> Mapping[str, int]:
-        """The id of each of MODES; those are missing that `reserved` has no room for."""
+        """The id of each of MODES that `reserved` has room for."""
         return dict(zip(MODES, self.reserved_ids, strict=False))
 
     @property
@@ -75,7 +74,8 @@ class Vocabulary(abc.ABC):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the tokenizer's bytes and the settings: equal fingerprint, equal ids."""
-        return self._digest(self._identity())
+        identity = json.dumps(self._identity(), sort_keys=True).encode()
+        return hashlib.sha256(identity + self.model_bytes()).hexdigest()
 
     def extends(self, other: "Vocabulary") -> bool:
         """Whether it gives every text the other one's ids, perhaps with more reserved ones."""
@@ -98,7 +98,7 @@ class Vocabulary(abc.ABC):
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[int, str]:
-        """The names of special tokens by id; none of a vocabulary whose tokens have no names."""
+        """The names of special tokens by id, if they have any."""
         return {}
 
     @abc.abstractmethod
@@ -143,9 +143,7 @@ class Vocabulary(abc.ABC):
             described["drop_unknown"] = True
         write_text(path / SETTINGS_FILE, json.dumps(described, indent=2) + "\n")
 
-    # What a subclass says of itself: the name its model file gets, the file's bytes, the keyword
-    # arguments that make it again and their types, how ids that are none of the special ones become
-    # text, and how many bytes of it.
+    # The name of the model file, and the types of the keyword arguments that make it again.
     _model_file = ""
     _settings_shape: Mapping[str, Shape] = types.MappingProxyType({"reserved": int})
 
@@ -159,11 +157,6 @@ class Vocabulary(abc.ABC):
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
 
-    def _digest(self, identity: dict[str, Any]) -> str:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        digest.update(self.model_bytes())
-        return digest.hexdigest()
-
     @abc.abstractmethod
     def _byte_lengths(self) -> np.ndarray: ...
 
@@ -173,7 +166,7 @@ class Vocabulary(abc.ABC):
         return self.model_bytes()
 
     def _meaning(self) -> dict[str, Any]:
-        """The identity but for what no text's ids and no model's input depend on."""
+        """The identity without what affects neither a text's ids nor a model's input."""
         return {**self._identity(), "reserved": 0, "pad_id": 0}
 
     def _identity(self) -> dict[str, Any]:

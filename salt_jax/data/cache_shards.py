@@ -1,7 +1,7 @@
-"""One shard of a packed cache: an ArrayRecord file of rows, written whole or not at all, counted.
+"""Writes one shard of a packed cache, an ArrayRecord file of rows, whole or not at all.
 
-In: rows in their order. Out: the file, and what the manifest says of it (ShardCounts). Shards of
-one cache may be written by different processes; `split_info` adds up what they counted.
+What was counted meanwhile goes into the manifest. Shards of one cache may be written by different
+processes; `split_info` adds up their counts.
 """
 
 import contextlib
@@ -21,31 +21,23 @@ from salt_jax.data.features import Row
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.storage.manifests import file_digest
 
-# The names that `shard_path` gives, and those of shards being written.
+# The names that `cache_shard` gives, and those of shards being written.
 SHARD_FILE = re.compile(r"rows-\d{5,}-of-\d{5,}\.array_record(\.tmp)?")
 
-# One record a group makes reading random; without compression equal rows give equal bytes whatever
-# the version of a compressor, and reading is about twice as fast for 16-bit tokens.
+# One record a group makes random reads cheap; without compression equal rows give equal bytes
+# whatever the version of a compressor, and 16-bit tokens are read about twice as fast.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardCounts:
-    """A written shard.
-
-    Attributes:
-      rows: Its rows.
-      bytes: Its size.
-      digest: SHA-256 (hex).
-      rows_by_subset: Rows by the subset's name.
-      tokens_by_subset: Tokens with loss weight of those rows.
-    """
+    """A written shard; its digest is SHA-256 (hex)."""
 
     rows: int
     bytes: int
     digest: str
     rows_by_subset: Mapping[str, int]
-    tokens_by_subset: Mapping[str, int]
+    tokens_by_subset: Mapping[str, int]  # with loss weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +62,7 @@ class DocumentCounts:
         return DocumentCounts(*(own + others for own, others in pairs))
 
 
-def shard_path(folder: pathlib.Path, split: str, index: int, shards: int) -> pathlib.Path:
+def cache_shard(folder: pathlib.Path, split: str, index: int, shards: int) -> pathlib.Path:
     """Where a cache keeps a shard: FOLDER/train/rows-00000-of-00004.array_record."""
     return folder / split / f"rows-{index:05d}-of-{shards:05d}.array_record"
 
@@ -89,29 +81,21 @@ def write_shard(
       rows: At least one row.
       record_format: How a row becomes a record.
       subsets: Names; a row's subset is an index in them.
-      temporary: Where it lies while it is written, on the same disk; beside `file` unless given.
-
-    Raises:
-      OSError: The disk is full.
+      temporary: Where it lies while it is written, on the same disk; beside `file` by default.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or file.with_name(file.name + ".tmp")
-    row_count: Counter[int] = Counter()
-    token_count: Counter[int] = Counter()
+    row_count: Counter[str] = Counter()
+    token_count: Counter[str] = Counter()
     with _array_record(temporary) as writer:
         for row in rows:
             writer.write(record_format.encode(row))
-            subset = int(row["subset"])
+            subset = subsets[int(row["subset"])]
             row_count[subset] += 1
             token_count[subset] += int(np.count_nonzero(row["loss_weights"]))
     assert row_count, f"no rows for {file}"
-    counts = ShardCounts(
-        rows=row_count.total(),
-        bytes=temporary.stat().st_size,
-        digest=file_digest(temporary),
-        rows_by_subset={subsets[index]: count for index, count in row_count.items()},
-        tokens_by_subset={subsets[index]: count for index, count in token_count.items()},
-    )
+    size, digest = temporary.stat().st_size, file_digest(temporary)
+    counts = ShardCounts(row_count.total(), size, digest, dict(row_count), dict(token_count))
     with open(temporary, "rb") as written:
         os.fsync(written.fileno())
     os.replace(temporary, file)
@@ -125,21 +109,24 @@ def split_info(
 
     Args:
       shards: The split's shards by their path in the cache, in the order of their rows.
-      documents: By the subset's name.
+      documents: What they were made from, by the subset's name.
     """
-    names = {*documents, *(name for shard in shards.values() for name in shard.rows_by_subset)}
-
-    def of_subset(name: str) -> dict[str, int]:
-        return {
-            "rows": sum(shard.rows_by_subset.get(name, 0) for shard in shards.values()),
-            "tokens": sum(shard.tokens_by_subset.get(name, 0) for shard in shards.values()),
-            **dataclasses.asdict(documents.get(name, DocumentCounts())),
+    rows: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for shard in shards.values():
+        rows.update(shard.rows_by_subset)
+        tokens.update(shard.tokens_by_subset)
+    none = DocumentCounts()
+    by_subset = {
+        name: {
+            **{"rows": rows[name], "tokens": tokens[name]},
+            **dataclasses.asdict(documents.get(name, none)),
         }
-
-    by_subset = {name: of_subset(name) for name in sorted(names)}
-    totals = {key: sum(of[key] for of in by_subset.values()) for key in of_subset("")}
+        for name in sorted({*documents, *rows})
+    }
+    counted = ("rows", "tokens", *dataclasses.asdict(none))
     return {
-        **totals,
+        **{key: sum(of[key] for of in by_subset.values()) for key in counted},
         "by_subset": by_subset,
         "shards": [
             {"file": file, "rows": shard.rows, "bytes": shard.bytes, "digest": shard.digest}
@@ -159,7 +146,7 @@ def _array_record(file: pathlib.Path) -> Iterator[Any]:
             writer.close()
     except BaseException as error:
         file.unlink(missing_ok=True)
-        # The library says a full disk in words of its own.
+        # The library reports a full disk as a RuntimeError.
         for number in (errno.ENOSPC, errno.EDQUOT):
             if isinstance(error, RuntimeError) and os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(file)) from error

@@ -1,10 +1,7 @@
-"""What compressed files hold, a block at a time.
+"""Decompresses files in blocks of at most 32 MB, whatever they expand to.
 
-In: a file and how it is compressed. Out: its bytes, in blocks of 32 MB at most whatever the file
-makes of itself, its streams or frames one after another. A file that is cut short, or damaged in
-any of its streams, never passes for a whole one.
-
-zstandard is imported when such a file is read: it comes with an extra.
+All streams or frames of a file are read. One that is cut short, or damaged in any of its streams,
+never passes for a whole one. zstandard, which comes with an extra, is imported when it is needed.
 """
 
 import bz2
@@ -18,12 +15,12 @@ from typing import Any, BinaryIO
 from salt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 20
-# 4 bytes of a zstandard frame may stand for 128 KB: so much gives 32 MB at most.
+# 4 bytes of a zstandard frame may expand to 128 KB: so much gives 32 MB at most.
 _ZSTANDARD_BYTES = 1 << 10
 # As far as `zstd --long=31` goes. Memory of a frame's own window is taken, and no more.
 _LONGEST_WINDOW = 1 << 31
 
-# What zstandard's errors are about where a file is whole, and what to decompress it with then.
+# What zstandard's errors mean where a file is whole, and what to decompress it with then.
 _UNREAD = {
     "memory": (
         "a longer window than can be read here, 2 GiB with enough memory",
@@ -69,8 +66,8 @@ def decompressed_blocks(
 
 
 def _stream_blocks(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompresses stream by stream: the libraries' own files take a damaged stream, and what
-    follows on zeros between two, for the end of the file."""
+    """Decompresses stream by stream: the libraries' own readers stop without an error at a damaged
+    stream, and at zeros between two."""
     stream, inside = make(), False
     while compressed := file.read(BLOCK_BYTES):
         while compressed := compressed if inside else compressed.lstrip(b"\0"):
@@ -90,8 +87,7 @@ def _stream_blocks(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
 
 
 def _zstandard_blocks(path: str | os.PathLike[str], file: BinaryIO) -> Iterator[bytes]:
-    """Decompresses frame by frame: the library's stream reader takes a truncated frame for a whole
-    one."""
+    """Decompresses frame by frame: the library's own reader takes a truncated frame for whole."""
     try:
         import zstandard
     except ModuleNotFoundError as error:

@@ -1,8 +1,8 @@
-"""UL2's objectives (arXiv 2205.05131) on packed rows: a row in, a row to be trained on out.
+"""UL2's objectives (arXiv 2205.05131), applied to packed rows.
 
-Each row read is given one objective by chance: causal, prefix or span corruption. What it becomes
-is a function of (seed, row id, epoch): the same on any host and in any thread, another one the next
-time the row comes round. Evaluation and scoring never come here.
+Each row read gets one objective at random: causal, prefix or span corruption. What it becomes is a
+function of (seed, row id, epoch): the same on any host and in any thread, and another one the next
+time the row is read. Evaluation and scoring don't use them.
 
 A row of one segment, L = 12, modes R 100, S 101 and X 102, sentinels from 103 on, padding 0:
 
@@ -16,22 +16,20 @@ fits, and trains on what follows a place drawn uniformly, here after four tokens
     loss_weights        0  0  0  0  0  1  1  1  1  1  1  1
     context             1  1  1  1  1  1  0  0  0  0  0  0
 
-Span corruption replaces spans by sentinels and appends each span behind its sentinel: the first
-sentinel that comes again begins what is trained on. So that all of it fits, the row's own tail is
-left out before spans are drawn. Of twelve tokens SpanDenoiser("R", mean_span=2, rate=0.4) takes
+Span corruption replaces spans by sentinels and appends each span after its sentinel; the appended
+part is trained on. So that all of it fits, the row's tail is left out before spans are drawn. Of
+twelve tokens SpanDenoiser("R", mean_span=2, rate=0.4) takes
 seven, three of them in two spans, here [7] and [10 11]:
 
     targets           100  5  6 103  8  9 104 103  7 104 10 11
     loss_weights        0  0  0   0  0  0   0   1  1   1  1  1
     context             1  1  1   1  1  1   1   1  0   0  0  0
 
-Up to two places that no span more fits into become padding, segment 0. `context` marks the
-positions whose inputs belong to the part without loss, all of it known when the first token with
-loss is predicted: with Objectives.bidirectional_prefix they see one another.
+Up to two places that are left over become padding, segment 0. `context` marks the positions whose
+inputs belong to the part without loss: with Objectives.bidirectional_prefix they see one another.
 
-Each segment of a row is treated so by itself and keeps its place and length; one too short to be
-split or corrupted stays as it is. A token that is trained on keeps its own loss weight, a sentinel
-has 1.
+Each segment of a row is changed by itself and keeps its place and length; one too short to be split
+or corrupted stays as it is. A token that is trained on keeps its loss weight, a sentinel has 1.
 """
 
 import dataclasses
@@ -91,7 +89,7 @@ UL2_DENOISERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Objectives:
-    """How often rows are trained on in which way.
+    """How often each objective is used.
 
     Attributes:
       causal: Weight of next-token prediction, by default 60%.
@@ -152,8 +150,8 @@ class Denoising:
       sequence_length: L, tokens of a row.
       seed: Of what is drawn for each row.
       teacher_objectives: "causal" for a teacher that knows nothing of modes and sentinels: batches
-        then say by `distill`, float32[B], which rows it has a word in (1, the causal ones) and
-        which not (0). "all" lets it teach them all.
+        then say by `distill`, float32[B], which rows it teaches (1, the causal ones) and which not
+        (0). "all" lets it teach them all.
 
     Raises:
       InputError: Too few reserved ids, spans that are longer than rows, rows too short for a span,
@@ -180,7 +178,7 @@ class Denoising:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What records name it by, in JSON's own types: with it, rows become the same."""
+        """What determines how rows are changed, as JSON values."""
         settings = dataclasses.asdict(self._objectives)
         settings["denoisers"] = [*settings["denoisers"]]
         return {**settings, "teacher_objectives": self._teacher_objectives, "seed": self._seed}
@@ -275,11 +273,7 @@ class Denoising:
 
 
 def feature_names(objectives: Objectives, teacher_objectives: str) -> tuple[str, ...]:
-    """What batches hold beside `features.make_batch`'s; see Denoising.
-
-    Raises:
-      InputError: A teacher_objectives that is neither of the two.
-    """
+    """What batches hold beside `features.make_batch`'s; see Denoising."""
     if teacher_objectives not in TEACHER_OBJECTIVES:
         raise InputError(f"teacher_objectives is {teacher_objectives!r}: choose 'all' or 'causal'.")
     return (

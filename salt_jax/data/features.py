@@ -1,7 +1,6 @@
 """What a packed row and a batch of rows hold, by name and type.
 
-In: rows as the packed cache gives them. Out: batches as the model and the losses take them. Meaning
-never hangs on a token id: padding is segment 0, and what is trained on is what has loss weight.
+No token id has a meaning of its own: padding is segment 0, and what is trained on has loss weight.
 
 A row (L = sequence length), made from documents [7 8 1] and [9 1] packed whole, L = 6, EOS 1,
 padding 0:
@@ -36,29 +35,17 @@ ROW_DTYPES: Mapping[str, type[np.generic]] = {
 
 
 def shift_right(targets_BxL: np.ndarray, segment_ids_BxL: np.ndarray, start_id: int) -> np.ndarray:
-    """The model's inputs: each target's predecessor, and `start_id` at a segment's first position.
-
-    Args:
-      targets_BxL: Token ids; any number of leading dimensions.
-      segment_ids_BxL: Segments of the same shape.
-      start_id: What the model reads where a segment begins.
-
-    Returns:
-      inputs_BxL of the targets' type. A position never sees its own target or another segment.
-    """
+    """The model's inputs: each target's predecessor, and `start_id` where a segment begins, so that
+    a position never sees its own target or another segment. Any number of leading dimensions."""
     inputs_BxL = np.roll(targets_BxL, 1, axis=-1)
-    begins_BxL = np.ones(segment_ids_BxL.shape, dtype=bool)
-    begins_BxL[..., 1:] = segment_ids_BxL[..., 1:] != segment_ids_BxL[..., :-1]
-    inputs_BxL[begins_BxL] = start_id
+    inputs_BxL[np.diff(segment_ids_BxL, prepend=-1) != 0] = start_id
     return inputs_BxL
 
 
 def segment_positions(segment_ids_L: np.ndarray) -> np.ndarray:
     """Positions int32[L] inside each segment, from 0; padding counts as a segment of its own."""
-    length = segment_ids_L.shape[0]
-    begins_L = np.ones(length, dtype=bool)
-    begins_L[1:] = segment_ids_L[1:] != segment_ids_L[:-1]
-    index_L = np.arange(length, dtype=np.int32)
+    begins_L = np.diff(segment_ids_L, prepend=-1) != 0
+    index_L = np.arange(len(segment_ids_L), dtype=np.int32)
     return index_L - np.maximum.accumulate(np.where(begins_L, index_L, 0)).astype(np.int32)
 
 

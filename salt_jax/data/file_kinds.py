@@ -1,7 +1,6 @@
-"""What a file that should hold text is, by its name and by its first bytes.
+"""Tells what a file that should hold text is, by its name and by its first bytes.
 
-In: a file's name; the bytes it begins with. Out: whether it holds rows of JSON, a Parquet table or
-plain text, and how it is compressed; one sentence for what is no text at all.
+It holds rows of JSON, a Parquet table or plain text, perhaps compressed; anything else is refused.
 """
 
 import codecs
@@ -76,16 +75,16 @@ def kind_of(path: str | os.PathLike[str]) -> FileKind:
     """What a file holds, by its name: x.jsonl.gz is (".jsonl", "gzip").
 
     Raises:
-      InputError: It is the name of what is no text, or in another encoding than UTF-8.
+      InputError: A name of something else than text, or one that is not UTF-8.
     """
     name = pathlib.PurePath(path)
     if valid_unicode(str(name)) != str(name):
-        raise InputError(f"{path} is no name in UTF-8, as records of it must be: rename it.")
+        raise InputError(f"{path} is not UTF-8, as the name in its records must be: rename it.")
     compression = COMPRESSIONS.get(name.suffix.lower(), "")
     suffix = (name.with_suffix("") if compression else name).suffix.lower()
     what = _NOT_TEXT.get(suffix)
     if compression and (suffix in COMPRESSIONS or suffix == ".parquet"):
-        what = f"{'compressed twice' if suffix in COMPRESSIONS else 'a compressed Parquet file'}"
+        what = "compressed twice" if suffix in COMPRESSIONS else "a compressed Parquet file"
     if what:
         raise InputError(
             f"{path} is {what}, by its name, and not read as text: unpack or convert it, or leave "
@@ -102,11 +101,8 @@ def refuse_other_content(
     Args:
       path: The file.
       head: Its first HEAD_BYTES.
-      compression: What it is to be compressed with; "" is not at all.
-      decompressed: Whether these are the bytes that were compressed.
-
-    Raises:
-      InputError: With what it holds.
+      compression: What it should be compressed with; "" is not at all.
+      decompressed: Whether `head` has been decompressed.
     """
     held = next((what for what, pattern in _HELD.items() if pattern.match(head)), "")
     if compression and not held and _is_text(head):
@@ -122,8 +118,8 @@ def refuse_other_content(
     if held in COMPRESSIONS.values() and not decompressed:
         suffix = next(suffix for suffix, name in COMPRESSIONS.items() if name == held)
         raise InputError(
-            f"{path} is compressed with {held}, which its name doesn't say: name it "
-            f"…{suffix}, or decompress it."
+            f"{path} is compressed with {held}, which its name doesn't say: name it …{suffix}, or "
+            "decompress it."
         )
     raise InputError(
         f"{path}{where} holds {held}, expected text in UTF-8: unpack or convert it, or leave it "

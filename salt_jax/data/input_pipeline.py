@@ -1,13 +1,12 @@
-"""Which row at which step: batches as a function of the step and of what was read before.
+"""Batches as a function of the step and of how many rows were read before.
 
-In: the rows of one cache or several, orders over them, and where a run stands. Out: host batches.
-The position counts rows, not steps: a run may go on with another batch size, other hosts or more
-reader threads, and nothing is read twice and nothing skipped.
+A position counts rows, not steps: a run may be resumed with another batch size, other hosts or more
+reader threads, and no row is read twice or skipped.
 
 Stage 2 reads the all-rows order at the number of rows consumed in all, and so does stage 1 unless
 it has selected rows of its own (SALT_DS), whose order it reads at the number of rows consumed in
 stage 1. With an unchanged batch size B that is position i·B at step i: all arms of a comparison
-read the same rows at the same step, SALT_DS apart in stage 1.
+read the same rows at the same step, except SALT_DS in stage 1.
 """
 
 import collections
@@ -24,10 +23,10 @@ from salt_jax.data.row_order import Draw, Order
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError, require_counts
 
-# The number of selected rows' first epoch, as denoising takes it: no other rows come so far.
+# What denoising adds to the epochs of selected rows: other rows never have so many.
 _SELECTED_EPOCHS = 1 << 31
 
-# What epochs name stage 1's own rows by.
+# The name of stage 1's own rows among epochs.
 SELECTED = "selected rows"
 
 
@@ -56,8 +55,8 @@ class InputPipeline:
     """Batches for one process.
 
     Attributes:
-      sources: Rows by id (`PackedSplit`) of each cache by its name, in the order that draws number
-        them.
+      sources: Rows by id (`PackedSplit`) of each cache by its name, in the order of the draws'
+        numbers.
       batch_size: B, rows of the global batch.
       start_id: What the model reads where a segment begins.
       all_rows: The order that stage 2 reads, and stage 1 too unless it has its own.
@@ -66,7 +65,7 @@ class InputPipeline:
         all_rows.
       stage1_steps: Steps that read stage 1's rows, and its soft labels.
       start: Where the run stood when this pipeline was made; it gives no batch before that.
-      denoising: What becomes of a row between the cache and the batch; None is nothing.
+      denoising: What changes rows between the cache and the batch, if anything.
       soft_labels: What stands for a teacher: batches of stage 1 have it as well.
       part: Which of the `parts` equal, contiguous parts of every batch to read.
       parts: How many there are: one for each process, unless some hold the same rows.
@@ -129,7 +128,7 @@ class InputPipeline:
     def epochs(self, step: int) -> dict[str, float]:
         """How often the rows of each source were read when `step` steps are completed.
 
-        A source counts what all_rows read of it, or unused_rows over the rows that are left there;
+        Of a source counts what all_rows reads, or unused_rows over the rows that are left there;
         SELECTED is added where stage 1 has rows of its own.
         """
         position = self.position(step)
@@ -154,7 +153,7 @@ class InputPipeline:
         if self.denoising is None:
             batch = features.make_batch(rows, self.start_id)
             return batch | self._labels(step, batch)
-        # A row that stage 1 selected is another one when it comes among all rows.
+        # A row that stage 1 selected is denoised in another way when it comes among all rows.
         own = step < self.stage1_steps and self.selected_rows is not None
         first = _SELECTED_EPOCHS if own else 0
         denoised = [

@@ -1,22 +1,23 @@
 """A row's soft labels as bytes: the record format of stored soft labels (format version 2).
 
-In: for every position of a row the teacher's K most likely ids, best first, their log q, the log q
-of all other ids together, and the teacher's loss on the truth. Out: one record of fixed size, and
-back. Little-endian, L positions, b = the bits that the vocabulary's ids need:
+A record of fixed size has for every position of a row the teacher's K most likely ids, best first,
+their log q, the log q of all other ids together, and the teacher's loss on the truth.
+Little-endian, L positions, b = the bits that the vocabulary's ids need:
 
     ids           b bits each, [L · K]: a plane of the lowest 16, 8, 4, 2 or 1 bits, then of the
                   next; b = 18 is a plane of 16 bits and one of 2. Each plane begins on a byte
     log q         [L · K] float16, or uint8 by the square-root law below
     rest          [L] float16, log q of the rest
     teacher loss  [L] float16, nats
-    check         uint32, CRC-32 of all of it: rows are read from any place, so that comparing a
+    check         uint32, CRC-32 of all of it: rows are read in any order, so that comparing a
                   shard's digest would read far more than is asked for
 
-The square-root law is fine where q is large and coarse where nothing hangs on it: code c stands for
+The square-root law is fine where q is large and coarse where it matters little: code c stands for
 log q = -32 (c / 255)²; its step is 0.004 nats at q = 0.99, 0.044 at 0.37 and 0.14 at 5e-5.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,6 +30,7 @@ ENCODINGS = ("float16", "uint8")
 LEAST_K, MOST_K = 1, 1024
 
 _LOWEST_LOG_Q = -32.0  # uint8; what is less likely counts as this
+_LOG_Q_OF_CODE = (_LOWEST_LOG_Q * (np.arange(256) / 255.0) ** 2).astype(np.float16)
 _CHECK_BYTES = 4
 
 
@@ -80,6 +82,19 @@ class LabelFormat:
                 f"soft_label_encoding is {self.encoding!r}, expected one of {', '.join(ENCODINGS)}."
             )
 
+    @functools.cached_property
+    def record(self) -> np.dtype:
+        """A record as NumPy has it."""
+        length, values = self.sequence_length, self.sequence_length * self.k
+        log_q = "<f2" if self.encoding == "float16" else "u1"
+        return np.dtype(
+            [
+                *((name, "u1", -(-values * width // 8)) for name, _, width in self._planes()),
+                ("log_q", log_q, (length, self.k)),
+                *(("rest", "<f2", (length,)), ("teacher_loss", "<f2", (length,)), ("check", "<u4")),
+            ]
+        )
+
     @property
     def id_bits(self) -> int:
         """b, the bits of an id."""
@@ -88,18 +103,12 @@ class LabelFormat:
     @property
     def record_bytes(self) -> int:
         """Bytes a row."""
-        return self._label_bytes + _CHECK_BYTES
+        return self.record.itemsize
 
     @property
     def bytes_per_token(self) -> float:
         """What a position costs on disk, its row's check aside."""
-        return self._label_bytes / self.sequence_length
-
-    @property
-    def _label_bytes(self) -> int:
-        values = self.sequence_length * self.k
-        planes = sum(-(-values * width // 8) for _, width in _planes(self.id_bits))
-        return planes + values * (2 if self.encoding == "float16" else 1) + 4 * self.sequence_length
+        return (self.record_bytes - _CHECK_BYTES) / self.sequence_length
 
     def encode(self, labels: Labels) -> np.ndarray:
         """uint8[N, record_bytes]."""
@@ -108,89 +117,63 @@ class LabelFormat:
         assert labels.ids.shape == labels.log_q.shape == shape, (
             f"soft labels of {labels.ids.shape} and {labels.log_q.shape}, expected {shape}"
         )
-        values = self.sequence_length * self.k
-        ids_NxP = labels.ids.reshape(rows, values).astype(np.uint32)
-        parts = [_packed(ids_NxP >> shift, width) for shift, width in _planes(self.id_bits)]
-        log_q_NxP = labels.log_q.reshape(rows, values)
-        parts.append(
-            _bytes(log_q_NxP.astype("<f2")) if self.encoding == "float16" else _codes(log_q_NxP)
-        )
-        parts += [_bytes(x.astype("<f2")) for x in (labels.rest, labels.teacher_loss)]
-        body = np.concatenate(parts, axis=1)
-        return np.concatenate([body, _bytes(_checks(body)[:, None])], axis=1)
+        records = np.zeros(rows, self.record)
+        ids_NxP = labels.ids.reshape(rows, self.sequence_length * self.k).astype(np.uint32)
+        for name, shift, width in self._planes():
+            records[name] = _packed(ids_NxP >> shift, width)
+        log_q = labels.log_q
+        if self.encoding == "uint8":
+            share = np.clip(log_q.astype(np.float32) / _LOWEST_LOG_Q, 0.0, 1.0)
+            log_q = np.rint(255.0 * np.sqrt(share)).astype(np.uint8)
+        records["log_q"], records["rest"] = log_q, labels.rest
+        records["teacher_loss"] = labels.teacher_loss
+        records["check"] = _checks(records)
+        return records.view(np.uint8).reshape(rows, self.record_bytes)
 
     def damaged(self, records: np.ndarray) -> np.ndarray:
         """bool[N]: which of uint8[N, record_bytes] are not as `encode` made them."""
-        bodies, checks = np.split(records, [self._label_bytes], axis=1)
-        return np.any(_bytes(_checks(bodies)[:, None]) != checks, axis=1)
+        found = np.ascontiguousarray(records).view(self.record)[:, 0]
+        return found["check"] != _checks(found)
 
     def decode(self, records: np.ndarray) -> Labels:
         """The labels of uint8[N, record_bytes]."""
-        rows, values, at = records.shape[0], self.sequence_length * self.k, 0
+        found = np.ascontiguousarray(records).view(self.record)[:, 0]
+        ids_NxP = np.zeros((len(found), self.sequence_length * self.k), np.int32)
+        for name, shift, width in self._planes():
+            ids_NxP |= _unpacked(found[name], width, ids_NxP.shape[1]).astype(np.int32) << shift
+        floats = [found[name].copy() for name in ("log_q", "rest", "teacher_loss")]
+        if self.encoding == "uint8":
+            floats[0] = _LOG_Q_OF_CODE[floats[0]]
+        return Labels(ids_NxP.reshape(floats[0].shape), *floats)
 
-        def take(size: int) -> np.ndarray:
-            nonlocal at
-            at += size
-            return np.ascontiguousarray(records[:, at - size : at])
-
-        ids_NxP = np.zeros((rows, values), np.int32)
-        for shift, width in _planes(self.id_bits):
-            plane_NxP = _unpacked(take(-(-values * width // 8)), width, values)
-            ids_NxP |= plane_NxP.astype(np.int32) << shift
-        if self.encoding == "float16":
-            log_q_NxP = take(2 * values).view("<f2")
-        else:
-            log_q_NxP = _LOG_Q_OF_CODE[take(values)]
-        rest_NxL, loss_NxL = (take(2 * self.sequence_length).view("<f2") for _ in range(2))
-        shape = (rows, self.sequence_length, self.k)
-        return Labels(ids_NxP.reshape(shape), log_q_NxP.reshape(shape), rest_NxL, loss_NxL)
-
-
-_LOG_Q_OF_CODE = (_LOWEST_LOG_Q * (np.arange(256) / 255.0) ** 2).astype(np.float16)
-
-
-def _codes(log_q: np.ndarray) -> np.ndarray:
-    share = np.clip(log_q.astype(np.float32) / _LOWEST_LOG_Q, 0.0, 1.0)
-    return np.rint(255.0 * np.sqrt(share)).astype(np.uint8)
-
-
-def _planes(bits: int) -> Iterator[tuple[int, int]]:
-    """(shift, width) of the planes that hold `bits` bits, the lowest bits first."""
-    shift = 0
-    for width in (16, 8, 4, 2, 1):
-        while bits - shift >= width:
-            yield shift, width
-            shift += width
+    def _planes(self) -> Iterator[tuple[str, int, int]]:
+        """(name, shift, width) of the planes that hold an id, the lowest bits first."""
+        shift = 0
+        for width in (16, 8, 4, 2, 1):
+            while self.id_bits - shift >= width:
+                yield f"ids_{shift}", shift, width
+                shift += width
 
 
 def _packed(values_NxP: np.ndarray, width: int) -> np.ndarray:
     """uint8[N, ⌈P · width / 8⌉] of the lowest `width` bits of each value."""
-    values_NxP = values_NxP & ((1 << width) - 1)
-    if width == 16:
-        return _bytes(values_NxP.astype("<u2"))
-    per_byte = 8 // width
-    rows, count = values_NxP.shape
-    size = -(-count // per_byte)
-    small_NxP = np.pad(values_NxP.astype(np.uint8), ((0, 0), (0, size * per_byte - count)))
-    groups = small_NxP.reshape(rows, size, per_byte)
-    shifted = groups << (width * np.arange(per_byte, dtype=np.uint8))
-    return np.bitwise_or.reduce(shifted, axis=2)
+    if width >= 8:
+        rows, count = values_NxP.shape
+        return values_NxP.astype(f"<u{width // 8}").view(np.uint8).reshape(rows, count * width // 8)
+    bits = (values_NxP[:, :, None] >> np.arange(width, dtype=np.uint32)) & 1
+    return np.packbits(
+        bits.astype(np.uint8).reshape(len(bits), bits.shape[1] * width), axis=1, bitorder="little"
+    )
 
 
 def _unpacked(packed: np.ndarray, width: int, count: int) -> np.ndarray:
-    if width == 16:
-        return packed.view("<u2")
+    if width >= 8:
+        return np.ascontiguousarray(packed).view(f"<u{width // 8}")
     shifts = width * np.arange(8 // width, dtype=np.uint8)
     values = (packed[:, :, None] >> shifts) & np.uint8((1 << width) - 1)
     return values.reshape(len(packed), packed.shape[1] * len(shifts))[:, :count]
 
 
-def _checks(bodies: np.ndarray) -> np.ndarray:
-    """uint32[N], CRC-32 of uint8[N, …]."""
-    return np.array([zlib.crc32(body.tobytes()) for body in bodies], "<u4")
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """uint8[N, …] of the bytes of each row."""
-    rows, count = array.shape
-    return np.ascontiguousarray(array).view(np.uint8).reshape(rows, count * array.itemsize)
+def _checks(records: np.ndarray) -> np.ndarray:
+    """uint32[N], CRC-32 of each record but for its check."""
+    return np.array([zlib.crc32(one.tobytes()[:-_CHECK_BYTES]) for one in records], np.uint32)

@@ -1,24 +1,23 @@
 """The packed cache: fixed-length rows of tokens, shuffled once, each with a stable id.
 
-In (writer): rows in their final order, split by split. Out: a folder
+A cache is a folder, read without TensorFlow and JAX:
 
     train/rows-00000-of-00004.array_record …   one record a row (row_records.py), uncompressed
     validation/…  test/…
     vocabulary/                                what load_vocabulary reads
     manifest.json  COMPLETED                   counts, digests, tokenizer fingerprint, settings
 
-In (reader): that folder. Out: rows by id, as Grain reads them; no TensorFlow, no JAX. A row's id is
-its index in its split: row 0 is the first record of the first shard.
+A row's id is its index in its split: row 0 is the first record of the first shard.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from array_record.python import array_record_data_source
@@ -27,7 +26,7 @@ from salt_jax.data.cache_shards import (
     SHARD_FILE,
     DocumentCounts,
     ShardCounts,
-    shard_path,
+    cache_shard,
     split_info,
     write_shard,
 )
@@ -57,19 +56,6 @@ _AGAIN = "copy the cache again, or make it again with `salt prepare`"
 SPLITS = ("train", "validation", "test")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """A whole ArrayRecord file, in the words of ArrayRecordDataSource."""
-
-    filename: str
-    examples_in_shard: int
-    skip: int = 0
-
-    @property
-    def take(self) -> int:
-        return self.examples_in_shard
-
-
 class PackedSplit:
     """The rows of one split by row id. A Grain RandomAccessDataSource; can be pickled.
 
@@ -86,46 +72,38 @@ class PackedSplit:
         self.info = info
         self._folder = folder
         self._format = record_format
-        shards = [_Shard(str(folder / shard["file"]), shard["rows"]) for shard in info["shards"]]
-        self._records = array_record_data_source.ArrayRecordDataSource(shards)
+        whole_files = [
+            types.SimpleNamespace(
+                filename=str(folder / shard["file"]),
+                examples_in_shard=shard["rows"],
+                **{"skip": 0, "take": shard["rows"]},
+            )
+            for shard in info["shards"]
+        ]
+        self._records = array_record_data_source.ArrayRecordDataSource(whole_files)
 
     def __len__(self) -> int:
         return self.info["rows"]
 
     def __getitem__(self, row_id: SupportsIndex) -> Row:
-        index = self._checked(row_id)
-        with self._refusing_damage():
-            record = self._records[index]
-        return self._format.decode(record, index)
+        return self.__getitems__([row_id])[0]
 
     def __getitems__(self, row_ids: Sequence[SupportsIndex]) -> list[Row]:
         """Rows in the order asked for; reads several shards at once."""
-        ids = [self._checked(row_id) for row_id in row_ids]
-        with self._refusing_damage():
-            records = self._records.__getitems__(ids)
-        return [
-            self._format.decode(record, row_id) for record, row_id in zip(records, ids, strict=True)
-        ]
-
-    @contextlib.contextmanager
-    def _refusing_damage(self) -> Iterator[None]:
-        """What the library raises for bytes that it didn't write, in a sentence."""
+        ids = [operator.index(row_id) for row_id in row_ids]
+        for index in ids:
+            if not 0 <= index < len(self):
+                raise IndexError(f"row {index} of {len(self)} rows of the {self.name} split")
         try:
-            yield
+            records = self._records.__getitems__(ids)
+        # What the library raises for bytes that it didn't write.
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            raise InputError(
-                f"The {self.name} split of the cache {self._folder} cannot be read ({error}): "
-                f"{_AGAIN}."
-            ) from error
+            what = f"The {self.name} split of the cache {self._folder} cannot be read ({error})"
+            raise InputError(f"{what}: {_AGAIN}.") from error
+        return [self._format.decode(record, i) for record, i in zip(records, ids, strict=True)]
 
     def __repr__(self) -> str:
         return f"PackedSplit({str(self._folder)!r}, {self.name!r}, rows={len(self)})"
-
-    def _checked(self, row_id: SupportsIndex) -> int:
-        index = operator.index(row_id)
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} rows of the {self.name} split")
-        return index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +113,7 @@ class PackedCache:
     Attributes:
       path: Its folder.
       manifest: As written.
-      digest: What scores and selections name it by: the manifest's digest, shards' digests
-        included.
+      digest: The manifest's, which holds the shards': scores and selections name a cache by it.
     """
 
     path: pathlib.Path
@@ -154,20 +131,14 @@ class PackedCache:
         folder = local_folder(path)
         manifest = read_manifest(folder, KIND)
         cache = cls(folder, manifest, manifest_digest(manifest))
-        cache._refuse_contradictions()
+        _refuse_contradictions(folder / MANIFEST_FILE, manifest)
         for shard in cache._shards():
-            file = inside(cache.path, shard["file"], _AGAIN)
+            file, expected = inside(folder, shard["file"], _AGAIN), f"{shard['bytes']:,} bytes"
             found = f"has {file.stat().st_size:,} bytes" if file.exists() else "does not exist"
-            if found != f"has {shard['bytes']:,} bytes":
-                raise InputError(
-                    f"The shard {file} {found}, expected {shard['bytes']:,} bytes: "
-                    "copy the cache again, or make it again with `salt prepare`."
-                )
+            if found != f"has {expected}":
+                raise InputError(f"The shard {file} {found}, expected {expected}: {_AGAIN}.")
         if not no_link_out(cache.path, cache.path / VOCABULARY_FOLDER, _AGAIN).is_dir():
-            raise InputError(
-                f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: copy it again, or make "
-                "it again with `salt prepare`."
-            )
+            raise InputError(f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: {_AGAIN}.")
         return cache
 
     @property
@@ -206,67 +177,37 @@ class PackedCache:
         return tuple(name for name in SPLITS if name in self.manifest["splits"])
 
     def split(self, name: str) -> PackedSplit:
-        """The rows of a split.
-
-        Raises:
-          InputError: The cache has no such split.
-        """
+        """The rows of a split; an InputError if the cache has no such split."""
         if name not in self.manifest["splits"]:
             raise InputError(
                 f"The cache {self.path} has no split {name!r}, it has "
-                f"{', '.join(self.split_names)}: "
-                "name one of these, or prepare the text with that split."
+                f"{', '.join(self.split_names)}: name one of these, or prepare the text with it."
             )
         record_format = RecordFormat(self.sequence_length, self.vocabulary_size)
         return PackedSplit(self.path, name, self.manifest["splits"][name], record_format)
 
     def verify(self) -> None:
-        """Reads vocabulary and shards and compares their digests with the manifest's.
-
-        Raises:
-          InputError: The vocabulary or a shard's bytes have changed.
-        """
-        if self.vocabulary.fingerprint != self.vocabulary_fingerprint:
-            raise InputError(
-                f"The vocabulary of {self.path} has the fingerprint "
-                f"{self.vocabulary.fingerprint[:12]}…, its manifest says "
-                f"{self.vocabulary_fingerprint[:12]}…: copy the cache again, or make it again."
-            )
+        """Compares the digests of vocabulary and shards, which are read, with the manifest's."""
+        vocabulary = f"The vocabulary of {self.path} has the fingerprint"
+        compared = [(vocabulary, self.vocabulary.fingerprint, self.vocabulary_fingerprint)]
         for shard in self._shards():
-            digest = file_digest(self.path / shard["file"])
-            if digest != shard["digest"]:
-                raise InputError(
-                    f"The shard {self.path / shard['file']} has the digest {digest[:12]}…, "
-                    f"its manifest says {shard['digest'][:12]}…: copy the cache again, "
-                    "or make it again."
-                )
-
-    def _refuse_contradictions(self) -> None:
-        """Refuses counts that cannot all be right: reading would go wrong far from here."""
-        file = self.path / MANIFEST_FILE
-        for name in ("sequence_length", "subsets", "splits"):
-            if not self.manifest[name]:
-                raise InputError(f"{file}: {name} is {self.manifest[name]}: {_AGAIN}.")
-        for name, info in self.manifest["splits"].items():
-            rows = sum(shard["rows"] for shard in info["shards"])
-            if rows != info["rows"] or name not in SPLITS:
-                raise InputError(
-                    f"{file}: the split {name!r} has {info['rows']} rows and its shards {rows}, "
-                    f"expected the same of {', '.join(SPLITS)}: {_AGAIN}."
-                )
+            file = self.path / shard["file"]
+            compared += [(f"The shard {file} has the digest", file_digest(file), shard["digest"])]
+        for what, found, expected in compared:
+            if found != expected:
+                said = f"its manifest says {expected[:12]}…"
+                raise InputError(f"{what} {found[:12]}…, {said}: {_AGAIN}.")
 
     def _shards(self) -> list[dict[str, Any]]:
         return [shard for info in self.manifest["splits"].values() for shard in info["shards"]]
 
 
 class PackedCacheWriter:
-    """Writes a packed cache: each split once, then `finish`. Until then no reader accepts the
-    folder.
+    """Writes a packed cache: each split once, then `finish`; before, no reader accepts the folder.
 
-    Example:
-      writer = PackedCacheWriter(folder, vocabulary=ByteVocabulary(), sequence_length=128)
-      writer.write_split("train", rows, num_rows=len(rows))
-      manifest = writer.finish()
+    writer = PackedCacheWriter(folder, vocabulary=ByteVocabulary(), sequence_length=128)
+    writer.write_split("train", rows, num_rows=len(rows))
+    manifest = writer.finish()
     """
 
     def __init__(
@@ -284,8 +225,7 @@ class PackedCacheWriter:
         """Begins a cache.
 
         Args:
-          folder: Where it will lie. A cache begun there before is removed; files that a writer
-            doesn't make are left alone, whatever folder they are in.
+          folder: Where it will lie. A cache begun there before is removed, and no other file.
           vocabulary: Saved beside the rows.
           sequence_length: L, tokens a row.
           subsets: Names; a row's subset is an index in them.
@@ -335,7 +275,7 @@ class PackedCacheWriter:
         iterator = iter(rows)
         written = {}
         for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
-            file = shard_path(self._folder, name, shard, shards)
+            file = cache_shard(self._folder, name, shard, shards)
             own = itertools.islice(iterator, end - start)
             written[f"{name}/{file.name}"] = write_shard(file, own, self._format, self._subsets)
         assert next(iterator, None) is None, f"more than {num_rows} rows for the {name} split"
@@ -348,41 +288,44 @@ class PackedCacheWriter:
         shards: Mapping[str, ShardCounts],
         documents: Mapping[str, DocumentCounts],
     ) -> None:
-        """Adds a split whose shards are written.
-
-        Args:
-          name: "train", "validation" or "test".
-          shards: By their path in the cache, in the order of their rows.
-          documents: What they were made from, by the subset's name.
-        """
+        """Adds a split whose shards are written; see `split_info`."""
         self._splits[name] = split_info(shards, documents)
 
     def finish(self) -> dict[str, Any]:
-        """Writes the manifest and COMPLETED, and gives the manifest."""
+        """Writes the manifest and COMPLETED; returns the manifest."""
         manifest = {**self._manifest, "splits": self._splits}
         write_manifest(self._folder, manifest)
         return manifest
 
 
 def begin_cache(folder: pathlib.Path) -> None:
-    """Begins a cache: one begun there before is removed, known by its files' names; nothing else
-    is.
+    """Begins a cache: one begun there before is removed, and no other file.
 
     Raises:
       InputError: A part of it is a link that leads out of the folder.
     """
-    for name in (*SPLITS, VOCABULARY_FOLDER):
+    parts = (*SPLITS, VOCABULARY_FOLDER)
+    for name in parts:
         no_link_out(folder, folder / name, "choose another --output_dir")
     begin_writing(folder)
-    for name in (*SPLITS, VOCABULARY_FOLDER):
-        if not (folder / name).is_dir():
-            continue
-        files = list((folder / name).iterdir())
-        if name == VOCABULARY_FOLDER:
-            own = [file for file in files if file.name in VOCABULARY_FILES]
-        else:
-            own = [file for file in files if SHARD_FILE.fullmatch(file.name)]
-        for file in own:
-            file.unlink()
-        if own == files and not (folder / name).is_symlink():
-            (folder / name).rmdir()
+    for path in (folder / name for name in parts if (folder / name).is_dir()):
+        of_vocabulary = path.name == VOCABULARY_FOLDER
+        for file in path.iterdir():
+            if file.name in VOCABULARY_FILES if of_vocabulary else SHARD_FILE.fullmatch(file.name):
+                file.unlink()
+        if not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _refuse_contradictions(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses counts that cannot all be right: reading would go wrong far from here."""
+    for name in ("sequence_length", "subsets", "splits"):
+        if not manifest[name]:
+            raise InputError(f"{file}: {name} is {manifest[name]}: {_AGAIN}.")
+    for name, info in manifest["splits"].items():
+        rows = sum(shard["rows"] for shard in info["shards"])
+        if rows != info["rows"] or name not in SPLITS:
+            raise InputError(
+                f"{file}: the split {name!r} has {info['rows']} rows and its shards {rows}, "
+                f"expected the same of {', '.join(SPLITS)}: {_AGAIN}."
+            )

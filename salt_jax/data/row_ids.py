@@ -1,8 +1,4 @@
-"""The ids of some rows of a split, as a file: ROW_IDS_FILE, an .npy of int64[m], ascending.
-
-In: ids, in memory or block by block. Out: the file; and the ids again, mapped from disk, after a
-check of their type, number, digest and order.
-"""
+"""The ids of some rows of a split as a file: ROW_IDS_FILE, an .npy of int64[m], ascending."""
 
 import pathlib
 import tokenize
@@ -22,7 +18,7 @@ _BLOCK_ROWS = 1 << 20
 
 
 def write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
-    """Writes ids as an .npy file without holding them all; gives how many.
+    """Writes ids as an .npy file without holding them all; returns how many.
 
     Args:
       path: Where.

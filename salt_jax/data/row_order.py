@@ -1,9 +1,8 @@
-"""Endless orders of rows: a position in, the row to read there out.
+"""Endless orders of rows: which row is read at a position.
 
-An order is a function of the position alone, computed element by element: starting anywhere costs
-what starting at 0 does. Each row of a source comes exactly once in each of its epochs, and epochs
-are shuffled anew. A mixture interleaves such orders: in each of them nothing is skipped or read
-twice, whatever the others do.
+An order is a function of the position alone, computed element by element, so that resuming costs
+nothing. Each row of a source comes exactly once in each of its epochs, and every epoch is shuffled
+anew. A mixture interleaves such orders: none of them skips a row or reads one twice.
 """
 
 import fractions
@@ -32,7 +31,7 @@ class Draw(NamedTuple):
 
 
 class Order(Protocol):
-    """What an input pipeline reads by."""
+    """The order that an input pipeline reads rows in."""
 
     def __getitem__(self, position: int) -> Draw:
         """The row at a position, from 0 on without end."""
@@ -45,7 +44,7 @@ class Order(Protocol):
 
 
 class UnusedRows:
-    """The ids 0 … rows − 1 without some, ascending; takes the memory of those left out.
+    """The ids 0 … rows − 1 without some, ascending, in the memory of those left out.
 
     Args:
       rows: All rows.
@@ -72,7 +71,7 @@ class RowOrder:
       row_ids: The rows to draw from; None is all of 0 … rows − 1.
       rows: How many there are when row_ids is None.
       seed: Of the permutations.
-      source: What draws name the source by.
+      source: Its number in draws.
     """
 
     def __init__(
@@ -86,33 +85,27 @@ class RowOrder:
         self._order = grain.MapDataset.range(self._size).shuffle(seed=mixed).repeat()
 
     def __getitem__(self, position: int) -> Draw:
-        """The row at a position, from 0 on without end."""
         index = self._order[position]
         row_id = int(index if self._row_ids is None else self._row_ids[index])
         return Draw(self._source, row_id, position // self._size)
 
     def rows_read(self, position: int) -> Mapping[int, int]:
-        """How many rows come before a position."""
         return {self._source: position}
 
     def sizes(self) -> Mapping[int, int]:
-        """Rows of an epoch."""
         return {self._source: self._size}
 
 
 class MixedOrder:
     """Orders interleaved in fixed proportions.
 
-    After k positions an order has given its weight's share of k rows to within the number of
-    orders. Which order a position belongs to follows from k by whole numbers (the rule of Grain's
-    MapDataset.mix, which rounds weights to hundredths of the smallest; here they are exact).
+    After k positions an order has given its weight's share of k rows, to within the number of
+    orders. The rule is that of Grain's MapDataset.mix, which rounds weights to hundredths of the
+    smallest; here they are exact.
 
     Args:
       orders: At least two, each of a source of its own.
-      weights: Positive; only their proportions matter.
-
-    Raises:
-      InputError: A weight for each order is missing, or one is not a number over 0.
+      weights: One for each, positive; only their proportions matter.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
@@ -132,18 +125,15 @@ class MixedOrder:
             )
 
     def __getitem__(self, position: int) -> Draw:
-        """The row at a position, from 0 on without end."""
         before, after = self._counts(position), self._counts(position + 1)
         which = next(i for i, count in enumerate(before) if after[i] > count)
         return self._orders[which][before[which]]
 
     def rows_read(self, position: int) -> Mapping[int, int]:
-        """How many of the positions before this one are of each source."""
         counts = zip(self._orders, self._counts(position), strict=True)
         return {k: n for order, count in counts for k, n in order.rows_read(count).items()}
 
     def sizes(self) -> Mapping[int, int]:
-        """Rows of an epoch of each source."""
         return {source: size for order in self._orders for source, size in order.sizes().items()}
 
     def _counts(self, position: int) -> list[int]:

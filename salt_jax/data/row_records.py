@@ -1,6 +1,6 @@
 """A packed row as bytes: the record format of the packed cache (format version 1).
 
-In: a row's arrays. Out: one record, and back. Little-endian, S segments, L tokens:
+Little-endian, S segments, L tokens:
 
     u16 subset | u16 S | u32[S] segment lengths | u8[⌈L/8⌉] loss weights as bits | u16[L] targets
 
@@ -16,20 +16,12 @@ import numpy as np
 from salt_jax.data.features import Row, make_row
 from salt_jax.errors import InputError
 
-_LARGEST_U16 = 2**16 - 1
-
-# A row's subset is an index up to this.
-LARGEST_SUBSET = _LARGEST_U16
+LARGEST_SUBSET = 2**16 - 1  # a row's subset is an index up to this
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordFormat:
-    """Turns rows of one length and vocabulary into records and back.
-
-    Attributes:
-      sequence_length: L, tokens a row.
-      vocabulary_size: All ids, special and reserved ones included.
-    """
+    """Turns rows of L tokens into records and back; the vocabulary's size counts all ids."""
 
     sequence_length: int
     vocabulary_size: int
@@ -37,7 +29,7 @@ class RecordFormat:
     @property
     def target_dtype(self) -> np.dtype:
         """The type of a stored token id."""
-        return np.dtype("<u2" if self.vocabulary_size <= _LARGEST_U16 + 1 else "<u4")
+        return np.dtype("<u2" if self.vocabulary_size <= 2**16 else "<u4")
 
     def encode(self, row: Row) -> bytes:
         """The row's record. Its segment ids must be 1, 2, … in runs from position 0, then 0."""
@@ -64,11 +56,7 @@ class RecordFormat:
         )
 
     def decode(self, record: bytes, row_id: int) -> Row:
-        """The row of a record.
-
-        Raises:
-          InputError: The record is none of this format: its bytes have changed.
-        """
+        """The row of a record; an InputError if its bytes are not of this format."""
         length, at = self.sequence_length, 4
         subset, num_segments = np.frombuffer(record.ljust(at, b"\0"), "<u2", count=2)
         other_bytes = -(-length // 8) + length * self.target_dtype.itemsize

@@ -1,31 +1,25 @@
-"""What is known of each row, and the rows picked by it: what `salt score` and `salt select` leave.
+"""The scores of a split's rows, and the rows selected by them.
 
-In: columns of a split's N rows, shard by shard, or the ids int64[m] of the rows selected. Out: a
-folder of shards/ or row_ids.npy, manifest.json and COMPLETED. Both name the cache they belong to by
-its digest; another cache is refused.
+`salt score` leaves columns of N rows in shards, `salt select` row_ids.npy with the ids int64[m] of
+the rows selected; each with manifest.json and COMPLETED.
 """
 
 import dataclasses
-import functools
 import hashlib
-import json
 import os
 import pathlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
+from salt_jax.data.row_passes import PassWriter, RowPass, refuse_other_cache
 from salt_jax.data.shard_columns import SUFFIX, Column, layout_of, write_columns
 from salt_jax.errors import InputError
-from salt_jax.storage import durable_files
-from salt_jax.storage.json_files import read_json_object, require_shape
 from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.manifests import (
-    COST,
-    MANIFEST_FILE,
     begin_writing,
     file_digest,
     manifest_digest,
@@ -33,16 +27,14 @@ from salt_jax.storage.manifests import (
     read_manifest,
     write_manifest,
 )
-from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards, Shard
+from salt_jax.storage.restartable_shards import RestartableShards, Shard
 
 AUDIT_FILE = "audit.json"
-COST_FILE = "cost.json"
 
 # Columns beside the scorer's: the index of the row's subset, and a hash of its tokens.
 SUBSET, TARGETS_HASH = "subset", "targets_hash"
 
 _TYPES = ("<u8", "<f4", "<u2")
-_AGAIN = "copy the folder again, or run its `salt score` again"
 _NO_COST = types.MappingProxyType({"flops": 0.0, "tokens": 0, "seconds": 0.0})
 
 
@@ -52,11 +44,11 @@ def targets_hash(targets_L: np.ndarray, segment_ids_L: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
 
 
-class RowScoresWriter:
-    """Scores of a split's rows in the making, by one worker of perhaps several.
+class RowScoresWriter(PassWriter):
+    """Scores of a split's rows in the making.
 
     Args:
-      folder: Where they will lie; a folder that holds the same scores begun is gone on with.
+      folder: Where they will lie; an InputError if it was begun with something else.
       cache_digest: PackedCache.digest of the cache scored.
       split: The split scored.
       rows: N, its rows.
@@ -65,9 +57,6 @@ class RowScoresWriter:
       columns: Names of their columns, float32.
       own_columns: Names of those beside them.
       shard_rows: Rows of a shard.
-
-    Raises:
-      InputError: The folder was begun with something else, or two columns have one name.
     """
 
     def __init__(
@@ -92,19 +81,13 @@ class RowScoresWriter:
         made_from = {"cache": cache_digest, "split": split, "scorer": dict(scorer), "k": list(ks)}
         if own_columns:
             made_from["scores"] = list(own_columns)
-        self.shards = RestartableShards.of(
-            folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
+        super().__init__(
+            RestartableShards.of(
+                folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
+            )
         )
         dtypes = {TARGETS_HASH: "<u8", **dict.fromkeys(names, "<f4"), SUBSET: "<u2"}
         self._layout = layout_of(dtypes)
-
-    def begin(self) -> None:
-        """Makes the folder, if need be.
-
-        Raises:
-          InputError: Another pass was begun here in the meantime.
-        """
-        self.shards = self.shards.begin()
 
     def write(
         self, shard: Shard, columns: Mapping[str, np.ndarray], measured: Mapping[str, Any]
@@ -125,71 +108,40 @@ class RowScoresWriter:
             file.finish({"nan_rows": int(nan_n.sum())}, measured)
 
     def complete(self, cost: Mapping[str, Any] | None = None) -> "RowScores":
-        """Completes the folder, every shard of which is finished, and opens it.
-
-        Args:
-          cost: The pass's FLOPs and tokens; its seconds are those that the shards took, as if the
-            workers had shared them evenly and worked at the same time.
-        """
-        shards = self.shards
-        if not shards.completed:
-            if cost:
-                each = (one["seconds"] / one["workers"] for one in shards.measured())
-                text = json.dumps({**cost, "seconds": sum(each)}) + "\n"
-                durable_files.write_text(shards.folder / COST_FILE, text)
-            made_from = shards.made_from
-            shards.complete(
-                "row_scores",
-                cache_digest=made_from["cache"],
-                split=made_from["split"],
+        """Completes the folder, every shard of which is finished, and opens it; see `finish`."""
+        if not self.shards.completed:
+            made_from = self.shards.made_from
+            self.finish(
+                RowScores.kind,
+                cost,
                 scorer=made_from["scorer"],
                 k=made_from["k"],
                 columns=[list(column) for column in self._layout],
-                nan_rows=shards.total("nan_rows"),
+                nan_rows=self.shards.total("nan_rows"),
             )
-        return RowScores.open(shards.folder)
+        return RowScores.open(self.shards.folder)
 
 
-@dataclasses.dataclass(frozen=True)
-class RowScores:
-    """What a scorer says of a split's rows.
+class RowScores(RowPass):
+    """What a scorer says of a split's rows; a shard is compared with its digest when it is read.
 
-    Attributes:
-      path: The folder.
-      manifest: cache_digest, split, rows, scorer {path, step, digest}, k (all of them), columns
-        (names and types), nan_rows (where the scorer was broken), shard_rows, shards.
-      digest: What a selection names it by: the manifest's, which holds the digests of the shards.
+    Its manifest adds scorer {path, step, digest}, k (all of them), columns (names and types) and
+    nan_rows (where the scorer was broken).
     """
 
-    path: pathlib.Path
-    manifest: Mapping[str, Any]
-    digest: str
+    kind, called, suffix, made_by = "row_scores", "scores", SUFFIX, "salt score"
 
-    @classmethod
-    def open(
-        cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
-    ) -> "RowScores":
-        """Opens a finished folder of scores; a shard is compared with its digest when it is read.
-
-        Args:
-          folder: A folder written by `salt score`.
-          cache_digest: The cache they must belong to; None takes any.
-
-        Raises:
-          InputError: Not there, half-written, a shard missing or cut short, or of another cache.
-        """
-        path = local_folder(folder)
-        manifest = read_manifest(path, "row_scores")
-        _check_cache(path, "scores", manifest, cache_digest)
-        scores = cls(path, manifest, manifest_digest(manifest))
-        _require_layout(path / MANIFEST_FILE, manifest)
-        _ = scores._shards  # which looks at every file
-        return scores
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.manifest["rows"]
+    def checked_row_bytes(self) -> int:
+        columns = self.manifest["columns"]
+        for column in columns:
+            if len(column) != 2 or column[1] not in _TYPES:
+                raise self.contradiction(
+                    f"columns has {column}, expected a name and one of {', '.join(_TYPES)}"
+                )
+        expected = {TARGETS_HASH, SUBSET}
+        if len(dict(columns)) != len(columns) or not expected <= dict(columns).keys():
+            raise self.contradiction(f"columns must have {', '.join(sorted(expected))}")
+        return sum(np.dtype(dtype).itemsize for _, dtype in columns)
 
     @property
     def columns(self) -> list[str]:
@@ -197,37 +149,18 @@ class RowScores:
         names = [name for name, _ in self.manifest["columns"]]
         return [name for name in names if name not in (SUBSET, TARGETS_HASH)]
 
-    @property
-    def cost(self) -> dict[str, Any] | None:
-        """What scoring took: flops, tokens, seconds; None where it is not known."""
-        path = self.path / COST_FILE
-        if not path.exists():
-            return None
-        cost = read_json_object(path, _AGAIN)
-        require_shape(path, cost, COST, _AGAIN)
-        return cost
-
     def column(self, name: str) -> Column:
         """One column of all rows, on disk until it is read."""
         layout = [(each, dtype) for each, dtype in self.manifest["columns"]]
-        return Column(self._shards, layout, name, may_be_nan=self.manifest["nan_rows"] > 0)
+        return Column(self.shards, layout, name, may_be_nan=self.manifest["nan_rows"] > 0)
 
     def scores(
         self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
     ) -> "Scores":
-        """The score of every row.
-
-        Args:
-          column: Where it is.
-          learnable_column: Where the share of learnable tokens is.
-          min_learnable_fraction: Rows with a smaller share score −inf.
-        """
+        """The score of every row: a column, with −inf where another, the share of learnable tokens,
+        is below a fraction."""
         learnable = self.column(learnable_column) if min_learnable_fraction > 0 else None
         return Scores(self.column(column), learnable, min_learnable_fraction)
-
-    @functools.cached_property
-    def _shards(self) -> FinishedShards:
-        return FinishedShards(self.path, self.manifest, SUFFIX, "salt score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +184,12 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Rows picked from a split.
+    """Rows selected from a split.
 
     Attributes:
       path: The folder.
       row_ids: int64[m], ascending, each once.
-      manifest: cache_digest, split, rows, scores_digest (None: picked at random), how (the rule
+      manifest: cache_digest, split, rows, scores_digest (None: selected at random), how (the rule
         and its settings), cut (the lowest selected score, or None), scorer and score (of the
         scores), scoring_cost (nothing where no scores were needed, None where it is not known).
       digest: The manifest's, without the cost.
@@ -279,7 +212,7 @@ class Selection:
         scores: RowScores | None = None,
         score: Mapping[str, Any] | None = None,
         cut: float | None = None,
-    ) -> "Selection":
+    ) -> Self:
         """Writes the selection and opens what was written.
 
         Args:
@@ -287,7 +220,7 @@ class Selection:
           row_ids_m: Ascending ids, each once, at least one; an array, or one after another.
           cache_digest: PackedCache.digest of the cache they index.
           split: The split they index.
-          how: The rule and its settings, as told to a reader of the manifest.
+          how: The rule and its settings.
           scores: The scores it was made from; None for a random control.
           score: Which of them: k, statistic, unlearnable, min_learnable_fraction.
           cut: The lowest score selected.
@@ -313,71 +246,19 @@ class Selection:
         return cls.open(path)
 
     @classmethod
-    def open(
-        cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
-    ) -> "Selection":
-        """Opens a finished selection.
-
-        Args:
-          folder: A folder written by `salt select`.
-          cache_digest: The cache it must belong to; None takes any.
-
-        Raises:
-          InputError: Not there, half-written, cut short, changed, or of another cache.
-        """
+    def open(cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None) -> Self:
+        """Opens a finished selection, and reads its ids; see `RowPass.open`."""
         path = local_folder(folder)
         manifest = read_manifest(path, "selection")
-        _check_cache(path, "selection", manifest, cache_digest)
+        refuse_other_cache(path, "selection", manifest, cache_digest)
         row_ids_m = read_row_ids(path, manifest["rows"], manifest["array_digest"], "salt select")
-        return cls(path, row_ids_m, manifest, _digest(manifest))
+        selected = {name: part for name, part in manifest.items() if name != "scoring_cost"}
+        return cls(path, row_ids_m, manifest, manifest_digest(selected))
 
     def require_within(self, rows: int) -> None:
-        """Refuses a selection that has rows which a split of so many hasn't.
-
-        Raises:
-          InputError: With the row.
-        """
+        """Refuses a selection with rows that a split of so many doesn't have."""
         if self.row_ids[-1] >= rows:
             raise InputError(
                 f"{self.path} selects the row {self.row_ids[-1]} of a split of {rows} rows: copy "
                 "the folder again, or run its `salt select` again."
             )
-
-
-def _require_layout(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses columns that shards of these sizes don't hold, or that are of another type."""
-    columns, row_bytes = manifest["columns"], 0
-    for column in columns:
-        if len(column) != 2 or column[1] not in _TYPES:
-            raise InputError(
-                f"{file}: columns has {column}, expected a name and one of {', '.join(_TYPES)}: "
-                f"{_AGAIN}."
-            )
-        row_bytes += np.dtype(column[1]).itemsize
-    expected = {TARGETS_HASH, SUBSET}
-    if len(dict(columns)) != len(columns) or not expected <= dict(columns).keys():
-        raise InputError(f"{file}: columns must have {', '.join(sorted(expected))}: {_AGAIN}.")
-    for shard in manifest["shards"]:
-        if shard["bytes"] != shard["rows"] * row_bytes:
-            raise InputError(
-                f"{file}: a shard of {shard['rows']} rows has {shard['bytes']} bytes, expected "
-                f"{row_bytes} a row: {_AGAIN}."
-            )
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """Of what was selected, not of what it took to score it."""
-    return manifest_digest(
-        {name: part for name, part in manifest.items() if name != "scoring_cost"}
-    )
-
-
-def _check_cache(
-    path: pathlib.Path, what: str, manifest: Mapping[str, Any], cache_digest: str | None
-) -> None:
-    if cache_digest is not None and manifest["cache_digest"] != cache_digest:
-        raise InputError(
-            f"The {what} in {path} belong to the cache {manifest['cache_digest'][:12]}…, "
-            f"expected the cache {cache_digest[:12]}…: name the cache they were made from, "
-            "or make them again from this one."
-        )

@@ -1,8 +1,7 @@
-"""A packed row as text, for people.
+"""Shows a packed row as text.
 
-In: a row and its vocabulary. Out: its text, where ⟨end⟩ is an end of document, ⟨|im_start|⟩ the
-special token <|im_start|>, ⟦…⟧ tokens without loss weight, and ┃ the border between two segments.
-Padding is not shown.
+⟨end⟩ is an end of document, ⟨|im_start|⟩ the special token <|im_start|>, ⟦…⟧ tokens without loss
+weight, and ┃ the border between two segments. Padding is not shown.
 """
 
 import itertools
@@ -18,19 +17,16 @@ SEGMENT_BORDER = "┃"
 
 def row_as_text(row: Row, vocabulary: Vocabulary) -> str:
     """The row's text with its loss weights and segments made visible."""
-    segment_ids_L = row["segment_ids"]
-    parts = []
-    for segment in range(1, int(segment_ids_L.max()) + 1):
-        inside_L = segment_ids_L == segment
-        parts.append(
-            _segment_as_text(row["targets"][inside_L], row["loss_weights"][inside_L], vocabulary)
-        )
-    return SEGMENT_BORDER.join(parts)
+    segments = [row["segment_ids"] == i + 1 for i in range(row["segment_ids"].max())]
+    return SEGMENT_BORDER.join(
+        _segment_as_text(row["targets"][inside_L], row["loss_weights"][inside_L], vocabulary)
+        for inside_L in segments
+    )
 
 
 def _segment_as_text(targets_L: np.ndarray, weights_L: np.ndarray, vocabulary: Vocabulary) -> str:
-    # A stretch ends where the weight changes; within a stretch of other ids than special ones they
-    # are decoded together, since one character may be several ids.
+    # A stretch ends where the weight changes; between special tokens its ids are decoded together,
+    # since one character may be several ids.
     marks = {
         token_id: f"⟨{name.removeprefix('<').removesuffix('>')}⟩"
         for token_id, name in vocabulary.special_tokens.items()

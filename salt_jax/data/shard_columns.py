@@ -1,8 +1,7 @@
-"""Columns of one number a row, kept in shards.
+"""Columns of one value a row, kept in shards.
 
-In: arrays of a shard's rows, by name. Out: the shard's bytes: one column after another, each the
-little-endian numbers of its rows; and columns of the whole split again, read from any place in
-them. A column of hundreds of millions of rows is never in memory whole unless it is asked for so.
+A shard is one column after another, each the little-endian values of its rows. A column of hundreds
+of millions of rows is never in memory whole unless it is asked for so.
 
 Shard 3's scores by hand, where the manifest's columns begin [["targets_hash", "<u8"],
 ["median_drop_k10", "<f4"], …] and the shard has n rows:
@@ -28,13 +27,7 @@ def layout_of(dtypes: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def write_columns(file: ShardWriter, layout: Layout, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes a shard's columns.
-
-    Args:
-      file: The shard.
-      layout: What `layout_of` gave.
-      columns: An array of the shard's rows for each.
-    """
+    """Writes a shard's columns: an array of the shard's rows for each name."""
     assert columns.keys() == dict(layout).keys(), f"columns {set(columns)} of {layout}"
     for name, dtype in layout:
         file.write(np.ascontiguousarray(columns[name], dtype).data.cast("B"))
@@ -49,15 +42,21 @@ class Column:
       name: Which of them.
       may_be_nan: Whether rows are known to have no number: else NaN and ∞ are refused (−∞ is the
         score of a row without a learnable token).
+      verify: Whether a shard is compared with its digest when it is first read.
     """
 
     def __init__(
-        self, shards: FinishedShards, layout: Layout, name: str, may_be_nan: bool = False
+        self,
+        shards: FinishedShards,
+        layout: Layout,
+        name: str,
+        may_be_nan: bool = False,
+        verify: bool = True,
     ) -> None:
-        self._shards, self._name, self._may_be_nan = shards, name, may_be_nan
+        self._shards, self._name, self._verify = shards, name, verify
         self.dtype = np.dtype(dict(layout)[name])
-        names = [each for each, _ in layout]
-        before = layout[: names.index(name)]
+        self._may_be_nan = may_be_nan or self.dtype.kind != "f"
+        before = layout[: [each for each, _ in layout].index(name)]
         self._row_bytes_before = sum(np.dtype(dtype).itemsize for _, dtype in before)
 
     def __len__(self) -> int:
@@ -69,40 +68,31 @@ class Column:
         Raises:
           InputError: A shard's bytes have changed, or hold NaN.
         """
+        size = self._shards.shard_rows
         if isinstance(rows, slice):
             first, stop, step = rows.indices(len(self))
             assert step == 1, f"rows in steps of {step}"
-            return self._checked(self._read(first, stop), first)
-        shard_m = rows // self._shards.shard_rows
-        values_m = np.empty(len(rows), self.dtype)
-        for index in np.unique(shard_m):
-            here_m = shard_m == index
-            values_m[here_m] = self._map(index)[rows[here_m] - index * self._shards.shard_rows]
-        return self._checked(values_m, rows)
-
-    def _checked(self, values_n: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
-        """Refuses what is no number; `rows` are the rows' ids, or the first of them."""
-        if self.dtype.kind != "f" or self._may_be_nan or (values_n < np.inf).all():
+            stop = max(first, stop)
+            values_n = np.empty(stop - first, self.dtype)
+            for index in range(first // size, -(-stop // size)):
+                start, end = max(first, index * size), min(stop, (index + 1) * size)
+                part = self._map(index)[start - index * size : end - index * size]
+                values_n[start - first : end - first] = part
+        else:
+            values_n = np.empty(len(rows), self.dtype)
+            shard_n = rows // size
+            for index in np.unique(shard_n):
+                here_n = shard_n == index
+                values_n[here_n] = self._map(index)[rows[here_n] - index * size]
+        if self._may_be_nan or (values_n < np.inf).all():
             return values_n
         at = int((values_n < np.inf).argmin())
-        row = rows + at if isinstance(rows, int) else rows[at]
-        shard = int(row) // self._shards.shard_rows
+        row = first + at if isinstance(rows, slice) else int(rows[at])
         what = f"has a {self._name} of {values_n[at]} for row {row}, which is not finite"
-        raise self._shards.damage(shard, what)
-
-    def _read(self, first: int, stop: int) -> np.ndarray:
-        size = self._shards.shard_rows
-        values_n = np.empty(max(stop - first, 0), self.dtype)
-        at = first
-        while at < stop:
-            index, end = at // size, min((at // size + 1) * size, stop)
-            part = self._map(index)[at - index * size : end - index * size]
-            values_n[at - first : end - first] = part
-            at = end
-        return values_n
+        raise self._shards.damage(row // size, what)
 
     def _map(self, index: int) -> np.ndarray:
         # Mapped anew each time: what stays mapped counts as this process's memory.
         rows = self._shards.rows_of(index)
-        path = self._shards.path(index)
+        path = self._shards.path(index, self._verify)
         return np.memmap(path, self.dtype, "r", offset=rows * self._row_bytes_before, shape=rows)

@@ -1,16 +1,13 @@
-"""Stored soft labels: a teacher's word on the rows of a split, so that runs share one pass of it.
+"""Stored soft labels: a teacher's output on the rows of a split, so that runs share one pass of it.
 
-In: labels shard by shard, of all rows of a split or of the rows of a selection. Out: a folder of
-shards/ (label_format.py's records one after another), manifest.json and COMPLETED; and labels again
-by row id, from any place, without a model in memory. A folder names its cache, its teacher and its
-temperature: labels of another cache are refused here, another temperature by what trains.
+A folder of records (`label_format`), of all rows of a split or of the rows of a selection, read by
+row id in any order without a model in memory. It names its teacher and its temperature; labels of
+another temperature are refused by what trains.
 """
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,31 +16,18 @@ import numpy as np
 
 from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
+from salt_jax.data.row_passes import COST_FILE, PassWriter, RowPass
+from salt_jax.data.shard_columns import Column
 from salt_jax.errors import InputError
-from salt_jax.storage import durable_files
-from salt_jax.storage.json_files import read_json_object, require_shape
-from salt_jax.storage.local_copies import local_folder
-from salt_jax.storage.manifests import (
-    COST,
-    FORMAT_VERSIONS,
-    MANIFEST_FILE,
-    file_digest,
-    manifest_digest,
-    read_manifest,
-)
-from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards, Shard
-
-SUFFIX = ".labels"
-COST_FILE = "cost.json"
-MADE_BY = "salt score --soft_labels"
-_AGAIN = f"copy the folder again, or run its `{MADE_BY}` again"
+from salt_jax.storage.manifests import FORMAT_VERSIONS, file_digest
+from salt_jax.storage.restartable_shards import RestartableShards, Shard
 
 
-class SoftLabelsWriter:
-    """Soft labels in the making, by one worker of perhaps several.
+class SoftLabelsWriter(PassWriter):
+    """Soft labels in the making.
 
     Args:
-      folder: Where they will lie; a folder that holds the same labels begun is gone on with.
+      folder: Where they will lie; an InputError if it was begun with something else.
       cache_digest: PackedCache.digest of the cache.
       split: The split.
       rows: Rows of the split.
@@ -53,9 +37,6 @@ class SoftLabelsWriter:
       temperature: τ.
       form: The records.
       shard_rows: Rows of a shard.
-
-    Raises:
-      InputError: The folder was begun with something else.
     """
 
     def __init__(
@@ -80,23 +61,20 @@ class SoftLabelsWriter:
             "scorer": dict(teacher),
             "soft_label_temperature": temperature,
             "format": dataclasses.asdict(form),
-            "format_version": FORMAT_VERSIONS["soft_labels"],
+            "format_version": FORMAT_VERSIONS[StoredLabels.kind],
         }
-        self.shards = RestartableShards.of(
-            folder,
-            rows=rows if row_ids is None else len(row_ids),
-            shard_rows=shard_rows,
-            suffix=SUFFIX,
-            made_from=made_from,
+        super().__init__(
+            RestartableShards.of(
+                folder,
+                rows=rows if row_ids is None else len(row_ids),
+                shard_rows=shard_rows,
+                suffix=StoredLabels.suffix,
+                made_from=made_from,
+            )
         )
 
     def begin(self) -> None:
-        """Makes the folder, if need be.
-
-        Raises:
-          InputError: Another pass was begun here in the meantime.
-        """
-        self.shards = self.shards.begin()
+        super().begin()
         if self._row_ids is not None:
             write_row_ids(self.shards.folder / ROW_IDS_FILE, [self._row_ids])
 
@@ -111,11 +89,8 @@ class SoftLabelsWriter:
 
         Args:
           shard: Which.
-          batches: The labels of its rows, in order.
+          batches: The labels of its rows, in order. One that is not finite is an InputError.
           workers: Among how many the pass is divided.
-
-        Raises:
-          InputError: A label is not finite: the teacher is broken.
         """
         start, row_ids, written = time.perf_counter(), self.row_ids(shard), 0
         with self.shards.write(shard) as file:
@@ -131,70 +106,43 @@ class SoftLabelsWriter:
             file.finish({}, {"seconds": time.perf_counter() - start, "workers": workers})
 
     def complete(self, cost: Mapping[str, Any]) -> "StoredLabels":
-        """Completes the folder, every shard of which is finished, and opens it.
-
-        Args:
-          cost: The pass's FLOPs and tokens; its seconds are those that the shards took.
-        """
-        shards = self.shards
-        if not shards.completed:
-            seconds = sum(one["seconds"] / one["workers"] for one in shards.measured())
-            text = json.dumps({**cost, "seconds": seconds}) + "\n"
-            durable_files.write_text(shards.folder / COST_FILE, text)
-            made_from, ids = shards.made_from, shards.folder / ROW_IDS_FILE
-            shards.complete(
-                "soft_labels",
-                cache_digest=made_from["cache"],
-                split=made_from["split"],
+        """Completes the folder, every shard of which is finished, and opens it; see `finish`."""
+        if not self.shards.completed:
+            made_from, ids = self.shards.made_from, self.shards.folder / ROW_IDS_FILE
+            self.finish(
+                StoredLabels.kind,
+                cost,
                 selection_digest=made_from["selection"],
                 row_ids_digest=None if self._row_ids is None else file_digest(ids),
                 teacher=made_from["scorer"],
                 temperature=made_from["soft_label_temperature"],
                 format=made_from["format"],
             )
-        return StoredLabels.open(shards.folder)
+        return StoredLabels.open(self.shards.folder)
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredLabels:
-    """A finished folder of soft labels; make one with `StoredLabels.open`.
+class StoredLabels(RowPass):
+    """A finished folder of soft labels; what a row holds is checked whenever it is read.
 
-    Attributes:
-      path: The folder.
-      manifest: cache_digest, split, selection_digest (None: of all rows), teacher {path, step,
-        digest}, temperature, format, rows, shard_rows, shards.
-      digest: The manifest's, which holds the digests of the shards.
+    Its manifest adds selection_digest (None: of all rows), row_ids_digest, teacher {path, step,
+    digest}, temperature and format.
     """
 
-    path: pathlib.Path
-    manifest: Mapping[str, Any]
-    digest: str
+    kind, called, suffix = "soft_labels", "soft labels", ".labels"
+    made_by = "salt score --soft_labels"
 
-    @classmethod
-    def open(
-        cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None
-    ) -> "StoredLabels":
-        """Opens a folder. Sizes are compared; what a row holds is checked whenever it is read.
+    def checked_row_bytes(self) -> int:
+        if not self.format.sequence_length:
+            raise self.contradiction("sequence_length is 0")
+        _ = self._row_ids  # which reads the file
+        return self.format.record_bytes
 
-        Args:
-          folder: A folder written by `salt score --soft_labels=K`.
-          cache_digest: The cache they must belong to; None takes any.
-
-        Raises:
-          InputError: Not there, half-written, a shard missing or cut short, or of another cache.
-        """
-        path = local_folder(folder)
-        manifest = read_manifest(path, "soft_labels")
-        if cache_digest is not None and manifest["cache_digest"] != cache_digest:
-            raise InputError(
-                f"The soft labels in {path} belong to the cache {manifest['cache_digest'][:12]}…, "
-                f"expected the cache {cache_digest[:12]}…: name the cache they were made from, or "
-                "make them again from this one."
-            )
-        labels = cls(path, manifest, manifest_digest(manifest))
-        labels._require_sizes()
-        _ = labels._shards, labels._row_ids  # which look at every file
-        return labels
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What the teacher's pass took: flops, tokens, seconds."""
+        if (cost := super().cost) is None:
+            raise InputError(f"{self.path} has lost its {COST_FILE}: {self.again}.")
+        return cost
 
     @property
     def format(self) -> LabelFormat:
@@ -202,26 +150,9 @@ class StoredLabels:
         fields = dataclasses.fields(LabelFormat)
         return LabelFormat(**{field.name: self.manifest["format"][field.name] for field in fields})
 
-    @property
-    def rows(self) -> int:
-        """Rows that have labels."""
-        return self.manifest["rows"]
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        """What the teacher's pass took: flops, tokens, seconds."""
-        path = self.path / COST_FILE
-        cost = read_json_object(path, _AGAIN)
-        require_shape(path, cost, COST, _AGAIN)
-        return cost
-
     def read(self, row_ids: Sequence[int] | np.ndarray) -> Labels:
-        """The labels of some rows of the split, in that order.
-
-        Raises:
-          InputError: A row has none, its bytes have changed, or they hold a number that is not
-            finite.
-        """
+        """The labels of some rows of the split, in that order; an InputError if one has none or
+        damaged ones."""
         at_N = ids_N = np.asarray(row_ids, np.int64)
         have_N = ids_N < self.rows
         if self._row_ids is not None:
@@ -232,33 +163,29 @@ class StoredLabels:
                 f"Row {ids_N[~have_N][0]} has no soft labels in {self.path}: make labels of all "
                 "rows, or of the selection that is trained on."
             )
-        records = np.empty((len(ids_N), self.format.record_bytes), np.uint8)
-        shard_N = at_N // self.manifest["shard_rows"]
-        for shard in np.unique(shard_N):
-            here_N = shard_N == shard
-            own = self._map(int(shard))[at_N[here_N] % self.manifest["shard_rows"]]
-            if (damaged_n := self.format.damaged(own)).any():
-                row = ids_N[here_N][damaged_n][0]
-                raise self._shards.damage(int(shard), f"is damaged at row {row} (its check sum)")
-            records[here_N] = own
+        layout = [("record", f"V{self.format.record_bytes}")]
+        column = Column(self.shards, layout, "record", verify=False)
+        records = column[at_N].view(np.uint8).reshape(len(at_N), self.format.record_bytes)
+        if (damaged_N := self.format.damaged(records)).any():
+            shard = int(at_N[damaged_N][0]) // self.shards.shard_rows
+            row = ids_N[damaged_N][0]
+            raise self.shards.damage(shard, f"is damaged at row {row} (its check sum)")
         labels = self.format.decode(records)
-        if (broken_n := labels.are_broken()).any():
+        if (broken_N := labels.are_broken()).any():
             raise InputError(
                 f"The soft labels {self.path} have a number that is not finite for row "
-                f"{ids_N[broken_n][0]}: {_AGAIN}."
+                f"{ids_N[broken_N][0]}: {self.again}."
             )
         return labels
 
     def require_fit(self, *, temperature: float, k: int, selection_digest: str | None) -> None:
-        """Refuses labels that a stage 1 cannot be trained on.
+        """Refuses labels of another split, temperature or selection than stage 1 needs, and of too
+        few ids.
 
         Args:
           temperature: LossConfig.teacher_temperature.
           k: LossConfig.teacher_top_k.
           selection_digest: Of the selection whose rows it reads; None for all rows.
-
-        Raises:
-          InputError: They are of another split, temperature or selection, or have too few ids.
         """
         manifest = self.manifest
         if manifest["split"] != "train":
@@ -285,28 +212,7 @@ class StoredLabels:
                 "label all rows."
             )
 
-    def _require_sizes(self) -> None:
-        """Refuses records that shards of these sizes don't hold."""
-        form, file = self.format, self.path / MANIFEST_FILE
-        if not form.sequence_length:
-            raise InputError(f"{file}: sequence_length is 0: {_AGAIN}.")
-        for shard in self.manifest["shards"]:
-            if shard["bytes"] != shard["rows"] * form.record_bytes:
-                raise InputError(
-                    f"{file}: a shard of {shard['rows']} rows has {shard['bytes']} bytes, "
-                    f"expected {form.record_bytes} a row: {_AGAIN}."
-                )
-
-    @functools.cached_property
-    def _shards(self) -> FinishedShards:
-        return FinishedShards(self.path, self.manifest, SUFFIX, MADE_BY)
-
     @functools.cached_property
     def _row_ids(self) -> np.ndarray | None:
-        if self.manifest["row_ids_digest"] is None:
-            return None
-        return read_row_ids(self.path, self.rows, self.manifest["row_ids_digest"], MADE_BY)
-
-    def _map(self, shard: int) -> np.ndarray:
-        shape = self._shards.rows_of(shard), self.format.record_bytes
-        return np.memmap(self._shards.path(shard, verify=False), np.uint8, "r", shape=shape)
+        digest = self.manifest["row_ids_digest"]
+        return digest and read_row_ids(self.path, self.rows, digest, self.made_by)

@@ -1,8 +1,7 @@
-"""Text out of files, whatever they are compressed with: blocks, lines, or rows of JSON.
+"""Reads text files, compressed or not: blocks, lines, or rows of JSON with their places.
 
-In: a file that was opened. Out: what it holds, decompressed, without a byte order mark in front;
-rows of JSON with their places, for messages. Memory holds a block and a line: a line too long is
-refused, and so is what is no text (`file_kinds`).
+Memory holds a block and a line: a line too long is refused, and so is what is not text
+(`file_kinds`). A byte order mark in front is left out.
 """
 
 import codecs
@@ -25,20 +24,20 @@ _SPACE = re.compile(r"\s*")
 
 
 class Broken(NamedTuple):
-    """In the place of a row: a line that is no JSON, and why."""
+    """A line that is not JSON, and why, in the place of its row."""
 
     reason: str
 
 
 def text_blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """A file's text in blocks, decompressed, without a byte order mark in front.
+    """A file's text in blocks, decompressed.
 
     Args:
       path: Its name, which says how it is compressed.
-      file: The file, opened (`buckets.open_file`) and at its beginning.
+      file: The file, at its beginning.
 
     Raises:
-      InputError: It is no text, is compressed otherwise than its name says, cut short or damaged.
+      InputError: It is not text, is compressed otherwise than its name says, cut short or damaged.
     """
     kind = kind_of(path)
     reader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BLOCK_BYTES)  # type: ignore[type-var]
@@ -54,10 +53,8 @@ def text_blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def text_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """A file's lines, without their line feeds, the last one also where it has none.
-
-    Args and errors: see `text_blocks`; a line of more than 256 MiB.
-    """
+    """A file's lines without their line feeds; see `text_blocks`. A line of more than 256 MiB is an
+    InputError."""
     return _lines(path, text_blocks(path, file))
 
 
@@ -70,19 +67,19 @@ def json_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tupl
       strict: Whether a line must be UTF-8; otherwise bytes that are not become U+FFFD.
 
     Yields:
-      Each row's place ("FILE, line 3") and value, `Broken` where a line is no JSON. Blank lines
+      Each row's place ("FILE, line 3") and value, `Broken` where a line is not JSON. Blank lines
       are left out.
 
     Raises:
       InputError: See `text_lines`; a .json file that is one object over several lines, or an array
-        that is no JSON.
+        that is not JSON.
     """
     blocks = text_blocks(path, file)
     if kind_of(path).suffix == ".json":
         head, blocks = _head_of(blocks)
         first = head.lstrip()
         if first.startswith(b"["):
-            yield from _array_rows(path, blocks, strict)
+            yield from _Array(path, blocks, strict).rows()
             return
         if re.match(rb"\{[^\n]*(?<=[{\[,])\s*\n", first):
             raise InputError(
@@ -92,17 +89,13 @@ def json_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tupl
     for number, line in enumerate(_lines(path, blocks), start=1):
         if line.isspace() or not line:
             continue
-        yield f"{path}, line {number}", _value(line, strict)
-
-
-def _value(line: bytes, strict: bool) -> Any:
-    try:
-        text = without_mark(line).decode(errors="strict" if strict else "replace")
-        return json.loads(text)
-    except UnicodeDecodeError as error:
-        return Broken(f"it is not UTF-8: {error}")
-    except (ValueError, RecursionError) as error:
-        return Broken(str(error))
+        try:
+            value = json.loads(without_mark(line).decode(errors="strict" if strict else "replace"))
+        except UnicodeDecodeError as error:
+            value = Broken(f"it is not UTF-8: {error}")
+        except (ValueError, RecursionError) as error:
+            value = Broken(str(error))
+        yield f"{path}, line {number}", value
 
 
 def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -126,29 +119,28 @@ def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-def _array_rows(path: Path, blocks: Iterator[bytes], strict: bool) -> Iterator[tuple[str, Any]]:
-    """The elements of an array, parsed one at a time."""
-    text, parse, number = _Text(path, blocks, strict), json.JSONDecoder().raw_decode, 0
-    text.take("[")
-    while text.next() != "]":
-        if number:
-            text.take(",")
-        number += 1
-        yield f"{path}, row {number}", text.parsed(parse, f"{path}, row {number}")
-    text.take("]")
-    if text.next():
-        raise InputError(f"{path} has more behind its array of rows: make it one array.")
-
-
-class _Text:
-    """Decoded text, of which only so much is held as is looked at."""
+class _Array:
+    """An array of rows in JSON, of which only so much is held as is looked at."""
 
     def __init__(self, path: Path, blocks: Iterator[bytes], strict: bool) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("strict" if strict else "replace")
         self._path, self._held, self._at = path, "", 0
         self._pieces = map(decoder.decode, blocks)
 
-    def next(self) -> str:
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """The elements and their places, parsed one at a time."""
+        number = 0
+        self._take("[")
+        while self._next() != "]":
+            if number:
+                self._take(",")
+            number += 1
+            yield f"{self._path}, row {number}", self._parsed(f"{self._path}, row {number}")
+        self._take("]")
+        if self._next():
+            raise InputError(f"{self._path} has more after its array of rows: make it one array.")
+
+    def _next(self) -> str:
         """The next character that is no space, which stays; "" at the end."""
         while True:
             self._at = _SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
@@ -157,25 +149,24 @@ class _Text:
             if not self._read(1):
                 return ""
 
-    def take(self, expected: str) -> None:
-        """Takes a character away, or refuses the file."""
-        if self.next() != expected:
-            found = repr(self.next()) if self.next() else "the file's end"
+    def _take(self, expected: str) -> None:
+        if self._next() != expected:
+            found = repr(self._next()) if self._next() else "the file's end"
             raise InputError(
                 f"{self._path} is no array of rows in JSON, {found} stands where {expected!r} was "
                 "expected: mend the file, or leave it out."
             )
         self._at += 1
 
-    def parsed(self, parse: Any, place: str) -> Any:
-        """Takes the next value away."""
-        self.next()
+    def _parsed(self, place: str) -> Any:
+        """Takes the next value."""
+        self._next()
         while True:
             try:
-                value, self._at = parse(self._held, self._at)
+                value, self._at = json.JSONDecoder().raw_decode(self._held, self._at)
                 return value
             except (ValueError, RecursionError) as error:
-                # Perhaps it goes on: so much again, for a time that grows with the text alone.
+                # Perhaps it goes on: twice as much is read, so that time grows with the text alone.
                 if not self._read(len(self._held) - self._at):
                     raise InputError(
                         f"{place}: this is not JSON ({getattr(error, 'msg', error)}): mend the "

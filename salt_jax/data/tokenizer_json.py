@@ -1,8 +1,7 @@
-"""Hugging Face's tokenizer.json: loaded, compared by what it does, asked for what it would lose.
+"""Reads Hugging Face's tokenizer.json, compares two by what they do, and finds what one would lose.
 
-In: the file's bytes. Out: the tokenizer; one form for all files that give every text the same ids,
-whichever version of transformers or tokenizers wrote them; and the characters that a BPE without an
-unknown token leaves out of a text.
+All files that give every text the same ids have one `behaviour`, whichever version of transformers
+or tokenizers wrote them. A BPE without an unknown token leaves out characters it has no piece for.
 """
 
 import json
@@ -10,10 +9,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from salt_jax.data.token_bytes import mentions
 from salt_jax.errors import InputError
 
 # Stands for what is lost; no tokenizer has such a piece.
@@ -21,11 +20,7 @@ _LOST = "\uffff lost \uffff"
 
 
 def load_tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json.
-
-    Raises:
-      InputError: It is none.
-    """
+    """The tokenizer of a tokenizer.json; `path` is its name for the InputError if it is none."""
     try:
         return tokenizers.Tokenizer.from_str(model.decode("utf-8-sig"))
     except Exception as error:  # tokenizers raises nothing narrower
@@ -34,20 +29,10 @@ def load_tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tok
         ) from error
 
 
-def clear_dropout(tokenizer: tokenizers.Tokenizer) -> float:
-    """Switches BPE dropout off, by which a text's ids would differ each time; gives what it was."""
-    dropout = getattr(tokenizer.model, "dropout", None) or 0.0
-    if dropout:
-        tokenizer.model.dropout = None
-    return dropout
-
-
 def renumbered_tokens(model: bytes, tokenizer: tokenizers.Tokenizer) -> dict[str, tuple[int, int]]:
-    """The added tokens whose id in a tokenizer.json is not the one that they get: the library
-    numbers those that are no pieces in the file's order and without gaps.
+    """The added tokens that don't get the id that a tokenizer.json says, with both ids, its first.
 
-    Returns:
-      By token: the id in the file, and the one that it gets.
+    The library numbers those that are no pieces in the file's order and without gaps.
     """
     ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
     return {
@@ -60,8 +45,8 @@ def renumbered_tokens(model: bytes, tokenizer: tokenizers.Tokenizer) -> dict[str
 def behaviour(tokenizer: tokenizers.Tokenizer) -> str:
     """What decides a text's ids, in one form whoever wrote the file.
 
-    Defaults are filled in, steps that do nothing are left out, and so are the
-    decoder, truncation and padding; of the post-processor the special tokens count that it adds.
+    Defaults are filled in; steps that do nothing, decoder, truncation and padding are left out; of
+    the post-processor only the special tokens count that it adds.
     """
     whole = json.loads(tokenizer.to_str())
     model = {name: value for name, value in whole["model"].items() if value not in (None, "")}
@@ -92,9 +77,8 @@ def loss_marker(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
     pieces = whole["model"]["vocab"]
     if bpe.byte_fallback and all(f"<0x{byte:02X}>" in pieces for byte in range(256)):
         return None
-    byte_level = any(mentions(whole[part], "ByteLevel") for part in ("normalizer", "pre_tokenizer"))
     if (
-        byte_level
+        _mentions([whole["normalizer"], whole["pre_tokenizer"]], "ByteLevel")
         and all(letter in pieces for letter in pre_tokenizers.ByteLevel.alphabet())
         and not (bpe.continuing_subword_prefix or bpe.end_of_word_suffix)
     ):
@@ -110,6 +94,46 @@ def lost_characters(marker: tokenizers.Tokenizer, text: str) -> list[str]:
     lost = marker.token_to_id(_LOST)
     places = zip(encoding.ids, encoding.offsets, strict=True)
     return [text[start:end] for token_id, (start, end) in places if token_id == lost]
+
+
+def byte_lengths(tokenizer: tokenizers.Tokenizer, description: bytes, size: int) -> np.ndarray:
+    """UTF-8 bytes that each token of a tokenizer.json stands for, int32[size].
+
+    A byte-level one (GPT-2's, Pythia's) writes each byte as one character; the others write text,
+    a space as ▁ and, where they fall back on bytes, a byte as <0x0A>. Tokens that were added stand
+    for themselves; special ones among them, and gaps between ids, have no bytes.
+
+    Args:
+      tokenizer: What the file says.
+      description: The file.
+      size: One more than the largest id.
+    """
+    settings = json.loads(description)
+    byte_level = _mentions([settings.get("pre_tokenizer"), settings.get("decoder")], "ByteLevel")
+    byte_fallback = bool(settings["model"].get("byte_fallback"))
+    lengths_V = np.zeros(size, np.int32)
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
+        if byte_level:
+            lengths_V[token_id] = len(token)
+        elif byte_fallback and len(token) == 6 and token.startswith("<0x"):
+            lengths_V[token_id] = 1
+        else:
+            lengths_V[token_id] = piece_bytes(token)
+    for token_id, added in tokenizer.get_added_tokens_decoder().items():
+        lengths_V[token_id] = 0 if added.special else len(added.content.encode())
+    return lengths_V
+
+
+def piece_bytes(piece: str) -> int:
+    """UTF-8 bytes of a piece as SentencePiece writes it, ▁ for a space."""
+    return len(piece.replace("▁", " ").encode())
+
+
+def _mentions(part: Mapping[str, Any] | list[Any] | None, kind: str) -> bool:
+    """Whether a part of a tokenizer, or a part of that, is of a kind."""
+    if isinstance(part, Mapping):
+        return part.get("type") == kind or _mentions(list(part.values()), kind)
+    return isinstance(part, list) and any(_mentions(item, kind) for item in part)
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -1,18 +1,17 @@
-"""Vocabularies: text to token ids and back, without TensorFlow.
+"""The vocabularies: bytes, SentencePiece and Hugging Face's tokenizer.json, without TensorFlow.
 
-In: text, or a tokenizer's file. Out: ids. A vocabulary is kept as a folder (vocabulary.json and the
-tokenizer's file) and known by its fingerprint: a digest of the tokenizer's bytes and of every
-setting that changes an id. Two of different fingerprints are equal all the same where they give
-every text the same ids: versions of transformers write one tokenizer in different bytes.
+A vocabulary is kept as a folder (vocabulary.json and the tokenizer's file) and known by its
+fingerprint: a digest of the tokenizer's bytes and of every setting that changes an id. Two of
+different fingerprints are equal all the same if they give every text the same ids: versions of
+transformers write one tokenizer in different bytes.
 """
 
 import codecs
-import contextlib
 import functools
 import os
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,13 @@ from salt_jax.data.abstract_vocabulary import (
     Vocabulary,
     checked_reserved,
 )
-from salt_jax.data.token_bytes import sentencepiece_lengths, tokenizer_json_lengths
 from salt_jax.data.tokenizer_json import (
     behaviour,
-    clear_dropout,
+    byte_lengths,
     load_tokenizer,
     loss_marker,
     lost_characters,
+    piece_bytes,
     renumbered_tokens,
 )
 from salt_jax.errors import InputError
@@ -43,8 +42,7 @@ _SHOWN = 40  # characters of a text, in an error
 
 
 class ByteVocabulary(Vocabulary):
-    """UTF-8 bytes: padding 0, end of document 1, start 2, byte b at 3 + b (as SeqIO numbers
-    them)."""
+    """UTF-8 bytes, numbered as by SeqIO: padding 0, end of document 1, start 2, byte b at 3 + b."""
 
     _FIRST_BYTE = 3
 
@@ -73,22 +71,14 @@ class SentencePieceVocabulary(Vocabulary):
     _model_file = "sentencepiece.model"
 
     def __init__(self, path: str | os.PathLike[str], reserved: int = 0):
-        """Loads a model.
-
-        Args:
-          path: A SentencePiece .model file.
-          reserved: Ids to append.
-
-        Raises:
-          InputError: No such file, no SentencePiece model, or a model without an end of document.
-        """
+        """Loads a SentencePiece .model file, and appends `reserved` ids."""
         self._bytes = _read_model(path, "SentencePiece .model")
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._bytes)
         except RuntimeError as error:
             raise InputError(
-                f"{os.fspath(path)} is no SentencePiece model ({error}): name a .model file."
+                f"{os.fspath(path)} is not a SentencePiece model ({error}): name a .model file."
             ) from error
         if self._processor.eos_id() < 0:
             raise InputError(
@@ -137,7 +127,11 @@ class SentencePieceVocabulary(Vocabulary):
         return self._processor.DecodeIds(ids)
 
     def _byte_lengths(self) -> np.ndarray:
-        return sentencepiece_lengths(self._processor)
+        is_byte = self._processor.IsByte
+        lengths = (1 if is_byte(i) else piece_bytes(self.token(i)) for i in range(self.base_size))
+        lengths_V = np.fromiter(lengths, np.int32, self.base_size)
+        lengths_V[list(self.special_tokens)] = 0
+        return lengths_V
 
     def model_bytes(self) -> bytes:
         return self._bytes
@@ -175,15 +169,13 @@ class HuggingFaceVocabulary(Vocabulary):
           start_token: What models read before a first token; None takes the end of document.
           drop_unknown: Leave out characters that a tokenizer without an unknown token has no piece
             for, instead of refusing the text.
-          model: What to take for the file's content.
-
-        Raises:
-          InputError: No such file, no tokenizer, or a token that it doesn't have.
+          model: What to read in place of the file's content.
         """
         model = _read_model(path, "tokenizer.json") if model is None else model
         self._bytes = model.removeprefix(codecs.BOM_UTF8)  # which the library doesn't read
         self._tokenizer = load_tokenizer(self._bytes, path)
-        if dropout := clear_dropout(self._tokenizer):
+        if dropout := getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
             self.notes += (
                 f"{os.fspath(path)} asks for BPE dropout {dropout:.3g}, by which no two runs would "
                 "have the same ids: it is switched off.",
@@ -218,10 +210,7 @@ class HuggingFaceVocabulary(Vocabulary):
         return {token_id: token.content for token_id, token in added.items() if token.special}
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        self._refuse_loss(text, parse_special)
-        self._tokenizer.encode_special_tokens = not parse_special
-        with _refusing_unknown():
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_many([text], parse_special)[0]
 
     def token(self, token_id: int) -> str | None:
         """The token that has an id, if one does."""
@@ -236,8 +225,13 @@ class HuggingFaceVocabulary(Vocabulary):
         for text in texts:
             self._refuse_loss(text, parse_special)
         self._tokenizer.encode_special_tokens = not parse_special
-        with _refusing_unknown():
+        try:
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(
+                f"The tokenizer cannot encode a text ({error}): give its tokenizer.json an unknown "
+                "token, or choose another tokenizer."
+            ) from error
         return [encoding.ids for encoding in encodings]
 
     def lost_characters(self, text: str) -> int:
@@ -252,14 +246,14 @@ class HuggingFaceVocabulary(Vocabulary):
             raise InputError(
                 f"The tokenizer has neither a piece nor an unknown token for {some} "
                 f"({len(lost):,} in the text {text[:_SHOWN]!r}), which would be lost: set "
-                "drop_unknown to True to leave such characters out, or take another tokenizer."
+                "drop_unknown to True to leave such characters out, or choose another tokenizer."
             )
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _byte_lengths(self) -> np.ndarray:
-        return tokenizer_json_lengths(self._tokenizer, self._bytes, self.base_size)
+        return byte_lengths(self._tokenizer, self._bytes, self.base_size)
 
     def model_bytes(self) -> bytes:
         return self._bytes
@@ -306,7 +300,7 @@ def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     if (path / VOCABULARY_FOLDER).is_dir():
         path = path / VOCABULARY_FOLDER
     if not (path / SETTINGS_FILE).exists():
-        taken = "; a model of Hugging Face's is taken in first, by `salt convert`"
+        taken = "; a Hugging Face model is imported first, by `salt convert`"
         raise InputError(
             f"{path} holds no {SETTINGS_FILE}: expected the folder of a vocabulary, or of a run or "
             f"a cache that keeps one{taken if (path / 'config.json').exists() else ''}."
@@ -342,16 +336,4 @@ def _read_model(path: str | os.PathLike[str], what: str) -> bytes:
         raise InputError(
             f"The tokenizer's file {os.fspath(path)} cannot be read ({error.strerror}): "
             f"set the vocabulary's path to a {what}."
-        ) from error
-
-
-@contextlib.contextmanager
-def _refusing_unknown() -> Iterator[None]:
-    """What tokenizers raises for a text that has what no piece stands for."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise InputError(
-            f"The tokenizer cannot encode a text ({error}): give its tokenizer.json an unknown "
-            "token, or take another tokenizer."
         ) from error

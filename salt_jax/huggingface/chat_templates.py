@@ -1,8 +1,7 @@
-"""A model's chat template: messages in, the prompt that the model was trained to read out.
+"""Renders a conversation as the prompt that a model was trained on, by its chat template.
 
-In: the folder of a tokenizer's files, of which tokenizer_config.json or chat_template.jinja hold a
-template in Jinja. Out: text, as `apply_chat_template` of transformers gives it. A template came
-with a model and is not trusted: it runs in Jinja's sandbox, and sees plain JSON values alone.
+The text is that of transformers' `apply_chat_template`. A template came with a model and is not
+trusted: it runs in Jinja's sandbox, and sees only plain JSON values.
 """
 
 import dataclasses
@@ -20,13 +19,17 @@ import jinja2.parser
 import jinja2.sandbox
 
 from salt_jax.errors import InputError
-from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER, settings_of
+from salt_jax.huggingface.tokenizer_classes import token_text
+from salt_jax.huggingface.tokenizer_files import (
+    SETTINGS_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FOLDER,
+    tokenizer_settings,
+)
 from salt_jax.storage.json_files import valid_unicode
 from salt_jax.storage.local_copies import local_folder
 
 TEMPLATE_FILE = "chat_template.jinja"
-
-Message = Mapping[str, Any]
 
 # What a template's code can raise beside Jinja's own errors.
 _RAISED = (
@@ -41,7 +44,7 @@ class ChatTemplate:
 
     Attributes:
       source: In Jinja.
-      tokens: The special tokens that it may name, {"bos_token": "<s>"}.
+      tokens: The special tokens by the names it has for them, {"bos_token": "<s>"}.
     """
 
     source: str
@@ -55,19 +58,17 @@ class ChatTemplate:
           answer: Whether the beginning of an answer follows (`add_generation_prompt`).
 
         Raises:
-          InputError: These are no messages, or the template doesn't take them.
+          InputError: These are not messages, or the template doesn't take them.
         """
-        if not (
-            isinstance(messages, list)
-            and messages
-            and all(
-                isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages
-            )
-        ):
+        roles = [
+            each.get("role") if isinstance(each, dict) else None
+            for each in (messages if isinstance(messages, list) else [])
+        ]
+        if not roles or not all(isinstance(role, str) for role in roles):
             raise InputError(
                 'messages must be a list of objects like {"role": "user", "content": "TEXT"}.'
             )
-        # Some write a null for what there isn't, which templates would print.
+        # Some write null for what is missing, which templates would print.
         given = [{k: v for k, v in each.items() if v is not None} for each in messages]
         try:
             text = self._compiled.render(
@@ -99,9 +100,10 @@ class ChatTemplate:
 def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
     """The template among a tokenizer's files; None where there is none.
 
-    A file of its own comes before tokenizer_config.json's; of several the one named "default".
+    One in a file of its own goes before tokenizer_config.json's; of several the one named
+    "default" is taken.
     """
-    settings = settings_of(folder / "tokenizer_config.json")
+    settings = tokenizer_settings(folder / SETTINGS_FILE)
     source = settings.get("chat_template")
     if isinstance(source, list):  # {"name": …, "template": …} each
         named = [each for each in source if isinstance(each, dict)]
@@ -113,27 +115,22 @@ def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
             source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{folder / TEMPLATE_FILE} is not UTF-8 ({error}): convert the file, or take in a "
-                "model that has another."
+                f"{folder / TEMPLATE_FILE} is not UTF-8 ({error}): convert the file, or choose "
+                "another model."
             ) from error
     if not isinstance(source, str):
         return None
-    tokens: dict[str, str] = {}
-    for name, token in (settings_of(folder / "special_tokens_map.json") | settings).items():
-        text = token.get("content") if isinstance(token, Mapping) else token
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
+    named_tokens = tokenizer_settings(folder / SPECIAL_TOKENS_FILE) | settings
+    found = {n: token_text(t) for n, t in named_tokens.items() if n.endswith("_token")}
+    tokens = {name: text for name, text in found.items() if text is not None}
     return ChatTemplate(source, tokens)
 
 
 def model_chat_template(model: str) -> ChatTemplate:
-    """The chat template of a model that was taken in.
+    """The chat template of a converted model; an InputError if it has none.
 
     Args:
       model: Its run's folder.
-
-    Raises:
-      InputError: It has none.
     """
     template = load_chat_template(local_folder(model) / TOKENIZER_FOLDER)
     if template is None:

@@ -1,8 +1,4 @@
-"""What a folder, or a name, that is no downloaded model in safetensors is, and what to do about it.
-
-In: what was named as a model of Hugging Face's. Out: nothing if it is one, else an error whose
-advice fits: weights in another format, adapters, a run of `salt train`, the name of a repository.
-"""
+"""Refuses what is not a downloaded model in safetensors, and says what it is and what to do."""
 
 import pathlib
 import re
@@ -12,25 +8,37 @@ from salt_jax.errors import InputError
 
 CONFIG_FILE = "config.json"
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _REPOSITORY = re.compile(
     r"(?:(?:https://)?huggingface\.co/|hf://)?([\w.-]+/[\w.-]+?)(?:/tree/.*)?/?"
 )
-_SAVED_AGAIN = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+_PICKLE = (
+    "a pickle, which may run any code when it is read, and no safetensors: choose a revision of "
+    "the model with safetensors, or make them where you trust the file, with transformers: "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
+_OTHER_FRAMEWORK = (
+    "weights for TensorFlow or Flax, and no safetensors: choose a revision of the model with "
+    "safetensors"
+)
+# Weights in other formats, by suffix.
+_ADVICE = {
+    ".gguf": (
+        "a GGUF file of llama.cpp's, mostly with quantized weights: download the repository that "
+        "it was made of, with config.json and safetensors"
+    ),
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLE),
+    **dict.fromkeys((".h5", ".msgpack"), _OTHER_FRAMEWORK),
+}
 
 
 def repository_id(name: str) -> str | None:
-    """OWNER/NAME of a repository of Hugging Face's, by that or by its address."""
+    """OWNER/NAME of a repository on the Hugging Face Hub, from that or from its address."""
     match = _REPOSITORY.fullmatch(name)
     return match[1] if match and not match[1].startswith(".") else None
 
 
 def refuse_repository(name: str) -> None:
-    """Refuses the name of a repository, if no folder has it.
-
-    Raises:
-      InputError: With the command that downloads it.
-    """
+    """Refuses the name of a repository, if no folder has it, with the command that downloads it."""
     repository = repository_id(name)
     if repository is not None and not pathlib.Path(name).exists():
         raise InputError(
@@ -42,7 +50,7 @@ def refuse_repository(name: str) -> None:
 
 
 def require_config(name: str, folder: pathlib.Path) -> None:
-    """Refuses what has no config.json, or adapters beside it, which transformers would apply.
+    """Refuses a folder without config.json, or with adapters, which transformers would apply.
 
     Args:
       name: The folder as it was typed.
@@ -51,8 +59,8 @@ def require_config(name: str, folder: pathlib.Path) -> None:
     Raises:
       InputError: With what it is instead, as far as that can be told.
     """
-    adapters = folder / "adapter_config.json"
-    if (folder / CONFIG_FILE).is_file() and not adapters.is_file():
+    is_model = (folder / CONFIG_FILE).is_file()
+    if is_model and not (folder / "adapter_config.json").is_file():
         return
     if folder.is_file():
         if advice := _other_formats([folder]):
@@ -61,12 +69,13 @@ def require_config(name: str, folder: pathlib.Path) -> None:
             f"huggingface is {name!r}, a file: name the folder that it is in, --huggingface=FOLDER."
         )
     if folder.is_dir():
-        if adapters.is_file():
-            raise InputError(f"huggingface is {name!r}, with {_other_formats([adapters])}.")
+        advice = _other_formats(sorted(folder.iterdir()))
+        if advice and (is_model or advice.startswith("adapter_")):
+            raise InputError(f"huggingface is {name!r}, with {advice}.")
         if (folder / "checkpoints").is_dir():
             raise InputError(
                 f"huggingface is {name!r}, a run of salt's: other verbs take it as it is, and "
-                f"--model={name} gives it out."
+                f"--model={name} exports it."
             )
         # As in the cache of huggingface_hub, and where something was unpacked.
         inner = sorted([*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"*/*/{CONFIG_FILE}")])
@@ -75,7 +84,7 @@ def require_config(name: str, folder: pathlib.Path) -> None:
                 f"huggingface is {name!r}, where no {CONFIG_FILE} is, and there is one in "
                 f"{inner[0].parent}: name that folder, --huggingface={inner[0].parent}."
             )
-        if advice := _other_formats(sorted(folder.iterdir())):
+        if advice:
             raise InputError(f"huggingface is {name!r}, with {advice}.")
     raise InputError(
         f"huggingface is {name!r}, where no {CONFIG_FILE} is: name the folder of a downloaded "
@@ -84,15 +93,7 @@ def require_config(name: str, folder: pathlib.Path) -> None:
 
 
 def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
-    """Says why a folder has no weights that can be read.
-
-    Args:
-      folder: The folder, which has none.
-      expected: The names of the files it might have had.
-
-    Raises:
-      InputError: In any case.
-    """
+    """Says why a folder has no weights that can be read; `expected` names the files it lacks."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name that of a downloaded model.")
     files = sorted(folder.iterdir())
@@ -108,29 +109,13 @@ def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
 
 
 def _other_formats(files: list[pathlib.Path]) -> str | None:
-    """A file that has weights in another way, and what to do about it; None where none has."""
+    """A file that has weights in another format, and what to do about it; None where none has."""
     for file in files:
         if file.name.startswith("adapter_"):
             return (
-                f"{file.name}, adapters (LoRA) that change another model: put them into it with "
+                f"{file.name}, adapters (LoRA) that change another model: merge them into it with "
                 "peft, AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
                 ".save_pretrained(NEW_FOLDER), and name the new folder"
             )
-    for file in files:
-        if file.suffix == ".gguf":
-            return (
-                f"{file.name}, a GGUF file of llama.cpp's, mostly with quantized weights: download "
-                "the repository that it was made of, with config.json and safetensors"
-            )
-        if file.suffix in _PICKLES:
-            return (
-                f"{file.name}, a pickle, which may run any code when it is read, and no "
-                "safetensors: take a revision of the model with safetensors, or make them where "
-                f"you trust the file, with transformers: {_SAVED_AGAIN}"
-            )
-        if file.suffix in (".h5", ".msgpack"):
-            return (
-                f"{file.name}, weights for TensorFlow or Flax, and no safetensors: take a revision "
-                "of the model with safetensors"
-            )
-    return None
+    others = (f"{f.name}, {_ADVICE[f.suffix]}" for f in files if f.suffix in _ADVICE)
+    return next(others, None)

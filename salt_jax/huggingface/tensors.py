@@ -1,13 +1,12 @@
-"""Where Hugging Face's models keep what our parameters are: names of tensors, and layouts.
+"""Tensors of Hugging Face models as parameters of the decoder, and the other way.
 
-In: a model's config and architecture. Out: a rule for each tensor of a layer, or of the model, by
-which it is made from our parameters and they from it. Arrays in, arrays out; nothing is read here.
-
-Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. GPT-NeoX keeps query, key and value
-in one tensor, [H, 3, K, D] flattened to two axes. Gemma keeps the scale of a norm less 1.
+Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. Fused tensors, such as GPT-NeoX's of
+query, key and value, are [H, 3, K, D] flattened to two axes. Arrays in, arrays out: nothing is read
+here.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,22 +23,29 @@ from salt_jax.models.decoder_config import DecoderConfig
 Path = tuple[str, ...]
 Array = np.ndarray[Any, Any]
 
+# Tensors that hold no parameter, which old versions of transformers saved: causal masks and rotary
+# frequencies.
+_BUFFERS = re.compile(
+    r"\.(attention\.(bias|masked_bias|rotary_emb\.inv_freq)|self_attn\.rotary_emb\.inv_freq)$"
+)
+_COMPARED = 1 << 16  # values that are looked at at once, which a processor's cache holds
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a tensor and our parameters make one another.
+    """How a tensor and some parameters make one another.
 
     Attributes:
         tensor: its name; "{layer}" stands for a layer's number.
         leaves: the parameters in it, each by its path in the tree, or in its layer if there is one.
         inputs: how many leading axes of each parameter are summed over; 0 for all but kernels.
-        less_one: whether the tensor is the parameter less 1.
+        offset: what is subtracted from the parameter.
     """
 
     tensor: str
     leaves: tuple[Path, ...]
     inputs: int = 0
-    less_one: bool = False
+    offset: float = 0.0
 
     @property
     def in_layers(self) -> bool:
@@ -58,15 +64,12 @@ class Rule:
     def to_tensor(self, leaves: Sequence[Array], dtype: np.dtype[Any]) -> Array:
         """The tensor in `dtype`, from its parameters (of one layer)."""
         shape = self.tensor_shape(leaves[0].shape)
-        parts = []
-        for leaf in leaves:
-            if self.inputs:
-                order = (*range(self.inputs, leaf.ndim), *range(self.inputs))
-                leaf = leaf.transpose(order)
-            parts.append(leaf)
-        whole = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
-        if self.less_one:
-            whole = whole.astype(np.float32) - 1
+        if self.inputs:
+            order = (*range(self.inputs, leaves[0].ndim), *range(self.inputs))
+            leaves = [leaf.transpose(order) for leaf in leaves]
+        whole = leaves[0] if len(leaves) == 1 else np.stack(leaves, axis=1)
+        if self.offset:
+            whole = whole.astype(np.float32) - np.float32(self.offset)
         return whole.reshape(shape).astype(dtype, copy=False)
 
     def to_leaf(
@@ -79,77 +82,43 @@ class Rule:
             tensor = by_head[:, self.leaves.index(leaf)]
         if self.inputs:
             tensor = tensor.reshape(-1, math.prod(leaf_shape[: self.inputs])).T
-        if self.less_one:
-            tensor = tensor.astype(np.float32) + 1
+        if self.offset:
+            tensor = tensor.astype(np.float32) + np.float32(self.offset)
         return tensor.astype(dtype, copy=False).reshape(leaf_shape)
 
 
-def gpt_neox_rules(config: DecoderConfig) -> list[Rule]:
-    """The tensors of GPT-NeoX and Pythia."""
-    layer = "gpt_neox.layers.{layer}."
-    rules = [Rule("gpt_neox.embed_in.weight", (("embedding",),))]
-    for tensor, norm in (
-        ("input_layernorm", "attention_norm"),
-        ("post_attention_layernorm", "mlp_norm"),
-    ):
-        rules += [Rule(f"{layer}{tensor}.weight", ((norm, "scale"),))]
-        rules += [Rule(f"{layer}{tensor}.bias", ((norm, "bias"),))]
-    fused = ("query", "key", "value")
-    projections: list[tuple[str, str, tuple[str, ...], int]] = [
-        ("attention.query_key_value", "attention", fused, 1),
-        ("attention.dense", "attention", ("out",), 2),
-        ("mlp.dense_h_to_4h", "mlp", ("up",), 1),
-        ("mlp.dense_4h_to_h", "mlp", ("down",), 1),
-    ]
-    for tensor, part, names, inputs in projections:
-        kernels = tuple((part, name, "kernel") for name in names)
-        biases = tuple((part, name, "bias") for name in names)
-        rules += [Rule(f"{layer}{tensor}.weight", kernels, inputs)]
-        rules += [Rule(f"{layer}{tensor}.bias", biases)]
-    rules += [Rule("gpt_neox.final_layer_norm.weight", (("final_norm", "scale"),))]
-    rules += [Rule("gpt_neox.final_layer_norm.bias", (("final_norm", "bias"),))]
-    if not config.tied_embeddings:
-        rules += [Rule("embed_out.weight", (("head",),))]
+def rules_of(
+    config: DecoderConfig, tensors: Mapping[str, str], norm_offset: float = 0.0
+) -> list[Rule]:
+    """A rule for each tensor: MODULE.weight and, where the model has biases, MODULE.bias.
+
+    Args:
+        config: the model.
+        tensors: see `Family.tensors`.
+        norm_offset: see `Family.norm_offset`.
+    """
+    shapes = leaf_shapes(dataclasses.replace(config, scan_layers=True))
+    rules = []
+    for module, paths in tensors.items():
+        stack = ("layers",) if "{layer}" in module else ()
+        parts = [tuple(path.split("/")) for path in paths.split()]
+        for kind in ((), ("kernel",), ("scale",), ("bias",)):
+            leaves = tuple(part + kind for part in parts)
+            if stack + leaves[0] in shapes:
+                # An output's inputs are heads and their width.
+                inputs = (2 if parts == [("attention", "out")] else 1) if "kernel" in kind else 0
+                offset = norm_offset if "scale" in kind else 0.0
+                tensor = f"{module}.{'bias' if 'bias' in kind else 'weight'}"
+                rules.append(Rule(tensor, leaves, inputs, offset))
     return rules
-
-
-def llama_rules(config: DecoderConfig, less_one: bool = False) -> list[Rule]:
-    """The tensors of Llama, and of Gemma, which keeps the scales of norms less 1."""
-    layer = "model.layers.{layer}."
-    rules = [Rule("model.embed_tokens.weight", (("embedding",),))]
-    for tensor, norm in (
-        ("input_layernorm", "attention_norm"),
-        ("post_attention_layernorm", "mlp_norm"),
-    ):
-        rules += [Rule(f"{layer}{tensor}.weight", ((norm, "scale"),), less_one=less_one)]
-    for tensor, leaf, inputs in (
-        ("self_attn.q_proj", ("attention", "query", "kernel"), 1),
-        ("self_attn.k_proj", ("attention", "key", "kernel"), 1),
-        ("self_attn.v_proj", ("attention", "value", "kernel"), 1),
-        ("self_attn.o_proj", ("attention", "out", "kernel"), 2),
-        ("mlp.gate_proj", ("mlp", "gate", "kernel"), 1),
-        ("mlp.up_proj", ("mlp", "up", "kernel"), 1),
-        ("mlp.down_proj", ("mlp", "down", "kernel"), 1),
-    ):
-        rules += [Rule(f"{layer}{tensor}.weight", (leaf,), inputs)]
-    rules += [Rule("model.norm.weight", (("final_norm", "scale"),), less_one=less_one)]
-    if not config.tied_embeddings:
-        rules += [Rule("lm_head.weight", (("head",),))]
-    return rules
-
-
-# Tensors that hold no parameter: causal masks and rotary frequencies, which old versions of
-# transformers saved, and the second name of a tied embedding.
-_BUFFERS = re.compile(
-    r"\.(attention\.(bias|masked_bias|rotary_emb\.inv_freq)|self_attn\.rotary_emb\.inv_freq)$"
-)
-HEADS = frozenset(("embed_out.weight", "lm_head.weight"))
-
-_COMPARED = 1 << 16  # values that are looked at at once, which a processor's cache holds
 
 
 def refuse_other_tensors(
-    config: DecoderConfig, rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], where: str
+    config: DecoderConfig,
+    rules: Sequence[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    head: str,
+    where: str,
 ) -> None:
     """Checks that a model's files hold its tensors and no others.
 
@@ -157,15 +126,15 @@ def refuse_other_tensors(
         config: the model.
         rules: its tensors.
         shapes: the shape of every tensor there is, by name.
+        head: the head's tensor, of which a tied model may have a copy.
         where: the folder, for the error.
 
     Raises:
         InputError: A tensor is missing, has another shape, or is one too many.
     """
-    expected = set()
-    for name, shape in tensor_shapes(config, rules):
-        expected.add(name)
-        if name not in shapes and name in HEADS:
+    expected = dict(tensor_shapes(config, rules))
+    for name, shape in expected.items():
+        if name not in shapes and name == head:
             raise InputError(
                 f"{where} has no tensor {name}, and its config.json doesn't say that the head is "
                 "the embedding: set tie_word_embeddings to true there if it is, or download the "
@@ -181,12 +150,12 @@ def refuse_other_tensors(
                 f"The tensor {name} of {where} has the shape {list(shapes[name])}, expected "
                 f"{list(shape)} by its config.json: download the folder again."
             )
-    for name in shapes.keys() - expected:
-        is_tied_head = config.tied_embeddings and name in HEADS
+    for name in shapes.keys() - expected.keys():
+        is_tied_head = config.tied_embeddings and name == head
         if not is_tied_head and not _BUFFERS.search(name):
             raise InputError(
                 f"{where} has a tensor {name} of shape {list(shapes[name])}, which the model of "
-                "its config.json doesn't: salt_jax would leave it out; take another model."
+                "its config.json doesn't have: salt_jax would leave it out; choose another model."
             )
 
 
@@ -204,14 +173,15 @@ def tensor_shapes(
             yield rule.tensor.format(layer=layer), rule.tensor_shape(of_layers[1:])
 
 
-def leaf_shapes(config: DecoderConfig) -> dict[Path, tuple[int, ...]]:
+@functools.lru_cache
+def leaf_shapes(config: DecoderConfig) -> Mapping[Path, tuple[int, ...]]:
     """The shape of every parameter by its path; those of scanned layers begin with the layers."""
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract_params(config)))
     return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
-def require_finite(values: Array, dtype: np.dtype[Any], tensor: str, where: str) -> None:
-    """Refuses a tensor, or a part of it, with values that are no numbers in `dtype`.
+def require_representable(values: Array, dtype: np.dtype[Any], tensor: str, where: str) -> None:
+    """Refuses a tensor, or a part of it, with values that are not finite in `dtype`.
 
     Args:
         values: the values; of float32, bfloat16 or float16.
@@ -220,9 +190,16 @@ def require_finite(values: Array, dtype: np.dtype[Any], tensor: str, where: str)
         where: the model it is of, for the error.
 
     Raises:
-        InputError: A value is NaN or infinite, or will be.
+        InputError: A value is NaN or infinite, or would be once cast.
     """
-    largest = _largest_magnitude(values)
+    # Floats without their sign are ordered as whole numbers with the same bits are, NaN above the
+    # infinities. Compared as such, numbers of 16 bits take a tenth of the time.
+    bits = np.dtype(f"u{values.dtype.itemsize}")
+    flat = values.reshape(-1).view(bits)
+    mask = bits.type(np.iinfo(bits).max >> 1)
+    parts = (flat[i : i + _COMPARED] & mask for i in range(0, flat.size, _COMPARED))
+    largest: Any = bits.type(max((int(part.max()) for part in parts), default=0))
+    largest = largest.view(values.dtype)
     if not np.isfinite(largest):
         raise InputError(
             f"The tensor {tensor} of {where} has values that are not finite ({largest}), and so "
@@ -236,15 +213,3 @@ def require_finite(values: Array, dtype: np.dtype[Any], tensor: str, where: str)
             f"The tensor {tensor} of {where} has values that {dtype} can't hold, "
             f"{float(largest):.6g} for one: choose {wider}."
         )
-
-
-def _largest_magnitude(values: Array) -> Any:
-    """The largest value but for its sign, in the dtype of `values`; NaN where there is one."""
-    # Floats without their sign are ordered as whole numbers with the same bits are, NaN above the
-    # infinities. Compared as such, numbers of 16 bits take a tenth of the time.
-    bits = np.dtype(f"u{values.dtype.itemsize}")
-    flat = values.reshape(-1).view(bits)
-    mask = bits.type(np.iinfo(bits).max >> 1)
-    parts = (flat[i : i + _COMPARED] & mask for i in range(0, flat.size, _COMPARED))
-    largest = max((int(part.max()) for part in parts), default=0)
-    return bits.type(largest).view(values.dtype)

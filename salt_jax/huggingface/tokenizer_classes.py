@@ -1,11 +1,12 @@
-"""Tokenizers as the classes of transformers read them, which decide more than the file says.
+"""Tokenizers as transformers' classes read them, which decide more than the file says.
 
-In: a tokenizer.json or a SentencePiece model, and the settings beside it. Out: a tokenizer.json
-that gives the ids of `AutoTokenizer` (transformers 5). Some classes take from the file no more than
-its vocabulary, merges and added tokens, and bring steps of their own, which `add_prefix_space` and
-`legacy` of tokenizer_config.json change. Any other class reads tokenizer.json as it stands.
+Some classes take only the vocabulary, merges and added tokens from tokenizer.json, or from a
+SentencePiece model, and bring steps of their own, which settings of tokenizer_config.json change.
+What is made here is a tokenizer.json that gives the ids of `AutoTokenizer` (transformers 5) by
+itself. Any other class reads tokenizer.json as it stands.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,89 +14,74 @@ from typing import Any
 
 from salt_jax.data.tokenizer_json import behaviour, load_tokenizer
 
-Settings = Mapping[str, Any]
+Settings = Mapping[str, Any]  # of tokenizer_config.json, with model_type of config.json
 
-_BYTES = {"byte_fallback": True, "fuse_unk": True}
-_CONTROL, _USER_DEFINED = 3, 4  # types of SentencePiece's pieces
-_REGISTERED = {"gpt_neox": "GPTNeoXTokenizer", "gemma": "GemmaTokenizer"}  # by model_type
-
-
-def _byte_level(settings: Settings) -> dict[str, Any]:
-    step = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    first = {**step, "add_prefix_space": bool(settings.get("add_prefix_space"))}
-    return {"normalizer": None, "pre_tokenizer": first, "decoder": {**step, **_ANY_PREFIX}}
-
-
-def _gpt_neox(settings: Settings) -> dict[str, Any]:
-    return {**_byte_level(settings), "normalizer": {"type": "NFC"}}
-
-
-def _llama(settings: Settings) -> dict[str, Any]:
-    prefix = settings.get("add_prefix_space")
-    scheme = "always" if settings.get("legacy") else "first"
-    scheme = "never" if prefix is not None and not prefix else scheme
-    strip = [] if scheme == "never" else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    decoder = {"type": "Sequence", "decoders": [*_TO_TEXT, *strip]}
-    return {"normalizer": None, "pre_tokenizer": metaspace, "decoder": decoder, "model": _BYTES}
-
-
-def _gemma(settings: Settings) -> dict[str, Any]:
-    space: dict[str, Any] = {"pattern": {"String": " "}}
-    split = {"type": "Split", **space, "behavior": "MergedWithPrevious", "invert": False}
-    unknown = _text(settings.get("unk_token")) or "<unk>"
-    return {
-        "normalizer": {"type": "Replace", **space, "content": "▁"},
-        "pre_tokenizer": split,
-        "decoder": {"type": "Sequence", "decoders": _TO_TEXT},
-        "model": {**_BYTES, "unk_token": unknown},
-    }
-
-
-_ANY_PREFIX = {"add_prefix_space": True}
-_TO_TEXT = [
+BYTE_FALLBACK = {"byte_fallback": True, "fuse_unk": True}
+TO_TEXT: list[dict[str, Any]] = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
-_CLASSES: Mapping[str, Callable[[Settings], dict[str, Any]]] = {
-    "GPT2Tokenizer": _byte_level,
-    "GPTNeoXTokenizer": _gpt_neox,
-    "LlamaTokenizer": _llama,
-    "GemmaTokenizer": _gemma,
-}
+_CONTROL, _USER_DEFINED = 3, 4  # types of SentencePiece's pieces
 
 
-def as_transformers_reads(model: bytes, path: pathlib.Path, settings: Settings) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class TokenizerClass:
+    """A class that brings steps of its own.
+
+    Attributes:
+      name: As tokenizer_config.json names it, without "Fast".
+      steps: The parts of tokenizer.json that it brings, by its settings.
+      special: The pieces of a SentencePiece model that are special tokens whatever their type; a
+        class without any doesn't read such models.
+      reads_bytes: Whether its steps count for a tokenizer of bytes, too.
+    """
+
+    name: str
+    steps: Callable[[Settings], dict[str, Any]]
+    special: tuple[str, ...] = ()
+    reads_bytes: bool = True
+
+
+def byte_level(settings: Settings) -> dict[str, Any]:
+    """The steps of a tokenizer whose pieces are bytes, GPT-2's."""
+    step = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    first = {**step, "add_prefix_space": bool(settings.get("add_prefix_space"))}
+    decoder = {**step, "add_prefix_space": True}
+    return {"normalizer": None, "pre_tokenizer": first, "decoder": decoder}
+
+
+GPT2 = TokenizerClass("GPT2Tokenizer", byte_level)
+
+
+def as_transformers_reads(
+    model: bytes, path: pathlib.Path, by: TokenizerClass | None, settings: Settings
+) -> bytes:
     """A tokenizer.json that does by itself what transformers makes of it.
 
     Args:
       model: The file; it is given back as it is where its class changes nothing.
       path: Its name, for errors.
-      settings: See `class_name`.
+      by: Its class; None for one without steps of its own.
+      settings: Of the tokenizer.
 
     Raises:
       InputError: The file is no tokenizer.
     """
-    name, tokenizer = class_name(settings), load_tokenizer(model, path)
+    tokenizer = load_tokenizer(model, path)
     whole = json.loads(tokenizer.to_str())
-    # Llama 3's tokenizer is named as Llama 2's is, and is read as it stands.
-    of_bytes = name == "LlamaTokenizer" and b'"ByteLevel"' in model
-    if name not in _CLASSES or whole["model"]["type"] != "BPE" or of_bytes:
+    if by is None or whole["model"]["type"] != "BPE":
         return model
-    changed = json.dumps(_made(name, settings, whole, whole["model"])).encode()
+    if not by.reads_bytes and b'"ByteLevel"' in model:
+        return model
+    changed = json.dumps(_made(by, settings, whole, whole["model"])).encode()
     same = behaviour(load_tokenizer(changed, path)) == behaviour(tokenizer)
     return model if same else changed
 
 
-def from_sentencepiece(model: bytes, settings: Settings) -> bytes:
-    """The tokenizer.json that transformers makes of a SentencePiece model for a class of Llama's or
-    Gemma's: any two pieces that make a third one are merged, the third's with the lowest id first.
-
-    Args:
-      model: The .model file.
-      settings: See `class_name`.
-    """
+def from_sentencepiece(model: bytes, by: TokenizerClass, settings: Settings) -> bytes:
+    """The tokenizer.json that transformers makes of a SentencePiece model: any two pieces that make
+    a third one are merged, the third's with the lowest id first."""
     pieces = list(_pieces(model))
     vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
     merges = [
@@ -105,8 +91,8 @@ def from_sentencepiece(model: bytes, settings: Settings) -> bytes:
         if piece[:at] in vocab and piece[at:] in vocab
     ]
     merges.sort(key=lambda merge: merge[:2])
-    named = {_text(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")}
-    named |= {"<unk>", "<s>", "</s>"} if class_name(settings) == "LlamaTokenizer" else {"<unk>"}
+    named = {token_text(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")}
+    named |= {*by.special}
     added = [
         {
             **{"id": i, "content": piece, "special": kind != _USER_DEFINED},
@@ -117,35 +103,29 @@ def from_sentencepiece(model: bytes, settings: Settings) -> bytes:
     ]
     whole = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
     bpe = {"vocab": vocab, "merges": [list(pair) for _, _, pair in merges]}
-    made = _made(class_name(settings), settings, {**whole, "added_tokens": added}, bpe)
-    return json.dumps(made).encode()
+    return json.dumps(_made(by, settings, {**whole, "added_tokens": added}, bpe)).encode()
 
 
-def class_name(settings: Settings) -> str:
-    """The class that reads a tokenizer.
-
-    Args:
-      settings: tokenizer_config.json's, with config.json's model_type.
-    """
-    name = settings.get("tokenizer_class") or _REGISTERED.get(settings.get("model_type") or "", "")
-    return name.removesuffix("Fast") if isinstance(name, str) else ""
-
-
-def _made(
-    name: str, settings: Settings, whole: Mapping[str, Any], bpe: Mapping[str, Any]
-) -> dict[str, Any]:
-    parts = _CLASSES[name](settings)
-    model = {"type": "BPE", "vocab": bpe["vocab"], "merges": bpe["merges"]}
-    return {**whole, **parts, "model": {**model, **parts.get("model", {})}}
-
-
-def _text(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
+    """A token of tokenizer_config.json, which may be an object; None where there is none."""
     token = token.get("content") if isinstance(token, Mapping) else token
     return token if isinstance(token, str) else None
 
 
+def _made(
+    by: TokenizerClass, settings: Settings, whole: Mapping[str, Any], bpe: Mapping[str, Any]
+) -> dict[str, Any]:
+    parts = by.steps(settings)
+    model = {"type": "BPE", "vocab": bpe["vocab"], "merges": bpe["merges"]}
+    return {**whole, **parts, "model": {**model, **parts.get("model", {})}}
+
+
 def _pieces(model: bytes) -> Iterator[tuple[str, int]]:
-    """The pieces of a SentencePiece model and their types: its field 1, in protobuf's format."""
+    """The pieces of a SentencePiece model and their types: its field 1, in protobuf's format.
+
+    The library's processor doesn't tell which pieces are user-defined, and its protobuf module
+    doesn't import beside the versions of protobuf that apache-beam needs.
+    """
     for field, value in _fields(model):
         if field == 1:
             piece = dict(_fields(value))

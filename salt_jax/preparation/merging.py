@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, shard_path, write_shard
+from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, cache_shard, write_shard
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.preparation.mapping import Progress
 from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
@@ -74,7 +74,7 @@ class MergeJob:
     @property
     def file(self) -> pathlib.Path:
         """The shard."""
-        return shard_path(self.settings.folder, self.split, self.index, self.shards)
+        return cache_shard(self.settings.folder, self.split, self.index, self.shards)
 
 
 class MergedBucket(NamedTuple):

@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
-from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER, end_ids
+from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, end_ids
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.local_copies import local_run

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from salt_jax.huggingface.safetensors_files import DTYPES, SafetensorsFolder
-from salt_jax.huggingface.tensors import Path, Rule, leaf_shapes, require_finite, tensor_shapes
+from salt_jax.huggingface.tensors import (
+    Path,
+    Rule,
+    leaf_shapes,
+    require_representable,
+    tensor_shapes,
+)
 from salt_jax.models.decoder_config import DecoderConfig
 from salt_jax.training.checkpoints import SavedModel
 from salt_jax.training.converted_checkpoints import StreamedParameter, open_parameters
@@ -34,7 +40,7 @@ def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: lis
 
     def look(name: str, values: np.ndarray[Any, Any]) -> None:
         if name in names:
-            require_finite(values, dtype, name, where)
+            require_representable(values, dtype, name, where)
 
     return files.inspect(look)
 
@@ -102,7 +108,7 @@ def tensors_of(
             parameter = parameters.pop(rule.leaves[0])
             is_table = rule.tensor in tables_of(config, rules)
             values = parameter.read(slice(rows) if is_table else slice(None))
-            require_finite(values, dtype, rule.tensor, where)
+            require_representable(values, dtype, rule.tensor, where)
             yield rule.to_tensor([values], dtype)
             continue
         stacked = [parameters.pop(("layers", *leaf)) for leaf in rule.leaves if config.scan_layers]
@@ -111,7 +117,7 @@ def tensors_of(
                 parameters.pop((f"layers_{layer}", *leaf)).read() for leaf in rule.leaves
             ]
             for values in leaves:
-                require_finite(values, dtype, rule.tensor.format(layer=layer), where)
+                require_representable(values, dtype, rule.tensor.format(layer=layer), where)
             yield rule.to_tensor(leaves, dtype)
 
 

@@ -166,7 +166,7 @@ def _write_soft_labels(folder: pathlib.Path, cache: PackedCache) -> None:
 
 
 def _write_huggingface(folder: pathlib.Path) -> None:
-    """A downloaded model: Llama's architecture, zeros for weights."""
+    """A downloaded model: Llama's family, zeros for weights."""
     folder.mkdir()
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -187,7 +187,7 @@ def _write_huggingface(folder: pathlib.Path) -> None:
         "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(settings))
-    architecture, config = config_from_json(settings, settings["vocab_size"], "config.json")
-    shapes = list(tensor_shapes(config, architecture.rules(config)))
+    family, config = config_from_json(settings, settings["vocab_size"], "config.json")
+    shapes = list(tensor_shapes(config, family.rules(config)))
     tensors = [TensorInfo(name, "float32", shape) for name, shape in shapes]
     write_shards(folder, tensors, (np.zeros(shape, np.float32) for _, shape in shapes), 10**9)

@@ -47,9 +47,9 @@ def instruct(random_models: Any, tmp_path: pathlib.Path) -> pathlib.Path:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    architecture, config = config_to_json(CONFIG, ROWS, "float32", {"eos_token_id": 0})
+    family, config = config_to_json(CONFIG, ROWS, "float32", {"eos_token_id": 0})
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = tensor_shapes(CONFIG, architecture.rules(CONFIG))
+    shapes = tensor_shapes(CONFIG, family.rules(CONFIG))
     tensors = [TensorInfo(name, "float32", shape) for name, shape in shapes]
     rng = np.random.default_rng(0)
     arrays = (rng.standard_normal(tensor.shape).astype(np.float32) for tensor in tensors)

@@ -60,6 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama_head_dim": _llama(num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-3),
     "gemma": _gemma(num_key_value_heads=1),
     "gemma_head_dim": _gemma(num_key_value_heads=2, head_dim=16),
+    "starcoder2": {**_SIZES, "model_type": "starcoder2"},
 }
 
 

@@ -108,10 +108,10 @@ def write_random(
     """A model of random bits, which don't compress."""
     folder.mkdir()
     rows = config.padded_vocab_size
-    architecture, settings = config_to_json(config, rows, "float16", {"eos_token_id": 0})
+    family, settings = config_to_json(config, rows, "float16", {"eos_token_id": 0})
     (folder / "config.json").write_text(json.dumps(settings))
     random_models.save_tokenizer(folder)
-    shapes = tensor_shapes(config, architecture.rules(config))
+    shapes = tensor_shapes(config, family.rules(config))
     tensors = [TensorInfo(name, "float16", shape) for name, shape in shapes]
     rng = np.random.default_rng(0)
     arrays = (

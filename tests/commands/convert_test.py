@@ -60,11 +60,9 @@ def write_model(
     """A model in Hugging Face's files, without transformers; changes are of its config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = config.padded_vocab_size
-    architecture, settings = config_to_json(config, rows, dtype, {"eos_token_id": 0})
+    family, settings = config_to_json(config, rows, dtype, {"eos_token_id": 0})
     (folder / "config.json").write_text(json.dumps({**settings, **changes}))
-    tensors = [
-        TensorInfo(n, dtype, s) for n, s in tensor_shapes(config, architecture.rules(config))
-    ]
+    tensors = [TensorInfo(n, dtype, s) for n, s in tensor_shapes(config, family.rules(config))]
     rng = np.random.default_rng(0)
     arrays = (rng.standard_normal(t.shape).astype(DTYPES[dtype]) for t in tensors)
     write_shards(folder, tensors, arrays, 1 << 30)
@@ -428,7 +426,9 @@ def test_a_run_with_a_value_that_is_not_finite_does_not_go_out(
     assert not convert(f"--model={run}", f"--output_dir={out}")
     with_value(source, tensor, np.nan)
     with monkeypatch.context() as patch:
-        patch.setattr("salt_jax.training.converted_tensors.require_finite", lambda *arguments: None)
+        patch.setattr(
+            "salt_jax.training.converted_tensors.require_representable", lambda *arguments: None
+        )
         assert not convert(f"--huggingface={source}", "--step=1", f"--output_dir={run}")
     capfd.readouterr()
     for folder in (out, tmp_path / "new"):  # one that an older step went to, and none
@@ -447,7 +447,7 @@ def test_fields_that_nothing_reads_pass_with_a_notice(
     assert not convert(f"--huggingface={source}", f"--output_dir={tmp_path / 'run'}")
     notice = (
         f"{source / 'config.json'} sets \\x1b[31mred, is_llama_config, transformers.js_config, "
-        "which no forward pass of gpt_neox reads: passed over."
+        "which no forward pass of gpt_neox reads: ignored."
     )
     assert capsys.readouterr().out.splitlines().count(notice) == 1
 

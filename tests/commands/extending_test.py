@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,3 +105,24 @@ def test_a_score(
     assert main(train) == 0
     summary = json.loads((folder / "salt_ds" / "summary.json").read_text())
     assert summary["steps"] == 2
+
+
+def test_a_family_of_models(
+    folder: pathlib.Path, random_models: Any, refuse: Callable[..., None], capsys: Any
+) -> None:
+    model = random_models.make(folder / "theirs", "starcoder2")
+    expected = random_models.their_logits(model)
+    taken = ["convert", "--huggingface=theirs"]
+    assert main([*taken, "--output_dir=refused"]) == 2
+    assert "model_type to 'starcoder2', expected one of gpt_neox" in capsys.readouterr().err
+    own = [*taken, "--gin_file=starcoder2.gin"]
+    refuse(*own, module="starcoder2")
+    assert main([*own, "--output_dir=run"]) == 0
+    ours = random_models.our_logits(pathlib.Path("run"))
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+    given = ["convert", "--model=run", "--output_dir=back"]
+    assert main(given) == 2
+    assert "None of the families" in capsys.readouterr().err
+    assert main([*given, "--gin_file=starcoder2.gin"]) == 0
+    back = random_models.their_logits(folder / "back")
+    np.testing.assert_allclose(back, expected, atol=1e-5, rtol=0)

@@ -11,13 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.errors import InputError
-from salt_jax.huggingface.model_config import (
-    ARCHITECTURES,
-    config_from_json,
-    config_to_json,
-    unread_fields,
-    vocab_multiple,
-)
+from salt_jax.huggingface.families import FAMILIES
+from salt_jax.huggingface.family import vocab_multiple
+from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.tensors import leaf_shapes, tensor_shapes
 from salt_jax.models.decoder_config import DecoderConfig
 
@@ -31,8 +27,8 @@ NEOX = {
 
 @st.composite
 def models(draw: st.DrawFn) -> tuple[str, DecoderConfig]:
-    """A model that one architecture can express, with the name of that."""
-    kind = draw(st.sampled_from(sorted(ARCHITECTURES)))
+    """A model that one family can express, with the name of that."""
+    kind = draw(st.sampled_from([family.model_type for family in FAMILIES]))
     kv_heads = draw(st.sampled_from([1, 2, 4]))
     heads = kv_heads * draw(st.sampled_from([1, 2]))
     width = draw(st.sampled_from([4, 8]))
@@ -72,8 +68,8 @@ def models(draw: st.DrawFn) -> tuple[str, DecoderConfig]:
 def test_a_config_comes_back(found: tuple[str, DecoderConfig], ids: int) -> None:
     kind, config = found
     rows = config.padded_vocab_size
-    architecture, written = config_to_json(config, rows, "float32", {"eos_token_id": 3})
-    assert (architecture.model_type, written["model_type"]) == (kind, kind)
+    family, written = config_to_json(config, rows, "float32", {"eos_token_id": 3})
+    assert (family.model_type, written["model_type"]) == (kind, kind)
     ids = min(ids, rows)
     _, read = config_from_json(written, ids, "config.json")
     assert read.padded_vocab_size == rows
@@ -85,7 +81,7 @@ def test_a_config_comes_back(found: tuple[str, DecoderConfig], ids: int) -> None
 @given(found=models())
 def test_tensors_hold_every_parameter_once(found: tuple[str, DecoderConfig]) -> None:
     kind, config = found
-    rules = ARCHITECTURES[kind].rules(config)
+    rules = next(one for one in FAMILIES if one.model_type == kind).rules(config)
     shapes = leaf_shapes(config)
     held = [("layers", *leaf) if r.in_layers else leaf for r in rules for leaf in r.leaves]
     assert sorted(held) == sorted(shapes)
@@ -212,12 +208,12 @@ def test_gemma_says_gelu_and_means_its_approximation() -> None:
 )
 def test_gemmas_hidden_act_alone_is_read_as_by_transformers_5(named: dict[str, str]) -> None:
     transformers = pytest.importorskip("transformers")
-    architecture, config = config_from_json({**GEMMA, **named}, 9, "config.json")
+    family, config = config_from_json({**GEMMA, **named}, 9, "config.json")
     theirs = transformers.AutoConfig.for_model(**{**GEMMA, **named}).hidden_act
     ours = {"gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}[config.mlp_activation]
     assert ours == theirs
     differs = named["hidden_activation"] != theirs
-    assert unread_fields(architecture, {**GEMMA, **named}) == ["hidden_activation"] * differs
+    assert family.unread_fields({**GEMMA, **named}) == ["hidden_activation"] * differs
 
 
 JSON = st.recursive(

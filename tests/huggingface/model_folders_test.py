@@ -71,7 +71,7 @@ def test_files(name: str, expected: str, tmp_path: pathlib.Path) -> None:
 def test_a_file_that_git_lfs_left_out(tmp_path: pathlib.Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 538090408\n"
     (tmp_path / "model.safetensors").write_text(pointer)
-    with pytest.raises(InputError, match=r"pointer of Git LFS's.*git lfs pull"):
+    with pytest.raises(InputError, match=r"Git LFS pointer.*git lfs pull"):
         SafetensorsFolder(tmp_path)
 
 

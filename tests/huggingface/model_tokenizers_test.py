@@ -16,11 +16,11 @@ from salt_jax.data.vocabularies import (
 )
 from salt_jax.errors import InputError
 from salt_jax.huggingface.model_tokenizers import (
-    copy_tokenizer,
     model_vocabulary,
     require_rows,
     write_tokenizer,
 )
+from salt_jax.huggingface.tokenizer_files import copy_tokenizer
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 
 TEXT = pathlib.Path(json.__file__).read_text()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from salt_jax.errors import InputError
-from salt_jax.huggingface.model_config import config_from_json, unread_fields
+from salt_jax.huggingface.model_config import config_from_json
 
 _NEOX_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 _LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -284,15 +284,15 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_comes_in(name: str) -> None:
     settings, num_ids, parameters, expected = PUBLISHED[name]
-    architecture, config = config_from_json(settings, num_ids, "config.json")
-    assert architecture.model_type == settings["model_type"]
+    family, config = config_from_json(settings, num_ids, "config.json")
+    assert family.model_type == settings["model_type"]
     assert config.num_parameters == parameters
     assert config.padded_vocab_size == settings["vocab_size"]
-    usual = {"parallel_residual": architecture.model_type == "gpt_neox", "rope_theta": 10_000.0}
-    usual |= {"rope_fraction": 0.25 if architecture.model_type == "gpt_neox" else 1.0}
+    usual = {"parallel_residual": family.model_type == "gpt_neox", "rope_theta": 10_000.0}
+    usual |= {"rope_fraction": 0.25 if family.model_type == "gpt_neox" else 1.0}
     usual |= {
         "mlp_activation": {"gpt_neox": "gelu", "llama": "silu", "gemma": "gelu_tanh"}[
-            architecture.model_type
+            family.model_type
         ]
     }
     for setting, value in {**usual, **expected}.items():
@@ -304,20 +304,20 @@ def test_transformers_reads_the_same_sizes_of_it(name: str) -> None:
     """What transformers makes of the file, and of nothing but what our reading of it says."""
     transformers = pytest.importorskip("transformers")
     settings, num_ids, _, _ = PUBLISHED[name]
-    architecture, config = config_from_json(settings, num_ids, "config.json")
+    family, config = config_from_json(settings, num_ids, "config.json")
     theirs = transformers.AutoConfig.for_model(**settings)
     assert theirs.rope_parameters["rope_theta"] == config.rope_theta
     assert theirs.rope_parameters.get("partial_rotary_factor", 1.0) == config.rope_fraction
     assert theirs.max_position_embeddings == config.max_length
     assert theirs.tie_word_embeddings == config.tied_embeddings
-    if architecture.model_type != "gpt_neox":
+    if family.model_type != "gpt_neox":
         assert (theirs.num_key_value_heads, theirs.head_dim) == (config.kv_heads, config.head_width)
 
 
 def test_what_nothing_reads_is_named_and_what_is_usual_is_not() -> None:
     def unread(name: str) -> list[str]:
         settings, num_ids, _, _ = PUBLISHED[name]
-        return unread_fields(config_from_json(settings, num_ids, "config.json")[0], settings)
+        return config_from_json(settings, num_ids, "config.json")[0].unread_fields(settings)
 
     assert unread("SmolLM2-135M-Instruct") == ["is_llama_config", "transformers.js_config"]
     assert unread("TinyLlama fine-tuned with unsloth") == ["unsloth_fixed", "unsloth_version"]
@@ -424,9 +424,9 @@ def test_defaults_are_those_of_transformers_5() -> None:
         full = PUBLISHED[name][0]
         settings = {field: full[field] for field in ("model_type", "vocab_size", *sizes)}
         settings["num_attention_heads"] = 32  # so that 16 for keys and values is seen
-        architecture, config = config_from_json(settings, settings["vocab_size"], "config.json")
+        family, config = config_from_json(settings, settings["vocab_size"], "config.json")
         theirs = transformers.AutoConfig.for_model(**settings).to_dict()
-        for field, (setting, _) in architecture.fields.items():
+        for field, (setting, _) in family.fields.items():
             value = dataclasses.asdict(config)[setting]
             if setting == "num_kv_heads":
                 value = config.kv_heads

@@ -1,0 +1,146 @@
+"""Folders with something for each row of a split, made by a model's pass over the rows.
+
+Both `RowScores` and `StoredLabels` are of this kind: shards that a killed pass keeps, then
+manifest.json and COMPLETED. A folder names the cache that it belongs to by its digest.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from salt_jax.errors import InputError
+from salt_jax.storage import durable_files
+from salt_jax.storage.json_files import read_json_object, require_shape
+from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.manifests import COST, MANIFEST_FILE, manifest_digest, read_manifest
+from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards
+
+COST_FILE = "cost.json"
+
+
+class PassWriter:
+    """A pass in the making, by one worker of perhaps several.
+
+    Args:
+      shards: A folder that holds the same pass begun is continued.
+    """
+
+    def __init__(self, shards: RestartableShards) -> None:
+        self.shards = shards
+
+    def begin(self) -> None:
+        """Makes the folder if need be; an InputError if another pass was begun there meanwhile."""
+        self.shards = self.shards.begin()
+
+    def finish(self, kind: str, cost: Mapping[str, Any] | None, **parts: Any) -> None:
+        """Writes manifest and COMPLETED once every shard is finished.
+
+        Args:
+          kind: The manifest's.
+          cost: The pass's FLOPs and tokens; its seconds are those that the shards took, as if the
+            workers had shared them evenly and worked at the same time.
+          parts: Of the manifest.
+        """
+        if self.shards.completed:
+            return
+        if cost:
+            seconds = sum(one["seconds"] / one["workers"] for one in self.shards.measured())
+            text = json.dumps({**cost, "seconds": seconds}) + "\n"
+            durable_files.write_text(self.shards.folder / COST_FILE, text)
+        made_from = self.shards.made_from
+        common = {"cache_digest": made_from["cache"], "split": made_from["split"]}
+        self.shards.complete(kind, **common, **parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPass:
+    """A finished pass; make one with `open`.
+
+    Attributes:
+      path: The folder.
+      manifest: cache_digest, split, rows, shard_rows, shards, and what the kind adds.
+      digest: The manifest's, which holds the digests of the shards.
+    """
+
+    kind: ClassVar[str]
+    called: ClassVar[str]
+    suffix: ClassVar[str]
+    made_by: ClassVar[str]
+
+    path: pathlib.Path
+    manifest: Mapping[str, Any]
+    digest: str
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None) -> Self:
+        """Opens a finished folder: sizes are checked now, contents when they are read.
+
+        Args:
+          folder: Where it lies.
+          cache_digest: The cache it must belong to; None takes any.
+
+        Raises:
+          InputError: Not there, half-written, a shard missing or cut short, or of another cache.
+        """
+        path = local_folder(folder)
+        manifest = read_manifest(path, cls.kind)
+        refuse_other_cache(path, cls.called, manifest, cache_digest)
+        opened = cls(path, manifest, manifest_digest(manifest))
+        row_bytes = opened.checked_row_bytes()
+        for shard in manifest["shards"]:
+            if shard["bytes"] != shard["rows"] * row_bytes:
+                raise opened.contradiction(
+                    f"a shard of {shard['rows']} rows has {shard['bytes']} bytes, expected "
+                    f"{row_bytes} a row"
+                )
+        _ = opened.shards  # which looks at every file
+        return opened
+
+    def checked_row_bytes(self) -> int:
+        """Bytes of a row in a shard, after a check of what the kind adds to manifest and folder."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """Rows that the pass is of."""
+        return self.manifest["rows"]
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """What the pass took: flops, tokens, seconds; None where it is not known."""
+        path = self.path / COST_FILE
+        if not path.exists():
+            return None
+        cost = read_json_object(path, self.again)
+        require_shape(path, cost, COST, self.again)
+        return cost
+
+    @functools.cached_property
+    def shards(self) -> FinishedShards:
+        """The shards' files."""
+        return FinishedShards(self.path, self.manifest, self.suffix, self.made_by)
+
+    @property
+    def again(self) -> str:
+        """What to do about a damaged folder."""
+        return f"copy the folder again, or run its `{self.made_by}` again"
+
+    def contradiction(self, what: str) -> InputError:
+        """The error that the manifest can't be right."""
+        return InputError(f"{self.path / MANIFEST_FILE}: {what}: {self.again}.")
+
+
+def refuse_other_cache(
+    path: pathlib.Path, called: str, manifest: Mapping[str, Any], cache_digest: str | None
+) -> None:
+    """Refuses a folder that belongs to another cache than one with this digest; None takes any."""
+    if cache_digest is not None and manifest["cache_digest"] != cache_digest:
+        raise InputError(
+            f"The {called} in {path} belong to the cache {manifest['cache_digest'][:12]}…, "
+            f"expected the cache {cache_digest[:12]}…: name the cache they were made from, "
+            "or make them again from this one."
+        )

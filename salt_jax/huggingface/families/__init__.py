@@ -1,0 +1,6 @@
+"""The families of models that are known, one file each."""
+
+from salt_jax.huggingface.families import gemma, gpt_neox, llama
+from salt_jax.huggingface.family import Family
+
+FAMILIES: tuple[Family, ...] = (gpt_neox.FAMILY, llama.FAMILY, gemma.FAMILY)

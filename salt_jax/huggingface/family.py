@@ -1,0 +1,260 @@
+"""What a family of Hugging Face models is to salt_jax, and what all families have in common.
+
+A family is one file in `families/`, or anywhere else: its config.json and a DecoderConfig as one
+another, its tensors, and its tokenizer class. A setting that might change what a model computes is
+never passed over (`config_fields`).
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from salt_jax.errors import InputError
+from salt_jax.huggingface.config_fields import other_computations, unknown_fields
+from salt_jax.huggingface.tensors import Rule, rules_of
+from salt_jax.huggingface.tokenizer_classes import TokenizerClass
+from salt_jax.models.decoder_config import DecoderConfig
+
+# The fields that nearly every config.json has: see Family.fields.
+SIZES: Mapping[str, tuple[str, Any]] = types.MappingProxyType(
+    {
+        "hidden_size": ("embed_dim", ...),
+        "num_hidden_layers": ("num_layers", ...),
+        "num_attention_heads": ("num_heads", ...),
+        "intermediate_size": ("mlp_dim", ...),
+        "max_position_embeddings": ("max_length", 2048),
+    }
+)
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+_OTHER_ACTIVATION = "hidden_activation"
+_ROPE_FIELDS = ("rope_scaling", "rope_parameters")
+_ROPE_PARAMETERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """A family of Hugging Face models: data, with methods that a subclass may override.
+
+    Attributes:
+        model_type: its name in config.json.
+        class_name: transformers' class.
+        tensors: each module of the model, by its name there ("{layer}" stands for the layer's
+            number), and the parameters that it holds, by their path in the decoder's tree. Several
+            names are fused: one tensor holds them side by side, head by head.
+        fields: config.json's fields, the setting of DecoderConfig that each one is, and what
+            transformers takes where the field is left out; ... where it can't be.
+        activation: `hidden_act` where config.json has none.
+        fixed: what every DecoderConfig of this family has.
+        must_be: fields of which one value is supported.
+        theta_field: the base of the rotary wavelengths, as transformers before 5 names it.
+        fraction_field: likewise the share of a head that is rotated; None where it is all of it.
+        rope_fraction: that share where config.json has none.
+        norm_offset: what is subtracted from a norm's scale before it is stored.
+        tokenizer: its tokenizer class, if that has rules of its own.
+        names_tokenizer: whether that class reads a tokenizer whose settings name no class.
+    """
+
+    model_type: str
+    class_name: str
+    tensors: Mapping[str, str]
+    fields: Mapping[str, tuple[str, Any]]
+    activation: str
+    fixed: Mapping[str, Any]
+    must_be: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    theta_field: str = "rope_theta"
+    fraction_field: str | None = None
+    rope_fraction: float = 1.0
+    norm_offset: float = 0.0
+    tokenizer: TokenizerClass | None = None
+    names_tokenizer: bool = True
+
+    def rules(self, config: DecoderConfig) -> list[Rule]:
+        """How each tensor is made of parameters, and they of it."""
+        return rules_of(config, self.tensors, self.norm_offset)
+
+    @property
+    def head(self) -> str:
+        """The head's tensor, which a tied model may have as well."""
+        return next(name for name, path in self.tensors.items() if path == "head") + ".weight"
+
+    def read(self, settings: Mapping[str, Any], num_ids: int, where: str) -> DecoderConfig:
+        """The model that a config.json describes, in float32.
+
+        Args:
+            settings: of the config.json.
+            num_ids: how many the tokenizer has; the embedding may have more rows.
+            where: the file, for errors.
+
+        Raises:
+            InputError: A setting that the decoder doesn't have.
+        """
+        for field, needed in self.must_be.items():
+            if settings.get(field, needed) not in (needed, None):
+                raise InputError(
+                    f"{where} sets {field} to {settings[field]!r}, and salt_jax has "
+                    f"{self.model_type} with {needed!r} only: choose another model."
+                )
+        found = {
+            setting: _value(settings, field, default, where)
+            for field, (setting, default) in self.fields.items()
+        }
+        theta, fraction = self._rotary(settings, where)
+        activation = self._activation(settings, where)
+        rows = _value(settings, "vocab_size", ..., where)
+        if rows < num_ids:
+            raise InputError(
+                f"{where} sets vocab_size to {rows} and the tokenizer has {num_ids} ids: it is "
+                "another model's tokenizer; download the folder again."
+            )
+        more = {"mlp_activation": activation, "rope_theta": theta, "rope_fraction": fraction}
+        more |= {"vocab_size": num_ids, "vocab_multiple": vocab_multiple(num_ids, rows)}
+        try:
+            config = _plain(DecoderConfig(**{**self.fixed, **found, **more}))
+        except InputError as error:
+            raise InputError(f"{where} describes no model that salt_jax has: {error}") from error
+        for field in other_computations(settings, self._read_fields, config):
+            raise InputError(
+                f"{where} sets {field} to {settings[field]!r}, which salt_jax doesn't have for "
+                f"{self.model_type}: choose another model, or delete the setting if you know that "
+                "the logits don't depend on it."
+            )
+        return config
+
+    def unread_fields(self, settings: Mapping[str, Any]) -> list[str]:
+        """The fields that a config.json sets and no forward pass reads, but for the usual ones
+        (token ids, dropout, generation settings)."""
+        fields = unknown_fields(settings, self._read_fields)
+        # transformers 5 reads hidden_act alone; older versions read this of a Gemma.
+        other = settings.get(_OTHER_ACTIVATION)
+        if other is not None and _ACTIVATIONS.get(str(other)) != self._activation(settings, ""):
+            fields.append(_OTHER_ACTIVATION)
+        return fields
+
+    def obstacles(self, config: DecoderConfig) -> list[str]:
+        """What a model would have to set to be of this family; nothing if it is."""
+        values = vars(_plain(config))
+        return [
+            f"{name} = {needed!r} and has {values[name]!r}"
+            for name, needed in self.fixed.items()
+            if values[name] != needed
+        ]
+
+    def write(
+        self, config: DecoderConfig, rows: int, dtype: str, tokens: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """The settings of a model's config.json; see `config_to_json`."""
+        values = {**vars(config), "num_kv_heads": config.kv_heads, "head_dim": config.head_width}
+        activation = next(n for n, ours in _ACTIVATIONS.items() if ours == config.mlp_activation)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+        settings = {
+            "architectures": [self.class_name],
+            "model_type": self.model_type,
+            **{field: values[setting] for field, (setting, _) in self.fields.items()},
+            **{field: value for field, value in self.must_be.items() if value is not None},
+            "hidden_act": activation,
+            # Under the names of transformers before 5, and under those of 5.
+            self.theta_field: config.rope_theta,
+            "rope_parameters": rope,
+            "vocab_size": rows,
+            "torch_dtype": dtype,
+            **tokens,
+        }
+        if self.fraction_field:
+            settings[self.fraction_field] = config.rope_fraction
+            rope["partial_rotary_factor"] = config.rope_fraction
+        return settings
+
+    def activation_name(self, settings: Mapping[str, Any]) -> Any:
+        """The activation that transformers 5 takes a config.json to name."""
+        return settings.get("hidden_act") or self.activation
+
+    @property
+    def _read_fields(self) -> set[str]:
+        own = {*self.fields, *self.must_be, self.theta_field, *_ROPE_FIELDS}
+        return own | {"hidden_act", _OTHER_ACTIVATION, self.fraction_field or "hidden_act"}
+
+    def _activation(self, settings: Mapping[str, Any], where: str) -> str:
+        name = self.activation_name(settings)
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
+            raise InputError(
+                f"{where} sets hidden_act to {name!r}, expected one of {', '.join(_ACTIVATIONS)}: "
+                "choose another model."
+            )
+        return _ACTIVATIONS[name]
+
+    def _rotary(self, settings: Mapping[str, Any], where: str) -> tuple[float, float]:
+        """Base of the rotary wavelengths, and the share of a head that is rotated."""
+        for field in _ROPE_FIELDS:
+            found = settings.get(field) or {}
+            kind = None
+            if isinstance(found, dict):
+                kind = found.get("rope_type", found.get("type", "default"))
+            if kind != "default" and not (kind == "linear" and found.get("factor") == 1):
+                raise InputError(
+                    f"{where} sets {field} to {settings[field]!r}, and salt_jax has no scaled "
+                    "rotary embedding: choose another model."
+                )
+        # transformers 5 reads one of the two.
+        rope: dict[str, Any]
+        rope = next((settings[field] for field in _ROPE_FIELDS if settings.get(field)), {})
+        for field in sorted(rope.keys() - _ROPE_PARAMETERS - {"original_max_position_embeddings"}):
+            if rope[field] is not None and not (field == "factor" and rope[field] == 1):
+                raise InputError(
+                    f"{where} sets {field} of the rotary embedding, which salt_jax doesn't have: "
+                    "choose another model."
+                )
+        theta, fraction = _value(settings, self.theta_field, 10_000.0, where), self.rope_fraction
+        if self.fraction_field:
+            fraction = _value(settings, self.fraction_field, fraction, where)
+        theta = float(_value(rope, "rope_theta", float(theta), where))
+        fraction = float(_value(rope, "partial_rotary_factor", float(fraction), where))
+        if not self.fraction_field and fraction != self.rope_fraction:
+            raise InputError(
+                f"{where} sets partial_rotary_factor to {fraction}, and {self.model_type} rotates "
+                f"{self.rope_fraction:g} of a head: choose another model."
+            )
+        return theta, fraction
+
+
+def vocab_multiple(num_ids: int, rows: int) -> int:
+    """A multiple to which num_ids rounded up is `rows`: the largest power of two, or `rows`."""
+    powers = (1 << exponent for exponent in reversed(range(rows.bit_length())))
+    return next((power for power in powers if -(-num_ids // power) * power == rows), rows)
+
+
+def _plain(config: DecoderConfig) -> DecoderConfig:
+    """The same model without what follows from its other sizes, so that equal ones are equal."""
+    if config.kv_heads == config.num_heads:
+        config = dataclasses.replace(config, num_kv_heads=None)
+    if config.head_width * config.num_heads == config.embed_dim:
+        config = dataclasses.replace(config, head_dim=None)
+    return config
+
+
+def _value(settings: Mapping[str, Any], field: str, default: Any, where: str) -> Any:
+    """A field that must be a number or a truth value, of the kind that its default is."""
+    value = settings.get(field)
+    if value is None and default is not ...:
+        return default
+    kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (int,)
+    if isinstance(default, bool):
+        kinds = (bool,)
+    is_kind = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
+    # Bases of rotary wavelengths are larger than any size, 3.6e9 for one.
+    limit, called = (1e30, "a number") if float in kinds else (2**31, "a number below 2³¹")
+    if not is_kind or value is None or not abs(value) < limit:
+        raise InputError(
+            f"{where} sets {field} to {value!r}, expected "
+            f"{'a truth value' if bool in kinds else called}: download the folder again."
+        )
+    return value
