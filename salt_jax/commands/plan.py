@@ -43,7 +43,6 @@ from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training.config import FROM_FILES, Teacher, TrainConfig
-from salt_jax.training.teacher import check_dtype
 
 __all__ = ["FROM_FILES", "plan"]
 
@@ -97,7 +96,6 @@ def plan(
             "model is not set: add a gin file that sets it (--gin_file=models/llm_2_8b.gin, say)."
         )
     taught = method.teacher or Teacher(path=None)
-    check_dtype(taught.dtype)
     if config.stage1_steps and teacher_model is None and method.soft_labels is None:
         raise InputError(
             f"The schedule {type(method.schedule).__name__} has a stage 1 of {config.stage1_steps} "

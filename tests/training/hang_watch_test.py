@@ -37,7 +37,7 @@ def test_a_long_wait_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
 
 # Who is slow, at which of its calls, and what the run then says that it waits for.
 WAITS = (
-    (Checkpointer, "latest_step", 1, "the state to start from, and the teacher"),
+    (Checkpointer, "latest_step", 1, "the state to start from"),
     (Loop, "_compile", 1, "the steps' programs to compile"),
     (Loop, "_compile_the_rest", 1, "the evaluation's program to compile"),
     (InputPipeline, "batch", 4, "the input pipeline at step 4"),
