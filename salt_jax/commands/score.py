@@ -38,6 +38,7 @@ from salt_jax.training.ledger import Cost
 
 # Rows are shuffled, so the first of them are a sample.
 _SAMPLE_ROWS = 1 << 20
+_QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 # It may be one of several processes.
 SEVERAL_PROCESSES = True
@@ -266,7 +267,9 @@ def _score_summary(scores: RowScores) -> dict[str, Any]:
     for name in scores.columns:
         values_n = scores.column(name)[:sampled]
         without = int(np.count_nonzero(values_n == -np.inf))
-        quantiles = _quantiles(values_n[np.isfinite(values_n)])
+        finite_n = values_n[np.isfinite(values_n)]
+        shares = _QUANTILES if len(finite_n) else ()
+        quantiles = {f"{q:g}": float(np.quantile(finite_n, q)) for q in shares}
         columns[name] = {"without_value": without, "quantiles": quantiles}
         nothing = f"; {without:,} rows have none" if without else ""
         say(f"  {name:18} median {quantiles.get('0.5', -np.inf):.3f}{nothing}")
@@ -305,10 +308,3 @@ def _label_summary(labels: StoredLabels) -> dict[str, Any]:
         "bytes": stored_bytes,
         **cost,
     }
-
-
-def _quantiles(values_n: np.ndarray) -> dict[str, float]:
-    shares = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-    if not len(values_n):
-        return {}
-    return {f"{q:g}": float(np.quantile(values_n, q)) for q in shares}

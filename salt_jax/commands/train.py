@@ -248,7 +248,7 @@ def _load_teacher(
 
 
 def _load_initial(model: SavedModel | None, layout: StateLayout) -> TrainState | None:
-    """A state around the model's parameters."""
+    """A fresh state with the model's parameters."""
     if model is None:
         return None
     dtype = layout.config.param_dtype

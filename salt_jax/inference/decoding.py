@@ -83,14 +83,10 @@ def prefill(
     segment_ids_BxL: jax.Array,
     slots: int,
 ) -> tuple[jax.Array, Cache]:
-    """Reads whole prompts into a new cache.
+    """Reads whole prompts, int32 padded on the left, into a new cache.
 
-    Args:
-      config: The model.
-      params: Its parameters.
-      prompts_BxL: int32, padded on the left.
-      segment_ids_BxL: int32, 0 = padding, 1 = prompt.
-      slots: S, tokens that the cache has room for; at least L.
+    Segment ids are 1 for prompts and 0 for padding; `slots` is S, the tokens that the cache can
+    hold, at least L.
 
     Returns:
       float32 logits [B, V] of the token after each prompt, and the cache.
@@ -149,15 +145,8 @@ def begin(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Reads prompts and chooses the first token of each; see `prefill` and `advance`.
 
-    Args:
-      config: The model.
-      params: Its parameters.
-      prompts_BxL: int32, padded on the left.
-      segment_ids_BxL: int32, 0 = padding, 1 = prompt.
-      rows_B: int32 numbers that rows draw by, independently of each other; −1 fills up the batch.
-      seed: uint32.
-      slots: S, with room for all tokens to come.
-      choice: How tokens are chosen.
+    rows_B are int32 numbers, by which rows draw independently of each other; −1 fills up the batch.
+    `seed` is uint32, and `slots` has room for all tokens to come.
 
     Returns:
       The state, and the tokens and their log-probabilities, both [B, 1].
@@ -184,13 +173,7 @@ def advance(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Continues every row by `limit` tokens, or until all are finished, in one loop on the device.
 
-    Args:
-      config: The model.
-      params: Its parameters.
-      state: From begin or advance.
-      limit: int32, new tokens a row; at most `chunk`.
-      chunk: C.
-      choice: How tokens are chosen.
+    `state` is from begin or advance; `limit` is int32 and at most `chunk`, which is C.
 
     Returns:
       The state; the tokens, int32 [B, C], with the end id and NO_TOKEN after it; and their

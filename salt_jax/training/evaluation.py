@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,11 +117,7 @@ class Evaluator:
         self._sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))
 
     def __call__(self, params: Any, rows: int | None = None) -> EvaluationResult:
-        """Evaluates `rows` rows of each cache, or as many as it was made for.
-
-        Args:
-          params: On the mesh.
-          rows: The first rows of each split.
+        """Evaluates parameters, which are on the mesh, on `rows` rows of each cache.
 
         Raises:
           NotFiniteError: The model's losses on some rows are not finite.
@@ -144,16 +140,13 @@ class Evaluator:
         total_4xS = np.zeros((4, self._subsets))
         for batch, sums_4xS in over_batches(self._sums, params, batches, self._mesh, self._rules):
             if not np.isfinite(sums_4xS).all():
-                self._refuse(cache, batch["row_id"])
+                read = batch["row_id"][batch["row_id"] >= 0]
+                raise NotFiniteError(
+                    f"The model's losses are not finite among the rows {read.min()} to "
+                    f"{read.max()} of {self._split} of {cache.path}: use another checkpoint."
+                )
             total_4xS += sums_4xS
         return total_4xS
-
-    def _refuse(self, cache: PackedCache, row_ids_B: np.ndarray) -> NoReturn:
-        read = row_ids_B[row_ids_B >= 0]
-        raise NotFiniteError(
-            f"The model's losses are not finite among the rows {read.min()} to {read.max()} of "
-            f"{self._split} of {cache.path}: use another checkpoint."
-        )
 
 
 def _subset_sums(

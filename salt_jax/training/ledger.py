@@ -33,13 +33,13 @@ class Cost:
 
     @classmethod
     def of(cls, config: DecoderConfig, rows: int, length: int, seconds: float = 0.0) -> "Cost":
-        """Of a forward pass over `rows` rows of `length` tokens."""
+        """The cost of a forward pass over `rows` rows of `length` tokens."""
         tokens = rows * length
         return cls(tokens * flops.forward_flops_per_token(config, length), tokens, seconds)
 
     @classmethod
     def of_training(cls, config: DecoderConfig, rows: int, length: int) -> "Cost":
-        """Of a forward and a backward pass over `rows` rows of `length` tokens."""
+        """The cost of a forward and a backward pass over `rows` rows of `length` tokens."""
         tokens = rows * length
         return cls(tokens * flops.train_flops_per_token(config, length), tokens)
 
