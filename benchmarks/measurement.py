@@ -16,6 +16,11 @@ from typing import Any
 
 import jax
 
+# What jax reports when it traces a function, and when it compiles a program or takes it from the
+# persistent cache.
+_TRACE_EVENT = "/jax/core/compile/jaxpr_trace_duration"
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
 
 def parser(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """An argument parser with --rounds, which most benchmarks have."""
@@ -81,3 +86,31 @@ def _processor() -> str:
     except OSError:
         names = []
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+class CompilationCounter:
+    """Counts tracing and compilation in all threads while its context lasts.
+
+    Attributes:
+      traced: Functions traced; a program may have several.
+      compiled: Programs compiled or taken from the persistent cache.
+      seconds: Time spent on these.
+    """
+
+    def __init__(self) -> None:
+        self.traced, self.compiled, self.seconds = 0, 0, 0.0
+
+    def __enter__(self) -> "CompilationCounter":
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del kwargs
+        if event == _TRACE_EVENT:
+            self.traced += 1
+        elif event == _COMPILE_EVENT:
+            self.compiled += 1
+            self.seconds += duration_secs

@@ -37,7 +37,7 @@ from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder
-from salt_jax.training import compilation, config, loop
+from salt_jax.training import config, loop
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW
@@ -78,7 +78,7 @@ def counted_programs() -> Iterator[list[int]]:
         counts.append(counter.compiled)
         return result
 
-    with compilation.CompilationCounter() as counter:
+    with measurement.CompilationCounter() as counter:
         loop.Loop._step = step  # type: ignore[method-assign]
         try:
             yield counts

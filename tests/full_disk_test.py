@@ -113,7 +113,7 @@ def test_training_goes_on_and_keeps_its_old_checkpoints(
     error = capfd.readouterr().err
     assert "COULD NOT BE WRITTEN: no space left" in error
     assert "THE DISK IS FULL" in error
-    assert "make room and run the same command again, which goes on from step" in error
+    assert "make room and run the same command again, which resumes from step" in error
     names = [path.name for path in (output / "checkpoints").iterdir()]
     (kept,) = (int(name) for name in names if name.isdigit())
     filler.unlink()

@@ -33,7 +33,6 @@ from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training.config import FROM_FILES, Teacher, TrainConfig
-from salt_jax.training.teacher import check_dtype
 
 # What a run needs and a plan does not, with the values that stand for it.
 NEEDS_NO = {
@@ -122,7 +121,6 @@ def _job(
     """What the run computes, or InputError if its settings don't fit each other."""
     method, taught = config.method, config.method.teacher or Teacher(path=None)
     student = _student(config, vocab_size)
-    check_dtype(taught.dtype)
     if sequence_length > student.max_length:
         raise InputError(
             f"sequence_length is {sequence_length} and the student's DecoderConfig.max_length is "

@@ -1,20 +1,19 @@
 """`salt score`: how hard and how learnable each row is, by an early checkpoint of the SLM.
 
-One pass makes several columns: for every k METHOD's median (unlearnable tokens dropped, and as 0),
-the mean loss and the share of the tokens that are among the model's k most likely; the mean loss of
-all tokens; and scores of one's own. `salt select` picks rows by one of them.
+One pass makes several columns: for each k the median loss of the learnable tokens (with the others
+left out, and as 0), their mean loss and their share of all tokens; the mean loss of all tokens; and
+scores of your own. `salt select` picks rows by one of them.
 
-With --soft_labels=K it stores the K most likely ids a token and their probabilities instead, of the
-SLM's last checkpoint: what `salt train --soft_labels=FOLDER` learns from without a teacher.
+With --soft_labels=K it stores the K most likely ids of each token with their probabilities instead,
+by the SLM's last checkpoint; `salt train --soft_labels=FOLDER` learns from them without a teacher.
 
-The pass is cut into shards. Started again after a kill it makes those that are missing, on another
-number of workers too; workers, each with its own devices, need nothing but the folder in common.
+The pass is cut into shards. The same command given again makes the shards that are missing, on
+another number of workers too; workers, each with its own devices, share nothing but the folder.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +27,8 @@ from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.distill import losses
 from salt_jax.distill.scores import Score, checked_ks, column_names, require_scores, scores_of
 from salt_jax.errors import InputError, require_counts
-from salt_jax.inference.scoring import own_mesh, score_rows
+from salt_jax.inference.row_pass import RowPass, own_mesh
+from salt_jax.inference.scoring import score_rows
 from salt_jax.inference.soft_labelling import label_rows
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, say
@@ -39,10 +39,9 @@ from salt_jax.training.ledger import Cost
 
 # Rows are shuffled, so the first of them are a sample.
 _SAMPLE_ROWS = 1 << 20
+_QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
-# It may be one of several processes.
-
-# What changes no result, but for rounding; pass.json compares the rest when a pass goes on.
+# Settings that change the result by rounding at most; pass.json has the others, for resuming.
 CHANGES_NO_RESULT = (
     *("score.devices", "Devices", "MeshConfig", "score.batch_size", "score.chunk_tokens"),
     *("score.worker", "score.workers", "score.shard_rows"),
@@ -79,44 +78,36 @@ def score(
       scorer_step: The scorer's checkpoint, an early one for SALT; the newest by default.
       split: Which rows.
       k: A token is learnable if it is among the scorer's k most likely ones; one k, or several.
-      scores: Columns beside those of k: objects of a gin file, such as scores.MeanEntropy.
-      soft_labels: Above 0, store so many ids a token with their probabilities, instead of scores:
+      scores: More columns: objects of a gin file, such as scores.MeanEntropy.
+      soft_labels: Above 0, store that many ids a token with their probabilities instead of scores:
         `salt train --soft_labels=FOLDER` learns from them without a teacher.
       soft_label_temperature: τ of those probabilities.
-      soft_label_encoding: Of their logs: "float16", or "uint8".
-      selection: Label the rows of a selection alone.
-      allow_nan: Whether to go on where the scorer's losses are not finite, for `salt select` to
-        leave such rows out. Soft labels must be finite.
+      soft_label_encoding: Of their logarithms: "float16", or "uint8".
+      selection: Label only the rows of this selection.
+      allow_nan: Go on where the scorer's losses are not finite, so that `salt select` can leave
+        those rows out. Soft labels must be finite.
       shard_rows: Rows that are written, and lost by a kill, together; best a multiple of
         batch_size. By default 65,536, for soft labels 4,096.
-      worker: Which of the workers this process is, from 0; jax's own number by default.
-      workers: How many processes share the pass; as many as jax knows of by default.
+      worker: This worker's number, from 0; jax's process index by default.
+      workers: How many processes share the pass; jax's process count by default.
       batch_size: Rows at once.
-      devices: The mesh, and where compiled programs are kept; of several processes each has a mesh
-        of its own devices, on which all but tensor are fsdp.
+      devices: The mesh and the compilation cache; of several processes each has a mesh of its own
+        devices, on which all axes but tensor are fsdp.
       chunk_tokens: Tokens whose logits a device holds at once.
 
     Raises:
-      InputError: No such model or cache, another vocabulary, k over the vocabulary's size, scores
-        of one name, a folder that was begun with another cache, model, k or scores, or a model
-        that is not finite.
+      InputError: No such model or cache, different vocabularies, k over the vocabulary's size, two
+        scores of one name, a folder begun with another cache, model, k or scores, or a model that
+        is not finite.
     """
     require_counts(batch_size=batch_size, chunk_tokens=chunk_tokens, shard_rows=shard_rows)
     ks = checked_ks(k)
     require_scores(scores)
-    if soft_labels and scores:
-        raise InputError(
-            f"scores has {len(scores)} and soft_labels is {soft_labels}, in their place: leave one "
-            "of them out."
-        )
+    _require_one_kind(soft_labels, scores, selection)
     packed = PackedCache.open(cache)
     model = find_model(scorer, scorer_step, "scorer", packed)
     worker, workers = _own_part(worker, workers)
-    device_mesh = own_mesh(devices.mesh)
-    where = (batch_size, device_mesh, devices.rules, chunk_tokens, worker, workers)
     writer: RowScoresWriter | SoftLabelsWriter
-    settings: tuple[Any, ...]
-    make: Callable[..., None]
     if soft_labels:
         form = LabelFormat(
             packed.sequence_length, packed.vocabulary_size, soft_labels, soft_label_encoding
@@ -124,30 +115,32 @@ def score(
         writer = _label_writer(
             run, packed, split, model, soft_label_temperature, form, selection, shard_rows or 4096
         )
-        settings = (soft_labels, soft_label_temperature, writer, *where)
-        make = functools.partial(label_rows, model.config)
     else:
-        _check_ks(ks, packed, selection)
-        own = [one.name for one in scores]
-        writer = _score_writer(run, packed, split, model, ks, own, shard_rows or 65_536)
-        settings = ([*scores_of(ks), *scores], writer, *where)
-        make = functools.partial(score_rows, model.config, allow_nan=allow_nan)
+        writer = _score_writer(run, packed, split, model, ks, scores, shard_rows or 65_536)
     if shard_rows not in (None, writer.shards.shard_rows):
         say(
             f"{run.path} was begun with shards of {writer.shards.shard_rows:,} rows, and keeps them"
         )
+    mesh = own_mesh(devices.mesh)
+    missing, params = writer.shards.unfinished(worker, workers), None
+    # Processes that know of each other wait for one another when they load a model, so those that
+    # have nothing to score load it too.
+    if missing or (jax.process_count() > 1 and writer.shards.unfinished()):
+        compilation.use_compilation_cache(devices.compilation_cache)
+        # Before the folder is begun: a model that can't be loaded leaves nothing there.
+        params = model.load_params(mesh, devices.rules)
     # What must stay the same is in pass.json; workers share the folder.
     run.begin(replace=True, part=f"{worker}-of-{workers}" if workers > 1 else "")
     writer.begin()
-    missing = writer.shards.unfinished(worker, workers)
-    # Processes that know of each other wait for one another when they load a model, so those that
-    # have nothing to score load it too.
-    if missing or (jax.process_count() > 1 and not writer.shards.completed):
-        compilation.use_compilation_cache(devices.compilation_cache)
-        params = model.load_params(device_mesh, devices.rules)
-        rows = sum(len(shard.rows) for shard in missing)
-        with ProgressBar("score", rows, unit="rows") as progress:
-            make(params, packed, split, *settings, progress.add)
+    if params is not None:
+        left = sum(len(shard.rows) for shard in missing)
+        where = (batch_size, mesh, devices.rules, chunk_tokens, worker, workers)
+        with ProgressBar("score", left, unit="rows") as bar:
+            rows = RowPass(model.config, packed, split, *where, bar.add)
+            if isinstance(writer, SoftLabelsWriter):
+                label_rows(rows, params, soft_labels, soft_label_temperature, writer)
+            else:
+                score_rows(rows, params, [*scores_of(ks), *scores], writer, allow_nan)
     run.processes.wait("scored")
     left = len(writer.shards.unfinished())
     if left:
@@ -156,23 +149,22 @@ def score(
             "they are the other workers'; if those are gone for good, run this again with "
             "--worker=0 --workers=1."
         )
-        return
-    if not run.processes.is_first:
-        return
-    cost = Cost.of(model.config, writer.shards.rows, packed.sequence_length)
-    finished = writer.complete(dataclasses.asdict(cost))
-    if isinstance(finished, StoredLabels):
-        _summarize_labels(run, finished)
-    else:
-        _summarize(run, finished)
+    elif run.processes.is_first:
+        cost = dataclasses.asdict(Cost.of(model.config, writer.shards.rows, packed.sequence_length))
+        if isinstance(writer, SoftLabelsWriter):
+            run.write_summary(_label_summary(writer.complete(cost)))
+        else:
+            run.write_summary(_score_summary(writer.complete(cost)))
 
 
-def _check_ks(ks: Sequence[int], cache: PackedCache, selection: str | None) -> None:
-    if ks[-1] > cache.vocabulary_size:
+def _require_one_kind(soft_labels: int, scores: Sequence[Score], selection: str | None) -> None:
+    """Refuses settings of scores for soft labels, and the other way round."""
+    if soft_labels and scores:
         raise InputError(
-            f"k is {ks[-1]} and the vocabulary has {cache.vocabulary_size} ids: lower --k."
+            f"scores has {len(scores)} and soft_labels is {soft_labels}, which replaces them: "
+            "leave one of them out."
         )
-    if selection is not None:
+    if not soft_labels and selection is not None:
         raise InputError(
             f"selection is {selection}, and scores are of all rows: leave it unset, or set "
             "--soft_labels=K."
@@ -185,9 +177,13 @@ def _score_writer(
     split: str,
     model: SavedModel,
     ks: Sequence[int],
-    own: Sequence[str],
+    scores: Sequence[Score],
     shard_rows: int,
 ) -> RowScoresWriter:
+    if ks[-1] > cache.vocabulary_size:
+        raise InputError(
+            f"k is {ks[-1]} and the vocabulary has {cache.vocabulary_size} ids: lower --k."
+        )
     return RowScoresWriter(
         run.path,
         cache_digest=cache.digest,
@@ -196,7 +192,7 @@ def _score_writer(
         scorer=model.identity,
         ks=ks,
         columns=column_names(ks),
-        own_columns=own,
+        own_columns=[score.name for score in scores],
         shard_rows=shard_rows,
     )
 
@@ -211,22 +207,23 @@ def _label_writer(
     selection: str | None,
     shard_rows: int,
 ) -> SoftLabelsWriter:
-    """Refuses what doesn't fit the disk."""
+    """Also refuses labels that don't fit on the disk."""
     if not 0.0 < temperature < math.inf:
         raise InputError(f"soft_label_temperature is {temperature}; set it to a number above 0.")
-    selected = Selection.open(selection, cache_digest=cache.digest) if selection else None
-    if selected is not None and selected.manifest["split"] != split:
-        raise InputError(
-            f"The selection {selection} is of the {selected.manifest['split']} split, not of "
-            f"{split}: set --split to it."
-        )
-    if selected is not None:
-        selected.require_within(len(cache.split(split)))
+    rows, selected = len(cache.split(split)), None
+    if selection is not None:
+        selected = Selection.open(selection, cache_digest=cache.digest)
+        if selected.manifest["split"] != split:
+            raise InputError(
+                f"The selection {selection} is of the {selected.manifest['split']} split, not of "
+                f"{split}: set --split to it."
+            )
+        selected.require_within(rows)
     writer = SoftLabelsWriter(
         run.path,
         cache_digest=cache.digest,
         split=split,
-        rows=len(cache.split(split)),
+        rows=rows,
         row_ids=selected.row_ids if selected else None,
         selection_digest=selected.digest if selected else None,
         teacher=model.identity,
@@ -240,7 +237,7 @@ def _label_writer(
 
 
 def _own_part(worker: int | None, workers: int | None) -> tuple[int, int]:
-    """Which part of the pass is this process's."""
+    """This process's number among the workers, and how many there are."""
     if (worker is None) != (workers is None):
         raise InputError(
             f"worker is {worker} and workers is {workers}: set both, or neither of them, as in "
@@ -255,68 +252,60 @@ def _own_part(worker: int | None, workers: int | None) -> tuple[int, int]:
     return worker, workers
 
 
-def _summarize(run: RunFolder, scores: RowScores) -> None:
-    """Prints what the scores are, and writes summary.json."""
+def _score_summary(scores: RowScores) -> dict[str, Any]:
+    """Prints a summary of the scores, and returns it for summary.json."""
     manifest, cost = scores.manifest, scores.cost or {}
-    sample = slice(0, min(_SAMPLE_ROWS, scores.rows))
-    summary: dict[str, Any] = {
-        "rows": scores.rows,
-        "nan_rows": manifest["nan_rows"],
-        "k": manifest["k"],
-        "scorer": manifest["scorer"],
-        "sampled_rows": sample.stop,
-        "columns": {},
-        **cost,
-    }
-    scorer = manifest["scorer"]
+    scorer, nan_rows = manifest["scorer"], manifest["nan_rows"]
     say(
         f"{scores.rows:,} rows of {manifest['split']} scored by {scorer['path']} at step "
         f"{scorer['step']} in {cost.get('seconds', float('nan')):.1f} s"
     )
+    sampled = min(_SAMPLE_ROWS, scores.rows)
+    columns = {}
     for name in scores.columns:
-        values_n = scores.column(name)[sample]
-        finite_n = values_n[np.isfinite(values_n)]
+        values_n = scores.column(name)[:sampled]
         without = int(np.count_nonzero(values_n == -np.inf))
-        quantiles = _quantiles(finite_n)
-        summary["columns"][name] = {"without_value": without, "quantiles": quantiles}
+        finite_n = values_n[np.isfinite(values_n)]
+        shares = _QUANTILES if len(finite_n) else ()
+        quantiles = {f"{q:g}": float(np.quantile(finite_n, q)) for q in shares}
+        columns[name] = {"without_value": without, "quantiles": quantiles}
         nothing = f"; {without:,} rows have none" if without else ""
         say(f"  {name:18} median {quantiles.get('0.5', -np.inf):.3f}{nothing}")
-    if manifest["nan_rows"]:
+    if nan_rows:
         say(
-            f"  {manifest['nan_rows']:,} rows have scores that are not finite: the scorer is "
-            "broken there; `salt select` refuses them unless --allow_nan=True leaves them out."
+            f"  {nan_rows:,} rows have scores that are not finite: the scorer is broken there; "
+            "`salt select` refuses them unless --allow_nan=True leaves them out."
         )
-    run.write_summary(summary)
+    return {
+        "rows": scores.rows,
+        "nan_rows": nan_rows,
+        "k": manifest["k"],
+        "scorer": scorer,
+        "sampled_rows": sampled,
+        "columns": columns,
+        **cost,
+    }
 
 
-def _summarize_labels(run: RunFolder, labels: StoredLabels) -> None:
-    """Prints what the labels are, and writes summary.json."""
+def _label_summary(labels: StoredLabels) -> dict[str, Any]:
+    """Prints a summary of the soft labels, and returns it for summary.json."""
     manifest, form, cost = labels.manifest, labels.format, labels.cost
-    stored = labels.rows * form.record_bytes
+    teacher, stored_bytes = manifest["teacher"], labels.rows * form.record_bytes
     say(
-        f"{labels.rows:,} rows of {manifest['split']} labelled by {manifest['teacher']['path']} at "
-        f"step {manifest['teacher']['step']} in {cost['seconds']:.1f} s: {form.k} ids a token at "
-        f"the temperature {manifest['temperature']:g}, {form.bytes_per_token:.1f} bytes a token, "
-        f"{stored / 1e6:,.1f} MB"
+        f"{labels.rows:,} rows of {manifest['split']} labelled by {teacher['path']} at step "
+        f"{teacher['step']} in {cost['seconds']:.1f} s: {form.k} ids a token at the temperature "
+        f"{manifest['temperature']:g}, {form.bytes_per_token:.1f} bytes a token, "
+        f"{stored_bytes / 1e6:,.1f} MB"
     )
-    run.write_summary(
-        {
-            "rows": labels.rows,
-            "teacher": manifest["teacher"],
-            "temperature": manifest["temperature"],
-            "format": manifest["format"],
-            "bytes_per_token": form.bytes_per_token,
-            "bytes": stored,
-            **cost,
-        }
-    )
-
-
-def _quantiles(values_n: np.ndarray) -> dict[str, float]:
-    shares = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-    if not len(values_n):
-        return {}
-    return {f"{q:g}": float(np.quantile(values_n, q)) for q in shares}
+    return {
+        "rows": labels.rows,
+        "teacher": teacher,
+        "temperature": manifest["temperature"],
+        "format": manifest["format"],
+        "bytes_per_token": form.bytes_per_token,
+        "bytes": stored_bytes,
+        **cost,
+    }
 
 
 VERB = Verb(score, several_processes=True, changes_no_result=CHANGES_NO_RESULT)

@@ -1,8 +1,8 @@
-"""`salt smoke`: the whole method on real text, in some minutes: four arms, a table and a page.
+"""`salt smoke`: the whole method on real text in some minutes, with a table and a page.
 
-Prepares a cache, trains a small SLM that keeps an early checkpoint, scores, selects, trains the
-LLM as baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out text and makes
-the report. Every step is the `salt` command that anyone would type; it is printed before it runs.
+It prepares a cache, trains a small SLM and keeps an early checkpoint of it, scores, selects, trains
+the LLM as baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out text, and makes
+the report. Every step is a `salt` command that anyone could type, printed before it runs.
 """
 
 import json
@@ -21,10 +21,15 @@ from salt_jax.terminal import Table, print_table, say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
-from salt_jax.training.evaluation import EvaluationResult, Evaluator
+from salt_jax.training.evaluation import Evaluator
 
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
 SPLIT = "test"
+
+# What the summary takes from the summaries of `salt train`.
+_TRAINING_FIGURES = (
+    *("steps", "distill_steps", "parameters", "train_flops", "seconds", "tokens", "seed"),
+)
 
 
 def smoke(
@@ -45,11 +50,10 @@ def smoke(
     """Runs SALT end to end.
 
     Args:
-      run: The folder for everything; a folder that was interrupted goes on.
+      run: The folder for everything; the same command resumes one that was interrupted.
       text: A pattern of files to train on ("notes/**/*.md"); by default this machine's own text,
         the Python library.
-      data: Arguments of `salt prepare`: which text, vocabulary and length; data/smoke.gin reads
-        what `text` says.
+      data: Arguments of `salt prepare`: text, vocabulary and length; data/smoke.gin reads `text`.
       slm_gin: Settings of the SLM's run.
       llm_gin: Settings of the LLM's runs.
       slm_steps: Steps of the SLM.
@@ -97,15 +101,19 @@ def smoke(
             *("--gin_file=methods/top_fraction.gin", f"--gin.FRACTION={selected_fraction}"),
         ),
     }
-    for arm in ARMS:
-        method = _method(arm, folder, n_kd, temperature)
+    for arm, flags in _methods(folder, n_kd, temperature).items():
+        method = f"--gin_file=methods/{arm}.gin", *flags
         llm = ("train", f"--gin_file={llm_gin}", *method, cache, f"--steps={llm_steps}", *seeds)
         commands[arm] = llm
     check_verbs(commands)
     run.begin()
     for name, (verb, *arguments) in commands.items():
+        output = folder / name
+        if verb != "train" and (output / SUMMARY_FILE).exists():
+            say("", f"{output} is finished already")
+            continue
         try:
-            _salt(folder / name, verb, *arguments, text=text)
+            run_verb(verb, arguments, output, {"SALT_TEXT": text})
         except InputError:
             if fresh and name == "cache":
                 run.withdraw()
@@ -119,36 +127,29 @@ def smoke(
     say(f"The page: {(folder / 'report' / 'index.html').resolve()}")
 
 
-def _method(arm: str, folder: pathlib.Path, n_kd: int, temperature: float) -> list[str]:
-    """The arguments of `salt train` that make an arm what it is."""
-    arguments = [f"--gin_file=methods/{arm}.gin"]
-    if arm != "baseline":
-        arguments += [f"--teacher={folder / 'slm'}", f"--gin.TEACHER_TEMPERATURE={temperature}"]
-    if arm in ("salt", "salt_ds"):
-        arguments += [f"--gin.N_KD={n_kd}"]
-    if arm == "salt_ds":
-        arguments += [f"--selection={folder / 'selection'}"]
-    return arguments
-
-
-def _salt(output: pathlib.Path, verb: str, *arguments: str, text: str) -> None:
-    """Runs one verb as its own process; does nothing where it has finished."""
-    if verb != "train" and (output / SUMMARY_FILE).exists():
-        say("", f"{output} is there already")
-        return
-    run_verb(verb, arguments, output, {"SALT_TEXT": text})
+def _methods(folder: pathlib.Path, n_kd: int, temperature: float) -> dict[str, tuple[str, ...]]:
+    """Flags of `salt train` for each arm, beside its gin file."""
+    teacher = f"--teacher={folder / 'slm'}", f"--gin.TEACHER_TEMPERATURE={temperature}"
+    salt = *teacher, f"--gin.N_KD={n_kd}"
+    salt_ds = *salt, f"--selection={folder / 'selection'}"
+    return dict(zip(ARMS, ((), teacher, salt, salt_ds), strict=True))
 
 
 def _evaluate(folder: pathlib.Path) -> dict[str, Any]:
-    """Every model and the bigram model on the test split; the summary of the whole run."""
+    """Evaluates every model and the bigram model on the test split; the run's summary."""
     compilation.use_compilation_cache(compilation.DEFAULT_FOLDER)
     cache = PackedCache.open(folder / "cache")
     mesh = partitioning.MeshConfig().make()
     results = {}
     for name in ("slm", *ARMS):
         model = find_model(folder / name, None, "model")
-        evaluation = Evaluator(model.config, cache, SPLIT, 64, mesh)(model.load_params(mesh))
-        results[name] = _result(folder / name, evaluation)
+        quality = Evaluator(model.config, cache, SPLIT, 64, mesh)(model.load_params(mesh)).whole
+        training = json.loads((folder / name / SUMMARY_FILE).read_text(encoding="utf-8"))
+        results[name] = {
+            "log_perplexity": quality.log_perplexity,
+            "next_token_accuracy": quality.next_token_accuracy,
+            **{figure: training[figure] for figure in _TRAINING_FIGURES},
+        }
     return {
         "arms": [{"arm": arm, **results[arm]} for arm in ARMS],
         "slm": results["slm"],
@@ -157,16 +158,6 @@ def _evaluate(folder: pathlib.Path) -> dict[str, Any]:
         ),
         "split": SPLIT,
         "device": jax.devices()[0].device_kind,
-    }
-
-
-def _result(path: pathlib.Path, evaluation: EvaluationResult) -> dict[str, Any]:
-    training = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
-    names = ("steps", "distill_steps", "parameters", "train_flops", "seconds", "tokens", "seed")
-    return {
-        "log_perplexity": evaluation.whole.log_perplexity,
-        "next_token_accuracy": evaluation.whole.next_token_accuracy,
-        **{name: training[name] for name in names},
     }
 
 

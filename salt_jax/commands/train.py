@@ -1,12 +1,12 @@
 """`salt train`: trains a model, as baseline or with a teacher (RKD, SALT, SALT_DS).
 
 Compose gin files: a model (gin/models), a method (gin/methods), hardware (gin/hardware), or take
-a whole run (gin/runs). A run that was stopped goes on when the same command is given again.
+a whole run (gin/runs). The same command given again resumes a run that was stopped.
 """
 
 import dataclasses
 
-import jax
+from jax.sharding import Mesh
 
 from salt_jax.cli.verb import Verb
 from salt_jax.data import denoisers
@@ -19,34 +19,34 @@ from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, copy_tokenize
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder
-from salt_jax.terminal import say
+from salt_jax.terminal import say, warn
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.caches import Caches, make_pipeline
 from salt_jax.training.checkpoint_items import require_path
 from salt_jax.training.checkpoints import (
-    CheckpointConfig,
     SavedModel,
     complete_steps,
     find_model,
     read_progress,
     state_bytes,
 )
-from salt_jax.training.config import FROM_FILES, Devices, Initial, TrainConfig
-from salt_jax.training.evaluation import Evaluator, MixtureEvaluator
-from salt_jax.training.loop import Loop, TrainingSetup
+from salt_jax.training.config import FROM_FILES, Devices, Initial, Teacher, TrainConfig
+from salt_jax.training.evaluation import Evaluator
+from salt_jax.training.hang_watch import HangWatch
+from salt_jax.training.loop import Loop
 from salt_jax.training.optimizers import make_transformation
 from salt_jax.training.origin import origin_of, scoring_cost
-from salt_jax.training.teacher import find_labels, find_teacher, refuse_unused
-from salt_jax.training.train_state import StateLayout, make_layout
+from salt_jax.training.teacher import LoadedTeacher, find_labels, find_teacher, refuse_unused
+from salt_jax.training.train_state import StateLayout, TrainState, make_layout
 
-# How the run is computed and when it is told of: no result changes, but for rounding.
+# Settings of how a run is computed and reported: they change its result by rounding at most.
 CHANGES_NO_RESULT = (
     *("TrainConfig.devices", "Devices", "MeshConfig", "Data.read_threads", "Teacher.rules"),
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("TrainConfig.log_every", "TrainConfig.hang_seconds"),
 )
 
-# What may change when a run goes on: the batch size too, since positions count rows.
+# Settings that may change when a run is resumed: the batch size too, since positions count rows.
 MAY_CHANGE = (
     *CHANGES_NO_RESULT,
     *("Data.batch_size", "TrainConfig.max_skipped_updates"),
@@ -66,89 +66,66 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     Raises:
       InputError: Settings that don't fit each other, the cache, the teacher or the devices.
     """
-    data, devices = config.data, config.devices
+    data, method, devices = config.data, config.method, config.devices
     require_path(run.path)
     if data.cache is None:
         raise InputError("cache is not set: add --cache=FOLDER, made by `salt prepare`.")
     caches = Caches.open(data.cache, data.weights)
     packed = caches.first
-    initial_model = _initial(config.initial, packed)
-    student = _student(config.model, initial_model, packed)
+    initial = _find_initial(config.initial, packed)
+    student = _student(config.model, initial, packed)
     mesh = devices.mesh.make()
-    parts = _check_batch(data.batch_size, devices, mesh)
+    microbatches = _most_microbatches(data.batch_size, devices, mesh)
     start = _position(run)
     selected = _selection(config)
     refuse_unused(config)
-    # A run that goes on in stage 2 has no need of its teacher, which may be gone.
-    teacher_model, labels = None, None
-    if start.step < config.stage1_steps and config.method.soft_labels is not None:
+    # A run that is resumed in stage 2 doesn't need its teacher, which may be gone.
+    teacher, labels = None, None
+    if start.step < config.stage1_steps and method.soft_labels is not None:
         labels = find_labels(config, caches, selected)
     elif start.step < config.stage1_steps:
-        teacher_model = find_teacher(config, packed)
-    layout = make_layout(
-        student, make_transformation(config.optimizer, config.steps, student), mesh, devices.rules
-    )
-    setup = TrainingSetup(
-        config=config,
-        layout=layout,
-        pipeline=make_pipeline(
-            caches,
-            partitioning.batch_part(mesh),
-            batch_size=data.batch_size,
-            seed=data.seed,
-            selected=selected,
-            stage1_steps=min(data.selection_steps or config.stage1_steps, config.steps),
-            stage2_rows=data.stage2_rows,
-            start=start,
-            denoising=_denoising(config, packed, student),
-            soft_labels=labels,
-            read_threads=data.read_threads,
-        ),
-        sequence_length=packed.sequence_length,
-        evaluator=_evaluator(caches, layout, data.batch_size // max(parts), config),
-        evaluation_rows=_held_out_rows(caches, config.evaluation.rows),
-        origin=origin_of(student, caches, config.method.schedule, selected, teacher_model, labels),
-        teacher=teacher_model,
-        scoring=scoring_cost(selected, labels, config.method.arm),
-        initial=initial_model,
-    )
-    _begin(run, setup, packed)
+        teacher = find_teacher(config, packed)
+    denoising = _denoising(config, packed, student)
+    optimizer = make_transformation(config.optimizer, config.steps, student)
+    layout = make_layout(student, optimizer, mesh, devices.rules)
+    kept = config.checkpoints.keep_last + len(config.checkpoints.keep_steps) + 1
+    run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
     compilation.use_compilation_cache(devices.compilation_cache)
-    run.write_summary(Loop(setup, run).run())
-
-
-def _begin(run: RunFolder, setup: TrainingSetup, cache: PackedCache) -> None:
-    _require_space(run, setup.config.checkpoints, state_bytes(setup.layout))
+    # Models are loaded before the folder is begun, so that a bad one leaves nothing there.
+    with HangWatch(config.hang_seconds, warn) as watch, watch.waiting_for("the models to load"):
+        loop = Loop(
+            folder=run,
+            config=config,
+            layout=layout,
+            pipeline=make_pipeline(config, caches, mesh, selected, start, denoising, labels),
+            sequence_length=packed.sequence_length,
+            evaluator=Evaluator(
+                student,
+                caches.packed,
+                "validation",
+                data.batch_size // microbatches,
+                mesh,
+                devices.rules,
+                config.evaluation.rows,
+                method.loss.chunk_tokens,
+            ),
+            origin=origin_of(config, student, caches, selected, teacher, labels, denoising),
+            scoring=scoring_cost(selected, labels, method.arm),
+            teacher=_load_teacher(method.teacher, teacher, layout),
+            initial=_load_initial(None if start.step else initial, layout),
+        )
     for change in run.begin(may_change=MAY_CHANGE):
-        say(f"[{setup.config.method.arm}] {change}")
+        say(f"[{method.arm}] {change}")
     if run.processes.is_first:
-        cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
-        _keep_tokenizer(run, setup.initial, cache)
-    _describe(setup)
+        packed.vocabulary.save(run.path / VOCABULARY_FOLDER)
+        if initial is not None and not packed.vocabulary.reserved:
+            # The same vocabulary, so that the model's chat template and the like still hold.
+            copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
+    _describe(loop)
+    run.write_summary(loop.run())
 
 
-def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCache) -> None:
-    """A model that was taken in keeps its chat template and the like when it is trained on."""
-    # Without reserved ids the vocabularies are the same one, which find_model has seen to.
-    if initial is not None and not cache.vocabulary.reserved:
-        copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
-
-
-def _require_space(run: RunFolder, checkpoints: CheckpointConfig, state: int) -> None:
-    kept = checkpoints.keep_last + len(checkpoints.keep_steps) + 1
-    run.require_space(kept * state, f"{kept} checkpoints")
-
-
-def _position(run: RunFolder) -> Position:
-    """Where the run's newest checkpoint stands."""
-    steps = complete_steps(run.path)
-    if not steps:
-        return Position()
-    rows = read_progress(run.path, steps[-1])["rows_consumed"]
-    return Position(steps[-1], rows["stage1"], rows["stage2"])
-
-
-def _initial(initial: Initial | None, cache: PackedCache) -> SavedModel | None:
+def _find_initial(initial: Initial | None, cache: PackedCache) -> SavedModel | None:
     if initial is None:
         return None
     if initial.path is None:
@@ -198,18 +175,27 @@ def _student(
     return model
 
 
-def _check_batch(batch_size: int, devices: Devices, mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """The microbatches of a step of stage 1 and of stage 2."""
+def _most_microbatches(batch_size: int, devices: Devices, mesh: Mesh) -> int:
+    """The larger number of microbatches of both stages; each must divide the batch."""
     divisor = partitioning.batch_divisor(mesh)
-    first, second = devices.microbatches_of(1), devices.microbatches_of(2)
-    for parts in (second, first):
-        if batch_size % (divisor * parts):
+    both = devices.microbatches_of(2), devices.microbatches_of(1)
+    for microbatches in both:
+        if batch_size % (divisor * microbatches):
             raise InputError(
-                f"batch_size {batch_size} can't be split over {divisor} devices in {parts} "
+                f"batch_size {batch_size} can't be split over {divisor} devices in {microbatches} "
                 "microbatches: make it a multiple of devices × microbatches, or change "
                 "microbatches or the mesh."
             )
-    return first, second
+    return max(both)
+
+
+def _position(run: RunFolder) -> Position:
+    """Where the run's newest checkpoint stands."""
+    steps = complete_steps(run.path)
+    if not steps:
+        return Position()
+    rows = read_progress(run.path, steps[-1])["rows_consumed"]
+    return Position(steps[-1], rows["stage1"], rows["stage2"])
 
 
 def _selection(config: TrainConfig) -> Selection | None:
@@ -239,79 +225,64 @@ def _denoising(
     config: TrainConfig, cache: PackedCache, student: DecoderConfig
 ) -> denoisers.Denoising | None:
     objectives, teacher = config.data.objectives, config.method.teacher
-    taught = teacher.objectives if teacher else "all"
-    if taught not in denoisers.TEACHER_OBJECTIVES:
-        raise InputError(
-            f"The teacher's objectives are {taught!r}: set --teacher.objectives to 'all' or "
-            "'causal'."
-        )
     if objectives is None:
         return None
     if objectives.bidirectional_prefix:
         require_bidirectional(student.attention_backend)
+    taught = teacher.objectives if teacher else "all"
     return denoisers.Denoising(
         objectives, cache.vocabulary, cache.sequence_length, config.data.seed, taught
     )
 
 
-def _evaluator(
-    caches: Caches, layout: StateLayout, batch_size: int, config: TrainConfig
-) -> Evaluator | MixtureEvaluator:
-    """For the validation rows of every cache; causal, whatever the objectives."""
-    evaluators = {
-        name: Evaluator(
-            layout.config,
-            cache,
-            "validation",
-            batch_size,
-            layout.mesh,
-            layout.rules,
-            config.evaluation.rows,
-            config.method.loss.chunk_tokens,
-        )
-        for name, cache in caches.packed.items()
-    }
-    return MixtureEvaluator(evaluators) if len(evaluators) > 1 else evaluators.popitem()[1]
+def _load_teacher(
+    config: Teacher | None, model: SavedModel | None, layout: StateLayout
+) -> LoadedTeacher | None:
+    if config is None or model is None:
+        return None
+    return LoadedTeacher(model, layout.mesh, config.rules or layout.rules, config.dtype)
 
 
-def _held_out_rows(caches: Caches, rows: int | None) -> int:
-    held_out = [len(cache.split("validation")) for cache in caches.packed.values()]
-    return sum(min(rows or size, size) for size in held_out)
+def _load_initial(model: SavedModel | None, layout: StateLayout) -> TrainState | None:
+    """A fresh state with the model's parameters."""
+    if model is None:
+        return None
+    dtype = layout.config.param_dtype
+    return layout.around(model.load_params(layout.mesh, layout.rules, dtype))
 
 
-def _describe(setup: TrainingSetup) -> None:
+def _describe(loop: Loop) -> None:
     """Says what is about to run, and what a reader might not expect of it."""
-    pipeline, steps, stage1_steps = setup.pipeline, setup.config.steps, setup.config.stage1_steps
-    says, epochs = f"[{setup.config.method.arm}]", pipeline.epochs(steps)
+    config, pipeline, steps = loop.config, loop.pipeline, loop.config.steps
+    says, epochs = f"[{config.method.arm}]", pipeline.epochs(steps)
     sizes = (pipeline.unused_rows or pipeline.all_rows).sizes()
     read = [
-        f"{epochs[name]:.2f} epochs of {sizes[i]:,} rows"
-        + (f" of {name}" if len(sizes) > 1 else "")
-        for i, name in enumerate(pipeline.sources)
+        f"{epochs[name]:.2f} epochs of {size:,} rows" + (f" of {name}" if len(sizes) > 1 else "")
+        for name, size in zip(pipeline.sources, sizes.values(), strict=True)
     ]
     say(
-        f"{says} {setup.layout.config.num_parameters:,} parameters, {steps} steps of "
-        f"{pipeline.batch_size} × {setup.sequence_length} tokens, {', '.join(read)}, "
-        f"{stage1_steps} steps with a teacher"
+        f"{says} {loop.layout.config.num_parameters:,} parameters, {steps} steps of "
+        f"{pipeline.batch_size} × {loop.sequence_length} tokens, {', '.join(read)}, "
+        f"{config.stage1_steps} steps with a teacher"
     )
-    n_kd = getattr(setup.config.method.schedule, "n_kd", None)
+    n_kd = getattr(config.method.schedule, "n_kd", None)
     if n_kd is not None and n_kd > steps:
         say(
-            f"{says} n_kd {n_kd} is over the run's {steps} steps: the teacher stays "
-            "to the end, and there is no stage 2"
+            f"{says} n_kd {n_kd} is over the run's {steps} steps: the teacher stays to the end, "
+            "and there is no stage 2"
         )
     if pipeline.selected_rows is None:
         return
     selected = sum(pipeline.selected_rows.sizes().values())
     needed = pipeline.position(max(pipeline.stage1_steps, pipeline.start.step)).stage1_rows
-    if selected < needed:
-        say(
-            f"{says} {selected:,} selected rows are fewer than the {needed:,} that are "
-            f"read of them ({pipeline.stage1_steps} steps × batch_size): each is read "
-            f"{epochs[SELECTED]:.1f} times"
-        )
-    else:
+    if selected >= needed:
         say(f"{says} stage 1 reads {needed:,} of the {selected:,} selected rows, once")
+    else:
+        say(
+            f"{says} {selected:,} selected rows are fewer than the {needed:,} that stage 1 reads "
+            f"({pipeline.stage1_steps} steps × batch_size): each is read {epochs[SELECTED]:.1f} "
+            "times"
+        )
 
 
 VERB = Verb(

@@ -1,11 +1,11 @@
-"""Decoding with a cache: prompts in; then a token at a time, each seeing the keys of earlier ones.
+"""Decoding with a cache of keys and values: whole prompts first, then a token at a time.
 
     state, tokens_Bx1, log_p_Bx1 = begin(config, params, prompts_BxL, …)
     state, tokens_BxC, log_p_BxC = advance(config, params, state, limit, …)
 
-Prompts are padded on the left, so that all rows' newest tokens share a slot of the cache; positions
-are counted row by row. The cache has the logical axes (layers,) batch, activation_kv_heads, length,
-None, by which it is split over a mesh.
+Prompts are padded on the left, so that the newest tokens of all rows share a slot of the cache;
+positions count from each row's first token. The cache is sharded by the logical axes (layers,)
+batch, activation_kv_heads, length, None.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ NO_TOKEN = -1
 
 
 class Cache(NamedTuple):
-    """What the tokens so far leave for later ones.
+    """Keys and values of the tokens so far.
 
     Attributes:
-        layers: the decoder's collection "cache": for each attention key and value [B, G, S, K],
-            stacked over the layers where they are scanned.
-        segment_ids: int32 [B, S], 1 where a slot holds a token, 0 where it is padding or empty.
-        lengths: int32 [B], tokens of each row, which is the position of its next one.
-        slot: int32, where all rows' next tokens go.
+      layers: The decoder's collection "cache": key and value [B, G, S, K] of each attention,
+        stacked over scanned layers.
+      segment_ids: int32 [B, S], 1 where a slot holds a token, 0 where it is padding or empty.
+      lengths: int32 [B], tokens of each row, the position of its next one.
+      slot: int32, where the next tokens of all rows go.
     """
 
     layers: Any
@@ -41,14 +41,14 @@ class Cache(NamedTuple):
 
 
 class State(NamedTuple):
-    """Prompts that are being continued.
+    """Prompts in the course of being continued.
 
     Attributes:
-        cache: of all tokens but the newest.
-        tokens: int32 [B], the newest ones.
-        keys: [B], of each row the key from which those of its tokens are folded.
-        made: int32, how many tokens rows that aren't finished were continued by.
-        finished: bool [B]; the caller may set more.
+      cache: All tokens but the newest.
+      tokens: int32 [B], the newest tokens.
+      keys: Random keys [B], from which the key of each token is folded.
+      made: int32, new tokens of each unfinished row.
+      finished: bool [B]; the caller may set more.
     """
 
     cache: Cache
@@ -63,12 +63,12 @@ _Carry = tuple[State, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a token is chosen by, apart from the row's key; part of the program.
+    """How tokens are chosen and rows end; a constant of the program.
 
     Attributes:
-        sampling: how; its seed is in the keys.
-        vocab_size: ids from here on are never chosen.
-        end_ids: each finishes a row.
+      sampling: The sampling settings; the seed is in the keys.
+      vocab_size: Ids from here on are never chosen.
+      end_ids: Ids that finish a row.
     """
 
     sampling: Sampling
@@ -83,17 +83,13 @@ def prefill(
     segment_ids_BxL: jax.Array,
     slots: int,
 ) -> tuple[jax.Array, Cache]:
-    """Reads whole prompts at once.
+    """Reads whole prompts, int32 padded on the left, into a new cache.
 
-    Args:
-        config: the model.
-        params: its parameters.
-        prompts_BxL: int32, padded on the left.
-        segment_ids_BxL: int32, 0 = padding, 1 = prompt.
-        slots: S, how many tokens the cache shall have room for; at least L.
+    Segment ids are 1 for prompts and 0 for padding; `slots` is S, the tokens that the cache can
+    hold, at least L.
 
     Returns:
-        The logits [B, V] of what follows each prompt, float32, and the cache.
+      float32 logits [B, V] of the token after each prompt, and the cache.
     """
     positions_BxL = jnp.maximum(jnp.cumsum(segment_ids_BxL, axis=1) - 1, 0)
     hidden_BxLxD, new = _apply(
@@ -118,16 +114,9 @@ def prefill(
 def step(
     config: DecoderConfig, params: Any, cache: Cache, token_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """Reads one more token of each row.
-
-    Returns:
-        The logits [B, V] of what follows it, float32, and the cache with it.
-    """
+    """Reads one more token of each row: the float32 logits [B, V] after it, and the new cache."""
     segment_ids_Bx1 = jnp.ones_like(token_B)[:, None]
-    variables = {
-        "params": params,
-        CACHE: {**cache.layers, "segment_ids": cache.segment_ids},
-    }
+    variables = {"params": params, CACHE: {**cache.layers, "segment_ids": cache.segment_ids}}
     positions_Bx1 = cache.lengths[:, None]
     hidden_Bx1xD, new = _apply(config, variables, token_B[:, None], segment_ids_Bx1, positions_Bx1)
 
@@ -138,12 +127,8 @@ def step(
     segment_ids_BxS = jax.lax.dynamic_update_slice_in_dim(
         cache.segment_ids, segment_ids_Bx1, cache.slot, axis=1
     )
-    cache = Cache(
-        jax.tree.map(stored, cache.layers, new),
-        segment_ids_BxS,
-        cache.lengths + 1,
-        cache.slot + 1,
-    )
+    layers = jax.tree.map(stored, cache.layers, new)
+    cache = Cache(layers, segment_ids_BxS, cache.lengths + 1, cache.slot + 1)
     return _next_logits(config, params, hidden_Bx1xD), cache
 
 
@@ -158,20 +143,13 @@ def begin(
     slots: int,
     choice: Choice,
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Reads prompts and chooses a first token for each.
+    """Reads prompts and chooses the first token of each; see `prefill` and `advance`.
 
-    Args:
-        config: the model.
-        params: its parameters.
-        prompts_BxL: see prefill.
-        segment_ids_BxL: see prefill.
-        rows_B: int32, what tells the draws of a row from those of others; −1 fills the batch.
-        seed: uint32.
-        slots: see prefill; with room for all tokens to come.
-        choice: how tokens are chosen.
+    rows_B are int32 numbers, by which rows draw independently of each other; −1 fills up the batch.
+    `seed` is uint32, and `slots` has room for all tokens to come.
 
     Returns:
-        The state, and the tokens and their log-probabilities, both [B, 1]; see advance.
+      The state, and the tokens and their log-probabilities, both [B, 1].
     """
     logits_BxV, cache = prefill(config, params, prompts_BxL, segment_ids_BxL, slots)
     key = jax.random.key(seed)
@@ -193,19 +171,13 @@ def advance(
     chunk: int,
     choice: Choice,
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Continues every row by `limit` tokens, or until all are finished, in one loop on device.
+    """Continues every row by `limit` tokens, or until all are finished, in one loop on the device.
 
-    Args:
-        config: the model.
-        params: its parameters.
-        state: from begin or advance.
-        limit: int32, tokens to make; at most `chunk`.
-        chunk: C.
-        choice: how tokens are chosen.
+    `state` is from begin or advance; `limit` is int32 and at most `chunk`, which is C.
 
     Returns:
-        The state; int32 [B, C], the tokens, the end of document included and NO_TOKEN after it;
-        and float32 [B, C], their log-probabilities by the model (see sample_token).
+      The state; the tokens, int32 [B, C], with the end id and NO_TOKEN after it; and their
+      log-probabilities under the model, float32 [B, C] (see sample_token).
     """
     tokens_BxC = jnp.full((len(state.tokens), chunk), NO_TOKEN, jnp.int32)
     log_p_BxC = jnp.zeros(tokens_BxC.shape, jnp.float32)
@@ -225,8 +197,9 @@ def advance(
         finished_B |= _ends(token_B, choice)
         return State(cache, token_B, keys_B, made + 1, finished_B), tokens_BxC, log_p_BxC
 
-    carry = (state, tokens_BxC, log_p_BxC)
-    state, tokens_BxC, log_p_BxC = jax.lax.while_loop(goes_on, one_more, carry)
+    state, tokens_BxC, log_p_BxC = jax.lax.while_loop(
+        goes_on, one_more, (state, tokens_BxC, log_p_BxC)
+    )
     return _laid_out(state), tokens_BxC, log_p_BxC
 
 
@@ -242,7 +215,7 @@ def _ends(token_B: jax.Array, choice: Choice) -> jax.Array:
 
 
 def _apply(config: DecoderConfig, variables: Any, *tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """Hidden states, and each attention's new key and value [B, L, G, K]."""
+    """Hidden states, and the new key and value [B, L, G, K] of each attention."""
     config = dataclasses.replace(config, remat="none")  # there is no backward pass
     hidden_BxLxD, left = Decoder(config).apply(variables, *tokens, mutable=[NEW_KEYS_AND_VALUES])
     return hidden_BxLxD, left[NEW_KEYS_AND_VALUES]
@@ -253,25 +226,19 @@ def _next_logits(config: DecoderConfig, params: Any, hidden_Bx1xD: jax.Array) ->
 
 
 def _laid_out(state: State) -> State:
-    """The state split in one way, whoever made it, so that one program takes it again and again."""
+    """Constrains the state to one sharding, so that `advance` takes it from either program."""
 
     def rows(x: jax.Array) -> jax.Array:
         return nn.with_logical_constraint(x, ("batch", None)[: x.ndim])
 
-    cache = state.cache._replace(
-        layers=jax.tree.map(_constrain, state.cache.layers),
-        segment_ids=rows(state.cache.segment_ids),
-        lengths=rows(state.cache.lengths),
-    )
-    return state._replace(
-        cache=cache,
-        tokens=rows(state.tokens),
-        keys=rows(state.keys),
-        finished=rows(state.finished),
-    )
+    cache, tokens, keys, made, finished = state
+    layers, segment_ids, lengths, slot = cache
+    layers = jax.tree.map(_constrain, layers)
+    cache = Cache(layers, rows(segment_ids), rows(lengths), slot)
+    return State(cache, rows(tokens), rows(keys), made, rows(finished))
 
 
 def _constrain(x: jax.Array) -> jax.Array:
-    """Splits a part of the cache; x is [B, G, S, K] or [layers, B, G, S, K]."""
+    """Shards keys or values of the cache, [B, G, S, K] or [layers, B, G, S, K]."""
     axes = ("layers", "batch", "activation_kv_heads", "length", None)
     return nn.with_logical_constraint(x, axes[-x.ndim :])

@@ -1,7 +1,4 @@
-"""Sampling: the logits of the next token and a key for each row in; a token for each row out.
-
-Greedy, or by lot after temperature, then top-k, then top-p, in this order.
-"""
+"""Samples the next token: greedily, or at random after temperature, top-k and then top-p."""
 
 import dataclasses
 import math
@@ -14,16 +11,14 @@ from salt_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen; of equally likely tokens the lower id counts as more likely.
 
     Attributes:
-      temperature: What logits are divided by; 0 always takes the most likely token.
+      temperature: Divides the logits; 0 always takes the most likely token.
       top_k: Only the k most likely tokens can be chosen; 0 leaves all.
       top_p: Only the smallest set of tokens whose probability, after temperature and top-k, is at
         least p can be chosen (the nucleus, arXiv 1904.09751); 1 leaves all.
-      seed: Of the draws.
-
-    Of equally likely tokens those with lower ids count as more likely.
+      seed: Of the random keys.
     """
 
     temperature: float = 0.0
@@ -48,17 +43,17 @@ class Sampling:
 def sample_token(
     logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses each row's next token by its own key: no row depends on another one.
+    """Chooses each row's next token by its own random key, independently of other rows.
 
     Args:
       logits_BxV: float32.
-      keys_B: One for each row, used up.
-      sampling: How; its seed is in the keys.
-      vocab_size: Ids from here on pad the vocabulary and are never chosen.
+      keys_B: A key for each row; used up.
+      sampling: The settings; the seed is in the keys.
+      vocab_size: Ids from here on are padding and never chosen.
 
     Returns:
-      int32 [B], the tokens, and float32 [B], what the model's own log-probabilities of them are,
-      before temperature, top-k and top-p.
+      int32 [B], the tokens, and float32 [B], their log-probabilities under the model, before
+      temperature, top-k and top-p.
     """
     is_id_V = jnp.arange(logits_BxV.shape[1]) < vocab_size
     logits_BxV = jnp.where(is_id_V[None], logits_BxV, -jnp.inf)
@@ -83,7 +78,7 @@ def _draw(
     if sampling.top_p < 1:
         share_BxN = jax.nn.softmax(logits_BxN, axis=-1)
         before_BxN = jnp.cumsum(share_BxN, axis=-1) - share_BxN
-        # The first is always one of them, also where p is 0 in float32.
+        # The first always is, even where p rounds to 0 in float32.
         in_nucleus_BxN = (before_BxN < sampling.top_p).at[:, 0].set(True)
         logits_BxN = jnp.where(in_nucleus_BxN, logits_BxN, -jnp.inf)
     rank_B = _categorical(logits_BxN, keys_B)

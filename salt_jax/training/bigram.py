@@ -1,13 +1,11 @@
-"""A bigram model: what a language model has to beat before its numbers mean anything.
+"""A bigram model, the baseline that a language model must beat before its numbers mean anything.
 
-In: the rows of a training split and of a held-out one. Out: log-perplexity, nats per token, of a
-bigram model with Witten-Bell smoothing (Witten & Bell 1991) over a unigram model smoothed the
-same way:
+It has Witten-Bell smoothing (Witten & Bell 1991), over a unigram model smoothed the same way:
 
     P(b | a) = (c(a, b) + T(a) · P(b)) / (c(a) + T(a))        P(b) = (c(b) + T / V) / (c + T)
 
-c counts in the training split, T(a) the distinct followers of a, T the distinct tokens, V the
-vocabulary.
+c are counts in the training split, T(a) is the number of distinct followers of a, T that of
+distinct tokens, V the vocabulary's size.
 """
 
 from collections.abc import Iterator
@@ -21,16 +19,13 @@ from salt_jax.data import features
 def bigram_log_perplexity(
     train_rows: Any, held_out_rows: Any, vocab_size: int, start_id: int
 ) -> float:
-    """Mean −log P(target | input) over the held-out tokens that have loss weight.
+    """Mean −log P(target | input) over held-out tokens with loss weight, in nats per token.
 
     Args:
       train_rows: A `PackedSplit`.
       held_out_rows: Another.
       vocab_size: V.
-      start_id: What stands before a segment's first token.
-
-    Returns:
-      Nats per token.
+      start_id: The input of a segment's first token.
     """
     codes, counts = np.unique(np.zeros(0, np.int64), return_counts=True)
     for previous_n, target_n in _pairs(train_rows, start_id):
@@ -57,7 +52,7 @@ def bigram_log_perplexity(
 
 
 def _pairs(rows: Any, start_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(input, target) ids of every token with loss weight, int64, some thousand rows at a time."""
+    """(input, target) ids of all tokens with loss weight, int64, some thousand rows at a time."""
     for first in range(0, len(rows), 4096):
         ids = range(first, min(first + 4096, len(rows)))
         batch = features.make_batch(rows.__getitems__(list(ids)), start_id)

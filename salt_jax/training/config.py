@@ -1,19 +1,19 @@
-"""The settings of a training run, one tree for `salt train` and `salt plan`.
+"""The settings of a training run: one tree of dataclasses for `salt train` and `salt plan`.
 
-gin files bind what is in it, in blocks that a fork changes by one line:
+gin files bind them in blocks, of which a fork changes a line:
 
     config.Method:
       arm = 'salt'
       schedule = @schedules.Step()
       teacher = @config.Teacher()
 
-A flag finds the group that has its field: --cache is Data's, --teacher.step a Teacher's.
+A flag finds the group that has its field: --cache is Data's, --teacher.step is Teacher's.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from salt_jax.data.denoisers import Objectives
+from salt_jax.data.denoisers import TEACHER_OBJECTIVES, Objectives
 from salt_jax.distill.losses import LossConfig
 from salt_jax.distill.schedules import Schedule
 from salt_jax.errors import InputError, require_counts
@@ -22,7 +22,10 @@ from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.optimizers import Optimizer
 
-# Files that set what no flag can, for sentences.
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+STAGE2_ROWS = ("all", "unused")
+
+# The gin files that error messages name for settings that no flag can make.
 FROM_FILES = {
     "optimizer": "runs/pretrain.gin",
     "learning_rate": "runs/pretrain.gin",
@@ -38,15 +41,16 @@ class Data:
 
     Attributes:
       cache: A folder made by `salt prepare`; several are mixed (repeat the flag).
-      batch_size: B, rows of the global batch; may change when a run goes on.
-      weights: How much of what is read is to be of each cache; by default their rows, so that all
-        come to an epoch's end together. Only proportions matter.
-      selection: A folder made by `salt select`: stage 1 reads its rows alone (SALT_DS).
-      selection_steps: How many steps read the selection; stage 1's by default. Set it to read
-        selected rows without a teacher.
-      stage2_rows: "all", or "unused": stage 2 leaves out the rows that stage 1 read of a selection.
-      objectives: What rows are trained on: UL2's mixture, for one; None is next tokens alone.
-      seed: Of the order of rows; the same for all arms that are to be compared.
+      batch_size: B, rows of the global batch; may change when a run is resumed.
+      weights: Each cache's share of the rows read; only proportions matter. By default its number
+        of rows, so that all caches end their epochs together.
+      selection: A folder made by `salt select`: stage 1 reads only its rows (SALT_DS).
+      selection_steps: Steps that read the selection; stage 1's by default. Set it to read selected
+        rows without a teacher.
+      stage2_rows: "all", or "unused": stage 2 leaves out the rows that stage 1 read of a selection,
+        and reads the others in an order of its own.
+      objectives: Training objectives, UL2's mixture for example; None is next-token prediction.
+      seed: Of the order of rows; arms that are to be compared share it.
       read_threads: Threads that read batches ahead.
     """
 
@@ -63,6 +67,8 @@ class Data:
     def __post_init__(self) -> None:
         require_counts(batch_size=self.batch_size, selection_steps=self.selection_steps)
         require_counts(0, **{"data.seed": self.seed})
+        if self.stage2_rows not in STAGE2_ROWS:
+            raise InputError(f"stage2_rows is {self.stage2_rows!r}: choose 'all' or 'unused'.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +78,11 @@ class Teacher:
     Attributes:
       path: The folder of its run.
       step: Its checkpoint; the newest by default.
-      dtype: What to hold it in, "bfloat16" for one; as it was saved by default.
-      objectives: "causal" for a teacher that was trained on next tokens alone: its ω is 0 on other
-        rows. "all" lets it teach them all.
-      rules: From the model's logical axes to the mesh's for its parameters, which have no gradients
-        and no optimizer state and so may fit whole where the student's don't; the student's by
-        default.
+      dtype: Of its parameters in memory, "bfloat16" for example; as saved by default.
+      objectives: "causal" for a teacher trained on next tokens alone: ω is 0 on all other rows.
+        "all" lets it teach every row.
+      rules: Logical-axis rules for its parameters, which have no gradients or optimizer state and
+        so may fit whole where the student's don't; the student's by default.
     """
 
     path: str | None
@@ -85,6 +90,18 @@ class Teacher:
     dtype: str | None = None
     objectives: str = "all"
     rules: partitioning.Rules | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *TEACHER_DTYPES):
+            raise InputError(
+                f"The teacher's dtype is {self.dtype!r}, expected one of "
+                f"{', '.join(TEACHER_DTYPES)}: change --teacher.dtype."
+            )
+        if self.objectives not in TEACHER_OBJECTIVES:
+            raise InputError(
+                f"The teacher's objectives are {self.objectives!r}: set --teacher.objectives to "
+                "'all' or 'causal'."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +113,7 @@ class Method:
       schedule: ω by step: which steps have a teacher, and how much it counts.
       loss: Temperatures, divergence, z-loss.
       teacher: The model that teaches in stage 1.
-      soft_labels: A folder made by `salt score --soft_labels=K`, in the teacher's place.
+      soft_labels: A folder made by `salt score --soft_labels=K`, instead of a teacher.
     """
 
     arm: str
@@ -112,7 +129,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """A model to start from, instead of from the seed.
+    """A trained model to start from, instead of a random initialization.
 
     Attributes:
       path: The folder of its run.
@@ -125,14 +142,15 @@ class Initial:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """How a program lies on the devices.
+    """How programs are partitioned over the devices.
 
     Attributes:
-      mesh: How many devices along each mesh axis.
-      rules: From the model's logical axes to the mesh's.
+      mesh: Devices along each mesh axis.
+      rules: Logical-axis rules: from the model's axes to the mesh's.
       microbatches: Parts of a batch computed one after the other, to save memory.
-      stage1_microbatches: The same in stage 1, where the teacher needs room; microbatches if None.
-      compilation_cache: Where compiled programs are kept between runs; "" keeps none.
+      stage1_microbatches: The same for stage 1, where the teacher needs memory; microbatches if
+        None.
+      compilation_cache: A folder that keeps compiled programs between runs; "" keeps none.
     """
 
     mesh: partitioning.MeshConfig = partitioning.MeshConfig()  # noqa: RUF009 (frozen)
@@ -155,7 +173,7 @@ class Evaluation:
 
     Attributes:
       every: Steps between evaluations; the last step is always evaluated.
-      rows: Rows of each cache's split to read; all by default.
+      rows: Rows to read of each cache's split; all by default.
     """
 
     every: int = 1000
@@ -174,17 +192,17 @@ class TrainConfig:
       method: The arm: schedule, loss, teacher.
       optimizer: The optimizer and its learning rate.
       steps: Updates of the whole run.
-      model: The student, the initial model's shape by default; its vocab_size is the cache's where
-        it is not set.
+      model: The student; by default it has the initial model's shape. An unset vocab_size is the
+        cache's.
       initial: A model to start from.
-      devices: The mesh, microbatches and where programs are kept.
+      devices: The mesh, microbatches and the compilation cache.
       evaluation: When to evaluate.
       checkpoints: When to save, what to keep.
-      seed: Of the student's initialisation.
+      seed: Of the student's initialization.
       log_every: Steps between lines of metrics.
-      max_skipped_updates: Non-finite updates to skip before the run stops.
-      hang_seconds: Where a step's rows, a device or a checkpoint take longer, the stacks of all
-        threads are printed; 0 is never.
+      max_skipped_updates: Non-finite updates to skip before the run fails.
+      hang_seconds: A wait longer than this, for rows, a device or a checkpoint, prints the stacks
+        of all threads; 0 is never.
     """
 
     data: Data

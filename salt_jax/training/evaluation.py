@@ -3,19 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from salt_jax.data import input_pipeline
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.distill import chunked_loss, losses
+from salt_jax.distill import losses
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.finite import NotFiniteError
-from salt_jax.training.in_order import over_rows
+from salt_jax.training.in_order import over_batches, rounded_up, target_ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Quality:
     """How well a model predicts some text.
 
     Attributes:
-      log_perplexity: Mean −log p of the true next token, nats per token.
-      next_token_accuracy: Share of tokens that the model's first choice gets right, 0 to 1.
-      bits_per_byte: The same loss in bits, over the UTF-8 bytes that the tokens stand for: what
-        models of different vocabularies may be compared by. NaN where they stand for none.
+      log_perplexity: Mean −log p of the next token, nats per token.
+      next_token_accuracy: Share of tokens that the model ranks first, 0 to 1.
+      bits_per_byte: The loss in bits over the UTF-8 bytes of the tokens, which compares models of
+        different vocabularies; NaN without bytes.
       tokens: Tokens with loss weight.
       bytes: Their bytes; an end of document has none.
     """
@@ -49,15 +50,10 @@ class Quality:
             round(size),
         )
 
-    def sums(self) -> np.ndarray:
-        """What `of` made it from, float64[4]."""
-        shares = (self.log_perplexity, self.next_token_accuracy, 1.0)
-        return np.array([*(self.tokens * share for share in shares), self.bytes])
-
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """Quality on a split, and on each subset of it that has tokens."""
+    """Quality on a split, and on each of its subsets that has tokens."""
 
     whole: Quality
     by_subset: Mapping[str, Quality]
@@ -75,23 +71,30 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """Evaluates parameters of one model on a split of one cache.
+    """Evaluates parameters of one model on a split.
 
     Args:
       config: The model.
-      cache: The rows.
+      caches: A cache, or several of one vocabulary by name, which count as one; the subsets of
+        several are named CACHE/SUBSET.
       split: "validation" or "test".
-      batch_size: Rows at once, rounded up to what the mesh needs.
-      mesh: Where the parameters live.
-      rules: From logical to mesh axes.
-      rows: How many rows to read, from the first on; all by default.
+      batch_size: Rows at once, rounded up to a multiple of what the mesh divides a batch by.
+      mesh: Where the parameters are.
+      rules: Logical-axis rules.
+      rows: The first rows of each cache's split to read; all by default.
       chunk_tokens: Tokens whose logits a device holds at once.
+
+    Attributes:
+      rows: Rows that an evaluation reads, of all caches.
+
+    Raises:
+      InputError: A cache has no such split.
     """
 
     def __init__(
         self,
         config: decoder.DecoderConfig,
-        cache: PackedCache,
+        caches: PackedCache | Mapping[str, PackedCache],
         split: str,
         batch_size: int,
         mesh: Mesh,
@@ -99,105 +102,70 @@ class Evaluator:
         rows: int | None = None,
         chunk_tokens: int = losses.LossConfig.chunk_tokens,
     ) -> None:
-        self._cache, self._split, self._rows = cache, split, rows
-        self._batch_size, self._mesh, self._rules = batch_size, mesh, rules
-        cache.split(split)  # refuses a split that is not there
-        lengths_V = cache.vocabulary.byte_lengths
-        subsets = len(cache.subsets)
-        self._sums = jax.jit(
-            _subset_sums(config, subsets, lengths_V, mesh, rules, chunk_tokens),
-            out_shardings=partitioning.replicated(mesh),
-        )
+        self._caches = caches if isinstance(caches, Mapping) else {"": caches}
+        self._split, self._rows, self._batch_size = split, rows, rounded_up(batch_size, mesh)
+        self._mesh, self._rules = mesh, rules
+        sizes = [len(cache.split(split)) for cache in self._caches.values()]
+        self.rows = sum(min(rows or size, size) for size in sizes)
+        self._subsets = max(len(cache.subsets) for cache in self._caches.values())
+        byte_lengths_V = next(iter(self._caches.values())).vocabulary.byte_lengths
+
+        def sums(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+            ranks = target_ranks(config, params, batch, mesh, rules, chunk_tokens)
+            return _subset_sums(ranks, batch, jnp.asarray(byte_lengths_V), self._subsets)
+
+        self._sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))
 
     def __call__(self, params: Any, rows: int | None = None) -> EvaluationResult:
-        """Evaluates `rows` rows, or as many as it was made for; `params` lie on the mesh.
+        """Evaluates parameters, which are on the mesh, on `rows` rows of each cache.
 
         Raises:
           NotFiniteError: The model's losses on some rows are not finite.
         """
-        sums_4xS = np.zeros((4, len(self._cache.subsets)), np.float64)
-        for batch, batch_sums_4xS in over_rows(
-            self._sums,
-            params,
-            self._cache,
-            self._split,
-            self._batch_size,
-            self._mesh,
-            self._rules,
-            rows or self._rows,
-        ):
-            if not np.isfinite(batch_sums_4xS).all():
-                self._refuse(batch["row_id"])
-            sums_4xS += batch_sums_4xS
-        by_subset = {
-            name: Quality.of(sums_4xS[:, i])
-            for i, name in enumerate(self._cache.subsets)
-            if sums_4xS[2, i] > 0
-        }
-        return EvaluationResult(Quality.of(sums_4xS.sum(axis=1)), by_subset)
+        whole_4, by_subset = np.zeros(4), {}
+        for name, cache in self._caches.items():
+            sums_4xS = self._sums_of(params, cache, rows or self._rows)
+            whole_4 += sums_4xS.sum(axis=1)
+            prefix = f"{name}/" if len(self._caches) > 1 else ""
+            for i, subset in enumerate(cache.subsets):
+                if sums_4xS[2, i] > 0:
+                    by_subset[prefix + subset] = Quality.of(sums_4xS[:, i])
+        return EvaluationResult(Quality.of(whole_4), by_subset)
 
-    def _refuse(self, row_ids_B: np.ndarray) -> NoReturn:
-        read = row_ids_B[row_ids_B >= 0]
-        raise NotFiniteError(
-            f"The model's losses are not finite among the rows {read.min()} to {read.max()} of "
-            f"{self._split} of {self._cache.path}: use another checkpoint."
-        )
-
-
-class MixtureEvaluator:
-    """Evaluates on several caches as one; their subsets are named CACHE/SUBSET.
-
-    Args:
-      evaluators: One for each cache, by its name.
-    """
-
-    def __init__(self, evaluators: Mapping[str, Evaluator]) -> None:
-        self._evaluators = dict(evaluators)
-
-    def __call__(self, params: Any, rows: int | None = None) -> EvaluationResult:
-        """Evaluates `rows` rows of each, or as many as each was made for."""
-        by_subset = {
-            f"{name}/{subset}": quality
-            for name, evaluator in self._evaluators.items()
-            for subset, quality in evaluator(params, rows).by_subset.items()
-        }
-        sums_4 = sum((quality.sums() for quality in by_subset.values()), np.zeros(4))
-        return EvaluationResult(Quality.of(sums_4), by_subset)
+    def _sums_of(self, params: Any, cache: PackedCache, rows: int | None) -> np.ndarray:
+        """float64 [4, S] over one cache; among several processes each reads its part of a batch."""
+        part = partitioning.batch_part(self._mesh)
+        split, start_id = cache.split(self._split), cache.start_id
+        batches = input_pipeline.in_order(split, self._batch_size, start_id, rows, *part)
+        total_4xS = np.zeros((4, self._subsets))
+        for batch, sums_4xS in over_batches(self._sums, params, batches, self._mesh, self._rules):
+            if not np.isfinite(sums_4xS).all():
+                read = batch["row_id"][batch["row_id"] >= 0]
+                raise NotFiniteError(
+                    f"The model's losses are not finite among the rows {read.min()} to "
+                    f"{read.max()} of {self._split} of {cache.path}: use another checkpoint."
+                )
+            total_4xS += sums_4xS
+        return total_4xS
 
 
 def _subset_sums(
-    config: decoder.DecoderConfig,
+    ranks: tuple[jax.Array, ...],
+    batch: Mapping[str, jax.Array],
+    byte_lengths_V: jax.Array,
     subsets: int,
-    byte_lengths_V: np.ndarray,
-    mesh: Mesh,
-    rules: partitioning.Rules,
-    chunk_tokens: int,
-) -> Any:
-    """(params, batch) → float32 [4, S]: loss, correct predictions, weight and bytes by subset."""
-    sharding = partitioning.head_sharding(mesh, rules)
-
-    def sums(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        weights_BxL = batch["loss_weights"]
-        loss_BxL, greater_BxL = chunked_loss.target_ranks(
-            decoder.hidden_states(config, params, batch),
-            decoder.head_kernel(params, config),
-            batch["targets"],
-            weights_BxL,
-            config.vocab_size or 0,
-            chunk_tokens=chunk_tokens,
-            sharding=sharding,
-        )
-        bytes_BxL = jnp.where(weights_BxL > 0, jnp.asarray(byte_lengths_V)[batch["targets"]], 0)
-        rows_4xB = jnp.stack(
-            [
-                jnp.sum(jnp.where(weights_BxL > 0, loss_BxL * weights_BxL, 0), axis=1),
-                jnp.sum((greater_BxL == 0) * weights_BxL, axis=1),
-                jnp.sum(weights_BxL, axis=1),
-                jnp.sum(bytes_BxL, axis=1).astype(jnp.float32),
-            ]
-        )
-        return jax.vmap(
-            lambda row_B: jax.ops.segment_sum(row_B, batch["subset"], num_segments=subsets)
-        )(rows_4xB)
-
-    return sums
+) -> jax.Array:
+    """float32 [4, S]: loss, correct predictions, weight and bytes by subset."""
+    (loss_BxL, greater_BxL), weights_BxL = ranks, batch["loss_weights"]
+    bytes_BxL = jnp.where(weights_BxL > 0, byte_lengths_V[batch["targets"]], 0)
+    rows_4xB = jnp.stack(
+        [
+            jnp.sum(jnp.where(weights_BxL > 0, loss_BxL * weights_BxL, 0), axis=1),
+            jnp.sum((greater_BxL == 0) * weights_BxL, axis=1),
+            jnp.sum(weights_BxL, axis=1),
+            jnp.sum(bytes_BxL, axis=1).astype(jnp.float32),
+        ]
+    )
+    return jax.vmap(
+        lambda row_B: jax.ops.segment_sum(row_B, batch["subset"], num_segments=subsets)
+    )(rows_4xB)

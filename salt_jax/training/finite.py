@@ -1,6 +1,6 @@
-"""Numbers that are not finite: a model's parameters in, an error out.
+"""Checks that a model's parameters are finite.
 
-NaN is neither more nor less than any number: taken for one, it makes every prediction a right one.
+NaN compares as false, so a model of NaNs would rank every target first.
 """
 
 import pathlib
@@ -18,26 +18,21 @@ _MOST_NAMED = 3
 
 
 class NotFiniteError(InputError):
-    """A model gives a number that is not finite."""
+    """A model has, or computes, a number that is not finite."""
 
 
 def require_finite(params: Any, mesh: Mesh, checkpoint: pathlib.Path) -> None:
-    """Refuses a model of which a parameter is NaN or infinite.
+    """Raises NotFiniteError if parameters on the mesh are NaN or infinite, with their names.
 
-    Args:
-      params: On the mesh.
-      mesh: Where they lie.
-      checkpoint: Where they come from, for the error.
-
-    Raises:
-      NotFiniteError: With the tensors' names.
+    `checkpoint` is where they come from.
     """
     whole = partitioning.replicated(mesh)
     are_finite = np.asarray(jax.jit(_are_finite, out_shardings=whole)(params))
-    leaves = jax.tree.leaves_with_path(params)
     broken = [
         f"{'.'.join(str(part.key) for part in path)} ({leaf.dtype})"
-        for (path, leaf), is_finite in zip(leaves, are_finite, strict=True)
+        for (path, leaf), is_finite in zip(
+            jax.tree.leaves_with_path(params), are_finite, strict=True
+        )
         if not is_finite
     ]
     if broken:

@@ -1,29 +1,27 @@
-"""A model's shape in, floating-point operations per token out; a device's kind in, its peak out.
+"""FLOPs per token of a model, and the peak FLOP/s of devices.
 
-Model FLOPs, by the convention of PaLM (arXiv 2204.02311, appendix B): what the forward and backward
-passes need, matrix products alone (a multiplication and an addition are 2), without what
-rematerialisation does twice. With N parameters in matrix products (the head counts, the embedding
-look-up does not), L tokens a row, H heads of width K:
+Model FLOPs follow PaLM (arXiv 2204.02311, appendix B): the matrix products of the forward and
+backward passes (a multiply-add is 2), without recomputation. With N parameters in matrix products
+(the head counts, the embedding look-up doesn't), L tokens a row, H heads of width K:
 
     forward   2 · N + 4 · layers · H · K · L     (q·k and the mixing of values: 2 · H · K · L each)
     training  three times that: 6 · N + 12 · layers · H · K · L
 
 Grouped keys and values make N smaller and leave attention as it is. Attention is counted over the
-whole L × L square, as PaLM does and as the reference computes it, although half is masked.
+whole L × L square, as in PaLM and in our reference, although half of it is masked out.
 
-Hardware FLOPs add what the backward pass of a block computes again, by remat policy
-(`models/remat.py`), for attention as the reference computes it:
+Hardware FLOPs add what the backward pass of a block recomputes, by remat policy
+(`models/remat.py`), for the reference attention:
 
     none               nothing
     minimal            q·k
     attention          q·k, `up` and `gate`
     attention_output   those, `query`, `key`, `value`, and `out` if the MLP reads its result
-    full, offload      all those and the mixing of values: the block's forward pass but for `down`,
-                       whose result the backward pass has no use for
+    full, offload      all those and the mixing of values: the block's forward pass without `down`,
+                       whose result the backward pass doesn't use
 
-The last line is what rounds to 8 · N for 6 · N. The head is never computed again. A fused attention
-kernel has a q·k of its own in its backward pass under every policy, and skips what is masked:
-neither is in these numbers.
+The last line turns 6 · N into about 8 · N. The head is never recomputed. A fused attention kernel
+recomputes q·k under every policy and skips what is masked out: these numbers have neither.
 """
 
 import types
@@ -31,8 +29,7 @@ from collections.abc import Mapping
 
 from salt_jax.models.decoder import DecoderConfig
 
-# Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets; keys are
-# jax.Device.device_kind.
+# Dense bfloat16 peak of one device, FLOP/s, from data sheets, by jax.Device.device_kind.
 _PEAK_FLOPS: Mapping[str, float] = types.MappingProxyType(
     {
         "TPU v2": 45e12,
@@ -53,8 +50,8 @@ _PEAK_FLOPS: Mapping[str, float] = types.MappingProxyType(
     }
 )
 
-# The products of a block that the backward pass computes again, by remat policy: "up" counts its
-# gate, "projections" are attention's.
+# The products of a block that the backward pass recomputes, by remat policy: "up" includes `gate`,
+# "projections" are attention's.
 _COMPUTED_AGAIN: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {
         "none": (),
@@ -68,21 +65,18 @@ _COMPUTED_AGAIN: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
 
 
 def forward_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
-    """FLOPs of one token's forward pass with the head: of a teacher, scoring or evaluation."""
+    """Model FLOPs of one token's forward pass, head included: teacher, scoring, evaluation."""
     attention = 4 * config.num_layers * config.num_heads * config.head_width * sequence_length
     return float(2 * config.num_matmul_parameters + attention)
 
 
 def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
-    """Model FLOPs of one token's forward and backward passes: what MFU counts."""
+    """Model FLOPs of one token's forward and backward passes, as MFU counts them."""
     return 3.0 * forward_flops_per_token(config, sequence_length)
 
 
 def hardware_train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
-    """FLOPs that a device spends on one token's training, recomputation included.
-
-    A remat policy that is not known here counts as "full", the most that a block can recompute.
-    """
+    """FLOPs of training on one token with recomputation; unknown remat policies count as "full"."""
     again = _COMPUTED_AGAIN.get(config.remat, _COMPUTED_AGAIN["full"])
     heads = config.embed_dim * config.head_width
     out = 0 if config.parallel_residual else heads * config.num_heads
@@ -97,10 +91,9 @@ def hardware_train_flops_per_token(config: DecoderConfig, sequence_length: int) 
 
 
 def device_peak_flops(device_kind: str) -> float | None:
-    """Published dense bfloat16 peak of a jax.Device.device_kind, FLOP/s; None if not known.
+    """Published dense bfloat16 peak of a jax.Device.device_kind, FLOP/s; None if unknown.
 
-    The longest known name that the kind begins with decides, so "NVIDIA H100 80GB HBM3" is an H100.
-    A CPU has none.
+    The longest known name that the kind begins with decides: "NVIDIA H100 80GB HBM3" is an H100.
     """
     known = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
     return _PEAK_FLOPS[max(known, key=len)] if known else None

@@ -1,54 +1,18 @@
-"""A frozen model over the rows of a split, in order: what evaluation and scoring have in common."""
+"""Forward passes of a frozen model over batches in order, for evaluation and scoring."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from salt_jax.data import input_pipeline
-from salt_jax.data.features import Batch, Row
-from salt_jax.data.packed_cache import PackedCache, PackedSplit
+from salt_jax.data.features import Batch
+from salt_jax.distill import chunked_loss
+from salt_jax.models import decoder
 from salt_jax.training import partitioning
 
 _FEATURES = ("inputs", "targets", "loss_weights", "segment_ids", "positions", "subset")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowsOf:
-    """Some rows of a split, by their ids there, as if they were a split."""
-
-    split: PackedSplit
-    rows: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        return self.split.__getitems__([self.rows[index] for index in indices])
-
-
-def over_rows(
-    program: Callable[[Any, Any], jax.Array],
-    params: Any,
-    cache: PackedCache,
-    split: str,
-    batch_size: int,
-    mesh: Mesh,
-    rules: partitioning.Rules,
-    rows: int | None = None,
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Runs (params, batch) → array over the first `rows` rows of a split, all by default.
-
-    See `over_batches`; batches are of batch_size rows, rounded up to what the mesh needs. Among
-    several processes each gets its own part of every batch.
-    """
-    size = rounded_up(batch_size, mesh)
-    part = partitioning.batch_part(mesh)
-    batches = input_pipeline.in_order(cache.split(split), size, cache.start_id, rows, *part)
-    return over_batches(program, params, batches, mesh, rules)
 
 
 def over_batches(
@@ -58,14 +22,14 @@ def over_batches(
     mesh: Mesh,
     rules: partitioning.Rules,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Runs (params, batch) → arrays over batches, one ahead of what it gives.
+    """Runs a jitted function (params, batch) → arrays over batches, one ahead of what it yields.
 
     Args:
-      program: A jitted function of parameters and a batch on the devices.
+      program: The function.
       params: On the mesh.
-      batches: On the host (see `input_pipeline.in_order`).
+      batches: On the host; see `input_pipeline.in_order`.
       mesh: Where to compute.
-      rules: From logical to mesh axes.
+      rules: Logical-axis rules.
 
     Yields:
       Each batch and its result, both on the host.
@@ -82,7 +46,29 @@ def over_batches(
         yield pending[0], jax.tree.map(np.asarray, pending[1])
 
 
+def target_ranks(
+    config: decoder.DecoderConfig,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    mesh: Mesh,
+    rules: partitioning.Rules,
+    chunk_tokens: int,
+    entropy: bool = False,
+) -> tuple[jax.Array, ...]:
+    """`chunked_loss.target_ranks` of a model on a batch; to be traced within a program."""
+    return chunked_loss.target_ranks(
+        decoder.hidden_states(config, params, batch),
+        decoder.head_kernel(params, config),
+        batch["targets"],
+        batch["loss_weights"],
+        config.vocab_size or 0,
+        chunk_tokens=chunk_tokens,
+        sharding=partitioning.head_sharding(mesh, rules),
+        entropy=entropy,
+    )
+
+
 def rounded_up(batch_size: int, mesh: Mesh) -> int:
-    """Rows of a batch that the mesh can split."""
+    """The batch size, rounded up to a multiple of what the mesh divides a batch by."""
     divisor = partitioning.batch_divisor(mesh)
     return -(-batch_size // divisor) * divisor

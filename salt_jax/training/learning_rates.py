@@ -1,7 +1,4 @@
-"""Learning rates by step: a peak, a warm-up and the run's steps in, an optax schedule out.
-
-One of one's own needs no more than `schedule` (docs/extending.md).
-"""
+"""Learning-rate schedules. One of your own needs only `schedule` (docs/extending.md)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +11,7 @@ from salt_jax.errors import InputError
 
 
 class LearningRate(Protocol):
-    """What an optimizer takes its learning rate from."""
+    """An optimizer's learning rate."""
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate as a function of the step, a number or an array, for a run of `steps` steps."""
@@ -23,10 +20,10 @@ class LearningRate(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConstant:
-    """Linear warm-up to the peak, which stays.
+    """Linear warm-up, then the peak.
 
     Attributes:
-      peak: The rate at the end of the warm-up.
+      peak: The rate after the warm-up.
       warmup_steps: Steps from 0 to the peak.
     """
 
@@ -38,14 +35,14 @@ class WarmupConstant:
             raise InputError(f"{self}: the peak must be over 0, the others at least 0.")
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """The rate as a function of the step, for a run of `steps` steps."""
+        """The rate as a function of the step."""
         warm = optax.linear_schedule(0.0, self.peak, max(self.warmup_steps, 1))
-        # Step 0 of a warm-up would have rate 0 and teach nothing, so it counts from 1.
+        # It counts from 1, since a step of rate 0 would be wasted.
         warm_from_1: Callable[[Any], Any] = lambda i: warm(i + 1)  # noqa: E731
         return optax.join_schedules([warm_from_1, self._after(steps)], [self.warmup_steps])
 
     def _after(self, steps: int) -> optax.Schedule:
-        """The rate as a function of the steps since the warm-up."""
+        """The rate as a function of the steps since the warm-up, for a run of `steps` steps."""
         del steps
         return optax.constant_schedule(self.peak)
 
@@ -79,7 +76,7 @@ class WarmupStableDecay(WarmupConstant):
 
     Attributes:
       final: The rate at the run's last step.
-      decay_fraction: The decay's share of the run's steps; a tenth is the source's.
+      decay_fraction: The decay's share of the run's steps; a tenth in the source.
       power: 1 decays linearly; 0.5 by 1 - √x, which did better in arXiv 2405.18392.
     """
 

@@ -1,8 +1,8 @@
-"""The training loop: a validated setup in; checkpoints, metrics and a trained student out.
+"""The training loop, from a run's newest checkpoint or its beginning to its last step.
 
 Stage 1 runs the distilling program, stage 2 the plain one; at the switch the teacher's memory is
-freed and nothing else changes. One "step" is one update of the parameters, numbered from 0;
-`step` in checkpoints and metrics counts completed steps.
+freed and nothing else changes. A step is one update of the parameters, numbered from 0; `step` in
+checkpoints and metrics counts completed steps.
 """
 
 import contextlib
@@ -13,18 +13,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from salt_jax.data.input_pipeline import InputPipeline, Position
-from salt_jax.errors import InputError, Interrupted, RunFailed
+from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.errors import Interrupted, RunFailed
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoints import Checkpointer, SavedModel
+from salt_jax.training.checkpoints import Checkpointer
 from salt_jax.training.config import TrainConfig
-from salt_jax.training.evaluation import EvaluationResult, Evaluator, MixtureEvaluator
+from salt_jax.training.evaluation import EvaluationResult, Evaluator
 from salt_jax.training.finite import NotFiniteError
+from salt_jax.training.flops import device_peak_flops
 from salt_jax.training.hang_watch import HangWatch
-from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost
+from salt_jax.training.ledger import Cost, Counters, Ledger
 from salt_jax.training.metrics import MetricWriter, recorded, status_of
+from salt_jax.training.origin import require_same_origin
 from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.teacher import LoadedTeacher
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -35,60 +37,52 @@ from salt_jax.training.train_step import (
     compile_programs,
 )
 
+Batch = Mapping[str, np.ndarray]
+# A step that was dispatched: completed steps with it, and its metrics on the devices.
+Pending = tuple[int, Any]
 
-@dataclasses.dataclass(frozen=True)
-class TrainingSetup:
-    """A run's settings, and what they name, opened and checked by the caller.
+
+@dataclasses.dataclass
+class Loop:
+    """One run of `salt train`: its settings, and the inputs that they name, opened and checked.
 
     Attributes:
+      folder: The run's folder; made by the caller before `run`.
       config: The settings.
       layout: The student's state over the mesh.
-      pipeline: The batches, from where the newest checkpoint stands.
+      pipeline: The batches, from the newest checkpoint's position on.
       sequence_length: L, tokens a row.
-      evaluator: For the validation split, of every cache.
-      evaluation_rows: Rows of it that an evaluation reads.
-      origin: What checkpoints record besides counters: model, vocabulary, cache, teacher.
-      teacher: The frozen model of stage 1, or None.
-      scoring: What it cost to score the rows that the selection was made from, and to make soft
-        labels.
-      initial: A checkpoint to start the student from; None starts from the seed.
+      evaluator: For the validation split of every cache.
+      origin: The inputs as checkpoints record them; see `origin.origin_of`.
+      scoring: What was spent on the selection and the soft labels.
+      teacher: The frozen model of stage 1; None without, or when stage 1 is over.
+      initial: The state to start from; None initializes one from the seed.
     """
 
+    folder: RunFolder
     config: TrainConfig
     layout: StateLayout
     pipeline: InputPipeline
     sequence_length: int
-    evaluator: Evaluator | MixtureEvaluator
-    evaluation_rows: int
-    origin: Mapping[str, Any]
-    teacher: SavedModel | None = None
-    scoring: Cost | None = None
-    initial: SavedModel | None = None
+    evaluator: Evaluator
+    origin: dict[str, Any]
+    scoring: Cost
+    teacher: LoadedTeacher | None = None
+    initial: TrainState | None = None
 
-    def stage_of(self, step: int) -> int:
-        """1 while the teacher runs, then 2."""
-        return 1 if step < self.config.stage1_steps else 2
-
-
-class Loop:
-    """One run, from its newest checkpoint or its beginning to its last step."""
-
-    def __init__(self, setup: TrainingSetup, folder: RunFolder) -> None:
-        self._setup, self._config = setup, setup.config
-        self._checkpointer = Checkpointer(folder.path, self._config.checkpoints, self._report)
-        self._folder, self._together = folder, folder.processes.count > 1
-        self._watch = HangWatch(self._config.hang_seconds, self._report)
-        self._teacher: LoadedTeacher | None = None
-        denoising = setup.pipeline.denoising
-        self._origin = {**setup.origin, "objectives": denoising and denoising.identity}
+    def __post_init__(self) -> None:
+        self._watch = HangWatch(self.config.hang_seconds, self._report)
         self._skipped = 0
         self._learning_rates = np.zeros(0)
-        length, student = setup.sequence_length, setup.layout.config
-        teacher = setup.teacher.config if setup.teacher else None
+        student, teacher = self.layout.config, self.teacher and self.teacher.model.config
+        rows, length = self.pipeline.batch_size, self.sequence_length
+        peak = device_peak_flops(jax.devices()[0].device_kind)
         self._ledger = Ledger(
-            StepCost.of(setup.pipeline.batch_size, length, student, teacher),
-            evaluation=Cost.of(student, setup.evaluation_rows, length),
-            scoring=setup.scoring,
+            student=Cost.of_training(student, rows, length),
+            teacher=Cost.of(teacher, rows, length) if teacher else Cost(),
+            evaluation=Cost.of(student, self.evaluator.rows, length),
+            scoring=self.scoring,
+            peak_flops=peak * jax.device_count() if peak else None,
         )
 
     def run(self) -> dict[str, Any]:
@@ -101,228 +95,180 @@ class Loop:
           Interrupted: SIGTERM or SIGINT came; the state is saved.
           RunFailed: More non-finite updates than allowed, or a model whose losses are not finite.
         """
-        setup = self._setup
-        waiting_for = self._watch.waiting_for
+        config, waiting_for = self.config, self._watch.waiting_for
+        processes = self.folder.processes
+        self._checkpointer = Checkpointer(self.folder.path, config.checkpoints, self._report)
         with (
             self._watch,
             contextlib.closing(self._checkpointer),
-            StopRequests(self._together) as stop,
+            StopRequests(processes.count > 1) as stop,
         ):
-            with waiting_for("the state to start from, and the teacher"):
+            with waiting_for("the state to start from"):
                 first_step, state = self._start()
             with self._ledger.compiling():
                 with waiting_for("the steps' programs to compile"):
                     programs = self._compile()
                 with waiting_for("the evaluation's program to compile"):
                     self._compile_the_rest(state)
-            batches = setup.pipeline.batches(first_step, self._config.steps)
             with (
-                MetricWriter(self._folder.path, self._folder.processes.is_first) as writer,
-                ProgressBar(self._config.method.arm, self._config.steps, first_step) as bar,
+                MetricWriter(self.folder.path, processes.is_first) as self._writer,
+                ProgressBar(config.method.arm, config.steps, first_step) as self._bar,
             ):
                 if first_step:
-                    bar.say(f"continues at step {first_step}")
-                return self._train(first_step, state, programs, batches, writer, bar, stop)
+                    self._bar.say(f"continues at step {first_step}")
+                batches = self.pipeline.batches(first_step, config.steps)
+                return self._train(first_step, state, programs, batches, stop)
 
     def _train(
         self,
         first_step: int,
         state: TrainState,
         programs: Programs,
-        batches: Iterator[Mapping[str, np.ndarray]],
-        writer: MetricWriter,
-        bar: ProgressBar,
+        batches: Iterator[Batch],
         stop: StopRequests,
     ) -> dict[str, Any]:
-        """The steps themselves; the run's results."""
+        """Runs the steps; the run's results."""
+        last = self.config.steps
         evaluation: EvaluationResult | None = None
-        pending: tuple[int, Any] | None = None
+        pending: Pending | None = None
         self._ledger.start_clock()
-        for done in range(first_step + 1, self._config.steps + 1):
+        for done in range(first_step + 1, last + 1):
             with self._watch.waiting_for(f"the input pipeline at step {done}"):
                 batch = next(batches)
             with self._watch.waiting_for(f"the program of step {done}"):
                 state, metrics = self._step(done - 1, state, batch, programs)
-            # The previous step's numbers are fetched while this one runs.
-            self._note(pending, writer, bar)
-            pending = (done, metrics)
-            saves = self._config.checkpoints.saves(done, self._config.steps)
-            evaluates = done % self._config.evaluation.every == 0 or done == self._config.steps
+            # The previous step's metrics are fetched while this step runs.
+            self._note(pending)
+            pending = done, metrics
+            saves = self.config.checkpoints.saves(done, last)
+            evaluates = done % self.config.evaluation.every == 0 or done == last
             with self._watch.waiting_for(f"the processes to agree after step {done}"):
                 stopped_by = stop.asked_by(done)
             if not (saves or evaluates or stopped_by):
                 continue
-            self._note(pending, writer, bar)
+            self._note(pending)
             pending = None
             if saves or stopped_by:
-                self._save(done, state, done == self._config.steps or bool(stopped_by))
-            if stopped_by and done < self._config.steps:
+                self._save(done, state, must=done == last or bool(stopped_by))
+            if stopped_by and done < last:
                 self._require_saved(done)
                 raise Interrupted(
-                    f"stopped by {stopped_by} after step {done} of {self._config.steps}, which is "
-                    f"saved in {self._folder.path}: run the same command again to go on."
+                    f"stopped by {stopped_by} after step {done} of {last}, which is saved in "
+                    f"{self.folder.path}: run the same command again to resume."
                 )
             if evaluates:
-                evaluation = self._evaluate(done, state, writer, bar)
+                evaluation = self._evaluate(done, state)
             self._ledger.start_clock()
-        evaluation = evaluation or self._evaluate(self._config.steps, state, writer, bar)
-        self._require_saved(self._config.steps)
+        evaluation = evaluation or self._evaluate(last, state)
+        self._require_saved(last)
         return self._summary(state, evaluation)
 
     def _start(self) -> tuple[int, TrainState]:
-        """The newest checkpoint's state, or a fresh one; loads the teacher where it is needed."""
-        setup = self._setup
-        latest = self._checkpointer.latest_step()
-        if latest is not None:
-            state, progress = self._checkpointer.restore(setup.layout, latest)
-            self._require_same_origin(progress, latest)
-            self._origin["teacher"] = progress["teacher"]
-            self._ledger.counters = self._counters(progress, latest)
-            self._skipped = int(state.skipped_updates)
-        elif setup.initial is not None:
-            layout = setup.layout
-            params = setup.initial.load_params(layout.mesh, layout.rules, layout.config.param_dtype)
-            state = setup.layout.around(params)
-        else:
-            state = setup.layout.create(self._config.seed)
-        first_step = latest or 0
-        start = setup.pipeline.start
-        assert start.step == first_step, f"a pipeline from {start} for a run at step {first_step}"
-        if setup.teacher is not None and first_step < self._config.stage1_steps:
-            asked = self._config.method.teacher
-            assert asked is not None, "a teacher was found, so one was asked for"
-            rules = asked.rules or setup.layout.rules
-            self._teacher = LoadedTeacher(setup.teacher, setup.layout.mesh, rules, asked.dtype)
-        return first_step, state
-
-    def _counters(self, progress: Mapping[str, Any], step: int) -> Counters:
-        """A checkpoint's counters, with the evaluation that came after it at the same step."""
-        where = f"The checkpoint of step {step} in {self._folder.path}"
+        """The steps completed and the newest checkpoint's state, or a fresh one."""
+        step, start = self._checkpointer.latest_step() or 0, self.pipeline.start
+        assert start.step == step, f"a pipeline from {start} for a run at step {step}"
+        if not step:
+            return 0, self.initial or self.layout.create(self.config.seed)
+        state, progress = self._checkpointer.restore(self.layout, step)
+        where = f"The checkpoint of step {step} in {self.folder.path}"
+        require_same_origin(progress, self.origin, where)
+        self.origin["teacher"] = progress["teacher"]
         counters = Counters.from_json(progress["counters"], where)
-        later = recorded(self._folder.path, "eval", step) if step < self._config.steps else None
+        # The checkpoint was written before the evaluation of its step.
+        later = recorded(self.folder.path, "eval", step) if step < self.config.steps else None
         names = ("evaluation_flops", "evaluation_tokens", "evaluation_seconds")
-        return dataclasses.replace(counters, **{name: later[name] for name in names if later})
-
-    def _require_same_origin(self, progress: Mapping[str, Any], step: int) -> None:
-        """A folder's name may stay while what is in it changes: resuming goes by digests."""
-        names = ["model", "vocabulary_fingerprint", "cache_digest", "selection_digest"]
-        if self._setup.origin["teacher"] is not None:
-            names.append("teacher")
-        if "objectives" in progress:  # checkpoints of older versions don't know
-            names.append("objectives")
-        for name in names:
-            saved, now = progress[name], self._origin[name]
-            if name == "model":
-                saved, now = _what_is_computed(saved), _what_is_computed(now)
-            if name == "teacher" and saved is not None:
-                saved, now = saved["digest"], now["digest"]
-            if saved != now:
-                raise InputError(
-                    f"The checkpoint of step {step} in {self._folder.path} was made with the "
-                    f"{name} {saved} and this run has {now}: bring back what it was started with, "
-                    "or choose another --output_dir."
-                )
+        self._ledger.counters = dataclasses.replace(
+            counters, **{name: later[name] for name in names if later}
+        )
+        self._skipped = int(state.skipped_updates)
+        return step, state
 
     def _compile(self) -> Programs:
         """Both programs, or the plain one alone when stage 1 is over."""
-        setup, teacher = self._setup, self._teacher
+        teacher, labels = self.teacher, self.pipeline.soft_labels
         return compile_programs(
-            setup.layout,
-            self._config.method.loss,
-            (setup.pipeline.batch_size, setup.sequence_length),
-            microbatches=self._config.devices.microbatches,
+            self.layout,
+            self.config.method.loss,
+            (self.pipeline.batch_size, self.sequence_length),
+            microbatches=self.config.devices.microbatches,
+            stage1_microbatches=self.config.devices.stage1_microbatches,
             teacher_config=teacher.model.config if teacher else None,
             teacher_params=teacher.params if teacher else None,
-            distill_microbatches=self._config.devices.stage1_microbatches,
-            extra_features=setup.pipeline.extra_features,
-            soft_labels=self._soft_labels,
+            extra_features=self.pipeline.extra_features,
+            soft_labels=labels.format.k if labels else 0,
         )
-
-    @property
-    def _soft_labels(self) -> int:
-        """K of the soft labels that stand for a teacher; 0 without, or when stage 1 is over."""
-        pipeline = self._setup.pipeline
-        if pipeline.soft_labels is None or pipeline.start.step >= self._config.stage1_steps:
-            return 0
-        return pipeline.soft_labels.format.k
 
     def _compile_the_rest(self, state: TrainState) -> None:
-        """All that would else be compiled when it is first needed, while the devices wait."""
-        setup = self._setup
-        setup.evaluator(state.params, rows=1)
+        """Runs what would otherwise be compiled at its first use, while the devices wait."""
+        self.evaluator(state.params, rows=1)
         # Asked step by step, the schedule would run on the devices, behind the steps in flight.
-        schedule = self._config.optimizer.learning_rate.schedule(self._config.steps)
-        rates = jax.jit(schedule)(np.arange(self._config.steps, dtype=np.int32))
-        self._learning_rates = np.broadcast_to(np.asarray(rates), (self._config.steps,))
+        schedule = self.config.optimizer.learning_rate.schedule(self.config.steps)
+        rates = jax.jit(schedule)(np.arange(self.config.steps, dtype=np.int32))
+        self._learning_rates = np.broadcast_to(np.asarray(rates), (self.config.steps,))
+
+    def _stage_of(self, step: int) -> int:
+        """1 while the teacher runs, then 2."""
+        return 1 if step < self.config.stage1_steps else 2
 
     def _step(
-        self, step: int, state: TrainState, batch: Mapping[str, np.ndarray], programs: Programs
+        self, step: int, state: TrainState, batch: Batch, programs: Programs
     ) -> tuple[TrainState, Any]:
         """Dispatches one step."""
-        names = [*BATCH_FEATURES, *self._setup.pipeline.extra_features]
+        names = [*BATCH_FEATURES, *self.pipeline.extra_features]
         names += [name for name in LABEL_FEATURES if name in batch]
-        on_device = partitioning.to_device(
-            {name: batch[name] for name in names}, self._setup.layout.mesh
-        )
-        if self._setup.stage_of(step) == 2:
-            if self._teacher is not None:
-                self._teacher.free()
-                self._teacher = None
+        on_device = partitioning.to_device({name: batch[name] for name in names}, self.layout.mesh)
+        if self._stage_of(step) == 2:
+            if self.teacher is not None:
+                self.teacher.free()
             return programs.plain(state, on_device)
-        if programs.distill is None:
-            raise AssertionError("stage 1 has its program")
-        omega = np.float32(self._config.method.schedule.omega_at(step))
-        teacher_params = self._teacher.params if self._teacher else None
+        assert programs.distill is not None, "stage 1 has its program"
+        omega = np.float32(self.config.method.schedule.omega_at(step))
+        teacher_params = self.teacher.params if self.teacher else None
         return programs.distill(state, on_device, teacher_params, omega)
 
-    def _note(
-        self, pending: tuple[int, Any] | None, writer: MetricWriter, bar: ProgressBar
-    ) -> None:
-        """Waits for a step's numbers, counts its cost, and writes a line at the end of a window."""
+    def _note(self, pending: Pending | None) -> None:
+        """Waits for a step's metrics, counts its cost, and writes a record if it is due."""
         if pending is None:
             return
-        setup = self._setup
         done, metrics = pending
         with self._watch.waiting_for(f"the devices at step {done}"):
             metrics = jax.device_get(metrics)
-        stage = setup.stage_of(done - 1)
+        config, stage = self.config, self._stage_of(done - 1)
         self._ledger.add(metrics, stage)
-        # The optimizer counts the updates that it applied, and so does its learning rate.
+        # The learning rate counts the updates that were applied, as the optimizer does.
         rate_step = done - 1 - self._skipped
         self._skipped = int(metrics["skipped_updates"])
-        if self._skipped > self._config.max_skipped_updates:
+        if self._skipped > config.max_skipped_updates:
             raise RunFailed(
                 f"{self._skipped} updates were not finite, the last at step {done}, and "
-                f"max_skipped_updates is {self._config.max_skipped_updates}: the parameters are "
-                "still finite; start again in another --output_dir with a lower learning rate or a "
+                f"max_skipped_updates is {config.max_skipped_updates}: the parameters are still "
+                "finite; start again in another --output_dir with a lower learning rate or a "
                 "higher limit."
             )
-        if done % self._config.log_every == 0 or done == self._config.steps:
+        if done % config.log_every == 0 or done == config.steps:
             record = {
                 "kind": "train",
                 "step": done,
                 "stage": stage,
                 **self._ledger.close_window(),
-                "omega": self._config.method.schedule.omega_at(done - 1),
+                "omega": config.method.schedule.omega_at(done - 1),
                 "learning_rate": float(self._learning_rates[rate_step]),
-                "epochs": setup.pipeline.epochs(done),
+                "epochs": self.pipeline.epochs(done),
             }
-            writer.write(record)
-            bar.update(done, status_of(record))
+            self._writer.write(record)
+            self._bar.update(done, status_of(record))
 
-    def _evaluate(
-        self, done: int, state: TrainState, writer: MetricWriter, bar: ProgressBar
-    ) -> EvaluationResult:
+    def _evaluate(self, done: int, state: TrainState) -> EvaluationResult:
         waiting = self._watch.waiting_for(f"the evaluation after step {done}")
         with self._ledger.evaluating(), waiting:
             try:
-                evaluation = self._setup.evaluator(state.params)
+                evaluation = self.evaluator(state.params)
             except NotFiniteError as error:
                 raise RunFailed(
                     f"The run has diverged by step {done} ({str(error).partition(':')[0]}): start "
                     "again in another --output_dir with a lower learning rate."
                 ) from error
-        writer.write(
+        self._writer.write(
             {
                 "kind": "eval",
                 "step": done,
@@ -331,69 +277,55 @@ class Loop:
                 **self._ledger.counters.to_json(),
             }
         )
-        bar.say(
+        self._bar.say(
             f"step {done}: validation log-perplexity {evaluation.whole.log_perplexity:.4f}, "
             f"next-token accuracy {evaluation.whole.next_token_accuracy:.2%}"
         )
         return evaluation
 
+    def _save(self, done: int, state: TrainState, must: bool) -> None:
+        progress = {
+            **self.origin,
+            "step": done,
+            "rows_consumed": self._rows_consumed(done),
+            "counters": dataclasses.asdict(self._ledger.counters),
+        }
+        with self._watch.waiting_for(f"the checkpoint of step {done}"):
+            self._checkpointer.save(done, state, progress, must)
+
     def _require_saved(self, step: int) -> None:
-        """Waits for a checkpoint, without which the run can't end as it says it does."""
+        """Waits for a checkpoint, and fails the run if it was not written."""
         with self._watch.waiting_for(f"the checkpoint of step {step} to be on the disk"):
             self._checkpointer.wait()
         newest = self._checkpointer.latest_step()
         if newest != step:
             where = f"step {newest}" if newest is not None else "its beginning"
             raise RunFailed(
-                f"The checkpoint of step {step} could not be written to {self._folder.path}: make "
-                f"room and run the same command again, which goes on from {where}."
+                f"The checkpoint of step {step} could not be written to {self.folder.path}: make "
+                f"room and run the same command again, which resumes from {where}."
             )
 
-    def _save(self, done: int, state: TrainState, must: bool) -> None:
-        with self._watch.waiting_for(f"the checkpoint of step {done}"):
-            self._write_checkpoint(done, state, must)
-
-    def _write_checkpoint(self, done: int, state: TrainState, must: bool) -> None:
-        position = self._setup.pipeline.position(done)
-        self._checkpointer.save(
-            done,
-            state,
-            {
-                **self._origin,
-                "step": done,
-                "rows_consumed": rows_consumed(position),
-                "counters": dataclasses.asdict(self._ledger.counters),
-            },
-            must,
-        )
+    def _rows_consumed(self, step: int) -> dict[str, int]:
+        position = self.pipeline.position(step)
+        return {"stage1": position.stage1_rows, "stage2": position.stage2_rows}
 
     def _report(self, sentence: str) -> None:
-        warn(f"[{self._config.method.arm}] {sentence}")
+        warn(f"[{self.config.method.arm}] {sentence}")
 
     def _summary(self, state: TrainState, evaluation: EvaluationResult) -> dict[str, Any]:
-        setup = self._setup
+        config = self.config
         return {
-            "arm": self._config.method.arm,
-            "steps": self._config.steps,
-            "distill_steps": self._config.stage1_steps,
-            "parameters": setup.layout.config.num_parameters,
+            "arm": config.method.arm,
+            "steps": config.steps,
+            "distill_steps": config.stage1_steps,
+            "parameters": self.layout.config.num_parameters,
             **evaluation.to_json(),
             **self._ledger.counters.to_json(),
-            "teacher": self._origin["teacher"],
+            "teacher": self.origin["teacher"],
             "skipped_updates": int(state.skipped_updates),
-            "seed": self._config.seed,
-            "cache_digest": setup.origin["cache_digest"],
-            "caches": setup.origin["caches"],
-            "rows_consumed": rows_consumed(setup.pipeline.position(self._config.steps)),
-            "epochs": setup.pipeline.epochs(self._config.steps),
+            "seed": config.seed,
+            "cache_digest": self.origin["cache_digest"],
+            "caches": self.origin["caches"],
+            "rows_consumed": self._rows_consumed(config.steps),
+            "epochs": self.pipeline.epochs(config.steps),
         }
-
-
-def rows_consumed(position: Position) -> dict[str, int]:
-    """A position as checkpoints and summary.json hold it."""
-    return {"stage1": position.stage1_rows, "stage2": position.stage2_rows}
-
-
-def _what_is_computed(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model without what says how to compute it, which may change when a run goes on."""
-    return {name: x for name, x in model.items() if name not in ("remat", "attention_backend")}

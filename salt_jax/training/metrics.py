@@ -1,8 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events and a line on the terminal.
-
-In: dictionaries of numbers. Out: one JSON line each, the same numbers as TensorBoard scalars, and
-what the progress bar says of them.
-"""
+"""The metrics of a run: metrics.jsonl, TensorBoard events and the status on the terminal."""
 
 import contextlib
 import errno
@@ -17,8 +13,8 @@ from typing import Any
 from salt_jax.storage.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
 from salt_jax.terminal import warn
 
-# tensorboardX imports torch where it is installed, for graphs that nobody asks it for here: half of
-# what a command needs to start.
+# Where torch is installed tensorboardX imports it, for graphs that are not used here; that would be
+# half of the time that a command takes to start.
 _torch_is_there = "torch" in sys.modules
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 import tensorboardX  # noqa: E402
@@ -32,53 +28,51 @@ class MetricWriter:
 
     Args:
       run_path: The run's folder.
-      writes: Whether this process is the one that does; the others' records go nowhere.
+      writes: False drops all records, on all processes but the first.
     """
 
     def __init__(self, run_path: pathlib.Path, writes: bool = True) -> None:
-        self._writes = writes
-        self._complained = False
+        self._writes, self._disk_was_full = writes, False
         if not writes:
             return
         self._path = run_path / METRICS_FILE
         if self._path.exists():
             _drop_half_a_line(self._path)
-        # Unbuffered: what a full disk refuses isn't kept to be refused again.
+        # Unbuffered, so that what a full disk refuses isn't kept to be refused again.
         self._file = self._path.open("ab", buffering=0)
         self._events = tensorboardX.SummaryWriter(str(run_path / TENSORBOARD_FOLDER))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has at least `kind` and `step`."""
-        if not self._writes:
-            return
-        if not self._append(to_json(record) + "\n"):
-            return
-        kind = record["kind"]
-        for name, value in _flat(record):
-            self._events.add_scalar(f"{kind}/{name}", value, record["step"])
+        if self._writes and self._append(to_json(record) + "\n"):
+            for name, value in _flat(record):
+                self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def _append(self, line: str) -> bool:
-        """Whether events are to be written too: not after the disk was full once."""
+        """Appends a line, whole or not at all; whether events are written too.
+
+        After the disk was full once no events are written any more.
+        """
         size, text = self._path.stat().st_size, line.encode()
         try:
             if self._file.write(text) == len(text):
-                return not self._complained
+                return not self._disk_was_full
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
         os.truncate(self._path, size)
-        if not self._complained:
+        if not self._disk_was_full:
             sentence = f"THE DISK IS FULL: {self._path} lacks lines from here on"
             warn(f"{sentence}, and TensorBoard's events end: make room.")
-        self._complained = True
+        self._disk_was_full = True
         return False
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes and closes both."""
         if not self._writes:
             return
         self._file.close()
-        with contextlib.suppress(OSError) if self._complained else contextlib.nullcontext():
+        with contextlib.suppress(OSError) if self._disk_was_full else contextlib.nullcontext():
             self._events.close()
 
     def __enter__(self) -> "MetricWriter":
@@ -89,7 +83,7 @@ class MetricWriter:
 
 
 def status_of(record: Mapping[str, Any]) -> str:
-    """What a training record says, in short."""
+    """A training record in one line, for the terminal."""
     mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
     return (
         f"stage {record['stage']}  loss {record['loss']:.3f}  "
@@ -101,17 +95,16 @@ def recorded(run_path: pathlib.Path, kind: str, step: int) -> dict[str, Any] | N
     """The newest record of a kind at a step in RUN/metrics.jsonl; None if there is none."""
     path = run_path / METRICS_FILE
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = None
-    for line in text[: text.rfind("\n") + 1].splitlines():
+    for line in reversed(text[: text.rfind("\n") + 1].splitlines()):
         if f'"{kind}"' in line:
             record = json.loads(line)
             if (record.get("kind"), record.get("step")) == (kind, step):
-                found = record
-    return found
+                return dict(record)
+    return None
 
 
 def _drop_half_a_line(path: pathlib.Path) -> None:
-    """Cuts off what a killed run was writing, so that the next line starts on its own."""
+    """Removes the partial last line that a killed run left."""
     with path.open("rb+") as file:
         text = file.read()
         file.truncate(text.rfind(b"\n") + 1)

@@ -1,7 +1,5 @@
-"""Optimizers: settings, the run's steps and its model in, an optax transformation out.
-
-One of one's own needs no more than what `Optimizer` has (docs/extending.md).
-"""
+"""Optimizers as optax transformations. One of your own needs what `Optimizer` has
+(docs/extending.md)."""
 
 import abc
 import dataclasses
@@ -18,26 +16,26 @@ from salt_jax.training import learning_rates
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """What updates the parameters."""
+    """Settings from which the transformation that updates the parameters is made."""
 
     @property
     def learning_rate(self) -> learning_rates.LearningRate:
-        """The rate by step, which metrics show."""
+        """The learning rate, which metrics show by step."""
         ...
 
     def make(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
-        """The transformation for a run of `steps` steps of a model, its vocab_size set."""
+        """The transformation for a run of `steps` steps; the model's vocab_size is set."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _ClippedOptimizer(abc.ABC):
-    """What the optimizers here have in common; they differ by their `rule`.
+    """The common part of the optimizers here, which clips gradients before their `rule`.
 
     Attributes:
-      learning_rate: The rate by step.
+      learning_rate: The learning rate.
       weight_decay: Decoupled, times the learning rate, on matrices only (no norms, no biases).
-      clip_norm: The gradient's global norm is clipped to this; 0 leaves it alone.
+      clip_norm: The global norm that gradients are clipped to; 0 doesn't clip.
     """
 
     learning_rate: learning_rates.LearningRate
@@ -52,7 +50,7 @@ class _ClippedOptimizer(abc.ABC):
             )
 
     def make(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
-        """The transformation for a run of `steps` steps of a model."""
+        """The transformation for a run of `steps` steps."""
         rule = self.rule(steps, model)
         if self.clip_norm == 0:
             return rule
@@ -60,7 +58,7 @@ class _ClippedOptimizer(abc.ABC):
 
     @abc.abstractmethod
     def rule(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
-        """What happens to clipped gradients, weight decay and learning rate included."""
+        """The transformation of clipped gradients, weight decay and learning rate included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +66,8 @@ class AdamW(_ClippedOptimizer):
     """AdamW (arXiv 1711.05101).
 
     Attributes:
-      beta1: The decay of the first moment.
-      beta2: The decay of the second moment.
+      beta1: Decay of the first moment.
+      beta2: Decay of the second moment.
       epsilon: Added to the root of the second moment.
     """
 
@@ -91,8 +89,8 @@ class AdamW(_ClippedOptimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(_ClippedOptimizer):
-    """Adafactor (arXiv 1804.04235): factored second moments, updates clipped at 1, no momentum, the
-    rate relative to a parameter's own RMS."""
+    """Adafactor (arXiv 1804.04235): factored second moments, updates clipped at 1, no momentum, and
+    a rate relative to the parameter's RMS."""
 
     def rule(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
         del model
@@ -106,16 +104,16 @@ class Adafactor(_ClippedOptimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(_ClippedOptimizer):
-    """Muon (kellerjordan.github.io/posts/muon): orthogonalized momentum for the blocks' kernels, a
-    layer at a time; Adam, as optax.contrib.muon has it, for embedding, head, norms and biases.
+    """Muon (kellerjordan.github.io/posts/muon): orthogonalized momentum for each layer's kernels,
+    and optax.contrib.muon's Adam for embedding, head, norms and biases.
 
     Attributes:
-      beta: The decay of the momentum.
-      update_rms: The RMS of a kernel's update over the rate. 0.2 is about AdamW's, whose rates and
-        weight decay then serve (arXiv 2502.16982); None scales by √max(1, outputs / inputs).
-      adam_learning_rate: The rate of Adam; learning_rate if None. Weight decay is by learning_rate.
-      beta1: Adam's decay of the first moment.
-      beta2: Adam's decay of the second moment.
+      beta: Decay of the momentum.
+      update_rms: RMS of a kernel's update over the rate. 0.2 is about AdamW's, so that AdamW's
+        rates and weight decay fit (arXiv 2502.16982); None scales by √max(1, outputs / inputs).
+      adam_learning_rate: Adam's rate; learning_rate if None. Weight decay is by learning_rate.
+      beta1: Decay of Adam's first moment.
+      beta2: Decay of Adam's second moment.
       epsilon: Added to the root of Adam's second moment, and to the momentum's norm.
     """
 
@@ -142,7 +140,7 @@ class Muon(_ClippedOptimizer):
             ),
             consistent_rms=self.update_rms,
         )
-        # muon's own decay of what Adam updates would take norms and biases along.
+        # Muon's own weight decay would include norms and biases.
         decay = optax.add_decayed_weights(lambda i: -self.weight_decay * rate(i), mask=is_matrix)
         return optax.chain(muon, decay)
 
@@ -150,29 +148,25 @@ class Muon(_ClippedOptimizer):
 def make_transformation(
     optimizer: Optimizer, steps: int, model: decoder.DecoderConfig
 ) -> optax.GradientTransformation:
-    """The transformation of an optimizer of anyone's.
-
-    Raises:
-      InputError: It is no optimizer.
-    """
+    """The transformation of any optimizer; InputError if the object is not an optimizer."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer.learning_rate, "schedule"):
         raise InputError(
             f"optimizer is {name}, which lacks make(steps, model), or a learning_rate with "
-            "schedule(steps): set optimizer to one of optimizers/*.gin, or write it as "
-            "docs/extending.md says."
+            "schedule(steps): set optimizer to one of optimizers/*.gin, or write it as in "
+            "docs/extending.md."
         )
     made = optimizer.make(steps, model)
     if not isinstance(made, optax.GradientTransformation):
         raise InputError(
-            f"{name}.make gave {type(made).__name__}, expected an optax.GradientTransformation: "
-            "change it, or set optimizer to one of optimizers/*.gin."
+            f"{name}.make returned {type(made).__name__}, expected an "
+            "optax.GradientTransformation: change it, or set optimizer to one of optimizers/*.gin."
         )
     return made
 
 
 def is_matrix(params: Any) -> Any:
-    """True for kernels and embeddings. Norm scales and biases carry those names in the model."""
+    """A tree of True for kernels and embeddings, False for leaves named scale or bias."""
 
     def one(path: Any, _: Any) -> bool:
         return str(getattr(path[-1], "key", path[-1])) not in ("scale", "bias")

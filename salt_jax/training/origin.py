@@ -1,49 +1,31 @@
-"""Where a run comes from: what its checkpoints record of it, and what was spent before it.
+"""The origin of a run: its inputs, as checkpoints record them and compare them on resuming."""
 
-In: what the run reads. Out: JSON values by name, and costs.
-"""
-
+from collections.abc import Mapping
 from typing import Any
 
+from salt_jax.data.denoisers import Denoising
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
-from salt_jax.distill import schedules
+from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.terminal import say
 from salt_jax.training.caches import Caches
 from salt_jax.training.checkpoints import SavedModel
+from salt_jax.training.config import TrainConfig
 from salt_jax.training.ledger import Cost, known_cost
 
 
-def scoring_cost(selected: Selection | None, labels: StoredLabels | None, arm: str) -> Cost | None:
-    """What a run begins with spent: the scores behind its selection, and its soft labels."""
-    spent = [cost for cost in (_selection_cost(selected, arm), labels and labels.cost) if cost]
-    if not spent:
-        return None
-    return Cost(**{name: sum(cost[name] for cost in spent) for name in spent[0]})
-
-
-def _selection_cost(selected: Selection | None, arm: str) -> dict[str, Any] | None:
-    if selected is None:
-        return None
-    cost = selected.manifest.get("scoring_cost")
-    if cost is None:
-        say(
-            f"[{arm}] the selection {selected.path} doesn't say what its scores cost (another "
-            "version of salt_jax made them): this run is not charged for them"
-        )
-    return cost
-
-
 def origin_of(
-    config: DecoderConfig,
+    config: TrainConfig,
+    student: DecoderConfig,
     caches: Caches,
-    schedule: schedules.Schedule,
     selected: Selection | None,
     teacher: SavedModel | None,
     labels: StoredLabels | None,
+    denoising: Denoising | None,
 ) -> dict[str, Any]:
-    """What checkpoints record of where a run comes from."""
+    """A run's inputs, as JSON values by name."""
+    schedule = config.method.schedule
     taught_by: dict[str, Any] | None = None
     if teacher is not None:
         taught_by = {**teacher.identity, "training_cost": known_cost(teacher.counters)}
@@ -51,11 +33,60 @@ def origin_of(
         given = {"soft_labels": str(labels.path), "digest": labels.digest}
         taught_by = {**labels.manifest["teacher"], **given, "training_cost": None}
     return {
-        "model": config.to_json(),
+        "model": student.to_json(),
         "vocabulary_fingerprint": caches.first.vocabulary_fingerprint,
         "cache_digest": caches.digest,
         "caches": caches.describe(),
         "selection_digest": selected.digest if selected else None,
         "schedule": {type(schedule).__name__: vars(schedule)},
         "teacher": taught_by,
+        "objectives": denoising.identity if denoising else None,
     }
+
+
+def require_same_origin(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuses to resume on other inputs: folders may keep their names while their contents change.
+
+    Args:
+      saved: A checkpoint's origin.
+      now: The run's. A run without a teacher, past stage 1, may resume one that had a teacher.
+      where: The checkpoint, for the error.
+
+    Raises:
+      InputError: The first input that differs.
+    """
+    names = ["model", "vocabulary_fingerprint", "cache_digest", "selection_digest"]
+    names += ["teacher"] if now["teacher"] is not None else []
+    names += ["objectives"] if "objectives" in saved else []  # older versions didn't record them
+    for name in names:
+        before, after = _identity(name, saved[name]), _identity(name, now[name])
+        if before != after:
+            raise InputError(
+                f"{where} was made with the {name} {before} and this run has {after}: bring back "
+                "what it was started with, or choose another --output_dir."
+            )
+
+
+def _identity(name: str, value: Any) -> Any:
+    """What must stay the same: a teacher's digest, and a model but for how it is computed."""
+    if name == "model":
+        return {key: x for key, x in value.items() if key not in ("remat", "attention_backend")}
+    return value["digest"] if name == "teacher" and value is not None else value
+
+
+def scoring_cost(selected: Selection | None, labels: StoredLabels | None, arm: str) -> Cost:
+    """What was spent before the run: on the scores behind its selection, and on its soft labels."""
+    spent = [labels.cost] if labels is not None else []
+    if selected is not None:
+        cost = selected.manifest.get("scoring_cost")
+        if cost is None:
+            say(
+                f"[{arm}] the selection {selected.path} doesn't say what its scores cost (another "
+                "version of salt_jax made them): this run is not charged for them"
+            )
+        else:
+            spent.append(cost)
+    total = Cost()
+    for cost in spent:
+        total = Cost(*(x + cost[name] for name, x in vars(total).items()))
+    return total

@@ -1,8 +1,7 @@
-"""Where arrays live: a mesh of devices, and rules from logical axis names to mesh axes.
+"""Partitioning: a mesh of devices, logical-axis rules, and the shardings that they give arrays.
 
-In: a mesh shape and the logical axis names that the model puts on its parameters. Out:
-NamedShardings for parameters, optimizer state and batches, which is all that jax.jit needs to
-partition a program.
+The model names the logical axes of its parameters; rules map them to mesh axes. NamedShardings of
+parameters, optimizer state and batches are all that jax.jit needs to partition a program.
 """
 
 import contextlib
@@ -44,14 +43,13 @@ DEFAULT_RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The mesh: how many devices along each axis.
+    """The number of devices along each mesh axis; one may be -1, for all that the others leave.
 
     Attributes:
       slice: TPU slices (or nodes) joined by the slow network; the batch is split over them.
       data: Devices that hold whole copies of the parameters and split the batch.
       fsdp: Devices that split the batch, the parameters and the optimizer state.
       tensor: Devices that split heads, hidden units and the vocabulary.
-      One axis may be -1: all the devices that the others leave.
     """
 
     slice: int = 1
@@ -63,8 +61,8 @@ class MeshConfig:
         sizes = self.sizes()
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise InputError(
-                f"MeshConfig got {dict(zip(MESH_AXES, sizes, strict=True))}: every axis must be at "
-                "least 1, and at most one of them -1."
+                f"MeshConfig got {vars(self)}: every axis must be at least 1, and at most one of "
+                "them -1."
             )
 
     def sizes(self) -> tuple[int, ...]:
@@ -72,7 +70,7 @@ class MeshConfig:
         return (self.slice, self.data, self.fsdp, self.tensor)
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """Lays the mesh over `devices`, all of this run's by default.
+        """The mesh over `devices`, by default all devices.
 
         Raises:
           InputError: The axes don't multiply to the number of devices.
@@ -82,9 +80,8 @@ class MeshConfig:
         sizes = [len(devices) // fixed if size == -1 else size for size in self.sizes()]
         if math.prod(sizes) != len(devices):
             raise InputError(
-                f"MeshConfig's axes {dict(zip(MESH_AXES, self.sizes(), strict=True))} need "
-                f"{math.prod(sizes) or fixed} devices and there are {len(devices)}: change its "
-                "slice, data, fsdp or tensor."
+                f"MeshConfig's axes {vars(self)} need {math.prod(sizes) or fixed} devices and "
+                f"there are {len(devices)}: change its slice, data, fsdp or tensor."
             )
         grid = np.asarray(devices, dtype=object).reshape(sizes)
         return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -92,7 +89,7 @@ class MeshConfig:
 
 @contextlib.contextmanager
 def partitioned(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-    """The context in which programs are traced: activations are constrained by `rules`."""
+    """The context to trace programs in: it constrains activations by `rules`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 
@@ -100,8 +97,7 @@ def partitioned(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
 def param_shardings(boxed_params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """A NamedSharding for every parameter, from the logical axis names in its box.
 
-    A mesh axis that doesn't divide the dimension it is meant for is left out there: that parameter
-    is replicated along it.
+    A parameter is replicated along a mesh axis that doesn't divide its dimension.
     """
 
     def one(box: Any) -> NamedSharding:
@@ -114,24 +110,15 @@ def param_shardings(boxed_params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES)
     return jax.tree.map(one, boxed_params, is_leaf=is_box)
 
 
-def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer's state: each slot lies as the parameter it belongs to.
+def optimizer_shardings(opt_state: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of an abstract optimizer state: each slot is sharded as its parameter.
 
-    Args:
-      opt_state: The abstract optimizer state; the path of a slot ends in its parameter's path.
-      params: Abstract parameters.
-      shardings: Their shardings.
-      mesh: The mesh.
-
-    Returns:
-      A tree like opt_state. A factored slot (Adafactor's, one dimension less) keeps the axes of the
-      dimensions it has; anything else, such as a counter, is replicated.
+    The path of a slot ends in its parameter's path. A factored slot (Adafactor's, of one dimension
+    less) keeps the axes of the dimensions it has; anything else, a counter say, is replicated.
     """
     by_path = {
-        _path(path): (leaf.shape, sharding.spec)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
+        _path(path): (leaf.shape, leaf.sharding.spec)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
     def one(path: Any, slot: Any) -> NamedSharding:
@@ -143,7 +130,7 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
 
 
 def head_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> HeadSharding | None:
-    """How the loss lays tokens and heads over the mesh; None on one device."""
+    """How the loss shards tokens and heads over the mesh; None on one device."""
     if mesh.size == 1:
         return None
 
@@ -159,51 +146,43 @@ def head_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> HeadSharding | No
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split over every axis but tensor, along their first dimension."""
+    """Splits the first dimension of a batch over every mesh axis but tensor."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """A copy of the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """A batch must be a multiple of this many rows."""
+    """The devices that a batch is split over, which must divide its rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process's devices hold: (its number from 0 on, all parts).
+    """The part of every batch that this process's devices hold: (its index, number of parts).
 
-    Processes that hold the same rows, since the tensor axis crosses them, have the same part.
+    Processes that share rows, because the tensor axis crosses them, have the same part.
 
     Raises:
-      InputError: The devices of this process hold rows from places that are not one part.
+      InputError: The rows of this process are not one even part of the batch.
     """
-    places = np.arange(batch_divisor(mesh))
-    held = batch_sharding(mesh).addressable_devices_indices_map(places.shape).values()
-    rows = sorted({int(row) for part in held for row in places[part or ...]})
-    first, count = rows[0], len(rows)
-    if rows[-1] - first + 1 != count or first % count or len(places) % count:
+    rows = np.arange(batch_divisor(mesh))
+    held = batch_sharding(mesh).addressable_devices_indices_map(rows.shape).values()
+    own = sorted({int(row) for part in held for row in rows[part or ...]})
+    first, count = own[0], len(own)
+    if own[-1] - first + 1 != count or first % count or len(rows) % count:
         raise InputError(
-            f"This process's devices hold the places {rows} of the {len(places)} that MeshConfig "
-            "splits a batch into, which is not one even part: make slice, data and fsdp so that "
+            f"This process's devices hold the places {own} of the {len(rows)} that MeshConfig "
+            "splits a batch into, which is not one even part: change slice, data and fsdp so that "
             "each process has one."
         )
-    return first // count, len(places) // count
+    return first // count, len(rows) // count
 
 
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's part of a batch on its devices.
-
-    Args:
-      batch: Arrays of shape [B / parts, …]; see `batch_part`.
-      mesh: The mesh.
-
-    Returns:
-      Global arrays of shape [B, …], split by `batch_sharding`.
-    """
+    """Puts this process's part of a batch, [B / parts, …], on its devices: global arrays [B, …]."""
     sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
     return {
         name: jax.make_array_from_process_local_data(
@@ -229,12 +208,10 @@ def _slot_spec(
         return PartitionSpec()
     owner_shape, spec = owner
     axes = tuple(spec) + (None,) * (len(owner_shape) - len(spec))
-    if tuple(shape) == tuple(owner_shape):
-        return PartitionSpec(*axes)
-    for dropped in range(len(owner_shape)):
-        rest = [i for i in range(len(owner_shape)) if i != dropped]
-        if tuple(shape) == tuple(owner_shape[i] for i in rest):
-            return PartitionSpec(*(axes[i] for i in rest))
+    for dropped in (None, *range(len(owner_shape))):
+        kept = [i for i in range(len(owner_shape)) if i != dropped]
+        if tuple(shape) == tuple(owner_shape[i] for i in kept):
+            return PartitionSpec(*(axes[i] for i in kept))
     return PartitionSpec()
 
 

@@ -1,9 +1,8 @@
-"""The teacher: a frozen model beside the train state, gone at the switch.
+"""The frozen teacher of stage 1, or the stored soft labels that stand for it.
 
-In: a checkpoint. Out: parameters on the mesh, and a way to free them. It has no gradient, no
-optimizer slot and no place in a checkpoint; the run records which teacher it was. Its parameters
-may lie by rules of their own; its activations are laid out as the student's are. Stored soft labels
-may stand for it.
+A teacher lives beside the train state: it has no gradient and no optimizer slot, and no checkpoint
+holds it, only which model it was. Its parameters may be sharded by rules of their own; its
+activations are sharded as the student's.
 """
 
 from typing import Any
@@ -21,20 +20,12 @@ from salt_jax.training.caches import Caches
 from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.config import TrainConfig
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 class LoadedTeacher:
-    """A frozen model on the mesh.
-
-    Args:
-      model: Where it comes from.
-      mesh: The student's.
-      rules: From the logical axes of its parameters to the mesh's.
-      dtype: What to hold it in; None is as it was saved.
+    """A frozen model on the mesh, sharded by `rules`, in `dtype` or the one it was saved in.
 
     Attributes:
-      model: Where it came from.
+      model: The checkpoint it was loaded from.
       params: Its parameters; None once freed.
     """
 
@@ -49,21 +40,21 @@ class LoadedTeacher:
         self.params: Any = model.load_params(mesh, rules, dtype)
 
     def free(self) -> None:
-        """Gives the teacher's device memory back at once; running programs finish first."""
+        """Frees the device memory at once; programs that still run finish first."""
         for array in jax.tree.leaves(self.params):
             array.delete()
         self.params = None
 
 
 def refuse_unused(config: TrainConfig) -> None:
-    """Raises InputError where a teacher or soft labels are set that no step has a use for."""
+    """Raises InputError where a teacher or soft labels are set that no step uses."""
     method, steps = config.method, config.data.selection_steps
     teacher = method.teacher and method.teacher.path
     for name, folder in (("teacher", teacher), ("soft_labels", method.soft_labels)):
         if folder is not None and not config.stage1_steps:
             raise InputError(
                 f"{name} is {folder}, and the schedule {type(method.schedule).__name__} has no "
-                f"stage 1 to use it in: leave {name} unset, or take another method "
+                f"stage 1 to use it in: leave {name} unset, or choose another method "
                 "(--gin_file=methods/…)."
             )
     if method.soft_labels is not None and steps not in (None, config.stage1_steps):
@@ -73,56 +64,37 @@ def refuse_unused(config: TrainConfig) -> None:
         )
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Raises InputError where a teacher can't be held in a dtype; None is as it was saved."""
-    if dtype not in (None, *DTYPES):
-        raise InputError(
-            f"The teacher's dtype is {dtype!r}, expected one of {', '.join(DTYPES)}: change "
-            "--teacher.dtype."
-        )
-
-
 def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
-    """The model that teaches.
-
-    Args:
-      config: The run's settings.
-      cache: What is trained on, with its vocabulary.
+    """The model that teaches the student on the rows of a cache.
 
     Raises:
-      InputError: None is set, there is none, it is of another vocabulary, or it lacks ids that it
+      InputError: No teacher is set or found, its vocabulary is another one, or it lacks ids that it
         would have to read or, by the divergence, to give probability.
     """
-    method, asked = config.method, config.method.teacher
-    if asked is None or asked.path is None:
+    method, teacher = config.method, config.method.teacher
+    if teacher is None or teacher.path is None:
         raise InputError(
             f"The schedule {type(method.schedule).__name__} needs a teacher and none is set: add "
             "--teacher=FOLDER, the output of a `salt train` run, or --soft_labels=FOLDER."
         )
-    check_dtype(asked.dtype)
-    model = find_model(asked.path, asked.step, "teacher", cache)
+    model = find_model(teacher.path, teacher.step, "teacher", cache)
     ids, lacks = cache.vocabulary_size, cache.vocabulary_size - (model.config.vocab_size or 0)
-    objectives = config.data.objectives if asked.objectives == "all" else None
+    objectives = config.data.objectives if teacher.objectives == "all" else None
     if lacks and objectives is not None and objectives.uses_reserved_ids:
         raise InputError(
-            f"The teacher {asked.path} lacks the last {lacks} of the cache's {ids} ids, the modes "
-            "and sentinels of objectives: add --teacher.objectives=causal, which makes ω 0 on "
-            "denoised rows, or take a teacher that has them."
+            f"The teacher {teacher.path} lacks the last {lacks} of the cache's {ids} ids, the mode "
+            "tokens and sentinels of objectives: add --teacher.objectives=causal, which makes ω 0 "
+            "on denoised rows, or choose a teacher that has them."
         )
     losses.check_vocab_size(method.loss, ids, ids, ids - lacks, None)
     return model
 
 
 def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None) -> StoredLabels:
-    """The soft labels that stand for a teacher.
-
-    Args:
-      config: The run's settings, with soft labels.
-      caches: What is trained on.
-      selected: Stage 1's own rows.
+    """The soft labels that stand for a teacher on the rows of stage 1.
 
     Raises:
-      InputError: They are not of these rows, or not for this loss; or a teacher is set as well.
+      InputError: They are of other rows or for another loss, or a teacher is set as well.
     """
     method, path = config.method, config.method.soft_labels
     assert path is not None, "soft labels are set"

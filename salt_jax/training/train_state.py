@@ -1,7 +1,4 @@
-"""What a training run carries from step to step; the teacher is no part of it.
-
-In: a model and an optimizer. Out: TrainState, sharded from its first moment on.
-"""
+"""The state of training, which holds no teacher: its shapes, its shardings and how it is made."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -20,10 +17,10 @@ class TrainState(NamedTuple):
     """The student between two steps.
 
     Attributes:
-      step: int32 scalar; steps done, skipped updates included.
-      params: The student's parameters, param_dtype.
+      step: int32 scalar; completed steps, skipped updates included.
+      params: The student's parameters, in param_dtype.
       opt_state: The optimizer's state.
-      skipped_updates: int32 scalar; steps whose update was not finite and therefore not applied.
+      skipped_updates: int32 scalar; steps whose update was not applied since it wasn't finite.
     """
 
     step: jax.Array
@@ -34,14 +31,14 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
-    """Shapes and shardings of a TrainState; nothing is allocated yet.
+    """Shapes and shardings of a TrainState that is not allocated yet.
 
     Attributes:
       config: The model.
       optimizer: The transformation that updates it.
-      abstract: A TrainState of ShapeDtypeStructs with their shardings.
-      mesh: Where it lives.
-      rules: From logical to mesh axes.
+      abstract: A TrainState of ShapeDtypeStructs with shardings.
+      mesh: The mesh.
+      rules: Logical-axis rules.
     """
 
     config: decoder.DecoderConfig
@@ -56,17 +53,16 @@ class StateLayout:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
     def create(self, seed: int) -> TrainState:
-        """A fresh state, made in place on every device from `seed`."""
+        """A state with parameters initialized from `seed`, each shard on its own device."""
 
         def make(key: jax.Array) -> TrainState:
-            params = nn.unbox(decoder.init_params(self.config, key))
-            return self._around(params)
+            return self._around(nn.unbox(decoder.init_params(self.config, key)))
 
         with partitioning.partitioned(self.mesh, self.rules):
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
 
     def around(self, params: Any) -> TrainState:
-        """A fresh state around given parameters, which must lie as `shardings.params` says."""
+        """A state at step 0 with given parameters, which are sharded as `shardings.params`."""
         with partitioning.partitioned(self.mesh, self.rules):
             return jax.jit(self._around, out_shardings=self.shardings)(params)
 
@@ -80,20 +76,19 @@ def abstract_sharded_params(
 ) -> Any:
     """Parameters as ShapeDtypeStructs with shardings, in `dtype` or the model's own.
 
-    Those of norms, which are computed in float32, lose nothing of their own: the model computes the
-    same, bit for bit, whether its other parameters are cast here or at each use.
+    Norms are computed in float32, so their parameters keep their precision: the model then computes
+    the same, bit for bit, whether the others are cast here or at each use.
     """
     boxed = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     shardings = partitioning.param_shardings(boxed, mesh, rules)
 
-    def laid_out(path: Any, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        of_norm = any(str(part.key).endswith("_norm") for part in path)
-        kept = leaf.dtype if dtype is None else jnp.dtype(dtype)
-        if of_norm:
-            kept = jnp.promote_types(kept, leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=sharding)
+    def one(path: Any, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        cast = leaf.dtype if dtype is None else jnp.dtype(dtype)
+        if any(str(part.key).endswith("_norm") for part in path):
+            cast = jnp.promote_types(cast, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, cast, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(laid_out, nn.unbox(boxed), shardings)
+    return jax.tree_util.tree_map_with_path(one, nn.unbox(boxed), shardings)
 
 
 def make_layout(
@@ -102,17 +97,14 @@ def make_layout(
     mesh: Mesh,
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
 ) -> StateLayout:
-    """Lays a TrainState out over the mesh."""
+    """The layout of a TrainState over the mesh."""
     params = abstract_sharded_params(config, mesh, rules)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     opt_state = jax.eval_shape(optimizer.init, params)
-    opt_shardings = partitioning.optimizer_shardings(opt_state, params, shardings, mesh)
     opt_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         opt_state,
-        opt_shardings,
+        partitioning.optimizer_shardings(opt_state, params, mesh),
     )
     counter: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
-    return StateLayout(
-        config, optimizer, TrainState(counter, params, opt_state, counter), mesh, rules
-    )
+    abstract = TrainState(counter, params, opt_state, counter)
+    return StateLayout(config, optimizer, abstract, mesh, rules)

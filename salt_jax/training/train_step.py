@@ -1,40 +1,43 @@
-"""One training step: (state, batch) in, (state, metrics) out, with or without a teacher.
+"""The training step: the two programs that XLA compiles, one with a teacher and one without.
 
-The two programs of SALT are made here: `distill`, which runs the teacher, and `plain`, which has no
-trace of one. Both are compiled before the first step; the host picks.
+Both are compiled before the first step and the host picks between them; `plain` has no trace of a
+teacher in it.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from salt_jax.distill import chunked_loss, losses
-from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.train_state import StateLayout, TrainState
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
-BATCH_FEATURES = {
-    "inputs": jnp.int32,
-    "targets": jnp.int32,
-    "loss_weights": jnp.float32,
-    "segment_ids": jnp.int32,
-    "positions": jnp.int32,
+# The features of a batch by name: dtype and rank, of [B], [B, L] or [B, L, K].
+BATCH_FEATURES: Mapping[str, tuple[Any, int]] = {
+    "inputs": (jnp.int32, 2),
+    "targets": (jnp.int32, 2),
+    "loss_weights": (jnp.float32, 2),
+    "segment_ids": (jnp.int32, 2),
+    "positions": (jnp.int32, 2),
 }
 
-# What a batch may hold besides: of rows, how much of ω counts (1 where it is missing), and of
-# tokens, what sees itself in both directions (nothing where it is missing).
-EXTRA_FEATURES = {"distill": (jnp.float32, 1), "bidirectional": (jnp.bool_, 2)}
+# Features that only some objectives need: the share of ω that a row takes (1 without it), and which
+# tokens attend to each other in both directions (none without it).
+EXTRA_FEATURES: Mapping[str, tuple[Any, int]] = {
+    "distill": (jnp.float32, 1),
+    "bidirectional": (jnp.bool_, 2),
+}
 
-# What a distilling batch holds where soft labels stand for a teacher: [B, L, K] and [B, L].
-LABEL_FEATURES = {
+# Features of a distilling batch whose stored soft labels stand for a teacher.
+LABEL_FEATURES: Mapping[str, tuple[Any, int]] = {
     "soft_ids": (jnp.int32, 3),
     "soft_log_q": (jnp.float16, 3),
     "soft_rest": (jnp.float16, 2),
@@ -42,19 +45,17 @@ LABEL_FEATURES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The compiled steps.
+class Programs(NamedTuple):
+    """The compiled steps. Both consume the state that they are given.
 
     Attributes:
       plain: (state, batch) → (state, metrics).
       distill: (state, batch, teacher parameters, ω) → (state, metrics); None without a teacher.
         With stored soft labels the parameters are None, and the batch has LABEL_FEATURES.
-      Both consume the state they are given.
     """
 
-    plain: Callable[..., tuple[TrainState, Metrics]]
-    distill: Callable[..., tuple[TrainState, Metrics]] | None
+    plain: Step
+    distill: Step | None
 
 
 def compile_programs(
@@ -63,35 +64,23 @@ def compile_programs(
     batch_shape: tuple[int, int],
     *,
     microbatches: int = 1,
+    stage1_microbatches: int | None = None,
     teacher_config: decoder.DecoderConfig | None = None,
     teacher_params: Any = None,
-    distill_microbatches: int | None = None,
     extra_features: Sequence[str] = (),
     soft_labels: int = 0,
 ) -> Programs:
-    """Compiles both steps.
+    """Compiles both steps; see `lower_step` for the arguments.
 
-    Args:
-      layout: The student's state.
-      loss_config: The loss.
-      batch_shape: Rows and tokens of the global batch, [B, L].
-      microbatches: Parts of the batch that the plain step computes one after the other.
-      teacher_config: The teacher's model, if there is one.
-      teacher_params: Its parameters, or ShapeDtypeStructs that have their shardings.
-      distill_microbatches: Like microbatches, for the distilling step; the same by default.
-      extra_features: Which of EXTRA_FEATURES batches have.
-      soft_labels: K of the stored soft labels that stand for a teacher; 0 for none.
+    stage1_microbatches are those of the distilling step, the same as the plain one's by default.
     """
-    plain = lower_step(
-        layout, loss_config, batch_shape, microbatches, extra_features=extra_features
-    )
+    settings = (layout, loss_config, batch_shape)
+    plain = lower_step(*settings, microbatches, extra_features=extra_features)
     if teacher_config is None and not soft_labels:
         return Programs(plain.compile(), None)
     distill = lower_step(
-        layout,
-        loss_config,
-        batch_shape,
-        distill_microbatches or microbatches,
+        *settings,
+        stage1_microbatches or microbatches,
         teacher_config,
         teacher_params,
         extra_features,
@@ -110,7 +99,7 @@ def lower_step(
     extra_features: Sequence[str] = (),
     soft_labels: int = 0,
 ) -> jax.stages.Lowered:
-    """One step, traced for the layout's mesh and still to be compiled; see Programs.
+    """Traces one step for the layout's mesh, without compiling it; see Programs.
 
     Args:
       layout: The student's state.
@@ -118,20 +107,21 @@ def lower_step(
       batch_shape: Rows and tokens of the global batch, [B, L].
       microbatches: Parts of the batch computed one after the other.
       teacher_config: The teacher's model for the distilling step, None for the plain one.
-      teacher_params: Its parameters, or ShapeDtypeStructs that have their shardings.
+      teacher_params: Its parameters, or ShapeDtypeStructs with shardings.
       extra_features: Which of EXTRA_FEATURES batches have.
-      soft_labels: K of the soft labels of the distilling step, where they stand for a teacher.
+      soft_labels: K of the soft labels that stand for a teacher in the distilling step.
     """
+    replicated = partitioning.replicated(layout.mesh)
     step = jax.jit(
         make_step(layout, loss_config, microbatches, teacher_config),
         donate_argnums=0,
-        out_shardings=(layout.shardings, partitioning.replicated(layout.mesh)),
+        out_shardings=(layout.shardings, replicated),
     )
     batch = abstract_batch(batch_shape, layout, extra_features, soft_labels)
     with partitioning.partitioned(layout.mesh, layout.rules):
         if teacher_config is None and not soft_labels:
             return step.lower(layout.abstract, batch)
-        omega = jax.ShapeDtypeStruct((), jnp.float32, sharding=partitioning.replicated(layout.mesh))
+        omega = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
         return step.lower(layout.abstract, batch, teacher_params, omega)
 
 
@@ -141,16 +131,15 @@ def abstract_batch(
     extra_features: Sequence[str] = (),
     soft_labels: int = 0,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the programs take as a batch of `shape` [B, L], with K soft labels if not 0."""
+    """The batch that the programs take, of `shape` [B, L], with K soft labels if not 0."""
     sharding = partitioning.batch_sharding(layout.mesh)
-    dtypes = {name: (dtype, 2) for name, dtype in BATCH_FEATURES.items()}
-    dtypes |= {name: EXTRA_FEATURES[name] for name in extra_features}
+    features = {**BATCH_FEATURES, **{name: EXTRA_FEATURES[name] for name in extra_features}}
     if soft_labels:
-        dtypes |= LABEL_FEATURES
+        features |= LABEL_FEATURES
     sizes = (*shape, soft_labels)
     return {
         name: jax.ShapeDtypeStruct(sizes[:rank], dtype, sharding=sharding)
-        for name, (dtype, rank) in dtypes.items()
+        for name, (dtype, rank) in features.items()
     }
 
 
@@ -159,31 +148,33 @@ def make_step(
     loss_config: losses.LossConfig,
     microbatches: int,
     teacher_config: decoder.DecoderConfig | None = None,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The step as a function still to be compiled; see Programs for its arguments."""
-    sharding = partitioning.head_sharding(layout.mesh, layout.rules)
-    sums = _loss_sums(layout.config, loss_config, teacher_config, sharding)
-    gradients_of = jax.value_and_grad(sums, has_aux=True)
+) -> Step:
+    """The step as a function to be jitted; see Programs for its arguments."""
+    loss_sums = _loss_sums(layout, loss_config, teacher_config)
+    gradients_of = jax.value_and_grad(loss_sums, has_aux=True)
 
     def step(
         state: TrainState, batch: Batch, teacher_params: Any = None, omega: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
+        def sums_of(part: Batch) -> tuple[Metrics, Any]:
+            (_, sums), gradients = gradients_of(state.params, part, teacher_params, omega)
+            return sums, gradients
+
         def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
-            (_, metrics), gradients = gradients_of(state.params, part, teacher_params, omega)
-            return jax.tree.map(jnp.add, total, (metrics, gradients)), None
+            return jax.tree.map(jnp.add, total, sums_of(part)), None
 
         parts = _split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
         if microbatches == 1:
-            (_, metrics), gradients = gradients_of(state.params, first, teacher_params, omega)
+            sums, gradients = sums_of(first)
         else:
-            shapes = jax.eval_shape(gradients_of, state.params, first, teacher_params, omega)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-            (metrics, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
+            shapes = jax.eval_shape(sums_of, first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (sums, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
         # Weights are divided out once, after microbatches and devices are combined.
-        weight = jnp.maximum(metrics.pop("weight"), 1.0)
+        weight = jnp.maximum(sums.pop("weight"), 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
-        metrics = _means(metrics, weight)
+        metrics = _means(sums, weight)
         new_state, update_metrics = _update(layout.optimizer, state, gradients, metrics["loss"])
         return new_state, {**metrics, "weight": weight, **update_metrics}
 
@@ -191,24 +182,30 @@ def make_step(
 
 
 def _loss_sums(
-    config: decoder.DecoderConfig,
+    layout: StateLayout,
     loss_config: losses.LossConfig,
     teacher_config: decoder.DecoderConfig | None,
-    sharding: HeadSharding | None,
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """A function (params, batch, teacher_params, ω) → (loss sum, every sum by name)."""
-    if config.vocab_size is None:
-        raise AssertionError("the model's vocabulary is set before its programs are made")
+    config, sharding = layout.config, partitioning.head_sharding(layout.mesh, layout.rules)
+    assert config.vocab_size is not None, "a model has its vocabulary before it is compiled"
     vocab_size = config.vocab_size
 
     def sums(
         params: Any, batch: Batch, teacher_params: Any, omega: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        teacher_hidden_BxLxD = teacher_head_VxD = None
+        teacher: dict[str, Any] = {}
         if teacher_config is not None:
             frozen = jax.lax.stop_gradient(teacher_params)
-            teacher_hidden_BxLxD = decoder.hidden_states(teacher_config, frozen, batch)
-            teacher_head_VxD = decoder.head_kernel(frozen, teacher_config)
+            teacher = {
+                "teacher_hidden_BxLxD": decoder.hidden_states(teacher_config, frozen, batch),
+                "teacher_head_VxD": decoder.head_kernel(frozen, teacher_config),
+                "teacher_vocab_size": teacher_config.vocab_size,
+                "distill_B": batch.get("distill"),
+            }
+        elif "soft_ids" in batch:
+            labels = losses.SoftLabels(*(batch[name] for name in LABEL_FEATURES))
+            teacher = {"soft_labels": labels}
         loss, weight, metrics = chunked_loss.loss_sums(
             decoder.hidden_states(config, params, batch),
             decoder.head_kernel(params, config),
@@ -217,14 +214,8 @@ def _loss_sums(
             omega if omega is not None else jnp.float32(0.0),
             loss_config,
             vocab_size,
-            teacher_hidden_BxLxD=teacher_hidden_BxLxD,
-            teacher_head_VxD=teacher_head_VxD,
-            teacher_vocab_size=teacher_config.vocab_size if teacher_config is not None else None,
-            distill_B=batch.get("distill") if teacher_config is not None else None,
-            soft_labels=losses.SoftLabels(*(batch[name] for name in LABEL_FEATURES))
-            if "soft_ids" in batch
-            else None,
             sharding=sharding,
+            **teacher,
         )
         return loss, {"loss": loss, "weight": weight, **metrics}
 
@@ -232,7 +223,7 @@ def _loss_sums(
 
 
 def _means(sums: Metrics, weight: jax.Array) -> Metrics:
-    """Sums over the weight that each was made with; a teacher's over that of the rows it taught."""
+    """Divides each sum by its weight, a teacher's by that of the rows it taught."""
     taught = sums.get("distilled", weight)
     taught = jnp.where(taught > 0, taught, 1.0)
     return {
@@ -242,7 +233,7 @@ def _means(sums: Metrics, weight: jax.Array) -> Metrics:
 
 
 def _split(batch: Batch, microbatches: int) -> Batch:
-    """[B, …] → [M, B / M, …]; every device's rows are spread evenly over the microbatches."""
+    """[B, …] → [M, B / M, …], each device's rows spread evenly over the microbatches."""
 
     def one(x: jax.Array) -> jax.Array:
         rows = x.shape[0] // microbatches
@@ -254,7 +245,7 @@ def _split(batch: Batch, microbatches: int) -> Batch:
 def _update(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Any, loss: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Applies a finite update; keeps parameters and optimizer as they are otherwise."""
+    """Applies the update if it is finite; otherwise parameters and optimizer stay as they are."""
     gradient_norm = optax.global_norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     update_norm = optax.global_norm(updates)

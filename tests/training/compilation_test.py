@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from benchmarks.measurement import CompilationCounter
 from salt_jax.distill import schedules
 from salt_jax.training import compilation, loop
 from salt_jax.training.checkpoints import CheckpointConfig
@@ -29,15 +30,15 @@ SALT: dict[str, Any] = {
 def compiled_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Programs made and functions traced while the loop runs, by where: "step 3", "save"."""
     found: Counter[str] = Counter()
-    counter = compilation.CompilationCounter()
+    counter = CompilationCounter()
 
     def watch(name: str, where: Callable[..., str]) -> None:
         original = getattr(loop.Loop, name)
 
-        def watched(self: Any, *arguments: Any) -> Any:
+        def watched(self: Any, *arguments: Any, **named: Any) -> Any:
             before = counter.compiled + counter.traced
             counted = found.total()
-            result = original(self, *arguments)
+            result = original(self, *arguments, **named)
             inside = found.total() - counted  # by a part of it that is watched too
             added = counter.compiled + counter.traced - before - inside
             found[where(*arguments)] += added
@@ -88,7 +89,7 @@ def test_the_counter_counts_while_it_is_entered() -> None:
         return 2 * x
 
     x_3 = jnp.ones(3)
-    with compilation.CompilationCounter() as counter:
+    with CompilationCounter() as counter:
         jax.jit(double)(x_3)
     counted = (counter.traced, counter.compiled)
     assert min(counted) > 0

@@ -25,7 +25,7 @@ from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices
-from salt_jax.training.evaluation import EvaluationResult, MixtureEvaluator, Quality
+from salt_jax.training.evaluation import Evaluator, Quality
 from salt_jax.training.ledger import Cost
 from salt_jax.training.partitioning import MeshConfig
 
@@ -86,16 +86,26 @@ def _bytes(cache: PackedCache, targets_BxL: np.ndarray, weights_BxL: np.ndarray)
     return sum(len(vocabulary.decode([i]).encode("utf-8")) for i in targets_BxL[weights_BxL > 0])
 
 
-def test_bits_per_byte_of_a_mixture_are_those_of_all_its_bytes() -> None:
-    one = Quality.of(np.array([8.0, 2, 4, 10]))
-    other = Quality.of(np.array([6.0, 1, 2, 30]))
-    evaluators: Any = {
-        name: lambda params, rows, q=q: EvaluationResult(q, {"text": q})
-        for name, q in (("a", one), ("b", other))
+def test_several_caches_are_evaluated_as_one(
+    slm: pathlib.Path, cache: PackedCache, make_cache: Callable[..., PackedCache]
+) -> None:
+    model, mesh = find_model(slm, None, "model"), MeshConfig().make()
+    params, caches = model.load_params(mesh), {"a": cache, "b": make_cache(seed=1)}
+    settings = ("validation", 8, mesh)
+    each = [Evaluator(model.config, one, *settings)(params) for one in caches.values()]
+    evaluator = Evaluator(model.config, caches, *settings)
+    both = evaluator(params)
+    assert evaluator.rows == 20
+    assert both.by_subset == {
+        f"{name}/{subset}": quality
+        for name, one in zip(caches, each, strict=True)
+        for subset, quality in one.by_subset.items()
     }
-    whole = MixtureEvaluator(evaluators)(None).whole
-    assert whole.bits_per_byte == pytest.approx(14 / math.log(2) / 40)
-    assert (whole.tokens, whole.bytes) == (6, 40)
+    tokens, size = (sum(getattr(one.whole, n) for one in each) for n in ("tokens", "bytes"))
+    nats = sum(one.whole.log_perplexity * one.whole.tokens for one in each)
+    assert (both.whole.tokens, both.whole.bytes) == (tokens, size)
+    assert both.whole.log_perplexity == pytest.approx(nats / tokens)
+    assert both.whole.bits_per_byte == pytest.approx(nats / math.log(2) / size)
     assert math.isnan(Quality.of(np.array([1.0, 0, 1, 0])).bits_per_byte)  # an end of document
 
 

@@ -100,13 +100,15 @@ def test_a_tensor_that_is_not_finite_is_named_by_every_verb(
             max_new_tokens=4,
             devices=QUIET,
         ),
-        lambda: run_train(initial=model, model=None),
-        lambda: run_train(teacher=model, schedule=schedules.Step(0.5, 3)),
+        lambda: run_train(tmp_path / "e", initial=model, model=None),
+        lambda: run_train(tmp_path / "f", teacher=model, schedule=schedules.Step(0.5, 3)),
     ]
     for verb in verbs:
         with pytest.raises(InputError, match=rf"not finite, in {TENSOR}: use another one"):
             verb()
     assert not list(tmp_path.rglob("summary.json"))
+    for refused in "bcef":
+        assert not (tmp_path / refused).exists(), refused
 
 
 def test_a_model_that_is_refused_leaves_no_folder(
@@ -187,13 +189,13 @@ def test_a_run_whose_evaluation_is_not_finite_has_failed(
     run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Updates that are not finite are skipped; the losses of finite parameters may not be."""
-    sums, calls = evaluation.over_rows, iter(range(9))
+    sums, calls = evaluation.over_batches, iter(range(9))
 
-    def over_rows(*arguments: Any) -> Iterator[tuple[Any, np.ndarray]]:
+    def over_batches(*arguments: Any) -> Iterator[tuple[Any, np.ndarray]]:
         bad = next(calls) > 0  # the first one compiles
         return ((batch, x * np.nan if bad else x) for batch, x in sums(*arguments))
 
-    monkeypatch.setattr(evaluation, "over_rows", over_rows)
+    monkeypatch.setattr(evaluation, "over_batches", over_batches)
     with pytest.raises(RunFailed, match=r"diverged by step 3 .*among the rows 0 to 7 of"):
         run_train(tmp_path / "run")
     assert '"eval"' not in (tmp_path / "run" / "metrics.jsonl").read_text()

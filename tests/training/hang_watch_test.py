@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from salt_jax.data.input_pipeline import InputPipeline
-from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer
+from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.loop import Loop
@@ -37,7 +37,8 @@ def test_a_long_wait_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
 
 # Who is slow, at which of its calls, and what the run then says that it waits for.
 WAITS = (
-    (Checkpointer, "latest_step", 1, "the state to start from, and the teacher"),
+    (SavedModel, "load_params", 1, "the models to load"),
+    (Checkpointer, "latest_step", 1, "the state to start from"),
     (Loop, "_compile", 1, "the steps' programs to compile"),
     (Loop, "_compile_the_rest", 1, "the evaluation's program to compile"),
     (InputPipeline, "batch", 4, "the input pipeline at step 4"),
@@ -49,12 +50,12 @@ WAITS = (
 
 
 def test_a_run_says_what_it_waits_for(
-    run_train: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+    run_train: Callable[..., pathlib.Path], slm: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sentences: list[str] = []
     told = threading.Condition()
 
-    def report(self: Loop, sentence: str) -> None:
+    def report(sentence: str) -> None:
         with told:
             sentences.append(sentence)
             told.notify_all()
@@ -75,9 +76,11 @@ def test_a_run_says_what_it_waits_for(
 
     for owner, name, slow_call, what in WAITS:
         monkeypatch.setattr(owner, name, slow(getattr(owner, name), slow_call, what))
-    monkeypatch.setattr(Loop, "_report", report)
+    monkeypatch.setattr(Loop, "_report", lambda loop, sentence: report(sentence))
+    monkeypatch.setattr("salt_jax.commands.train.warn", report)
     monkeypatch.setattr("faulthandler.dump_traceback", lambda *_, **__: None)
     last_only = CheckpointConfig(save_every=0)
-    run_train(hang_seconds=0.5, evaluate_every=6, checkpoints=last_only)
+    start = {"model": None, "initial": str(slm)}
+    run_train(hang_seconds=0.5, evaluate_every=6, checkpoints=last_only, **start)
     for *_, what in WAITS:
         assert sum(f"FOR {what}," in sentence for sentence in sentences) == 1, sentences

@@ -8,12 +8,11 @@ import pytest
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import flops, ledger
-from salt_jax.training.ledger import Cost, Counters, Ledger, StepCost, known_cost
+from salt_jax.training.ledger import Cost, Counters, Ledger, known_cost
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, vocab_size=100)
 TEACHER = dataclasses.replace(STUDENT, embed_dim=16)
-STEP = StepCost(tokens=100, student_flops=600.0, teacher_flops=90.0, peak_flops=1000.0)
-EVALUATION = Cost(flops=50.0, tokens=7)
+SCORING = Cost(flops=40.0, tokens=20, seconds=3.0)
 METRICS = {"loss": 2.0, "hard": 1.0, "weight": 90.0, "skipped_updates": 0}
 
 
@@ -29,6 +28,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(ledger, "time", clock)
     return clock
+
+
+def make_ledger(scoring: Cost = SCORING, peak_flops: float | None = 1000.0) -> Ledger:
+    return Ledger(
+        student=Cost(flops=600.0, tokens=100),
+        teacher=Cost(flops=90.0, tokens=100),
+        evaluation=Cost(flops=50.0, tokens=7),
+        scoring=scoring,
+        peak_flops=peak_flops,
+    )
 
 
 def run_a_little(clock: Clock, book: Ledger) -> None:
@@ -47,7 +56,7 @@ def run_a_little(clock: Clock, book: Ledger) -> None:
 
 
 def test_everything_is_counted_in_its_own_place(clock: Clock) -> None:
-    book = Ledger(STEP, EVALUATION, Cost(flops=40.0, tokens=20, seconds=3.0))
+    book = make_ledger()
     run_a_little(clock, book)
     assert book.counters == Counters(
         student_flops=1800.0,
@@ -69,7 +78,7 @@ def test_everything_is_counted_in_its_own_place(clock: Clock) -> None:
 def test_a_run_is_charged_for_its_scoring_but_not_for_evaluation_and_compiling(
     clock: Clock,
 ) -> None:
-    book = Ledger(STEP, EVALUATION, Cost(flops=40.0, tokens=20, seconds=3.0))
+    book = make_ledger()
     run_a_little(clock, book)
     shown = book.counters.to_json()
     assert (shown["train_flops"], shown["seconds"]) == (1800.0 + 180.0 + 40.0, 4.0 + 1.0 + 3.0)
@@ -80,7 +89,7 @@ def test_a_run_is_charged_for_its_scoring_but_not_for_evaluation_and_compiling(
 def test_mfu_is_of_the_window(clock: Clock) -> None:
     """Student and teacher over the peak, in the steps' own time: nothing of scoring, evaluation or
     of the window before."""
-    book = Ledger(STEP, EVALUATION, Cost(flops=1e9, tokens=20, seconds=3.0))
+    book = make_ledger(Cost(flops=1e9, tokens=20, seconds=3.0))
     run_a_little(clock, book)
     assert book.close_window()["mfu"] == pytest.approx((1800.0 + 180.0) / 5.0 / 1000.0)
     clock.now += 4.0
@@ -91,19 +100,14 @@ def test_mfu_is_of_the_window(clock: Clock) -> None:
 
 
 def test_mfu_is_null_where_the_peak_is_not_known(clock: Clock) -> None:
-    book = Ledger(dataclasses.replace(STEP, peak_flops=None), EVALUATION)
+    book = make_ledger(peak_flops=None)
     run_a_little(clock, book)
     assert book.close_window()["mfu"] is None
 
 
 def test_costs_of_models() -> None:
-    """On a CPU, whose peak is not known."""
-    step = StepCost.of(8, 16, STUDENT, TEACHER)
-    assert step.tokens == 128
-    assert step.student_flops == 128 * flops.train_flops_per_token(STUDENT, 16)
-    assert step.teacher_flops == 128 * flops.forward_flops_per_token(TEACHER, 16)
-    assert step.peak_flops is None
-    assert StepCost.of(8, 16, STUDENT, None).teacher_flops == 0.0
+    trained = 128 * flops.train_flops_per_token(STUDENT, 16)
+    assert Cost.of_training(STUDENT, 8, 16) == Cost(flops=trained, tokens=128)
     forward = 48 * flops.forward_flops_per_token(TEACHER, 16)
     assert Cost.of(TEACHER, 3, 16, 2.5) == Cost(flops=forward, tokens=48, seconds=2.5)
 

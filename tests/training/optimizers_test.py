@@ -190,5 +190,5 @@ def test_what_is_no_optimizer_is_refused() -> None:
         make_transformation(RATE, STEPS, MODEL)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="optimizer is AdamW, which lacks"):
         make_transformation(AdamW(0.1), STEPS, MODEL)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="make gave int, expected an optax"):
+    with pytest.raises(InputError, match="make returned int, expected an optax"):
         make_transformation(_NoTransformation(), STEPS, MODEL)  # type: ignore[arg-type]

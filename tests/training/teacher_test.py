@@ -29,7 +29,7 @@ def teachers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         loaded.append([array.sharding for array in jax.tree.leaves(teacher.params)])
         return teacher
 
-    monkeypatch.setattr(loop, "LoadedTeacher", load)
+    monkeypatch.setattr("salt_jax.commands.train.LoadedTeacher", load)
     return loaded
 
 
