@@ -1,10 +1,10 @@
 """Attention that keeps no [L, L] scores: cuDNN's on NVIDIA GPUs, Splash (Pallas) on TPUs.
 
-attention.attention's arrays in and out, and its values but for rounding. `cudnn_obstacle` and
-`splash_obstacle` say what a kernel can't do: a reason, or None.
+Both compute attention.attention. `cudnn_obstacle` and `splash_obstacle` return the reason why a
+kernel can't be used, or None.
 
 XLA cannot partition a Pallas kernel. Under a mesh, jax.shard_map therefore gives each device its
-own rows and heads, by the rules of the logical axes "batch" and "activation_heads".
+own rows and heads, by the logical-axis rules of "batch" and "activation_heads".
 """
 
 import math
@@ -49,8 +49,8 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's flash attention.
 
-    The segments go in as an additive mask [B, 1, L, L] beside cuDNN's own causal one. Its packed
-    layout would do without the mask, but wants a fixed bound on the segments of a row.
+    The segments are an additive mask [B, 1, L, L] beside cuDNN's own causal one. Its packed layout
+    needs no mask, but a fixed bound on the segments of a row.
     """
 
     def kernel(query: Any, key: Any, value: Any, segment_ids: Any) -> jax.Array:
@@ -85,11 +85,8 @@ def splash_attention(
     """Splash attention: blocks ahead of the diagonal are never computed.
 
     Args:
-        query_BxLxHxK: see attention.attention; so are the next three.
-        key_BxLxGxK: see there.
-        value_BxLxGxK: see there.
-        segment_ids_BxL: see there.
-        interpret: run the kernel's steps as plain operations, on any device and slowly.
+        query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL: see attention.attention.
+        interpret: run the kernel as plain operations, on any device and slowly.
     """
     length, width = query_BxLxHxK.shape[1], query_BxLxHxK.shape[3]
     block = splash_block(length)
@@ -115,7 +112,7 @@ def splash_attention(
 
 
 def splash_block(length: int) -> int:
-    """Queries, and keys, in a block of Splash's: the largest that divides a row of `length`."""
+    """The size of Splash's blocks: the largest that divides a row of `length`."""
     sizes = range(_LANES, _LARGEST_BLOCK + 1, _LANES)
     return max(size for size in sizes if length % size == 0)
 
@@ -125,14 +122,14 @@ def _over_mesh(
 ) -> jax.Array:
     """Runs a kernel on each device of the mesh in context with its own rows and heads.
 
-    Rows or heads that the devices don't divide are computed whole on each of them.
+    Rows or heads that don't divide evenly are computed whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(query, key, value, segment_ids)
     rows, _ = _shards("batch", query.shape[0], mesh)
     heads, head_shards = _shards("activation_heads", query.shape[2], mesh)
-    # Each device needs whole groups: one that several devices share is given to each of them.
+    # Each device needs whole groups: a group that several devices share is copied to each.
     copies = math.lcm(key.shape[2], head_shards) // key.shape[2]
     if copies > 1:
         key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
@@ -147,7 +144,7 @@ def _over_mesh(
 
 
 def _shards(logical_axis: str, size: int, mesh: Any) -> tuple[Any, int]:
-    """The mesh axes of a logical one, and how many devices lie along them; none if uneven."""
+    """The mesh axes of a logical axis and the number of devices along them; none if uneven."""
     spec = nn.logical_to_mesh_axes((logical_axis,))
     axes = spec[0] if spec else None
     names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
@@ -156,7 +153,7 @@ def _shards(logical_axis: str, size: int, mesh: Any) -> tuple[Any, int]:
 
 
 def _is_ampere_or_later() -> bool:
-    """Whether this process's GPUs run cuDNN's flash attention; True if it has none to ask."""
+    """Whether this process's GPUs run cuDNN's flash attention; True if it has no GPU."""
     if jax.default_backend() != "gpu":
         return True
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
