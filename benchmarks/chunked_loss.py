@@ -4,8 +4,9 @@
     python benchmarks/chunked_loss.py --vocab 32768 --chunk_tokens 64 128 256
 
 Both sides: 2,048 tokens, student width 512, teacher width 384, SALT's loss (ω 2/3, τ 1/4) and its
-gradients by the student's hidden states and head. The whole-logits side is `losses.token_losses`
-under autodiff. Memory is XLA's own account of the compiled program (memory_analysis).
+gradients by the student's hidden states and head. The whole-logits side is the formulas of
+`losses.py` as one writes them with jax.nn, under autodiff. Memory is XLA's own account of the
+compiled program (memory_analysis).
 """
 
 import dataclasses
@@ -23,12 +24,38 @@ TOKENS, STUDENT_WIDTH, TEACHER_WIDTH, LENGTH = 2048, 512, 384, 256
 OMEGA = 2 / 3
 
 
+def token_values(
+    student_BxLxV: jax.Array, teacher_BxLxV: Any, targets_BxL: jax.Array, config: losses.LossConfig
+) -> dict[str, jax.Array]:
+    """The values of `token_losses.token_losses`, of forward KL."""
+
+    def at_target(values_BxLxV: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
+
+    log_p_BxLxV = jax.nn.log_softmax(student_BxLxV)
+    largest_BxL = jnp.max(student_BxLxV, axis=-1)
+    hard_BxL = -at_target(log_p_BxLxV)
+    values = {"hard": hard_BxL, "correct": at_target(student_BxLxV) >= largest_BxL}
+    values["loss"] = hard_BxL
+    if teacher_BxLxV is not None:
+        log_q_BxLxV = jax.nn.log_softmax(teacher_BxLxV / config.teacher_temperature)
+        values["soft"] = -jnp.sum(jnp.exp(log_q_BxLxV) * log_p_BxLxV, axis=-1)
+        values["loss"] = (1.0 - OMEGA) * hard_BxL + OMEGA * values["soft"]
+        log_z_BxL = jax.nn.logsumexp(teacher_BxLxV, axis=-1)
+        values["teacher_hard"] = log_z_BxL - at_target(teacher_BxLxV)
+        mine_BxLxV = student_BxLxV >= largest_BxL[..., None]
+        theirs_BxLxV = teacher_BxLxV >= jnp.max(teacher_BxLxV, axis=-1, keepdims=True)
+        values["agreement"] = jnp.any(mine_BxLxV & theirs_BxLxV, axis=-1)
+    return values
+
+
 def whole_logits(config: losses.LossConfig, vocab: int, hidden: Any, head: Any, rest: Any) -> Any:
     targets_BxL, weights_BxL, teacher_hidden, teacher_head = rest
     product = functools.partial(jnp.einsum, "bld,vd->blv", preferred_element_type=jnp.float32)
     teacher = None if teacher_head is None else product(teacher_hidden, teacher_head)
-    tokens = losses.token_losses(product(hidden, head), teacher, targets_BxL, OMEGA, config, vocab)
+    tokens = token_values(product(hidden, head), teacher, targets_BxL, config)
     sums = {name: jnp.sum(weights_BxL * value) for name, value in tokens.items()}
+    del vocab
     return sums.pop("loss"), sums
 
 

@@ -19,7 +19,7 @@ import measurement
 import numpy as np
 
 from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScores, RowScoresWriter, Selection
-from salt_jax.distill import selection, selection_audit
+from salt_jax.distill import audit, selection
 
 SUBSETS = 22
 FLOATS = ("median_drop_k10", "learnable_k10", "log_perplexity")
@@ -52,7 +52,7 @@ def write(folder: pathlib.Path, rows: int) -> RowScores:
 def measure(folder: pathlib.Path, rows: int, m: int) -> dict[str, Any]:
     """Seconds of each part, and the most memory after it."""
     scores = write(folder / "scores", rows)
-    facts = selection_audit.RowFacts(
+    facts = audit.RowFacts(
         subset_names=[str(index) for index in range(SUBSETS)],
         subsets=scores.column(SUBSET),
         scores=scores.scores(FLOATS[0], FLOATS[1]),
@@ -72,10 +72,10 @@ def measure(folder: pathlib.Path, rows: int, m: int) -> dict[str, Any]:
         "top_rows": lambda: choose(selection.TopRows(m)),
         "top_rows_stratified": lambda: choose(selection.TopRows(m, stratified=True)),
         "random_rows": lambda: choose(selection.RandomRows(m)),
-        "audit_by_subset": lambda: selection_audit.by_subset(facts, row_ids_m),
-        "audit_examples": lambda: selection_audit.examples(facts, row_ids_m, by_score=True),
-        "audit_overlap": lambda: selection_audit.overlap(row_ids_m, row_ids_m, rows),
-        "audit_duplicates": lambda: selection_audit.duplicates(facts.hashes, row_ids_m),
+        "audit_by_subset": lambda: audit.by_subset(facts, row_ids_m),
+        "audit_rows_to_show": lambda: audit.rows_to_show(facts, row_ids_m, by_score=True),
+        "audit_overlap": lambda: audit.overlap(row_ids_m, row_ids_m, rows),
+        "audit_duplicates": lambda: audit.duplicates(facts.hashes, row_ids_m),
     }
     results = {}
     for name, part in parts.items():

@@ -99,8 +99,8 @@ def test_a_flag_may_be_a_list_of_references(tmp_path: pathlib.Path) -> None:
     imports = "from __gin__ import dynamic_registration\nfrom salt_jax.distill import scores\n"
     (tmp_path / "scores.gin").write_text(imports)
     typed = ["score", f"--gin_file={tmp_path / 'scores.gin'}", "--scorer=run", "--cache=cache"]
-    configure(parse_arguments([*typed, "--scores=[@scores.MeanEntropy()]"]))
-    assert gin.get_bindings(score)["scores"] == [scores.MeanEntropy()]
+    configure(parse_arguments([*typed, "--scores=[@scores.Mean()]"]))
+    assert gin.get_bindings(score)["scores"] == [scores.Mean()]
 
 
 def test_a_dictionary_may_be_a_flag() -> None:

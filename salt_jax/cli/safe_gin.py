@@ -24,7 +24,7 @@ _NAMES = {
     "distill.divergences": "ForwardKL JensenShannon ReverseKL",
     "distill.losses": "LossConfig",
     "distill.schedules": "Constant LinearDecay LinearRatioDecay NoDistillation Step",
-    "distill.scores": "LearnableFraction Mean MeanEntropy MeanLoss Median",
+    "distill.scores": "LearnableFraction Mean Median",
     "distill.selection": "RandomRows Threshold TopFraction TopRows",
     "evaluation.few_shot": "FewShot",
     "evaluation.held_out": "HeldOut",

@@ -78,7 +78,7 @@ def score(
       scorer_step: The scorer's checkpoint, an early one for SALT; the newest by default.
       split: Which rows.
       k: A token is learnable if it is among the scorer's k most likely ones; one k, or several.
-      scores: More columns: objects of a gin file, such as scores.MeanEntropy.
+      scores: More columns: objects of a gin file, such as scores.Mean.
       soft_labels: Above 0, store that many ids a token with their probabilities instead of scores:
         `salt train --soft_labels=FOLDER` learns from them without a teacher.
       soft_label_temperature: τ of those probabilities.

@@ -1,9 +1,9 @@
-"""`salt select`: the rows for stage 1: the highest scores, or as many at random; and their audit.
+"""`salt select` picks the rows for stage 1, the highest scores or random ones, and audits them.
 
 The selection is a list of row ids with a manifest that says what made it; `salt train
---selection=FOLDER` reads those rows in stage 1. The audit, a table here, audit.json and a part of
-`salt report`, says what was taken and what was left: by subset, beside other selections, and in
-rows to be read.
+--selection=FOLDER` reads those rows in stage 1. The audit says what was taken and what was left: by
+subset, beside other selections, and in rows as text. It is printed, written to audit.json, and
+shown by `salt report`.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ from salt_jax.data.row_scores import (
     targets_hash,
 )
 from salt_jax.data.row_text import row_as_text
-from salt_jax.distill import selection, selection_audit
+from salt_jax.distill import selection
+from salt_jax.distill.audit import RowFacts, by_subset, duplicates, overlap, rows_to_show, ties
 from salt_jax.distill.scores import LOG_PERPLEXITY, ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.reporting.selection_audit import audit_tables
@@ -32,12 +33,10 @@ from salt_jax.storage import durable_files
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import print_table, say
 
-# What sets the settings that no flag can.
-
-# What changes no result when the command is given again: rows with NaN are never selected.
+# Settings that may differ when the command is given again: rows with NaN are never selected.
 CHANGES_NO_RESULT = ("select.allow_nan",)
 
-# Rows of a selection without scores that are read from the cache for its audit.
+# The most rows that are read from the cache to audit a selection without scores.
 _MOST_ROWS_READ = 200_000
 
 
@@ -61,16 +60,15 @@ def select(
       run: The folder for row_ids.npy and its manifest.
       cache: The packed cache.
       rule: selection.TopRows, TopFraction, Threshold, or RandomRows as the control.
-      scores: A folder made by `salt score`; RandomRows doesn't need it, but has a fuller audit.
-      split: Which rows, where there are no scores to say so.
+      scores: A folder made by `salt score`; RandomRows needs none, but has a fuller audit with it.
+      split: Which rows, where no scores say so.
       k: Which of the scores' k, where they are of several.
       statistic: A row's score: "median" (METHOD's S) or "mean" of its learnable tokens' losses,
         "perplexity", the mean loss of all its tokens, or any other column of the scores by name.
-      unlearnable: What becomes of the others in the median: "drop", or "zero" to count them as 0.
+      unlearnable: Whether the median drops the other tokens ("drop") or counts them as 0 ("zero").
       min_learnable_fraction: Rows with a smaller share of learnable tokens are not selected.
       allow_nan: Whether to go on where some scores are NaN; such rows are never selected.
-      compare: Folders of other selections of the cache (another k, another checkpoint): how much
-        they share with this one.
+      compare: Folders of other selections of the cache, whose overlap with this one the audit has.
 
     Raises:
       InputError: Scores of another cache, of another k, or NaN; or a rule that asks for more rows
@@ -108,7 +106,7 @@ def select(
         score=dataclasses.asdict(config) if by_score else None,
         cut=choice.cut,
     )
-    audit = _audit(packed, chosen, facts, others, by_score)
+    audit = _audit(packed, chosen, facts, others)
     text = json.dumps(audit, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     durable_files.write_text(run.path / AUDIT_FILE, text)
     _say(chosen, candidates.rows, audit)
@@ -138,8 +136,8 @@ def _open_scores(
     return scores
 
 
-def _facts(cache: PackedCache, scores: RowScores, config: ScoreConfig) -> selection_audit.RowFacts:
-    return selection_audit.RowFacts(
+def _facts(cache: PackedCache, scores: RowScores, config: ScoreConfig) -> RowFacts:
+    return RowFacts(
         subset_names=cache.subsets,
         subsets=scores.column(SUBSET),
         scores=scores.scores(config.column, config.learnable_column, config.min_learnable_fraction),
@@ -152,7 +150,7 @@ def _facts(cache: PackedCache, scores: RowScores, config: ScoreConfig) -> select
 def _with_rows_like_another(
     rule: selection.SelectionRule, cache: PackedCache
 ) -> selection.SelectionRule:
-    """RandomRows.like as a number of rows."""
+    """The rule with RandomRows.like replaced by a number of rows."""
     if not isinstance(rule, selection.RandomRows) or not rule.like:
         return rule
     like = Selection.open(rule.like, cache_digest=cache.digest)
@@ -160,7 +158,7 @@ def _with_rows_like_another(
 
 
 def _how(rule: selection.SelectionRule) -> dict[str, Any]:
-    """The rule and what is set of it."""
+    """The rule's name and its settings, but for those left out."""
     settings = {
         name: value
         for name, value in vars(rule).items()
@@ -172,53 +170,45 @@ def _how(rule: selection.SelectionRule) -> dict[str, Any]:
 def _audit(
     cache: PackedCache,
     chosen: Selection,
-    facts: selection_audit.RowFacts | None,
+    facts: RowFacts | None,
     others: Mapping[str, Selection],
-    by_score: bool,
 ) -> dict[str, Any]:
-    """What audit.json holds."""
-    rows, row_ids_m = cache.split(chosen.manifest["split"]), chosen.row_ids
-    stratified = by_score and "stratified" in chosen.manifest["how"]
+    """The contents of audit.json."""
+    manifest, row_ids_m = chosen.manifest, chosen.row_ids
+    rows, cut = cache.split(manifest["split"]), manifest["cut"]
+    by_score = manifest["score"] is not None
+    stratified = by_score and "stratified" in manifest["how"]
     if facts is None:
         numbers = _audit_without_scores(cache, chosen)
-        shown = {"sample": row_ids_m[np.linspace(0, len(row_ids_m) - 1, 20).astype(int)]}
+        shown = {"sample": row_ids_m[np.linspace(0, len(row_ids_m) - 1, 20).astype(int)].tolist()}
     else:
-        numbers = {
-            **selection_audit.by_subset(facts, row_ids_m),
-            "duplicates": selection_audit.duplicates(facts.hashes, row_ids_m),
-        }
+        numbers = by_subset(facts, row_ids_m)
+        numbers["duplicates"] = duplicates(facts.hashes, row_ids_m)
         if by_score and not stratified:
-            numbers["ties"] = selection_audit.ties(facts, row_ids_m, chosen.manifest["cut"])
-        shown = {
-            name: np.array(ids, np.int64)
-            for name, ids in selection_audit.examples(
-                facts, row_ids_m, by_score, stratified
-            ).items()
-        }
+            numbers["ties"] = ties(facts, row_ids_m, cut)
+        shown = rows_to_show(facts, row_ids_m, by_score, stratified)
     return {
-        "cut": chosen.manifest["cut"],
+        "cut": cut,
         "stratified": stratified,
-        "score": chosen.manifest["score"],
+        "score": manifest["score"],
         **numbers,
         "overlaps": [
             {
                 "selection": folder,
-                "how": other.manifest["how"],
-                "score": other.manifest["score"],
-                "scorer": other.manifest["scorer"],
-                **selection_audit.overlap(row_ids_m, other.row_ids, len(rows)),
+                **{name: other.manifest[name] for name in ("how", "score", "scorer")},
+                **overlap(row_ids_m, other.row_ids, len(rows)),
             }
             for folder, other in others.items()
         ],
         "examples": {
-            name: [_example(cache, rows[row_id], facts) for row_id in dict.fromkeys(ids.tolist())]
+            name: [_excerpt(cache, rows[row_id], facts) for row_id in dict.fromkeys(ids)]
             for name, ids in shown.items()
         },
     }
 
 
-def _example(
-    cache: PackedCache, row: Mapping[str, np.ndarray], facts: selection_audit.RowFacts | None
+def _excerpt(
+    cache: PackedCache, row: Mapping[str, np.ndarray], facts: RowFacts | None
 ) -> dict[str, Any]:
     ids = row["row_id"].reshape(1)
     return {
@@ -231,16 +221,18 @@ def _example(
 
 
 def _audit_without_scores(cache: PackedCache, chosen: Selection) -> dict[str, Any]:
-    """Of a random control without scores: what its rows themselves say, unless they are many."""
+    """The audit of a random control without scores, from its rows, unless they are many."""
     rows, kept = cache.split(chosen.manifest["split"]), len(chosen.row_ids)
-    counts, hashes = np.zeros(len(cache.subsets), np.int64), []
-    read = kept <= _MOST_ROWS_READ
-    for first in range(0, kept if read else 0, 1024):
+    whole = {"rows": len(rows), "kept": kept, "kept_share": kept / len(rows), "share_of_kept": 1.0}
+    if kept > _MOST_ROWS_READ:
+        return {"whole": whole, "by_subset": {}, "duplicates": {}}
+    counts, hashes = np.zeros(len(cache.subsets), np.int64), set()
+    for first in range(0, kept, 1024):
         for row in rows.__getitems__(chosen.row_ids[first : first + 1024].tolist()):
             counts[row["subset"]] += 1
-            hashes.append(targets_hash(row["targets"], row["segment_ids"]))
+            hashes.add(targets_hash(row["targets"], row["segment_ids"]))
     of_all = {name: info["rows"] for name, info in rows.info["by_subset"].items()}
-    by_subset = {
+    parts = {
         name: {
             "rows": of_all[name],
             "kept": int(count),
@@ -250,12 +242,7 @@ def _audit_without_scores(cache: PackedCache, chosen: Selection) -> dict[str, An
         for name, count in zip(cache.subsets, counts, strict=True)
         if of_all.get(name)
     }
-    whole = {"rows": len(rows), "kept": kept, "kept_share": kept / len(rows), "share_of_kept": 1.0}
-    return {
-        "whole": whole,
-        "by_subset": by_subset if read else {},
-        "duplicates": {"kept": kept - len({*hashes})} if read else {},
-    }
+    return {"whole": whole, "by_subset": parts, "duplicates": {"kept": kept - len(hashes)}}
 
 
 def _say(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> None:
@@ -272,16 +259,13 @@ def _say(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> None:
 
 
 def _summary(chosen: Selection, of_rows: int, audit: Mapping[str, Any]) -> dict[str, Any]:
-    manifest = chosen.manifest
+    manifest, whole = chosen.manifest, audit["whole"]
     return {
-        "rows": manifest["rows"],
         "of_rows": of_rows,
-        "cut": manifest["cut"],
-        "how": manifest["how"],
-        "score": manifest["score"],
-        "scoring_cost": manifest["scoring_cost"],
+        **{name: manifest[name] for name in ("rows", "cut", "how", "score", "scoring_cost")},
         "by_subset": {name: part["kept"] for name, part in audit["by_subset"].items()},
-        "whole": selection_audit.without_histograms(audit["whole"]),
+        # Without the histograms.
+        "whole": {name: value for name, value in whole.items() if not isinstance(value, list)},
         "duplicates": audit["duplicates"],
         "overlaps": audit["overlaps"],
     }

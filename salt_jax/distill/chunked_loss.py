@@ -1,20 +1,16 @@
-"""The losses of `losses.py` from hidden states and heads, without [B, L, V] logits of any model.
+"""The losses of `token_losses.py` from hidden states and heads, without [B, L, V] logits.
 
-In: hidden states and head of the student, and of the teacher where there is one. Out: sums over
-the batch, and gradients. Each device takes its tokens in chunks of LossConfig.chunk_tokens: C
-tokens' logits are made, turned into losses and, where a gradient is wanted, at once into the
-gradients of hidden states and head, then dropped. Nothing is computed twice: three matrix products
-a chunk for the student, one for the teacher, and the backward pass only scales what is there.
+Each device takes its tokens in chunks of LossConfig.chunk_tokens: the logits of C tokens are made,
+turned into losses and, where a gradient is wanted, at once into the gradients by hidden states and
+head, then dropped. Nothing is computed twice: a chunk takes three matrix products for the student
+and one for the teacher, and the backward pass only scales the gradients. Plain cross-entropy is the
+same function without a teacher.
 
-`chunk_gradient.py` has the formulas. Plain cross-entropy is the same function without its teacher.
-
-Over a mesh every device keeps its own tokens; the head is gathered once, before the loop, and its
+Over a mesh every device keeps its own tokens. The head is gathered once, before the loop; its
 gradient is added up in float32 and scattered once, after it (`head_sharding.py`).
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from salt_jax.distill.chunk_gradient import ChunkLoss
-from salt_jax.distill.divergences import LOG_ZERO
-from salt_jax.distill.head_sharding import HeadSharding, VocabularyPart
+from salt_jax.distill.head_sharding import HeadSharding, VocabularyPart, gathered
 from salt_jax.distill.losses import (
     TEACHER_VALUES,
     LossConfig,
@@ -32,6 +26,8 @@ from salt_jax.distill.losses import (
     check_vocab_size,
     kept_labels,
 )
+from salt_jax.distill.token_chunks import chunked, flat_tokens, map_chunks, unchunked
+from salt_jax.distill.token_losses import TokenLosses
 
 # About the size of a last-level cache; large enough for matrix products to be efficient.
 _HEAD_GRADIENT_BLOCK_BYTES = 16 * 2**20
@@ -57,9 +53,8 @@ def loss_sums(
 ) -> Sums:
     """Weighted sums over a batch of `losses.token_losses`.
 
-    Gradients go to the student's hidden states and head, and to nothing else: neither to the
-    teacher nor to ω or the weights. A position of weight 0 has no part in anything, whatever stands
-    there: neither its target nor a NaN in its hidden states reaches a sum or a gradient.
+    Gradients go to the student's hidden states and head alone. Positions of weight 0 are masked
+    out: neither their targets nor a NaN in their hidden states reaches a sum or a gradient.
 
     Args:
         student_hidden_BxLxD: after the final norm; their dtype is the products'. Logits, losses and
@@ -68,24 +63,26 @@ def loss_sums(
         targets_BxL: int32, within [0, vocab_size) where the weight is above 0.
         weights_BxL: float32, 0 or more.
         omega: ω, a traced scalar.
-        config: temperatures, divergence, z-loss, tokens a chunk.
+        config: temperatures, divergence, z-loss, tokens in a chunk.
         vocab_size: number of ids that mean something; those after it are padding.
-        teacher_hidden_BxLxD: with teacher_head_VxD, the teacher's; both or neither. Width and V are
-            the teacher's own.
+        teacher_hidden_BxLxD: the teacher's, given with teacher_head_VxD. Width and V are its own.
         teacher_head_VxD: see teacher_hidden_BxLxD.
         teacher_vocab_size: the teacher's ids, the first of the vocabulary's; None is all of them.
             To the others it gives probability 0.
-        distill_B: float32, how much of ω counts in each row; None is all of it. Where it is 0 the
-            teacher has no part in anything, whatever stands in its hidden states.
-        soft_labels: [B, L, …], in place of a teacher, what was kept of its logits at config's
-            temperature.
+        distill_B: float32, the share of ω in each row; None is all of it. Where it is 0 the
+            teacher's hidden states are masked out.
+        soft_labels: [B, L, …], in place of a teacher, at config's temperature.
         sharding: how the arrays lie over a mesh; None on one device.
 
     Returns:
         (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
         the names of token_losses but loss. Divide once, when microbatches and devices are added.
-        With distill_B also distilled, the sum of weight · distill_B: each value that only a teacher
-        gives (losses.TEACHER_VALUES) is then weighted by that, and to be divided by it.
+        With distill_B there is also "distilled", the sum of weight · distill_B: the values that
+        only a teacher gives (losses.TEACHER_VALUES) are weighted by that, and to be divided by it.
+
+    Raises:
+        InputError: see `losses.check_vocab_size`; more top ids than the soft labels have; a
+            vocabulary that the mesh doesn't divide.
     """
     if (teacher_hidden_BxLxD is None) != (teacher_head_VxD is None):
         raise ValueError("The teacher's hidden states and head go together: give both or neither.")
@@ -97,20 +94,19 @@ def loss_sums(
     precise = jnp.promote_types(student_hidden_BxLxD.dtype, jnp.float32)
     teacher: _Teacher | SoftLabels | None = None
     if teacher_hidden_BxLxD is not None and teacher_head_VxD is not None:
-        missing = student_head_VxD.shape[0] - teacher_head_VxD.shape[0]
-        if missing:  # Both heads must have the same ids where the vocabulary is split.
-            padded_VxD = jnp.pad(teacher_head_VxD, ((0, max(missing, 0)), (0, 0)))
-            teacher_head_VxD = padded_VxD[: student_head_VxD.shape[0]]
+        # Both heads must have the same ids where the vocabulary is split.
+        ids = student_head_VxD.shape[0]
+        head_VxD = teacher_head_VxD[:ids].astype(teacher_hidden_BxLxD.dtype)
+        head_VxD = jnp.pad(head_VxD, ((0, ids - head_VxD.shape[0]), (0, 0)))
         distill_BxL = None
         if distill_B is not None:
             distill_BxL = jnp.broadcast_to(distill_B.astype(precise)[:, None], targets_BxL.shape)
-        teacher = _Teacher(teacher_hidden_BxLxD, teacher_head_VxD, distill_BxL)
-    if soft_labels is not None:
+        teacher = _Teacher(teacher_hidden_BxLxD, head_VxD, distill_BxL)
+    elif soft_labels is not None:
         teacher = kept_labels(soft_labels, config, precise)
     batch = targets_BxL, weights_BxL, jnp.asarray(omega, precise), teacher
     static = _Static(config, vocab_size, teacher_vocab_size, sharding)
-    frozen = jax.tree.map(lax.stop_gradient, batch)
-    return _sums(static, student_hidden_BxLxD, student_head_VxD, frozen)
+    return _sums(static, student_hidden_BxLxD, student_head_VxD, lax.stop_gradient(batch))
 
 
 def target_ranks(
@@ -124,18 +120,18 @@ def target_ranks(
     sharding: HeadSharding | None = None,
     entropy: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """How well a model predicts each target, for evaluation and scoring; no gradient.
+    """How well a model predicts each target, for evaluation and scoring; not to be differentiated.
 
     Args:
         hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: see `loss_sums`.
-        chunk_tokens: tokens that a device handles at once.
-        entropy: whether to give that too, which reads a chunk's logits once more.
+        chunk_tokens: tokens whose logits a device holds at once.
+        entropy: also return the entropy, which reads a chunk's logits once more.
 
     Returns:
         (-log p of the target, nats [B, L] float32; number of ids with a strictly greater logit
-        [B, L] int32; if asked for, the entropy of p, nats [B, L] float32). They say nothing where
-        the weight is 0. Where the loss is not finite, as of a NaN among the logits, the number is
-        that of all ids: no target is a right prediction there.
+        [B, L] int32; with `entropy` that of p, nats [B, L] float32). Undefined where the weight is
+        0. Where the loss is not finite, as after a NaN among the logits, the number is vocab_size,
+        so that no target counts as predicted.
     """
 
     def one_chunk(
@@ -156,7 +152,7 @@ def target_ranks(
         return loss_C.astype(jnp.float32), greater_C, entropy_C.astype(jnp.float32)
 
     arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL
-    return _over_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
+    return map_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
 
 
 def top_labels(
@@ -171,17 +167,17 @@ def top_labels(
     chunk_tokens: int,
     sharding: HeadSharding | None = None,
 ) -> SoftLabels:
-    """What is kept of a teacher's logits as soft labels; no gradient.
+    """A teacher's soft labels; not to be differentiated.
 
     Args:
         hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: see `loss_sums`.
-        k: K, ids a token.
+        k: K, ids of a token.
         temperature: τ.
-        chunk_tokens: tokens that a device handles at once.
+        chunk_tokens: tokens whose logits a device holds at once.
 
     Returns:
-        [B, L, …] float32 (float64 for float64 hidden states), ids int32; what stands at weight 0
-        says nothing.
+        [B, L, …] float32 (float64 for float64 hidden states), ids int32. Undefined where the weight
+        is 0.
     """
 
     def one_chunk(vocabulary: VocabularyPart, head_VxD: jax.Array, chunk: Any) -> SoftLabels:
@@ -191,70 +187,20 @@ def top_labels(
         cooled_CxV = vocabulary.mask(t_CxV / temperature)
         log_q_CxV = cooled_CxV - vocabulary.log_sum_exp(cooled_CxV)[:, None]
         log_q_CxK, ids_CxK = vocabulary.largest(log_q_CxV, k)
-        others_CxV = vocabulary.put(log_q_CxV, ids_CxK, LOG_ZERO)
-        return SoftLabels(ids_CxK, log_q_CxK, vocabulary.log_sum_exp(others_CxV), hard_C)
+        return SoftLabels(ids_CxK, log_q_CxK, vocabulary.log_rest(log_q_CxV, ids_CxK), hard_C)
 
     arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL
-    return _over_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
-
-
-def _over_chunks(
-    one_chunk: Callable[[VocabularyPart, jax.Array, Any], Any],
-    hidden_BxLxD: jax.Array,
-    head_VxD: jax.Array,
-    targets_BxL: jax.Array,
-    weights_BxL: jax.Array,
-    vocab_size: int,
-    chunk_tokens: int,
-    sharding: HeadSharding | None,
-) -> Any:
-    """A tree of [B, L, …] from what a function makes of each device's chunks of tokens."""
-
-    def body(
-        hidden_BxLxD: jax.Array, head_VxD: jax.Array, targets_BxL: jax.Array, weights_BxL: jax.Array
-    ) -> Any:
-        head_VxD = _gathered(sharding, head_VxD, shape)
-        vocabulary = VocabularyPart(sharding, head_VxD.shape[0], vocab_size)
-        counts_BxL = weights_BxL > 0
-        tokens = _tokens(counts_BxL, hidden_BxLxD), jnp.where(counts_BxL, targets_BxL, 0).ravel()
-        _, values = lax.scan(
-            lambda _, chunk: (None, one_chunk(vocabulary, head_VxD, chunk)),
-            None,
-            _chunked(tokens, chunk_tokens),
-        )
-        return jax.tree.map(lambda x: _unchunked(x, targets_BxL.shape), values)
-
-    shape = head_VxD.shape
-    head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
-    if sharding is None:
-        return body(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL)
-    tokens, head = sharding.tokens, sharding.head(head_VxD)
-    return jax.shard_map(
-        body,
-        mesh=sharding.mesh,
-        in_specs=(tokens, head, tokens, tokens),
-        out_specs=tokens,
-        check_vma=False,
-    )(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL)
+    return map_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
 
 
 class _Teacher(NamedTuple):
-    """What a teacher gives for a batch.
-
-    Attributes:
-        hidden: [B, L, E].
-        head: [V, E].
-        distill: [B, L], how much of ω counts; None for all of it.
-    """
-
-    hidden: jax.Array
-    head: jax.Array
-    distill: jax.Array | None
+    hidden: jax.Array  # [B, L, E]
+    head: jax.Array  # [V, E]
+    distill: jax.Array | None  # [B, L], the share of ω
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What is no array."""
+class _Static(NamedTuple):
+    """The arguments that are no arrays, hashable for jax.custom_vjp."""
 
     config: LossConfig
     vocab_size: int
@@ -290,27 +236,26 @@ _sums.defvjp(_sums_forward, _sums_backward)
 def _sums_and_gradients(
     static: _Static, gradients: bool, hidden_BxLxD: jax.Array, head_VxD: jax.Array, batch: Any
 ) -> tuple[Sums, Any]:
-    """The sums and, if wanted, their first one's gradients by hidden states and head."""
+    """The sums and, if wanted, the gradients of their first by hidden states and head."""
     head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
-    targets_BxL, weights_BxL, omega, teacher = batch
-    if isinstance(teacher, _Teacher):
-        teacher = teacher._replace(head=teacher.head.astype(teacher.hidden.dtype))
-    shapes = head_VxD.shape, teacher.head.shape if isinstance(teacher, _Teacher) else None
+    *_, teacher = batch
+    has_head = isinstance(teacher, _Teacher)
+    shapes = head_VxD.shape, teacher.head.shape if has_head else None
     body = functools.partial(_local_sums, static, gradients, shapes)
     sharding = static.sharding
     if sharding is None:
-        return body(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, omega, teacher)
+        return body(hidden_BxLxD, head_VxD, *batch)
     tokens, head, whole = sharding.tokens, sharding.head(head_VxD), PartitionSpec()
     taught: Any = tokens
-    if isinstance(teacher, _Teacher):
-        taught = type(teacher)(tokens, sharding.head(teacher.head), tokens)  # type: ignore[arg-type]
+    if has_head:
+        taught = _Teacher(tokens, sharding.head(teacher.head), tokens)  # type: ignore[arg-type]
     return jax.shard_map(
         body,
         mesh=sharding.mesh,
         in_specs=(tokens, head, tokens, tokens, whole, taught),
         out_specs=(whole, (tokens, head) if gradients else None),
         check_vma=False,
-    )(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, omega, teacher)
+    )(hidden_BxLxD, head_VxD, *batch)
 
 
 def _local_sums(
@@ -324,12 +269,12 @@ def _local_sums(
     omega: jax.Array,
     teacher: _Teacher | SoftLabels | None,
 ) -> tuple[Sums, Any]:
-    """What one device does: B its rows, V its part of the vocabulary; `shapes` are whole heads'."""
+    """One device's sums: B its rows, V its part of the vocabulary, `shapes` of the whole heads."""
     precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
-    head_VxD = _gathered(static.sharding, head_VxD, shapes[0])
+    head_VxD = gathered(static.sharding, head_VxD, shapes[0])
+    teacher_head_VxE = None
     if isinstance(teacher, _Teacher):
-        gathered_VxE = _gathered(static.sharding, teacher.head, shapes[1])
-        teacher = teacher._replace(head=gathered_VxE)
+        teacher_head_VxE = gathered(static.sharding, teacher.head, shapes[1])
     vocabulary = VocabularyPart(static.sharding, head_VxD.shape[0], static.vocab_size)
     teachers = VocabularyPart(static.sharding, head_VxD.shape[0], static.teacher_vocab_size)
     counts_BxL = weights_BxL > 0
@@ -337,10 +282,10 @@ def _local_sums(
     def one_chunk(d_head_VxD: Any, chunk: Any) -> tuple[Any, Any]:
         hidden_CxD, targets_C, weights_C, (taught, distill_C) = chunk
         z_CxV = vocabulary.logits(hidden_CxD, head_VxD)
-        if isinstance(teacher, _Teacher):
-            taught = teachers.logits(taught, teacher.head)
+        if teacher_head_VxE is not None:
+            taught = teachers.logits(taught, teacher_head_VxE)
         omega_C = omega if distill_C is None else omega * distill_C
-        loss = ChunkLoss(static.config, omega_C, vocabulary, teachers)
+        loss = TokenLosses(static.config, omega_C, vocabulary, teachers)
         values, norms = loss.values(z_CxV, taught, targets_C)
         if distill_C is not None:
             values |= {name: distill_C * values[name] for name in TEACHER_VALUES}
@@ -356,24 +301,24 @@ def _local_sums(
         return _add_head_gradient(d_head_VxD, d_z_CxV, hidden_CxD), (sums, d_hidden_CxD)
 
     tokens = (
-        _tokens(counts_BxL, hidden_BxLxD),
-        jnp.where(counts_BxL, targets_BxL, 0).ravel(),
+        flat_tokens(counts_BxL, hidden_BxLxD),
+        flat_tokens(counts_BxL, targets_BxL),
         weights_BxL.ravel().astype(precise),
         _taught_tokens(counts_BxL, teacher),
     )
     start: Any = jnp.zeros(head_VxD.shape, precise) if gradients else None
-    chunks = _chunked(tokens, static.config.chunk_tokens)
+    chunks = chunked(tokens, static.config.chunk_tokens)
     d_head_VxD, (sums, d_hidden) = lax.scan(one_chunk, start, chunks)
-    total = _over_batch(static.sharding)
-    metrics = {name: total(jnp.sum(per_chunk)) for name, per_chunk in sums.items()}
-    loss_sum = metrics.pop("loss")
-    result = loss_sum, total(jnp.sum(weights_BxL.astype(precise))), metrics
+    metrics = {name: jnp.sum(per_chunk) for name, per_chunk in sums.items()}
+    result = metrics.pop("loss"), jnp.sum(weights_BxL.astype(precise)), metrics
+    if static.sharding is not None:
+        result = lax.psum(result, static.sharding.batch)
     if not gradients:
         return result, None
-    d_hidden_BxLxD = _unchunked(d_hidden, targets_BxL.shape)
+    d_hidden_BxLxD = unchunked(d_hidden, targets_BxL.shape)
     if static.sharding is not None:
         d_head_VxD = static.sharding.sum_and_scatter(d_head_VxD, shapes[0])
-        # No gradient goes back into the model before: until then each device holds all of it.
+        # The model's backward pass waits for the scatter: until then each device holds all of it.
         d_hidden_BxLxD, d_head_VxD = lax.optimization_barrier((d_hidden_BxLxD, d_head_VxD))
     return result, (d_hidden_BxLxD, d_head_VxD)
 
@@ -381,9 +326,9 @@ def _local_sums(
 def _add_head_gradient(
     total_VxD: jax.Array, d_z_CxV: jax.Array, hidden_CxD: jax.Array
 ) -> jax.Array:
-    """Adds a chunk's part to the head's gradient, some ids after the other.
+    """Adds a chunk's part to the head's gradient, a block of ids at a time.
 
-    At once it would take a second array of the head's size to hold the product before it is added.
+    All at once, the product would be a second array of the head's size before it is added.
     """
     ids = total_VxD.shape[0]
     size = -(-ids // -(-total_VxD.nbytes // _HEAD_GRADIENT_BLOCK_BYTES))
@@ -400,50 +345,15 @@ def _add_head_gradient(
     return add(ids - ids % size, ids % size, total_VxD) if ids % size else total_VxD
 
 
-def _gathered(sharding: HeadSharding | None, head_VxD: jax.Array, shape: Any) -> jax.Array:
-    return head_VxD if sharding is None else sharding.gather(head_VxD, shape)
-
-
-def _tokens(counts_BxL: jax.Array, hidden_BxLxD: jax.Array) -> jax.Array:
-    """[B · L, D], zeros where nothing counts: 0 · NaN in a gradient would be NaN."""
-    hidden_BxLxD = jnp.where(counts_BxL[..., None], hidden_BxLxD, 0)
-    return hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])
-
-
 def _taught_tokens(
     counts_BxL: jax.Array, teacher: _Teacher | SoftLabels | None
 ) -> tuple[Any, jax.Array | None]:
-    """The tokens' part of the teacher: its hidden states or soft labels, how much of ω counts."""
+    """Of each token the teacher's hidden state or soft labels, and the share of ω."""
     if teacher is None:
         return None, None
     if isinstance(teacher, SoftLabels):
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher), None
     hidden_BxLxE, _, distill_BxL = teacher
     if distill_BxL is None:
-        return _tokens(counts_BxL, hidden_BxLxE), None
-    return _tokens(counts_BxL & (distill_BxL > 0), hidden_BxLxE), distill_BxL.ravel()
-
-
-def _chunked(tokens: Any, chunk_tokens: int) -> Any:
-    """[N, …] → [chunks, C, …], as few as chunk_tokens allows, of one size; the rest is zeros."""
-    count = jax.tree.leaves(tokens)[0].shape[0]
-    chunks = max(1, -(-count // chunk_tokens))
-    size = -(-count // chunks)
-
-    def one(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, chunks * size - count), *(((0, 0),) * (x.ndim - 1))))
-        return x.reshape(chunks, size, *x.shape[1:])
-
-    return jax.tree.map(one, tokens)
-
-
-def _unchunked(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What _chunked took apart, back in the [B, L, …] it came from."""
-    tokens = x.reshape(-1, *x.shape[2:])
-    return tokens[: shape[0] * shape[1]].reshape(*shape, *x.shape[2:])
-
-
-def _over_batch(sharding: HeadSharding | None) -> Callable[[jax.Array], jax.Array]:
-    if sharding is None:
-        return lambda x: x
-    return lambda x: lax.psum(x, sharding.batch)
+        return flat_tokens(counts_BxL, hidden_BxLxE), None
+    return flat_tokens(counts_BxL & (distill_BxL > 0), hidden_BxLxE), distill_BxL.ravel()

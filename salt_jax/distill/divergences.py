@@ -1,11 +1,11 @@
-"""Divergences between student and teacher: log p and log q of each outcome in, its part of it out.
+"""Divergences between student and teacher: each is a function of log p and log q of one outcome.
 
 A divergence is a sum over outcomes of one function of the student's log p and the teacher's log q.
-That function is all of it: `losses.py` sums it over whole logits, `chunk_gradient.py` over a chunk
-and finds its derivative by log p as well. Outcomes are the ids, or a few ids and the rest as one.
+That function is all there is to write: `token_losses.py` sums it, over ids or over the teacher's
+most likely ids and the rest as one, and finds its derivative by log p.
 
-Since Σ p is 1, the same multiple of p in all derivatives changes no gradient of the logits. What
-lax.stop_gradient leaves out of the derivatives below is that, p or 0: it only saves time.
+Since Σ p is 1, adding the same multiple of p to all derivatives changes no gradient by the logits.
+The lax.stop_gradient calls below leave out such a multiple, p or 0, only to save time.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ LOG_ZERO = -1e30
 
 
 class Divergence(Protocol):
-    """A function of arrays of one shape, element by element: a function or a dataclass of settings.
+    """An elementwise function of two arrays of one shape: a function, or a dataclass of settings.
 
-    It is called within jitted programs and differentiated, so it is made of jax.numpy. Of an
-    outcome without probability it gets LOG_ZERO. Where the sum over outcomes of its derivatives by
-    log p is a constant, it may say so as the attribute `slope_sum`, which saves summing them.
+    It is jitted and differentiated, so it is written in jax.numpy. The log of probability 0 is
+    LOG_ZERO. If its derivatives by log p sum to a constant over all outcomes, the attribute
+    `slope_sum` may say so, which saves summing them.
     """
 
     def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-        """Each outcome's part of the divergence, in nats: log p, the student's, and log q."""
+        """Each outcome's part of the divergence, nats, from the student's log p and log q."""
         ...
 
 
@@ -79,7 +79,7 @@ class JensenShannon:
 
 
 def needs_every_id(divergence: Divergence) -> bool:
-    """Whether it is infinite where the teacher gives probability 0 and the student doesn't."""
+    """Whether it is infinite where q is 0 and p is not."""
     with jax.ensure_compile_time_eval():
         part = divergence(jnp.log(jnp.full(1, 0.5)), jnp.full(1, LOG_ZERO))
         return not bool(jnp.all(jnp.abs(part) < math.sqrt(-LOG_ZERO)))

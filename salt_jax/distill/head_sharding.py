@@ -1,4 +1,4 @@
-"""Heads over a mesh: how they and the tokens lie in, a device's part of the vocabulary out."""
+"""A head over a mesh: how it is gathered, and reductions over a vocabulary that devices share."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ class HeadSharding:
 
     Attributes:
         mesh: the mesh.
-        batch: its axes that split the batch.
-        vocab: its axes that split the vocabulary: each device has its part of every token's logits.
-        embed: its axes, some of batch's, that split D of heads where they are stored. A head is
-            gathered over them, and its gradient scattered, by way of parts of the vocabulary: those
-            are contiguous, and need no copy of the whole head in another layout.
+        batch: the mesh axes that split the batch.
+        vocab: those that split the vocabulary: each device has its part of every token's logits.
+        embed: those, some of batch's, that split D of stored heads. A head is gathered over them,
+            and its gradient scattered, by way of parts of the vocabulary, which are contiguous and
+            need no copy of the whole head in another layout.
     """
 
     mesh: Mesh
@@ -37,11 +37,11 @@ class HeadSharding:
 
     @property
     def tokens(self) -> PartitionSpec:
-        """Of arrays [B, …]."""
+        """The spec of arrays [B, …]."""
         return PartitionSpec(self.batch)
 
     def head(self, head_VxD: jax.Array) -> PartitionSpec:
-        """Of a head as it is stored and of its gradient; InputError if it can't be split."""
+        """The spec of a stored head and of its gradient; InputError if it can't be split."""
         if head_VxD.shape[0] % self.devices(self.vocab):
             raise InputError(
                 f"A vocabulary padded to {head_VxD.shape[0]} ids can't be split over "
@@ -50,8 +50,8 @@ class HeadSharding:
             )
         return PartitionSpec(self.vocab or None, self._embed(head_VxD.shape[1]) or None)
 
-    def gather(self, head_Vxd: jax.Array, shape: tuple[int, int]) -> jax.Array:
-        """A device's part of the vocabulary, from what it stores of a head of `shape` [V, D]."""
+    def gather(self, head_Vxd: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A device's part of the vocabulary, [V, D], from what it stores of a head of `shape`."""
         axes = self._embed(shape[1])
         if not axes:
             return head_Vxd
@@ -60,8 +60,8 @@ class HeadSharding:
         head_vxD = lax.all_to_all(head_Vxd, axes, split_axis=0, concat_axis=1, tiled=True)
         return lax.all_gather(head_vxD, axes, axis=0, tiled=True)
 
-    def sum_and_scatter(self, gradient_VxD: jax.Array, shape: tuple[int, int]) -> jax.Array:
-        """The sum over all tokens of a head's gradient; each device keeps what it stores."""
+    def sum_and_scatter(self, gradient_VxD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Sums a head's gradient over all tokens; each device keeps the part that it stores."""
         axes = self._embed(shape[1])
         if axes and not self._divides_vocabulary(shape[0]):
             gradient_VxD = lax.psum_scatter(gradient_VxD, axes, scatter_dimension=1, tiled=True)
@@ -74,19 +74,28 @@ class HeadSharding:
         return lax.psum(gradient_VxD, rest) if rest else gradient_VxD
 
     def _embed(self, width: int) -> tuple[str, ...]:
-        """Where they don't divide D, every device stores all of it."""
+        """The axes that split D; where they don't divide it, every device stores all of it."""
         return self.embed if width % self.devices(self.embed) == 0 else ()
 
     def _divides_vocabulary(self, ids: int) -> bool:
-        """Else a head goes the direct way, in parts of D, which costs copies."""
+        """Whether parts of the vocabulary can be used; parts of D cost copies."""
         return ids % self.devices((*self.vocab, *self.embed)) == 0
+
+
+def gathered(
+    sharding: HeadSharding | None, head_Vxd: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    """See HeadSharding.gather; on one device, the head itself."""
+    return head_Vxd if sharding is None else sharding.gather(head_Vxd, shape)
 
 
 class VocabularyPart:
     """A device's part of the vocabulary, and reductions over the whole of it.
 
-    Attributes:
-        vocab_size: ids that mean something, on all devices together.
+    Args:
+        sharding: of the head; None on one device.
+        local_size: V, the ids of this device.
+        vocab_size: ids that mean something, on all devices together; those after it are padding.
     """
 
     def __init__(self, sharding: HeadSharding | None, local_size: int, vocab_size: int) -> None:
@@ -121,8 +130,14 @@ class VocabularyPart:
 
     def log_sum_exp(self, x_CxV: jax.Array, largest_C: jax.Array | None = None) -> jax.Array:
         """log Σ exp over the vocabulary, [C]."""
-        largest_C = self.max(x_CxV) if largest_C is None else largest_C
+        # Where jax differentiates this, what the largest adds to the gradient cancels out.
+        largest_C = lax.stop_gradient(self.max(x_CxV) if largest_C is None else largest_C)
         return largest_C + jnp.log(self.sum(jnp.exp(x_CxV - largest_C[:, None])))
+
+    def log_rest(self, log_x_CxV: jax.Array, ids_CxK: jax.Array) -> jax.Array:
+        """log of what all but these ids have, [C]."""
+        # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
+        return self.log_sum_exp(self.put(log_x_CxV, ids_CxK, LOG_ZERO))
 
     def at(self, x_CxV: jax.Array, ids: jax.Array) -> jax.Array:
         """The value of one id a token, [C], or of K ids, [C, K]."""
@@ -139,10 +154,6 @@ class VocabularyPart:
         local_CxK = jnp.where(outside, self._size, local_CxK)
         tokens_Cx1 = jnp.arange(x_CxV.shape[0])[:, None]
         return x_CxV.at[tokens_Cx1, local_CxK].set(values, mode="drop")
-
-    def are_among(self, ids_CxK: jax.Array) -> jax.Array:
-        """[C, V] bool: is it one of these ids?"""
-        return self.put(jnp.zeros((ids_CxK.shape[0], self._size), bool), ids_CxK, True)
 
     def is_id(self, ids_C: jax.Array) -> jax.Array:
         """[C, V] bool: is it this id?"""

@@ -1,4 +1,4 @@
-"""The losses of SALT: logits of student and teacher, targets and ω in; nats per token out.
+"""What the loss is: its settings, and a teacher's soft labels.
 
     p = softmax(z_s / T)             student, T = student_temperature, 1 by default
     q = softmax(z_t / τ)             teacher, τ = teacher_temperature
@@ -6,10 +6,7 @@
     soft = a divergence of p from q  by default -Σ q log p, KL(q ‖ p) plus a constant
     loss = (1 - ω) · hard + ω · soft + z_loss · log² Σ exp z_s
 
-These take whole [B, L, V] logits: the reference for `chunked_loss.py`, which trains. Ids from
-vocab_size on, which pad V up to a round size, have no part in any softmax and get gradients of
-exactly 0. All arithmetic is in float32 (float64 for float64 logits). A token's most likely ids are
-those no other id has a greater logit than: equal ones count alike.
+`token_losses.py` computes it.
 """
 
 import dataclasses
@@ -19,21 +16,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from salt_jax.distill.divergences import LOG_ZERO, Divergence, ForwardKL, needs_every_id
+from salt_jax.distill.divergences import Divergence, ForwardKL, needs_every_id
 from salt_jax.errors import InputError
 
-# Values that only a teacher gives.
+# Metrics that only a teacher gives.
 TEACHER_VALUES = ("soft", "teacher_hard", "agreement")
 
 
 class SoftLabels(NamedTuple):
-    """A teacher's word on some tokens, in place of its logits: K + 1 outcomes each.
+    """A teacher's distributions at some tokens, over K + 1 outcomes each, in place of its logits.
 
     Attributes:
         ids: int32 [..., K], the most likely ids, best first.
         log_q: [..., K], log of their probabilities over the whole vocabulary at temperature τ.
-        rest: [...], log of what all other ids have together.
-        teacher_hard: [...], the teacher's -log q[y] at temperature 1, nats; None where not asked.
+        rest: [...], log of the probability of all other ids together.
+        teacher_hard: [...], the teacher's -log q[y] at temperature 1, nats; stored labels have it.
     """
 
     ids: jax.Array
@@ -53,15 +50,15 @@ class LossConfig:
             temperature on both sides.
         divergence: what soft is: ForwardKL, ReverseKL, JensenShannon of `divergences.py`, or a
             function of one's own.
-        teacher_top_k: above 0, p and q are first brought onto k + 1 outcomes: the teacher's k most
-            likely ids (the lower id first among equals) and the rest as one, with 1 - Σ of the k.
-            Nothing is renormalised. With ForwardKL, for one,
+        teacher_top_k: above 0, p and q are first reduced to k + 1 outcomes: the teacher's k most
+            likely ids (the lower id first among equals) and all others as one, with 1 - Σ of the k.
+            Nothing is renormalised. With ForwardKL, for example,
             soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 = the whole vocabulary, or
-            all that stored soft labels have.
+            all ids that stored soft labels have.
         z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
-        chunk_tokens: tokens whose logits a device holds at once (`chunked_loss.py`): for each
-            model 4 · chunk_tokens · V bytes. Fewer tokens take less memory; matrix products want
-            several hundred on a GPU or a TPU, and 128 are enough on a CPU.
+        chunk_tokens: tokens whose logits a device holds at once (`chunked_loss.py`), which takes
+            4 · chunk_tokens · V bytes for each model. Matrix products want several hundred on a GPU
+            or a TPU; 128 are enough on a CPU.
     """
 
     teacher_temperature: float = 0.25
@@ -73,126 +70,24 @@ class LossConfig:
     chunk_tokens: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("teacher_temperature", "student_temperature"):
-            if not 0.0 < getattr(self, name) < math.inf:
+        positive, count = "a number above 0", "a whole number"
+        is_divergence = callable(self.divergence) and not isinstance(self.divergence, type)
+        whole = isinstance(self.teacher_top_k, int), isinstance(self.chunk_tokens, int)
+        for name, valid, expected in (
+            ("teacher_temperature", 0.0 < self.teacher_temperature < math.inf, positive),
+            ("student_temperature", 0.0 < self.student_temperature < math.inf, positive),
+            (
+                *("divergence", is_divergence),
+                "a divergence, such as @divergences.ForwardKL() in a gin file",
+            ),
+            ("teacher_top_k", whole[0] and self.teacher_top_k >= 0, f"{count}, 0 for all ids"),
+            ("z_loss", 0.0 <= self.z_loss < math.inf, "0 or more"),
+            ("chunk_tokens", whole[1] and self.chunk_tokens >= 1, f"{count} of at least 1"),
+        ):
+            if not valid:
                 raise InputError(
-                    f"LossConfig.{name} is {getattr(self, name)}; set it to a number above 0."
+                    f"LossConfig.{name} is {getattr(self, name)!r}; set it to {expected}."
                 )
-        if not callable(self.divergence) or isinstance(self.divergence, type):
-            raise InputError(
-                f"LossConfig.divergence is {self.divergence!r}; set it to a divergence, such as "
-                "@divergences.ForwardKL() in a gin file."
-            )
-        if not isinstance(self.teacher_top_k, int) or self.teacher_top_k < 0:
-            raise InputError(
-                f"LossConfig.teacher_top_k is {self.teacher_top_k!r}; "
-                "set it to a whole number, 0 for all ids."
-            )
-        if not 0.0 <= self.z_loss < math.inf:
-            raise InputError(f"LossConfig.z_loss is {self.z_loss}; set it to 0 or more.")
-        if not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1:
-            raise InputError(
-                f"LossConfig.chunk_tokens is {self.chunk_tokens!r}; "
-                "set it to a whole number of at least 1."
-            )
-
-
-def token_losses(
-    student_logits_BxLxV: jax.Array,
-    teacher_logits_BxLxV: jax.Array | None,
-    targets_BxL: jax.Array,
-    omega: jax.Array | float,
-    config: LossConfig,
-    vocab_size: int,
-    soft_labels: SoftLabels | None = None,
-    teacher_vocab_size: int | None = None,
-) -> dict[str, jax.Array]:
-    """Losses and hits of every token, in nats.
-
-    Args:
-        student_logits_BxLxV: any float dtype; V >= vocab_size.
-        teacher_logits_BxLxV: its V may be another one, >= teacher_vocab_size. None = plain
-            cross-entropy, whatever ω.
-        targets_BxL: int32, within [0, vocab_size).
-        omega: ω, a traced scalar, or [B, 1] for rows with an ω of their own.
-        config: temperatures, divergence, z-loss.
-        vocab_size: number of ids that mean something.
-        soft_labels: in place of teacher logits, what was kept of them, at config's temperature.
-        teacher_vocab_size: the teacher's ids, the first of the vocabulary's; None = all of them.
-            To the others it gives probability 0.
-
-    Returns:
-        [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else
-        0); with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1) and
-        agreement (1 where a most likely id of the student is one of the teacher's).
-    """
-    teacher_ids = None if teacher_logits_BxLxV is None else teacher_logits_BxLxV.shape[-1]
-    teacher_vocab_size = teacher_vocab_size or vocab_size
-    check_vocab_size(
-        config, vocab_size, student_logits_BxLxV.shape[-1], teacher_vocab_size, teacher_ids
-    )
-    z_BxLxV = _mask(_as_float(student_logits_BxLxV), vocab_size)
-    log_z_BxL = jax.nn.logsumexp(z_BxLxV, axis=-1)
-    log_p_BxLxV = z_BxLxV - log_z_BxL[..., None]
-    hard_BxL = -_at(log_p_BxLxV, targets_BxL)
-    largest_BxL = jnp.max(z_BxLxV, axis=-1)
-    token = {"hard": hard_BxL, "correct": _at(z_BxLxV, targets_BxL) >= largest_BxL}
-    loss_BxL = hard_BxL
-
-    if teacher_logits_BxLxV is not None:
-        teacher_BxLxV = _fit(_as_float(teacher_logits_BxLxV), z_BxLxV.shape[-1], teacher_vocab_size)
-        if config.student_temperature != 1.0:
-            log_p_BxLxV = _log_softmax(z_BxLxV / config.student_temperature, vocab_size)
-        log_q_BxLxV = _log_softmax(teacher_BxLxV / config.teacher_temperature, teacher_vocab_size)
-        soft_BxL = _soft_loss(log_p_BxLxV, log_q_BxLxV, config, vocab_size)
-        loss_BxL = (1.0 - omega) * hard_BxL + omega * soft_BxL
-
-        mine_BxLxV = z_BxLxV >= largest_BxL[..., None]
-        theirs_BxLxV = teacher_BxLxV >= jnp.max(teacher_BxLxV, axis=-1, keepdims=True)
-        teacher_log_z_BxL = jax.nn.logsumexp(teacher_BxLxV, axis=-1)
-        token["soft"] = soft_BxL
-        token["teacher_hard"] = teacher_log_z_BxL - _at(teacher_BxLxV, targets_BxL)
-        token["agreement"] = jnp.any(mine_BxLxV & theirs_BxLxV, axis=-1)
-    if soft_labels is not None:
-        labels = kept_labels(soft_labels, config, z_BxLxV.dtype)
-        if config.student_temperature != 1.0:
-            log_p_BxLxV = _log_softmax(z_BxLxV / config.student_temperature, vocab_size)
-        log_p_BxLxk = _bucketed(log_p_BxLxV, labels.ids)
-        log_q_BxLxk = jnp.concatenate([labels.log_q, labels.rest[..., None]], axis=-1)
-        soft_BxL = _summed(log_p_BxLxk, log_q_BxLxk, config)
-        loss_BxL = (1.0 - omega) * hard_BxL + omega * soft_BxL
-        assert labels.teacher_hard is not None, "stored labels have the teacher's loss"
-        token["soft"], token["teacher_hard"] = soft_BxL, labels.teacher_hard
-        token["agreement"] = _at(z_BxLxV, labels.ids[..., 0]) >= largest_BxL
-    if config.z_loss:
-        loss_BxL += config.z_loss * jnp.square(log_z_BxL)
-    token["loss"] = loss_BxL
-    return {name: value_BxL.astype(z_BxLxV.dtype) for name, value_BxL in token.items()}
-
-
-def _soft_loss(
-    log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, config: LossConfig, vocab_size: int
-) -> jax.Array:
-    if 0 < config.teacher_top_k < vocab_size:
-        _, ids_BxLxk = jax.lax.top_k(log_q_BxLxV, config.teacher_top_k)
-        log_p_BxLxV, log_q_BxLxV = (_bucketed(x, ids_BxLxk) for x in (log_p_BxLxV, log_q_BxLxV))
-    return _summed(log_p_BxLxV, log_q_BxLxV, config)
-
-
-def _summed(log_p_BxLxV: jax.Array, log_q_BxLxV: jax.Array, config: LossConfig) -> jax.Array:
-    soft_BxL = jnp.sum(config.divergence(log_p_BxLxV, log_q_BxLxV), axis=-1)
-    if config.scale_by_temperature_squared:
-        soft_BxL *= config.teacher_temperature**2
-    return soft_BxL
-
-
-def _bucketed(log_x_BxLxV: jax.Array, ids_BxLxk: jax.Array) -> jax.Array:
-    """A distribution on k + 1 outcomes: k ids, then all others as one."""
-    top_BxLxk = jnp.take_along_axis(log_x_BxLxV, ids_BxLxk, axis=-1)
-    # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
-    others_BxLxV = jnp.put_along_axis(log_x_BxLxV, ids_BxLxk, LOG_ZERO, axis=-1, inplace=False)
-    rest_BxLx1 = jax.nn.logsumexp(others_BxLxV, axis=-1, keepdims=True)
-    return jnp.concatenate([top_BxLxk, rest_BxLx1], axis=-1)
 
 
 def kept_labels(labels: SoftLabels, config: LossConfig, dtype: jnp.dtype) -> SoftLabels:
@@ -213,33 +108,6 @@ def kept_labels(labels: SoftLabels, config: LossConfig, dtype: jnp.dtype) -> Sof
         rest = jnp.logaddexp(rest, jax.nn.logsumexp(log_q[..., k:], axis=-1))
     hard = labels.teacher_hard if labels.teacher_hard is None else labels.teacher_hard.astype(dtype)
     return SoftLabels(labels.ids[..., :k], log_q[..., :k], rest, hard)
-
-
-def _as_float(logits_BxLxV: jax.Array) -> jax.Array:
-    return logits_BxLxV.astype(jnp.promote_types(logits_BxLxV.dtype, jnp.float32))
-
-
-def _mask(logits_BxLxV: jax.Array, vocab_size: int) -> jax.Array:
-    if logits_BxLxV.shape[-1] == vocab_size:
-        return logits_BxLxV
-    real_V = jnp.arange(logits_BxLxV.shape[-1]) < vocab_size
-    return jnp.where(real_V[None, None], logits_BxLxV, LOG_ZERO)
-
-
-def _fit(logits_BxLxV: jax.Array, size: int, vocab_size: int) -> jax.Array:
-    """Another model's padding made this one's: cut or filled up to `size` ids, and masked."""
-    missing = max(0, size - logits_BxLxV.shape[-1])
-    return _mask(jnp.pad(logits_BxLxV, ((0, 0), (0, 0), (0, missing)))[..., :size], vocab_size)
-
-
-def _log_softmax(logits_BxLxV: jax.Array, vocab_size: int) -> jax.Array:
-    # Masked after the temperature too, which may have moved the padding's "log 0" out of range.
-    masked_BxLxV = _mask(logits_BxLxV, vocab_size)
-    return _mask(jax.nn.log_softmax(masked_BxLxV, axis=-1), vocab_size)
-
-
-def _at(values_BxLxV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(values_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
 
 
 def check_vocab_size(

@@ -1,7 +1,7 @@
-"""Schedules of the distillation weight: a step in, ω, the weight of the teacher's term, out.
+"""Schedules of the distillation weight ω, the weight of the teacher's term, by step.
 
-Stage 1 is the steps with ω > 0, from 0 to distill_steps - 1; from there on ω is 0 and the teacher
-does not run. A schedule is asked on the host, once a step: ω enters the program as a number.
+Stage 1 is the steps before `distill_steps`; from there on ω is 0 and the teacher does not run. The
+host asks a schedule once a step: ω enters the program as a number.
 """
 
 import dataclasses
@@ -11,29 +11,20 @@ from salt_jax.errors import InputError
 
 
 class Schedule(Protocol):
-    """What every schedule of this module can do."""
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether ω is above 0 at any step."""
-        ...
+    """What training asks of a schedule."""
 
     def omega_at(self, step: int) -> float:
-        """ω for the update that makes step + 1 of step completed steps, within [0, 1]."""
+        """ω for the update that follows `step` completed steps, within [0, 1]."""
         ...
 
     def distill_steps(self, total_steps: int) -> int:
-        """Number of steps, of total_steps, with a teacher: ω is 0 from this step on."""
+        """The number of steps, of total_steps, with a teacher: ω is 0 from this step on."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NoDistillation:
     """ω = 0: plain training, the baseline."""
-
-    @property
-    def uses_teacher(self) -> bool:
-        return False
 
     def omega_at(self, step: int) -> float:
         del step
@@ -53,16 +44,12 @@ class Constant:
     def __post_init__(self) -> None:
         _check_omega(self, self.omega)
 
-    @property
-    def uses_teacher(self) -> bool:
-        return self.omega > 0.0
-
     def omega_at(self, step: int) -> float:
         del step
         return self.omega
 
     def distill_steps(self, total_steps: int) -> int:
-        return total_steps if self.uses_teacher else 0
+        return total_steps if self.omega > 0.0 else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,78 +63,51 @@ class Step:
         _check_omega(self, self.omega)
         _check_steps(self, "n_kd", self.n_kd)
 
-    @property
-    def uses_teacher(self) -> bool:
-        return self.omega > 0.0 and self.n_kd > 0
-
     def omega_at(self, step: int) -> float:
         return self.omega if step < self.n_kd else 0.0
 
     def distill_steps(self, total_steps: int) -> int:
-        return min(self.n_kd, total_steps) if self.uses_teacher else 0
+        return min(self.n_kd, total_steps) if self.omega > 0.0 else 0
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearDecay:
+class LinearDecay(Step):
     """ω until step `start`, then ω · (n_kd - step) / (n_kd - start), down to 0 at n_kd."""
 
-    omega: float
     start: int
-    n_kd: int
 
     def __post_init__(self) -> None:
-        _check_omega(self, self.omega)
+        super().__post_init__()
         _check_steps(self, "start", self.start)
-        _check_steps(self, "n_kd", self.n_kd)
         if self.start > self.n_kd:
             raise InputError(
                 f"LinearDecay.start is {self.start}, after n_kd {self.n_kd}; "
                 "set start to at most n_kd."
             )
 
-    @property
-    def uses_teacher(self) -> bool:
-        return self.omega > 0.0 and self.n_kd > 0
-
     def omega_at(self, step: int) -> float:
-        if step >= self.n_kd:
-            return 0.0
-        if step < self.start:
-            return self.omega
+        if not self.start <= step < self.n_kd:
+            return super().omega_at(step)
         return self.omega * (self.n_kd - step) / (self.n_kd - self.start)
-
-    def distill_steps(self, total_steps: int) -> int:
-        return min(self.n_kd, total_steps) if self.uses_teacher else 0
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearRatioDecay:
+class LinearRatioDecay(Step):
     """ω / (1 - ω), the teacher's weight over the truth's, falls linearly from step 0 to 0 at n_kd;
     ω below 1."""
 
-    omega: float
-    n_kd: int
-
     def __post_init__(self) -> None:
-        _check_omega(self, self.omega)
-        _check_steps(self, "n_kd", self.n_kd)
+        super().__post_init__()
         if self.omega == 1.0:
             raise InputError(
                 "LinearRatioDecay.omega is 1, where ω / (1 - ω) is infinite; set omega below 1."
             )
-
-    @property
-    def uses_teacher(self) -> bool:
-        return self.omega > 0.0 and self.n_kd > 0
 
     def omega_at(self, step: int) -> float:
         if step >= self.n_kd:
             return 0.0
         ratio = self.omega / (1.0 - self.omega) * (1.0 - step / self.n_kd)
         return ratio / (1.0 + ratio)
-
-    def distill_steps(self, total_steps: int) -> int:
-        return min(self.n_kd, total_steps) if self.uses_teacher else 0
 
 
 def _check_omega(schedule: object, omega: float) -> None:

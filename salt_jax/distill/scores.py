@@ -1,17 +1,16 @@
-"""Scores of rows: what a scorer says of each token in, one number a row out, for `salt score`.
+"""Scores of rows for `salt score`: a number a row, from what a scorer says of each of its tokens.
 
     S(x) = median over { t : y_t is among the scorer's k most likely ids } of  -log P(y_t | y_<t)
 
 in nats (arXiv 2410.18779, section on data selection). "Among the k most likely" means that fewer
-than k ids have a strictly greater logit. Tokens that count: weight above 0, and not the row's
-first, which may have no context.
+than k ids have a strictly greater logit; such a token is called learnable. Tokens that count have a
+weight above 0 and are not the row's first, which may have no context.
 
 A score is an object that names its column and the values of a token that it needs. All scores of a
-pass share them, in order of the loss. `ScoreConfig` says which column is a row's score.
+pass share them, sorted by loss. `ScoreConfig` says which column rows are selected by.
 """
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -57,11 +56,11 @@ class Score(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Median:
-    """METHOD.md's S: the median loss of the tokens that are among the scorer's k most likely.
+    """The median loss of learnable tokens: S of the module's formula.
 
     Attributes:
-        k: see the module's formula.
-        unlearnable: what becomes of the other tokens: "drop", or "zero" to count them as 0.
+        k: a token is learnable if its truth is among the scorer's k most likely ids.
+        unlearnable: "drop" the other tokens, or count them as "zero" in the median.
     """
 
     k: int
@@ -78,36 +77,62 @@ class Median:
         return f"median_{self.unlearnable}_k{self.k}"
 
     def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
-        learnable_BxL = tokens[RANK] < self.k
-        learnable_B = jnp.sum(learnable_BxL, axis=-1)
-        others_B = jnp.sum(counts_BxL, axis=-1) - learnable_B
-        zeros_B = others_B if self.unlearnable == "zero" else 0 * others_B
-        median_B = _ranked_median(tokens[LOSS], learnable_BxL, learnable_B, zeros_B)
+        up_to_BxL = jnp.cumsum(tokens[RANK] < self.k, axis=-1)
+        learnable_B = up_to_BxL[:, -1]
+        zeros_B = jnp.sum(counts_BxL, axis=-1) - learnable_B
+        zeros_B = zeros_B if self.unlearnable == "zero" else 0 * zeros_B
+
+        def of_rank(rank_B: jax.Array) -> jax.Array:
+            # No loss is below 0, so the zeros go first.
+            place_Bx1 = jnp.sum(up_to_BxL <= (rank_B - zeros_B)[:, None], axis=-1, keepdims=True)
+            loss_B = jnp.take_along_axis(tokens[LOSS], place_Bx1, axis=-1, mode="clip")[:, 0]
+            return jnp.where(rank_B < zeros_B, 0.0, loss_B)
+
+        all_B = learnable_B + zeros_B
+        median_B = 0.5 * (of_rank((all_B - 1) // 2) + of_rank(all_B // 2))
         return jnp.where(learnable_B > 0, median_B, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """The mean loss of the tokens that are among the scorer's k most likely."""
+    """The mean of a value over a row's tokens.
 
-    k: int
+    Attributes:
+        k: over learnable tokens alone, for this k; None is all tokens that count.
+        value: one of TOKEN_VALUES: "loss", "rank" or "entropy".
+    """
 
-    needs: ClassVar[Collection[str]] = (LOSS, RANK)
+    k: int | None = None
+    value: str = LOSS
 
     def __post_init__(self) -> None:
-        checked_ks(self.k)
+        if self.k is not None:
+            checked_ks(self.k)
+        if self.value not in TOKEN_VALUES:
+            raise InputError(
+                f"Mean.value is {self.value!r}; set it to one of {', '.join(TOKEN_VALUES)}."
+            )
 
     @property
     def name(self) -> str:
-        return f"mean_k{self.k}"
+        if self.k is None:
+            return LOG_PERPLEXITY if self.value == LOSS else self.value
+        return f"{'mean' if self.value == LOSS else self.value}_k{self.k}"
+
+    @property
+    def needs(self) -> Collection[str]:
+        return {self.value} if self.k is None else {self.value, RANK}
 
     def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
-        return _mean(tokens[LOSS], tokens[RANK] < self.k)
+        mask_BxL = counts_BxL if self.k is None else tokens[RANK] < self.k
+        count_B = jnp.sum(mask_BxL, axis=-1)
+        sum_B = jnp.sum(jnp.where(mask_BxL, tokens[self.value], 0.0), axis=-1)
+        return jnp.where(count_B > 0, sum_B / jnp.maximum(count_B, 1), -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnableFraction:
-    """The share, of the tokens that count, of those among the scorer's k most likely."""
+    """The share of learnable tokens among those that count."""
 
     k: int
 
@@ -126,39 +151,14 @@ class LearnableFraction:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanLoss:
-    """The mean loss of all tokens that count."""
-
-    name: ClassVar[str] = LOG_PERPLEXITY
-    needs: ClassVar[Collection[str]] = (LOSS,)
-
-    def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
-        return _mean(tokens[LOSS], counts_BxL)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanEntropy:
-    """The mean entropy of the scorer's distributions over the tokens that count, nats."""
-
-    name: ClassVar[str] = ENTROPY
-    needs: ClassVar[Collection[str]] = (ENTROPY,)
-
-    def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
-        return _mean(tokens[ENTROPY], counts_BxL)
-
-
-@dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """What a row's score is, among the columns that `salt score` made.
+    """Which of the columns that `salt score` made is a row's score.
 
     Attributes:
-        k: a token is learnable if its truth is among the scorer's k most likely ids; may be left
-            open where the scores are of one k alone.
+        k: of learnable tokens; may be left open where the scores are of one k alone.
         statistic: "median": METHOD.md's S. "mean": the mean loss of learnable tokens. "perplexity":
-            the mean loss of all tokens that count, in nats, learnable or not. Else a column by its
-            name.
-        unlearnable: for the median. "drop": it is over learnable tokens alone. "zero": over all
-            that count, 0 for the others.
+            the mean loss of all tokens that count, in nats. Else a column by its name.
+        unlearnable: for the median, see `Median`.
         min_learnable_fraction: a row with a smaller share of learnable tokens scores -inf: keeps a
             hash with three lucky tokens from winning.
     """
@@ -174,8 +174,8 @@ class ScoreConfig:
         _require_unlearnable(self.unlearnable)
         if self.statistic != "median" and self.unlearnable != "drop":
             raise InputError(
-                f"unlearnable is {self.unlearnable!r} and statistic {self.statistic!r}: it says "
-                "what becomes of tokens in a median; leave it out, or set statistic to median."
+                f"unlearnable is {self.unlearnable!r} and statistic {self.statistic!r}, but only a "
+                "median has that setting; leave it out, or set statistic to median."
             )
         if not 0.0 <= self.min_learnable_fraction <= 1.0:
             raise InputError(
@@ -183,14 +183,10 @@ class ScoreConfig:
             )
 
     def among(self, ks: Sequence[int], columns: Collection[str]) -> "ScoreConfig":
-        """The same with its k settled.
-
-        Args:
-            ks: what the scores hold.
-            columns: the names of theirs.
+        """This config for scores of these ks and columns, k filled in where it is open.
 
         Raises:
-            InputError: they hold several k and k is open, or not this one; or no such column.
+            InputError: they are of several k and k is open, or not of this one; or no such column.
         """
         held = ", ".join(map(str, ks))
         if self.k is None and len(ks) > 1:
@@ -211,12 +207,11 @@ class ScoreConfig:
     @property
     def column(self) -> str:
         """The column that holds it."""
-        k = self.k or 0  # settled by `among`
-        if self.statistic == "median":
-            return Median(k, self.unlearnable).name
-        return {"mean": Mean(k).name, "perplexity": LOG_PERPLEXITY}.get(
-            self.statistic, self.statistic
-        )
+        if self.statistic not in ("median", "mean"):
+            return Mean().name if self.statistic == "perplexity" else self.statistic
+        assert self.k is not None, "`among` fills in k"
+        score = Median(self.k, self.unlearnable) if self.statistic == "median" else Mean(self.k)
+        return score.name
 
     @property
     def learnable_column(self) -> str:
@@ -245,22 +240,18 @@ def column_names(ks: Sequence[int]) -> list[str]:
 
 
 def scores_of(ks: Sequence[int]) -> tuple[Score, ...]:
-    """What every pass makes: METHOD.md's S of each k, and what it is compared with."""
-    kinds = Median, functools.partial(Median, unlearnable="zero"), Mean, LearnableFraction
-    return (MeanLoss(), *(kind(k) for k in ks for kind in kinds))
+    """The scores that every pass makes: METHOD.md's S of each k, and what it is compared with."""
+    of_k = ((Median(k), Median(k, "zero"), Mean(k), LearnableFraction(k)) for k in ks)
+    return (Mean(), *(score for scores in of_k for score in scores))
 
 
 def require_scores(scores: Sequence[Score]) -> None:
-    """Refuses what can't be scored by.
-
-    Raises:
-        InputError: something that is no score, or one that needs what no scorer gives.
-    """
+    """Raises InputError for what is not a score, and for one that needs a value no scorer gives."""
     for score in scores:
         if isinstance(score, type) or not isinstance(score, Score):
             raise InputError(
                 f"scores has {score!r}; set it to a list of scores, such as "
-                "[@scores.MeanEntropy()] in a gin file."
+                "[@scores.Mean()] in a gin file."
             )
         if lacking := {*score.needs} - {*TOKEN_VALUES}:
             needed, given = ", ".join(sorted(lacking)), ", ".join(TOKEN_VALUES)
@@ -281,19 +272,19 @@ def row_scores(
         scores: at least one.
 
     Returns:
-        NaN throughout for a row where the losses of the tokens that count have no finite sum: the
-        scorer is broken there.
+        A row where the losses of the tokens that count have no finite sum, so that the scorer is
+        broken, is NaN throughout.
 
     Raises:
         InputError: a score is not one number a row.
     """
     length = weights_BxL.shape[1]
     counts_BxL = (weights_BxL > 0) & (jnp.arange(length) > 0)[None]
-    # Those that don't count go last, with a rank that no k takes.
+    # Tokens that don't count go last, with a rank that no k reaches.
     after = {LOSS: jnp.inf, RANK: jnp.iinfo(jnp.int32).max, ENTROPY: 0.0}
-    names = sorted(tokens, key=lambda name: name != LOSS)  # which is what they are sorted by
+    names = sorted(tokens, key=lambda name: name != LOSS)  # the loss first: the sort's key
     keyed = {name: jnp.where(counts_BxL, tokens[name], after[name]) for name in names}
-    # One sort serves every score: the tokens learnable for a k, in this order, are in order too.
+    # One sort serves every score: the learnable tokens of any k are in order too.
     ordered = dict(zip(keyed, jax.lax.sort(tuple(keyed.values()), num_keys=1), strict=True))
     broken_B = ~jnp.isfinite(jnp.sum(jnp.where(counts_BxL, tokens[LOSS], 0.0), axis=-1))
     counts_BxL = jnp.arange(length)[None] < jnp.sum(counts_BxL, axis=-1, keepdims=True)
@@ -310,40 +301,8 @@ def row_scores(
     return jnp.where(broken_B, jnp.nan, jnp.stack(columns))
 
 
-def _mean(values_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """The mean of the values under the mask, [B]; -inf where there is none."""
-    count_B = jnp.sum(mask_BxL, axis=-1)
-    sum_B = jnp.sum(jnp.where(mask_BxL, values_BxL, 0.0), axis=-1)
-    return jnp.where(count_B > 0, sum_B / jnp.maximum(count_B, 1), -jnp.inf)
-
-
 def _require_unlearnable(unlearnable: str) -> None:
     if unlearnable not in UNLEARNABLE:
         raise InputError(
             f"unlearnable is {unlearnable!r}; set it to one of {', '.join(UNLEARNABLE)}."
         )
-
-
-def _ranked_median(
-    ordered_BxL: jax.Array, mask_BxL: jax.Array, count_B: jax.Array, zeros_B: jax.Array
-) -> jax.Array:
-    """The median [B] of the values under the mask and of `zeros_B` zeros besides.
-
-    Args:
-        ordered_BxL: ascending, and at least 0 under the mask.
-        mask_BxL: whose values count.
-        count_B: how many.
-        zeros_B: how many zeros besides, which go before them.
-
-    Returns:
-        The mean of the middle two where the count is even; anything where there is none.
-    """
-    up_to_BxL = jnp.cumsum(mask_BxL, axis=-1)
-
-    def of_rank(rank_B: jax.Array) -> jax.Array:
-        place_Bx1 = jnp.sum(up_to_BxL <= rank_B[:, None], axis=-1, keepdims=True)
-        found_B = jnp.take_along_axis(ordered_BxL, place_Bx1, axis=-1, mode="clip")[:, 0]
-        return jnp.where(rank_B < 0, 0.0, found_B)
-
-    all_B = count_B + zeros_B
-    return 0.5 * (of_rank((all_B - 1) // 2 - zeros_B) + of_rank(all_B // 2 - zeros_B))

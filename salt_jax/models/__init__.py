@@ -1,1 +1,1 @@
-"""The decoder: arrays of token ids in, hidden states and a head out."""
+"""The decoder: from token ids to hidden states and a head."""

@@ -1,6 +1,6 @@
-"""Causal self-attention over packed rows: queries, keys, values, segment ids in, mixtures out.
+"""Causal self-attention over packed rows, by one of several backends.
 
-Every backend computes what the reference, "xla", computes; they differ in speed and memory only.
+All agree with the reference, "xla", to rounding; they differ in speed and memory only.
 """
 
 import types
@@ -34,26 +34,26 @@ def attention(
     *,
     backend: str = "auto",
 ) -> jax.Array:
-    """Softmax attention, softmax(q·k / √K)·v, within one's own segment and not ahead of oneself.
+    """Softmax attention, softmax(q·k / √K)·v, causal and within a segment.
 
     A position sees the positions of its row that have the same segment id and no greater index.
-    Padding, segment 0, sees only padding: its output is of no use but always finite. H is a
-    multiple of G: query head h reads key-value head h // (H / G) (arXiv 2305.13245).
+    Padding, segment 0, sees only padding; its output is meaningless but finite. H is a multiple of
+    G: query head h reads key-value head h // (H / G) (arXiv 2305.13245).
 
     Args:
         query_BxLxHxK: queries, after rotary embedding, not scaled.
         key_BxLxGxK: keys, after rotary embedding.
         value_BxLxGxK: values.
         segment_ids_BxL: int32, 0 = padding, equal within a document.
-        bidirectional_BxL: bool; those of a segment for which it holds see one another whatever
-            their order. By "xla" alone, which "auto" then is. None = causal everywhere.
+        bidirectional_BxL: bool; the positions of a segment where it is True see one another
+            whatever their order. Only "xla" can, so "auto" takes it. None = causal everywhere.
         backend: see choose_backend.
 
     Returns:
         [B, L, H, K] in the dtype of the queries. The softmax itself is in float32.
 
     Raises:
-        InputError: The backend can't do this here.
+        InputError: The backend asked for can't do this here.
     """
     if bidirectional_BxL is not None:
         require_bidirectional(backend)
@@ -76,12 +76,12 @@ def require_bidirectional(backend: str) -> None:
 
 
 def choose_backend(backend: str, platform: str, length: int, width: int, dtype: Any) -> str:
-    """The name in BACKENDS of what a program will use.
+    """The name in BACKENDS of the backend that a program will use.
 
     Args:
         backend: one of BACKENDS, or "auto": "splash" on a TPU and "cudnn" on an NVIDIA GPU where
-            they can do it, "xla" everywhere else.
-        platform: what the program is compiled for, "cpu", "gpu" or "tpu".
+            they support these shapes, else "xla".
+        platform: of the devices that the program is compiled for, "cpu", "gpu" or "tpu".
         length: L, of a row.
         width: K, of a head.
         dtype: of the queries.
@@ -100,10 +100,10 @@ def choose_backend(backend: str, platform: str, length: int, width: int, dtype: 
 
 
 def platform_in_context() -> str:
-    """What the program being traced is for: the platform of the mesh in context (jax.set_mesh).
+    """The platform that the program being traced is for: that of the mesh in context, if any.
 
-    Without a mesh it is the default device's. A mesh may be of devices that this machine hasn't
-    (jax.experimental.topologies), which is how `salt plan` compiles for them.
+    It is not always the default device's: `salt plan` compiles for a mesh of devices that this
+    machine doesn't have (jax.experimental.topologies).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

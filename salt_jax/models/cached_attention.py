@@ -1,4 +1,4 @@
-"""Attention of a new position in each row over itself and the keys and values of earlier ones."""
+"""Attention of one new position a row over itself and the cached keys and values before it."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from salt_jax.models.reference_attention import MASKED_SCORE
 
-# The decoder's Flax collections: what it reads of earlier positions, and what it leaves of its own.
+# The decoder's Flax collections: the keys and values that it reads, and those that it makes.
 CACHE = "cache"
 NEW_KEYS_AND_VALUES = "new_keys_and_values"
 
@@ -21,10 +21,10 @@ def cached_attention(
     cached_value_BxGxSxK: jax.Array,
     cached_segment_ids_BxS: jax.Array,
 ) -> jax.Array:
-    """See attention.attention: what it gives for the last position.
+    """The output of attention.attention at the last position.
 
-    The cache is read where it lies: the scores of its keys and of the new one are joined, not the
-    keys themselves. Slots that hold nothing have another segment id than the new position.
+    The scores of the cached keys and of the new one are concatenated rather than the keys, so that
+    the cache is not copied. Empty slots have another segment id than the new position.
 
     Returns:
         [B, 1, H, K] in the dtype of the queries.

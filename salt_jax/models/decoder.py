@@ -1,11 +1,11 @@
-"""The decoder: token ids, segment ids and positions in, hidden states out; the head apart.
+"""The decoder: a model of which teacher and student are instances.
 
     hidden_BxLxD = Decoder(config).apply({"params": params}, inputs, segment_ids, positions)
     logits_BxLxV = logits(hidden_BxLxD, head_kernel(params, config), config)
 
-Teacher and student are both this model. Hidden states and head come apart because the losses are
-made from both, without [B, L, V] logits where those don't fit. V here is the padded vocabulary:
-losses and scores mask the ids from vocab_size on.
+It returns hidden states rather than logits because the losses are made from those and the head,
+without [B, L, V] logits. V here is the padded vocabulary: losses and scores mask the ids from
+vocab_size on.
 
 Logical axes, which rules map to a mesh. Parameters: vocab, embed, mlp, heads, kv_heads, head_dim,
 layers. Activations: batch, length, activation_embed, activation_heads, activation_kv_heads,
@@ -30,21 +30,21 @@ from salt_jax.models.cached_attention import CACHE, NEW_KEYS_AND_VALUES, cached_
 from salt_jax.models.decoder_config import DecoderConfig
 
 # Standard deviation of a fresh model's logits and of its embedded inputs, at any width. The logits
-# must be small, for a loss of about log V; inputs 1/√D as large, which one unscaled table for both
-# would make them, are lost among what the blocks add, and training starts far slower.
+# must be small, for a loss of about log V. Inputs 1/√D as large, which one unscaled table for both
+# would give, are lost among what the blocks add, and training starts far slower.
 _INITIAL_STD = 0.3
 
-# Its public name is decoder.DecoderConfig: to gin files, and in the sentences that name a setting.
+# Its public name, in gin files and error messages, is decoder.DecoderConfig.
 DecoderConfig.__module__ = __name__
 
 
 class Visibility(NamedTuple):
-    """What decides who sees whom.
+    """What attention's mask is made of.
 
     Attributes:
         segment_ids: [B, L]; a position sees its own segment only.
-        bidirectional: [B, L], what sees itself in both directions, if anything.
-        cached_segment_ids: [B, S], of the positions in the cache, if there is one.
+        bidirectional: [B, L], the positions that see one another in both directions, or None.
+        cached_segment_ids: [B, S], of the positions in the cache, or None.
     """
 
     segment_ids: jax.Array
@@ -55,9 +55,9 @@ class Visibility(NamedTuple):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm.
 
-    Two collections are for decoding, which decoding.py does; without them it is as if there were
-    none. Where "cache" is given, positions also see the earlier ones that it holds. Where
-    "new_keys_and_values" is mutable, each attention leaves its key and value [B, L, G, K] there.
+    Two collections serve decoding (inference/decoding.py). If "cache" is given, positions also see
+    the earlier ones that it holds. If "new_keys_and_values" is mutable, each attention stores its
+    key and value [B, L, G, K] there.
     """
 
     config: DecoderConfig
@@ -77,8 +77,8 @@ class Decoder(nn.Module):
                 vocabulary gives NaN.
             segment_ids_BxL: int32; a position sees its own segment only. 0 = padding.
             positions_BxL: int32, counted from 0 in each segment.
-            bidirectional_BxL: bool; those of a segment for which it holds see one another. None =
-                causal everywhere.
+            bidirectional_BxL: bool; the positions of a segment where it is True see one another.
+                None = causal everywhere.
 
         Returns:
             [B, L, D] in config.dtype.
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
             )
         embedding_VxD = self._table("embedding")
         if not config.tied_embeddings:
-            # Declared here to be made and named with the rest; head_kernel alone uses it.
+            # Only declared here: head_kernel uses it.
             self._table("head")
         x_BxLxD = jnp.take(embedding_VxD, inputs_BxL, axis=0).astype(config.dtype)
         if config.scale_embeddings:
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
 
         block: Any = Block
         if config.remat != "none":
-            # In a scan the loop itself keeps XLA from merging the recomputation away.
+            # In a scan the loop itself keeps XLA from merging the recomputation.
             policy = remat.POLICIES[config.remat]
             block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers)
         if config.scan_layers:
@@ -228,21 +228,21 @@ class Mlp(nn.Module):
 
 def init_params(config: DecoderConfig, rng: jax.Array) -> Any:
     """Fresh parameters, each boxed with its logical axes; nn.unbox takes the arrays out."""
-    # The one token that Flax makes them with suits no kernel.
+    # Flash kernels refuse the single token that Flax traces the model with.
     config = dataclasses.replace(config, attention_backend="xla")
     token_1x1 = jnp.zeros((1, 1), dtype=jnp.int32)
     return Decoder(config).init(rng, token_1x1, token_1x1, token_1x1)["params"]
 
 
 def abstract_params(config: DecoderConfig) -> Any:
-    """The tree of init_params with shapes and dtypes in place of arrays."""
+    """The tree of init_params with jax.ShapeDtypeStruct in place of arrays."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
 def kernel_axes(config: DecoderConfig) -> Any:
     """The tree of init_params with (input axes, output axes) of each kernel, None for the rest.
 
-    Any other axis of a kernel, that of scanned layers, holds matrices of their own side by side.
+    The remaining axis of a kernel, that of scanned layers, stacks separate matrices.
     """
 
     def one(path: Any, box: nn.LogicallyPartitioned) -> tuple[tuple[int, ...], ...] | None:
@@ -258,10 +258,7 @@ def kernel_axes(config: DecoderConfig) -> Any:
 
 
 def hidden_states(config: DecoderConfig, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The model's hidden states, [B, L, D], of a batch.
-
-    It reads inputs, segment_ids, positions and, where the batch has it, bidirectional.
-    """
+    """Hidden states [B, L, D] of a batch: inputs, segment_ids, positions, maybe bidirectional."""
     tokens = (batch["inputs"], batch["segment_ids"], batch["positions"], batch.get("bidirectional"))
     hidden_BxLxD: jax.Array = Decoder(config).apply({"params": params}, *tokens)  # type: ignore[assignment]
     return hidden_BxLxD
@@ -274,7 +271,7 @@ def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:
 
 
 def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array, config: DecoderConfig) -> jax.Array:
-    """[B, L, V] in float32, of a product in config.dtype; V is the padded vocabulary."""
+    """[B, L, V] in float32, from a product in config.dtype; V is the padded vocabulary."""
     logits_BxLxV = jnp.einsum(
         "bld,vd->blv",
         hidden_BxLxD.astype(config.dtype),
@@ -293,7 +290,7 @@ def _projection(
 ) -> layers.Projection:
     std = 1.0 / math.sqrt(math.prod(size for size, _ in inputs))
     if into_residual:
-        # The residual stream then starts at one size however many layers add to it (GPT-2).
+        # So that the residual stream starts at one size, however many layers add to it (GPT-2).
         std /= math.sqrt(2 * config.num_layers)
     dtype, param_dtype = config.dtype, config.param_dtype
     return layers.Projection(inputs, outputs, std, config.use_bias, dtype, param_dtype, name=name)

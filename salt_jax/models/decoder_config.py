@@ -1,4 +1,4 @@
-"""The shape of a decoder and how it computes: the one dataclass that teacher and student are of."""
+"""The decoder's settings: its shape and how it computes, of teachers and students alike."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ class DecoderConfig:
         num_layers: number of blocks.
         num_heads: H, query heads.
         mlp_dim: F, hidden width of the MLP.
-        vocab_size: ids that mean something; None = those of the packed cache, filled in later.
+        vocab_size: ids that mean something; None = those of the packed cache.
         vocab_multiple: embedding and head are padded up to a multiple of this many ids.
         max_length: longest sequence, in tokens.
         num_kv_heads: G, key-value heads; None = num_heads.
@@ -32,18 +32,18 @@ class DecoderConfig:
         parallel_residual: x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX, instead of one
             after the other.
         use_bias: biases on every projection and LayerNorm, never on the head.
-        rope_fraction: share of each head's dimensions that rotary embedding turns, the first ones.
+        rope_fraction: share of each head's dimensions, the first ones, with rotary embedding.
         rope_theta: base of the rotary wavelengths.
         tied_embeddings: the head is the embedding, transposed.
         scale_embeddings: multiply embedded inputs by √D, as Gemma does and GPT-NeoX and Llama
-            don't: with it one table can serve as input and as head.
+            don't, so that one table can serve as input and as head.
         scan_layers: one block scanned over stacked parameters (compiles fast), not num_layers.
-        remat: what the backward pass computes again, from nothing to all of a block: "none",
-            "minimal", "attention", "attention_output", "full" or "offload"; see remat.py.
+        remat: what the backward pass recomputes, from nothing to all of a block: "none", "minimal",
+            "attention", "attention_output", "full" or "offload"; see remat.py.
         dtype: of activations and products, "float32" or "bfloat16".
         param_dtype: of parameters; "float16" for converted models that were published so.
         attention_backend: which implementation of attention: "xla" anywhere, "splash" on a TPU,
-            "cudnn" on an NVIDIA GPU, or "auto": the one of those that can do it here.
+            "cudnn" on an NVIDIA GPU, or "auto": the fastest that supports this model here.
     """
 
     embed_dim: int
@@ -123,12 +123,12 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that rotary embedding turns."""
+        """Dimensions of a head that rotary embedding rotates."""
         return int(self.head_width * self.rope_fraction)
 
     @property
     def padded_vocab_size(self) -> int:
-        """V, rows of the embedding: vocab_size rounded up; an InputError while that is not set."""
+        """V, rows of the embedding: vocab_size rounded up. InputError if that is not set."""
         if self.vocab_size is None:
             raise InputError(
                 "DecoderConfig.vocab_size is not set; set it to the vocabulary's number of ids."
@@ -137,7 +137,7 @@ class DecoderConfig:
 
     @property
     def shape(self) -> "DecoderConfig":
-        """Without what says how to compute and not what, and each size said in one way."""
+        """The config without settings of how to compute: equal for models of equal parameters."""
         return dataclasses.replace(
             self,
             vocab_multiple=self.padded_vocab_size,
@@ -171,12 +171,12 @@ class DecoderConfig:
         return self.num_matmul_parameters + embedding + blocks + norm
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as a JSON object, for the checkpoint."""
+        """The settings as a JSON object, for checkpoints."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "DecoderConfig":
-        """The config that to_json wrote; an unknown or a missing setting is an InputError."""
+        """Reads what to_json wrote. InputError for an unknown or a missing setting."""
         try:
             return cls(**settings)
         except TypeError as error:

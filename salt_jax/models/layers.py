@@ -1,7 +1,7 @@
-"""The parts of a block that know nothing of it: projection, norm, rotary embedding, activations.
+"""The layers of a block: projection, norm, rotary embedding, activations.
 
-Activations come in and go out in the compute dtype; statistics and angles are float32. Parameters
-are boxed with their logical axes and kept in their own dtype.
+Activations are in the compute dtype; statistics and angles are float32. Parameters are boxed with
+their logical axes and kept in their own dtype.
 """
 
 import functools
@@ -32,7 +32,7 @@ class Projection(nn.Module):
 
     Attributes:
         inputs: the axes summed over.
-        outputs: the axes that take their place.
+        outputs: the axes that replace them.
         init_std: standard deviation of the initial kernel.
         use_bias: add a bias, 0 at first.
         dtype: of the product.
@@ -50,8 +50,8 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.init_std)
         kernel = self._parameter("kernel", init, self.inputs + self.outputs)
-        # As two matrices: XLA's CPU backend takes twice as long over the gradient of a product
-        # with more axes.
+        # As two matrices: on CPU XLA takes twice as long for the gradient of a product with more
+        # axes.
         width = math.prod(size for size, _ in self.inputs)
         y = x.reshape(-1, width) @ kernel.reshape(width, -1)
         y = y.reshape(*x.shape[:2], *(size for size, _ in self.outputs))
@@ -105,7 +105,7 @@ class Norm(nn.Module):
 def rotary_angles(positions_BxL: jax.Array, rotary_dim: int, theta: float) -> Rotation:
     """Cosines and sines of position · theta^(-2i / rotary_dim) for i = 0 … rotary_dim / 2 - 1.
 
-    Source: arXiv 2104.09864. With rotary_dim 0 both are empty and rotate changes nothing.
+    Source: arXiv 2104.09864. With rotary_dim 0 both are empty.
     """
     exponents = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / max(rotary_dim, 1)
     frequencies = theta**-exponents
@@ -114,9 +114,9 @@ def rotary_angles(positions_BxL: jax.Array, rotary_dim: int, theta: float) -> Ro
 
 
 def rotate(x_BxLxHxK: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns the first rotary_dim dimensions of each head by their angles, and leaves the rest.
+    """Rotates the first rotary_dim dimensions of each head by their angles.
 
-    Dimension i turns together with i + rotary_dim / 2, as in GPT-NeoX and Llama.
+    Dimension i is paired with i + rotary_dim / 2, as in GPT-NeoX and Llama.
     """
     cosines, sines = rotation
     half = cosines.shape[-1]

@@ -1,16 +1,16 @@
-"""Rematerialisation: what a block keeps for the backward pass; the rest is computed again there.
+"""Rematerialisation policies: what a block saves for the backward pass, which recomputes the rest.
 
-Numbers kept for each token and block (H = G, a gated MLP), and their bfloat16 bytes in
+Numbers saved for each token and block (H = G, a gated MLP), and their bfloat16 bytes in
 llm_2_8b.gin (D 2048, H · K 2048, F 8192):
 
     "none"              everything
     "minimal"           2 D + 4 H · K + 2 F   56 KiB   products with parameters, attention's output
-    "attention"         2 D + 4 H · K         24 KiB   all that attention made; not the MLP's
+    "attention"         2 D + 4 H · K         24 KiB   attention's projections and output
     "attention_output"  D + H · K              8 KiB   attention's output: its kernel runs once
     "full"              D                      4 KiB   the block's input
-    "offload"           D on the host          0 KiB   the same, out of the device's memory
+    "offload"           D on the host          0 KiB   the same, in the host's memory
 
-Flash kernels add their softmax's normaliser to attention's output, H numbers in float32.
+Flash kernels also save their softmax's normaliser, H numbers in float32, with attention's output.
 """
 
 import types
@@ -21,7 +21,7 @@ import jax
 
 from salt_jax.models.reference_attention import OUTPUT_NAME
 
-# What the blocks call their arrays, for jax.ad_checkpoint.checkpoint_name.
+# Names of the blocks' arrays, for jax.ad_checkpoint.checkpoint_name.
 BLOCK_INPUT = "block_input"
 QUERY, KEY, VALUE = "query", "key", "value"
 ATTENDED = "attended"
@@ -32,7 +32,7 @@ Policy = Callable[..., Any]
 
 
 def _cudnn_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
-    """cuDNN's output and normaliser, which can't be named where they are made."""
+    """Saves cuDNN's output and normaliser, which checkpoint_name can't reach."""
     return str(primitive) == "dot_product_attention_fwd_wrapper"
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from salt_jax.distill.losses import LossConfig, SoftLabels, token_losses
+from salt_jax.distill.losses import LossConfig, SoftLabels
+from salt_jax.distill.token_losses import token_losses
 from salt_jax.errors import InputError
 
 try:

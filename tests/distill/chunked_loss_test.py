@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from salt_jax.distill.chunked_loss import loss_sums, target_ranks
 from salt_jax.distill.divergences import JensenShannon, ReverseKL
 from salt_jax.distill.head_sharding import HeadSharding
-from salt_jax.distill.losses import TEACHER_VALUES, LossConfig, token_losses
+from salt_jax.distill.losses import TEACHER_VALUES, LossConfig
+from salt_jax.distill.token_losses import token_losses
 from salt_jax.errors import InputError
 from salt_jax.training.partitioning import MeshConfig
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.distill.divergences import ForwardKL, JensenShannon, ReverseKL
-from salt_jax.distill.losses import LossConfig, token_losses
+from salt_jax.distill.losses import LossConfig
+from salt_jax.distill.token_losses import token_losses
 from salt_jax.errors import InputError
 
 BATCH, LENGTH, VOCAB = 2, 3, 11

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from salt_jax.distill.chunked_loss import target_ranks
 from salt_jax.distill.scores import (
     TOKEN_VALUES,
-    MeanEntropy,
-    MeanLoss,
+    Mean,
     ScoreConfig,
     checked_ks,
     column_names,
@@ -62,7 +61,7 @@ def _statistics(
     head = jnp.eye(hidden.shape[-1])
     values = target_ranks(hidden, head, targets, weights, VOCAB, chunk_tokens=3, entropy=True)
     tokens = dict(zip(TOKEN_VALUES, values, strict=True))
-    return row_scores(tokens, weights, [*scores_of(ks), MeanEntropy()])
+    return row_scores(tokens, weights, [*scores_of(ks), Mean(value="entropy")])
 
 
 def columns(logits: Any, targets: Any, weights: Any, *ks: int) -> dict[str, np.ndarray]:
@@ -228,7 +227,7 @@ def test_a_score_gets_its_tokens_by_ascending_loss() -> None:
 
 
 def test_what_is_no_score_is_named() -> None:
-    require_scores([MeanLoss(), Own()])
+    require_scores([Mean(), Own()])
     for bad in ("median", Own, lambda tokens: tokens):
         with pytest.raises(InputError, match=r"set it to a list of scores, such as .@scores.Mean"):
             require_scores([bad])  # type: ignore[list-item]

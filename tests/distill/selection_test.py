@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salt_jax.distill import order_statistics, selection
+from salt_jax.distill import selection
 from salt_jax.distill.selection import (
     Candidates,
     RandomRows,
@@ -145,7 +145,7 @@ def largest_remainder(m: int, subsets_N: np.ndarray, scores_N: np.ndarray) -> di
 
 def test_shares_of_counts_that_do_not_fit_64_bits() -> None:
     weights = np.array([3, 4, 5]) * 10**11
-    shares = order_statistics.apportion(10**12, weights, weights)
+    shares = selection.apportion(10**12, weights, weights)
     assert shares.tolist() == [250 * 10**9, 10**12 // 3, 10**12 // 12 * 5 + 2]
     assert shares.sum() == 10**12
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from salt_jax.distill.chunked_loss import loss_sums, top_labels
 from salt_jax.distill.head_sharding import HeadSharding
-from salt_jax.distill.losses import LossConfig, SoftLabels, token_losses
+from salt_jax.distill.losses import LossConfig, SoftLabels
+from salt_jax.distill.token_losses import token_losses
 from salt_jax.errors import InputError
 from salt_jax.training.partitioning import MeshConfig
 from tests.distill.chunked_loss_test import (

@@ -52,7 +52,8 @@ ENTROPY = """
 from __gin__ import dynamic_registration
 from salt_jax.commands import score
 from salt_jax.distill import scores
-score.score.scores = [@scores.MeanEntropy()]
+score.score.scores = [@scores.Mean()]
+scores.Mean.value = 'entropy'
 """
 
 
@@ -301,7 +302,7 @@ def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
 ) -> None:
     before, config = counting(alone), (alone / "config.gin").read_text()
     (tmp_path / "entropy.gin").write_text(ENTROPY)
-    (tmp_path / "twice.gin").write_text(ENTROPY.replace("]", ", @scores.MeanEntropy()]"))
+    (tmp_path / "twice.gin").write_text(ENTROPY.replace("]", ", @scores.Mean()]"))
     assert main(argv(alone)) == 0
     # What changes no value may change.
     how = {"shard_rows": 9, "batch_size": 2, "chunk_tokens": 64, "compilation_cache": ""}

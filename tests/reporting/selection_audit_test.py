@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from salt_jax.data.row_scores import RowScores, Selection
-from salt_jax.distill import selection_audit as audits
+from salt_jax.distill import audit as audits
 from salt_jax.main import main
 from salt_jax.reporting import page, selection_audit
 from salt_jax.reporting.runs import read_folders
@@ -42,7 +42,7 @@ def write_audit(chosen, scores, overlaps=(), stratified=False):
             }
             for row_id in row_ids
         ]
-        for name, row_ids in audits.examples(facts, ids, True, stratified).items()
+        for name, row_ids in audits.rows_to_show(facts, ids, True, stratified).items()
     }
     audit = {
         "cut": chosen.manifest["cut"],

@@ -25,7 +25,8 @@ from salt_jax.cli.config_files import CONFIGS
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill.chunked_loss import loss_sums
 from salt_jax.distill.divergences import JensenShannon, ReverseKL
-from salt_jax.distill.losses import LossConfig, SoftLabels, token_losses
+from salt_jax.distill.losses import LossConfig, SoftLabels
+from salt_jax.distill.token_losses import token_losses
 from salt_jax.errors import InputError
 from salt_jax.t5x import packed_rows
 from salt_jax.t5x.packed_rows import PackedRows

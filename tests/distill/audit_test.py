@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salt_jax.distill import selection_audit
-from salt_jax.distill.selection_audit import RowFacts
+from salt_jax.distill import audit
+from salt_jax.distill.audit import RowFacts
 
 NAMES = ("prose", "code", "empty", "web")
 
@@ -14,8 +14,8 @@ NAMES = ("prose", "code", "empty", "web")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few rows are several blocks, and a few hashes several parts."""
-    monkeypatch.setattr(selection_audit, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(selection_audit, "_HASH_BYTES", 80)
+    monkeypatch.setattr(audit, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(audit, "_HASH_BYTES", 80)
 
 
 def some_rows(seed: int, rows: int) -> tuple[RowFacts, np.ndarray]:
@@ -37,7 +37,7 @@ def some_rows(seed: int, rows: int) -> tuple[RowFacts, np.ndarray]:
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 60))
 def test_by_subset(seed: int, rows: int) -> None:
     facts, kept = some_rows(seed, rows)
-    found = selection_audit.by_subset(facts, kept)
+    found = audit.by_subset(facts, kept)
     edges = np.array(found["score_edges"])
     subsets, scores = np.asarray(facts.subsets), np.asarray(facts.scores)
     is_kept = np.isin(np.arange(rows), kept)
@@ -63,11 +63,11 @@ def test_by_subset(seed: int, rows: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 60))
-def test_overlap_duplicates_and_examples(seed: int, rows: int) -> None:
+def test_overlap_duplicates_and_rows_to_show(seed: int, rows: int) -> None:
     facts, kept = some_rows(seed, rows)
     _, others = some_rows(seed + 1, rows)
     shared = len({*kept.tolist()} & {*others.tolist()})
-    found = selection_audit.overlap(kept, others, rows)
+    found = audit.overlap(kept, others, rows)
     assert (found["rows"], found["shared"]) == (len(others), shared)
     assert found["jaccard"] == shared / len({*kept.tolist()} | {*others.tolist()})
     assert found["share_of_this"] == shared / len(kept)
@@ -75,28 +75,28 @@ def test_overlap_duplicates_and_examples(seed: int, rows: int) -> None:
     assert found["share_by_chance"] == len(others) / rows
 
     hashes = np.asarray(facts.hashes)
-    copies = selection_audit.duplicates(facts.hashes, kept)
+    copies = audit.duplicates(facts.hashes, kept)
     assert copies["all"] == rows - len({*hashes.tolist()})
     assert copies["kept"] == len(kept) - len({*hashes[kept].tolist()})
 
     scores = np.asarray(facts.scores)
     tied = [i for i in range(rows) if scores[i] == 1.5]
     ties = {"rows": len(tied), "kept": len({*tied} & {*kept.tolist()})}
-    assert selection_audit.ties(facts, kept, 1.5) == ties
+    assert audit.ties(facts, kept, 1.5) == ties
     scored = [i for i in range(rows) if np.isfinite(scores[i])]
     mine = [i for i in scored if i in kept]
     down = sorted(mine, key=lambda i: (-scores[i], i))
     up = sorted(mine, key=lambda i: (scores[i], i))
     rest = sorted((i for i in scored if i not in kept), key=lambda i: (-scores[i], i))
-    assert selection_audit.examples(facts, kept, by_score=True) == {
+    assert audit.rows_to_show(facts, kept, by_score=True) == {
         "highest": down[:20],
         "lowest_kept": up[:20],
         "cut_kept": up[:10],
         "cut_left_out": rest[:10],
         "lowest": sorted(scored, key=lambda i: (scores[i], i))[:20],
     }
-    assert "cut_kept" not in selection_audit.examples(facts, kept, by_score=False)
-    by_cut = selection_audit.examples(facts, kept, by_score=True, stratified=True)
+    assert "cut_kept" not in audit.rows_to_show(facts, kept, by_score=False)
+    by_cut = audit.rows_to_show(facts, kept, by_score=True, stratified=True)
     of = np.asarray(facts.subsets)
     for name, nearest in (("cut_kept", up), ("cut_left_out", rest)):
         assert by_cut[name] == [i for s in range(4) for i in [i for i in nearest if of[i] == s][:2]]

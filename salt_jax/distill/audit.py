@@ -1,12 +1,12 @@
-"""What a selection took and what it left: the numbers of its audit, by subset and in whole.
+"""The audit of a selection: what was taken and what was left, by subset and in whole.
 
-In: columns of the split's N rows and the ids of those selected, ascending. Out: JSON values. All is
-read block by block, several times; nothing grows with N but the ids, which may lie on disk.
+Every function reads columns of the split's N rows block by block, given the ids of those selected,
+ascending, and returns JSON values. Nothing in memory grows with N; the ids may lie on disk.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from salt_jax.distill.selection import RowValues
 
 BINS = 60
-EXAMPLES = 20
+SHOWN = 20
 
 _BLOCK_ROWS = 1 << 20
 _HASH_BYTES = 1 << 28  # of hashes that are sorted at once
@@ -45,7 +45,7 @@ class RowFacts:
 
 
 def by_subset(facts: RowFacts, row_ids_m: np.ndarray) -> dict[str, Any]:
-    """Rows, shares, means and score histograms of what was kept and of all.
+    """Rows, shares, means and score histograms of the rows kept and of all.
 
     Returns:
       score_edges: BINS + 1 bounds of the histograms, in nats.
@@ -54,87 +54,86 @@ def by_subset(facts: RowFacts, row_ids_m: np.ndarray) -> dict[str, Any]:
         log_perplexity_kept (means of the rows' mean losses), learnable and learnable_kept (mean
         shares), scores and scores_kept (rows in each bin).
     """
-    edges = _score_edges(facts)
-    number = len(facts.subset_names)
-    sums = _Sums(number, edges)
+    edges, number = _score_edges(facts), len(facts.subset_names)
+    everything, selected = _Sums(number, edges), _Sums(number, edges)
+    lowest_kept_S = np.full(number, np.inf)
     for block, kept_n in _kept(len(facts), row_ids_m):
-        values = (facts.scores[block], facts.losses[block], facts.learnable[block])
-        sums.add(facts.subsets[block].astype(np.int64), kept_n, *values)
-    names = [name for i, name in enumerate(facts.subset_names) if sums.rows_2xS[0, i]]
-    of_subset = {name: sums.part([facts.subset_names.index(name)]) for name in names}
+        subset_n, scores_n = facts.subsets[block].astype(np.int64), facts.scores[block]
+        values = {"log_perplexity": facts.losses[block], "learnable": facts.learnable[block]}
+        everything.add(subset_n, scores_n, values)
+        of_kept = {name: values_n[kept_n] for name, values_n in values.items()}
+        selected.add(subset_n[kept_n], scores_n[kept_n], of_kept)
+        scored_n = kept_n & np.isfinite(scores_n)
+        np.minimum.at(lowest_kept_S, subset_n[scored_n], scores_n[scored_n])
+
+    def part(subsets: list[int]) -> dict[str, Any]:
+        rows, kept = (int(sums.rows_S[subsets].sum()) for sums in (everything, selected))
+        lowest = float(lowest_kept_S[subsets].min())
+        found: dict[str, Any] = {
+            "rows": rows,
+            "kept": kept,
+            "kept_share": kept / rows,
+            "share_of_kept": kept / len(row_ids_m),
+            "lowest_kept": lowest if math.isfinite(lowest) else None,
+        }
+        for name in everything.means:
+            for suffix, sums in (("", everything), ("_kept", selected)):
+                total, count = sums.means[name][:, subsets].sum(axis=1)
+                found[name + suffix] = float(total / count) if count else None
+        for suffix, sums in (("", everything), ("_kept", selected)):
+            found["scores" + suffix] = sums.scores_SxH[subsets].sum(axis=0).tolist()
+        return found
+
     return {
-        "score_edges": [float(edge) for edge in edges],
-        "whole": sums.part(list(range(number))),
-        "by_subset": of_subset,
+        "score_edges": edges.tolist(),
+        "whole": part(list(range(number))),
+        "by_subset": {
+            name: part([index])
+            for index, name in enumerate(facts.subset_names)
+            if everything.rows_S[index]
+        },
     }
 
 
 class _Sums:
-    """Sums over all rows ([0]) and over those kept ([1]), by subset."""
+    """Sums over rows, by subset.
+
+    Attributes:
+      rows_S: rows.
+      scores_SxH: rows in each bin of the scores.
+      means: by name, the sum of a value and the number of rows that have it, [2, S].
+    """
 
     def __init__(self, subsets: int, edges: np.ndarray) -> None:
-        self._subsets, self._edges = subsets, edges
-        self.rows_2xS = np.zeros((2, subsets), np.int64)
-        self._means: dict[str, np.ndarray] = {
-            name: np.zeros((2, 2, subsets)) for name in ("log_perplexity", "learnable")
-        }
-        self._histogram_2xSxH = np.zeros((2, subsets, len(edges) - 1), np.int64)
-        self._lowest_kept_S = np.full(subsets, np.inf)
+        self._edges = edges
+        self.rows_S = np.zeros(subsets, np.int64)
+        self.scores_SxH = np.zeros((subsets, BINS), np.int64)
+        self.means: dict[str, np.ndarray] = {}
 
     def add(
-        self,
-        subset_n: np.ndarray,
-        kept_n: np.ndarray,
-        scores_n: np.ndarray,
-        losses_n: np.ndarray,
-        learnable_n: np.ndarray,
+        self, subset_n: np.ndarray, scores_n: np.ndarray, values: dict[str, np.ndarray]
     ) -> None:
         """Adds a block of rows."""
-        bins = len(self._edges) - 1
-        has_score_n = np.isfinite(scores_n)
-        scored_n = kept_n & has_score_n
-        np.minimum.at(self._lowest_kept_S, subset_n[scored_n], scores_n[scored_n])
-        place_n = np.searchsorted(self._edges, scores_n, side="right") - 1
-        place_n = subset_n * bins + np.clip(place_n, 0, bins - 1)
-        for which, mask_n in enumerate((np.ones(len(kept_n), bool), kept_n)):
-            self.rows_2xS[which] += np.bincount(subset_n[mask_n], minlength=self._subsets)
-            counted = np.bincount(place_n[mask_n & has_score_n], minlength=self._subsets * bins)
-            self._histogram_2xSxH[which] += counted.reshape(self._subsets, bins)
-            for name, values_n in (("log_perplexity", losses_n), ("learnable", learnable_n)):
-                finite_n = mask_n & np.isfinite(values_n)
-                own_n = subset_n[finite_n]
-                self._means[name][which, 0] += np.bincount(
-                    own_n, weights=values_n[finite_n], minlength=self._subsets
-                )
-                self._means[name][which, 1] += np.bincount(own_n, minlength=self._subsets)
-
-    def part(self, subsets: Sequence[int]) -> dict[str, Any]:
-        """What there is to say of some subsets together."""
-        rows, kept = (int(self.rows_2xS[which, subsets].sum()) for which in (0, 1))
-        all_kept = int(self.rows_2xS[1].sum())
-        lowest = float(self._lowest_kept_S[subsets].min())
-        found: dict[str, Any] = {
-            "rows": rows,
-            "kept": kept,
-            "kept_share": _ratio(kept, rows),
-            "share_of_kept": _ratio(kept, all_kept),
-            "lowest_kept": lowest if math.isfinite(lowest) else None,
-        }
-        for name, sums_2x2xS in self._means.items():
-            for which, suffix in ((0, ""), (1, "_kept")):
-                total, count = sums_2x2xS[which][:, subsets].sum(axis=1)
-                found[name + suffix] = _ratio(float(total), float(count))
-        for which, suffix in ((0, ""), (1, "_kept")):
-            counts_H = self._histogram_2xSxH[which, subsets].sum(axis=0)
-            found["scores" + suffix] = [int(count) for count in counts_H]
-        return found
+        subsets = len(self.rows_S)
+        self.rows_S += np.bincount(subset_n, minlength=subsets)
+        scored_n = np.isfinite(scores_n)
+        bin_n = np.searchsorted(self._edges, scores_n[scored_n], side="right") - 1
+        bin_n = subset_n[scored_n] * BINS + np.clip(bin_n, 0, BINS - 1)
+        counts = np.bincount(bin_n, minlength=subsets * BINS)
+        self.scores_SxH += counts.reshape(subsets, BINS)
+        for name, values_n in values.items():
+            finite_n = np.isfinite(values_n)
+            own_n = subset_n[finite_n]
+            sums = self.means.setdefault(name, np.zeros((2, subsets)))
+            sums[0] += np.bincount(own_n, weights=values_n[finite_n], minlength=subsets)
+            sums[1] += np.bincount(own_n, minlength=subsets)
 
 
 def ties(facts: RowFacts, row_ids_m: np.ndarray, cut: float) -> dict[str, int]:
     """Rows that have exactly the score of the cut: {"rows", "kept"}.
 
-    Among them the selection went by row id. Many that were left out mean that the scores don't tell
-    rows apart, as where most medians are 0 because less than half of a row's tokens are learnable.
+    Among them the lower row ids were selected. If many were left out, the scores don't tell rows
+    apart: most medians may be 0, where less than half of a row's tokens are learnable.
     """
     rows = kept = 0
     for block, kept_n in _kept(len(facts), row_ids_m):
@@ -145,7 +144,7 @@ def ties(facts: RowFacts, row_ids_m: np.ndarray, cut: float) -> dict[str, int]:
 
 
 def overlap(row_ids_m: np.ndarray, others_n: np.ndarray, rows: int) -> dict[str, Any]:
-    """How much of a selection another one has, of the same N rows.
+    """How much a selection shares with another one of the same N rows.
 
     Returns:
       rows (of the other), shared, jaccard (shared rows over those in either), share_of_this,
@@ -171,8 +170,7 @@ def overlap(row_ids_m: np.ndarray, others_n: np.ndarray, rows: int) -> dict[str,
 def duplicates(hashes: RowValues, row_ids_m: np.ndarray) -> dict[str, int]:
     """Rows that are exact copies of another one, beyond the first of them: {"all", "kept"}.
 
-    Where there are more hashes than may be sorted at once, they are taken part by part, by their
-    value, each part in a pass of its own.
+    More hashes than may be sorted at once are taken in parts, by their value, a pass for each.
     """
     rows = len(hashes)
     parts = max(1, math.ceil(rows * 8 / _HASH_BYTES))
@@ -181,7 +179,7 @@ def duplicates(hashes: RowValues, row_ids_m: np.ndarray) -> dict[str, int]:
         found: dict[str, list[np.ndarray]] = {"all": [], "kept": []}
         for block, kept_n in _kept(rows, row_ids_m):
             hash_n = hashes[block]
-            own_n = hash_n % np.uint64(parts) == part if parts > 1 else np.ones(len(hash_n), bool)
+            own_n = hash_n % np.uint64(parts) == part
             found["all"].append(hash_n[own_n])
             found["kept"].append(hash_n[own_n & kept_n])
         for name, arrays in found.items():
@@ -191,7 +189,7 @@ def duplicates(hashes: RowValues, row_ids_m: np.ndarray) -> dict[str, int]:
     return copies
 
 
-def examples(
+def rows_to_show(
     facts: RowFacts, row_ids_m: np.ndarray, by_score: bool, stratified: bool = False
 ) -> dict[str, list[int]]:
     """Ids of rows to look at.
@@ -203,15 +201,14 @@ def examples(
       stratified: Whether each subset has a cut of its own.
 
     Returns:
-      highest and lowest_kept: the EXAMPLES highest and lowest scores among those kept. lowest: the
+      highest and lowest_kept: the SHOWN highest and lowest scores among those kept. lowest: the
       lowest of all rows that have a score. cut_kept and cut_left_out, where there is a cut: half as
       many on either side of it, the nearest first; of several cuts, cut by cut, an equal part at
       each and at least one row.
     """
     cuts = len(facts.subset_names) if stratified else 1
-    each = max(1, EXAMPLES // 2 // cuts)
-    highest, lowest_kept = _Best(EXAMPLES, 1), _Best(EXAMPLES, -1)
-    lowest = _Best(EXAMPLES, -1)
+    each = max(1, SHOWN // 2 // cuts)
+    highest, lowest_kept, lowest = _Best(SHOWN, 1), _Best(SHOWN, -1), _Best(SHOWN, -1)
     cut_kept, left_out = ([_Best(each, sign) for _ in range(cuts)] for sign in (-1, 1))
     for block, kept_n in _kept(len(facts), row_ids_m):
         scores_n = facts.scores[block]
@@ -248,8 +245,8 @@ class _Best:
 
     @property
     def row_ids(self) -> list[int]:
-        """The best first."""
-        return [int(row_id) for row_id in self._ids]
+        """Their ids, the best first."""
+        return self._ids.tolist()
 
 
 def _score_edges(facts: RowFacts) -> np.ndarray:
@@ -276,12 +273,3 @@ def _kept(rows: int, row_ids_m: np.ndarray) -> Iterator[tuple[slice, np.ndarray]
         kept_n = np.zeros(block.stop - block.start, bool)
         kept_n[np.asarray(row_ids_m[first:last]) - block.start] = True
         yield block, kept_n
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-def without_histograms(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of `by_subset` as short as a summary wants it."""
-    return {name: value for name, value in part.items() if not isinstance(value, list)}

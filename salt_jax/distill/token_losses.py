@@ -1,0 +1,268 @@
+"""The loss of each token and its gradient by the student's logits: the formulas of `losses.py`.
+
+`TokenLosses` takes a chunk of tokens and one device's part of the vocabulary; `chunked_loss.py`
+trains with it. `token_losses` is the same over whole [B, L, V] logits, to be differentiated by jax.
+
+With h = ∂soft/∂log p, which autodiff finds for any divergence (-q for ForwardKL's -q log p), the
+chain rule gives
+
+    ∂soft/∂z = (h - p · Σ h) / T
+
+Over k + 1 outcomes (teacher_top_k, soft labels), h of the rest is shared by its ids in proportion
+to their p.
+
+Ids from vocab_size on, which pad V up to a round size, are masked out of every softmax and get
+gradients of exactly 0. All arithmetic is in float32 (float64 for float64 logits). An id is a
+model's most likely one if no other has a greater logit, so several may be.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from salt_jax.distill.divergences import Divergence
+from salt_jax.distill.head_sharding import VocabularyPart
+from salt_jax.distill.losses import LossConfig, SoftLabels, check_vocab_size, kept_labels
+
+
+class Norms(NamedTuple):
+    """What `TokenLosses.gradient` takes over from `values`, [C] each; all but log_z with a teacher.
+
+    Attributes:
+        log_z: log Σ exp z.
+        student: log Σ exp (z / T).
+        h: Σ h over all outcomes.
+        teacher: log Σ exp (t / τ), where soft is over the whole vocabulary.
+        outcomes: where it is over K + 1: the ids [C, K], h [C, K + 1], and log p of the rest [C].
+    """
+
+    log_z: jax.Array
+    student: jax.Array | None = None
+    h: jax.Array | None = None
+    teacher: jax.Array | None = None
+    outcomes: tuple[jax.Array, jax.Array, jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLosses:
+    """The losses of C tokens from the student's logits z_CxV and what the teacher says.
+
+    That is the teacher's logits t_CxV, soft labels, or None without a teacher.
+
+    Attributes:
+        config: the loss.
+        omega: ω, a scalar, or [C] where tokens have one of their own.
+        vocabulary: the student's ids, or this device's part of them.
+        teacher_vocabulary: the teacher's, which may lack the last of the student's.
+    """
+
+    config: LossConfig
+    omega: jax.Array
+    vocabulary: VocabularyPart
+    teacher_vocabulary: VocabularyPart
+
+    def values(
+        self, z_CxV: jax.Array, taught: jax.Array | SoftLabels | None, targets_C: jax.Array
+    ) -> tuple[dict[str, jax.Array], Norms]:
+        """The values of `token_losses`, [C] each, and what their gradient needs."""
+        vocabulary, config, omega = self.vocabulary, self.config, self.omega
+        largest_C = vocabulary.max(z_CxV)
+        log_z_C = vocabulary.log_sum_exp(z_CxV, largest_C)
+        truth_C = vocabulary.at(z_CxV, targets_C)
+        hard_C = log_z_C - truth_C
+        z_loss_C = config.z_loss * jnp.square(log_z_C)
+        values = {"hard": hard_C, "correct": truth_C >= largest_C}
+        if taught is None:
+            return {**values, "loss": hard_C + z_loss_C}, Norms(log_z_C)
+
+        student_C = log_z_C
+        if config.student_temperature != 1.0:
+            student_C = _log_norm(vocabulary, z_CxV, largest_C, config.student_temperature)
+        norms = Norms(log_z_C, student_C)
+        if isinstance(taught, SoftLabels):
+            assert taught.teacher_hard is not None, "stored labels have the teacher's loss"
+            soft_C, norms = self._soft_of_labels(z_CxV, taught, norms)
+            teacher_hard_C = taught.teacher_hard
+            agreement_C = vocabulary.at(z_CxV, taught.ids[:, 0]) >= largest_C
+        else:
+            most_C = vocabulary.max(taught)
+            soft_C, norms = self._soft(z_CxV, taught, most_C, norms)
+            teacher_hard_C = vocabulary.log_sum_exp(taught, most_C)
+            teacher_hard_C -= vocabulary.at(taught, targets_C)
+            # Up to rounding, only an id that is the largest of both reaches the sum of the two
+            # maxima: cheaper than to compare ids.
+            rounding_C = 4 * jnp.finfo(z_CxV.dtype).eps * (jnp.abs(largest_C) + jnp.abs(most_C))
+            agreement_C = vocabulary.max(z_CxV + taught) >= largest_C + most_C - rounding_C
+        loss_C = (1.0 - omega) * hard_C + omega * soft_C + z_loss_C
+        by_teacher = {"soft": soft_C, "teacher_hard": teacher_hard_C, "agreement": agreement_C}
+        return {**values, **by_teacher, "loss": loss_C}, norms
+
+    def gradient(
+        self,
+        z_CxV: jax.Array,
+        taught: jax.Array | SoftLabels | None,
+        targets_C: jax.Array,
+        norms: Norms,
+    ) -> jax.Array:
+        """The gradient of loss by z, [C, V].
+
+        The barrier makes XLA compute all probabilities again. Sharing those of `values` would mean
+        to write and read [C, V] arrays, which is slower.
+        """
+        norms = lax.optimization_barrier(norms)
+        omega = self.omega[:, None] if self.omega.ndim else self.omega
+        hard_share = 1.0 if taught is None else 1.0 - omega
+        p_CxV = jnp.exp(z_CxV - norms.log_z[:, None])
+        d_z_CxV = (hard_share + 2.0 * self.config.z_loss * norms.log_z[:, None]) * p_CxV
+        d_z_CxV -= jnp.where(self.vocabulary.is_id(targets_C), hard_share, 0.0)
+        if norms.h is None:
+            return d_z_CxV
+
+        log_p_CxV = self._log_p(z_CxV, norms)
+        if norms.outcomes is not None:
+            ids_CxK, h_CxO, rest_C = norms.outcomes
+            share_CxV = jnp.exp(jnp.minimum(log_p_CxV - rest_C[:, None], 0.0))
+            h_CxV = self.vocabulary.put(h_CxO[:, -1:] * share_CxV, ids_CxK, h_CxO[:, :-1])
+        else:
+            assert isinstance(taught, jax.Array), "soft is over the teacher's whole vocabulary"
+            _, h_CxV = _with_slope(self.config.divergence, log_p_CxV, self._log_q(taught, norms))
+        d_soft_CxV = h_CxV - jnp.exp(log_p_CxV) * norms.h[:, None]
+        return d_z_CxV + omega * self._scale / self.config.student_temperature * d_soft_CxV
+
+    def _soft(
+        self, z_CxV: jax.Array, t_CxV: jax.Array, most_C: jax.Array, norms: Norms
+    ) -> tuple[jax.Array, Norms]:
+        """The soft term [C] of a teacher whose largest logits are most_C."""
+        config, vocabulary = self.config, self.vocabulary
+        teacher_C = _log_norm(self.teacher_vocabulary, t_CxV, most_C, config.teacher_temperature)
+        norms = norms._replace(teacher=teacher_C)
+        log_q_CxV = self._log_q(t_CxV, norms)
+        if 0 < config.teacher_top_k < self.teacher_vocabulary.vocab_size:
+            log_q_CxK, ids_CxK = vocabulary.largest(log_q_CxV, config.teacher_top_k)
+            labels = SoftLabels(ids_CxK, log_q_CxK, vocabulary.log_rest(log_q_CxV, ids_CxK))
+            return self._soft_of_labels(z_CxV, labels, norms)
+        value_CxV, h_CxV = _with_slope(config.divergence, self._log_p(z_CxV, norms), log_q_CxV)
+        known = getattr(config.divergence, "slope_sum", None)
+        h_C = vocabulary.sum(h_CxV) if known is None else jnp.full_like(most_C, known)
+        return self._scale * vocabulary.sum(value_CxV), norms._replace(h=h_C)
+
+    def _soft_of_labels(
+        self, z_CxV: jax.Array, labels: SoftLabels, norms: Norms
+    ) -> tuple[jax.Array, Norms]:
+        """The soft term [C] over O = K + 1 outcomes."""
+        log_p_CxV = self._log_p(z_CxV, norms)
+        rest_C = self.vocabulary.log_rest(log_p_CxV, labels.ids)
+        log_p_CxO = _joined(self.vocabulary.at(log_p_CxV, labels.ids), rest_C)
+        log_q_CxO = _joined(labels.log_q, labels.rest)
+        value_CxO, h_CxO = _with_slope(self.config.divergence, log_p_CxO, log_q_CxO)
+        norms = norms._replace(h=jnp.sum(h_CxO, axis=-1), outcomes=(labels.ids, h_CxO, rest_C))
+        return self._scale * jnp.sum(value_CxO, axis=-1), norms
+
+    @property
+    def _scale(self) -> float:
+        config = self.config
+        return config.teacher_temperature**2 if config.scale_by_temperature_squared else 1.0
+
+    def _log_p(self, z_CxV: jax.Array, norms: Norms) -> jax.Array:
+        return _log_probabilities(
+            self.vocabulary, z_CxV, norms.student, self.config.student_temperature
+        )
+
+    def _log_q(self, t_CxV: jax.Array, norms: Norms) -> jax.Array:
+        return _log_probabilities(
+            self.teacher_vocabulary, t_CxV, norms.teacher, self.config.teacher_temperature
+        )
+
+
+def token_losses(
+    student_logits_BxLxV: jax.Array,
+    teacher_logits_BxLxV: jax.Array | None,
+    targets_BxL: jax.Array,
+    omega: jax.Array | float,
+    config: LossConfig,
+    vocab_size: int,
+    soft_labels: SoftLabels | None = None,
+    teacher_vocab_size: int | None = None,
+) -> dict[str, jax.Array]:
+    """Losses and hits of every token, in nats, from whole logits.
+
+    Args:
+        student_logits_BxLxV: any float dtype; V >= vocab_size.
+        teacher_logits_BxLxV: its V may be another one, >= teacher_vocab_size. None = plain
+            cross-entropy, whatever ω.
+        targets_BxL: int32, within [0, vocab_size).
+        omega: ω, a traced scalar, or [B, 1] for rows with an ω of their own.
+        config: temperatures, divergence, z-loss.
+        vocab_size: number of ids that mean something.
+        soft_labels: [B, L, …], in place of teacher logits, at config's temperature.
+        teacher_vocab_size: the teacher's ids, the first of the vocabulary's; None = all of them.
+            To the others it gives probability 0.
+
+    Returns:
+        [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else
+        0); with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1) and
+        agreement (1 where a most likely id of the student is one of the teacher's).
+
+    Raises:
+        InputError: see `check_vocab_size`; or more top ids than the soft labels have.
+    """
+    teacher_ids = None if teacher_logits_BxLxV is None else teacher_logits_BxLxV.shape[-1]
+    teacher_vocab_size, ids = teacher_vocab_size or vocab_size, student_logits_BxLxV.shape[-1]
+    check_vocab_size(config, vocab_size, ids, teacher_vocab_size, teacher_ids)
+    vocabularies = [VocabularyPart(None, ids, size) for size in (vocab_size, teacher_vocab_size)]
+    float_dtype = jnp.promote_types(student_logits_BxLxV.dtype, jnp.float32)
+
+    def tokens(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    z_CxV = vocabularies[0].mask(tokens(student_logits_BxLxV).astype(float_dtype))
+    taught: jax.Array | SoftLabels | None = None
+    if soft_labels is not None:
+        taught = jax.tree.map(tokens, kept_labels(soft_labels, config, float_dtype))
+    elif teacher_logits_BxLxV is not None:
+        t_CxV = tokens(teacher_logits_BxLxV).astype(float_dtype)[:, :ids]
+        t_CxV = jnp.pad(t_CxV, ((0, 0), (0, ids - t_CxV.shape[1])))
+        taught = vocabularies[1].mask(t_CxV)
+    omega_C = jnp.broadcast_to(jnp.asarray(omega, float_dtype), targets_BxL.shape).ravel()
+    losses = TokenLosses(config, omega_C, *vocabularies)
+    values, _ = losses.values(z_CxV, taught, targets_BxL.ravel())
+    shape = targets_BxL.shape
+    return {name: value.reshape(shape).astype(float_dtype) for name, value in values.items()}
+
+
+def _log_norm(
+    vocabulary: VocabularyPart, x_CxV: jax.Array, most_C: jax.Array, temperature: float
+) -> jax.Array:
+    """log Σ exp (x / temperature), [C], of logits whose largest are most_C."""
+    x_CxV = vocabulary.mask(_divided(x_CxV, temperature))
+    return vocabulary.log_sum_exp(x_CxV, most_C / temperature)
+
+
+def _log_probabilities(
+    vocabulary: VocabularyPart, x_CxV: jax.Array, norm_C: jax.Array | None, temperature: float
+) -> jax.Array:
+    assert norm_C is not None, "the norm is computed before"
+    # Masked again: the temperature may have moved the padding's "log 0" out of range.
+    return vocabulary.mask(_divided(x_CxV, temperature) - norm_C[:, None])
+
+
+def _divided(logits_CxV: jax.Array, temperature: float) -> jax.Array:
+    """logits / temperature, to XLA another value at each use; see `TokenLosses.gradient`."""
+    if temperature == 1.0:
+        return logits_CxV
+    inverse = lax.optimization_barrier(jnp.asarray(1.0 / temperature, logits_CxV.dtype))
+    return logits_CxV * inverse
+
+
+def _joined(log_x_CxK: jax.Array, rest_C: jax.Array) -> jax.Array:
+    return jnp.concatenate([log_x_CxK, rest_C[:, None]], axis=-1)
+
+
+def _with_slope(
+    divergence: Divergence, log_p: jax.Array, log_q: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Each outcome's part of the divergence, and its h."""
+    return jax.jvp(lambda log_p: divergence(log_p, log_q), (log_p,), (jnp.ones_like(log_p),))
