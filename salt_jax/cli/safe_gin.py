@@ -41,7 +41,8 @@ NAMES = frozenset(
         *("distill.selection.Threshold", "distill.selection.RandomRows"),
         *("evaluation.responses.Responses", "models.decoder.DecoderConfig"),
         *("models.decoder_config.DecoderConfig", "inference.sampling.Sampling"),
-        *("preparation.own_text.own_text", "preparation.pile.pile_files"),
+        *("preparation.own_text.own_text", "preparation.packing.Packing"),
+        *("preparation.pile.pile_files", "preparation.runners.JobRunner"),
         *("preparation.text_files.TextFiles", "preparation.trained_vocabulary.TrainedVocabulary"),
         *("training.checkpoints.CheckpointConfig", "training.learning_rates.WarmupConstant"),
         *("training.learning_rates.WarmupCosine", "training.learning_rates.WarmupInverseSqrt"),
@@ -60,7 +61,7 @@ RUN_CODE: Mapping[str, tuple[Any, ...]] = {
     "Devices.compilation_cache": _OWN_PROGRAMS,
     "evaluate.allow_code_execution": (False,),
     "evaluate.task_folder": (None,),
-    "prepare.runner": ("local",),
+    "JobRunner.runner": ("local",),
 }
 
 _DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"

@@ -84,7 +84,8 @@ def test_every_name_is_a_public_one_of_ours(name: str) -> None:
 def test_every_setting_that_runs_code_is_one_of_a_verb() -> None:
     for name, harmless in safe_gin.RUN_CODE.items():
         owner, _, setting = name.partition(".")
-        module = "training.config" if owner == "Devices" else f"commands.{owner}"
+        groups = {"Devices": "training.config", "JobRunner": "preparation.runners"}
+        module = groups.get(owner, f"commands.{owner}")
         function = getattr(importlib.import_module(f"salt_jax.{module}"), owner)
         assert inspect.signature(function).parameters[setting].default in harmless
 
@@ -176,7 +177,10 @@ def test_nor_by_an_included_file(
         ("from salt_jax.commands import evaluate", "evaluate.evaluate.task_folder = 'tasks'"),
         ("from salt_jax.commands import evaluate", "a/evaluate.evaluate.task_folder = %X\nX = ''"),
         ("from salt_jax.commands import evaluate", "evaluate.evaluate.allow_code_execution = True"),
-        ("from salt_jax.commands import prepare", "prepare.prepare.runner = 'not_ours.Runner'"),
+        (
+            "from salt_jax.preparation import runners",
+            "runners.JobRunner.runner = 'not_ours.Runner'",
+        ),
     ],
 )
 def test_only_settings_are_bound(
@@ -245,9 +249,10 @@ def test_harmless_values_of_those_settings_pass(tmp_path: pathlib.Path) -> None:
     lines = [f"from salt_jax.commands import {verb}\n" for verb in verbs()]
     lines.insert(0, "from __gin__ import dynamic_registration\n")
     lines.append("from salt_jax.training import config\n")
+    lines.append("from salt_jax.preparation import runners\n")
     for name, harmless in safe_gin.RUN_CODE.items():
         owner = name.partition(".")[0]
-        module = "config" if owner == "Devices" else owner
+        module = {"Devices": "config", "JobRunner": "runners"}.get(owner, owner)
         lines += [f"{module}.{name} = {value!r}\n" for value in harmless]
     file.write_text("".join(lines))
     safe_gin.require_safe_file(str(file), _find_gin_file)
