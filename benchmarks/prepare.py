@@ -17,7 +17,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import measurement
@@ -26,8 +26,8 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import SentencePieceVocabulary, Vocabulary
 from salt_jax.preparation.cache_building import Building
 from salt_jax.preparation.corpora import text_corpus
-from salt_jax.preparation.mapping import Progress
-from salt_jax.preparation.packing import PackingPlan
+from salt_jax.preparation.local_runner import Progress
+from salt_jax.preparation.packing import Packing
 from salt_jax.preparation.pile import pile_files
 from salt_jax.preparation.runners import JobRunner
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
@@ -40,22 +40,20 @@ def timed(
 ) -> tuple[dict[str, float], PackedCache]:
     """Seconds of each round of jobs, of all, and of busy processors; and the cache."""
     corpus = text_corpus(pile_files(flags.corpus))
-    plan = PackingPlan(flags.sequence_length, shards=flags.shards)
-    building = Building(folder, corpus, vocabulary, plan)
+    packing = Packing(flags.sequence_length, shards=flags.shards)
+    building = Building(folder, corpus, vocabulary, packing)
     folder.mkdir(parents=True)
-    run = JobRunner(workers=workers).on(building.work)
     seconds: dict[str, float] = {}
 
-    def run_timed(
-        function: Callable[[Any], Progress], jobs: Sequence[Any], title: str, done: int
-    ) -> None:
-        start = time.perf_counter()
-        run(function, jobs, title, done)
-        seconds[function.__name__] = time.perf_counter() - start
+    class TimedRunner(JobRunner):
+        def run(self, function: Callable[[Any], Progress], *rest: Any) -> None:
+            start = time.perf_counter()
+            super().run(function, *rest)
+            seconds[function.__name__] = time.perf_counter() - start
 
     start, busy = time.perf_counter(), sum(os.times()[:4])
     building.begin()
-    building.build(run_timed, lambda needed_bytes: None)
+    building.build(TimedRunner(workers=workers), lambda needed_bytes, purpose: None)
     seconds |= {"all": time.perf_counter() - start, "busy": sum(os.times()[:4]) - busy}
     return seconds, PackedCache.open(folder)
 

@@ -1,1 +1,1 @@
-"""SeqIO registrations: importing a module of this package registers its tasks and reads no data."""
+"""SeqIO tasks: importing a module of this package registers its tasks and reads no data."""

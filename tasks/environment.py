@@ -1,6 +1,6 @@
-"""Where the tasks of this package find their files: environment variables.
+"""Environment variables by which the tasks of this package find their files.
 
-In: the variables, read when a task is used. Out: paths, and what they hold.
+They are read when a task is used, not when it is registered:
 
     SALT_TEXT        pattern of one's own text files; unset: the Python library's sources
     SALT_VOCABULARY  a SentencePiece .model, a tokenizer.json, or the vocabulary/ folder of a
@@ -8,7 +8,7 @@ In: the variables, read when a task is used. Out: paths, and what they hold.
     SALT_CACHE       folder of `salt prepare`
     SALT_SELECTION   folder of `salt select`
     SALT_SCORES      folder of `salt score`; unset: rows without scores
-    SALT_SCORE_K     which k of it, where it has several and no selection says
+    SALT_SCORE_K     the k to use if it has several and no selection says
 """
 
 import os
@@ -23,22 +23,10 @@ from salt_jax.data.vocabularies import (
 )
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
-from salt_jax.t5x.salt_ds import ScoredRows, SelectedRows
+from salt_jax.t5x.salt_ds import CacheRows
 
 
-def required(variable: str, what: str) -> str:
-    """The variable's value.
-
-    Raises:
-      InputError: It is not set.
-    """
-    value = os.environ.get(variable)
-    if not value:
-        raise InputError(f"The environment variable {variable} is not set: set it to {what}.")
-    return value
-
-
-def vocabulary() -> Vocabulary:
+def chosen_vocabulary() -> Vocabulary:
     """The vocabulary that SALT_VOCABULARY names."""
     given = os.environ.get("SALT_VOCABULARY")
     if not given:
@@ -50,21 +38,21 @@ def vocabulary() -> Vocabulary:
     )
 
 
-def selected_rows() -> SelectedRows:
+def selected_rows() -> CacheRows:
     """The rows that SALT_CACHE, SALT_SELECTION and (if set) SALT_SCORES name."""
-    return SelectedRows(
-        cache=required("SALT_CACHE", "the folder of a packed cache"),
-        selection=required("SALT_SELECTION", "the folder of a selection"),
+    return CacheRows(
+        cache=_required("SALT_CACHE", "the folder of a packed cache"),
+        selection=_required("SALT_SELECTION", "the folder of a selection"),
         scores=os.environ.get("SALT_SCORES", ""),
         score=_score(),
     )
 
 
-def scored_rows() -> ScoredRows:
+def scored_rows() -> CacheRows:
     """All rows of SALT_CACHE with the scores that SALT_SCORES names."""
-    return ScoredRows(
-        cache=required("SALT_CACHE", "the folder of a packed cache"),
-        scores=required("SALT_SCORES", "the folder of its scores"),
+    return CacheRows(
+        cache=_required("SALT_CACHE", "the folder of a packed cache"),
+        scores=_required("SALT_SCORES", "the folder of its scores"),
         score=_score(),
     )
 
@@ -74,3 +62,10 @@ def _score() -> ScoreConfig:
     if given and not given.isdigit():
         raise InputError(f"The environment variable SALT_SCORE_K is {given!r}: set it to a number.")
     return ScoreConfig(k=int(given) if given else None)
+
+
+def _required(variable: str, what: str) -> str:
+    value = os.environ.get(variable)
+    if not value:
+        raise InputError(f"The environment variable {variable} is not set: set it to {what}.")
+    return value

@@ -1,13 +1,13 @@
 """SeqIO tasks of prompts and responses, the paper's fine-tuning: `finetune_gsm8k`, `finetune_xsum`,
 `finetune_cnn_dailymail`, `finetune_anli_r1` to `_r3` and the mixture `finetune_anli` of the three.
 
-In: TFDS's datasets of these names, where TFDS finds them (TFDS_DATA_DIR), the variable
-SALT_VOCABULARY of environment.py. Out: registered tasks with `inputs`, the prompt, and `targets`,
-the response and the end of document.
+They read TFDS's datasets of these names where TFDS finds them (TFDS_DATA_DIR), tokenized by
+SALT_VOCABULARY of environment.py. Their features are `inputs`, the prompt, and `targets`, the
+response and the end of document.
 
 The templates are those of gin/templates; `text_tasks.register_response_task` makes a task with
-others. TFDS's XSum wants its articles downloaded by hand; its GSM8K has no validation split, so
-its first 2% of train are held out.
+others. TFDS's XSum needs its articles downloaded by hand; its GSM8K has no validation split, so its
+first 2% of train are held out.
 """
 
 import seqio
@@ -36,16 +36,18 @@ FINETUNE_GSM8K = register_response_task(
     "finetune_gsm8k",
     "gsm8k:1.0.0",
     GSM8K,
-    environment.vocabulary,
+    environment.chosen_vocabulary,
     {"train": "train[2%:]", "validation": "train[:2%]", "test": "test"},
 )
-FINETUNE_XSUM = register_response_task("finetune_xsum", "xsum:1.1.0", XSUM, environment.vocabulary)
+FINETUNE_XSUM = register_response_task(
+    "finetune_xsum", "xsum:1.1.0", XSUM, environment.chosen_vocabulary
+)
 FINETUNE_CNN_DAILYMAIL = register_response_task(
-    "finetune_cnn_dailymail", "cnn_dailymail:3.4.0", CNN_DAILYMAIL, environment.vocabulary
+    "finetune_cnn_dailymail", "cnn_dailymail:3.4.0", CNN_DAILYMAIL, environment.chosen_vocabulary
 )
 FINETUNE_ANLI_ROUNDS = [
     register_response_task(
-        f"finetune_anli_{name}", f"anli/{name}:0.1.0", ANLI, environment.vocabulary
+        f"finetune_anli_{name}", f"anli/{name}:0.1.0", ANLI, environment.chosen_vocabulary
     )
     for name in ("r1", "r2", "r3")
 ]

@@ -1,14 +1,13 @@
-"""SeqIO tasks over the Pile, from the TFDS dataset `the_pile` (preparation/the_pile): `pile`, one
-for each subset (`pile_arxiv`, `pile_wikipedia_en` …), the mixture `pile_mixture`; and over a cache
-of it, the scored rows `pile_scored` and the selected ones `pile_salt_ds`.
+"""SeqIO tasks over the Pile, from the TFDS dataset `the_pile` (t5x/the_pile).
 
-In: the dataset where TFDS finds it (TFDS_DATA_DIR), the environment variables of environment.py.
-Out: registered tasks.
+There are `pile`, one for each subset (`pile_arxiv`, `pile_wikipedia_en` …) and the mixture
+`pile_mixture`; and over a cache of it, the scored rows `pile_scored` and the selected ones
+`pile_salt_ds`. The dataset is read where TFDS finds it (TFDS_DATA_DIR), the rest is named by the
+environment variables of environment.py.
 
-`pile` is the release as it is: its train files are understood to hold the upsampled text, so no
-weights are applied. `pile_mixture` draws documents of the subsets' own tasks at rates that give the
-Pile's published shares of text; it is for sources without that upsampling, whose documents the
-release would repeat.
+`pile` is the release as it is: its train files are taken to hold the upsampled text, so no weights
+are applied. `pile_mixture` draws documents of the subsets' own tasks at rates that give the Pile's
+published shares of text; it is for sources without that upsampling.
 """
 
 import seqio
@@ -22,14 +21,14 @@ from salt_jax.tasks import environment
 _DATASET = "the_pile/{config}:1.0.0"
 
 PILE = register_dataset_task(
-    "pile", _DATASET.format(config="all"), PILE_SUBSETS, environment.vocabulary
+    "pile", _DATASET.format(config="all"), PILE_SUBSETS, environment.chosen_vocabulary
 )
 for _subset in PILE_SUBSETS:
     register_dataset_task(
         f"pile_{pile_slug(_subset)}",
         _DATASET.format(config=pile_slug(_subset)),
         PILE_SUBSETS,
-        environment.vocabulary,
+        environment.chosen_vocabulary,
     )
 PILE_MIXTURE = seqio.MixtureRegistry.add(
     "pile_mixture",

@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from salt_jax.preparation.mapping import Progress
+from salt_jax.preparation.local_runner import Progress
 from salt_jax.runtime import output_streams
 
 

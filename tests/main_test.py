@@ -39,8 +39,8 @@ def test_scopes_and_booleans() -> None:
     seen = gin.get_bindings(configure(parse_arguments(arguments)))["config"]
     assert seen.model.embed_dim == 320
     for typed, value in (("false", False), ("True", True)):
-        configure(parse_arguments(["prepare", f"--skip_broken_lines={typed}"]))
-        assert gin.get_bindings("prepare.prepare")["skip_broken_lines"] is value
+        configure(parse_arguments(["prepare", f"--drop_unknown={typed}"]))
+        assert gin.get_bindings("prepare.prepare")["drop_unknown"] is value
 
 
 def test_later_files_and_flags_override(tmp_path: pathlib.Path) -> None:

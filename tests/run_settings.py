@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from salt_jax.preparation.packing import Packing
+from salt_jax.preparation.runners import JobRunner
 from salt_jax.training import config
 
 # Names that are not those of a field.
@@ -44,6 +46,16 @@ def train_config(**settings: Any) -> config.TrainConfig:
         own["initial"] = config.Initial(**initial)
     made = {name: kind(**groups[name]) for name, kind in _GROUPS.items()}
     return config.TrainConfig(**made, **own)
+
+
+def prepare_settings(**settings: Any) -> dict[str, Any]:
+    """The settings of `salt prepare` from flat ones: task, sequence_length, workers, …"""
+    if settings.pop("skip_broken_lines", False):
+        settings["task"] = dataclasses.replace(settings["task"], skip_broken_lines=True)
+    for group, kind in (("rows", Packing), ("jobs", JobRunner)):
+        own = {name: settings.pop(name) for name in [*settings] if name in _fields(kind)}
+        settings[group] = kind(**own)
+    return settings
 
 
 def _fields(kind: type) -> set[str]:

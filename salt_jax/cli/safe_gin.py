@@ -34,7 +34,9 @@ _NAMES = {
     "models.decoder": "DecoderConfig",
     "models.decoder_config": "DecoderConfig",
     "preparation.own_text": "own_text",
+    "preparation.packing": "Packing",
     "preparation.pile": "pile_files",
+    "preparation.runners": "JobRunner",
     "preparation.templates": "Template",
     "preparation.text_files": "TextFiles",
     "preparation.trained_vocabulary": "TrainedVocabulary",
@@ -54,7 +56,7 @@ RUN_CODE: Mapping[str, tuple[Any, ...]] = {
     "Devices.compilation_cache": _OWN_PROGRAMS,
     "FewShot.allow_code_execution": (False,),
     "FewShot.task_folder": (None,),
-    "prepare.runner": ("local",),
+    "JobRunner.runner": ("local",),
 }
 
 _DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"

@@ -1,8 +1,7 @@
 """`salt prepare`: text into a packed cache of fixed-length rows.
 
-In: a task (text files, or any registered SeqIO task), a vocabulary, a sequence length, and who does
-the work. Out: the packed cache in the output folder, summary.json with its counts, and a table of
-them. TensorFlow is imported for a registered task alone.
+The output folder holds the cache, and summary.json with its counts. TensorFlow is imported only for
+a registered task.
 """
 
 import dataclasses
@@ -12,18 +11,18 @@ import os
 import time
 import types
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.cli.verb import Verb
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
 from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 from salt_jax.preparation.cache_building import Building, EmptySplit
 from salt_jax.preparation.corpora import Corpus, text_corpus
 from salt_jax.preparation.mapping import needed_libraries
-from salt_jax.preparation.packing import PackingPlan
+from salt_jax.preparation.packing import Packing
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.runners import LOCAL, JobRunner
 from salt_jax.preparation.text_files import TextFiles
@@ -34,98 +33,76 @@ from salt_jax.storage.manifests import COMPLETED_FILE
 from salt_jax.storage.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.terminal import Table, print_table, say
 
+# Settings that change no result. Older versions recorded no groups, and named the shards otherwise.
+_CHANGES_NO_RESULT = (
+    *("show", "JobRunner", "prepare.rows", "prepare.jobs"),
+    *("train_shards", "pile_files.shards", "TextFiles.shards", "TextFiles.numbered"),
+)
+
 
 def prepare(
     run: RunFolder,
     *,
     task: TextFiles | RegisteredTask | None = None,
     vocabulary: Vocabulary | TrainedVocabulary | None = None,
-    sequence_length: int = 128,
-    packing: str = "concatenate_and_split",
-    long_documents: str = "split",
-    shards: int = 1,
-    seed: int = 0,
-    drop_duplicates: bool = False,
-    skip_broken_lines: bool = False,
+    rows: Packing = Packing(),
+    jobs: JobRunner = JobRunner(),
     drop_unknown: bool = False,
-    parse_special: bool = True,
-    runner: str = "local",
-    workers: int | None = None,
-    beam_options: Sequence[str] = (),
     show: int = 0,
     verify: bool = False,
 ) -> None:
     """Makes a packed cache: tokenized, packed, shuffled once, each row with a stable id.
 
-    The same text and settings give the same bytes, on any number of workers and any runner. What is
-    finished when the command is stopped is not made again when it is given again. Nor is a finished
-    cache; --show=N on one prints rows of it, --verify=True checks it, and neither needs another
-    setting. The output folder must be new, empty or a cache of this command's.
+    The same text and settings give the same bytes, with any number of workers and any runner. A
+    preparation that was stopped resumes when the command is given again. A finished cache is not
+    made again; --show=N prints rows of it and --verify=True checks it, without other settings. The
+    output folder must be new, empty or a cache of this command's.
 
     Args:
       run: The folder of the cache.
       task: @text_files.TextFiles() or a function that gives one (@pile.pile_files(),
-        @own_text.own_text()), or @registered_task.RegisteredTask() for any task of SeqIO's. Prompts
-        have no loss weight: what a TextFiles.template makes of rows, and a task's `inputs`.
+        @own_text.own_text()), or @registered_task.RegisteredTask() for any SeqIO task. Prompts
+        are masked out of the loss: those of a TextFiles.template, and a task's `inputs`.
       vocabulary: @vocabularies.ByteVocabulary(), SentencePieceVocabulary or HuggingFaceVocabulary,
-        or @trained_vocabulary.TrainedVocabulary() to train one on the train split. A RegisteredTask
-        brings its own.
-      sequence_length: Tokens a row.
-      packing: "concatenate_and_split" or "whole_documents".
-      long_documents: With whole_documents, what becomes of a document longer than a row: "split"
-        into pieces; "drop" leaves it out; "cut" takes tokens away, first from its prompt's
-        beginning. The last two are counted. Prompts and responses need one of them.
-      shards: Files the train split is cut into, the others in proportion to their text. A worker
-        holds one of them in memory while it packs it.
-      seed: Of the order of documents and of rows.
-      drop_duplicates: Of documents of a split with equal texts keep the first. They are counted in
-        either case.
-      skip_broken_lines: Pass over lines that are no JSON or have no text, and count them.
-      drop_unknown: Leave out, and count, characters that a tokenizer has neither a piece nor an
-        unknown token for, instead of refusing the text.
-      parse_special: Whether the name of a special token ("<|im_start|>") in a prompt or a response
-        stands for that token. In plain documents it is always text.
-      runner: "local", or one of Apache Beam's: "DataflowRunner", "FlinkRunner", "SparkRunner",
-        "PrismRunner", "DirectRunner".
-      workers: Processes on this machine; all cores unless set.
-      beam_options: Options of Beam's, each "--name=value".
-      show: Print so many rows of each split as text.
+        or @trained_vocabulary.TrainedVocabulary() to train one on the train split. A
+        RegisteredTask has its own.
+      rows: How documents become rows.
+      jobs: Where the work is done.
+      drop_unknown: Drop and count characters that a tokenizer has neither a piece nor an unknown
+        token for, instead of refusing the text.
+      show: Print this many rows of each split as text.
       verify: Read every shard of a finished cache and compare its digest with the manifest's.
 
     Raises:
-      InputError: Bad settings, or bad text, named with its file and line; an output folder that
-        holds anything else. Nothing is left then but parts of the text that were finished before.
+      InputError: Bad settings, or malformed text, named with its file and line; an output folder
+        that holds anything else. Only finished parts of the text are left then.
       Interrupted: Stopped while several processes worked.
       RunFailed: A worker process, or Beam's pipeline, failed.
     """
-    if isinstance(show, bool) or not isinstance(show, int) or show < 0:
-        raise InputError(f"show is {show!r}, expected a whole number of 0 or more rows.")
+    require_counts(0, show=show)
     finished = (run.path / COMPLETED_FILE).exists()
     if verify or (finished and show):
         _show_finished(PackedCache.open(run.path), show, verify)
         return
     if show and task is None:
         raise InputError(f"{run.path} holds no finished cache to show: correct --output_dir.")
-    plan = PackingPlan(sequence_length, packing, shards, seed, long_documents)
-    jobs = JobRunner(runner, workers, beam_options)
-    if isinstance(task, RegisteredTask) and not task.module and runner == LOCAL:
-        # Registered in this process alone.
-        jobs = dataclasses.replace(jobs, workers=1)
-    task = _checked(task, vocabulary, skip_broken_lines, parse_special)
+    if isinstance(task, RegisteredTask) and not task.module and jobs.runner == LOCAL:
+        jobs = dataclasses.replace(jobs, workers=1)  # registered in this process alone
+    task = _checked(task, vocabulary)
     _refuse_folder(run)
     if isinstance(task, TextFiles):
         _refuse_sources_inside(run, task)
     if finished:
         cache = PackedCache.open(run.path)
         _refuse_changed_sources(cache, task)
-        run.begin(may_change=_may_change(cache, task, skip_broken_lines))
+        run.begin(may_change=_may_change(cache, task), upgrade=_as_recorded_now)
         WorkFolder.of_cache(run.path).discard()
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
         say(f"{run.path} is finished already: nothing was prepared.")
         return
     started = time.monotonic()
-    _make(run, task, vocabulary, plan, drop_duplicates, drop_unknown, jobs)
+    _make(run, task, vocabulary, rows, jobs, drop_unknown)
     seconds = time.monotonic() - started
     cache = PackedCache.open(run.path)
     run.write_summary(_summary(cache, seconds))
@@ -137,36 +114,31 @@ def _make(
     run: RunFolder,
     task: TextFiles | RegisteredTask,
     vocabulary: Vocabulary | TrainedVocabulary | None,
-    plan: PackingPlan,
-    drop_duplicates: bool,
-    drop_unknown: bool,
+    rows: Packing,
     jobs: JobRunner,
+    drop_unknown: bool,
 ) -> None:
-    """Makes the cache. Where its input turns out bad before any part of it is finished, nothing is
-    left of it."""
+    """Makes the cache. If its input is bad and no part of it is finished, nothing is left of it."""
     work = WorkFolder.of_cache(run.path)
     corpus, used, trained = _corpus_and_vocabulary(task, vocabulary, work)
     for note in used.notes:
         say(note)
     used.drop_unknown = used.drop_unknown or drop_unknown
     if corpus.has_prompts:
-        plan.require_for_prompts()
-    building = Building(run.path, corpus, used, plan, drop_duplicates, trained)
+        rows.require_for_prompts()
+    building = Building(run.path, corpus, used, rows, trained)
     run.require_space(building.estimated_bytes(), "the tokens and rows of the packed cache")
     fresh = not run.begun
     run.begin(replace=True)
     try:
         building.begin()
-        building.build(
-            jobs.on(work),
-            lambda needed: run.require_space(needed, "the rows of the packed cache"),
-        )
+        building.build(jobs, run.require_space)
     except InputError as error:
         finished = 0 if isinstance(error, EmptySplit) else len(building.finished_units())
         if finished:
             raise InputError(
                 f"{str(error).removesuffix('.')}; {finished} of {len(corpus.units)} parts of the "
-                "text are finished and kept, and the same command goes on from there."
+                "text are finished and kept, and the same command resumes from them."
             ) from error
         work.discard()
         if fresh:
@@ -180,12 +152,12 @@ def _corpus_and_vocabulary(
     vocabulary: Vocabulary | TrainedVocabulary | None,
     work: WorkFolder,
 ) -> tuple[Corpus, Vocabulary, str | None]:
-    """The corpus cut up, its vocabulary, and what that was trained on if it was."""
+    """The corpus, its vocabulary, and the digest of what that was trained on if it was."""
     if isinstance(task, RegisteredTask):
         assert not isinstance(vocabulary, TrainedVocabulary), "refused before"
         documents = _seqio_documents()
         return documents.task_corpus(task), documents.task_vocabulary(task, vocabulary), None
-    assert vocabulary is not None, "text files need a vocabulary"
+    assert vocabulary is not None, "refused before"
     task.refuse_equal_shards()
     with needed_libraries():
         corpus = text_corpus(task)
@@ -207,14 +179,9 @@ def _corpus_and_vocabulary(
 
 
 def _seqio_documents() -> types.ModuleType:
-    """The module that reads registered tasks, imported now: it brings TensorFlow."""
-    try:
+    """The module that reads registered tasks, imported now: it imports TensorFlow."""
+    with needed_libraries("A registered task"):
         return importlib.import_module("salt_jax.t5x.seqio_documents")
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"A registered task needs the library {error.name}, which is not installed: "
-            "pip install 'salt_jax[prepare]'."
-        ) from error
 
 
 def _show_finished(cache: PackedCache, show: int, verify: bool) -> None:
@@ -227,10 +194,7 @@ def _show_finished(cache: PackedCache, show: int, verify: bool) -> None:
 
 
 def _checked(
-    task: TextFiles | RegisteredTask | None,
-    vocabulary: Vocabulary | TrainedVocabulary | None,
-    skip_broken_lines: bool,
-    parse_special: bool,
+    task: TextFiles | RegisteredTask | None, vocabulary: Vocabulary | TrainedVocabulary | None
 ) -> TextFiles | RegisteredTask:
     """The task, after what can be checked without reading its text."""
     if task is None:
@@ -239,19 +203,9 @@ def _checked(
             "(--gin_file=data/text.gin) or to your own @text_files.TextFiles()."
         )
     if isinstance(task, RegisteredTask):
-        if skip_broken_lines:
-            raise InputError(
-                f"skip_broken_lines applies to text files, the task is SeqIO's {task.name!r}: "
-                "set it where that task is registered."
-            )
-        if not parse_special:
-            raise InputError(
-                f"parse_special applies to text files, the task is SeqIO's {task.name!r}: set "
-                "parse_special of the template that it is registered with."
-            )
         if isinstance(vocabulary, TrainedVocabulary):
             raise InputError(
-                f"A vocabulary was to be trained, but SeqIO's task {task.name!r} brings its own: "
+                f"A vocabulary was to be trained, but SeqIO's task {task.name!r} has its own: "
                 "leave vocabulary unset."
             )
         return task
@@ -260,10 +214,10 @@ def _checked(
             "No vocabulary was given: set vocabulary "
             "(@vocabularies.ByteVocabulary(), or a gin file of data/)."
         )
-    task = task.listed(skip_broken_lines=skip_broken_lines or task.skip_broken_lines)
+    task = task.listed()
     for split in task.splits:
         task.files(split)
-    return task if parse_special else task.as_plain_text()
+    return task
 
 
 def _refuse_folder(run: RunFolder) -> None:
@@ -307,7 +261,7 @@ def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask
         current = task.sources()
     else:
         current = _seqio_documents().task_sources(task)
-    # Names without their folders: two of a name may differ.
+    # Names without their folders: two files may share one.
     recorded, now = (
         Counter((source["file"], source["digest"]) for source in sources)
         for sources in (before, current)
@@ -320,22 +274,37 @@ def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask
         )
 
 
-def _may_change(
-    cache: PackedCache, task: TextFiles | RegisteredTask, skip_broken_lines: bool
-) -> list[str]:
-    """The settings that a finished cache would be the same with."""
-    names = ["workers", "runner", "beam_options", "show"]
-    if skip_broken_lines or not _broken_lines(cache):
+def _may_change(cache: PackedCache, task: TextFiles | RegisteredTask) -> list[str]:
+    """The settings with which the finished cache would be the same."""
+    names = [*_CHANGES_NO_RESULT]
+    text = task if isinstance(task, TextFiles) else None
+    if not _broken_lines(cache) or (text and text.skip_broken_lines):
         names += ["skip_broken_lines"]
     if not cache.manifest.get("lost_characters", 0):
         names += ["drop_unknown"]
-    if isinstance(task, TextFiles) and not task.template.prompt:
+    if not (text and text.template.prompt):
         names += ["parse_special"]
-    return [f"prepare.{name}" for name in names]
+    return names
+
+
+def _as_recorded_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a cache's config.gin by their names of today.
+
+    Before they were grouped each was the verb's own, and two of the task's were the verb's as well.
+    """
+    settings = dict(recorded)
+    for name, overrides in (("skip_broken_lines", True), ("parse_special", False)):
+        if settings.pop(f"prepare.prepare.{name}", None) is overrides:
+            settings |= {each: overrides for each in settings if each.endswith(f".{name}")}
+    for group, name in ((Packing, "packing.Packing"), (JobRunner, "runners.JobRunner")):
+        for field in dataclasses.fields(group):
+            if (former := f"prepare.prepare.{field.name}") in settings:
+                settings[f"{name}.{field.name}"] = settings.pop(former)
+    return settings
 
 
 def _broken_lines(cache: PackedCache) -> Mapping[str, int]:
-    """Lines passed over, by the name of the file."""
+    """Malformed lines that were skipped, by the name of the file."""
     broken: Counter[str] = Counter()
     for source in cache.manifest["sources"]:
         broken[source["file"]] += source.get("broken_lines", 0)
@@ -343,12 +312,12 @@ def _broken_lines(cache: PackedCache) -> Mapping[str, int]:
 
 
 def _long_documents(cache: PackedCache) -> Mapping[str, int]:
-    """Documents that were dropped or cut, by split; empty where such documents are split."""
+    """Documents that were dropped or cut, by split; empty if such documents are split."""
     return cache.manifest.get("long_documents", {}).get("by_split", {})
 
 
 def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
-    """What a cache holds; `seconds` is None where the process that made it is gone."""
+    """What a cache holds; `seconds` is None if the process that made it was stopped."""
     splits = {
         name: {key: value for key, value in cache.split(name).info.items() if key != "shards"}
         for name in cache.split_names
@@ -382,9 +351,9 @@ def _print_counts(cache: PackedCache, seconds: float) -> None:
     vocabulary = cache.manifest["vocabulary"]
     say(f"{vocabulary['class']} of {vocabulary['size']:,} ids; {seconds:.1f} s.")
     for file, count in _broken_lines(cache).items():
-        say(f"Passed over {count:,} broken lines of {file}.")
+        say(f"Skipped {count:,} malformed lines of {file}.")
     if count := cache.manifest.get("lost_characters", 0):
-        say(f"Left out {count:,} characters that the vocabulary has no id for.")
+        say(f"Dropped {count:,} characters that the vocabulary has no id for.")
     for name in cache.split_names:
         info = cache.manifest["splits"][name]
         if count := info["shared_documents"]:
@@ -402,7 +371,7 @@ def _counts(info: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _print_rows(cache: PackedCache, count: int) -> None:
-    """The first rows of each split; the cache is shuffled, so they are a sample."""
+    """Prints the first rows of each split, a sample: the cache is shuffled."""
     for name in cache.split_names:
         rows = cache.split(name)
         for row_id in range(min(count, len(rows))):

@@ -1,11 +1,9 @@
 """Jobs on Apache Beam: Dataflow, Flink, Spark, or Beam on this machine.
 
-In: a function of a module, jobs that can be pickled, a Beam runner and its options. Out: every job
-done, or the first error among them. The machines must see the input files and the output folder
-under the same paths (a shared disk, a mounted bucket) and have salt_jax installed.
-
-An error that retrying doesn't mend is laid down in a file and raised when the pipeline has ended:
-no runner's own report of it would come back as one sentence.
+The machines must have salt_jax installed and see the input files and the output folder under the
+same paths (a shared disk, a mounted bucket). An error that retrying cannot mend is written to a
+file in the work folder and raised once the pipeline has ended: a runner's own report of it would
+not be one sentence.
 """
 
 import dataclasses
@@ -18,14 +16,14 @@ from apache_beam.runners.dataflow.dataflow_runner import DataflowRuntimeExceptio
 from apache_beam.runners.runner import PipelineState
 
 from salt_jax.errors import InputError, RunFailed
-from salt_jax.preparation.mapping import Progress
+from salt_jax.preparation.local_runner import Progress
 from salt_jax.preparation.work_folder import WorkFolder, digest_of
 from salt_jax.terminal import say
 
 
 @dataclasses.dataclass(frozen=True)
 class _Guarded:
-    """The function, its errors laid down in files."""
+    """The function, its errors written to files."""
 
     function: Callable[[Any], Progress]
     work: WorkFolder
@@ -45,24 +43,22 @@ def run_on_beam(
     function: Callable[[Any], Progress],
     jobs: Sequence[Any],
     title: str,
-    *,
     work: WorkFolder,
     runner: str,
     options: Sequence[str],
 ) -> None:
-    """Calls the function with every job, in one pipeline.
+    """Calls the function with each job, in one pipeline.
 
     Args:
       function: Of a module that the workers have.
       jobs: Its arguments.
       title: What they are.
-      work: Where errors are laid down.
+      work: The folder of errors.
       runner: Beam's name of a runner.
       options: Beam's own, each "--name=value".
 
     Raises:
-      InputError: What the function raised, or a runner that Beam cannot start.
-      OSError: What the function raised.
+      InputError, OSError: What the function raised; or Beam cannot start the runner.
       RunFailed: The pipeline failed.
     """
     say(f"[{runner}] {title}")

@@ -1,14 +1,13 @@
-"""A corpus into a packed cache, in two rounds of jobs that any runner can do.
+"""Builds a packed cache from a corpus, in two rounds of jobs that any runner can do.
 
-In: a corpus, its vocabulary, how to pack, and something that runs jobs. Out: the cache in a
-folder. Map: each unit's documents are tokenized and laid down by bucket (mapping.py). Merge: each
-bucket becomes one shard of rows (merging.py). A document's bucket is a hash of its text, the order
-inside a bucket one of the seed, so the same text, settings and seed give the same bytes whoever
-does the jobs. What is finished lies in FOLDER/work until the cache is complete, and is not made
-again.
+Map: each unit's documents are tokenized and grouped by bucket (mapping.py). Merge: each bucket
+becomes one shard of rows (merging.py). A document's bucket is a hash of its text and the order
+inside a bucket depends on the seed, so the same text, settings and seed give the same bytes
+whatever runs the jobs. Finished parts stay in FOLDER/work until the cache is complete, and a
+preparation that was stopped resumes from them.
 
-Splits stay apart: a text that stands in several is kept in the test split, else in validation, and
-left out of the others.
+Splits are kept disjoint: a text that is in several stays in the test split, else in validation, and
+is left out of the others.
 """
 
 import dataclasses
@@ -24,14 +23,7 @@ from salt_jax.data.row_records import LARGEST_SUBSET
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import Corpus, TextUnit, Unit
-from salt_jax.preparation.mapping import (
-    MapJob,
-    MappedUnit,
-    RunJobs,
-    first_buckets,
-    map_unit,
-    mapped_unit,
-)
+from salt_jax.preparation.mapping import MapJob, MappedUnit, map_unit, mapped_unit
 from salt_jax.preparation.merging import (
     MergeJob,
     MergeSettings,
@@ -39,47 +31,50 @@ from salt_jax.preparation.merging import (
     merged_bucket,
     write_shared_texts,
 )
-from salt_jax.preparation.packing import PackingPlan
+from salt_jax.preparation.packing import Packing
 from salt_jax.preparation.part_files import RECORD, token_dtype
+from salt_jax.preparation.runners import JobRunner
 from salt_jax.preparation.work_folder import Plan, WorkFolder, digest_of
 from salt_jax.terminal import say
 
-# Of an ArrayRecord file, and of a row in it beside its tokens.
+# Overhead of an ArrayRecord file, and of a row in it.
 _SHARD_BYTES = 128 * 1024
 _ROW_BYTES = 64
-# Text to estimate tokens from.
+# How much text to estimate tokens from.
 _SAMPLE_BYTES = 64 * 1024
+
+
+class EmptySplit(InputError):  # noqa: N818 (says what was found)
+    """A split has no documents: nothing that is finished helps another start with the same text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Building:
-    """A cache in the making.
+    """A cache that is being built.
 
     Attributes:
-      folder: Where the cache will lie.
+      folder: The cache's.
       corpus: What is prepared.
       vocabulary: Its vocabulary.
-      plan: How to pack.
-      drop_duplicates: Whether of equal texts of a split only the first is kept.
+      packing: How to pack.
       trained: Digest of what the vocabulary was trained on, if it was.
     """
 
     folder: pathlib.Path
     corpus: Corpus
     vocabulary: Vocabulary
-    plan: PackingPlan
-    drop_duplicates: bool = False
+    packing: Packing
     trained: str | None = None
 
     @property
     def work(self) -> WorkFolder:
-        """Its intermediate files."""
+        """The folder of intermediate files."""
         return WorkFolder.of_cache(self.folder)
 
     @property
     def buckets(self) -> dict[str, int]:
         """Buckets of each split."""
-        return self.corpus.buckets(self.plan.shards)
+        return self.corpus.buckets(self.packing.shards)
 
     @functools.cached_property
     def work_plan(self) -> Plan:
@@ -94,11 +89,10 @@ class Building:
                 "record": RECORD.descr,
             }
         )
-        buckets = digest_of([dataclasses.asdict(self.plan), self.drop_duplicates])
-        return Plan(units, buckets, self.trained)
+        return Plan(units, digest_of(dataclasses.asdict(self.packing)), self.trained)
 
     def finished_units(self) -> dict[str, MappedUnit]:
-        """The units that are done and whose files are still the same, by name."""
+        """The finished units whose files are unchanged, by name."""
         found = {unit.name: self._mapped(unit) for unit in self.corpus.units}
         return {
             name: unit
@@ -107,11 +101,11 @@ class Building:
         }
 
     def estimated_bytes(self) -> int:
-        """Roughly what the part files that are left and the rows will take, by the first unit's
-        first documents; 0 where the corpus's size isn't known, or all of it is mapped."""
+        """Rough size of the remaining part files and of the rows, extrapolated from the first
+        unit's first documents; 0 if the corpus's size isn't known or nothing is left to map."""
         unit, units = self.corpus.units[0], len(self.corpus.units)
-        going_on = self.work.plan() == self.work_plan
-        left = units - len(self.finished_units()) if going_on else units
+        resumes = self.work.plan() == self.work_plan
+        left = units - len(self.finished_units()) if resumes else units
         if not self.corpus.text_bytes or not left or not isinstance(unit, TextUnit):
             return 0
         text_bytes, tokens = 0, 0
@@ -126,8 +120,8 @@ class Building:
         return part_bytes * left // units + self._rows_bytes(expected, sum(self.buckets.values()))
 
     def begin(self) -> None:
-        """Makes the work folder ready; what is there of other settings or files is removed, and
-        changed files are named."""
+        """Makes the work folder ready: removes what belongs to other settings or to files that
+        have changed since, and names those."""
         self.work.begin(self.work_plan, self.vocabulary)
         finished = self.finished_units()
         if len(finished) < len(self.corpus.units):
@@ -139,39 +133,51 @@ class Building:
                 say(f"{', '.join(changed)} changed since it was read: it is read again.")
                 self.work.unit_record(unit.name).unlink()
 
-    def build(self, run: RunJobs, require_space: Callable[[int], None]) -> None:
-        """Does what is left to do; `begin` comes first.
+    def build(self, runner: JobRunner, require_space: Callable[[int, str], None]) -> None:
+        """Does the remaining work; `begin` comes first.
 
         Args:
-          run: Runs the jobs.
-          require_space: Called with the bytes about to be written, once they are known.
+          runner: Runs the jobs.
+          require_space: Called with the bytes about to be written and their purpose.
 
         Raises:
-          InputError: Bad text; a split without documents; too many subsets; a changed file.
+          InputError: Malformed text; a split without documents; too many subsets; a file that
+            changed.
         """
-        units = self._map(run)
+        units = self._map(runner)
         settings = self._merge_settings(units)
-        self._refuse_empty_splits(units)
-        jobs = self._merge_jobs(settings)
+        for split in self.buckets:
+            if not any(unit.documents.get(split) for unit in units.values()):
+                raise EmptySplit(_empty(split))
+        jobs = [
+            MergeJob(settings, split, index)
+            for split, count in self.buckets.items()
+            for index in range(count)
+        ]
         left = [job for job in jobs if not merged_bucket(job)]
         if len(left) == len(jobs):
             tokens = sum(sum(unit.tokens.values()) for unit in units.values())
-            require_space(self._rows_bytes(tokens, len(jobs)))
+            require_space(self._rows_bytes(tokens, len(jobs)), "the rows of the packed cache")
             begin_cache(self.folder)
-            self._write_shared_texts(units)
-        run(merge_bucket, left, "shards", len(jobs) - len(left))
+            self._write_shared_texts(settings)
+        runner.run(merge_bucket, left, "shards", len(jobs) - len(left), self.work)
         self._finish(units, settings, jobs)
 
-    def _map(self, run: RunJobs) -> dict[str, MappedUnit]:
+    def _map(self, runner: JobRunner) -> dict[str, MappedUnit]:
         finished = self.finished_units()
-        left = [unit for unit in self.corpus.units if unit.name not in finished]
-        fingerprint = self.vocabulary.fingerprint
-        plan = self.work_plan.units
-        drop_unknown = self.vocabulary.drop_unknown
         jobs = [
-            MapJob(unit, self.work, self.buckets, fingerprint, plan, drop_unknown) for unit in left
+            MapJob(
+                unit,
+                self.work,
+                self.buckets,
+                self.vocabulary.fingerprint,
+                self.work_plan.units,
+                self.vocabulary.drop_unknown,
+            )
+            for unit in self.corpus.units
+            if unit.name not in finished
         ]
-        run(map_unit, jobs, "parts of the text", len(finished))
+        runner.run(map_unit, jobs, "parts of the text", len(finished), self.work)
         finished = self.finished_units()
         for unit in self.corpus.units:
             if unit.name not in finished:
@@ -184,65 +190,43 @@ class Building:
     def _mapped(self, unit: Unit) -> MappedUnit | None:
         return mapped_unit(self.work, unit, self.work_plan.units)
 
-    def _refuse_empty_splits(self, units: Mapping[str, MappedUnit]) -> None:
-        for split in self.buckets:
-            if not any(unit.documents.get(split) for unit in units.values()):
-                raise EmptySplit(_empty(split))
-
     def _merge_settings(self, units: Mapping[str, MappedUnit]) -> MergeSettings:
         found = {name for unit in units.values() for name in unit.subsets}
         subsets = self.corpus.subsets or tuple(sorted(found))
         if len(subsets) > LARGEST_SUBSET + 1:
             raise InputError(
-                f"The text has {len(subsets):,} subset names, a cache holds "
+                f"The text has {len(subsets):,} subset names, a cache holds at most "
                 f"{LARGEST_SUBSET + 1:,}: leave `subset` out of the rows, or give fewer names."
             )
+        digests = [[source.digest for source in units[u.name].sources] for u in self.corpus.units]
         return MergeSettings(
             folder=self.folder,
             work=self.work,
             units={name: unit.subsets for name, unit in units.items()},
             subsets=subsets,
-            buckets=sum(self.buckets.values()),
-            packing=self.plan,
-            drop_duplicates=self.drop_duplicates,
+            buckets=self.buckets,
+            packing=self.packing,
             vocabulary_size=self.vocabulary.size,
             pad_id=self.vocabulary.pad_id,
-            plan=digest_of([dataclasses.asdict(self.work_plan), *self._read(units)]),
+            plan=digest_of([dataclasses.asdict(self.work_plan), *digests]),
         )
 
-    def _read(self, units: Mapping[str, MappedUnit]) -> list[list[str]]:
-        """Digests of what each unit read."""
-        return [[source.digest for source in units[u.name].sources] for u in self.corpus.units]
-
-    def _merge_jobs(self, settings: MergeSettings) -> list[MergeJob]:
-        first = first_buckets(self.buckets)
-        return [
-            MergeJob(settings, split, index, count, first[split] + index)
-            for split, count in self.buckets.items()
-            for index in range(count)
-        ]
-
     def _rows_bytes(self, tokens: int, shards: int) -> int:
-        length = self.plan.sequence_length
+        length = self.packing.sequence_length
         row = length * token_dtype(self.vocabulary.size).itemsize + length // 8 + _ROW_BYTES
         return tokens // length * row + shards * _SHARD_BYTES
 
-    def _write_shared_texts(self, units: Mapping[str, MappedUnit]) -> None:
-        """For every split, the texts that later splits keep. A fraction is held out by text and
-        shares none with what it is held out of."""
-        first = first_buckets(self.buckets)
+    def _write_shared_texts(self, settings: MergeSettings) -> None:
+        """For each split, the texts that later splits keep. A held-out fraction is chosen by text
+        and shares none with the split that it is held out of."""
         for split in self.buckets:
             later = [name for name in self.buckets if SPLITS.index(name) > SPLITS.index(split)]
-            others = [
-                unit
+            units = [
+                unit.name
                 for unit in self.corpus.units
                 if split not in unit.splits and not set(later).isdisjoint(unit.splits)
             ]
-            columns = {first[name] + i for name in later for i in range(self.buckets[name])}
-            names = [unit.name for unit in others]
-            total = sum(self.buckets.values())
-            dtype = token_dtype(self.vocabulary.size)
-            write_shared_texts(self.work, split, names, sorted(columns), total, dtype)
+            write_shared_texts(settings, split, later, units)
 
     def _finish(
         self,
@@ -253,32 +237,32 @@ class Building:
         sources = {source.path: source for unit in units.values() for source in unit.sources}
         shards: dict[str, dict[str, ShardCounts]] = {split: {} for split in self.buckets}
         documents: dict[str, dict[str, DocumentCounts]] = {split: {} for split in self.buckets}
-        long_documents = dict.fromkeys(self.buckets, 0)
+        too_long = dict.fromkeys(self.buckets, 0)
         for job in jobs:
             bucket = merged_bucket(job)
             assert bucket is not None, f"{job.file} isn't merged"
             if bucket.shard:
                 shards[job.split][str(job.file.relative_to(self.folder))] = bucket.shard
-            long_documents[job.split] += bucket.long_documents
+            too_long[job.split] += bucket.long_documents
             counts = documents[job.split]
             for name, count in bucket.documents.items():
                 counts[name] = counts.get(name, DocumentCounts()) + count
         for split, written in shards.items():
             if not written:
-                raise EmptySplit(self._nothing_left(split, long_documents[split]))
-        lost = sum(unit.lost_characters for unit in units.values())
+                raise EmptySplit(self._nothing_left(split, too_long[split]))
+        recorded: dict[str, Any] = {
+            name: getattr(self.packing, name) for name in ("packing", "seed", "drop_duplicates")
+        }
+        if (handling := self.packing.long_documents) != "split":
+            recorded["long_documents"] = {"handling": handling, "by_split": too_long}
+        if lost := sum(unit.lost_characters for unit in units.values()):
+            recorded["lost_characters"] = lost
         writer = PackedCacheWriter(
             self.folder,
             vocabulary=self.vocabulary,
-            sequence_length=self.plan.sequence_length,
+            sequence_length=self.packing.sequence_length,
             subsets=settings.subsets,
-            settings={
-                "packing": self.plan.packing,
-                "seed": self.plan.seed,
-                "drop_duplicates": self.drop_duplicates,
-                **self._long_documents(long_documents),
-                **({"lost_characters": lost} if lost else {}),
-            },
+            settings=recorded,
             sources=[sources[path].as_source() for path in sorted(sources)],
             begun=True,
         )
@@ -287,27 +271,17 @@ class Building:
         writer.finish()
         self.work.discard()
 
-    def _long_documents(self, counted: Mapping[str, int]) -> dict[str, Any]:
-        """What the manifest says of documents longer than a row, where they are not split."""
-        if self.plan.long_documents == "split":
-            return {}
-        return {"long_documents": {"handling": self.plan.long_documents, "by_split": counted}}
-
     def _nothing_left(self, split: str, too_long: int) -> str:
         if too_long:
             return (
                 f"All {too_long:,} documents of the {split} split that no other has are longer "
-                f"than a row of {self.plan.sequence_length} tokens: raise sequence_length, or set "
-                "long_documents to 'cut'."
+                f"than a row of {self.packing.sequence_length} tokens: raise --sequence_length, or "
+                "set --long_documents to 'cut'."
             )
         return (
-            f"Every text of the {split} split is in another split too, and splits are kept apart: "
-            "correct the task's files."
+            f"Every text of the {split} split is in another split too, and splits are kept "
+            "disjoint: correct the task's files."
         )
-
-
-class EmptySplit(InputError):  # noqa: N818 (says what was found)
-    """A split has no documents: no other start with the same text can go on from here."""
 
 
 def _empty(split: str) -> str:

@@ -1,9 +1,7 @@
-"""What is to be prepared, cut into units of work that don't depend on who does it.
+"""A corpus divided into units of work.
 
-In: text files, or a registered SeqIO task. Out: units, each with documents of its own, in the
-corpus's order; how many buckets each split gets. A unit is a file, several small ones, or a shard
-of a SeqIO source; where the text is limited (max_documents, max_bytes) a split's files are one
-unit.
+A unit is a text file, several small ones, or a shard of a SeqIO source, and does not depend on who
+maps it. Where the text is limited (max_documents, max_bytes), a split's files are one unit.
 
 SeqIO is the definition of what a document's ids are; a unit of text files gives the same ids
 without it, so that preparing text needs no TensorFlow.
@@ -27,13 +25,13 @@ from salt_jax.storage.buckets import path_of, state_of
 
 # Files are put together up to about so much text.
 _UNIT_TEXT_BYTES = 8_000_000
-# Text in a byte of a compressed file, roughly.
+# Bytes of text in a byte of a file, roughly.
 _EXPANSION = {"zstandard": 4.0, "xz": 4.0, "bzip2": 4.0, "gzip": 3.0}
 _PARQUET_EXPANSION = 3.0
 
 
 class Unit(Protocol):
-    """A part of a corpus that is tokenized on its own: some text files, or a shard of a SeqIO task.
+    """A part of a corpus that is tokenized on its own.
 
     Attributes:
       name: Names its part file.
@@ -59,16 +57,20 @@ class Unit(Protocol):
         """
 
     def sources(self, log: ReadingLog) -> list[SourceFile]:
-        """The files that were read, as `log` noted them."""
+        """The files that were read, as `log` noted them.
+
+        Raises:
+          InputError: A file changed while it was read.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class TextUnit:
-    """Some files of one split.
+    """Some text files of one split; a `Unit`.
 
     Attributes:
       name: Names its part file.
-      split: Whose own files these are; held-out fractions' documents stand among train's.
+      split: The split whose own files these are: held-out documents are read from train's.
       text: The corpus.
       paths: The files, in order.
     """
@@ -80,7 +82,6 @@ class TextUnit:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits its documents may belong to."""
         return self.text.splits_from(self.split)
 
     @property
@@ -89,20 +90,13 @@ class TextUnit:
         return list(map(path_of, self.paths))
 
     def identity(self) -> dict[str, Any]:
-        """What its documents depend on, apart from what stands in the files.
-
-        Whether broken lines are passed over isn't part of it: a file without any gives the same.
-        """
+        """See Unit. A file without malformed lines gives the same whether they are skipped."""
         identity = dataclasses.asdict(self)
         del identity["text"]["skip_broken_lines"]
         return identity
 
     def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
-        """Its documents, tokenized.
-
-        Raises:
-          InputError: Bad text, with its file and line.
-        """
+        """See Unit."""
         dtype = token_dtype(vocabulary.size)
         template = self.text.template
         special = template.parse_special and bool(template.prompt)
@@ -110,7 +104,7 @@ class TextUnit:
             if vocabulary.drop_unknown:
                 texts = (document.prompt, document.text)
                 log.lost_characters += sum(map(vocabulary.lost_characters, texts))
-            # Apart from each other, since the prompt is all that a model is given later.
+            # Tokenized apart: at inference a model is given the prompt alone.
             prompt_P = vocabulary.encode(document.prompt, special) if document.prompt else []
             text_T = vocabulary.encode(document.text, special)
             yield TokenizedDocument(
@@ -123,20 +117,20 @@ class TextUnit:
             )
 
     def sources(self, log: ReadingLog) -> list[SourceFile]:
-        """Its files as they were read."""
+        """See Unit."""
         return log.sources(self.files)
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A corpus, cut up.
+    """A corpus as units.
 
     Attributes:
       units: In the corpus's order.
-      sizes: How large each split is compared to the others, in bytes or shards, test first.
-      subsets: The subsets' names where they are known beforehand.
-      text_bytes: Roughly the bytes of text; 0 where that isn't known.
-      has_prompts: Whether documents begin with a prompt, which isn't trained on.
+      sizes: Size of each split relative to the others, in bytes or shards.
+      subsets: The subsets' names if they are known beforehand.
+      text_bytes: Bytes of text, roughly; 0 if that isn't known.
+      has_prompts: Whether documents begin with a prompt, which is masked out of the loss.
     """
 
     units: tuple[Unit, ...]
@@ -146,7 +140,7 @@ class Corpus:
     has_prompts: bool = False
 
     def buckets(self, shards: int) -> dict[str, int]:
-        """How many shards each split gets: `shards` for train, others in proportion, at least 1."""
+        """Shards of each split: `shards` for train, others in proportion to their size."""
         train = self.sizes["train"] if "train" in self.sizes else max(self.sizes.values())
         share = {split: round(shards * size / max(train, 1)) for split, size in self.sizes.items()}
         return {split: max(1, share[split]) for split in SPLITS if split in share}
@@ -156,10 +150,9 @@ def text_corpus(text: TextFiles) -> Corpus:
     """The corpus of text files.
 
     Raises:
-      InputError: What TextFiles raises of its files.
+      InputError: See `TextFiles.files`.
     """
     text = text.settled()
-    limited = bool(text.max_documents or text.max_bytes)
     units: list[Unit] = []
     sizes: dict[str, float] = {}
     for split in text.splits_with_files:
@@ -171,7 +164,7 @@ def text_corpus(text: TextFiles) -> Corpus:
         held_out = {s: fractions[s] for s in text.splits_from(split) if s != split}
         sizes |= {s: size * fraction for s, fraction in held_out.items()}
         sizes[split] = size * (1 - sum(held_out.values()))
-        groups = [files] if limited else _grouped(files)
+        groups = [files] if text.max_documents or text.max_bytes else _grouped(files)
         units += [
             TextUnit(f"{split}-{number:05d}", split, text, tuple(map(str, group)))
             for number, group in enumerate(groups)
@@ -186,11 +179,12 @@ def _grouped(files: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
     groups: list[list[pathlib.Path]] = []
     held = 0.0
     for file in files:
-        if not groups or held + _text_bytes(file) > _UNIT_TEXT_BYTES:
+        size = _text_bytes(file)
+        if not groups or held + size > _UNIT_TEXT_BYTES:
             groups.append([])
             held = 0
         groups[-1].append(file)
-        held += _text_bytes(file)
+        held += size
     return groups
 
 

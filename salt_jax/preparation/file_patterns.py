@@ -1,13 +1,12 @@
-"""The files that patterns name, on the disk or in a bucket, and each of them once.
+"""Expands patterns to the files they match, on the disk or in a bucket, each file once.
 
-In: patterns as the shell has them, ** for all folders below. Out: names, and which of them lead to
-one file: a link into its own folder would have a file read forty times.
-
-A sign may be part of a name: a pattern that is a file's name means that file alone, and brackets
-that are in a name stand for themselves.
+Patterns are the shell's, with ** for all folders below. Links are followed, but a folder is entered
+once: a link into its own folder would otherwise give a file forty names. A pattern that is a file's
+name means that file alone, and brackets that are part of a name stand for themselves.
 """
 
 import fnmatch
+import functools
 import os
 import pathlib
 import re
@@ -17,11 +16,11 @@ from salt_jax.storage.buckets import is_remote, matching
 
 
 def names_of(pattern: str, left_out: dict[str, str]) -> list[str]:
-    """The names that a pattern finds, of files alone.
+    """The names of the files that a pattern matches.
 
     Args:
       pattern: On the disk, or a bucket's URL.
-      left_out: Gets the links to folders that are gone through already, and their names there.
+      left_out: Receives the links to folders that were entered by another name, with that name.
     """
     if is_remote(pattern):
         return matching(pattern)
@@ -35,11 +34,11 @@ def names_of(pattern: str, left_out: dict[str, str]) -> list[str]:
 
 
 def once(files: Iterable[pathlib.Path], left_out: dict[str, str]) -> dict[pathlib.Path, str]:
-    """Files with their real paths, by which they are told apart: each once.
+    """Each file once, with its real path.
 
     Args:
-      files: By whatever names. Of several of one file that is kept which is no link.
-      left_out: Gets the other names, and what is kept in their place.
+      files: By any names. Of several names of one file, one that is not a link is kept.
+      left_out: Receives the other names, with the one that is kept.
     """
     names: dict[str, list[pathlib.Path]] = {}
     for file, real in real_paths(files).items():
@@ -53,23 +52,21 @@ def once(files: Iterable[pathlib.Path], left_out: dict[str, str]) -> dict[pathli
 
 
 def real_paths(files: Iterable[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Files with their real paths; in a bucket there are no links."""
-    folders: dict[pathlib.Path, str] = {}
-
-    def real(file: pathlib.Path) -> str:
+    """Files with their real paths; a bucket has no links."""
+    folder = functools.cache(os.path.realpath)
+    paths = {}
+    for file in files:
         if is_remote(file):
-            return str(file)
-        if file.is_symlink():
-            return os.path.realpath(file)
-        if file.parent not in folders:
-            folders[file.parent] = os.path.realpath(file.parent)
-        return os.path.join(folders[file.parent], file.name)
-
-    return {file: real(file) for file in files}
+            paths[file] = str(file)
+        elif file.is_symlink():
+            paths[file] = os.path.realpath(file)
+        else:
+            paths[file] = os.path.join(folder(file.parent), file.name)
+    return paths
 
 
 def _below(folder: str, parts: list[str], left_out: dict[str, str]) -> Iterator[str]:
-    """The files of a folder that the parts of a pattern find."""
+    """The files below a folder that the parts of a pattern match."""
     part, rest = parts[0], parts[1:]
     if part == "**":
         for inner in _folders(folder, left_out):
@@ -89,8 +86,8 @@ def _below(folder: str, parts: list[str], left_out: dict[str, str]) -> Iterator[
 
 
 def _folders(folder: str, left_out: dict[str, str]) -> Iterator[str]:
-    """A folder and those below, each once by its real path; links last, so that what is no link
-    goes by its own name."""
+    """A folder and those below, each once by its real path; links last, so that a folder goes by
+    its own name."""
     seen: dict[str, str] = {}
     links = [folder]
     for link in links:  # which grows
@@ -112,8 +109,8 @@ def _folders(folder: str, left_out: dict[str, str]) -> Iterator[str]:
 
 
 def _visible(folder: str, hidden: bool = False) -> list[str]:
-    """What is in a folder, sorted, with names that begin with a dot or without."""
+    """The names in a folder, sorted; those that begin with a dot only if `hidden`."""
     try:
         return sorted(n for n in os.listdir(folder or ".") if hidden or not n.startswith("."))
-    except OSError:  # as glob has it
+    except OSError:  # as glob does
         return []

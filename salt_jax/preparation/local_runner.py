@@ -1,8 +1,4 @@
-"""Jobs on this machine: in this process, or in several of their own.
-
-In: a function of a module, jobs that can be pickled. Out: every job done, or the first error that
-one of them raised, as it was. Processes end with this one, however it ends.
-"""
+"""Jobs on this machine, in this process or in several others, which end with this one."""
 
 import concurrent.futures
 import contextlib
@@ -12,23 +8,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from salt_jax.errors import Interrupted, RunFailed
-from salt_jax.preparation.mapping import Progress
 from salt_jax.runtime import output_streams
 from salt_jax.runtime.stop_signals import stop_signals, stop_signals_handled_by
 from salt_jax.terminal import ProgressBar
 
-_MOST_WORKERS = 64
+_MOST_WORKERS = 64  # more would wait for the disk
 _POLL_SECONDS = 0.2
 
 
-def default_workers() -> int:
-    """The cores that this process may use, 64 at most: beyond that the disk is what is waited
-    for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, _MOST_WORKERS)
+class Progress(NamedTuple):
+    """What a finished job has read: documents, and their tokens."""
+
+    documents: int
+    tokens: int
 
 
 def run_locally(
@@ -36,77 +31,78 @@ def run_locally(
     jobs: Sequence[Any],
     title: str,
     done: int,
-    *,
-    workers: int,
+    workers: int | None = None,
 ) -> None:
-    """Calls the function with every job.
+    """Calls the function with each job.
 
     Args:
       function: Of a module, so that other processes find it.
       jobs: Its arguments.
       title: What they are.
-      done: Jobs that were finished before.
-      workers: Processes; 1 runs the jobs in this one.
+      done: How many were finished before.
+      workers: Processes; 1 runs the jobs in this one, None takes one for each usable core.
 
     Raises:
       Interrupted: A signal to stop came while other processes worked.
       RunFailed: A process was killed.
       Whatever the function raises.
     """
+    workers = min(workers or _usable_cores(), len(jobs))
     with ProgressBar(title, done + len(jobs), done) as display:
         if done and jobs:
             display.say(f"{done} are finished, {len(jobs)} are left.")
-        tell = _telling(display)
-        if workers == 1 or len(jobs) <= 1:
-            for job in jobs:
-                tell(function(job))
+        started, documents, tokens = time.monotonic(), 0, 0
+
+        def show(finished: Progress) -> None:
+            nonlocal documents, tokens
+            documents, tokens = documents + finished.documents, tokens + finished.tokens
+            rate = tokens / max(time.monotonic() - started, 1e-3)
+            display.add(status=f"{documents:,} documents  {rate:,.0f} tokens/s")
+
+        if workers > 1:
+            _run_in_processes(function, jobs, workers, show)
             return
-        _run_in_processes(function, jobs, min(workers, len(jobs)), tell)
+        for job in jobs:
+            show(function(job))
 
 
-def _telling(display: ProgressBar) -> Callable[[Progress], None]:
-    """What shows that a job is finished, with all documents so far and the tokens a second."""
-    started, finished = time.monotonic(), Progress(0, 0)
-
-    def tell(counts: Progress) -> None:
-        nonlocal finished
-        finished = Progress(*(before + new for before, new in zip(finished, counts, strict=True)))
-        rate = finished.tokens / max(time.monotonic() - started, 1e-3)
-        display.add(status=f"{finished.documents:,} documents  {rate:,.0f} tokens/s")
-
-    return tell
+def _usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, _MOST_WORKERS)
 
 
 def _run_in_processes(
     function: Callable[[Any], Progress],
     jobs: Sequence[Any],
     workers: int,
-    tell: Callable[[Progress], None],
+    show: Callable[[Progress], None],
 ) -> None:
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pending: set[concurrent.futures.Future[Progress]] = set()
     with _stop_requests() as requests:
-        with _signals_held():  # multiprocessing's tracker of resources would heed SIGHUP
+        # Processes start with the signals blocked, until they ignore them: multiprocessing's
+        # resource tracker, which starts with the first of them, would heed SIGHUP.
+        with _signals_blocked():
             pool = concurrent.futures.ProcessPoolExecutor(
                 workers, mp_context=context, initializer=_end_with_parent
             )
         try:
-            with _signals_held():
+            with _signals_blocked():
                 pending = {pool.submit(function, job) for job in jobs}
             while pending and not requests:
                 finished, pending = concurrent.futures.wait(
                     pending, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
                 )
                 for future in finished:
-                    tell(future.result())
+                    show(future.result())
         except concurrent.futures.BrokenExecutor as error:
             raise RunFailed(
-                "a worker process was killed, for want of memory perhaps: lower --workers, what is "
-                "finished is kept; or raise --shards, with which the text is mapped anew."
+                "a worker process was killed, perhaps for lack of memory: lower --workers, which "
+                "keeps what is finished, or raise --shards, which starts over."
             ) from error
         finally:
-            # Where something failed, what the others are at is not waited for.
+            # After a failure the other jobs are not waited for.
             if pending:
                 for process in set(multiprocessing.active_children()) - others:
                     process.kill()
@@ -122,7 +118,7 @@ def _end_with_parent() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-    # The library's own threads would only get in the other processes' way.
+    # The library's own threads would compete with the other processes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker process has a parent"
@@ -135,8 +131,7 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Lets processes start with the signals blocked, until they are ready to ignore them."""
+def _signals_blocked() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
@@ -146,7 +141,7 @@ def _signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Sequence[str]]:
-    """Collects signals to stop by name, so that the processes are ended before this one."""
+    """Collects the names of signals to stop, so that the processes are ended before this one."""
     received: list[str] = []
     with stop_signals_handled_by(lambda number, _: received.append(signal.Signals(number).name)):
         yield received

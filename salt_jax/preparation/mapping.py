@@ -1,8 +1,7 @@
-"""The first half of a preparation: a unit's documents, tokenized, into its part file.
+"""The first round of a preparation: a unit's documents are tokenized into its part file.
 
-In: a MapJob. Out: the part file and its record in the work folder. Jobs share nothing and can run
-anywhere that sees the input files and the work folder, twice too; memory holds a block of a file
-and a block of tokens.
+Jobs share nothing and may run anywhere that sees the input files and the work folder, and more than
+once; each holds a block of a file and a block of tokens in memory.
 """
 
 import contextlib
@@ -10,33 +9,16 @@ import dataclasses
 import functools
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import TextUnit, Unit
+from salt_jax.preparation.local_runner import Progress
 from salt_jax.preparation.part_files import PartWriter, token_dtype
 from salt_jax.preparation.reading_log import ReadingLog, SourceFile
 from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.durable_files import whole_file
-
-
-class Progress(NamedTuple):
-    """What a finished job has done.
-
-    Attributes:
-      documents: It read so many.
-      tokens: Of so many tokens.
-    """
-
-    documents: int
-    tokens: int
-
-
-# Calls a function with every one of its jobs, which share nothing, in any order and anywhere, more
-# than once perhaps; jobs are given with a title and the number of those finished before.
-RunJobs = Callable[[Callable[[Any], Progress], Sequence[Any], str, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +27,12 @@ class MapJob:
 
     Attributes:
       unit: The unit.
-      work: Where its part file goes, and where the vocabulary is.
+      work: The folder of its part file and of the vocabulary.
       buckets: Buckets of each split.
       fingerprint: The vocabulary's.
-      plan: Digest of what all units depend on. Beam may still run a job of a plan that was given
-        up: its record is no other plan's.
-      drop_unknown: Whether the vocabulary leaves out what it has no id for.
+      plan: Digest of all that units depend on. Beam may still run a job of an abandoned plan,
+        whose record must not count for this one.
+      drop_unknown: Whether the vocabulary drops characters that it has no id for.
     """
 
     unit: Unit
@@ -66,13 +48,13 @@ class MappedUnit:
     """The record of a finished unit.
 
     Attributes:
-      plan: Digest of what it was made from, see MapJob.
+      plan: See MapJob.
       part_bytes: Size of its part file.
-      subsets: Subsets' names, in the order in which they appeared.
+      subsets: Subsets' names, in order of appearance.
       documents: Documents by split.
       tokens: Tokens by split.
       sources: Its input files as they were read.
-      lost_characters: Characters that the vocabulary left out.
+      lost_characters: Characters that the vocabulary dropped.
     """
 
     plan: str
@@ -87,10 +69,11 @@ class MappedUnit:
 def map_unit(job: MapJob) -> Progress:
     """Tokenizes a unit's documents into its part file, then writes its record.
 
-    A document goes to a bucket of its split by the digest of its text, so that equal texts meet.
+    A document's bucket is given by the digest of its text, so that equal texts of a split share
+    one.
 
     Raises:
-      InputError: Bad text, with its file and line; a library that the file's format needs is
+      InputError: Malformed text, with its file and line; a library that the file's format needs is
         missing; a file that changed while it was read.
       OSError: The disk is full.
     """
@@ -101,10 +84,7 @@ def map_unit(job: MapJob) -> Progress:
     subsets: dict[str, int] = {}
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
-    with (
-        whole_file(job.work.part(job.unit.name)) as file,
-        needed_libraries(),
-    ):
+    with whole_file(job.work.part(job.unit.name)) as file, needed_libraries():
         part = PartWriter(file, sum(job.buckets.values()), token_dtype(vocabulary.size))
         for document in job.unit.documents(vocabulary, log):
             split = document.split
@@ -115,28 +95,21 @@ def map_unit(job: MapJob) -> Progress:
             tokens[split] += len(document.tokens)
         part.finish()
         part_bytes = file.tell()
-    sources = tuple(job.unit.sources(log))
     record = MappedUnit(
-        job.plan,
-        part_bytes,
-        tuple(subsets),
-        dict(documents),
-        dict(tokens),
-        sources,
-        log.lost_characters,
+        plan=job.plan,
+        part_bytes=part_bytes,
+        subsets=tuple(subsets),
+        documents=dict(documents),
+        tokens=dict(tokens),
+        sources=tuple(job.unit.sources(log)),
+        lost_characters=log.lost_characters,
     )
     job.work.write_json(job.work.unit_record(job.unit.name), dataclasses.asdict(record))
     return Progress(documents.total(), tokens.total())
 
 
-def first_buckets(buckets: Mapping[str, int]) -> dict[str, int]:
-    """The number of each split's first bucket among those of all splits."""
-    names = list(buckets)
-    return {name: sum(buckets[other] for other in names[:at]) for at, name in enumerate(names)}
-
-
 def mapped_unit(work: WorkFolder, unit: Unit, plan: str) -> MappedUnit | None:
-    """The record of a unit, None where it isn't finished for this plan."""
+    """The record of a unit, None if it isn't finished for this plan."""
     record = work.read_json(work.unit_record(unit.name))
     part = work.part(unit.name)
     if record is None or record.get("plan") != plan:
@@ -144,9 +117,16 @@ def mapped_unit(work: WorkFolder, unit: Unit, plan: str) -> MappedUnit | None:
     if not part.exists() or part.stat().st_size != record["part_bytes"]:
         return None
     sources = tuple(SourceFile(**source) for source in record.pop("sources"))
-    mapped = MappedUnit(sources=sources, **record)
-    refused = isinstance(unit, TextUnit) and not unit.text.skip_broken_lines
-    return None if refused and any(source.broken_lines for source in sources) else mapped
+    refuses_broken = isinstance(unit, TextUnit) and not unit.text.skip_broken_lines
+    if refuses_broken and any(source.broken_lines for source in sources):
+        return None
+    return MappedUnit(sources=sources, **record)
+
+
+def first_buckets(buckets: Mapping[str, int]) -> dict[str, int]:
+    """The index of each split's first bucket among those of all splits."""
+    names = list(buckets)
+    return {name: sum(buckets[other] for other in names[:at]) for at, name in enumerate(names)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -158,16 +138,16 @@ def _vocabulary(folder: pathlib.Path, fingerprint: str) -> Vocabulary:
 
 
 @contextlib.contextmanager
-def needed_libraries() -> Iterator[None]:
-    """Says in a sentence which library a file's format needs.
+def needed_libraries(what: str = "This text") -> Iterator[None]:
+    """Turns a missing library of the extra `prepare` into a sentence.
 
     Raises:
-      InputError: It isn't installed.
+      InputError: The library that `what` needs isn't installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         raise InputError(
-            f"This text needs the library {error.name}, which is not installed: "
+            f"{what} needs the library {error.name}, which is not installed: "
             "pip install 'salt_jax[prepare]'."
         ) from error

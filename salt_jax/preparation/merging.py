@@ -1,11 +1,9 @@
-"""The second half of a preparation: a bucket's documents, out of all units, into one shard of rows.
+"""The second round of a preparation: a bucket's documents of all units become one shard of rows.
 
-In: a MergeJob. Out: the shard in the cache's folder and its record in the work folder. Jobs share
-nothing, as in mapping.py; memory holds one bucket.
-
-Texts that another split keeps are left out here, and so are exact duplicates where that is asked
-for: equal texts of a split are always in one bucket. The documents that are left stand in the
-corpus's order, which PackedSplit shuffles.
+Texts that another split keeps are left out, and exact duplicates where that is asked for: equal
+texts of a split are always in one bucket. The remaining documents stand in the corpus's order,
+which `packing.pack` shuffles. Like those of mapping.py, jobs share nothing; each holds one bucket
+in memory.
 """
 
 import dataclasses
@@ -17,8 +15,9 @@ import numpy as np
 
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, cache_shard, write_shard
 from salt_jax.data.row_records import RecordFormat
-from salt_jax.preparation.mapping import Progress
-from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
+from salt_jax.preparation.local_runner import Progress
+from salt_jax.preparation.mapping import first_buckets
+from salt_jax.preparation.packing import Packing, cut_document, pack
 from salt_jax.preparation.part_files import RECORD, read_bucket, token_dtype
 from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.durable_files import whole_file
@@ -30,24 +29,22 @@ class MergeSettings:
 
     Attributes:
       folder: The cache's.
-      work: Where the part files are.
+      work: The folder of the part files.
       units: Names of each unit's subsets, by the unit's name, in the corpus's order.
       subsets: The cache's subset names.
-      buckets: How many there are, all splits together.
+      buckets: Buckets of each split.
       packing: How to pack.
-      drop_duplicates: Whether of equal texts of a split only the first is kept.
       vocabulary_size: All ids.
-      pad_id: What fills rows up.
-      plan: Digest of what the buckets depend on; see mapping.MapJob.
+      pad_id: Fills rows up.
+      plan: Digest of all that buckets depend on; see MapJob.
     """
 
     folder: pathlib.Path
     work: WorkFolder
     units: Mapping[str, Sequence[str]]
     subsets: tuple[str, ...]
-    buckets: int
-    packing: PackingPlan
-    drop_duplicates: bool
+    buckets: Mapping[str, int]
+    packing: Packing
     vocabulary_size: int
     pad_id: int
     plan: str
@@ -55,33 +52,24 @@ class MergeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MergeJob:
-    """A bucket to merge.
-
-    Attributes:
-      settings: What all buckets share.
-      split: The split it is of.
-      index: Which of the split's buckets.
-      shards: How many the split has.
-      column: Its number among the buckets of all splits.
-    """
+    """A bucket to merge: the settings that all share, its split, and its index in the split."""
 
     settings: MergeSettings
     split: str
     index: int
-    shards: int
-    column: int
 
     @property
     def file(self) -> pathlib.Path:
         """The shard."""
-        return cache_shard(self.settings.folder, self.split, self.index, self.shards)
+        settings = self.settings
+        return cache_shard(settings.folder, self.split, self.index, settings.buckets[self.split])
 
 
 class MergedBucket(NamedTuple):
     """The record of a merged bucket.
 
     Attributes:
-      shard: What was written; None where the bucket has no document.
+      shard: What was written; None if the bucket has no document.
       documents: By the subset's name.
       long_documents: Dropped or cut because they are longer than a row.
     """
@@ -105,17 +93,18 @@ def merge_bucket(job: MergeJob) -> Progress:
     Raises:
       OSError: The disk is full.
     """
-    settings = job.settings
+    settings, packing = job.settings, job.settings.packing
     documents = _read(job)
     digest_D, text_bytes_D = documents.records["digest"], documents.records["text_bytes"]
-    shared_D = _shared(digest_D, settings.work.shared_texts(job.split))
+    shared_T = np.load(settings.work.shared_texts(job.split), mmap_mode="r")  # sorted
+    shared_D = np.searchsorted(shared_T, digest_D, "right") > np.searchsorted(shared_T, digest_D)
     repeated_D = ~shared_D & _repeated(digest_D)
-    kept_D = ~shared_D & ~repeated_D if settings.drop_duplicates else ~shared_D
+    kept_D = ~shared_D & ~repeated_D if packing.drop_duplicates else ~shared_D
     long_documents = 0
-    if settings.packing.long_documents != "split":
-        long_D = kept_D & (documents.records["tokens"] > settings.packing.sequence_length)
+    if packing.long_documents != "split":
+        long_D = kept_D & (documents.records["tokens"] > packing.sequence_length)
         long_documents = int(long_D.sum())
-        if settings.packing.long_documents == "drop":
+        if packing.long_documents == "drop":
             kept_D &= ~long_D
     counts = {}
     for index in np.unique(documents.subsets):
@@ -138,7 +127,7 @@ def merge_bucket(job: MergeJob) -> Progress:
 
 
 def merged_bucket(job: MergeJob) -> MergedBucket | None:
-    """The record of a bucket, None where it isn't finished for this plan."""
+    """The record of a bucket, None if it isn't finished for this plan."""
     record = job.settings.work.read_json(job.settings.work.bucket_record(job.split, job.index))
     if record is None or record.get("plan") != job.settings.plan:
         return None
@@ -150,89 +139,71 @@ def merged_bucket(job: MergeJob) -> MergedBucket | None:
 
 
 def write_shared_texts(
-    work: WorkFolder,
-    split: str,
-    units: Iterable[str],
-    columns: Iterable[int],
-    buckets: int,
-    dtype: np.dtype,
+    settings: MergeSettings, split: str, keepers: Iterable[str], units: Sequence[str]
 ) -> None:
-    """Writes the digests of texts that a split leaves to others, sorted.
+    """Writes the sorted digests of the texts that other splits have.
 
     Args:
-      work: Where the part files are.
-      split: The split that leaves them.
-      units: The units with the others' documents.
-      columns: The others' buckets.
-      buckets: How many there are, all splits together.
-      dtype: Of a token.
+      settings: Those of all buckets.
+      split: The split that leaves these texts to the others.
+      keepers: The splits that keep them.
+      units: Names of the units that hold documents of those.
     """
-    columns = list(columns)
+    first, total = first_buckets(settings.buckets), sum(settings.buckets.values())
+    dtype = token_dtype(settings.vocabulary_size)
     digests = [
         np.unique(records_D["digest"])
         for unit in units
-        for column in columns
-        for records_D, _ in read_bucket(work.part(unit), column, buckets, dtype, tokens=False)
+        for keeper in keepers
+        for bucket in range(first[keeper], first[keeper] + settings.buckets[keeper])
+        for records_D, _ in read_bucket(
+            settings.work.part(unit), bucket, total, dtype, tokens=False
+        )
     ]
-    with whole_file(work.shared_texts(split)) as file:
+    with whole_file(settings.work.shared_texts(split)) as file:
         np.save(file, np.unique(np.concatenate([np.array([], "S16"), *digests])))
 
 
 def _read(job: MergeJob) -> _Documents:
     settings = job.settings
+    bucket = first_buckets(settings.buckets)[job.split] + job.index
+    total, dtype = sum(settings.buckets.values()), token_dtype(settings.vocabulary_size)
     number = {name: index for index, name in enumerate(settings.subsets)}
-    dtype = token_dtype(settings.vocabulary_size)
     records = [np.array([], RECORD)]
     subsets = [np.array([], np.int64)]
     tokens: list[np.ndarray] = []
     for unit, names in settings.units.items():
         subset_of_unit = np.array([number[name] for name in names], np.int64)
-        part = settings.work.part(unit)
-        for records_D, tokens_T in read_bucket(part, job.column, settings.buckets, dtype):
+        for records_D, tokens_T in read_bucket(settings.work.part(unit), bucket, total, dtype):
             records.append(records_D)
             subsets.append(subset_of_unit[records_D["subset"]])
             tokens += np.split(tokens_T, np.cumsum(records_D["tokens"])[:-1])
     return _Documents(np.concatenate(records), np.concatenate(subsets), tokens)
 
 
-def _shared(digest_D: np.ndarray, file: pathlib.Path) -> np.ndarray:
-    """bool[D]: whose text is among the sorted digests of a file; none where there is no file."""
-    if not file.exists():
-        return np.zeros(len(digest_D), bool)
-    sorted_T = np.load(file, mmap_mode="r")
-    if not len(sorted_T):
-        return np.zeros(len(digest_D), bool)
-    place_D = np.minimum(np.searchsorted(sorted_T, digest_D), len(sorted_T) - 1)
-    return sorted_T[place_D] == digest_D
-
-
 def _repeated(digest_D: np.ndarray) -> np.ndarray:
-    """bool[D]: whose text an earlier document has."""
+    """bool[D]: whether an earlier document has the same text."""
     repeated_D = np.ones(len(digest_D), bool)
     repeated_D[np.unique(digest_D, return_index=True)[1]] = False
     return repeated_D
 
 
 def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCounts:
-    settings = job.settings
+    settings, length = job.settings, job.settings.packing.sequence_length
     tokens = [documents.tokens[index] for index in kept_K]
     prompt_tokens_K = documents.records["prompt_tokens"][kept_K].astype(np.int64)
     if settings.packing.long_documents == "cut":
         for at, own in enumerate(tokens):
-            tokens[at], prompt_tokens_K[at] = cut_document(
-                own, int(prompt_tokens_K[at]), settings.packing.sequence_length
-            )
-    rows = PackedSplit(
+            tokens[at], prompt_tokens_K[at] = cut_document(own, int(prompt_tokens_K[at]), length)
+    rows = pack(
         tokens,
         documents.subsets[kept_K],
-        packing=settings.packing.packing,
-        sequence_length=settings.packing.sequence_length,
+        prompt_tokens_K,
+        settings.packing,
         pad_id=settings.pad_id,
-        seed=settings.packing.seed,
-        # The first bucket's order is the one that a split in one shard has.
+        # The first bucket's order is that of a split in one shard.
         split=f"{job.split} {job.index}" if job.index else job.split,
-        prompt_tokens_D=prompt_tokens_K,
     )
-    record_format = RecordFormat(settings.packing.sequence_length, settings.vocabulary_size)
+    record_format = RecordFormat(length, settings.vocabulary_size)
     temporary = settings.work.temporary(job.file)
     return write_shard(job.file, rows, record_format, settings.subsets, temporary)

@@ -1,9 +1,7 @@
-"""Text that every machine has: the Python standard library's sources and documentation, or one's
-own.
+"""Text that every machine has: the Python standard library's sources and documentation.
 
-In: the environment variable SALT_TEXT (a pattern), or nothing. Out: TextFiles with held-out
-fractions. A file's subset is its suffix. Nothing is copied into this project: the text is read
-where it lies, when it is asked for.
+The environment variable SALT_TEXT, a pattern of files, names one's own instead. A file's subset is
+its suffix.
 """
 
 import glob
@@ -15,7 +13,7 @@ from salt_jax.storage.buckets import state_of
 
 TEXT_VARIABLE = "SALT_TEXT"
 
-# Other people's packages, and test inputs, which are full of tables and deliberately broken files.
+# Installed packages, and test inputs, which are full of tables and deliberately malformed files.
 _EXCLUDED = ("*/site-packages/*", "*/dist-packages/*", "*/test/*", "*/tests/*")
 
 
@@ -25,6 +23,7 @@ def own_text(
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
     piece_bytes: int | None = None,
+    skip_broken_lines: bool = False,
 ) -> TextFiles:
     """This machine's own text, or the files that SALT_TEXT names.
 
@@ -32,8 +31,9 @@ def own_text(
       max_bytes: See TextFiles.
       validation_fraction: See TextFiles.
       test_fraction: See TextFiles.
-      piece_bytes: See TextFiles. None takes a two-hundredth of the text, 200 to 20,000 bytes, so
+      piece_bytes: See TextFiles. By default a two-hundredth of the text, 200 to 20,000 bytes, so
         that a few long files can be held out in part.
+      skip_broken_lines: See TextFiles.
     """
     library = sysconfig.get_path("stdlib")
     given = os.environ.get(TEXT_VARIABLE)
@@ -46,6 +46,7 @@ def own_text(
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
         piece_bytes=piece_bytes or 0,
+        skip_broken_lines=skip_broken_lines,
     ).listed()
     if piece_bytes is not None:
         return files

@@ -1,27 +1,23 @@
-"""Documents into rows of one length, in NumPy.
+"""Packing: documents into rows of one length, in NumPy.
 
-In: a split's documents as token ids, each with its subset. Out: rows, in an order shuffled once by
-the seed.
-
-`concatenate_and_split` writes the documents one after another, in shuffled order, and cuts the
-stream every L tokens, as the paper does: no padding but in the last row; a row is one segment, so
-attention crosses documents. A row's first token has no context and no loss weight. L = 4, documents
+`concatenate_and_split` concatenates the documents in shuffled order and cuts the stream every L
+tokens, as the paper does: only the last row is padded; a row is one segment, so attention crosses
+documents. A row's first token has no context and is masked out of the loss. L = 4, documents
 [5 6 7 1] and [8 9 1]:
 
     targets       5 6 7 1 | 8 9 1 0
     loss_weights  0 1 1 1 | 0 1 1 0
     segment_ids   1 1 1 1 | 1 1 1 0
 
-`whole_documents` puts whole documents into rows, best fit first (the longest document goes where it
-leaves least room; as in arXiv 2404.10830), each a segment of its own. Only a document longer than L
-is cut, and the first token of its later pieces has no loss weight. Documents [5 6 1] and [8 1], L =
-6:
+`whole_documents` puts whole documents into rows by best-fit decreasing (arXiv 2404.10830), each as
+a segment of its own. Only a document longer than L is split, and the first token of its later
+pieces is masked out. Documents [5 6 1] and [8 1], L = 6:
 
     targets       5 6 1 8 1 0
     loss_weights  1 1 1 1 1 0
     segment_ids   1 1 1 2 2 0
 
-A document may begin with a prompt, which has no loss weight. The same, 5 and 8 being prompts:
+A document may begin with a prompt, which is masked out. The same, 5 and 8 being prompts:
 
     loss_weights  0 1 1 0 1 0
 """
@@ -30,49 +26,48 @@ import bisect
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from salt_jax.data.features import Row, make_row
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 
 
 @dataclasses.dataclass(frozen=True)
-class PackingPlan:
-    """How documents become rows.
+class Packing:
+    """How documents become the rows of a cache.
 
     Attributes:
       sequence_length: L, tokens a row.
       packing: "concatenate_and_split" or "whole_documents".
-      shards: Files a split is cut into.
-      seed: Of the order of documents and rows.
-      long_documents: What becomes of a document longer than a row: "split" into pieces, each a
-        segment; "drop" leaves it out; "cut" takes tokens away, first from its prompt's beginning,
-        then from its end. The last two count such documents, and are for whole_documents.
+      long_documents: With whole_documents, what becomes of a document longer than a row: "split"
+        cuts it into pieces, each a segment; "drop" leaves it out; "cut" shortens it to a row,
+        first its prompt from the front, then its end. Dropped and cut documents are counted.
+        Prompts and responses need one of these two.
+      shards: Files of the train split; the other splits get a share by their text, at least 1. A
+        worker holds one of them in memory while it packs it.
+      seed: Of the order of documents and of rows.
+      drop_duplicates: Keep only the first of a split's documents with equal texts. Duplicates are
+        counted in either case.
     """
 
     sequence_length: int = 128
     packing: str = "concatenate_and_split"
+    long_documents: str = "split"
     shards: int = 1
     seed: int = 0
-    long_documents: str = "split"
+    drop_duplicates: bool = False
 
     def __post_init__(self) -> None:
-        if self.packing not in PACKINGS:
-            raise InputError(f"packing is {self.packing!r}, expected one of {', '.join(PACKINGS)}.")
-        for name, least in (("sequence_length", 2), ("shards", 1), ("seed", None)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or (least is not None and value < least):
-                least_words = "" if least is None else f" of {least} or more"
-                raise InputError(f"{name} is {value!r}, expected a whole number{least_words}.")
-            if least is not None and value >= 2**31:
-                raise InputError(f"{name} is {value} and must be below 2³¹: change --{name}.")
-        if self.long_documents not in LONG_DOCUMENTS:
-            raise InputError(
-                f"long_documents is {self.long_documents!r}, expected one of "
-                f"{', '.join(LONG_DOCUMENTS)}."
-            )
+        for name, choices in (("packing", PACKINGS), ("long_documents", LONG_DOCUMENTS)):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}: "
+                    f"change --{name}."
+                )
+        require_counts(2, sequence_length=self.sequence_length)
+        require_counts(shards=self.shards)
         if self.long_documents != "split" and self.packing != "whole_documents":
             raise InputError(
                 f"long_documents is {self.long_documents!r} and packing {self.packing!r}, which "
@@ -80,28 +75,73 @@ class PackingPlan:
             )
 
     def require_for_prompts(self) -> None:
-        """Refuses to pack documents with prompts so that a response loses its own.
+        """Refuses packing that would separate responses from their prompts.
 
         Raises:
           InputError: Documents are split.
         """
         if self.long_documents == "split":
             raise InputError(
-                f"packing is {self.packing!r} and long_documents 'split', which can part a "
+                f"packing is {self.packing!r} and long_documents 'split', which can separate a "
                 "response from its prompt: set packing to 'whole_documents' and long_documents to "
                 "'drop' or 'cut'."
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Pieces:
-    """Stretches of a token stream and the rows they go to, ascending by row.
+def pack(
+    documents: Sequence[np.ndarray],
+    subset_D: np.ndarray,
+    prompt_tokens_D: np.ndarray,
+    packing: Packing,
+    *,
+    pad_id: int,
+    split: str,
+) -> Iterator[Row]:
+    """Rows made of documents, in an order shuffled by the seed.
+
+    Args:
+      documents: Token ids of each document, its end of document included.
+      subset_D: Index of each document's subset.
+      prompt_tokens_D: Tokens at the start of each document that are masked out of the loss.
+      packing: How to pack. No document is dropped or cut here: see `cut_document`.
+      pad_id: Fills rows up.
+      split: Part of the random key, so that splits are ordered differently.
+    """
+    length = packing.sequence_length
+    order_D = shuffled_order(len(documents), packing.seed, f"documents of {split}")
+    lengths_D = np.array([len(documents[index]) for index in order_D], np.int64)
+    offsets_E = np.concatenate([[0], np.cumsum(lengths_D)])
+    stream_T = np.concatenate([documents[index] for index in order_D])
+    begins_T = np.repeat(offsets_E[:-1] + prompt_tokens_D[order_D], lengths_D)
+    trained_T = np.arange(len(stream_T)) >= begins_T
+    del begins_T  # four times as large as the tokens
+    pieces = PACKINGS[packing.packing](offsets_E, length)
+    subset_N = _subset_of_rows(pieces, offsets_E, subset_D[order_D])
+    rows = len(subset_N)
+    first_piece_N = np.searchsorted(pieces.rows, np.arange(rows + 1))
+    for row_id, row in enumerate(shuffled_order(rows, packing.seed, f"rows of {split}")):
+        targets_L = np.full(length, pad_id, np.int32)
+        weights_L = np.zeros(length, np.float32)
+        segment_ids_L = np.zeros(length, np.int32)
+        at = 0
+        for segment, piece in enumerate(range(*first_piece_N[row : row + 2]), start=1):
+            start, size = pieces.starts[piece], pieces.lengths[piece]
+            targets_L[at : at + size] = stream_T[start : start + size]
+            weights_L[at : at + size] = trained_T[start : start + size]
+            weights_L[at] *= pieces.begin_documents[piece]
+            segment_ids_L[at : at + size] = segment
+            at += size
+        yield make_row(targets_L, weights_L, segment_ids_L, subset_N[row], row_id)
+
+
+class Pieces(NamedTuple):
+    """Slices of a token stream and the rows they go to, ascending by row.
 
     Attributes:
       rows: int64[P], the row of each piece.
-      starts: int64[P], its first token's place in the stream.
+      starts: int64[P], the offset of its first token in the stream.
       lengths: int64[P], its tokens.
-      begin_documents: bool[P], whether its first token begins a document, and is trained on.
+      begin_documents: bool[P], whether its first token begins a document and is trained on.
     """
 
     rows: np.ndarray
@@ -110,77 +150,11 @@ class Pieces:
     begin_documents: np.ndarray
 
 
-class PackedSplit:
-    """A split's rows, in their final order."""
-
-    def __init__(
-        self,
-        documents: Sequence[np.ndarray],
-        subset_D: np.ndarray,
-        *,
-        packing: str,
-        sequence_length: int,
-        pad_id: int,
-        seed: int,
-        split: str,
-        prompt_tokens_D: np.ndarray | None = None,
-    ):
-        """Packs and shuffles.
-
-        Args:
-          documents: Token ids of each document, its end included.
-          subset_D: Index of each document's subset.
-          packing: "concatenate_and_split" or "whole_documents".
-          sequence_length: L, tokens a row.
-          pad_id: What fills rows up.
-          seed: Of the order of documents and of rows.
-          split: Enters the order too, so that splits differ.
-          prompt_tokens_D: Tokens at the beginning of each document that have no loss weight; none
-            where it is None.
-        """
-        order_D = shuffled_order(len(documents), seed, f"documents of {split}")
-        lengths_D = np.array([len(documents[index]) for index in order_D], np.int64)
-        offsets_E = np.concatenate([[0], np.cumsum(lengths_D)])
-        self._stream_T = np.concatenate([documents[index] for index in order_D])
-        self._trained_T = np.ones(len(self._stream_T), bool)
-        if prompt_tokens_D is not None:
-            place_T = np.arange(len(self._stream_T)) - np.repeat(offsets_E[:-1], lengths_D)
-            self._trained_T = place_T >= np.repeat(np.asarray(prompt_tokens_D)[order_D], lengths_D)
-        self._pieces = PACKINGS[packing](offsets_E, sequence_length)
-        self._subset_N = _subset_of_rows(self._pieces, offsets_E, np.asarray(subset_D)[order_D])
-        self._first_piece_N = np.searchsorted(self._pieces.rows, np.arange(len(self) + 1))
-        self._order_N = shuffled_order(len(self), seed, f"rows of {split}")
-        self._sequence_length = sequence_length
-        self._pad_id = pad_id
-
-    def __len__(self) -> int:
-        return int(self._pieces.rows[-1]) + 1
-
-    def __iter__(self) -> Iterator[Row]:
-        for row_id, packed in enumerate(self._order_N):
-            yield self._row(int(packed), row_id)
-
-    def _row(self, packed: int, row_id: int) -> Row:
-        length, pieces, at = self._sequence_length, self._pieces, 0
-        targets_L = np.full(length, self._pad_id, np.int32)
-        weights_L = np.zeros(length, np.float32)
-        segment_ids_L = np.zeros(length, np.int32)
-        first, end = self._first_piece_N[packed : packed + 2]
-        for segment, piece in enumerate(range(first, end), start=1):
-            start, size = pieces.starts[piece], pieces.lengths[piece]
-            targets_L[at : at + size] = self._stream_T[start : start + size]
-            weights_L[at : at + size] = self._trained_T[start : start + size]
-            weights_L[at] *= pieces.begin_documents[piece]
-            segment_ids_L[at : at + size] = segment
-            at += size
-        return make_row(targets_L, weights_L, segment_ids_L, self._subset_N[packed], row_id)
-
-
 def concatenate_and_split(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
     """One piece a row: the stream cut every `sequence_length` tokens.
 
     Args:
-      offsets_E: Where each document begins in the stream, and the stream's end (E = D + 1).
+      offsets_E: The offset of each document in the stream, and the stream's end (E = D + 1).
       sequence_length: L, tokens a row.
     """
     tokens = int(offsets_E[-1])
@@ -190,7 +164,7 @@ def concatenate_and_split(offsets_E: np.ndarray, sequence_length: int) -> Pieces
 
 
 def whole_documents(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
-    """Best-fit decreasing: each piece, longest first, goes to the fullest row that still takes it.
+    """Best-fit decreasing: each piece, longest first, goes to the fullest row with room for it.
 
     Args: see `concatenate_and_split`.
     """
@@ -227,15 +201,15 @@ def whole_documents(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
 def cut_document(
     tokens_T: np.ndarray, prompt_tokens: int, sequence_length: int
 ) -> tuple[np.ndarray, int]:
-    """A document cut to a row: its prompt's beginning goes first, then its end.
+    """A document shortened to a row: first its prompt from the front, then its end.
 
     Args:
       tokens_T: Its tokens.
-      prompt_tokens: How many of them are its prompt.
-      sequence_length: L, how many may stay.
+      prompt_tokens: How many of them are the prompt.
+      sequence_length: L, the most to keep.
 
     Returns:
-      The tokens that stay, and how many of them are the prompt.
+      The tokens kept, and how many of them are the prompt.
     """
     from_prompt = min(max(len(tokens_T) - sequence_length, 0), prompt_tokens)
     return tokens_T[from_prompt:][:sequence_length], prompt_tokens - from_prompt
@@ -250,10 +224,10 @@ PACKINGS: Mapping[str, Callable[[np.ndarray, int], Pieces]] = {
 
 
 def shuffled_order(size: int, seed: int, purpose: str) -> np.ndarray:
-    """A permutation int64[size] that depends on its arguments alone, not on a library's version.
+    """A permutation int64[size] that depends on its arguments only, not on a library's version.
 
     Element i's key is a 64-bit mix (splitmix64's finalizer) of i and a hash of seed and purpose;
-    the permutation sorts by key. A part of the elements can thus be keyed without the others.
+    the permutation sorts by key.
     """
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     mixed_N = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -264,10 +238,10 @@ def shuffled_order(size: int, seed: int, purpose: str) -> np.ndarray:
 
 
 def _subset_of_rows(pieces: Pieces, offsets_E: np.ndarray, subset_D: np.ndarray) -> np.ndarray:
-    """The subset with the most tokens in each row; of equals, the first by index.
+    """int64[N]: the subset with the most tokens in each row, the lowest index of equals.
 
-    The stream is cut where a piece or a document begins; each stretch has one row and one subset,
-    and the tokens of equal pairs are added up. Memory grows with stretches, not with subsets.
+    The stream is cut where a piece or a document begins, so that a stretch is of one row and one
+    subset, and tokens are summed by pair: a table of rows by subsets could take gigabytes.
     """
     by_start = np.argsort(pieces.starts, kind="stable")
     start_S = np.union1d(pieces.starts, offsets_E[:-1])

@@ -1,16 +1,14 @@
-"""Tokenized documents on their way from the files they stand in to the buckets they go to.
+"""Part files: a unit's tokenized documents, grouped by bucket.
 
-In: a unit's documents in their order, each with its bucket. Out: one file from which a bucket's
-documents are read without the others, in their order. Memory holds one block of documents; a file
-is as long as its unit.
-
-Documents are gathered to blocks; in a block those of a bucket lie together, as a *slice*: D records
-(36 bytes each) and then their tokens. The file ends with the places of all slices by bucket, so
-that a bucket costs one look-up and a read for each block. Little-endian:
+Documents are collected into blocks. In a block those of a bucket lie together as a *slice*: D
+records (36 bytes each), then their tokens. The file ends with an index of all slices by bucket, so
+that reading a bucket takes one look-up and one read for each block. Little-endian:
 
     slice …                      D × RECORD | T × token (u16, or u32)
-    places of slices, by bucket  RUN each
-    u64[buckets + 1]             where each bucket's places begin
+    index of slices, by bucket   _RUN each
+    u64[buckets + 1]             where each bucket's part of the index begins
+
+Writing holds one block in memory, reading one slice.
 """
 
 import os
@@ -20,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-# A block is as large as makes slices of about this many bytes.
+# A block is large enough for slices of about this many bytes.
 _SLICE_BYTES = 64 * 1024
 _LEAST_BLOCK_BYTES = 4 * 1024 * 1024
 
@@ -43,9 +41,9 @@ class TokenizedDocument(NamedTuple):
       tokens: int[T], its token ids, the end of document included.
       split: The split it belongs to.
       subset: Its subset's name.
-      digest: 16 bytes that stand for its text.
-      text_bytes: UTF-8 bytes of its text, the prompt aside.
-      prompt_tokens: How many tokens at its beginning are a prompt, which isn't trained on.
+      digest: 16 bytes that identify its text, the prompt included.
+      text_bytes: UTF-8 bytes of its text, the prompt excluded.
+      prompt_tokens: How many tokens at its start are a prompt, which is masked out of the loss.
     """
 
     tokens: np.ndarray
@@ -56,34 +54,21 @@ class TokenizedDocument(NamedTuple):
     prompt_tokens: int = 0
 
 
-class Slice(NamedTuple):
-    """A stretch of a bucket's documents.
-
-    Attributes:
-      records: RECORD[D], one a document; `subset` is an index in the unit's names.
-      tokens: int[T], their tokens, one document after another.
-    """
-
-    records: np.ndarray
-    tokens: np.ndarray
-
-
 def token_dtype(vocabulary_size: int) -> np.dtype:
     """The type of a token in a part file."""
     return np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
 
 
 class PartWriter:
-    """Writes a part file."""
+    """Writes a part file.
+
+    Args:
+      file: Open for writing, empty.
+      buckets: How many buckets there are.
+      dtype: Of a token.
+    """
 
     def __init__(self, file: BinaryIO, buckets: int, dtype: np.dtype):
-        """Begins a file.
-
-        Args:
-          file: Open for writing, empty.
-          buckets: How many.
-          dtype: Of a token.
-        """
         self._file = file
         self._buckets = buckets
         self._dtype = dtype
@@ -92,10 +77,10 @@ class PartWriter:
         self._clear()
 
     def add(self, bucket: int, document: TokenizedDocument, subset: int) -> None:
-        """Adds a document.
+        """Adds a document to a bucket.
 
         Args:
-          bucket: Where it goes.
+          bucket: Index of the bucket.
           document: The document.
           subset: Index of its subset's name.
         """
@@ -108,7 +93,7 @@ class PartWriter:
             self._write_block()
 
     def finish(self) -> None:
-        """Writes what is left, and the places."""
+        """Writes the last block and the index."""
         self._write_block()
         bucket_R = np.array([bucket for bucket, *_ in self._runs], np.int64)
         runs = np.array([tuple(run) for _, *run in self._runs], _RUN)
@@ -119,8 +104,7 @@ class PartWriter:
 
     def _write_block(self) -> None:
         for bucket, (records, tokens) in sorted(self._block.items()):
-            place = self._file.tell(), len(records), sum(map(len, tokens))
-            self._runs.append((bucket, *place))
+            self._runs.append((bucket, self._file.tell(), len(records), sum(map(len, tokens))))
             self._file.write(np.array(records, RECORD).tobytes())
             self._file.write(np.concatenate(tokens).tobytes())
         self._clear()
@@ -132,15 +116,19 @@ class PartWriter:
 
 def read_bucket(
     file: pathlib.Path, bucket: int, buckets: int, dtype: np.dtype, *, tokens: bool = True
-) -> Iterator[Slice]:
-    """A bucket's documents, slice by slice, in the unit's order.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A bucket's documents slice by slice, in the unit's order.
 
     Args:
       file: A part file.
-      bucket: Which.
-      buckets: How many the file was written with.
+      bucket: Index of the bucket.
+      buckets: How many buckets the file was written with.
       dtype: Of a token.
-      tokens: Whether to read tokens; without, a slice has none.
+      tokens: Whether to read tokens.
+
+    Yields:
+      RECORD[D], one a document, with `subset` an index in the unit's names; and int[T], their
+      tokens concatenated, none where they are not read.
     """
     with open(file, "rb") as part:
         part.seek(-8 * (buckets + 1), os.SEEK_END)
@@ -152,4 +140,4 @@ def read_bucket(
             part.seek(int(run["offset"]))
             records_D = np.frombuffer(part.read(int(run["documents"]) * RECORD.itemsize), RECORD)
             token_bytes = int(run["tokens"]) * dtype.itemsize if tokens else 0
-            yield Slice(records_D, np.frombuffer(part.read(token_bytes), dtype))
+            yield records_D, np.frombuffer(part.read(token_bytes), dtype)

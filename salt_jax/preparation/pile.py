@@ -1,20 +1,16 @@
-"""The Pile's layout, the names of its 22 subsets and their weights.
+"""The Pile: the layout of its release, the names of its 22 subsets and their weights.
 
-In: the folder that holds train/00…29.jsonl.zst, val.jsonl.zst and test.jsonl.zst. Out: its
-TextFiles. Another name than these 22 is refused, and so is a train shard that is missing or stands
-there twice. The released train files are understood to hold
-the upsampled text already.
+The released train files are taken to hold the upsampled text already.
 """
 
 import glob
-import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from salt_jax.preparation.text_files import TextFiles
 
-# Of the Pile's paper (arXiv 2101.00027, table 1): a subset's share of the training text in percent,
-# upsampling included, and the mean size of its documents in KiB.
+# Table 1 of the Pile's paper (arXiv 2101.00027): a subset's share of the training text in percent,
+# with upsampling, and the mean size of its documents in KiB.
 _TABLE: Mapping[str, tuple[float, float]] = {
     "ArXiv": (8.96, 46.61),
     "BookCorpus2": (0.75, 369.87),
@@ -41,7 +37,7 @@ _TABLE: Mapping[str, tuple[float, float]] = {
 }
 PILE_SUBSETS = tuple(_TABLE)
 
-# The same shares in documents, for a mixture that draws documents: they add up to 1 / 5.91 KiB.
+# The same shares as rates of documents, for a mixture that draws documents.
 PILE_DOCUMENT_RATES: Mapping[str, float] = {
     subset: percent / 100 / size for subset, (percent, size) in _TABLE.items()
 }
@@ -50,7 +46,7 @@ PILE_DOCUMENT_RATES: Mapping[str, float] = {
 def pile_files(
     folder: str,
     *,
-    shards: int = 0,
+    train_shards: int = 0,
     max_documents: int = 0,
     max_bytes: int = 0,
     skip_broken_lines: bool = False,
@@ -59,7 +55,7 @@ def pile_files(
 
     Args:
       folder: Holds train/*.jsonl.zst, val.jsonl.zst and test.jsonl.zst.
-      shards: How many train files there must be, 30 in the release; 0 takes any number.
+      train_shards: How many train files there must be, 30 in the release; 0 for any number.
       max_documents: See TextFiles.
       max_bytes: See TextFiles.
       skip_broken_lines: See TextFiles.
@@ -73,26 +69,10 @@ def pile_files(
         max_documents=max_documents,
         max_bytes=max_bytes,
         skip_broken_lines=skip_broken_lines,
-        numbered=True,
-        shards=shards,
+        train_shards=train_shards,
     )
 
 
 def pile_slug(subset: str) -> str:
     """A subset's name in lower case and without signs: "Gutenberg (PG-19)" is gutenberg_pg_19."""
     return re.sub(r"[^a-z0-9]+", "_", subset.lower()).strip("_")
-
-
-def pile_examples(
-    files: TextFiles, path: pathlib.Path, only: str | None = None
-) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """One file's documents, as TFDS takes examples.
-
-    Args:
-      files: The release.
-      path: One of its files.
-      only: A subset's name, to leave the others out.
-    """
-    for number, document in enumerate(files.read([path])):
-        if only is None or document.subset == only:
-            yield f"{path.name}-{number}", {"text": document.text, "subset": document.subset}

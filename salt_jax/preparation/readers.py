@@ -1,16 +1,13 @@
-"""Documents out of files, one at a time.
+"""Reads the documents of one file.
 
-In: a file: rows of JSON (.jsonl, .ndjson, .json) or of a .parquet, with a `text` a row (or the
-fields that a template names) and perhaps a subset name, or any other file, which is one document
-of plain text. All but Parquet may be compressed: .gz, .bz2, .xz, .zst.
-Out: documents, in the file's order. Memory holds one block of a file and one line, whatever a
-compressed file makes of itself: a line too long is refused.
+The file holds rows of JSON (.jsonl, .ndjson, .json) or is a .parquet, with a `text` a row (or the
+fields that a template names) and perhaps a subset name; any other file is one document of plain
+text. All but Parquet may be compressed: .gz, .bz2, .xz, .zst. What is not text, by its name or its
+first bytes, is refused (`data/file_kinds.py`). Memory holds one block of a file and one line: a
+line too long is refused.
 
 A row's subset name is `meta.pile_set_name` (the Pile's), else `subset`; a plain file's is its
-suffix ("py"). What is no text, by its name or its first bytes, is refused (`data/file_kinds.py`).
-
-The libraries of compressed files are imported when one is read: what only describes a corpus needs
-no more than the package itself does.
+suffix ("py").
 """
 
 import itertools
@@ -28,7 +25,6 @@ from salt_jax.preparation.templates import Template, Unfit
 from salt_jax.storage.buckets import open_file
 from salt_jax.storage.json_files import valid_unicode
 
-_REPAIR = "mend the file{templates}, or skip such rows with skip_broken_lines=True"
 _PLAIN = Template()
 # Before the first row of JSON, perhaps of an array.
 _ROW = re.compile(rb"\s*(\[?)\s*(?=\{)")
@@ -40,9 +36,9 @@ class Document(NamedTuple):
 
     Attributes:
       text: Valid Unicode (lone surrogates are replaced by U+FFFD).
-      subset: The subset's name, "" where the row has none.
-      place: Where it stands, for messages: the file and, where it has lines, the line.
-      prompt: What stands before the text without being trained on; "" in plain documents.
+      subset: The subset's name, "" if the row has none.
+      place: The file, and the line if it has lines, for messages.
+      prompt: Precedes the text and is masked out of the loss; "" in plain documents.
     """
 
     text: str
@@ -52,7 +48,7 @@ class Document(NamedTuple):
 
     @property
     def whole(self) -> str:
-        """Prompt and text: what tells documents apart."""
+        """Prompt and text, by which documents are compared."""
         return self.prompt + self.text
 
 
@@ -67,16 +63,15 @@ def read_documents(
     """The documents of a file, empty ones included.
 
     Args:
-      path: The file; its suffix says what it is.
-      skip_broken_lines: Whether a line that is no JSON, or lacks what the template needs, is
-        passed over.
-      log: Where to note the file's digest and the lines passed over.
+      path: The file; its suffix gives its format.
+      skip_broken_lines: Whether to skip lines that are not JSON, or lack what the template needs.
+      log: Records the file's digest and the lines skipped.
       piece_bytes: Plain text is cut at line ends into documents of about this size; 0 doesn't cut.
       template: How a row becomes a document.
 
     Raises:
-      InputError: The file cannot be read, is no text, is cut short, or has a broken line: file and
-        line are named; or it is plain text, and the template asks for fields.
+      InputError: The file cannot be read, is not text, is cut short, or has a malformed line, which
+        is named; or it is plain text, and the template needs fields.
     """
     kind = kind_of(path)
     log = log or ReadingLog()
@@ -100,7 +95,8 @@ def read_documents(
             if not skip_broken_lines:
                 templates = "" if template == _PLAIN else ", or correct PROMPT and RESPONSE"
                 raise InputError(
-                    f"{place}: {error}: {_REPAIR.format(templates=templates)}."
+                    f"{place}: {error}: correct the file{templates}, or skip such rows with "
+                    "skip_broken_lines=True."
                 ) from error
             skipped += 1
             # Now, since the reader may stop at any document; a second reading counts anew.
@@ -111,29 +107,21 @@ def _document(row: Any, place: str, template: Template) -> Document:
     """A row's document.
 
     Raises:
-      Unfit: It is no JSON, or lacks what the template needs.
+      Unfit: It is not JSON, or lacks what the template needs.
     """
     if isinstance(row, Broken):
         raise Unfit(f"this is not JSON ({row.reason})")
     if not isinstance(row, Mapping):
-        hint = " (of an array over a whole file make a .json file)" * isinstance(row, list)
+        hint = " (name a file that holds one array .json)" * isinstance(row, list)
         raise Unfit(f"this row is a {type(row).__name__}, expected an object{hint}")
     prompt, text = template.fill(row)
-    return Document(valid_unicode(text), _subset_name(row), place, valid_unicode(prompt))
-
-
-def _subset_name(row: Mapping[str, Any]) -> str:
-    """The name of a row's subset, "" where there is none.
-
-    Raises:
-      Unfit: It is no name.
-    """
     meta = row.get("meta")
-    name = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
-    name = row.get("subset") if name is None else name
-    if not isinstance(name, str | int | float | None):
-        raise Unfit(f"the subset's name is a {type(name).__name__}, expected a text")
-    return "" if name is None else valid_unicode(str(name))
+    subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
+    subset = row.get("subset") if subset is None else subset
+    if not isinstance(subset, str | int | float | None):
+        raise Unfit(f"the subset's name is a {type(subset).__name__}, expected a text")
+    name = "" if subset is None else valid_unicode(str(subset))
+    return Document(valid_unicode(text), name, place, valid_unicode(prompt))
 
 
 def _json_rows(path: pathlib.Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
@@ -148,20 +136,19 @@ def _parquet_rows(
     import pyarrow.parquet
 
     number = 0
-    with _opened(path, log, in_order=False) as file:
+    with _opened(path, log, sequential=False) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
             schema = table.schema_arrow
-            names = schema.names
-            columns = [name for name in (*template.fields, "subset") if name in names]
-            if "meta" in names and pyarrow.types.is_struct(schema.field("meta").type):
-                columns.append("meta.pile_set_name")
             for field in template.fields:
-                if field not in columns:
+                if field not in schema.names:
                     raise InputError(
-                        f"{path} has no column `{field}`, it has "
-                        f"{', '.join(names)}: rename the column, or correct the templates."
+                        f"{path} has no column `{field}`, it has {', '.join(schema.names)}: rename "
+                        "the column, or correct the templates."
                     )
+            columns = [name for name in (*template.fields, "subset") if name in schema.names]
+            if "meta" in schema.names and pyarrow.types.is_struct(schema.field("meta").type):
+                columns.append("meta.pile_set_name")
             for batch in table.iter_batches(batch_size=256, columns=columns):
                 for values in zip(*map(_values, batch.columns), strict=True):
                     number += 1
@@ -172,17 +159,17 @@ def _parquet_rows(
                 raise
             if "UTF8" in str(error):  # of a dictionary whose indices Arrow converts, say
                 raise InputError(
-                    f"{path} has text that is no UTF-8 after row {number}, in a column of which "
+                    f"{path} has text that is not UTF-8 after row {number}, in a column of which "
                     "Arrow does not read such text: write it as a column of strings."
                 ) from error
             raise InputError(
-                f"{path} is no whole Parquet file ({error}): fetch the file again."
+                f"{path} is not a whole Parquet file ({error}): fetch the file again."
             ) from error
 
 
 def _values(column: Any) -> list[Any]:
-    """A column's values. Text may be of any of Arrow's types for it, or in plain bytes; bytes that
-    are no UTF-8, which a writer may have let pass, become U+FFFD."""
+    """A column's values. Text may be of any of Arrow's types for it, or bytes; invalid UTF-8, which
+    a writer may have let pass, becomes U+FFFD."""
     import pyarrow
     import pyarrow.compute
     from pyarrow import types
@@ -202,29 +189,26 @@ def _values(column: Any) -> list[Any]:
         sizes = pyarrow.compute.list_value_length(column).to_pylist()
         return [None if size is None else list(itertools.islice(inner, size)) for size in sizes]
     if types.is_nested(kind):
-        return [[]] * len(column)  # whatever is in it, it is no text
-    if any(is_text(kind) for is_text in _text_types(types)):
+        return [[]] * len(column)  # a map or a union, which is no text
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    if any(is_text(kind) for is_text in (*strings, *binaries)):
         texts = column.cast(pyarrow.large_binary()).to_pylist()
         return [text if text is None else text.decode(errors="replace") for text in texts]
     return column.to_pylist()
 
 
-def _text_types(types: Any) -> tuple[Any, ...]:
-    strings = (types.is_string, types.is_large_string, types.is_string_view)
-    return (*strings, types.is_binary, types.is_large_binary, types.is_binary_view)
-
-
 def _plain_documents(
     path: pathlib.Path, kind: FileKind, piece_bytes: int, log: ReadingLog
 ) -> Iterator[Document]:
-    """The file as one document, or as pieces; bytes that are no UTF-8 become U+FFFD."""
+    """The file as one document, or as pieces; invalid UTF-8 becomes U+FFFD."""
     subset = kind.suffix.removeprefix(".") or "text"
     with _opened(path, log) as file:
         blocks = text_blocks(path, file)
         for number, piece in enumerate(_pieces(path, blocks, piece_bytes, kind.compression)):
             if b"\0" in piece:
                 raise InputError(
-                    f"{path} holds NUL bytes, so it is no text: convert it, or leave it out of "
+                    f"{path} holds NUL bytes, so it is not text: convert it, or leave it out of "
                     "the files."
                 )
             if not number:
@@ -235,7 +219,7 @@ def _plain_documents(
 def _pieces(
     path: pathlib.Path, blocks: Iterator[bytes], piece_bytes: int, compression: str
 ) -> Iterator[bytearray]:
-    """A text cut behind the first line end after every `piece_bytes`; 0 doesn't cut."""
+    """A text cut after the first line end that follows every `piece_bytes`; 0 doesn't cut."""
     held, searched = bytearray(), 0
     for block in blocks:
         held += block
@@ -263,23 +247,23 @@ def _refuse_rows(path: pathlib.Path, text: bytearray) -> None:
     if start is None:
         return
     is_array, end = bool(start[1]), text.find(b"\n", start.end())
-    # An array's first element may stand beside others, or over several lines.
+    # An array's first element may share its line with others, or take several lines.
     end = start.end() + _MOST_ROW_BYTES if is_array or end < 0 else end
     try:
         head = text[start.end() : end].decode(errors="replace")
         row, _ = json.JSONDecoder().raw_decode(head)
     except (ValueError, RecursionError):
         return
-    if _PLAIN.fields[0] in row:
+    if "text" in row:
         raise InputError(
             f"{path} holds {'an array' * is_array or 'rows'} of JSON, which its name doesn't say: "
             f"name it ….json{'l' * (not is_array)} (before a ….gz, ….zst and so on)."
         )
 
 
-def _opened(path: pathlib.Path, log: ReadingLog, in_order: bool = True) -> BinaryIO:
+def _opened(path: pathlib.Path, log: ReadingLog, sequential: bool = True) -> BinaryIO:
     try:
-        if in_order:
+        if sequential:
             return log.open(path)
         log.note(path)
         return open_file(path)[0]

@@ -1,9 +1,7 @@
-"""What reading the input files finds out about them on the way: digests and broken lines.
+"""Records of input files while they are read: digests, sizes and malformed lines.
 
-In: files, opened through the log, or noted there before another library reads them. Out: each one's
-size, SHA-256 and count of lines passed over, for the manifest, where the log opened it without a
-second reading; and its time of change, by which this reading and a later start notice that it is
-another file now.
+A file that the log opens is digested as it is read, without a second reading. Its time of change
+tells this process and a later one whether it is still the same file.
 """
 
 import dataclasses
@@ -26,11 +24,11 @@ class SourceFile:
     """An input file as it was read.
 
     Attributes:
-      path: Where.
+      path: Its name.
       bytes: Its size.
-      changed_ns: Its time of change, in nanoseconds, or what else changes with it: `state_of`.
+      changed_ns: Its time of change in nanoseconds, or what `state_of` gives instead.
       digest: SHA-256 (hex).
-      broken_lines: Lines passed over.
+      broken_lines: Malformed lines that were skipped.
     """
 
     path: str
@@ -48,19 +46,19 @@ class SourceFile:
             return False
 
     def as_source(self) -> dict[str, Any]:
-        """What a manifest records: the name without its folder, bytes, digest, and broken lines
-        where there were any."""
+        """What a manifest records: the name without its folder, bytes, digest, and malformed lines
+        if there were any."""
         broken = {"broken_lines": self.broken_lines} if self.broken_lines else {}
         name = os.path.basename(self.path)
         return {"file": name, "bytes": self.bytes, "digest": self.digest, **broken}
 
 
 class ReadingLog:
-    """Digests of files while they are read.
+    """The files that a process reads.
 
     Attributes:
-      broken_lines: Lines passed over, by file.
-      lost_characters: Characters that the vocabulary left out, of all files.
+      broken_lines: Malformed lines that were skipped, by file.
+      lost_characters: Characters that the vocabulary dropped, of all files.
     """
 
     def __init__(self) -> None:
@@ -70,16 +68,16 @@ class ReadingLog:
         self._noted: dict[str, tuple[int, int]] = {}
 
     def open(self, path: pathlib.Path) -> BinaryIO:
-        """Opens a file that will be read from its beginning to its end."""
+        """Opens a file to be read sequentially."""
         self._files[str(path)] = _DigestedFile(path)
         return io.BufferedReader(self._files[str(path)], _BUFFER_BYTES)
 
     def note(self, path: pathlib.Path) -> None:
-        """Remembers the state of a file that is about to be read otherwise than through `open`."""
+        """Records the state of a file that is about to be read otherwise than through `open`."""
         self._noted[str(path)] = state_of(path)
 
     def sources(self, paths: Iterable[pathlib.Path]) -> list[SourceFile]:
-        """The files as they were read; what was not read to its end is digested now.
+        """The files as they were read; those not read to their end are digested now.
 
         Raises:
           InputError: A file changed while it was read.
@@ -87,15 +85,14 @@ class ReadingLog:
         return [self._source(path) for path in paths]
 
     def _source(self, path: pathlib.Path) -> SourceFile:
-        file = self._files.get(str(path))
-        state = file.state if file else self._noted.get(str(path)) or state_of(path)
-        digest = file.digest if file else None
-        source = SourceFile(
-            str(path), *state, digest or source_digest(path), self.broken_lines[str(path)]
-        )
+        name = str(path)
+        file = self._files.get(name)
+        state = file.state if file else self._noted.get(name) or state_of(path)
+        digest = (file and file.digest) or source_digest(path)
+        source = SourceFile(name, *state, digest, self.broken_lines[name])
         if not source.unchanged:
             raise InputError(
-                f"{path} changed while it was read: wait until it is whole, and run the same "
+                f"{path} changed while it was read: wait until it is complete, and run the same "
                 "command again."
             )
         return source
@@ -128,7 +125,7 @@ class _DigestedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = self._file.readinto(buffer)  # type: ignore[attr-defined]
-        assert count is not None, "a file on a disk never keeps its reader waiting"
+        assert count is not None, "a blocking file always reads"
         self._sha256.update(memoryview(buffer)[:count])
         if not count:
             self.digest = self._sha256.hexdigest()

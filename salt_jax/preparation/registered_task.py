@@ -1,7 +1,4 @@
-"""A SeqIO task by name, as a setting: no TensorFlow is imported until it is read.
-
-In: the task's name and the module that registers it. Out: what `salt prepare` takes as its `task`.
-"""
+"""A task of SeqIO's registry, by name: TensorFlow is imported only when it is read."""
 
 import dataclasses
 
@@ -10,12 +7,13 @@ import dataclasses
 class RegisteredTask:
     """A task of SeqIO's registry.
 
-    Its `targets` must be token ids with the end of document already there. Where it has an integer
-    feature `subset`, rows carry it; any task of salt_jax.tasks has one.
+    Its `targets` must be token ids that end with the end of document. If it has an integer feature
+    `subset`, rows carry it; the tasks of salt_jax.tasks have one.
 
     Attributes:
-      name: "pile", say.
-      module: What to import first, "salt_jax.tasks.pile" or one's own; "" if that is done already.
+      name: For example "pile".
+      module: The module that registers it, "salt_jax.tasks.pile" or one's own; "" if it is
+        registered already.
     """
 
     name: str

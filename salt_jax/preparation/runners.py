@@ -1,18 +1,12 @@
-"""Who does the jobs of a preparation, as a setting.
-
-In: "local" or the name of one of Apache Beam's runners, and what it needs to know. Out: something
-that runs jobs. Beam is imported when it is used.
-"""
+"""Where the jobs of a preparation run: on this machine or through Apache Beam."""
 
 import dataclasses
-import difflib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from salt_jax.errors import InputError
-from salt_jax.preparation.local_runner import default_workers, run_locally
-from salt_jax.preparation.mapping import Progress, RunJobs
+from salt_jax.errors import InputError, nearest, require_counts
+from salt_jax.preparation.local_runner import Progress, run_locally
 from salt_jax.preparation.work_folder import WorkFolder
 
 LOCAL = "local"
@@ -21,12 +15,12 @@ BEAM_RUNNERS = ("DirectRunner", "PrismRunner", "DataflowRunner", "FlinkRunner", 
 
 @dataclasses.dataclass(frozen=True)
 class JobRunner:
-    """Runs jobs on this machine or through Beam.
+    """Where jobs run.
 
     Attributes:
-      runner: "local", one of BEAM_RUNNERS, or the full name of another runner's class
-        ("package.module.Class").
-      workers: Processes on this machine; None takes the cores that this process may use.
+      runner: "local", one of Beam's ("DirectRunner", "PrismRunner", "DataflowRunner",
+        "FlinkRunner", "SparkRunner"), or the full name of another Beam runner's class.
+      workers: Processes on this machine; one for each core by default.
       beam_options: Beam's own options, each "--name=value".
     """
 
@@ -36,52 +30,54 @@ class JobRunner:
 
     def __post_init__(self) -> None:
         known = (LOCAL, *BEAM_RUNNERS)
-        if self.runner not in known and "." not in str(self.runner):
-            near = difflib.get_close_matches(str(self.runner), known, n=1)
-            hint = f" (nearest: {near[0]!r})" if near else ""
+        if self.runner not in known and "." not in self.runner:
             raise InputError(
-                f"runner is {self.runner!r}, expected one of {', '.join(known)} or the full name "
-                f"of a Beam runner's class{hint}."
+                f"runner is {self.runner!r}{nearest(self.runner, known)}, expected one of "
+                f"{', '.join(known)} or the full name of a Beam runner's class: change --runner."
             )
-        workers = self.workers
-        whole = isinstance(workers, int) and not isinstance(workers, bool)
-        if workers is not None and not (whole and workers >= 1):
-            raise InputError(f"workers is {workers!r}, expected a whole number of 1 or more.")
+        require_counts(workers=self.workers)
         if self.runner == LOCAL and self.beam_options:
             raise InputError(
-                f"beam_options are given, but runner is {LOCAL!r}: name one of Beam's runners "
+                f"beam_options are given, but runner is {LOCAL!r}: set --runner to one of Beam's "
                 f"({', '.join(BEAM_RUNNERS)}), or leave the options out."
             )
-        if self.runner != LOCAL and workers is not None:
+        if self.runner != LOCAL and self.workers is not None:
             raise InputError(
-                f"workers is {workers}, but runner is {self.runner!r}: say in beam_options how "
-                "many workers Beam shall take."
+                f"workers is {self.workers}, but runner is {self.runner!r}: set the number of "
+                "Beam's workers in beam_options."
             )
         if self.runner != LOCAL and importlib.util.find_spec("apache_beam") is None:
             raise InputError(
                 f"runner is {self.runner!r}, and Apache Beam is not installed: "
-                f"pip install 'salt_jax[beam]' in an environment of its own, or take {LOCAL!r}."
+                f"pip install 'salt_jax[beam]' in an environment of its own, or use {LOCAL!r}."
             )
 
-    def on(self, work: WorkFolder) -> RunJobs:
-        """The runner of a work folder's jobs."""
+    def run(
+        self,
+        function: Callable[[Any], Progress],
+        jobs: Sequence[Any],
+        title: str,
+        done: int,
+        work: WorkFolder,
+    ) -> None:
+        """Calls a function with each of its jobs, in any order and perhaps more than once.
 
-        def run(
-            function: Callable[[Any], Progress], jobs: Sequence[Any], title: str, done: int
-        ) -> None:
-            if self.runner == LOCAL:
-                workers = self.workers or default_workers()
-                run_locally(function, jobs, title, done, workers=workers)
-                return
-            from salt_jax.preparation.beam_runner import run_on_beam
+        Args:
+          function: Of a module, so that other processes find it.
+          jobs: Its arguments; they can be pickled.
+          title: What they are.
+          done: How many were finished before.
+          work: The folder that they work in.
 
-            run_on_beam(
-                function,
-                jobs,
-                f"{title}: {len(jobs)} to do, {done} finished before",
-                work=work,
-                runner=self.runner,
-                options=self.beam_options,
-            )
+        Raises:
+          InputError, OSError: What the function raised; or Beam cannot start the runner.
+          Interrupted: A signal to stop came while several processes worked.
+          RunFailed: A process was killed, or Beam's pipeline failed.
+        """
+        if self.runner == LOCAL:
+            run_locally(function, jobs, title, done, self.workers)
+            return
+        from salt_jax.preparation.beam_runner import run_on_beam
 
-        return run
+        title = f"{title}: {len(jobs)} to do, {done} finished before"
+        run_on_beam(function, jobs, title, work, self.runner, self.beam_options)

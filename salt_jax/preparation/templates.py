@@ -1,7 +1,6 @@
-"""Rows with fields into a prompt and a response, by templates.
+"""Templates that turn rows with fields into prompts and responses.
 
-In: a row, a mapping of names to values. Out: two texts. Before and after, with the prompt
-"Question: {question}\\nAnswer:" and the response " {answer}":
+With the prompt "Question: {question}\\nAnswer:" and the response " {answer}":
 
     {"question": "2 + 3?", "answer": "5"}
     "Question: 2 + 3?\\nAnswer:" and " 5"
@@ -18,13 +17,12 @@ from typing import Any, NamedTuple
 from salt_jax.errors import InputError, nearest
 from salt_jax.huggingface.chat_templates import ChatTemplate
 
-# Fields of a row, in an error.
-_MOST_NAMED = 8
+_MOST_NAMED = 8  # fields of a row, in an error
 _LONGEST_SHOWN = 40  # characters of a value
 
 
 class Unfit(ValueError):  # noqa: N818 (says what the row is)
-    """A row that a template cannot take; the message says why, without the row's place."""
+    """A row that a template cannot use; the message says why, without the row's place."""
 
 
 class NoResponse(Unfit):
@@ -32,11 +30,11 @@ class NoResponse(Unfit):
 
 
 class Filled(NamedTuple):
-    """A row's texts.
+    """What a template makes of a row.
 
     Attributes:
       prompt: What a model is given; "" for a plain document.
-      response: What it is to say.
+      response: What it should respond.
     """
 
     prompt: str
@@ -47,17 +45,17 @@ class Filled(NamedTuple):
 class Template:
     """How a row becomes a prompt and a response.
 
-    A field stands in braces and must be a string of the row; "{document:.2000}" takes its first
-    2,000 characters, "{{" is a brace.
+    A field stands in braces and must hold a string; "{document:.2000}" takes its first 2,000
+    characters, "{{" is a brace.
 
     Attributes:
-      prompt: "Question: {question}\\nAnswer:", say; "" makes plain documents.
-      response: " {answer}", say.
-      words: What a field's values stand for: {"label": {"0": "true", "1": "false"}}. Such a field
-        may hold numbers, and no value but these.
-      chat: How a model writes conversations. A row's `messages` are then the prompt, and the last
-        one, the assistant's, the response: as text up to the token that ends a document, which
-        follows it anyway. `prompt` and `response` both say where the messages are, "{messages}".
+      prompt: For example "Question: {question}\\nAnswer:"; "" makes plain documents.
+      response: For example " {answer}".
+      words: What a field's values are replaced by: {"label": {"0": "true", "1": "false"}}. Such a
+        field may hold numbers, but no other values than these.
+      chat: How a model writes conversations. A row's `messages` but for the last are then the
+        prompt, and the last one, the assistant's, is the response, up to the token that ends a
+        document. `prompt` and `response` both name the field of the messages, "{messages}".
       parse_special: Whether the name of a special token in a prompt and its response
         ("<|im_start|>") stands for that token; in plain documents it never does.
     """
@@ -69,7 +67,6 @@ class Template:
     chat: ChatTemplate | None = None
 
     def __post_init__(self) -> None:
-        _ = self._parts  # refuses what cannot be parsed
         if not self._fields_of("response"):
             raise InputError(
                 f"The template response is {self.response!r} and names no field: write the field "
@@ -84,15 +81,15 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that it names, each once, the prompt's first."""
+        """The fields that it names, each once, those of the prompt first."""
         return tuple(dict.fromkeys([*self._fields_of("prompt"), *self._fields_of("response")]))
 
     def fill(self, row: Mapping[str, Any]) -> Filled:
         """The row's prompt and response.
 
         Raises:
-          Unfit: A field is missing, is no string, or has no word.
-          NoResponse: A prompt, and no response.
+          Unfit: A field is missing, not a string, or not among its `words`.
+          NoResponse: There is a prompt and the response is empty.
         """
         if self.chat is not None:
             return _conversation(self.chat, row.get(self.fields[0]))
@@ -101,14 +98,14 @@ class Template:
         if self.prompt and not answered:
             named = ", ".join(f"`{field}`" for field in self._fields_of("response"))
             raise NoResponse(f"this row's response is empty (it is made of {named})")
-        return Filled(*(self._text(name, values) for name in ("prompt", "response")))
-
-    def _text(self, name: str, values: Mapping[str, str]) -> str:
-        pieces = (
-            literal + ("" if field is None else format(values[field], spec))
-            for literal, field, spec in self._parts[name]
+        prompt, response = (
+            "".join(
+                literal + ("" if field is None else format(values[field], spec))
+                for literal, field, spec in self._parts[name]
+            )
+            for name in ("prompt", "response")
         )
-        return "".join(pieces)
+        return Filled(prompt, response)
 
     def _value(self, field: str, row: Mapping[str, Any]) -> str:
         value = row.get(field)
@@ -131,12 +128,12 @@ class Template:
 
     @functools.cached_property
     def _parts(self) -> dict[str, list[tuple[str, str | None, str]]]:
-        """Literals with the field, if any, and the format that follow each; by template."""
+        """(literal, the field after it or None, the field's format), by template."""
         return {name: list(_parsed(name, getattr(self, name))) for name in ("prompt", "response")}
 
 
 def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
-    """Messages up to the last one, as the model is to answer them, and that one."""
+    """The messages before the last as a model is prompted with them, and the last one."""
     try:
         whole = chat(messages, answer=False)
         prompt = chat(messages[:-1]) if messages[-1]["role"] == "assistant" else ""
@@ -144,8 +141,8 @@ def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
         raise Unfit(str(error).removesuffix(".")) from error
     if not prompt or not whole.startswith(prompt):
         raise Unfit(
-            "the last of these messages is not an assistant's that the chat template writes behind "
-            "the others"
+            "the last of these messages is not an assistant's, or the chat template does not "
+            "append it to the others"
         )
     response, end = whole[len(prompt) :], chat.tokens.get("eos_token", "")
     if end and response.rstrip().endswith(end):
@@ -156,7 +153,7 @@ def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written, where that is short."""
+    """A value, or its type where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__}"
 

@@ -1,14 +1,12 @@
-"""A corpus as files: which files make which split, and what their documents are called.
+"""Text files as the splits of a corpus.
 
-In: file patterns a split, or one pattern with held-out fractions. Out: documents by split, the
-subset names and the sources for the manifest. Held-out documents are picked by a hash of their
-text, so that equal texts always fall into the same split and a split never depends on the order or
-the number of files. Only where a split would have no document at all, in the smallest of corpora,
-does it get one that the hash gives to another.
+A split has patterns of its own, or is a fraction held out of the train files. Held-out documents
+are chosen by a hash of their text: equal texts are always in one split, and a split depends neither
+on the order of the files nor on their number. Only if a split would have no document at all, in a
+corpus of a handful of documents, does it get one that the hash assigns to another split.
 """
 
 import dataclasses
-import difflib
 import fnmatch
 import functools
 import hashlib
@@ -19,7 +17,7 @@ from typing import Any
 
 from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.packed_cache import SPLITS
-from salt_jax.errors import InputError, visible
+from salt_jax.errors import InputError, nearest, visible
 from salt_jax.preparation.file_patterns import names_of, once, real_paths
 from salt_jax.preparation.readers import Document, read_documents
 from salt_jax.preparation.reading_log import ReadingLog, source_digest
@@ -33,25 +31,26 @@ class TextFiles:
     """Text files as the splits of a task.
 
     Attributes:
-      train: Pattern or patterns ("corpus/**/*.jsonl.zst"); ** crosses folders, ~ is home, and
-        gs:// and s3:// name buckets. Each file is read once, whatever links lead to it.
+      train: Pattern or patterns ("corpus/**/*.jsonl.zst"); ** crosses folders, ~ is home, gs:// and
+        s3:// name buckets. Each file is read once, whatever links lead to it.
       validation: Patterns of the validation split.
       test: Patterns of the test split.
-      validation_fraction: Instead of `validation`: the fraction of the train files' documents that
-        is held out, by a hash of the text.
+      validation_fraction: Instead of `validation`: the fraction of the train files' documents to
+        hold out, by a hash of the text.
       test_fraction: The same for the test split.
       exclude: Patterns of paths to leave out ("*/site-packages/*").
-      subsets: The names allowed. Empty: any, found by reading the files once more beforehand.
-      default_subset: The name of rows that carry none.
-      max_documents: Read at most so many documents from each split's files; 0 reads all.
-      max_bytes: Read at most so much text (UTF-8 bytes) from each split's files; 0 reads all. With
-        either limit plain text files are taken in the order of a hash of their path, so that what
-        is read is a sample and not the beginning of the alphabet.
-      piece_bytes: Cut plain text files at line ends into documents of about this size; 0 doesn't.
-      skip_broken_lines: Whether broken lines are passed over, and counted, instead of refused.
-      numbered: Whether the train files are numbered shards (00.jsonl.zst, 01.jsonl.zst, …), of
-        which none may be missing or stand there twice.
-      shards: With `numbered`, how many there must be; 0 takes any number.
+      subsets: The subset names allowed; by default any, for which the files are read once more
+        beforehand.
+      default_subset: The name for rows without one.
+      max_documents: The most documents to read from each split's files; 0 reads all.
+      max_bytes: The most text (UTF-8 bytes) to read from each split's files; 0 reads all. With
+        either limit files are taken in the order of a hash of their path, so that what is read is
+        a sample, not the beginning of the alphabet.
+      piece_bytes: Plain text files are cut at line ends into documents of about this size; 0
+        doesn't cut.
+      skip_broken_lines: Whether to skip and count malformed lines instead of refusing them.
+      train_shards: How many numbered shards (00.jsonl.zst, 01.jsonl.zst, …) the train files must
+        be, 0 for any number; none may be missing or there twice. By default they are no shards.
       template: How a row becomes a document: its `text`, or a prompt and a response of other
         fields.
     """
@@ -68,8 +67,7 @@ class TextFiles:
     max_bytes: int = 0
     piece_bytes: int = 0
     skip_broken_lines: bool = False
-    numbered: bool = False
-    shards: int = 0
+    train_shards: int | None = None
     template: Template = Template()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
@@ -84,7 +82,8 @@ class TextFiles:
             fraction = getattr(self, f"{split}_fraction")
             if not 0 <= fraction < 1:
                 raise InputError(
-                    f"{split}_fraction is {fraction}, expected 0 or more and less than 1."
+                    f"{split}_fraction is {fraction}, expected 0 or more and less than 1: change "
+                    f"--{split}_fraction."
                 )
             if fraction and getattr(self, split):
                 raise InputError(
@@ -101,11 +100,9 @@ class TextFiles:
                 raise InputError(f"{field} is {getattr(self, field)}, expected 0 or more.")
 
     def as_plain_text(self) -> "TextFiles":
-        """The same, where no name of a special token stands for the token."""
-        if not self.template.prompt:
-            return self
+        """The same, but names of special tokens in prompts and responses are plain text."""
         template = dataclasses.replace(self.template, parse_special=False)
-        return dataclasses.replace(self, template=template)
+        return dataclasses.replace(self, template=template) if self.template.prompt else self
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -122,7 +119,7 @@ class TextFiles:
         return tuple(split for split in SPLITS if getattr(self, split))
 
     def splits_from(self, split: str) -> tuple[str, ...]:
-        """The splits whose documents stand in a split's own files."""
+        """The splits whose documents are in a split's own files."""
         held_out = [other for other in self.splits if not getattr(self, other)]
         return ("train", *held_out) if split == "train" else (split,)
 
@@ -135,29 +132,36 @@ class TextFiles:
         """
         found = self._found(split)
         files = sorted(found)
-        if self.numbered and not (split != "train" and getattr(self, split)):
-            _refuse_missing_shard(files, self.shards)
+        if self.train_shards is not None and (split == "train" or not getattr(self, split)):
+            _refuse_missing_shard(files, self.train_shards)
         for other in SPLITS[: SPLITS.index(split)]:
             if getattr(self, split) and getattr(self, other):
                 others = {real: file for file, real in self._found(other).items()}
                 for file in files:
-                    if found[file] in others:
-                        also = others[found[file]]
+                    if also := others.get(found[file]):
                         name = f" (as {also})" if also != file else ""
                         raise InputError(
                             f"{file} is both a {other}{name} and a {split} file: "
-                            "make the patterns apart, or hold out a fraction instead."
+                            "make the patterns disjoint, or hold out a fraction instead."
                         )
         if self.max_documents or self.max_bytes:
             files.sort(key=lambda file: hashlib.sha256(str(file).encode()).digest())
         return files
 
+    def all_files(self) -> list[pathlib.Path]:
+        """The files of all splits, sorted, each once."""
+        return sorted({file for split in self.splits for file in self.files(split)})
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Each file's name, bytes and digest, as in a manifest."""
+        return [source.as_source() for source in ReadingLog().sources(self.all_files())]
+
     def documents(self, split: str, log: ReadingLog | None = None) -> Iterator[Document]:
-        """The split's documents that hold any text, in a fixed order.
+        """The split's documents that are not empty, in a fixed order.
 
         Args:
           split: One of `splits`.
-          log: Where to note files' digests and the lines passed over.
+          log: Records the files' digests and the lines skipped.
 
         Raises:
           InputError: See `files` and `read_documents`; or a subset name that is not allowed.
@@ -169,7 +173,7 @@ class TextFiles:
     def read(
         self, files: Iterable[pathlib.Path], log: ReadingLog | None = None
     ) -> Iterator[Document]:
-        """The documents of some of the files that hold any text, as many as the limits allow.
+        """The documents of some of the files that are not empty, as many as the limits allow.
 
         Args and errors: see `documents`.
         """
@@ -193,7 +197,7 @@ class TextFiles:
                 yield self._named(document)
 
     def split_of(self, text: str, asked: str) -> str:
-        """The split that a text of the asked split's files belongs to."""
+        """The split that a text in the asked split's files belongs to."""
         if getattr(self, asked) and asked != "train":
             return asked
         if not self.validation_fraction and not self.test_fraction:
@@ -202,10 +206,9 @@ class TextFiles:
         return self._moved.get(place) or self._split_at(place)
 
     def settled(self) -> "TextFiles":
-        """The same, with what `split_of` must read the corpus for found already: a copy in another
-        process doesn't read it again."""
+        """The same, having read what `split_of` needs: copies in other processes needn't."""
         if self.validation_fraction or self.test_fraction:
-            _ = self._moved  # kept in the object, and sent along with it
+            _ = self._moved  # cached in the object, and pickled with it
         return self
 
     def subset_names(self) -> tuple[str, ...]:
@@ -219,22 +222,14 @@ class TextFiles:
         }
         return tuple(sorted(names))
 
-    def all_files(self) -> list[pathlib.Path]:
-        """The files of all splits, sorted, each once."""
-        return sorted({file for split in self.splits for file in self.files(split)})
-
-    def sources(self) -> list[dict[str, Any]]:
-        """Each input file's name, bytes and digest, as in a manifest."""
-        return [source.as_source() for source in ReadingLog().sources(self.all_files())]
-
     def refuse_equal_shards(self) -> None:
-        """Where shards are numbered, refuses two of equal content.
+        """Refuses shards of equal content, if the train files are shards.
 
         Raises:
           InputError: Two equal files, named. Only files of equal size are read.
         """
         by_size: dict[int, list[pathlib.Path]] = {}
-        for file in self.all_files() if self.numbered else ():
+        for file in () if self.train_shards is None else self.all_files():
             by_size.setdefault(state_of(file)[0], []).append(file)
         for files in by_size.values():
             seen: dict[str, pathlib.Path] = {}
@@ -242,13 +237,13 @@ class TextFiles:
                 other = seen.setdefault(source_digest(file), file)
                 if other is not file:
                     raise InputError(
-                        f"{file} has the same content as {other}, so one of them stands in for "
-                        "another shard: fetch it again."
+                        f"{file} has the same content as {other}, so one of them is not the shard "
+                        "that its name says: fetch it again."
                     )
 
     def listed(self, **changes: Any) -> "TextFiles":
-        """The same, perhaps with other settings, for which a pattern is looked up once: in a bucket
-        that takes as many calls as there are files."""
+        """A copy, with changes, for which each pattern is looked up only once: in a bucket a
+        look-up takes a call for every thousand files."""
         files = dataclasses.replace(self, **changes)
         object.__setattr__(files, "_known", dict(getattr(self, "_known", {})))
         return files
@@ -261,7 +256,7 @@ class TextFiles:
         """The files of a split, with their real paths."""
         patterns = getattr(self, split) or self.train
         known: dict[Any, dict[pathlib.Path, str]] = getattr(self, "_known", {})
-        key = (patterns, self.exclude, self.numbered)
+        key = (patterns, self.exclude)
         if key not in known:
             known[key] = self._expand(patterns)
         return known[key]
@@ -274,13 +269,13 @@ class TextFiles:
             if not names:
                 raise InputError(
                     f"No file matches {pattern!r}, a pattern of TextFiles: correct it, or the "
-                    "folder that this is started in."
+                    "working directory."
                 )
             found.update(map(path_of, names))
         for file in found:
-            kind_of(file)  # refuses what is no text before anything is read
-        if self.numbered:
-            return real_paths(found)  # a shard that is a link to another is refused
+            kind_of(file)  # refuses what is not text before anything is read
+        if self.train_shards is not None:
+            return real_paths(found)  # a shard that is a link to another is refused later
         files = once(found, left_out)
         _tell_left_out(files, left_out)
         return files
@@ -292,17 +287,15 @@ class TextFiles:
         )
 
     def _named(self, document: Document) -> Document:
-        named = document if document.subset else document._replace(subset=self.default_subset)
-        if self.subsets and named.subset not in self.subsets:
-            nearest = difflib.get_close_matches(named.subset, self.subsets, n=1)
-            hint = f" (nearest: {nearest[0]!r})" if nearest else ""
+        name = document.subset or self.default_subset
+        if self.subsets and name not in self.subsets:
             got = f"the subset name {document.subset!r}" if document.subset else "no subset name"
             raise InputError(
                 f"{document.place}: {got}, expected one of the {len(self.subsets)} of the "
-                f"task{hint}: correct meta.pile_set_name, or use a task whose subset names are "
-                "free."
+                f"task{nearest(name, self.subsets)}: correct meta.pile_set_name, or use a task "
+                "that allows any subset name."
             )
-        return named
+        return document._replace(subset=name)
 
     def _split_at(self, place: float) -> str:
         if place < self.validation_fraction:
@@ -311,10 +304,10 @@ class TextFiles:
 
     @functools.cached_property
     def _moved(self) -> Mapping[float, str]:
-        """The places of texts that go to a split which the fractions alone would leave empty.
+        """The places of texts that are moved to a split which would otherwise be empty.
 
-        It gets the lowest place of the split that has most. The train files are read until each
-        split has a text: to their end only where they hold hardly any.
+        It gets the lowest place of the largest split. The train files are read until each split
+        has a text: to their end only if they hold hardly any.
         """
         places: dict[str, set[float]] = {
             split: set() for split in self.splits if split == "train" or not getattr(self, split)
@@ -347,33 +340,35 @@ def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -
 
 
 def _refuse_missing_shard(files: Sequence[pathlib.Path], expected: int) -> None:
-    """Refuses a gap in the shards' numbers, one number twice, and fewer than are expected.
+    """Refuses a gap in the shards' numbers, a number used twice, and fewer shards than expected.
 
-    Files whose names are no numbers don't count.
+    Files whose names are not numbers don't count.
     """
-    stems = [file.name.partition(".")[0] for file in files]
+    folder = files[0].parent
     numbers: dict[int, str] = {}
-    for stem in filter(str.isdecimal, stems):
+    for stem in (file.name.partition(".")[0] for file in files):
+        if not stem.isdecimal():
+            continue
         if int(stem) in numbers:
             raise InputError(
-                f"The shard {int(stem)} is there twice in {files[0].parent}, as "
-                f"{numbers[int(stem)]} and {stem}: take one of them away."
+                f"The shard {int(stem)} is there twice in {folder}, as "
+                f"{numbers[int(stem)]} and {stem}: remove one of them."
             )
         numbers[int(stem)] = stem
-    if len(numbers) < expected and max(numbers, default=-1) < expected - 1:
+    last = max(numbers, default=-1)
+    if len(numbers) < expected and last < expected - 1:
         raise InputError(
-            f"{files[0].parent} has {len(numbers)} shards, expected {expected}: fetch the others, "
-            "or set pile_files.shards to what there is."
+            f"{folder} has {len(numbers)} shards, expected {expected}: fetch the others, or set "
+            "pile_files.train_shards to the number that is there."
         )
-    for number in range(max(numbers, default=-1)):
+    for number in range(last):
         if number not in numbers:
-            name = f"{number:0{len(numbers[max(numbers)])}d}"
             raise InputError(
-                f"The shard {name} is missing in {files[0].parent}, which has shards up to "
-                f"{numbers[max(numbers)]}: fetch it."
+                f"The shard {number:0{len(numbers[last])}d} is missing in {folder}, which has "
+                f"shards up to {numbers[last]}: fetch it."
             )
 
 
 def _place(text: str) -> float:
-    """Where a text stands between 0 and 1, by its hash."""
+    """A text's hash, as a number between 0 and 1."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64

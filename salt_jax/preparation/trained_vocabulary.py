@@ -1,12 +1,11 @@
-"""A SentencePiece vocabulary trained on the corpus itself.
+"""Trains a SentencePiece vocabulary on the corpus itself.
 
-In: the train split's texts. Out: a SentencePieceVocabulary that gives any text back exactly (but
-for U+2581, the sign SentencePiece writes spaces with, which comes back as a space): no
-normalisation, unknown characters as bytes, line feeds and tabs as tokens of their own, runs of
-spaces learned like any other piece, so that code keeps its shape.
+The vocabulary decodes any text to exactly the same text: no normalisation, unknown characters as
+bytes, line feeds and tabs as tokens of their own, runs of spaces learned like any other piece, so
+that code keeps its indentation. The one exception is U+2581, SentencePiece's sign for a space,
+which becomes a space.
 
-The same texts and settings give the same model: the sample is picked by a hash of each text, not by
-their order.
+The same texts and settings give the same model: texts are sampled by a hash, whatever their order.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 from salt_jax.data.vocabularies import SentencePieceVocabulary
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, require_counts
 
 _KEPT_WHOLE = ("\n", "\n\n", "\t")
 # SentencePiece leaves out longer training sentences, so documents are cut at line ends.
@@ -28,14 +27,14 @@ _SENTENCE_BYTES = 4000
 
 @dataclasses.dataclass(frozen=True)
 class TrainedVocabulary:
-    """How to train one.
+    """How to train a vocabulary.
 
     Attributes:
-      size: Ids, the four special ones (padding 0, end of document 1, unknown 2, start 3) and the
-        256 bytes included, `reserved` ones not.
-      model_type: "bpe", or "unigram" (fewer odd pieces; trains some 20 times longer).
+      size: Ids, including the four special ones (padding 0, end of document 1, unknown 2, start 3)
+        and the 256 bytes, excluding `reserved` ones.
+      model_type: "bpe", or "unigram" (more natural pieces; some 20 times slower to train).
       reserved: Ids to append for denoising sentinels and mode tokens.
-      sample_bytes: Train on a sample of about so much text.
+      sample_bytes: Train on a sample of about this much text.
       character_coverage: The share of the sample's characters that get pieces; the rest are bytes.
     """
 
@@ -55,10 +54,7 @@ class TrainedVocabulary:
                 f"TrainedVocabulary.size is {self.size}, expected 300 or more: "
                 "4 special ids and 256 bytes are always part of it."
             )
-        if self.sample_bytes < 1:
-            raise InputError(
-                f"TrainedVocabulary.sample_bytes is {self.sample_bytes}, expected 1 or more."
-            )
+        require_counts(sample_bytes=self.sample_bytes)
 
     def train(self, texts: Iterable[str]) -> SentencePieceVocabulary:
         """Trains on a sample of the texts.
@@ -91,7 +87,7 @@ class TrainedVocabulary:
                 unk_id=2,
                 bos_id=3,
                 max_sentence_length=2 * _SENTENCE_BYTES,
-                num_threads=4,  # part of the result: unigram's sums are made by thread
+                num_threads=4,  # changes the result: unigram sums by thread
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -107,10 +103,8 @@ class TrainedVocabulary:
 
 
 def sample_texts(texts: Iterable[str], sample_bytes: int) -> list[str]:
-    """About `sample_bytes` of the texts: those of the least hashes, whatever order they come in.
-
-    Memory holds the sample and no more.
-    """
+    """About `sample_bytes` of the texts, those with the lowest hashes, whatever their order. Memory
+    holds only the sample."""
     kept: list[tuple[int, str]] = []
     kept_bytes = 0
     for text in texts:
@@ -124,19 +118,18 @@ def sample_texts(texts: Iterable[str], sample_bytes: int) -> list[str]:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in stretches of at most about _SENTENCE_BYTES, cut at line ends where there are
-    any."""
+    """The texts in pieces of at most about _SENTENCE_BYTES, cut at line ends if possible."""
     for text in texts:
-        stretch: list[str] = []
+        piece: list[str] = []
         size = 0
         for line in text.splitlines(keepends=True):
             for start in range(0, len(line), _SENTENCE_BYTES // 4):
                 part = line[start : start + _SENTENCE_BYTES // 4]
                 part_bytes = len(part.encode())
                 if size + part_bytes > _SENTENCE_BYTES:
-                    yield "".join(stretch)
-                    stretch, size = [], 0
-                stretch.append(part)
+                    yield "".join(piece)
+                    piece, size = [], 0
+                piece.append(part)
                 size += part_bytes
-        if stretch:
-            yield "".join(stretch)
+        if piece:
+            yield "".join(piece)

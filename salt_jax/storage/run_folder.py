@@ -87,7 +87,11 @@ class RunFolder:
             raise InputError(f"{there} is a file: --output_dir must name a folder.")
 
     def begin(
-        self, replace: bool = False, may_change: Collection[str] = (), part: str = ""
+        self,
+        replace: bool = False,
+        may_change: Collection[str] = (),
+        part: str = "",
+        upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> list[str]:
         """Makes the folder and writes config.gin and run.json.
 
@@ -97,6 +101,8 @@ class RunFolder:
             parts of its name: "train.batch_size" for one, "MeshConfig" for all of a class. A verb
             lists those that change no result of its as CHANGES_NO_RESULT.
           part: Which part of the work this process does, where several may share the folder.
+          upgrade: Gives the folder's settings, which an older version may have recorded, the names
+            of today.
 
         Returns:
           What did change, a phrase for each setting ("batch_size was 8 and is now 16"); nothing
@@ -112,7 +118,7 @@ class RunFolder:
                 "bucket (gcsfuse, s3fs) and name the mounted folder."
             )
         config, begun = self.config(), self.begun
-        changes = self._changes(config, replace, may_change)
+        changes = self._changes(config, replace, may_change, upgrade)
         self.processes.wait("looked")  # all have, before the first one writes
         if self.processes.is_first:
             self._write_origin(config, part)
@@ -181,7 +187,13 @@ class RunFolder:
                 f"need {needed_bytes / 1e6:,.0f} MB: choose another --output_dir, or make room."
             )
 
-    def _changes(self, config: str, replace: bool, may_change: Collection[str]) -> list[str]:
+    def _changes(
+        self,
+        config: str,
+        replace: bool,
+        may_change: Collection[str],
+        upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    ) -> list[str]:
         """How the configuration differs from the folder's; refuses another run."""
         run_file = self.path / RUN_FILE
         if not run_file.exists():
@@ -200,7 +212,7 @@ class RunFolder:
         if replace:
             return []
         try:
-            before = _settings((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
+            before = upgrade(_settings((self.path / CONFIG_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{self.path / CONFIG_FILE} is damaged: choose another --output_dir, or delete "

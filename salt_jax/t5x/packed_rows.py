@@ -1,9 +1,8 @@
-"""The rows of a packed cache as T5X trains on them: a SeqIO task whose rows are packed already.
+"""The rows of a packed cache as T5X trains on them: a SeqIO task of rows that are packed already.
 
-In: a packed cache, and for stage 1 perhaps stored soft labels and a selection. Out: a registered
-task. Its train split is what `salt train` reads, step by step and without end, from any step on;
-the other splits are their rows once, in order. One example a row, in the words of SeqIO's own
-converters (L tokens, K ids):
+The train split is what `salt train` reads, step by step and endlessly, from any step on, with
+stored soft labels and a selection for stage 1; the other splits are their rows once, in order. One
+example a row, with the names of SeqIO's own converters (L tokens, K ids):
 
     decoder_target_tokens   int32[L]
     decoder_input_tokens    int32[L]     targets shifted right inside each document
@@ -15,7 +14,7 @@ converters (L tokens, K ids):
     soft_rest               float16[L]
     soft_teacher_loss       float16[L]
 
-There is nothing left to convert: seqio.PassThroughFeatureConverter takes all of them on.
+Nothing is left to convert: use seqio.PassThroughFeatureConverter.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ from salt_jax.t5x.seqio_adapters import SeqIOVocabulary
 
 
 class _Feature(NamedTuple):
-    """A feature of the task: its name in a batch of ours, its type, L and K its rank."""
+    """A feature of the task: its name in a batch of salt_jax, its type and its rank."""
 
     ours: str
     dtype: tf.DType
@@ -57,19 +56,19 @@ _LABELS = {
     "soft_rest": _Feature("soft_rest", tf.float16),
     "soft_teacher_loss": _Feature("soft_teacher_loss", tf.float16),
 }
-_VALIDATION_ROWS = 64  # read at once
+_VALIDATION_ROWS = 64  # read at a time
 _LAST_STEP = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """Where the rows lie, and from where on they are read.
+    """Which rows are read, and from which step on.
 
     Attributes:
       cache: Folder of `salt prepare`.
-      batch_size: Rows a step, T5X's own: it says which rows a step reads.
-      seed: Of the order, the data seed of `salt train`.
-      first_step: The step of the first row: what stage 1 has had, for stage 2.
+      batch_size: Rows a step, equal to T5X's: it determines which rows a step reads.
+      seed: Of the order, `data.seed` of `salt train`.
+      first_step: The step of the first row: stage 1's last step, for stage 2.
       soft_labels: Folder of `salt score --soft_labels=K`, for stage 1; None for none.
       selection: Folder of `salt select`, whose rows stage 1 reads (SALT_DS); None reads all rows.
       loss: What the soft labels are for.
@@ -84,6 +83,7 @@ class PackedRows:
     loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
+        # gin under T5X checks no types.
         for name, least in (("batch_size", 1), ("first_step", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -93,20 +93,20 @@ class PackedRows:
 
     @functools.cached_property
     def opened(self) -> tuple[PackedCache, Selection | None, StoredLabels | None]:
-        """The cache, and what stage 1 has beside it.
+        """The cache, and stage 1's selection and soft labels.
 
         Raises:
-          InputError: One of them is missing, half-written, or of another cache; T5X cannot tell
-            the cache's padding from its tokens; the labels are not of these rows, or not for this
-            loss.
+          InputError: One of them is missing, incomplete, or of another cache; T5X cannot
+            distinguish the cache's padding from its tokens; the labels are not of these rows, or
+            not for this loss.
         """
         cache = PackedCache.open(self.cache)
         if cache.vocabulary.pad_id != 0 or cache.vocabulary.eos_id == 0:
             raise InputError(
                 f"The vocabulary of the cache {self.cache} has the padding id "
                 f"{cache.vocabulary.pad_id} and the end of document {cache.vocabulary.eos_id}, and "
-                "T5X takes id 0 for padding wherever it stands: prepare the text with a vocabulary "
-                "whose id 0 is padding alone."
+                "T5X takes id 0 for padding: prepare the text with a vocabulary whose id 0 is "
+                "padding only."
             )
         selection, labels = None, None
         if self.selection is not None:
@@ -121,7 +121,7 @@ class PackedRows:
         return cache, selection, labels
 
     def dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        """The rows of a split; SeqIO's shuffling has no part in their order.
+        """The rows of a split, in their own order: SeqIO's shuffling is ignored.
 
         Raises:
           InputError: See `opened`; or the cache has no such split.
@@ -146,14 +146,13 @@ class PackedRows:
     def _training(self) -> Iterator[Mapping[str, np.ndarray]]:
         cache, selection, labels = self.opened
         rows = cache.split("train")
-        of_selection = RowOrder(selection.row_ids, 0, self.seed) if selection else None
         pipeline = input_pipeline.InputPipeline(
             sources={"cache": rows},
             batch_size=self.batch_size,
             start_id=cache.start_id,
             all_rows=RowOrder(None, len(rows), self.seed),
-            selected_rows=of_selection,
-            # What T5X runs is one stage to its end.
+            selected_rows=RowOrder(selection.row_ids, 0, self.seed) if selection else None,
+            # A launch of T5X is one stage.
             stage1_steps=_LAST_STEP if selection or labels else 0,
             soft_labels=labels,
         )
@@ -167,11 +166,11 @@ class PackedRows:
 
 
 def register(name: str, rows: PackedRows) -> str:
-    """Registers rows as a SeqIO task; the same rows again are the same task.
+    """Registers rows as a SeqIO task; registering the same rows again gives the same task.
 
     Args:
       name: The task's name.
-      rows: The rows. They are opened at once.
+      rows: The rows; they are opened at once.
 
     Returns:
       The name, for T5X's mixture_or_task_name.
@@ -184,7 +183,7 @@ def register(name: str, rows: PackedRows) -> str:
 
 
 def vocabulary(cache: str) -> SeqIOVocabulary:
-    """The vocabulary that T5X's model is to have.
+    """The vocabulary for T5X's model.
 
     Args:
       cache: Folder of `salt prepare`.
@@ -208,5 +207,5 @@ def _registered(name: str, rows: PackedRows) -> seqio.Task:
         source=seqio.FunctionDataSource(rows.dataset, splits=cache.split_names),
         output_features=output_features,
         preprocessors=[],
-        shuffle_buffer_size=None,  # the order is salt_jax's, and says which rows a step reads
+        shuffle_buffer_size=None,  # the order is salt_jax's
     )

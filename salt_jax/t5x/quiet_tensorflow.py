@@ -1,7 +1,4 @@
-"""TensorFlow and SeqIO, imported without what they say of their build and of missing GPUs.
-
-In: nothing. Out: the modules `seqio` and `tf`, for the files of this folder that need them.
-"""
+"""The modules `tf` and `seqio`, imported without TensorFlow's messages about its build and GPUs."""
 
 import contextlib
 import os

@@ -1,28 +1,27 @@
-"""The rows of a packed cache with their scores, as SeqIO tasks for T5X and any other SeqIO user:
-all of them, or those selected (SALT_DS).
+"""SeqIO tasks over the rows of a packed cache: all rows with their scores, or selected ones
+(SALT_DS).
 
-In: a packed cache, its scores, and perhaps a selection. Out: a registered task, one example a row:
+One example a row:
 
-    targets      int32[…]   the row's tokens, padding left off (feature converters pad as they need)
+    targets      int32[…]   the row's tokens without padding (feature converters pad as they need)
     slm_score    float32    the score, in nats; −inf or NaN for none
     row_id       int64      the row's index in its split
     subset       int64      index of its subset's name
 
-SeqIO has no place for a row's own loss weights: there every token is trained on, the row's first
-one included.
+SeqIO has no place for a row's own loss weights: every token is trained on, the row's first one
+included.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from salt_jax.data.packed_cache import SPLITS, PackedCache, PackedSplit
+from salt_jax.data.packed_cache import SPLITS, PackedCache
 from salt_jax.data.row_scores import RowScores, Scores, Selection
-from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.t5x.quiet_tensorflow import seqio, tf
@@ -32,96 +31,68 @@ _BLOCK_ROWS = 64
 _LARGEST_ROW_ID = 2**31 - 1
 
 
-class RowSource(Protocol):
-    """Rows of a packed cache to make a task of."""
+class _Opened(NamedTuple):
+    """What a task's folders hold.
 
-    def vocabulary(self) -> Vocabulary:
-        """The cache's vocabulary."""
-        ...
+    Attributes:
+      cache: The cache.
+      split: The split that the rows are of.
+      row_ids: The rows, ascending.
+      scores: The score of every row of the split; None for none.
+    """
 
-    def subset_names(self) -> tuple[str, ...]:
-        """The cache's subsets."""
-        ...
-
-    def dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        """The rows, by ascending row id or in an order shuffled whole by `seed`."""
-        ...
+    cache: PackedCache
+    split: str
+    row_ids: Sequence[int] | np.ndarray
+    scores: Scores | None
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoredRows:
-    """Where all rows and their scores lie; nothing is read until it is asked for.
+class CacheRows:
+    """Rows of a packed cache; nothing is read until it is asked for.
 
     Attributes:
       cache: Folder of the packed cache.
-      scores: Folder of its scores.
-      score: Which of them.
+      selection: Folder of the selection; "" for all rows.
+      scores: Folder of the scores: those that the selection was made from, any of the cache for a
+        random control or all rows; "" leaves `slm_score` out.
+      score: Which of the scores; a selection by score has its own.
     """
 
     cache: str
-    scores: str
-    score: ScoreConfig = ScoreConfig()  # noqa: RUF009 (frozen)
-
-    @functools.cached_property
-    def opened(self) -> tuple[PackedCache, RowScores, Scores]:
-        """The cache, its scores, and that of every row.
-
-        Raises:
-          InputError: One of them is missing, half-written, or of another cache than `cache`; or the
-            scores hold several k and none is chosen.
-        """
-        cache = PackedCache.open(self.cache)
-        scores = RowScores.open(self.scores, cache_digest=cache.digest)
-        return cache, scores, _of_each_row(scores, self.score)
-
-    def vocabulary(self) -> Vocabulary:
-        return self.opened[0].vocabulary
-
-    def subset_names(self) -> tuple[str, ...]:
-        return self.opened[0].subsets
-
-    def dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        """All rows.
-
-        Raises:
-          InputError: See `opened`; or another split than the one scored.
-        """
-        cache, scores, scores_N = self.opened
-        _require_split(split, "scores", self.scores, scores.manifest["split"])
-        rows = cache.split(split)
-        return _dataset(rows, range(len(rows)), scores_N, shuffle_files, seed)
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectedRows:
-    """Where the rows, their selection and their scores lie; nothing is read until it is asked for.
-
-    Attributes:
-      cache: Folder of the packed cache.
-      selection: Folder of the selection.
-      scores: Folder of the scores that the selection was made from, for a random control any of
-        the cache; "" for none.
-      score: Which of them, for a random control; a selection by score has its own.
-    """
-
-    cache: str
-    selection: str
+    selection: str = ""
     scores: str = ""
     score: ScoreConfig = ScoreConfig()  # noqa: RUF009 (frozen)
 
     @functools.cached_property
-    def opened(self) -> tuple[PackedCache, Selection, Scores | None]:
-        """The cache, the selection, and the score of every row.
+    def opened(self) -> _Opened:
+        """The folders, opened.
 
         Raises:
-          InputError: One of them is missing, half-written, or of another cache than `cache`; or
-            the selection was made from other scores.
+          InputError: One of them is missing, incomplete, or of another cache than `cache`; the
+            selection was made from other scores; or the scores hold several k and none is chosen.
         """
-        cache = PackedCache.open(self.cache)
-        selection = Selection.open(self.selection, cache_digest=cache.digest)
-        if not self.scores:
-            return cache, selection, None
-        scores = RowScores.open(self.scores, cache_digest=cache.digest)
+        cache, score = PackedCache.open(self.cache), self.score
+        scores = RowScores.open(self.scores, cache_digest=cache.digest) if self.scores else None
+        if not self.selection:
+            assert scores is not None, "all rows are registered for their scores"
+            split = scores.manifest["split"]
+            row_ids: range | np.ndarray = range(len(cache.split(split)))
+        else:
+            selection = Selection.open(self.selection, cache_digest=cache.digest)
+            split, row_ids = selection.manifest["split"], selection.row_ids
+            if scores is not None:
+                self._require_own(scores, selection)
+            if selected_by := selection.manifest["score"]:
+                score = ScoreConfig(**selected_by)
+        if scores is None:
+            return _Opened(cache, split, row_ids, None)
+        score = score.among(scores.manifest["k"], scores.columns)
+        scores_N = scores.scores(score.column, score.learnable_column, score.min_learnable_fraction)
+        return _Opened(cache, split, row_ids, scores_N)
+
+    def _require_own(self, scores: RowScores, selection: Selection) -> None:
+        """Refuses scores that the selection was not made from."""
         if scores.manifest["split"] != selection.manifest["split"]:
             raise InputError(
                 f"The scores in {self.scores} are of the {scores.manifest['split']} split, the "
@@ -135,25 +106,48 @@ class SelectedRows:
                 f"{self.scores} holds the scores {scores.digest[:12]}…: name the scores that the "
                 "selection was made from."
             )
-        selected_by = selection.manifest["score"]
-        score = ScoreConfig(**selected_by) if selected_by else self.score
-        return cache, selection, _of_each_row(scores, score)
-
-    def vocabulary(self) -> Vocabulary:
-        return self.opened[0].vocabulary
-
-    def subset_names(self) -> tuple[str, ...]:
-        return self.opened[0].subsets
 
     def dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        """The selected rows.
+        """The rows, by ascending row id or in an order shuffled globally by `seed`.
 
         Raises:
-          InputError: See `opened`; or another split than the one selected from.
+          InputError: See `opened`; or another split than the one scored or selected from.
         """
-        cache, selection, scores_N = self.opened
-        _require_split(split, "selection", self.selection, selection.manifest["split"])
-        return _dataset(cache.split(split), selection.row_ids, scores_N, shuffle_files, seed)
+        cache, own_split, row_ids, scores_N = self.opened
+        if split != own_split:
+            what = "selection" if self.selection else "scores"
+            raise InputError(
+                f"The {what} in {self.selection or self.scores} are of the {own_split} split, not "
+                f"of {split}: ask for that split."
+            )
+        rows = cache.split(split)
+        order: Any = range(len(row_ids))
+        if shuffle_files:
+            # An order computed index by index: all ids of the Pile would take gigabytes.
+            seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+            order = grain.MapDataset.range(len(row_ids)).shuffle(seed=seed)
+
+        def examples() -> Iterator[Mapping[str, Any]]:
+            for start in range(0, len(row_ids), _BLOCK_ROWS):
+                places = range(start, min(start + _BLOCK_ROWS, len(row_ids)))
+                ids = np.array([row_ids[order[place]] for place in places], np.int64)
+                scored = {} if scores_N is None else {"slm_score": scores_N[ids]}
+                for number, row in enumerate(rows.__getitems__(ids.tolist())):
+                    yield {
+                        "targets": row["targets"][row["segment_ids"] > 0],
+                        "row_id": row["row_id"],
+                        "subset": row["subset"].astype(np.int64),
+                        **{name: scores_n[number] for name, scores_n in scored.items()},
+                    }
+
+        signature = {
+            "targets": tf.TensorSpec((None,), tf.int32),
+            "row_id": tf.TensorSpec((), tf.int64),
+            "subset": tf.TensorSpec((), tf.int64),
+        }
+        if scores_N is not None:
+            signature["slm_score"] = tf.TensorSpec((), tf.float32)
+        return tf.data.Dataset.from_generator(examples, output_signature=signature)
 
 
 def register_scored_rows(name: str, cache: str, scores: str, **score: Any) -> seqio.Task:
@@ -165,7 +159,7 @@ def register_scored_rows(name: str, cache: str, scores: str, **score: Any) -> se
       scores: Folder of the scores (`salt score`).
       score: Settings of ScoreConfig: which of the scores.
     """
-    return register_rows(name, lambda: ScoredRows(cache, scores, ScoreConfig(**score)))
+    return register_rows(name, lambda: CacheRows(cache, "", scores, ScoreConfig(**score)))
 
 
 def register_salt_ds(name: str, cache: str, selection: str, scores: str = "") -> seqio.Task:
@@ -177,13 +171,15 @@ def register_salt_ds(name: str, cache: str, selection: str, scores: str = "") ->
       selection: Folder of the selection (`salt select`).
       scores: Folder of the scores (`salt score`); "" leaves `slm_score` out.
     """
-    return register_rows(name, lambda: SelectedRows(cache, selection, scores))
+    return register_rows(name, lambda: CacheRows(cache, selection, scores))
 
 
-def register_rows(name: str, find: Callable[[], RowSource]) -> seqio.Task:
-    """The same for folders that `find` names when the task is first used."""
+def register_rows(name: str, find: Callable[[], CacheRows]) -> seqio.Task:
+    """Registers the rows that `find` gives when the task is first used."""
     found = functools.cache(find)
     passed_on = {"add_eos": False, "dtype": tf.int64, "rank": 0}
+    vocabulary = SeqIOVocabulary(lambda: found().opened.cache.vocabulary)
+    subsets = SubsetVocabulary(lambda: found().opened.cache.subsets)
     return seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(
@@ -191,61 +187,10 @@ def register_rows(name: str, find: Callable[[], RowSource]) -> seqio.Task:
             splits=SPLITS,
         ),
         output_features={
-            "targets": seqio.Feature(SeqIOVocabulary(lambda: found().vocabulary()), add_eos=False),
+            "targets": seqio.Feature(vocabulary, add_eos=False),
             "slm_score": seqio.ContinuousFeature(dtype=tf.float32, rank=0, required=False),
             "row_id": seqio.Feature(seqio.PassThroughVocabulary(_LARGEST_ROW_ID), **passed_on),
-            "subset": seqio.Feature(SubsetVocabulary(lambda: found().subset_names()), **passed_on),
+            "subset": seqio.Feature(subsets, **passed_on),
         },
         preprocessors=[],
     )
-
-
-def _of_each_row(scores: RowScores, score: ScoreConfig) -> Scores:
-    score = score.among(scores.manifest["k"], scores.columns)
-    return scores.scores(score.column, score.learnable_column, score.min_learnable_fraction)
-
-
-def _require_split(asked: str, what: str, folder: str, split: str) -> None:
-    if asked != split:
-        raise InputError(
-            f"The {what} in {folder} are of the {split} split, not of {asked}: ask for that split."
-        )
-
-
-def _dataset(
-    rows: PackedSplit,
-    row_ids_m: np.ndarray | range,
-    scores_N: Scores | None,
-    shuffle: bool,
-    seed: int | None,
-) -> tf.data.Dataset:
-    """One example a row, by ascending row id or in an order shuffled whole by `seed`."""
-    order: Any = range(len(row_ids_m))
-    if shuffle:
-        # An order that is computed place by place: all ids of the Pile would take gigabytes.
-        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-        order = grain.MapDataset.range(len(row_ids_m)).shuffle(seed=seed)
-
-    def examples() -> Iterator[Mapping[str, Any]]:
-        for start in range(0, len(row_ids_m), _BLOCK_ROWS):
-            places = range(start, min(start + _BLOCK_ROWS, len(row_ids_m)))
-            ids = np.array([row_ids_m[order[place]] for place in places], np.int64)
-            scores_n = None if scores_N is None else scores_N[ids]
-            for number, row in enumerate(rows.__getitems__(ids.tolist())):
-                example = {
-                    "targets": row["targets"][row["segment_ids"] > 0],
-                    "row_id": row["row_id"],
-                    "subset": row["subset"].astype(np.int64),
-                }
-                if scores_n is not None:
-                    example["slm_score"] = scores_n[number]
-                yield example
-
-    signature = {
-        "targets": tf.TensorSpec((None,), tf.int32),
-        "row_id": tf.TensorSpec((), tf.int64),
-        "subset": tf.TensorSpec((), tf.int64),
-    }
-    if scores_N is not None:
-        signature["slm_score"] = tf.TensorSpec((), tf.float32)
-    return tf.data.Dataset.from_generator(examples, output_signature=signature)

@@ -1,8 +1,6 @@
-"""Vocabularies and subset names as SeqIO sees them, and back.
+"""Adapters between the vocabularies of salt_jax and those of SeqIO, which give the same ids.
 
-In: our vocabularies, without TensorFlow. Out: seqio.Vocabulary objects that give the same ids; and
-for a SeqIO vocabulary, the one of ours that it is. Adapters take a function too, so that
-registering a task reads no file.
+They also take a function in place of a vocabulary, so that registering a task reads no file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,22 +14,24 @@ from salt_jax.t5x.quiet_tensorflow import seqio, tf
 
 
 class SeqIOVocabulary(seqio.Vocabulary):
-    """One of our vocabularies as a SeqIO vocabulary; reserved ids are SeqIO's extra ids."""
+    """A vocabulary of salt_jax as a SeqIO vocabulary; reserved ids are SeqIO's extra ids.
+
+    Args:
+      vocabulary: The vocabulary, or a function that makes it when it is first used.
+      parse_special: See `Vocabulary.encode`.
+    """
 
     def __init__(
         self, vocabulary: Vocabulary | Callable[[], Vocabulary], parse_special: bool = False
     ):
-        """Takes the vocabulary, or a function that makes it; see `Vocabulary.encode`."""
         self._parse_special = parse_special
-        self._make = vocabulary if not isinstance(vocabulary, Vocabulary) else None
-        self._vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else None
+        self._vocabulary = vocabulary
 
     @property
     def wrapped(self) -> Vocabulary:
-        """Our vocabulary, made now if it was given as a function."""
-        if self._vocabulary is None:
-            assert self._make is not None, "neither a vocabulary nor a way to make it"
-            self._vocabulary = self._make()
+        """The vocabulary of salt_jax."""
+        if not isinstance(self._vocabulary, Vocabulary):
+            self._vocabulary = self._vocabulary()
         return self._vocabulary
 
     @property
@@ -48,7 +48,7 @@ class SeqIOVocabulary(seqio.Vocabulary):
 
     @property
     def unk_id(self) -> None:
-        """None: our vocabularies write every text without unknowns, and decode no id as one."""
+        """None: vocabularies of salt_jax encode every text without unknown ids."""
         return None
 
     @property
@@ -67,11 +67,11 @@ class SeqIOVocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         def encode(text: Any) -> np.ndarray:
-            # Bytes inside a dataset; an array of rank 0 that holds them where it runs at once.
+            # Bytes inside a dataset, an array of rank 0 in eager mode.
             return np.array(self._encode(np.asarray(text).item().decode()), np.int32)
 
         text = tf.convert_to_tensor(s, tf.string)
-        return _with_shape(tf.numpy_function(encode, [text], tf.int32, stateful=False), [None])
+        return tf.ensure_shape(tf.numpy_function(encode, [text], tf.int32, stateful=False), [None])
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         def decode(values: np.ndarray) -> Any:
@@ -81,7 +81,7 @@ class SeqIOVocabulary(seqio.Vocabulary):
 
         ids = tf.convert_to_tensor(ids)
         shape = ids.shape[:-1]
-        return _with_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False), shape)
+        return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False), shape)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SeqIOVocabulary) and self.wrapped == other.wrapped
@@ -90,14 +90,15 @@ class SeqIOVocabulary(seqio.Vocabulary):
         return hash(self.wrapped)
 
     def __str__(self) -> str:
-        return f"SeqIOVocabulary({self._vocabulary or 'not read yet'})"
+        read = isinstance(self._vocabulary, Vocabulary)
+        return f"SeqIOVocabulary({self._vocabulary if read else 'not read yet'})"
 
 
 class SubsetVocabulary(seqio.PassThroughVocabulary):
-    """Subset ids, passed through, with the names they stand for.
+    """Subset ids, passed through, and their names.
 
-    Attributes:
-      names: The subsets' names by id.
+    Args:
+      names: The subsets' names by id, or a function that gives them when they are first used.
     """
 
     def __init__(self, names: Sequence[str] | Callable[[], Sequence[str]]):
@@ -125,10 +126,10 @@ class SubsetVocabulary(seqio.PassThroughVocabulary):
 
 
 def vocabulary_of(vocabulary: seqio.Vocabulary, task: str) -> Vocabulary:
-    """Our vocabulary for a SeqIO one.
+    """The vocabulary of salt_jax for one of SeqIO.
 
     Raises:
-      InputError: A kind of vocabulary that has no counterpart here.
+      InputError: A kind of vocabulary that has no counterpart.
     """
     if isinstance(vocabulary, SeqIOVocabulary):
         return vocabulary.wrapped
@@ -142,8 +143,3 @@ def vocabulary_of(vocabulary: seqio.Vocabulary, task: str) -> Vocabulary:
         f"The task {task!r} has a {type(vocabulary).__name__} for its targets, expected a "
         "SeqIOVocabulary, seqio.SentencePieceVocabulary or seqio.ByteVocabulary: change the task."
     )
-
-
-def _with_shape(tensor: tf.Tensor, shape: Any) -> tf.Tensor:
-    tensor.set_shape(shape)
-    return tensor

@@ -1,8 +1,7 @@
-"""Documents of a registered SeqIO task, shard by shard.
+"""The documents of a registered SeqIO task, shard by shard, for `salt prepare`.
 
-In: a task's name, a split, a shard. Out: every document's ids, subset and digest of its text, in
-the task's unshuffled order, and the files that they stand in. Where the task has `inputs`, they are
-the prompt before the `targets`. Memory holds what SeqIO holds of a shard.
+A document has a task's `targets`, preceded by its `inputs`, if any, as a prompt. Documents keep the
+task's unshuffled order. Memory holds what SeqIO holds of a shard.
 """
 
 import dataclasses
@@ -29,43 +28,83 @@ from salt_jax.t5x.text_tasks import TextFilesSource
 
 @dataclasses.dataclass(frozen=True)
 class TaskUnit:
-    """A shard of a SeqIO task's source.
+    """A shard of a SeqIO task's source; a `corpora.Unit`.
 
     Attributes:
       name: Names its part file.
       split: The split it is of.
       task: The task.
-      shard: Which shard.
-      shards: Of how many.
+      shard: Index of the shard.
+      shards: Shards of the split.
     """
 
     name: str
     split: str
     task: RegisteredTask
-    shard: int
-    shards: int
+    shard: int = 0
+    shards: int = 1
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits its documents may belong to."""
         return (self.split,)
 
     def identity(self) -> dict[str, Any]:
-        """What its documents depend on, apart from the task itself."""
+        """See Unit; what the task itself does is not part of it."""
         return dataclasses.asdict(self)
 
     def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
-        """Its documents.
+        """See Unit; documents without any token are left out.
 
         Raises:
           InputError: What the task's readers raise, or no such task.
         """
         task = find_task(self.task)
-        return read_documents(task, self.split, vocabulary, self.shard, self.shards, log)
+        for file in self._files(task):
+            log.note(file)
+        names = subset_names(task)
+        dataset = task.get_dataset(
+            sequence_length=None,
+            split=self.split,
+            shuffle=False,
+            shard_info=seqio.ShardInfo(self.shard, self.shards) if self.shards > 1 else None,
+            try_in_mem_cache=False,
+        )
+        try:
+            for example in dataset.as_numpy_iterator():
+                ids_T, text = _ids_and_text(example, "targets", vocabulary)
+                prompt_P, prompt = _ids_and_text(example, "inputs", vocabulary)
+                if len(ids_T):
+                    yield TokenizedDocument(
+                        np.concatenate([prompt_P, ids_T]),
+                        self.split,
+                        names[int(example.get("subset", 0))],
+                        hashlib.blake2b(prompt + text, digest_size=16).digest(),
+                        len(text),
+                        len(prompt_P),
+                    )
+        except tf.errors.OpError as error:
+            failure = getattr(task.source, "failure", None)
+            if failure is None:
+                raise
+            raise failure from error
 
     def sources(self, log: ReadingLog) -> list[SourceFile]:
-        """The files of the shard as they were read."""
-        return sources(find_task(self.task), self.split, self.shard, self.shards, log)
+        """See Unit."""
+        task = find_task(self.task)
+        if isinstance(task.source, TextFilesSource):
+            log = task.source.log
+        return log.sources(self._files(task))
+
+    def _files(self, task: seqio.Task) -> list[pathlib.Path]:
+        """The files on this machine that the shard is read from; a source that is a function
+        (seqio.FunctionDataSource) or lies behind a URL has none."""
+        if isinstance(task.source, TextFilesSource):
+            return task.source.files.files(self.split)
+        if isinstance(task.source, seqio.FunctionDataSource):
+            return []
+        # SeqIO gives every shards-th file to a shard.
+        names = list(task.source.list_shards(self.split))[self.shard :: self.shards]
+        return [pathlib.Path(name) for name in names if os.path.isfile(name)]
 
 
 def find_task(task: RegisteredTask) -> seqio.Task:
@@ -85,7 +124,7 @@ def find_task(task: RegisteredTask) -> seqio.Task:
     if task.name not in seqio.TaskRegistry.names():
         names = ", ".join(sorted(seqio.TaskRegistry.names())) or "none"
         raise InputError(
-            f"SeqIO knows no task {task.name!r}, it knows {names}: correct RegisteredTask.name, or "
+            f"SeqIO has no task {task.name!r}, it has {names}: correct RegisteredTask.name, or "
             "set RegisteredTask.module to the module that registers it."
         )
     return seqio.TaskRegistry.get(task.name)
@@ -111,14 +150,14 @@ def task_vocabulary(task: RegisteredTask, given: Vocabulary | None) -> Vocabular
 
 
 def task_corpus(task: RegisteredTask) -> Corpus:
-    """The task's splits, cut up as its source is.
+    """The task's splits, divided into the shards of its source.
 
     Raises:
       InputError: No such task, or none of the splits that a cache has.
     """
     registered = find_task(task)
     units, sizes = [], {}
-    # The source's, since a task without any raises an error of SeqIO's own.
+    # The source's splits: the task raises an error of SeqIO's if there are none.
     for split in [split for split in SPLITS if split in registered.source.splits]:
         shards = len(registered.source.list_shards(split))
         sizes[split] = float(shards)
@@ -135,98 +174,13 @@ def task_corpus(task: RegisteredTask) -> Corpus:
 
 
 def subset_names(task: seqio.Task) -> tuple[str, ...]:
-    """The names that the task's `subset` indexes; the task's own name where it has none."""
+    """The names that the task's `subset` indexes; the task's own name if it has none."""
     feature = task.output_features.get("subset")
     if feature is None:
         return (task.name,)
     if isinstance(feature.vocabulary, SubsetVocabulary):
         return feature.vocabulary.names
     return tuple(f"subset {index}" for index in range(feature.vocabulary.vocab_size))
-
-
-def read_documents(
-    task: seqio.Task,
-    split: str,
-    vocabulary: Vocabulary,
-    shard: int = 0,
-    shards: int = 1,
-    log: ReadingLog | None = None,
-) -> Iterator[TokenizedDocument]:
-    """Documents of one shard of a split; those without any token are left out.
-
-    Args:
-      task: The task.
-      split: One of its splits.
-      vocabulary: The vocabulary of its targets.
-      shard: Which shard of its source.
-      shards: Of how many.
-      log: Where to note what the files are when their reading begins.
-
-    Raises:
-      InputError: What the files' readers raise.
-    """
-    if log is not None:
-        for file in source_files(task, split, shard, shards):
-            log.note(file)
-    names = subset_names(task)
-    dataset = task.get_dataset(
-        sequence_length=None,
-        split=split,
-        shuffle=False,
-        shard_info=seqio.ShardInfo(shard, shards) if shards > 1 else None,
-        try_in_mem_cache=False,
-    )
-    try:
-        for example in dataset.as_numpy_iterator():
-            ids_T, text = _ids_and_text(example, "targets", vocabulary)
-            prompt_P, prompt = _ids_and_text(example, "inputs", vocabulary)
-            if len(ids_T):
-                subset = names[int(example.get("subset", 0))]
-                digest = hashlib.blake2b(prompt + text, digest_size=16).digest()
-                whole_T = np.concatenate([prompt_P, ids_T])
-                yield TokenizedDocument(whole_T, split, subset, digest, len(text), len(prompt_P))
-    except tf.errors.OpError as error:
-        failure = getattr(task.source, "failure", None)
-        if failure is None:
-            raise
-        raise failure from error
-
-
-def _ids_and_text(
-    example: Mapping[str, Any], feature: str, vocabulary: Vocabulary
-) -> tuple[np.ndarray, bytes]:
-    """A feature's ids and the text that they stand for; nothing where there is no such feature."""
-    ids_T = np.asarray(example.get(feature, ()), np.int32)
-    if f"{feature}_pretokenized" in example:
-        return ids_T, example[f"{feature}_pretokenized"]
-    return ids_T, vocabulary.decode(ids_T.tolist()).encode()
-
-
-def source_files(
-    task: seqio.Task, split: str, shard: int = 0, shards: int = 1
-) -> list[pathlib.Path]:
-    """The files on this machine that a shard of a split is read from; a source that is a function
-    (seqio.FunctionDataSource) or lies behind a URL has none."""
-    if isinstance(task.source, TextFilesSource):
-        return task.source.files.files(split)
-    if isinstance(task.source, seqio.FunctionDataSource):
-        return []
-    # SeqIO gives every shards-th file to a shard.
-    names = list(task.source.list_shards(split))[shard::shards]
-    return [pathlib.Path(name) for name in names if os.path.isfile(name)]
-
-
-def sources(
-    task: seqio.Task, split: str, shard: int = 0, shards: int = 1, log: ReadingLog | None = None
-) -> list[SourceFile]:
-    """The files of a shard of a split, as `log` says they were read or as they are now.
-
-    Raises:
-      InputError: A file changed while it was read.
-    """
-    if isinstance(task.source, TextFilesSource):
-        log = task.source.log
-    return (log or ReadingLog()).sources(source_files(task, split, shard, shards))
 
 
 def task_sources(task: RegisteredTask) -> list[dict[str, Any]]:
@@ -236,10 +190,16 @@ def task_sources(task: RegisteredTask) -> list[dict[str, Any]]:
       InputError: No such task.
     """
     registered = find_task(task)
-    files = {
-        file
-        for split in SPLITS
-        if split in registered.source.splits
-        for file in source_files(registered, split)
-    }
+    splits = [split for split in SPLITS if split in registered.source.splits]
+    files = {file for split in splits for file in TaskUnit("", split, task)._files(registered)}
     return [source.as_source() for source in ReadingLog().sources(sorted(files))]
+
+
+def _ids_and_text(
+    example: Mapping[str, Any], feature: str, vocabulary: Vocabulary
+) -> tuple[np.ndarray, bytes]:
+    """A feature's ids and the text that they encode; both empty if there is no such feature."""
+    ids_T = np.asarray(example.get(feature, ()), np.int32)
+    if f"{feature}_pretokenized" in example:
+        return ids_T, example[f"{feature}_pretokenized"]
+    return ids_T, vocabulary.decode(ids_T.tolist()).encode()

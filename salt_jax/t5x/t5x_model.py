@@ -1,12 +1,11 @@
-"""SALT's loss in T5X: a model class for stage 1, whose teacher is in the batch as soft labels.
+"""SALT's loss in T5X: a model class for stage 1, taught by soft labels in the batch.
 
-In: T5X's network, its batches, and in them the soft labels of `t5x/packed_rows.py`. Out:
-T5X's loss and metrics. T5X's own `train.py` runs it (gin/t5x, docs/t5x.md), and nothing else of
-salt_jax imports this file: T5X is no requirement.
+T5X's own `train.py` runs it (gin/t5x, docs/t5x.md) on the batches of t5x/packed_rows.py. Nothing
+else in salt_jax imports this file, since T5X is not a requirement.
 
-A model there sees no step, and what its state holds is in every checkpoint. So ω is a constant, the
-stages are two launches, and no teacher is loaded: stage 2 is T5X's own class, which goes on from
-stage 1's checkpoint. The parameters of both are the same.
+A T5X model does not know the step, and its state is part of every checkpoint. So ω is a constant,
+the stages are two launches, and no teacher is loaded: stage 2 is T5X's own class, which resumes
+from stage 1's checkpoint. Both have the same parameters.
 """
 
 import numbers
@@ -31,7 +30,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-# token_losses's names, and T5X's for such metrics.
+# T5X's names for the metrics of token_losses.
 _METRICS = {
     "hard": "hard_loss_per_nonpadding_target_token",
     "soft": "soft_loss_per_nonpadding_target_token",
@@ -41,22 +40,22 @@ _METRICS = {
 
 
 class SaltDecoderOnlyModel(models.DecoderOnlyModel):
-    """T5X's decoder-only model with SALT's loss where a batch has soft labels.
+    """T5X's decoder-only model, with SALT's loss for batches with soft labels.
 
     Weights, z-loss and the loss's divisor are T5X's: Σ w · ((1 − ω) · hard + ω · soft + z_loss ·
-    log² Σ exp z), over `loss_normalizing_factor`, which by T5X's default is 1 and makes a sum of
-    it. As in T5X's own loss all of the network's logits are ids, those beyond the vocabulary too.
-    With ω 0 it is T5X's own loss, and a batch without soft labels has that as well.
+    log² Σ exp z), over `loss_normalizing_factor`, 1 by T5X's default, which makes it a sum. As in
+    T5X's own loss all logits are ids, those beyond the vocabulary too. With ω = 0, or without soft
+    labels, it is T5X's own loss.
 
     Args:
         args: T5X's: module, vocabulary, optimizer_def.
         omega: ω, at every step of the launch.
-        loss: temperatures and divergence. The labels' temperature was made sure of by what reads
-            them, `PackedRows.loss`; z_loss is T5X's setting, and chunk_tokens has no part.
+        loss: temperatures and divergence. `PackedRows.loss` has checked that the labels have its
+            temperature; z_loss is T5X's setting, and chunk_tokens is unused.
         kwargs: T5X's own settings.
 
     Raises:
-        InputError: ω outside [0, 1], or settings of which only one can hold.
+        InputError: ω outside [0, 1], or settings that exclude each other.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class SaltDecoderOnlyModel(models.DecoderOnlyModel):
 
         Args:
             params: the network's.
-            batch: what `packed_rows.py` gives, B of each.
-            dropout_rng: None leaves dropout out.
+            batch: the features of `packed_rows.py`, each with a leading dimension B.
+            dropout_rng: None for no dropout.
 
         Returns:
-            (loss, clu metrics by name: T5X's, and per token hard and soft loss, the teacher's loss
-            and how often both models have the same most likely id).
+            (loss, clu metrics by name: T5X's, and per token the hard and soft loss, the teacher's
+            loss, and how often both models have the same most likely id).
 
         Raises:
             InputError: fewer logits than ids, or fewer labels than the loss asks for.

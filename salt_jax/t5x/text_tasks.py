@@ -1,16 +1,16 @@
-"""SeqIO tasks over text files or a TFDS dataset: tokenize, append the end of document.
+"""SeqIO tasks over text files or a TFDS dataset.
 
-In: TextFiles, or a dataset's name, and a vocabulary. Out: a seqio.Task with features `targets`
-(int32 ids, the end of document last) and `subset` (int64, index of the subset's name). One example
-is one document; before and after:
+An example is one document, tokenized: `targets` (int32 ids, the end of document last) and `subset`
+(int64, index of the subset's name). Before and after, with ByteVocabulary:
 
     {"targets": "ab", "subset": 3}
-    {"targets": [100, 101, 1], "subset": 3}                      with ByteVocabulary
+    {"targets": [100, 101, 1], "subset": 3}
 
-A task of prompts and responses has `inputs` in place of the subset, without an end of document:
+A task of prompts and responses has `inputs` instead of the subset, without an end of document. With
+the templates "{question}" and "{answer}":
 
     {"question": "a", "answer": "b"}
-    {"inputs": [100], "targets": [101, 1]}                       with "{question}" and "{answer}"
+    {"inputs": [100], "targets": [101, 1]}
 """
 
 import functools
@@ -30,13 +30,15 @@ from salt_jax.t5x.seqio_adapters import SeqIOVocabulary, SubsetVocabulary
 class TextFilesSource(seqio.FunctionDataSource):
     """Documents of text files as a SeqIO data source.
 
+    Args:
+      files: The files, or a function that gives them when they are first read.
+
     Attributes:
-      failure: The error that ended the last reading; TensorFlow passes on no more than its text.
-      log: What reading found out about the files.
+      failure: The error that ended the last reading: TensorFlow only reports its text.
+      log: The files as they were read.
     """
 
     def __init__(self, files: TextFiles | Callable[[], TextFiles]):
-        """Takes the files, or a function that gives them when they are first read."""
         self._given = files
         self.failure: InputError | None = None
         self.log = ReadingLog()
@@ -45,7 +47,7 @@ class TextFilesSource(seqio.FunctionDataSource):
 
     @property
     def files(self) -> TextFiles:
-        """The files, their description made now if it was given as a function."""
+        """The files."""
         if not isinstance(self._given, TextFiles):
             self._given = self._given()
         return self._given
@@ -55,7 +57,7 @@ class TextFilesSource(seqio.FunctionDataSource):
         return self.files.subset_names()
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        # Shuffling is left to the task's buffer: files have a fixed order, see TextFiles.
+        # The task's buffer shuffles: files have a fixed order, see TextFiles.
         del shuffle_files, seed
         index = {name: number for number, name in enumerate(self.subset_names())}
 
@@ -79,7 +81,7 @@ def register_text_task(
     files: TextFiles | Callable[[], TextFiles],
     vocabulary: Vocabulary | Callable[[], Vocabulary],
 ) -> seqio.Task:
-    """A task over text files, in SeqIO's registry.
+    """Registers a task over text files.
 
     Args:
       name: The task's name.
@@ -101,11 +103,11 @@ def register_dataset_task(
     subsets: Sequence[str],
     vocabulary: Vocabulary | Callable[[], Vocabulary],
 ) -> seqio.Task:
-    """The same over a TFDS dataset of {"text", "subset"}, where TFDS finds it (TFDS_DATA_DIR).
+    """Registers a task over a TFDS dataset of {"text", "subset"}, found in TFDS_DATA_DIR.
 
     Args:
       name: The task's name.
-      dataset: With configuration and version, "the_pile/all:1.0.0".
+      dataset: Its name with configuration and version, "the_pile/all:1.0.0".
       subsets: The names that `subset` indexes.
       vocabulary: The vocabulary, or a function that gives it.
     """
@@ -127,16 +129,16 @@ def register_response_task(
     vocabulary: Vocabulary | Callable[[], Vocabulary],
     splits: Mapping[str, str] | None = None,
 ) -> seqio.Task:
-    """Prompts and responses from a TFDS dataset, where TFDS finds it (TFDS_DATA_DIR).
+    """Registers a task of prompts and responses from a TFDS dataset, found in TFDS_DATA_DIR.
 
     Rows without a response are left out.
 
     Args:
       name: The task's name.
-      dataset: With configuration and version, "anli/r1:0.1.0".
+      dataset: Its name with configuration and version, "anli/r1:0.1.0".
       template: How its rows become prompts and responses.
       vocabulary: The vocabulary, or a function that gives it.
-      splits: TFDS's name of each split, {"validation": "train[:2%]"}; None takes them as they are.
+      splits: TFDS's name of each split, {"validation": "train[:2%]"}; by default the same names.
     """
     adapted = SeqIOVocabulary(vocabulary, template.parse_special)
     return seqio.TaskRegistry.add(

@@ -85,6 +85,7 @@ def test_every_setting_that_runs_code_is_one_of_a_verb() -> None:
     for name, harmless in safe_gin.RUN_CODE.items():
         owner, _, setting = name.partition(".")
         groups = {"Devices": "training.config", "FewShot": "evaluation.few_shot"}
+        groups["JobRunner"] = "preparation.runners"
         module = groups.get(owner, f"commands.{owner}")
         function = getattr(importlib.import_module(f"salt_jax.{module}"), owner)
         assert inspect.signature(function).parameters[setting].default in harmless
@@ -177,7 +178,10 @@ def test_nor_by_an_included_file(
         (FEW_SHOT, "few_shot.FewShot.task_folder = 'tasks'"),
         (FEW_SHOT, "a/few_shot.FewShot.task_folder = %X\nX = ''"),
         (FEW_SHOT, "few_shot.FewShot.allow_code_execution = True"),
-        ("from salt_jax.commands import prepare", "prepare.prepare.runner = 'not_ours.Runner'"),
+        (
+            "from salt_jax.preparation import runners",
+            "runners.JobRunner.runner = 'not_ours.Runner'",
+        ),
     ],
 )
 def test_only_settings_are_bound(
@@ -246,9 +250,12 @@ def test_harmless_values_of_those_settings_pass(tmp_path: pathlib.Path) -> None:
     lines = [f"from salt_jax.commands import {verb}\n" for verb in verbs()]
     lines.insert(0, "from __gin__ import dynamic_registration\n")
     lines += ["from salt_jax.training import config\n", f"{FEW_SHOT}\n"]
+    lines.append("from salt_jax.preparation import runners\n")
     for name, harmless in safe_gin.RUN_CODE.items():
         owner = name.partition(".")[0]
-        module = {"Devices": "config", "FewShot": "few_shot"}.get(owner, owner)
+        module = {"Devices": "config", "FewShot": "few_shot", "JobRunner": "runners"}.get(
+            owner, owner
+        )
         lines += [f"{module}.{name} = {value!r}\n" for value in harmless]
     file.write_text("".join(lines))
     safe_gin.require_safe_file(str(file), find_gin_file)

@@ -24,7 +24,7 @@ from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.config import Devices
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW
-from tests.run_settings import train_config
+from tests.run_settings import prepare_settings, train_config
 
 TEMPLATE = Template("Q: {question}\nA:", " {answer}")
 # A model of this size learns them by heart within the steps below.
@@ -46,8 +46,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     files = _files(folder / "train.jsonl")
     files = dataclasses.replace(files, validation=_other(folder / "validation.jsonl"))
-    prepare(
-        RunFolder(folder / "cache", "prepare"),
+    settings = prepare_settings(
         task=files,
         vocabulary=ByteVocabulary(),
         sequence_length=32,
@@ -55,6 +54,7 @@ def model(tmp_path_factory):
         long_documents="drop",
         workers=1,
     )
+    prepare(RunFolder(folder / "cache", "prepare"), **settings)
     train(
         RunFolder(folder / "run", "train"),
         config=train_config(

@@ -10,6 +10,7 @@ from salt_jax.errors import InputError, RunFailed
 from salt_jax.preparation import mapping
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.storage.run_folder import RunFolder
+from tests.run_settings import prepare_settings
 
 from .conftest import files_of
 
@@ -19,7 +20,8 @@ pytest.importorskip("apache_beam", reason="Apache Beam has its own environment (
 def _prepare(folder, corpus, **settings):
     task = TextFiles(train=f"{corpus}/train/*", validation=f"{corpus}/val.jsonl")
     settings = {"sequence_length": 32, "shards": 3, **settings}
-    prepare(RunFolder(folder, "prepare"), task=task, vocabulary=ByteVocabulary(), **settings)
+    settings = prepare_settings(task=task, vocabulary=ByteVocabulary(), **settings)
+    prepare(RunFolder(folder, "prepare"), **settings)
     return files_of(folder)
 
 

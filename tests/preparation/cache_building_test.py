@@ -22,6 +22,7 @@ from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.run_folder import RunFolder
+from tests.run_settings import prepare_settings
 
 from .conftest import files_of
 
@@ -34,7 +35,8 @@ def _files(folder, **changes):
 
 def _prepare(folder, task, **settings):
     defaults = {"vocabulary": ByteVocabulary(), "sequence_length": 32, "shards": 3, "workers": 1}
-    prepare(RunFolder(folder, "prepare"), task=task, **{**defaults, **settings})
+    settings = prepare_settings(task=task, **{**defaults, **settings})
+    prepare(RunFolder(folder, "prepare"), **settings)
     return PackedCache.open(folder)
 
 
@@ -284,18 +286,18 @@ def test_bad_text_keeps_what_is_finished_and_the_command_goes_on(
     folder = tmp_path / "cache"
     with pytest.raises(InputError, match=r"2\.jsonl, line 44: this is not JSON") as caught:
         _prepare(folder, _files(corpus))
-    assert "; 2 of 5 parts of the text are finished and kept, and the same command goes on" in (
+    assert "; 2 of 5 parts of the text are finished and kept, and the same command resumes" in (
         str(caught.value)
     )
     assert "\n" not in str(caught.value)
-    # Passing over broken lines changes nothing in files that have none.
+    # Skipping malformed lines changes nothing in files that have none.
     first = WorkFolder.of_cache(folder).part("train-00000").stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(cache_building, "merge_bucket", None)
         with pytest.raises(TypeError):
             _prepare(folder, _files(corpus), skip_broken_lines=True)
     assert WorkFolder.of_cache(folder).part("train-00000").stat().st_mtime_ns == first
-    # But a file some lines of which were passed over is refused again where they are not to be.
+    # But a file with skipped lines is refused again if they are not to be skipped.
     with pytest.raises(InputError, match=r"2\.jsonl, line 44: this is not JSON"):
         _prepare(folder, _files(corpus))
     (corpus / "train" / "2.jsonl").write_text(good)
@@ -334,6 +336,8 @@ import pathlib, sys
 from salt_jax.commands.prepare import prepare
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.preparation import corpora
+from salt_jax.preparation.packing import Packing
+from salt_jax.preparation.runners import JobRunner
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.storage.run_folder import RunFolder
 
@@ -341,7 +345,8 @@ corpora._UNIT_TEXT_BYTES = 1
 corpus, folder, shards, length, workers = sys.argv[1:]
 files = TextFiles(train=f"{corpus}/train/*", validation=f"{corpus}/val.jsonl")
 prepare(RunFolder(pathlib.Path(folder), "prepare"), task=files, vocabulary=ByteVocabulary(),
-        sequence_length=int(length), shards=int(shards), workers=int(workers))
+        rows=Packing(sequence_length=int(length), shards=int(shards)),
+        jobs=JobRunner(workers=int(workers)))
 """
 
 

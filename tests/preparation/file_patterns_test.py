@@ -108,7 +108,7 @@ def test_one_file_in_two_splits_by_two_names():
 def test_a_shard_that_is_a_link_to_another_is_told():
     make("0.jsonl")
     link("1.jsonl", "0.jsonl")
-    files = TextFiles(train="*.jsonl", numbered=True)
+    files = TextFiles(train="*.jsonl", train_shards=0)
     with pytest.raises(InputError, match=r"1\.jsonl has the same content as 0\.jsonl"):
         files.refuse_equal_shards()
 

@@ -34,16 +34,18 @@ def test_documents_come_back_by_bucket_in_their_order(
     for bucket in range(7):
         slices = list(read_bucket(file, bucket, 7, dtype))
         own = [(n, d) for n, d in enumerate(documents) if d[0] == bucket]
-        records = [record for part in slices for record in part.records]
+        records = [record for records_D, _ in slices for record in records_D]
         assert [int(record["subset"]) for record in records] == [n for n, _ in own]
         assert [int(record["text_bytes"]) for record in records] == [10 * n for n, _ in own]
         digests = np.array([digest for _, (_, _, digest) in own], "S16")
         assert all(r["digest"] == d for r, d in zip(records, digests, strict=True))
-        found = [token for part in slices for token in part.tokens.tolist()]
+        found = [token for _, tokens_T in slices for token in tokens_T.tolist()]
         assert found == [token for _, (_, size, _) in own for token in tokens[:size]]
         without = list(read_bucket(file, bucket, 7, dtype, tokens=False))
-        assert [len(part.records) for part in without] == [len(part.records) for part in slices]
-        assert not any(len(part.tokens) for part in without)
+        sizes = [len(records_D) for records_D, _ in slices]
+        assert [(len(records_D), len(none)) for records_D, none in without] == [
+            (size, 0) for size in sizes
+        ]
 
 
 def test_an_empty_file_has_empty_buckets(tmp_path):

@@ -18,12 +18,13 @@ from salt_jax.errors import InputError
 from salt_jax.main import main
 from salt_jax.preparation import cache_building
 from salt_jax.preparation.corpora import text_corpus
-from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
+from salt_jax.preparation.packing import Packing, cut_document, pack
 from salt_jax.preparation.reading_log import ReadingLog
 from salt_jax.preparation.templates import Template
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.storage.run_folder import RunFolder
 from tests.preparation.conftest import files_of
+from tests.run_settings import prepare_settings
 
 GSM8K = Template("Q: {question}\nA:", " {answer}")
 DATA = pathlib.Path(__file__).parents[2].joinpath("../shared/data/gsm8k").resolve()
@@ -47,7 +48,8 @@ def _prepare(folder, files, **changes) -> PackedCache:
         "long_documents": "drop",
         "workers": 1,
     }
-    prepare(RunFolder(folder, "prepare"), task=files, **{**chosen, **changes})
+    settings = prepare_settings(task=files, **{**chosen, **changes})
+    prepare(RunFolder(folder, "prepare"), **settings)
     return PackedCache.open(folder)
 
 
@@ -83,15 +85,14 @@ def test_exactly_the_responses_have_weight(sizes, length, packing, seed):
             assert prompt == max(min(p, length - r), 0)
         documents = [tokens for tokens, _ in cut]
         prompts = np.array([prompt for _, prompt in cut])
-    rows = PackedSplit(
+    kind = "whole_documents" if packing == "cut" else packing
+    rows = pack(
         documents,
         np.zeros(len(documents), int),
-        packing="whole_documents" if packing == "cut" else packing,
-        sequence_length=length,
+        prompts,
+        Packing(sequence_length=length, packing=kind, seed=seed),
         pad_id=0,
-        seed=seed,
         split="train",
-        prompt_tokens_D=prompts,
     )
     responses = {t for d, p in zip(documents, prompts, strict=True) for t in d[p:].tolist()}
     begins = {int(document[0]) for document in documents}
@@ -191,16 +192,16 @@ def test_a_split_of_long_examples_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"long_documents": "split"}, "can part a response from its prompt"),
+        ({"long_documents": "split"}, "can separate a response from its prompt"),
         ({"packing": "concatenate_and_split"}, "set packing to 'whole_documents'"),
         (
             {"packing": "concatenate_and_split", "long_documents": "split"},
-            "can part a response from its prompt",
+            "can separate a response from its prompt",
         ),
         ({"long_documents": "keep"}, "long_documents is 'keep', expected one of split, drop, cut"),
     ],
 )
-def test_settings_that_would_part_examples_are_refused(tmp_path, changes, message):
+def test_settings_that_would_separate_examples_are_refused(tmp_path, changes, message):
     files = TextFiles(train=_write(tmp_path / "train.jsonl", EXAMPLES), template=GSM8K)
     with pytest.raises(InputError, match=message):
         _prepare(tmp_path / "cache", files, **changes)
@@ -212,7 +213,7 @@ def test_settings_that_would_part_examples_are_refused(tmp_path, changes, messag
     [
         (
             '{"question": "a"}',
-            "line 41: this row has no `answer`, it has `question`: mend the file",
+            "line 41: this row has no `answer`, it has `question`: correct the file",
         ),
         ('{"question": "a", "answer": " "}', "line 41: this row's response is empty"),
         ("{", "line 41: this is not JSON"),
@@ -341,6 +342,6 @@ def test_gsm8k(tmp_path):
     assert 0 < long < 0.05 * len(expected)
 
 
-def test_the_plan_says_what_it_refuses():
+def test_packing_says_what_it_refuses():
     with pytest.raises(InputError, match="which cuts documents wherever a row ends"):
-        PackingPlan(long_documents="cut")
+        Packing(long_documents="cut")

@@ -184,7 +184,7 @@ def test_a_damaged_page_of_parquet(tmp_path):
     content = bytearray(path.read_bytes())
     content[40:400] = bytes(360)
     path.write_bytes(content)
-    with pytest.raises(InputError, match="is no whole Parquet file"):
+    with pytest.raises(InputError, match="is not a whole Parquet file"):
         list(read_documents(path))
 
 
@@ -300,7 +300,7 @@ def test_bytes_that_are_no_utf_8_in_parquet(tmp_path, kind):
 def test_a_dictionary_that_arrow_does_not_read(tmp_path):
     column = pyarrow.DictionaryArray.from_arrays([0, 1], _not_utf_8(pyarrow.string()))
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="text that is no UTF-8 after row 0"):
+    with pytest.raises(InputError, match="text that is not UTF-8 after row 0"):
         list(read_documents(tmp_path / "a.parquet"))
 
 

@@ -13,11 +13,13 @@ from salt_jax.preparation import runners
 from salt_jax.preparation.runners import JobRunner
 
 BAD = {
-    "unknown": ({"runner": "FlinkRuner"}, "runner is 'FlinkRuner', expected .*'FlinkRunner'"),
-    "no words": ({"runner": 3}, "runner is 3, expected one of local"),
-    "workers": ({"workers": 0}, "workers is 0, expected a whole number of 1 or more"),
+    "unknown": ({"runner": "FlinkRuner"}, "runner is 'FlinkRuner'.*nearest: FlinkRunner"),
+    "workers": ({"workers": 0}, "workers is 0 and must be at least 1: change --workers"),
     "options": ({"beam_options": ("--a=b",)}, "beam_options are given, but runner is 'local'"),
-    "both": ({"runner": "SparkRunner", "workers": 2}, "say in beam_options how many"),
+    "both": (
+        {"runner": "SparkRunner", "workers": 2},
+        "Beam's workers in beam_options",
+    ),
 }
 
 
@@ -51,7 +53,7 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     try:
-        run_locally(job, [1, 2, 3], "jobs", 0, workers=2)
+        run_locally(job, [1, 2, 3], "jobs", 0, 2)
     except Interrupted as error:
         print(error, file=sys.stderr)
         sys.exit(75)

@@ -99,7 +99,7 @@ def test_the_piles_names_are_enforced(tmp_path):
     assert files.subset_names() == PILE_SUBSETS
     assert len(set(PILE_SUBSETS)) == 22
     assert _texts(files, "train") == ["a"]
-    with pytest.raises(InputError, match=r"line 1: the subset name 'GitHub'.*nearest: 'Github'"):
+    with pytest.raises(InputError, match=r"line 1: the subset name 'GitHub'.*nearest: Github"):
         _texts(files, "validation")
 
 
@@ -207,9 +207,9 @@ def test_a_missing_shard_of_the_pile_is_named(tmp_path):
 
 def test_as_many_shards_as_the_release_has(tmp_path):
     _pile(tmp_path, "00", "01", "02")
-    with pytest.raises(InputError, match=r"has 3 shards, expected 4: .*pile_files.shards"):
-        pile_files(str(tmp_path), shards=4).files("train")
-    assert len(pile_files(str(tmp_path), shards=3).files("train")) == 3
+    with pytest.raises(InputError, match=r"has 3 shards, expected 4: .*pile_files.train_shards"):
+        pile_files(str(tmp_path), train_shards=4).files("train")
+    assert len(pile_files(str(tmp_path), train_shards=3).files("train")) == 3
 
 
 def test_a_number_that_is_there_twice_is_named(tmp_path):

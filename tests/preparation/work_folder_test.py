@@ -8,6 +8,7 @@ from salt_jax.preparation import cache_building, mapping, merging
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.run_folder import RunFolder
+from tests.run_settings import prepare_settings
 
 from .conftest import files_of
 
@@ -15,7 +16,8 @@ from .conftest import files_of
 def _prepare(folder, corpus, **settings):
     task = TextFiles(train=f"{corpus}/train/*", validation=f"{corpus}/val.jsonl")
     defaults = {"vocabulary": ByteVocabulary(), "sequence_length": 32, "shards": 3, "workers": 1}
-    prepare(RunFolder(folder, "prepare"), task=task, **{**defaults, **settings})
+    settings = prepare_settings(task=task, **{**defaults, **settings})
+    prepare(RunFolder(folder, "prepare"), **settings)
     return folder
 
 

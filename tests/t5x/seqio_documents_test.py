@@ -18,17 +18,15 @@ from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 from salt_jax.storage.run_folder import RunFolder
-from salt_jax.t5x.seqio_documents import (
-    find_task,
-    read_documents,
-    sources,
-    subset_names,
-    task_corpus,
-)
+from salt_jax.t5x.seqio_documents import TaskUnit, find_task, subset_names, task_corpus
 from salt_jax.t5x.text_tasks import register_text_task
 
 VOCABULARY = ByteVocabulary(reserved=3)
 TEXTS = [f"ab {number}\n\tné 🙂" * 3 for number in range(60)]
+
+
+def _unit(split="train", task="mine"):
+    return TaskUnit("", split, RegisteredTask(task))
 
 
 @pytest.fixture
@@ -50,9 +48,9 @@ def registered():
 def test_text_files_without_seqio_give_what_the_task_gives(path, trained):
     vocabulary = TrainedVocabulary(size=330).train(TEXTS) if trained else VOCABULARY
     files = TextFiles(train=str(path), validation_fraction=0.2, test_fraction=0.1)
-    task = register_text_task("mine", files, vocabulary)
+    register_text_task("mine", files, vocabulary)
     for split in files.splits:
-        expected = list(read_documents(task, split, vocabulary))
+        expected = list(_unit(split).documents(vocabulary, ReadingLog()))
         found = [
             document
             for unit in text_corpus(files).units
@@ -66,9 +64,9 @@ def test_text_files_without_seqio_give_what_the_task_gives(path, trained):
 
 
 def test_a_task_of_text_files_knows_its_sources(path):
-    task = register_text_task("mine", TextFiles(train=str(path)), VOCABULARY)
-    assert len(list(read_documents(task, "train", VOCABULARY))) == len(TEXTS) + 1
-    assert sources(task, "train") == ReadingLog().sources([path])
+    register_text_task("mine", TextFiles(train=str(path)), VOCABULARY)
+    assert len(list(_unit().documents(VOCABULARY, ReadingLog()))) == len(TEXTS) + 1
+    assert _unit().sources(ReadingLog()) == ReadingLog().sources([path])
 
 
 def _ids_source(split, shuffle_files=False, seed=None):
@@ -83,10 +81,11 @@ def test_a_task_without_subsets_or_pretokenized_text():
         output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
     )
     task = find_task(RegisteredTask("theirs"))
-    (document,) = read_documents(task, "train", ByteVocabulary())
+    unit = _unit(task="theirs")
+    (document,) = unit.documents(ByteVocabulary(), ReadingLog())
     assert (document.tokens.tolist(), document.text_bytes) == ([100, 101, 1], 2)
     assert subset_names(task) == (document.subset,) == ("theirs",)
-    assert sources(task, "train") == []
+    assert unit.sources(ReadingLog()) == []
 
 
 @pytest.fixture
@@ -142,13 +141,13 @@ def test_a_finished_cache_says_that_a_file_of_its_task_changed(lines, tmp_path):
 
 def test_errors_keep_file_and_line_through_tensorflow(path):
     path.write_text(path.read_text() + '\n{"text": ')
-    task = register_text_task("mine", TextFiles(train=str(path), subsets=("x", "y")), VOCABULARY)
+    register_text_task("mine", TextFiles(train=str(path), subsets=("x", "y")), VOCABULARY)
     with pytest.raises(InputError, match=r"a\.jsonl, line 63: this is not JSON"):
-        list(read_documents(task, "train", VOCABULARY))
+        list(_unit().documents(VOCABULARY, ReadingLog()))
 
 
 def test_a_task_that_nobody_registered():
-    with pytest.raises(InputError, match="knows no task 'none'"):
+    with pytest.raises(InputError, match="has no task 'none'"):
         find_task(RegisteredTask("none"))
     with pytest.raises(InputError, match=r"module no_such_module.*cannot be imported"):
         find_task(RegisteredTask("none", module="no_such_module"))

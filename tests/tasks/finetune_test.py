@@ -16,7 +16,9 @@ from salt_jax.commands.prepare import prepare
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
+from salt_jax.preparation.packing import Packing
 from salt_jax.preparation.registered_task import RegisteredTask
+from salt_jax.preparation.runners import JobRunner
 from salt_jax.preparation.templates import Template
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.storage.run_folder import RunFolder
@@ -133,11 +135,9 @@ def test_a_task_and_its_rows_as_a_file_give_the_same_cache(build, tmp_path):
     for split in ("train", "test"):
         lines = map(json.dumps, _xsum_in_order(split))
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    common = {
-        "sequence_length": 64,
-        "packing": "whole_documents",
-        "long_documents": "drop",
-        "workers": 1,
+    common: dict[str, Any] = {
+        "rows": Packing(64, "whole_documents", long_documents="drop"),
+        "jobs": JobRunner(workers=1),
     }
     files = TextFiles(
         train=str(tmp_path / "train.jsonl"),
@@ -156,11 +156,11 @@ def test_a_task_and_its_rows_as_a_file_give_the_same_cache(build, tmp_path):
     caches = [PackedCache.open(tmp_path / name) for name in ("files", "task")]
     assert caches[0].manifest["splits"] == caches[1].manifest["splits"]
     assert caches[0].split("train").info["shared_documents"] == 2
-    with pytest.raises(InputError, match="can part a response from its prompt"):
+    with pytest.raises(InputError, match="can separate a response from its prompt"):
         prepare(
             RunFolder(tmp_path / "split", "prepare"),
             task=task,
-            **{**common, "long_documents": "split"},
+            **{**common, "rows": Packing(64, "whole_documents")},
         )
 
 

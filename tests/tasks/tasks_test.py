@@ -73,7 +73,7 @@ def _read(name, split):
     names = pile.PILE.output_features["subset"].vocabulary.names
     dataset = seqio.get_mixture_or_task(name).get_dataset(None, split, shuffle=False)
     return [
-        (environment.vocabulary().decode(example["targets"]), names[example["subset"]])
+        (environment.chosen_vocabulary().decode(example["targets"]), names[example["subset"]])
         for example in dataset.as_numpy_iterator()
     ]
 
@@ -164,7 +164,7 @@ def test_selected_rows_by_environment(monkeypatch, tmp_path, cache: PackedCache,
 
 def test_vocabularies_by_environment(monkeypatch, cache: PackedCache, tmp_path):
     monkeypatch.setenv("SALT_VOCABULARY", str(cache.path / "vocabulary"))
-    assert environment.vocabulary() == cache.vocabulary
+    assert environment.chosen_vocabulary() == cache.vocabulary
     monkeypatch.setenv("SALT_VOCABULARY", str(tmp_path / "none.model"))
     with pytest.raises(InputError, match=r"none\.model cannot be read"):
-        environment.vocabulary()
+        environment.chosen_vocabulary()

@@ -22,6 +22,7 @@ from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.partitioning import MeshConfig
+from tests.run_settings import prepare_settings
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64)
 TEACHER = DecoderConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32, max_length=64)
@@ -41,8 +42,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> PackedCache:
         test_fraction=0.1,
         template=TEMPLATE,
     )
-    prepare(
-        RunFolder(folder / "cache", "prepare"),
+    settings = prepare_settings(
         task=files,
         vocabulary=ByteVocabulary(),
         sequence_length=64,
@@ -50,6 +50,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> PackedCache:
         long_documents="drop",
         workers=1,
     )
+    prepare(RunFolder(folder / "cache", "prepare"), **settings)
     return PackedCache.open(folder / "cache")
 
 

@@ -1,28 +1,29 @@
 """The Pile as a TFDS dataset, `the_pile`: text, and the subset as a ClassLabel.
 
-In: the release's files under manual_dir, train/00…29.jsonl.zst, val.jsonl.zst and test.jsonl.zst.
-Out: TFRecord files that SeqIO's TfdsDataSource reads, one for each file of the release, in its
-order, with the splits train, validation and test. Builder configs: `all`, and one for each of the
-22 subsets.
+manual_dir holds the release's files: train/00…29.jsonl.zst, val.jsonl.zst and test.jsonl.zst. Each
+becomes a TFRecord file that SeqIO's TfdsDataSource reads, in the release's order, with the splits
+train, validation and test. There is a builder config `all`, and one for each of the 22 subsets.
 
     tfds build --config=all --manual_dir=PILE --data_dir=DATA
 
-goes through the files one after another. With Apache Beam, files are read side by side:
+reads one file after another. With Apache Beam, files are read in parallel:
 
     tfds build … --beam_pipeline_options="runner=DirectRunner,direct_running_mode=multi_processing,\
 direct_num_workers=16"
 
-The train files are understood to hold the release's upsampled text; so does this dataset.
+The train files are taken to hold the release's upsampled text; so does this dataset.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from salt_jax.preparation.pile import PILE_SUBSETS, pile_examples, pile_files, pile_slug
+from salt_jax.preparation.pile import PILE_SUBSETS, pile_files, pile_slug
+from salt_jax.preparation.text_files import TextFiles
 
 _HOMEPAGE = "https://pile.eleuther.ai/"
 _CITATION = """\
@@ -73,8 +74,8 @@ class ThePile(tfds.core.ShardBasedBuilder):
         dl_manager: tfds.download.DownloadManager,
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
-        """Takes the runner out of Beam's options: TFDS hands a builder of shards to Beam only where
-        a runner is given apart."""
+        """Takes the runner out of Beam's options: TFDS uses Beam for a ShardBasedBuilder only if
+        it is given a runner by itself."""
         config = download_config or tfds.download.DownloadConfig()
         if config.beam_options is not None and config.beam_runner is None:
             from apache_beam.options.pipeline_options import StandardOptions
@@ -92,8 +93,15 @@ class ThePile(tfds.core.ShardBasedBuilder):
         subsets = {pile_slug(subset): subset for subset in PILE_SUBSETS}
         only = subsets.get(self.builder_config.name)
         return {
-            split: [
-                functools.partial(pile_examples, files, path, only) for path in files.files(split)
-            ]
+            split: [functools.partial(_examples, files, path, only) for path in files.files(split)]
             for split in files.splits
         }
+
+
+def _examples(
+    files: TextFiles, path: pathlib.Path, only: str | None
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """One file's documents with their keys; those of the subset `only`, if given."""
+    for number, document in enumerate(files.read([path])):
+        if only is None or document.subset == only:
+            yield f"{path.name}-{number}", {"text": document.text, "subset": document.subset}
