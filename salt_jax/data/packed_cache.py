@@ -46,7 +46,7 @@ from salt_jax.storage.manifests import (
     MANIFEST_FILE,
     begin_writing,
     file_digest,
-    manifest_digest,
+    json_digest,
     new_manifest,
     read_manifest,
     write_manifest,
@@ -153,7 +153,7 @@ class PackedCache:
         """
         folder = local_folder(path)
         manifest = read_manifest(folder, KIND)
-        cache = cls(folder, manifest, manifest_digest(manifest))
+        cache = cls(folder, manifest, json_digest(manifest))
         cache._refuse_contradictions()
         for shard in cache._shards():
             file = inside(cache.path, shard["file"], _AGAIN)

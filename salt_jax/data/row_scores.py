@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
-from salt_jax.data.shard_columns import SUFFIX, Column, layout_of, write_columns
+from salt_jax.data.shard_columns import OLD_SUFFIX, SUFFIX, Column, write_columns
 from salt_jax.errors import InputError
 from salt_jax.storage import durable_files
 from salt_jax.storage.json_files import read_json_object, require_shape
@@ -28,7 +28,7 @@ from salt_jax.storage.manifests import (
     MANIFEST_FILE,
     begin_writing,
     file_digest,
-    manifest_digest,
+    json_digest,
     new_manifest,
     read_manifest,
     write_manifest,
@@ -95,8 +95,8 @@ class RowScoresWriter:
         self.shards = RestartableShards.of(
             folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
         )
-        dtypes = {TARGETS_HASH: "<u8", **dict.fromkeys(names, "<f4"), SUBSET: "<u2"}
-        self._layout = layout_of(dtypes)
+        fields = {TARGETS_HASH: "<u8", **dict.fromkeys(names, "<f4"), SUBSET: "<u2"}
+        self._fields = list(fields.items())
 
     def begin(self) -> None:
         """Makes the folder, if need be.
@@ -121,7 +121,7 @@ class RowScoresWriter:
             if values_n.dtype == np.float32:
                 nan_n |= ~(values_n < np.inf)  # −∞ is the score of a row without a learnable token
         with self.shards.write(shard) as file:
-            write_columns(file, self._layout, columns)
+            write_columns(file, columns, np.dtype(self._fields))
             file.finish({"nan_rows": int(nan_n.sum())}, measured)
 
     def complete(self, cost: Mapping[str, Any] | None = None) -> "RowScores":
@@ -144,7 +144,7 @@ class RowScoresWriter:
                 split=made_from["split"],
                 scorer=made_from["scorer"],
                 k=made_from["k"],
-                columns=[list(column) for column in self._layout],
+                columns=[list(field) for field in self._fields],
                 nan_rows=shards.total("nan_rows"),
             )
         return RowScores.open(shards.folder)
@@ -181,7 +181,7 @@ class RowScores:
         path = local_folder(folder)
         manifest = read_manifest(path, "row_scores")
         _check_cache(path, "scores", manifest, cache_digest)
-        scores = cls(path, manifest, manifest_digest(manifest))
+        scores = cls(path, manifest, json_digest(manifest))
         _require_layout(path / MANIFEST_FILE, manifest)
         _ = scores._shards  # which looks at every file
         return scores
@@ -209,8 +209,8 @@ class RowScores:
 
     def column(self, name: str) -> Column:
         """One column of all rows, on disk until it is read."""
-        layout = [(each, dtype) for each, dtype in self.manifest["columns"]]
-        return Column(self._shards, layout, name, may_be_nan=self.manifest["nan_rows"] > 0)
+        dtype = np.dtype([(each, kind) for each, kind in self.manifest["columns"]])
+        return Column(self._shards, dtype, name, may_be_nan=self.manifest["nan_rows"] > 0)
 
     def scores(
         self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
@@ -227,7 +227,8 @@ class RowScores:
 
     @functools.cached_property
     def _shards(self) -> FinishedShards:
-        return FinishedShards(self.path, self.manifest, SUFFIX, "salt score")
+        suffix = SUFFIX if self.manifest["format_version"] > 2 else OLD_SUFFIX
+        return FinishedShards(self.path, self.manifest, suffix, "salt score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +346,7 @@ class Selection:
 
 
 def _require_layout(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses columns that shards of these sizes don't hold, or that are of another type."""
+    """Refuses columns of other types, and shards that can't hold them."""
     columns, row_bytes = manifest["columns"], 0
     for column in columns:
         if len(column) != 2 or column[1] not in _TYPES:
@@ -358,7 +359,7 @@ def _require_layout(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     if len(dict(columns)) != len(columns) or not expected <= dict(columns).keys():
         raise InputError(f"{file}: columns must have {', '.join(sorted(expected))}: {_AGAIN}.")
     for shard in manifest["shards"]:
-        if shard["bytes"] != shard["rows"] * row_bytes:
+        if shard["bytes"] < shard["rows"] * row_bytes:
             raise InputError(
                 f"{file}: a shard of {shard['rows']} rows has {shard['bytes']} bytes, expected "
                 f"{row_bytes} a row: {_AGAIN}."
@@ -367,9 +368,7 @@ def _require_layout(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     """Of what was selected, not of what it took to score it."""
-    return manifest_digest(
-        {name: part for name, part in manifest.items() if name != "scoring_cost"}
-    )
+    return json_digest({name: part for name, part in manifest.items() if name != "scoring_cost"})
 
 
 def _check_cache(

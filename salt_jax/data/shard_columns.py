@@ -1,43 +1,42 @@
-"""Columns of one number a row, kept in shards.
+"""Columns of one number a row, in shards: each is an .npy file of records, a field a column.
 
-In: arrays of a shard's rows, by name. Out: the shard's bytes: one column after another, each the
-little-endian numbers of its rows; and columns of the whole split again, read from any place in
-them. A column of hundreds of millions of rows is never in memory whole unless it is asked for so.
+    np.load("shards/00003-of-00007.npy", mmap_mode="r")["median_drop_k10"]
 
-Shard 3's scores by hand, where the manifest's columns begin [["targets_hash", "<u8"],
-["median_drop_k10", "<f4"], …] and the shard has n rows:
-
-    np.memmap("shards/00003-of-00007.columns", "<f4", "r", offset=8 * n, shape=n)
+A column of hundreds of millions of rows is never in memory whole unless it is asked for whole.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
+from salt_jax.data.npy_files import map_npy
 from salt_jax.storage.restartable_shards import FinishedShards, ShardWriter
 
-SUFFIX = ".columns"
-
-# Names and types in the order in which a shard holds them: wide ones first, so all are aligned.
-Layout = Sequence[tuple[str, str]]
-
-
-def layout_of(dtypes: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The order of columns of these types ("<f4")."""
-    return sorted(dtypes.items(), key=lambda item: -np.dtype(item[1]).itemsize)
+SUFFIX = ".npy"
+# Of scores of format version 2: one column after another, without a header.
+OLD_SUFFIX = ".columns"
 
 
-def write_columns(file: ShardWriter, layout: Layout, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes a shard's columns.
+def write_columns(file: ShardWriter, columns: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
+    """Writes a shard.
 
     Args:
       file: The shard.
-      layout: What `layout_of` gave.
-      columns: An array of the shard's rows for each.
+      columns: An array of the shard's rows for each field.
+      dtype: Of a row.
     """
-    assert columns.keys() == dict(layout).keys(), f"columns {set(columns)} of {layout}"
-    for name, dtype in layout:
-        file.write(np.ascontiguousarray(columns[name], dtype).data.cast("B"))
+    assert columns.keys() == set(dtype.names or ()), f"columns {set(columns)} of {dtype}"
+    records_n = np.empty(len(next(iter(columns.values()))), dtype)
+    for name, values_n in columns.items():
+        records_n[name] = values_n
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, np.lib.format.header_data_from_array_1_0(records_n)
+    )
+    file.write(header.getvalue())
+    file.write(records_n.data.cast("B"))
 
 
 class Column:
@@ -45,20 +44,18 @@ class Column:
 
     Args:
       shards: The shards that hold it.
-      layout: Their columns.
-      name: Which of them.
-      may_be_nan: Whether rows are known to have no number: else NaN and ∞ are refused (−∞ is the
-        score of a row without a learnable token).
+      dtype: Of their rows.
+      name: The field.
+      may_be_nan: Whether some rows are known to have no number; otherwise NaN and ∞ are refused
+        (−∞ is the score of a row without a learnable token).
     """
 
     def __init__(
-        self, shards: FinishedShards, layout: Layout, name: str, may_be_nan: bool = False
+        self, shards: FinishedShards, dtype: np.dtype, name: str, may_be_nan: bool = False
     ) -> None:
-        self._shards, self._name, self._may_be_nan = shards, name, may_be_nan
-        self.dtype = np.dtype(dict(layout)[name])
-        names = [each for each, _ in layout]
-        before = layout[: names.index(name)]
-        self._row_bytes_before = sum(np.dtype(dtype).itemsize for _, dtype in before)
+        self._shards, self._rows_dtype, self._name = shards, dtype, name
+        self._may_be_nan = may_be_nan
+        self.dtype = dtype[name]
 
     def __len__(self) -> int:
         return self._shards.rows
@@ -81,7 +78,7 @@ class Column:
         return self._checked(values_m, rows)
 
     def _checked(self, values_n: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
-        """Refuses what is no number; `rows` are the rows' ids, or the first of them."""
+        """Refuses NaN and ∞; `rows` are the rows' ids, or the first of them."""
         if self.dtype.kind != "f" or self._may_be_nan or (values_n < np.inf).all():
             return values_n
         at = int((values_n < np.inf).argmin())
@@ -103,6 +100,13 @@ class Column:
 
     def _map(self, index: int) -> np.ndarray:
         # Mapped anew each time: what stays mapped counts as this process's memory.
-        rows = self._shards.rows_of(index)
-        path = self._shards.path(index)
-        return np.memmap(path, self.dtype, "r", offset=rows * self._row_bytes_before, shape=rows)
+        path, rows = self._shards.path(index), self._shards.rows_of(index)
+        if path.suffix == OLD_SUFFIX:
+            return _map_old(path, self._rows_dtype, self._name, rows)
+        again = "copy the folder again, or delete that file and run its `salt score` again"
+        return map_npy(path, self._rows_dtype, rows, again)[self._name]
+
+
+def _map_old(path: pathlib.Path, dtype: np.dtype, name: str, rows: int) -> np.ndarray:
+    fields = dtype.fields or {}
+    return np.memmap(path, dtype[name], "r", offset=rows * fields[name][1], shape=rows)

@@ -28,7 +28,7 @@ from salt_jax.storage.manifests import (
     FORMAT_VERSIONS,
     MANIFEST_FILE,
     file_digest,
-    manifest_digest,
+    json_digest,
     read_manifest,
 )
 from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards, Shard
@@ -191,7 +191,7 @@ class StoredLabels:
                 f"expected the cache {cache_digest[:12]}…: name the cache they were made from, or "
                 "make them again from this one."
             )
-        labels = cls(path, manifest, manifest_digest(manifest))
+        labels = cls(path, manifest, json_digest(manifest))
         labels._require_sizes()
         _ = labels._shards, labels._row_ids  # which look at every file
         return labels

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import TextUnit, Unit
 from salt_jax.preparation.part_files import PartWriter, token_dtype
 from salt_jax.preparation.reading_log import ReadingLog, SourceFile
-from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.durable_files import whole_file
+from salt_jax.storage.job_journal import JobJournal
 
 
 class Progress(NamedTuple):
@@ -54,7 +54,7 @@ class MapJob:
     """
 
     unit: Unit
-    work: WorkFolder
+    work: JobJournal
     buckets: Mapping[str, int]
     fingerprint: str
     plan: str
@@ -67,7 +67,7 @@ class MappedUnit:
 
     Attributes:
       plan: Digest of what it was made from, see MapJob.
-      part_bytes: Size of its part file.
+      bytes: Size of its part file.
       subsets: Subsets' names, in the order in which they appeared.
       documents: Documents by split.
       tokens: Tokens by split.
@@ -76,7 +76,7 @@ class MappedUnit:
     """
 
     plan: str
-    part_bytes: int
+    bytes: int
     subsets: tuple[str, ...]
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
@@ -94,7 +94,7 @@ def map_unit(job: MapJob) -> Progress:
         missing; a file that changed while it was read.
       OSError: The disk is full.
     """
-    vocabulary = _vocabulary(job.work.vocabulary, job.fingerprint)
+    vocabulary = _vocabulary(job.work.path / VOCABULARY_FOLDER, job.fingerprint)
     vocabulary.drop_unknown = job.drop_unknown
     first = first_buckets(job.buckets)
     log = ReadingLog()
@@ -102,7 +102,7 @@ def map_unit(job: MapJob) -> Progress:
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     with (
-        whole_file(job.work.part(job.unit.name)) as file,
+        whole_file(part_file(job.work, job.unit.name)) as file,
         needed_libraries(),
     ):
         part = PartWriter(file, sum(job.buckets.values()), token_dtype(vocabulary.size))
@@ -125,7 +125,7 @@ def map_unit(job: MapJob) -> Progress:
         sources,
         log.lost_characters,
     )
-    job.work.write_json(job.work.unit_record(job.unit.name), dataclasses.asdict(record))
+    job.work.finish(job.unit.name, job.plan, dataclasses.asdict(record))
     return Progress(documents.total(), tokens.total())
 
 
@@ -135,13 +135,15 @@ def first_buckets(buckets: Mapping[str, int]) -> dict[str, int]:
     return {name: sum(buckets[other] for other in names[:at]) for at, name in enumerate(names)}
 
 
-def mapped_unit(work: WorkFolder, unit: Unit, plan: str) -> MappedUnit | None:
-    """The record of a unit, None where it isn't finished for this plan."""
-    record = work.read_json(work.unit_record(unit.name))
-    part = work.part(unit.name)
-    if record is None or record.get("plan") != plan:
-        return None
-    if not part.exists() or part.stat().st_size != record["part_bytes"]:
+def part_file(work: JobJournal, unit: str) -> pathlib.Path:
+    """A unit's part file."""
+    return work.path / f"{unit}.part"
+
+
+def mapped_unit(work: JobJournal, unit: Unit, plan: str) -> MappedUnit | None:
+    """The record of a unit, None if it isn't finished for this plan."""
+    record = work.finished(unit.name, plan, part_file(work, unit.name))
+    if record is None:
         return None
     sources = tuple(SourceFile(**source) for source in record.pop("sources"))
     mapped = MappedUnit(sources=sources, **record)

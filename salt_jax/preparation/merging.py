@@ -10,6 +10,7 @@ corpus's order, which PackedSplit shuffles.
 
 import dataclasses
 import pathlib
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,11 +18,11 @@ import numpy as np
 
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, shard_path, write_shard
 from salt_jax.data.row_records import RecordFormat
-from salt_jax.preparation.mapping import Progress
+from salt_jax.preparation.mapping import Progress, part_file
 from salt_jax.preparation.packing import PackedSplit, PackingPlan, cut_document
 from salt_jax.preparation.part_files import RECORD, read_bucket, token_dtype
-from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.durable_files import whole_file
+from salt_jax.storage.job_journal import JobJournal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class MergeSettings:
     """
 
     folder: pathlib.Path
-    work: WorkFolder
+    work: JobJournal
     units: Mapping[str, Sequence[str]]
     subsets: tuple[str, ...]
     buckets: int
@@ -76,6 +77,11 @@ class MergeJob:
         """The shard."""
         return shard_path(self.settings.folder, self.split, self.index, self.shards)
 
+    @property
+    def record(self) -> str:
+        """The name of its record."""
+        return f"rows-{self.split}-{self.index}"
+
 
 class MergedBucket(NamedTuple):
     """The record of a merged bucket.
@@ -108,7 +114,7 @@ def merge_bucket(job: MergeJob) -> Progress:
     settings = job.settings
     documents = _read(job)
     digest_D, text_bytes_D = documents.records["digest"], documents.records["text_bytes"]
-    shared_D = _shared(digest_D, settings.work.shared_texts(job.split))
+    shared_D = _shared(digest_D, _shared_texts(settings.work, job.split))
     repeated_D = ~shared_D & _repeated(digest_D)
     kept_D = ~shared_D & ~repeated_D if settings.drop_duplicates else ~shared_D
     long_documents = 0
@@ -128,29 +134,27 @@ def merge_bucket(job: MergeJob) -> Progress:
         )
     shard = _write(job, documents, np.flatnonzero(kept_D)) if kept_D.any() else None
     record = {
-        "plan": settings.plan,
+        "bytes": shard.bytes if shard else 0,
         "shard": dataclasses.asdict(shard) if shard else None,
         "documents": {name: dataclasses.asdict(count) for name, count in counts.items()},
         "long_documents": long_documents,
     }
-    settings.work.write_json(settings.work.bucket_record(job.split, job.index), record)
+    settings.work.finish(job.record, settings.plan, record)
     return Progress(len(kept_D), sum(map(len, documents.tokens)))
 
 
 def merged_bucket(job: MergeJob) -> MergedBucket | None:
-    """The record of a bucket, None where it isn't finished for this plan."""
-    record = job.settings.work.read_json(job.settings.work.bucket_record(job.split, job.index))
-    if record is None or record.get("plan") != job.settings.plan:
+    """The record of a bucket, None if it isn't finished for this plan."""
+    record = job.settings.work.finished(job.record, job.settings.plan, job.file)
+    if record is None:
         return None
     shard = ShardCounts(**record["shard"]) if record["shard"] else None
-    if shard and not (job.file.exists() and job.file.stat().st_size == shard.bytes):
-        return None
     documents = {name: DocumentCounts(**count) for name, count in record["documents"].items()}
     return MergedBucket(shard, documents, record["long_documents"])
 
 
 def write_shared_texts(
-    work: WorkFolder,
+    work: JobJournal,
     split: str,
     units: Iterable[str],
     columns: Iterable[int],
@@ -172,10 +176,14 @@ def write_shared_texts(
         np.unique(records_D["digest"])
         for unit in units
         for column in columns
-        for records_D, _ in read_bucket(work.part(unit), column, buckets, dtype, tokens=False)
+        for records_D, _ in read_bucket(part_file(work, unit), column, buckets, dtype, tokens=False)
     ]
-    with whole_file(work.shared_texts(split)) as file:
+    with whole_file(_shared_texts(work, split)) as file:
         np.save(file, np.unique(np.concatenate([np.array([], "S16"), *digests])))
+
+
+def _shared_texts(work: JobJournal, split: str) -> pathlib.Path:
+    return work.path / f"shared-{split}.npy"
 
 
 def _read(job: MergeJob) -> _Documents:
@@ -187,7 +195,7 @@ def _read(job: MergeJob) -> _Documents:
     tokens: list[np.ndarray] = []
     for unit, names in settings.units.items():
         subset_of_unit = np.array([number[name] for name in names], np.int64)
-        part = settings.work.part(unit)
+        part = part_file(settings.work, unit)
         for records_D, tokens_T in read_bucket(part, job.column, settings.buckets, dtype):
             records.append(records_D)
             subsets.append(subset_of_unit[records_D["subset"]])
@@ -234,5 +242,5 @@ def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCou
         prompt_tokens_D=prompt_tokens_K,
     )
     record_format = RecordFormat(settings.packing.sequence_length, settings.vocabulary_size)
-    temporary = settings.work.temporary(job.file)
+    temporary = settings.work.path / f"{job.file.name}.{secrets.token_hex(6)}.tmp"
     return write_shard(job.file, rows, record_format, settings.subsets, temporary)

@@ -13,7 +13,7 @@ from typing import Any
 from salt_jax.errors import InputError
 from salt_jax.preparation.local_runner import default_workers, run_locally
 from salt_jax.preparation.mapping import Progress, RunJobs
-from salt_jax.preparation.work_folder import WorkFolder
+from salt_jax.storage.job_journal import JobJournal
 
 LOCAL = "local"
 BEAM_RUNNERS = ("DirectRunner", "PrismRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
@@ -63,7 +63,7 @@ class JobRunner:
                 f"pip install 'salt_jax[beam]' in an environment of its own, or take {LOCAL!r}."
             )
 
-    def on(self, work: WorkFolder) -> RunJobs:
+    def on(self, work: JobJournal) -> RunJobs:
         """The runner of a work folder's jobs."""
 
         def run(

@@ -20,8 +20,9 @@ MANIFEST_FILE = "manifest.json"
 COMPLETED_FILE = "COMPLETED"
 
 # The version of each kind's layout on disk, raised whenever an older reader would misread a newer
-# folder.
-FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 2, "selection": 1, "soft_labels": 2}
+# folder; and the oldest that is still read.
+FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 3, "selection": 1, "soft_labels": 2}
+_OLDEST_VERSIONS = {**FORMAT_VERSIONS, "row_scores": 2}
 
 # What a pass of a model over rows took: of manifests, and of the file cost.json beside one.
 COST: Shape = {"flops": float, "tokens": float, "seconds": float}
@@ -111,7 +112,7 @@ def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_text(folder / MANIFEST_FILE, text)
-    write_text(folder / COMPLETED_FILE, manifest_digest(manifest) + "\n")
+    write_text(folder / COMPLETED_FILE, json_digest(manifest) + "\n")
 
 
 def new_manifest(kind: str, **parts: Any) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
     _check_kind(path, manifest, kind)
     with open(path / COMPLETED_FILE, "rb") as completed:
         digest = completed.read(80).decode(errors="replace").strip()
-    if digest != manifest_digest(manifest):
+    if digest != json_digest(manifest):
         raise InputError(
             f"{path / MANIFEST_FILE} was changed after the folder was finished: make it again with "
             f"`{made_by}`."
@@ -164,16 +165,16 @@ def _check_kind(path: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> N
             f"name the output folder of `{_MADE_BY[kind]}`."
         )
     version = manifest.get("format_version")
-    if version != FORMAT_VERSIONS[kind]:
+    if version not in range(_OLDEST_VERSIONS[kind], FORMAT_VERSIONS[kind] + 1):
         raise InputError(
             f"{path} is of format version {version}, this version of salt_jax reads "
             f"{FORMAT_VERSIONS[kind]}: make it again with `{_MADE_BY[kind]}`."
         )
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of the manifest as canonical JSON: equal content, equal digest."""
-    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a value as canonical JSON: equal content, equal digest."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

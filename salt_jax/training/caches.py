@@ -14,7 +14,7 @@ from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError
 from salt_jax.storage.local_copies import local_folder
-from salt_jax.storage.manifests import manifest_digest
+from salt_jax.storage.manifests import json_digest
 
 STAGE2_ROWS = ("all", "unused")
 
@@ -73,7 +73,7 @@ class Caches:
         """What a run names its rows by: a single cache's digest, or that of digests and weights."""
         if len(self.packed) == 1:
             return self.first.digest
-        return manifest_digest({"caches": [[c["digest"], c["share"]] for c in self.describe()]})
+        return json_digest({"caches": [[c["digest"], c["share"]] for c in self.describe()]})
 
     def describe(self) -> list[dict[str, Any]]:
         """What checkpoints and summary.json hold of them."""
