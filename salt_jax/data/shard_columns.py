@@ -31,12 +31,10 @@ def write_columns(file: ShardWriter, columns: Mapping[str, np.ndarray], dtype: n
     records_n = np.empty(len(next(iter(columns.values()))), dtype)
     for name, values_n in columns.items():
         records_n[name] = values_n
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, np.lib.format.header_data_from_array_1_0(records_n)
-    )
+    header, head = io.BytesIO(), np.lib.format.header_data_from_array_1_0(records_n)
+    np.lib.format.write_array_header_1_0(header, head)
     file.write(header.getvalue())
-    file.write(records_n.data.cast("B"))
+    file.write(records_n.view(np.uint8).data)
 
 
 class Column:
@@ -108,5 +106,5 @@ class Column:
 
 
 def _map_old(path: pathlib.Path, dtype: np.dtype, name: str, rows: int) -> np.ndarray:
-    fields = dtype.fields or {}
-    return np.memmap(path, dtype[name], "r", offset=rows * fields[name][1], shape=rows)
+    assert dtype.fields is not None, f"{dtype} has no columns"
+    return np.memmap(path, dtype[name], "r", offset=rows * dtype.fields[name][1], shape=rows)
