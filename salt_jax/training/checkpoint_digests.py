@@ -1,8 +1,7 @@
-"""Digests of a checkpoint's files: Orbax would load an array of which a byte was flipped.
+"""SHA-256 digests of a checkpoint's files: Orbax would load an array with a flipped bit.
 
-In: a checkpoint's folder, STEP/{params,optimizer,progress}. Out: STEP/digests.json, written before
-the folder gets its name; and a sentence about the first file that is not what it was, or about
-there being none to check.
+STEP/digests.json is written before the checkpoint's folder gets its name, and compared before
+anything is loaded.
 """
 
 import functools
@@ -19,18 +18,18 @@ from salt_jax.terminal import warn
 
 DIGESTS_FILE = "digests.json"
 
-# Orbax adds it when all else is there.
+# Orbax adds it after everything else.
 _MARK = "commit_success.txt"
 
-# What the processes of a run write each for itself, and what makes arrays of it.
+# The stores that each process writes for itself, and the manifest that merges them.
 _PARTS, _MANIFEST = "ocdbt.process_", "manifest.ocdbt"
 
 
 def write_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Notes the SHA-256 of every file of a checkpoint's items, all of which it reads.
+    """Writes the digests of all files of a checkpoint's items, which it reads for that.
 
     Raises:
-      InputError: An item is not whole.
+      InputError: An item is incomplete.
     """
     for item in items:
         _require_whole(folder, item)
@@ -44,13 +43,13 @@ def write_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
 
 
 def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Writes them where a kill came between a checkpoint's name and its digests."""
+    """Writes the digests if a kill came between a checkpoint's name and its digests."""
     if not (folder / DIGESTS_FILE).exists():
         write_digests(folder, items)
 
 
 def lacking(item: pathlib.Path) -> str:
-    """What an item's folder needs to be read and has not, a file or itself; "" where it has all."""
+    """What is missing for an item to be read, a file or the item itself; "" if nothing is."""
     names = {path.name for path in item.iterdir()} if item.is_dir() else set()
     if not names:
         return item.name
@@ -59,24 +58,24 @@ def lacking(item: pathlib.Path) -> str:
 
 
 def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Compares the files of a checkpoint's items with their digests; says so if it has none.
+    """Compares the files of a checkpoint's items with their digests; warns if there are none.
 
     Args:
       folder: RUN/checkpoints/STEP.
       items: Which of its items.
 
     Raises:
-      InputError: A file is missing, or is another one than was written.
+      InputError: A file is missing or has changed.
     """
     for item in items:
         item_digest(folder, item)
 
 
 def item_digest(folder: pathlib.Path, item: str) -> str:
-    """The SHA-256 of all of an item's names and files.
+    """The SHA-256 (hex) of an item's file names and contents.
 
     Raises:
-      InputError: As `check_digests`.
+      InputError: See `check_digests`.
     """
     known, whole, found = _known(folder), hashlib.sha256(), set()
     _require_whole(folder, item)
@@ -94,7 +93,7 @@ def item_digest(folder: pathlib.Path, item: str) -> str:
 
 
 def damaged(folder: pathlib.Path, what: str) -> InputError:
-    """The error of a checkpoint that can't be used, with the way to an older one."""
+    """The error of a checkpoint that can't be used, which names the older ones."""
     older = [p.name for p in folder.parent.iterdir() if p.name.isdigit() and p != folder]
     steps = ", ".join(sorted(older, key=int))
     instead = f"use another one ({steps}), deleting {folder} for a run to go on from there"
@@ -124,7 +123,7 @@ def _known(folder: pathlib.Path) -> dict[str, str]:
 
 @functools.cache
 def _tell_unchecked(folder: pathlib.Path) -> None:
-    """Once for each checkpoint. No error: runs of older versions are to go on."""
+    """Warns once for each checkpoint. Not an error, since runs of older versions are resumed."""
     warn(
         f"{folder} has no {DIGESTS_FILE} (made by an older version, or half-deleted): its files "
         "are not checked."
@@ -132,7 +131,7 @@ def _tell_unchecked(folder: pathlib.Path) -> None:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """An item's files; those that a link of someone else's puts there are none of a checkpoint."""
+    """An item's files; symbolic links are refused, which no checkpoint has."""
     found = sorted(folder.rglob("*"))
     if links := [path for path in (folder, *found) if path.is_symlink()]:
         raise damaged(folder.parent, f"{links[0].relative_to(folder.parent)} is a link")

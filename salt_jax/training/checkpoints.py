@@ -1,8 +1,8 @@
 """Checkpoints: Orbax, asynchronous and atomic, in RUN/checkpoints/STEP/.
 
-Each holds three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON:
-model, vocabulary, data position, counters, which teacher). A teacher or scorer is loaded from
-`params` and `progress` alone. A step's folder appears under its name only when it is complete.
+Each has three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON:
+model, vocabulary, data position, counters, teacher). A teacher or scorer is loaded from `params`
+and `progress` alone. A step's folder gets its name only when it is complete.
 """
 
 import contextlib
@@ -27,17 +27,13 @@ from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.local_copies import local_run
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoint_digests import (
-    check_digests,
-    item_digest,
-    write_digests,
-)
+from salt_jax.training.checkpoint_digests import check_digests, item_digest, write_digests
 from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading, require_path
 from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_sharded_params
 
 _CHUNK_BYTES = 8 << 20
-# What Orbax calls a checkpoint that isn't complete, after its step.
+# Follows the step in Orbax's name of an incomplete checkpoint.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -46,10 +42,10 @@ class CheckpointConfig:
     """When to save, and what to keep. The last step is always saved.
 
     Attributes:
-      save_every: Steps between checkpoints; 0 saves keep_steps and the last step only.
+      save_every: Steps between checkpoints; 0 saves only keep_steps and the last step.
       keep_last: How many of the newest to keep.
-      keep_every: Also keep every step that this divides; 0 keeps none for that reason.
-      keep_steps: Steps to save and keep whatever else is set (the scorer's early checkpoint, say).
+      keep_every: Also keep steps that are multiples of this; 0 keeps none.
+      keep_steps: Steps to save and keep in any case (the scorer's early checkpoint, say).
     """
 
     save_every: int = 1000
@@ -66,24 +62,24 @@ class CheckpointConfig:
             )
 
     def saves(self, step: int, last_step: int) -> bool:
-        """Whether to save after `step` steps of `last_step`."""
+        """Whether to save after `step` of `last_step` steps."""
         regular = self.save_every > 0 and step % self.save_every == 0
         return regular or step in self.keep_steps or step == last_step
 
     def keeps(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is kept when newer ones have come."""
+        """Whether the checkpoint of `step` is kept when there are newer ones."""
         return step in self.keep_steps or (self.keep_every > 0 and step % self.keep_every == 0)
 
 
 class Checkpointer:
     """The checkpoints of one run.
 
-    A checkpoint that can't be written, for the disk is full, is reported and the older ones stay.
+    If the disk is too full for a checkpoint, that is reported and the older ones stay.
 
     Args:
       run_path: The run's folder.
       config: When to save, what to keep.
-      report: Is told of what went wrong, in a sentence.
+      report: Called with a sentence about what went wrong.
     """
 
     def __init__(
@@ -122,15 +118,15 @@ class Checkpointer:
     def save(
         self, step: int, state: TrainState, progress: Mapping[str, Any], must: bool = True
     ) -> None:
-        """Starts saving; training goes on while files are written.
+        """Starts saving; training continues while files are written.
 
         Args:
           step: Completed steps.
           state: The state.
           progress: What is saved with it.
-          must: Whether to wait for the checkpoint before, if it is still being written; otherwise
-            this one is left out then (not one that is kept for good, nor among several processes,
-            which must agree).
+          must: Whether to wait for the previous checkpoint, if it is still being written; otherwise
+            this one is skipped then, unless it is to be kept, or there are several processes, which
+            must agree.
         """
         if step in self._manager.all_steps():
             return
@@ -147,69 +143,55 @@ class Checkpointer:
 
     def _start(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
         self._saving = step
-        optimizer = {
-            "step": state.step,
-            "opt_state": state.opt_state,
-            "skipped_updates": state.skipped_updates,
-        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(
                     state.params, save_args=jax.tree.map(_chunks, state.params)
                 ),
-                optimizer=ocp.args.StandardSave(optimizer),
+                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
                 progress=ocp.args.JsonSave(dict(progress)),
             ),
         )
 
     def _seal(self) -> None:
-        """Called by Orbax when a checkpoint's files are there and before it gets its name."""
+        """Called by Orbax when a checkpoint's files are written, before it gets its name."""
         if jax.process_index() == 0:
             (folder,) = self._folder.glob(f"{self._saving}{_UNFINISHED}*")
             write_digests(folder, ITEMS)
 
     def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """The whole state, laid out as `layout` says, and the progress saved with it.
+        """The whole state, sharded as in `layout`, and the progress saved with it.
 
         Raises:
           InputError: The checkpoint is damaged.
         """
         if jax.process_index() == 0:  # the others hear of it when it ends
             check_digests(self._folder / str(step), ITEMS)
-        abstract = layout.abstract
-        optimizer = {
-            "step": abstract.step,
-            "opt_state": abstract.opt_state,
-            "skipped_updates": abstract.skipped_updates,
-        }
         args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore(optimizer),
+            params=ocp.args.StandardRestore(layout.abstract.params),
+            optimizer=ocp.args.StandardRestore(_optimizer_item(layout.abstract)),
             progress=ocp.args.JsonRestore(),
         )
         with reading(self._folder / str(step)):
             restored = self._manager.restore(step, args=args)
-        rest = restored["optimizer"]
-        state = TrainState(
-            rest["step"], restored["params"], rest["opt_state"], rest["skipped_updates"]
-        )
+        state = TrainState(params=restored["params"], **restored["optimizer"])
         return state, restored["progress"]
 
     def wait(self) -> None:
-        """Returns when everything started is on disk, or reported not to be."""
+        """Returns when every checkpoint is on disk, or was reported to have failed."""
         with self._going_on():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits, then lets go."""
+        """Waits, then frees Orbax's resources."""
         with self._going_on():
             self._manager.close()
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Reports a disk that is full; the manager, which counts on what it began, is made anew."""
+        """Reports a full disk, and makes the manager anew, which still counts the lost step."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -225,8 +207,13 @@ class Checkpointer:
             )
 
 
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    """A state's fields without its parameters."""
+    return {name: value for name, value in state._asdict().items() if name != "params"}
+
+
 def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
-    """Small parts, by layers where there are layers, so that a reader need not hold all of it."""
+    """Small chunks, by layer if there are layers, so that a reader need not hold the whole leaf."""
     if leaf.nbytes <= _CHUNK_BYTES:
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
@@ -237,14 +224,13 @@ class SavedModel:
     """A model in a checkpoint, not loaded yet.
 
     Attributes:
-      path: The run's folder on the disk.
+      path: The run's folder on disk.
       step: The checkpoint's step.
       config: The model.
       vocabulary_fingerprint: Of the tokenizer it was trained with.
       digest: SHA-256 of the checkpoint's parameter files.
-      counters: What its training had cost by then (`ledger.Counters`); empty where that is not
-        known.
-      url: Where the folder was copied from; "" where it wasn't.
+      counters: The cost of its training so far (`ledger.Counters`); empty if unknown.
+      url: The bucket's folder that `path` is a copy of, or "".
     """
 
     path: pathlib.Path
@@ -257,14 +243,14 @@ class SavedModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What records name this model by."""
+        """How manifests and checkpoints name this model."""
         return {"path": self.url or str(self.path), "step": self.step, "digest": self.digest}
 
     def load_vocabulary(self) -> Vocabulary:
         """The vocabulary kept beside the checkpoints.
 
         Raises:
-          InputError: There is none, or it is another one than the model was trained with.
+          InputError: There is none, or it isn't the one that the model was trained with.
         """
         folder = self.path / VOCABULARY_FOLDER
         if not folder.exists():
@@ -282,7 +268,7 @@ class SavedModel:
         return vocabulary
 
     def end_ids(self) -> tuple[int, ...]:
-        """What ends its answers, by the files it was taken in with; perhaps none."""
+        """The ids that end its answers, by the tokenizer's files; empty if they don't say."""
         ids = end_ids(self.path / TOKENIZER_FOLDER)
         return tuple(i for i in ids if i < self.config.padded_vocab_size)
 
@@ -292,7 +278,7 @@ class SavedModel:
         rules: partitioning.Rules = partitioning.DEFAULT_RULES,
         dtype: Any = None,
     ) -> Any:
-        """The parameters, sharded over `mesh`, in `dtype` or the one they were saved in.
+        """The parameters, sharded over `mesh`, in `dtype` or the dtype that they were saved in.
 
         Raises:
           InputError: They cannot be read, or are not all finite.
@@ -308,17 +294,17 @@ class SavedModel:
 def find_model(
     path: str | pathlib.Path, step: int | None, role: str, cache: PackedCache | None = None
 ) -> SavedModel:
-    """Looks a model up in a run's folder.
+    """Finds a model in a run's folder.
 
     Args:
-      path: The run's folder, or its URL in a bucket, of which this checkpoint alone is copied.
+      path: The run's folder, or its URL in a bucket, from which only this checkpoint is copied.
       step: The checkpoint's step; None is the newest.
-      role: What the caller wants it for ("teacher"), for the error.
-      cache: The rows it is to read; None leaves open whether it can. Its vocabulary may have more
-        reserved ids than the model's.
+      role: What the model is for ("teacher"), for errors.
+      cache: The cache whose rows it is to read, if that is to be checked. Its vocabulary may have
+        more reserved ids than the model's.
 
     Raises:
-      InputError: No such folder, no checkpoint in it, not that step, another vocabulary than the
+      InputError: No such folder, no checkpoint in it, no such step, another vocabulary than the
         cache's, or rows longer than the model takes.
     """
     url = os.fspath(path) if is_remote(path) else ""
@@ -345,7 +331,7 @@ def find_model(
     model = SavedModel(
         path=path,
         step=step,
-        # Attention as it suits the devices at hand, not those that it was trained on.
+        # Attention that suits these devices, not those that it was trained on.
         config=dataclasses.replace(
             DecoderConfig.from_json(progress["model"]), attention_backend="auto"
         ),
@@ -360,7 +346,7 @@ def find_model(
 
 
 def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
-    """The folder that was named, which has checkpoints."""
+    """The run's folder, which has checkpoints."""
     name = "name the output folder of a `salt train` run"
     if not str(path):
         raise InputError(f"{role} is an empty text: {name}.")
@@ -370,17 +356,17 @@ def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
         return path
     if (path / "config.json").exists():
         raise InputError(
-            f"{role} is {path}, a model of Hugging Face's: take it in first, `salt convert "
+            f"{role} is {path}, a Hugging Face model: import it first, `salt convert "
             f"--huggingface={path} --output_dir=RUN`, and name that RUN."
         )
     if path.is_dir():
-        raise InputError(f"{role} is {path}, where no {CHECKPOINTS_FOLDER} are: {name}.")
+        raise InputError(f"{role} is {path}, which has no {CHECKPOINTS_FOLDER}: {name}.")
     found = "which is a file" if path.exists() else "which does not exist"
     raise InputError(f"{role} is {path}, {found}: {name}.")
 
 
 def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
-    """What a run's checkpoint says beside arrays: model, cache, rows consumed, counters.
+    """A checkpoint's JSON item: model, cache, rows consumed, counters.
 
     Raises:
       InputError: The checkpoint is damaged.
@@ -393,21 +379,21 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def complete_steps(path: pathlib.Path) -> list[int]:
-    """Steps of a run's complete checkpoints, ascending."""
+    """The steps of a run's complete checkpoints, ascending."""
     folder = path / CHECKPOINTS_FOLDER
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def _require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
-    """Soft labels, scores and evaluations mean something only over the same tokens."""
+    """Refuses a model that can't read the cache's rows."""
     if cache.sequence_length > model.config.max_length:
         raise InputError(
             f"The cache {cache.path} has rows of {cache.sequence_length} tokens and the {role} "
             f"{model.path} takes {model.config.max_length}: prepare shorter rows."
         )
     if model.vocabulary_fingerprint != cache.vocabulary_fingerprint:
-        # Rows as they are hold no reserved ids: a Pythia reads those of a UL2 run's cache.
+        # Stored rows have no reserved ids: a Pythia reads the rows of a UL2 run's cache.
         kept = (model.path / VOCABULARY_FOLDER).exists()
         if kept and cache.vocabulary.extends(model.load_vocabulary()):
             return
@@ -420,6 +406,6 @@ def _require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
 
 
 def state_bytes(layout: StateLayout) -> int:
-    """Bytes of one checkpoint, before compression."""
+    """The bytes of one checkpoint, before compression."""
     leaves = jax.tree.leaves(layout.abstract)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
