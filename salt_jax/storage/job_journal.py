@@ -49,13 +49,8 @@ class JobJournal:
     def finished(
         self, name: str, plan: str, file: pathlib.Path, shape: Shape = None
     ) -> dict[str, Any] | None:
-        """A job's record, None if the job is not finished for this plan.
-
-        Args:
-          name: The job's.
-          plan: The digest that the record must name.
-          file: The job's file; a job may also leave none, of 0 bytes.
-          shape: What the record has beside "bytes", if it is to be checked.
+        """A job's record, None if the job is not finished for this plan. Its file may be missing if
+        it has 0 bytes; `shape` is that of the record's other members.
 
         Raises:
           InputError: The record is malformed.

@@ -30,11 +30,7 @@ _CALLED = {int: "a whole number of 0 or more", float: "a number", str: "a text",
 
 
 def read_json_object(file: pathlib.Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-      file: The file.
-      remedy: What to do about a malformed file: the end of the error's sentence.
+    """The JSON object in a file; `remedy` ends the sentence of an error.
 
     Raises:
       InputError: It cannot be read, is not JSON (NaN is not), or holds something else.
@@ -77,13 +73,7 @@ def valid_unicode(text: str) -> str:
 
 
 def require_shape(file: pathlib.Path, found: Mapping[str, Any], shape: Shape, remedy: str) -> None:
-    """Refuses an object that lacks a member, or has one of another type.
-
-    Args:
-      file: Where it was read.
-      found: The object.
-      shape: What it must be.
-      remedy: What to do about a malformed one: the end of the error's sentence.
+    """Refuses a file's object that lacks a member, or has one of another type.
 
     Raises:
       InputError: With the place in the object, and what was expected there.

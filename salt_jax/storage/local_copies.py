@@ -72,11 +72,8 @@ class Copy:
         write_text(self._record, json.dumps(files, indent=0))
 
     def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Brings the copy to what the bucket holds now.
-
-        Args:
-          wanted: Which files to fetch; others that were copied before are kept while the bucket has
-            them.
+        """Brings the copy to what the bucket holds now; files that are not wanted are kept if they
+        were copied before and the bucket still has them.
 
         Raises:
           InputError: The disk has too little space.
@@ -126,11 +123,7 @@ class Copy:
 def local_folder(
     path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
 ) -> pathlib.Path:
-    """A folder on this machine: the path itself, or a copy of a bucket's folder.
-
-    Args:
-      path: As it was typed.
-      wanted: Which of a bucket's files to copy, by name relative to the folder.
+    """A folder on this machine: the path itself, or a copy of wanted files of a bucket's folder.
 
     Raises:
       InputError: The bucket's folder cannot be read, or is empty.
@@ -164,11 +157,7 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def local_run(url: str, step: int | None) -> pathlib.Path:
-    """A copy of a run's folder in a bucket, with one of its checkpoints.
-
-    Args:
-      url: The run's folder.
-      step: The checkpoint's step; None is the newest.
+    """A copy of a run's folder in a bucket, with one of its checkpoints (None: the newest).
 
     Raises:
       InputError: It cannot be read, is empty, or has no such checkpoint.
@@ -214,8 +203,7 @@ def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
 
 
 def _copies_folder() -> pathlib.Path:
-    given = os.environ.get(COPIES)
-    if not given:
+    if not (given := os.environ.get(COPIES)):
         return cache_folder("salt_jax", COPIES)
     try:
         return writable(given)

@@ -94,10 +94,6 @@ def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 
     Two processes may write the same manifest at once. COMPLETED names its manifest by digest, so a
     stale one completes nothing.
-
-    Args:
-      folder: Made if need be.
-      manifest: Made by `new_manifest`.
     """
     assert manifest.get("format_version") == FORMAT_VERSIONS.get(manifest.get("kind", "")), (
         f"a manifest needs its kind and format version, got {dict(manifest)}"
@@ -138,20 +134,6 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
     for name in (MANIFEST_FILE, COMPLETED_FILE):
         no_link_out(path, path / name, again)
     manifest = read_json_object(path / MANIFEST_FILE, again)
-    _check_kind(path, manifest, kind)
-    with open(path / COMPLETED_FILE, "rb") as completed:
-        digest = completed.read(80).decode(errors="replace").strip()
-    if digest != json_digest(manifest):
-        raise InputError(
-            f"{path / MANIFEST_FILE} was changed after the folder was finished: make it again with "
-            f"`{made_by}`."
-        )
-    require_shape(path / MANIFEST_FILE, manifest, _SHAPES[kind], again)
-    return manifest
-
-
-def _check_kind(path: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> None:
-    what, made_by = _NAMES[kind]
     if manifest.get("kind") != kind:
         found, _ = _NAMES.get(str(manifest.get("kind")), ("something else", ""))
         raise InputError(
@@ -163,6 +145,15 @@ def _check_kind(path: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> N
             f"{path} is of format version {version}, this version of salt_jax reads "
             f"{FORMAT_VERSIONS[kind]}: make it again with `{made_by}`."
         )
+    with open(path / COMPLETED_FILE, "rb") as completed:
+        digest = completed.read(80).decode(errors="replace").strip()
+    if digest != json_digest(manifest):
+        raise InputError(
+            f"{path / MANIFEST_FILE} was changed after the folder was finished: make it again with "
+            f"`{made_by}`."
+        )
+    require_shape(path / MANIFEST_FILE, manifest, _SHAPES[kind], again)
+    return manifest
 
 
 def json_digest(value: Any) -> str:

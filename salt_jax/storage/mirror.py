@@ -27,6 +27,7 @@ from salt_jax.terminal import say, warn
 SEND_SECONDS = "SALT_SEND_SECONDS"
 
 _TRIES = 5
+# Of a run: what its processes told each other (in older versions), parts of an unfinished cache.
 _OWN_FOLDERS = ("processes", "work")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -222,7 +223,6 @@ class Mirror:
         """The state of every complete file, by name."""
         states = {}
         for folder, folders, files in os.walk(self.path):
-            # A run's pulses and the intermediate files of an unfinished cache stay here.
             own = _OWN_FOLDERS if RUN_FILE in files else ()
             folders[:] = [name for name in folders if name not in own and _UNFINISHED not in name]
             place = pathlib.Path(folder)

@@ -144,12 +144,8 @@ class RestartableShards:
         return (self.folder / COMPLETED_FILE).exists()
 
     def complete(self, kind: str, **parts: Any) -> None:
-        """Writes the manifest and COMPLETED; every shard must be finished.
-
-        Args:
-          kind: The manifest's.
-          parts: What it holds beside rows, shard_rows and shards.
-        """
+        """Writes COMPLETED and the manifest, with `parts` beside rows, shard_rows and shards; every
+        shard must be finished."""
         shards = [
             {name: value for name, value in facts.items() if name not in ("plan", "measured")}
             for facts in self._all_facts()
@@ -232,12 +228,8 @@ class ShardWriter:
         self._bytes += len(data)
 
     def finish(self, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-        """Says that everything is written.
-
-        Args:
-          facts: For the manifest: the same whenever the shard is made from the same input.
-          measured: What may differ (seconds).
-        """
+        """Says that everything is written. `facts` go into the manifest and depend on the input
+        alone; `measured` may differ (seconds)."""
         own = {"bytes": self._bytes, "digest": self._digest.hexdigest(), "measured": dict(measured)}
         self.facts = {**facts, **own}
 
@@ -287,11 +279,7 @@ class FinishedShards:
         return self._infos[index]["rows"]
 
     def path(self, index: int, verify: bool = True) -> pathlib.Path:
-        """The file of a shard.
-
-        Args:
-          index: Which.
-          verify: Compare its digest, which reads all of it; otherwise only its size was compared.
+        """The file of a shard; `verify` compares its digest, for which all of it is read.
 
         Raises:
           InputError: Its bytes have changed.

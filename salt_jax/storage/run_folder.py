@@ -35,19 +35,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 # `git archive` writes the commit here (.gitattributes).
 _ARCHIVED_COMMIT = "$Format:%H$"
 _LIBRARIES = [
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "array-record",
-    "numpy",
-    "gin-config",
-    "sentencepiece",
-    "tokenizers",
-    "seqio",
-    "tensorflow",
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy"),
+    *("gin-config", "sentencepiece", "tokenizers", "seqio", "tensorflow"),
 ]
 # Settings of `salt train` before they were grouped.
 _OLD_FORM = re.compile(r"train\.train\.(?!config$)")
@@ -118,7 +107,7 @@ class RunFolder:
                     self.withdraw()
                 raise
         self.processes.wait("begun")
-        self.processes.watch(self.path)
+        self.processes.watch()
         return changes
 
     def _write_origin(self, config: str, part: str) -> None:
@@ -127,7 +116,15 @@ class RunFolder:
             if self.lock is not None:
                 self.lock.acquire(self.path, self.verb, part)
             write_text(self.path / CONFIG_FILE, config)
-            write_text(self.path / RUN_FILE, to_json(self._origin(), indent=2))
+            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            origin = {
+                "verb": self.verb,
+                "command_line": list(self.command_line),
+                "versions": library_versions(),
+                "git_commit": git_commit(),
+                "started": started,
+            }
+            write_text(self.path / RUN_FILE, to_json(origin, indent=2))
         except OSError as error:
             raise InputError(
                 f"The output folder {self.path} cannot be written ({error.strerror}): "
@@ -161,15 +158,9 @@ class RunFolder:
             write_text(self.path / SUMMARY_FILE, to_json(summary, indent=2))
 
     def require_space(self, needed_bytes: int, purpose: str) -> None:
-        """Refuses to start if the disk has less than `needed_bytes` free.
-
-        Raises:
-          InputError: Too little space, with both figures.
-        """
-        folder = self.path
-        while not folder.exists():
-            folder = folder.parent
-        free_bytes = shutil.disk_usage(folder).free
+        """Refuses to start (InputError) if the disk has less than `needed_bytes` free."""
+        existing = next(part for part in (self.path, *self.path.parents) if part.exists())
+        free_bytes = shutil.disk_usage(existing).free
         if free_bytes < needed_bytes:
             raise InputError(
                 f"The disk of {self.path} has {free_bytes / 1e6:,.0f} MB free, and {purpose} "
@@ -198,12 +189,13 @@ class RunFolder:
                 "or choose another --output_dir; --initial, --teacher and the other verbs take it."
             )
         now, own = _settings(config), f"{self.verb}.{self.verb}."
-        changes = {
-            name: f"{name.removeprefix(own)} was {_shown(before, name)} and is now "
-            f"{_shown(now, name)}"
-            for name in sorted(before.keys() | now.keys())
-            if _shown(before, name) != _shown(now, name)
-        }
+        changes = {}
+        for name in sorted(before.keys() | now.keys()):
+            was, is_now = (
+                repr(settings[name]) if name in settings else "unset" for settings in (before, now)
+            )
+            if was != is_now:
+                changes[name] = f"{name.removeprefix(own)} was {was} and is now {is_now}"
         both = [*before.items(), *now.items()]
         differences = [text for name, text in changes.items() if not _may(name, both, may_change)]
         if differences:
@@ -224,15 +216,6 @@ class RunFolder:
                 f"{self.path / name} is damaged: choose another --output_dir, or delete "
                 f"{self.path}."
             ) from error
-
-    def _origin(self) -> dict[str, Any]:
-        return {
-            "verb": self.verb,
-            "command_line": list(self.command_line),
-            "versions": library_versions(),
-            "git_commit": git_commit(),
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
 
 
 def library_versions() -> dict[str, str]:
@@ -260,19 +243,13 @@ def git_commit() -> str | None:
         return result.stdout.strip() if result.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")
-    if not commit:
-        return None
-    return commit + ("-dirty" if git("status", "--porcelain") else "")
+    return commit + "-dirty" * bool(git("status", "--porcelain")) if commit else None
 
 
 def _settings(config: str) -> dict[str, Any]:
     """The settings in a configuration's text, by name."""
     bindings = gin_files.bindings_in(gin_files.statements_in(config))
     return {name: binding.value for name, binding in bindings}
-
-
-def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "unset"
 
 
 def _may(name: str, settings: Sequence[tuple[str, Any]], may_change: Collection[str]) -> bool:

@@ -28,11 +28,8 @@ def writable(folder: str) -> pathlib.Path:
 
 @functools.cache
 def cache_folder(name: str, setting: str) -> pathlib.Path:
-    """~/.cache/NAME, or with a warning a temporary folder of this user's if that can't be written.
-
-    Args:
-      name: The folder's name.
-      setting: The environment variable that names another.
+    """~/.cache/NAME, or with a warning a temporary folder of this user's if that can't be written;
+    `setting` is the environment variable that names another.
 
     Raises:
       InputError: The temporary folder is another user's.

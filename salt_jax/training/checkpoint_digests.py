@@ -58,11 +58,7 @@ def lacking(item: pathlib.Path) -> str:
 
 
 def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Compares the files of a checkpoint's items with their digests; warns if there are none.
-
-    Args:
-      folder: RUN/checkpoints/STEP.
-      items: Which of its items.
+    """Compares files of a checkpoint, RUN/checkpoints/STEP, with their digests, if it has any.
 
     Raises:
       InputError: A file is missing or has changed.

@@ -62,10 +62,7 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
 
 
 def read_back(item: pathlib.Path) -> None:
-    """Opens every array that was written.
-
-    Args:
-      item: The folder of an item of arrays.
+    """Opens every array in the folder of an item.
 
     Raises:
       RunFailed: One is missing.

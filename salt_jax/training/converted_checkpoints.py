@@ -33,12 +33,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 class StreamedParameter(Protocol):
-    """A parameter whose values are made on demand.
-
-    Attributes:
-      shape: Its shape; the first axis is layers, or ids.
-      dtype: Its dtype.
-    """
+    """A parameter whose values are made on demand; its first axis is layers, or ids."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -56,15 +51,8 @@ def save_streamed(
     parameters: Mapping[Path, StreamedParameter],
     progress: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint of parameters; it appears under its name when it is complete.
-
-    Args:
-      run_path: The run's folder.
-      step: The checkpoint's step, which must not exist yet.
-      parameters: Every parameter by its path in the tree.
-      progress: The checkpoint's JSON item, with at least model, vocabulary_fingerprint and
-        counters.
-    """
+    """Writes a checkpoint of parameters by path in the tree; it gets its name when it is complete.
+    `progress` has at least model, vocabulary_fingerprint and counters."""
     leaves = {path: _Leaf(parameter) for path, parameter in parameters.items()}
     handler = ocp.CompositeCheckpointHandler(
         params=_TreeHandler(), progress=ocp.JsonCheckpointHandler()
@@ -84,13 +72,7 @@ def save_streamed(
 def open_parameters(
     run_path: pathlib.Path, step: int, paths: Iterable[Path]
 ) -> dict[Path, StreamedParameter]:
-    """The parameters of a checkpoint, not read yet.
-
-    Args:
-      run_path: The run's folder.
-      step: The checkpoint's step.
-      paths: Every parameter's path in the tree.
-    """
+    """The parameters of a checkpoint by their paths in the tree, not read yet."""
     folder = (run_path / CHECKPOINTS_FOLDER / str(step)).absolute()
     tree = traverse_util.unflatten_dict(dict.fromkeys(paths, 0))
     restore_args = traverse_util.unflatten_dict(

@@ -17,12 +17,7 @@ from salt_jax.training.converted_checkpoints import StreamedParameter, open_para
 
 
 def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
-    """The files' digest, for which all of them are read and checked.
-
-    Args:
-      files: The model's files.
-      config: The model, in the dtype that it is to have.
-      rules: Its tensors.
+    """The digest of a model's files, for which all of them are read and checked.
 
     Raises:
       InputError: A tensor has values that are not finite, or that the dtype can't hold.
@@ -81,13 +76,7 @@ def parameters_of(
 def tensors_of(
     saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Yields the tensors in the order of `tensor_shapes`.
-
-    Args:
-      saved: The checkpoint.
-      rules: The tensors.
-      dtype: Of the tensors.
-      rows: How many rows of the embedding and of the head, from the first.
+    """Yields the tensors in the order of `tensor_shapes`; embedding and head have `rows` rows.
 
     Raises:
       InputError: A tensor has values that are not finite, or that the dtype can't hold.
