@@ -89,13 +89,7 @@ def _run(argv: list[str]) -> int:
             "the bucket (gcsfuse, s3fs) and name the mounted folder."
         )
     if several and processes.GUARDED not in os.environ:
-        code, host = run_guarded(argv)
-        if code == -signal.SIGABRT:
-            raise Interrupted(
-                f"process 0 on {host or 'an unknown host'}, the coordinator, has gone missing, or "
-                "the network to it: run the same command on every host again to resume."
-            )
-        return code if code >= 0 else 1
+        return _run_guarded(argv)
     if arguments.safe_gin:
         os.environ[SAFE_GIN] = "1"
     verb = configure(arguments)
@@ -146,6 +140,17 @@ def check(file: TextIO) -> int:
             print(f"{name}: {_sentence(error)}", file=sys.stderr)
             return 2
     return 0
+
+
+def _run_guarded(argv: list[str]) -> int:
+    """One of several processes, in a process of its own, which jax aborts if process 0 dies."""
+    code, host = run_guarded(argv)
+    if code == -signal.SIGABRT:
+        raise Interrupted(
+            f"process 0 on {host or 'an unknown host'}, the coordinator, has gone missing, or "
+            "the network to it: run the same command on every host again to resume."
+        )
+    return code if code >= 0 else 1
 
 
 def _prints_only(arguments: Arguments) -> bool:

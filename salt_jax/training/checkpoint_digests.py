@@ -1,14 +1,20 @@
 """SHA-256 digests of a checkpoint's files: Orbax would load an array with a flipped bit.
 
 STEP/digests.json is written before the checkpoint's folder gets its name, and compared before
-anything is loaded.
+anything is loaded. Of several processes each reads a part of the files: the ones that it wrote, and
+before loading every P-th.
 """
 
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from salt_jax.errors import InputError
 from salt_jax.storage.durable_files import write_text
@@ -24,22 +30,35 @@ _MARK = "commit_success.txt"
 # The stores that each process writes for itself, and the manifest that merges them.
 _PARTS, _MANIFEST = "ocdbt.process_", "manifest.ocdbt"
 
+_SENTENCE_BYTES = 2048
 
-def write_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Writes the digests of all files of a checkpoint's items, which it reads for that.
+
+def write_digests(
+    folder: pathlib.Path,
+    items: Sequence[str],
+    known: Mapping[str, str] = types.MappingProxyType({}),
+) -> None:
+    """Writes the digests of all files of a checkpoint's items; those that aren't known are read.
 
     Raises:
       InputError: An item is incomplete.
     """
     for item in items:
         _require_whole(folder, item)
+    names = [str(path.relative_to(folder)) for item in items for path in _files(folder / item)]
     digests = {
-        str(path.relative_to(folder)): file_digest(path)
-        for item in items
-        for path in _files(folder / item)
-        if path.name != _MARK
+        name: known.get(name) or file_digest(folder / name)
+        for name in names
+        if pathlib.PurePath(name).name != _MARK
     }
     write_text(folder / DIGESTS_FILE, json.dumps(digests, indent=1))
+
+
+def own_digests(folder: pathlib.Path, item: str, process: int) -> dict[str, str]:
+    """The digests of the files that a process has written into an item's folder, by the names that
+    they will have in the checkpoint."""
+    written = _files(folder / f"{_PARTS}{process}")
+    return {f"{item}/{path.relative_to(folder)}": file_digest(path) for path in written}
 
 
 def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
@@ -67,16 +86,44 @@ def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
         item_digest(folder, item)
 
 
-def item_digest(folder: pathlib.Path, item: str) -> str:
+def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
+    """The digests of items, whose files the processes of a run divide among them; all must call it.
+
+    Raises:
+      InputError: In every process, with what the first of them has found; see `check_digests`.
+    """
+    if not jax.distributed.is_initialized():
+        return [item_digest(folder, item) for item in items]
+    digests, sentence = [], ""
+    try:
+        for item in items:
+            digests.append(item_digest(folder, item, jax.process_index(), jax.process_count()))
+    except InputError as error:
+        sentence = str(error)
+    own_N = np.frombuffer(sentence.encode().ljust(_SENTENCE_BYTES)[:_SENTENCE_BYTES], np.uint8)
+    all_PxN = np.atleast_2d(multihost_utils.process_allgather(own_N))
+    sentences = (each_N.tobytes().decode(errors="ignore").strip() for each_N in all_PxN)
+    if found := next(filter(None, sentences), ""):
+        raise InputError(found)
+    return digests
+
+
+def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 1) -> str:
     """The SHA-256 (hex) of an item's file names and contents.
+
+    One of several processes checks every `count`-th file, and takes the other files' digests from
+    digests.json.
 
     Raises:
       InputError: See `check_digests`.
     """
     known, whole, found = _known(folder), hashlib.sha256(), set()
     _require_whole(folder, item)
-    for path in _files(folder / item):
-        digest, name = file_digest(path), str(path.relative_to(folder))
+    for number, path in enumerate(_files(folder / item)):
+        name = str(path.relative_to(folder))
+        digest = known.get(name, "")
+        if not digest or number % count == process:
+            digest = file_digest(path)
         if known and path.name != _MARK and known.get(name) != digest:
             raise damaged(folder, f"{name} is not what was written")
         whole.update(str(path.relative_to(folder / item)).encode())

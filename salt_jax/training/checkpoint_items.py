@@ -4,8 +4,9 @@ Every item is read back in structure before the checkpoint gets its name.
 """
 
 import contextlib
+import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -37,11 +38,18 @@ def require_path(run_path: pathlib.Path) -> None:
         )
 
 
-def item_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """The handlers that write and read each of ITEMS."""
+def item_handlers(
+    written: Callable[[str, pathlib.Path], None],
+) -> ocp.handlers.CheckpointHandlerRegistry:
+    """The handlers that write and read each of ITEMS.
+
+    Args:
+      written: Called in every process, in the background, when its part of an item of arrays is
+        written, with the item and the folder that it is written to.
+    """
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ARRAYS:
-        handler = _ArraysHandler()
+        handler = _ArraysHandler(functools.partial(written, item))
         registry.add(item, ocp.args.StandardSave, handler)
         registry.add(item, ocp.args.StandardRestore, handler)
     progress = ocp.JsonCheckpointHandler()
@@ -52,6 +60,16 @@ def item_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 class _ArraysHandler(ocp.StandardCheckpointHandler):
     """Arrays, read back in structure before the checkpoint is complete."""
+
+    def __init__(self, written: Callable[[pathlib.Path], None]) -> None:
+        super().__init__()
+        self._written = written
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Starts writing; gives what to wait for in the background."""
+        futures = await super().async_save(directory, *args, **kwargs) or []
+        folder = pathlib.Path(getattr(directory, "path", directory))
+        return [ocp.future.ChainedFuture(futures, lambda: self._written(folder))]
 
     def finalize(self, directory: Any) -> None:
         """Merges the stores of all processes, and reads the result back."""

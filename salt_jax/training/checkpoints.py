@@ -8,6 +8,8 @@ and `progress` alone. A step's folder gets its name only when it is complete.
 import contextlib
 import dataclasses
 import errno
+import itertools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,16 +25,23 @@ from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocab
 from salt_jax.errors import InputError
 from salt_jax.huggingface.model_tokenizers import TOKENIZER_FOLDER, end_ids
 from salt_jax.models.decoder import DecoderConfig
+from salt_jax.runtime.key_value_store import KeyValueStore
 from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.local_copies import local_run
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoint_digests import check_digests, item_digest, write_digests
-from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading, require_path
+from salt_jax.training.checkpoint_digests import (
+    check_digests,
+    check_together,
+    own_digests,
+    write_digests,
+)
+from salt_jax.training.checkpoint_items import ARRAYS, ITEMS, item_handlers, reading, require_path
 from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, TrainState, abstract_sharded_params
 
 _CHUNK_BYTES = 8 << 20
+_STORE_SECONDS = 10.0
 # Follows the step in Orbax's name of an incomplete checkpoint.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -102,7 +111,7 @@ class Checkpointer:
             policies.append(preservation_policy.EveryNSteps(config.keep_every))
         return ocp.CheckpointManager(
             self._folder,
-            handler_registry=item_handlers(),
+            handler_registry=item_handlers(self._digest_own),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
@@ -154,11 +163,25 @@ class Checkpointer:
             ),
         )
 
+    def _digest_own(self, item: str, folder: pathlib.Path) -> None:
+        """Called in the background when this process has written its part of an item."""
+        if jax.process_count() > 1:
+            digests = own_digests(folder, item, jax.process_index())
+            key = f"digests/{item}/{jax.process_index()}"
+            KeyValueStore().put(key, json.dumps([self._saving, digests]))
+
     def _seal(self) -> None:
         """Called by Orbax when a checkpoint's files are written, before it gets its name."""
-        if jax.process_index() == 0:
-            (folder,) = self._folder.glob(f"{self._saving}{_UNFINISHED}*")
-            write_digests(folder, ITEMS)
+        if jax.process_index() > 0:
+            return
+        known: dict[str, str] = {}
+        for item, process in itertools.product(ARRAYS, range(jax.process_count())):
+            if jax.process_count() > 1:  # all have called `_digest_own`
+                told = KeyValueStore().get(f"digests/{item}/{process}", _STORE_SECONDS)
+                step, digests = json.loads(told or "[null, {}]")
+                known |= digests if step == self._saving else {}
+        (folder,) = self._folder.glob(f"{self._saving}{_UNFINISHED}*")
+        write_digests(folder, ITEMS, known)
 
     def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The whole state, sharded as in `layout`, and the progress saved with it.
@@ -166,8 +189,7 @@ class Checkpointer:
         Raises:
           InputError: The checkpoint is damaged.
         """
-        if jax.process_index() == 0:  # the others hear of it when it ends
-            check_digests(self._folder / str(step), ITEMS)
+        check_together(self._folder / str(step), ITEMS)
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(layout.abstract.params),
             optimizer=ocp.args.StandardRestore(_optimizer_item(layout.abstract)),
@@ -336,7 +358,7 @@ def find_model(
             DecoderConfig.from_json(progress["model"]), attention_backend="auto"
         ),
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
-        digest=item_digest(folder / str(step), "params"),
+        digest=check_together(folder / str(step), ("params",))[0],
         counters=progress.get("counters") or {},
         url=url,
     )
