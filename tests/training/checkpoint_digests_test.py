@@ -27,7 +27,8 @@ import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from salt_jax.errors import InputError
 from salt_jax.training import checkpoint_digests
-from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer
+from salt_jax.training.checkpointer import Checkpointer
+from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.train_state import TrainState
 
 read, digest = [], checkpoint_digests.file_digest
@@ -53,7 +54,8 @@ checkpointer = Checkpointer(pathlib.Path(folder), CheckpointConfig())
 checkpointer.save(1, state, {"rows": 3})
 checkpointer.wait()
 tell(read)
-abstract = jax.tree.map(lambda x: x.aval.update(sharding=x.sharding), state)
+as_type = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+abstract = jax.tree.map(as_type, state)
 layout = types.SimpleNamespace(abstract=abstract)
 checkpointer.restore(layout, 1)
 tell(read)
