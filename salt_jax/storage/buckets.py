@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from salt_jax.errors import InputError
 from salt_jax.storage.json_files import require_inside
+from salt_jax.storage.manifests import COMPLETED_FILE, DIGESTS_FILE
 
 # Scheme → the extra that installs its library.
 _EXTRAS = {"gs": "gcs", "s3": "s3"}
 # Fields of fsspec's file information that change with a file's content, best first.
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
-_MARKS = ("COMPLETED", "digests.json")
 # fsspec's default is an eighth of the limit on open files, with 50 MB and more of each in memory.
 _FILES_AT_ONCE = 16
 _PART_BYTES = 8 * 2**20
@@ -287,7 +287,7 @@ def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
 
 def completes(name: str) -> bool:
     """Whether a file marks others as complete: it is sent last and removed first."""
-    return name.rpartition("/")[2] in _MARKS
+    return name.rpartition("/")[2] in (COMPLETED_FILE, DIGESTS_FILE)
 
 
 def _part_bytes(size: int) -> int:

@@ -20,6 +20,7 @@ import filelock
 from salt_jax.errors import InputError
 from salt_jax.storage.buckets import RemoteFile, RemoteFolder, completes, is_remote
 from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.manifests import DIGESTS_FILE
 from salt_jax.storage.user_folders import cache_folder, writable
 from salt_jax.terminal import say
 
@@ -28,7 +29,7 @@ COPIES = "SALT_LOCAL_COPIES"
 _LONGEST_NAME = 200
 
 # A file's size, time of modification in nanoseconds and inode; () if there is no file.
-State = tuple[int, ...]
+FileState = tuple[int, ...]
 
 
 class Copied(NamedTuple):
@@ -36,7 +37,7 @@ class Copied(NamedTuple):
     other), and the copy's `state_on_disk` then."""
 
     there: RemoteFile | None
-    here: State
+    here: FileState
 
 
 class Copy:
@@ -177,11 +178,11 @@ def local_run(url: str, step: int | None) -> pathlib.Path:
 
 def remote_steps(files: Collection[str]) -> list[int]:
     """The steps of complete checkpoints among the names of a run's files, ascending."""
-    found = (re.fullmatch(r"checkpoints/(\d+)/digests\.json", name) for name in files)
+    found = (re.fullmatch(rf"checkpoints/(\d+)/{DIGESTS_FILE}", name) for name in files)
     return sorted(int(match[1]) for match in found if match)
 
 
-def state_on_disk(path: pathlib.Path) -> State:
+def state_on_disk(path: pathlib.Path) -> FileState:
     """What changes whenever a file's content does."""
     try:
         status = path.stat()

@@ -17,6 +17,7 @@ from salt_jax.storage.json_files import Shape, no_link_out, read_json_object, re
 
 MANIFEST_FILE = "manifest.json"
 COMPLETED_FILE = "COMPLETED"
+DIGESTS_FILE = "digests.json"  # what COMPLETED is to a folder, in a checkpoint
 
 # The version of each kind's layout on disk, raised whenever an older reader would misread a newer
 # folder; and the oldest that is still read.

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage.buckets import BucketError, RemoteFile, RemoteFolder, completes
-from salt_jax.storage.local_copies import Copied, Copy, State, copy_below, state_on_disk
-from salt_jax.storage.manifests import COMPLETED_FILE
-from salt_jax.storage.run_folder import RUN_FILE
+from salt_jax.storage.local_copies import Copied, Copy, FileState, copy_below, state_on_disk
+from salt_jax.storage.manifests import COMPLETED_FILE, DIGESTS_FILE
+from salt_jax.storage.run_folder import RUN_FILE, UNFINISHED_CHECKPOINT
 from salt_jax.storage.run_lock import RunLock
 from salt_jax.terminal import say, warn
 
@@ -29,7 +29,6 @@ SEND_SECONDS = "SALT_SEND_SECONDS"
 _TRIES = 5
 # Of a run: what its processes told each other (in older versions), parts of an unfinished cache.
 _OWN_FOLDERS = ("processes", "work")
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Mirror:
@@ -76,7 +75,7 @@ class Mirror:
         return self
 
     def _begin(self, there: Mapping[str, RemoteFile]) -> None:
-        whole = {_checkpoint_of(name) for name in there if name.endswith("/digests.json")}
+        whole = {_checkpoint_of(name) for name in there if name.endswith(f"/{DIGESTS_FILE}")}
         self._left_out = {name for name in there if _checkpoint_of(name) not in {"", *whole}}
         self._known = known = self._copy.known()
         settled = {name: copied.there for name, copied in known.items() if copied.there}
@@ -169,7 +168,7 @@ class Mirror:
         with self._sending:
             self._send(self._states())
 
-    def _send(self, now: Mapping[str, State]) -> None:
+    def _send(self, now: Mapping[str, FileState]) -> None:
         known = self._known
         gone = [name for name in known if name not in now]
         changed = self._unsent(now)
@@ -193,7 +192,7 @@ class Mirror:
         self._left_out -= stale
         self._copy.note(known)
 
-    def _unsent(self, now: Mapping[str, State]) -> list[str]:
+    def _unsent(self, now: Mapping[str, FileState]) -> list[str]:
         """The files that the bucket doesn't have in their current state."""
         known = self._known
         return [
@@ -219,12 +218,14 @@ class Mirror:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _states(self) -> dict[str, State]:
+    def _states(self) -> dict[str, FileState]:
         """The state of every complete file, by name."""
         states = {}
         for folder, folders, files in os.walk(self.path):
             own = _OWN_FOLDERS if RUN_FILE in files else ()
-            folders[:] = [name for name in folders if name not in own and _UNFINISHED not in name]
+            folders[:] = [
+                name for name in folders if name not in own and UNFINISHED_CHECKPOINT not in name
+            ]
             place = pathlib.Path(folder)
             for name in files:
                 if name.startswith(".") or name.endswith(".tmp"):

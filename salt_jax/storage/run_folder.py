@@ -30,6 +30,8 @@ RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+# Follows the step in Orbax's name of an incomplete checkpoint.
+UNFINISHED_CHECKPOINT = ".orbax-checkpoint-tmp"
 TENSORBOARD_FOLDER = "tensorboard"
 
 # `git archive` writes the commit here (.gitattributes).

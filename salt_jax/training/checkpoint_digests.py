@@ -19,10 +19,8 @@ from jax.experimental import multihost_utils
 from salt_jax.errors import InputError
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object, require_shape
-from salt_jax.storage.manifests import file_digest
+from salt_jax.storage.manifests import DIGESTS_FILE, file_digest
 from salt_jax.terminal import warn
-
-DIGESTS_FILE = "digests.json"
 
 # Orbax adds it after everything else.
 _MARK = "commit_success.txt"

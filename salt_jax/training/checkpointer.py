@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.runtime.key_value_store import KeyValueStore
-from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
+from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER, UNFINISHED_CHECKPOINT
 from salt_jax.training.checkpoint_digests import check_together, own_digests, write_digests
 from salt_jax.training.checkpoint_items import ARRAYS, ITEMS, item_handlers, reading
 from salt_jax.training.checkpoints import CheckpointConfig
@@ -21,8 +21,6 @@ from salt_jax.training.train_state import StateLayout, TrainState
 
 _CHUNK_BYTES = 8 << 20
 _STORE_SECONDS = 10.0
-# Follows the step in Orbax's name of an incomplete checkpoint.
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpointer:
@@ -125,7 +123,7 @@ class Checkpointer:
                 told = KeyValueStore().get(f"digests/{item}/{process}", _STORE_SECONDS)
                 step, digests = json.loads(told or "[null, {}]")
                 known |= digests if step == self._saving else {}
-        (folder,) = self._folder.glob(f"{self._saving}{_UNFINISHED}*")
+        (folder,) = self._folder.glob(f"{self._saving}{UNFINISHED_CHECKPOINT}*")
         write_digests(folder, ITEMS, known)
 
     def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
