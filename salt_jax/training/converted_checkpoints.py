@@ -21,12 +21,10 @@ import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import type_handlers
 
+from salt_jax.huggingface.tensors import Array, Path
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training.checkpoint_digests import write_digests
 from salt_jax.training.checkpoint_items import read_back, reading
-
-Path = tuple[str, ...]
-Array = np.ndarray[Any, Any]
 
 # Of the arrays' files: small beside a tensor, and large enough that a model has some hundreds.
 _CHUNK_BYTES = 4 << 20
