@@ -238,6 +238,22 @@ def test_a_trained_vocabulary_is_not_trained_again(make_corpus, tmp_path, monkey
     assert files_of(cache.path) == files_of(fresh.path)
 
 
+def test_work_of_another_version_is_made_again_with_a_sentence(
+    make_corpus, tmp_path, monkeypatch, capsys
+):
+    corpus, folder = make_corpus(), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_building, "merge_bucket", None)
+        with pytest.raises(TypeError):
+            _prepare(folder, _files(corpus))
+    plan = json.loads((folder / "work" / "plan.json").read_text())
+    (folder / "work" / "plan.json").write_text(json.dumps({**plan, "units": "d" * 64}))
+    capsys.readouterr()
+    cache = _prepare(folder, _files(corpus))
+    assert f"{folder / 'work'} is of other settings or another version" in capsys.readouterr().out
+    assert files_of(cache.path) == files_of(_prepare(tmp_path / "fresh", _files(corpus)).path)
+
+
 @pytest.mark.parametrize("changed", [{"max_documents": 30}, {"validation_fraction": 0.3}])
 def test_a_vocabulary_of_other_text_is_trained_anew(
     make_corpus, tmp_path, monkeypatch, capsys, changed
