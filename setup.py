@@ -76,6 +76,7 @@ setuptools.setup(
     },
     install_requires=[
         "array-record>=0.8",
+        "filelock>=4.2",
         "flax>=0.12",
         "fsspec>=2025.3",
         "gin-config>=0.5",

@@ -28,7 +28,7 @@ from salt_jax.cli.command_line import (
 )
 from salt_jax.cli.configuration import configure, settings_of_all
 from salt_jax.cli.verb import load
-from salt_jax.cli.verb_process import GUARDED, run_guarded
+from salt_jax.cli.verb_process import run_guarded
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, visible
 from salt_jax.runtime import output_streams, processes
 from salt_jax.storage.buckets import is_remote
@@ -87,11 +87,8 @@ def _run(argv: list[str]) -> int:
             f"--output_dir={arguments.output_dir} is no folder that several processes share: mount "
             "the bucket (gcsfuse, s3fs) and name the mounted folder."
         )
-    if several and GUARDED not in os.environ:
-        code = run_guarded(argv)
-        if code == -signal.SIGABRT:
-            raise Interrupted(processes.who_coordinated(pathlib.Path(arguments.output_dir)))
-        return code if code >= 0 else 1
+    if several and processes.GUARDED not in os.environ:
+        return _run_guarded(argv)
     if arguments.safe_gin:
         os.environ[SAFE_GIN] = "1"
     verb = configure(arguments)
@@ -121,7 +118,7 @@ def _run(argv: list[str]) -> int:
             if isinstance(error, InputError) and not begun:
                 folder.withdraw_beginning()
             if not isinstance(error, InputError | RunFailed | Interrupted):
-                together.hear_who_is_lost()
+                together.wait_for_missing()
             together.end(str(error).partition("\n")[0] or type(error).__name__)
             # jax's own for this is a RuntimeError, and has no narrower name
             if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
@@ -144,6 +141,17 @@ def check(file: TextIO) -> int:
             print(f"{name}: {_sentence(error)}", file=sys.stderr)
             return 2
     return 0
+
+
+def _run_guarded(argv: list[str]) -> int:
+    """One of several processes, in a process of its own, which jax aborts if process 0 dies."""
+    code, host = run_guarded(argv)
+    if code == -signal.SIGABRT:
+        raise Interrupted(
+            f"process 0 on {host or 'an unknown host'}, the coordinator, has gone missing, or "
+            "the network to it: run the same command on every host again to resume."
+        )
+    return code if code >= 0 else 1
 
 
 def _prints_only(arguments: Arguments) -> bool:

@@ -16,11 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
+from salt_jax.runtime.processes import GUARDED
 from salt_jax.runtime.stop_signals import stop_signals_handled_by
 from salt_jax.terminal import say
-
-# Environment variable of a command that run_guarded runs.
-GUARDED = "SALT_GUARDED"
 
 
 def run_verb(
@@ -93,19 +91,25 @@ def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
         raise RunFailed(f"the commands could not be checked: {error.strip()}")
 
 
-def run_guarded(argv: Sequence[str]) -> int:
-    """Runs `salt ARGV` in a process that may be ended by a library at any moment.
+def run_guarded(argv: Sequence[str]) -> tuple[int, str]:
+    """Runs `salt ARGV` in a process that jax may abort when the coordinator dies.
 
     Returns:
-      Its exit code, negative for the signal that ended it.
+      Its exit code, negative for the signal that ended it; and the coordinator's host, "" if it
+      didn't come so far as to know.
     """
     command = [sys.executable, "-P", "-m", "salt_jax", *argv]
-    with _stop_passed_on() as (received, children):
-        child = subprocess.Popen(command, env={**os.environ, GUARDED: "1"})
-        children.append(child)
-        if received:
-            child.terminate()
-        return child.wait()
+    read, write = os.pipe()
+    with open(read, "rb", buffering=0) as told, open(write, "wb", buffering=0):
+        os.set_blocking(read, False)
+        with _stop_passed_on() as (received, children):
+            environment = {**os.environ, GUARDED: str(write)}
+            child = subprocess.Popen(command, env=environment, pass_fds=[write])
+            children.append(child)
+            if received:
+                child.terminate()
+            code = child.wait()
+        return code, (told.read(1024) or b"").decode()
 
 
 @contextlib.contextmanager

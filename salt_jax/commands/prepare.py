@@ -17,9 +17,15 @@ from typing import Any
 from salt_jax.cli.verb import Verb
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
-from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts
-from salt_jax.preparation.cache_building import Building, EmptySplit
+from salt_jax.preparation.cache_building import (
+    Building,
+    EmptySplit,
+    WorkPlan,
+    discard_work,
+    work_of,
+)
 from salt_jax.preparation.corpora import Corpus, text_corpus
 from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.packing import Packing
@@ -27,9 +33,9 @@ from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.runners import LOCAL, JobRunner
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
-from salt_jax.preparation.work_folder import WorkFolder, digest_of
 from salt_jax.storage.buckets import state_of
-from salt_jax.storage.manifests import COMPLETED_FILE
+from salt_jax.storage.job_journal import JobJournal
+from salt_jax.storage.manifests import COMPLETED_FILE, json_digest
 from salt_jax.storage.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.terminal import Table, print_table, say
 
@@ -96,7 +102,7 @@ def prepare(
         cache = PackedCache.open(run.path)
         _refuse_changed_sources(cache, task)
         run.begin(may_change=_may_change(cache, task), upgrade=_as_recorded_now)
-        WorkFolder.of_cache(run.path).discard()
+        discard_work(run.path)
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
         say(f"{run.path} is finished already: nothing was prepared.")
@@ -119,7 +125,7 @@ def _make(
     drop_unknown: bool,
 ) -> None:
     """Makes the cache. If its input is bad and no part of it is finished, nothing is left of it."""
-    work = WorkFolder.of_cache(run.path)
+    work = work_of(run.path)
     corpus, used, trained = _corpus_and_vocabulary(task, vocabulary, work)
     for note in used.notes:
         say(note)
@@ -140,7 +146,7 @@ def _make(
                 f"{str(error).removesuffix('.')}; {finished} of {len(corpus.units)} parts of the "
                 "text are finished and kept, and the same command resumes from them."
             ) from error
-        work.discard()
+        discard_work(run.path)
         if fresh:
             begin_cache(run.path)
             run.withdraw()
@@ -150,7 +156,7 @@ def _make(
 def _corpus_and_vocabulary(
     task: TextFiles | RegisteredTask,
     vocabulary: Vocabulary | TrainedVocabulary | None,
-    work: WorkFolder,
+    work: JobJournal,
 ) -> tuple[Corpus, Vocabulary, str | None]:
     """The corpus, its vocabulary, and the digest of what that was trained on if it was."""
     if isinstance(task, RegisteredTask):
@@ -163,16 +169,16 @@ def _corpus_and_vocabulary(
         corpus = text_corpus(task)
         if isinstance(vocabulary, Vocabulary):
             return corpus, vocabulary, None
-        trained = digest_of(
+        trained = json_digest(
             [
                 dataclasses.asdict(vocabulary),
                 dataclasses.asdict(task),
                 [(str(file), *state_of(file)) for file in task.files("train")],
             ]
         )
-        before = work.plan()
+        before = WorkPlan.of(work)
         if before and before.trained == trained:
-            return corpus, load_vocabulary(work.vocabulary), trained
+            return corpus, load_vocabulary(work.path / VOCABULARY_FOLDER), trained
         say(f"Training a {vocabulary.model_type} vocabulary of {vocabulary.size:,} …")
         made = vocabulary.train(document.whole for document in task.documents("train"))
         return corpus, made, trained

@@ -14,7 +14,8 @@ from salt_jax.reporting import page
 from salt_jax.reporting.runs import Material, Origin, read_folders
 from salt_jax.reporting.sections import compose
 from salt_jax.reporting.seeds import REFERENCE
-from salt_jax.storage.run_folder import RunFolder, write_atomically
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import print_table, say
 
 PAGE_FILE = "index.html"
@@ -56,7 +57,7 @@ def report(
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     made = f"Made by salt report {__version__}, {now}."
     path = run.path / PAGE_FILE
-    write_atomically(path, page.render(title, composed, _origins(material), made))
+    write_text(path, page.render(title, composed, _origins(material), made))
     run.write_summary(
         {
             "title": title,

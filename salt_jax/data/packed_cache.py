@@ -45,7 +45,7 @@ from salt_jax.storage.manifests import (
     MANIFEST_FILE,
     begin_writing,
     file_digest,
-    manifest_digest,
+    json_digest,
     new_manifest,
     read_manifest,
     write_manifest,
@@ -130,7 +130,7 @@ class PackedCache:
         """
         folder = local_folder(path)
         manifest = read_manifest(folder, KIND)
-        cache = cls(folder, manifest, manifest_digest(manifest))
+        cache = cls(folder, manifest, json_digest(manifest))
         _refuse_contradictions(folder / MANIFEST_FILE, manifest)
         for shard in cache._shards():
             file, expected = inside(folder, shard["file"], _AGAIN), f"{shard['bytes']:,} bytes"

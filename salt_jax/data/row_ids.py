@@ -1,12 +1,12 @@
 """The ids of some rows of a split as a file: ROW_IDS_FILE, an .npy of int64[m], ascending."""
 
 import pathlib
-import tokenize
 from collections.abc import Iterable
 from typing import BinaryIO
 
 import numpy as np
 
+from salt_jax.data.npy_files import map_npy
 from salt_jax.errors import InputError
 from salt_jax.storage import durable_files
 from salt_jax.storage.json_files import no_link_out
@@ -21,7 +21,7 @@ def write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
     """Writes ids as an .npy file without holding them all; returns how many.
 
     Args:
-      path: Where.
+      path: The file.
       blocks: Ascending ids, each once, at least one.
     """
     rows, last = 0, -1
@@ -46,7 +46,7 @@ def read_row_ids(folder: pathlib.Path, rows: int, digest: str, made_by: str) -> 
     """int64[rows] of a folder's file, mapped from disk.
 
     Args:
-      folder: Where the file lies.
+      folder: The folder of the file.
       rows: How many ids there must be.
       digest: The file's.
       made_by: The command that made it, for errors.
@@ -56,16 +56,7 @@ def read_row_ids(folder: pathlib.Path, rows: int, digest: str, made_by: str) -> 
     """
     path, again = folder / ROW_IDS_FILE, f"copy the folder again, or run its `{made_by}` again"
     no_link_out(folder, path, again)
-    try:
-        ids_m = np.lib.format.open_memmap(path, mode="r")
-    # numpy reads the header as Python literals, with Python's tokenizer.
-    except (OSError, ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:
-        raise InputError(f"{path} cannot be read ({error}): {again}.") from error
-    if ids_m.dtype != np.int64 or ids_m.shape != (rows,):
-        raise InputError(
-            f"{path} holds {ids_m.dtype}{list(ids_m.shape)}, its manifest says int64[{rows}]: "
-            f"{again}."
-        )
+    ids_m = map_npy(path, np.dtype(np.int64), rows, again)
     if (found := file_digest(path)) != digest:
         raise InputError(
             f"{path} has the digest {found[:12]}…, its manifest says {digest[:12]}…: {again}."

@@ -5,6 +5,7 @@ the rows selected; each with manifest.json and COMPLETED.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -16,18 +17,18 @@ import numpy as np
 
 from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
 from salt_jax.data.row_passes import PassWriter, RowPass, refuse_other_cache
-from salt_jax.data.shard_columns import SUFFIX, Column, layout_of, write_columns
+from salt_jax.data.shard_columns import OLD_SUFFIX, SUFFIX, Column, write_columns
 from salt_jax.errors import InputError
 from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.manifests import (
     begin_writing,
     file_digest,
-    manifest_digest,
+    json_digest,
     new_manifest,
     read_manifest,
     write_manifest,
 )
-from salt_jax.storage.restartable_shards import RestartableShards, Shard
+from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards, Shard
 
 AUDIT_FILE = "audit.json"
 
@@ -86,8 +87,8 @@ class RowScoresWriter(PassWriter):
                 folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
             )
         )
-        dtypes = {TARGETS_HASH: "<u8", **dict.fromkeys(names, "<f4"), SUBSET: "<u2"}
-        self._layout = layout_of(dtypes)
+        fields = {TARGETS_HASH: "<u8", **dict.fromkeys(names, "<f4"), SUBSET: "<u2"}
+        self._fields = list(fields.items())
 
     def write(
         self, shard: Shard, columns: Mapping[str, np.ndarray], measured: Mapping[str, Any]
@@ -104,7 +105,7 @@ class RowScoresWriter(PassWriter):
             if values_n.dtype == np.float32:
                 nan_n |= ~(values_n < np.inf)  # −∞ is the score of a row without a learnable token
         with self.shards.write(shard) as file:
-            write_columns(file, self._layout, columns)
+            write_columns(file, columns, np.dtype(self._fields))
             file.finish({"nan_rows": int(nan_n.sum())}, measured)
 
     def complete(self, cost: Mapping[str, Any] | None = None) -> "RowScores":
@@ -116,7 +117,7 @@ class RowScoresWriter(PassWriter):
                 cost,
                 scorer=made_from["scorer"],
                 k=made_from["k"],
-                columns=[list(column) for column in self._layout],
+                columns=[list(field) for field in self._fields],
                 nan_rows=self.shards.total("nan_rows"),
             )
         return RowScores.open(self.shards.folder)
@@ -151,8 +152,8 @@ class RowScores(RowPass):
 
     def column(self, name: str) -> Column:
         """One column of all rows, on disk until it is read."""
-        layout = [(each, dtype) for each, dtype in self.manifest["columns"]]
-        return Column(self.shards, layout, name, may_be_nan=self.manifest["nan_rows"] > 0)
+        dtype = np.dtype([(each, kind) for each, kind in self.manifest["columns"]])
+        return Column(self.shards, dtype, name, may_be_nan=self.manifest["nan_rows"] > 0)
 
     def scores(
         self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
@@ -161,6 +162,12 @@ class RowScores(RowPass):
         is below a fraction."""
         learnable = self.column(learnable_column) if min_learnable_fraction > 0 else None
         return Scores(self.column(column), learnable, min_learnable_fraction)
+
+    @functools.cached_property
+    def shards(self) -> FinishedShards:
+        """The shards' files, which format version 2 laid down without .npy headers."""
+        suffix = SUFFIX if self.manifest["format_version"] > 2 else OLD_SUFFIX
+        return FinishedShards(self.path, self.manifest, suffix, self.made_by)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +260,7 @@ class Selection:
         refuse_other_cache(path, "selection", manifest, cache_digest)
         row_ids_m = read_row_ids(path, manifest["rows"], manifest["array_digest"], "salt select")
         selected = {name: part for name, part in manifest.items() if name != "scoring_cost"}
-        return cls(path, row_ids_m, manifest, manifest_digest(selected))
+        return cls(path, row_ids_m, manifest, json_digest(selected))
 
     def require_within(self, rows: int) -> None:
         """Refuses a selection with rows that a split of so many doesn't have."""

@@ -1,36 +1,40 @@
-"""Columns of one value a row, kept in shards.
+"""Columns of one number a row, in shards: each is an .npy file of records, a field a column.
 
-A shard is one column after another, each the little-endian values of its rows. A column of hundreds
-of millions of rows is never in memory whole unless it is asked for so.
+    np.load("shards/00003-of-00007.npy", mmap_mode="r")["median_drop_k10"]
 
-Shard 3's scores by hand, where the manifest's columns begin [["targets_hash", "<u8"],
-["median_drop_k10", "<f4"], …] and the shard has n rows:
-
-    np.memmap("shards/00003-of-00007.columns", "<f4", "r", offset=8 * n, shape=n)
+A column of hundreds of millions of rows is never in memory whole unless it is asked for whole.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
+from salt_jax.data.npy_files import map_npy
 from salt_jax.storage.restartable_shards import FinishedShards, ShardWriter
 
-SUFFIX = ".columns"
-
-# Names and types in the order in which a shard holds them: wide ones first, so all are aligned.
-Layout = Sequence[tuple[str, str]]
-
-
-def layout_of(dtypes: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The order of columns of these types ("<f4")."""
-    return sorted(dtypes.items(), key=lambda item: -np.dtype(item[1]).itemsize)
+SUFFIX = ".npy"
+# Of scores of format version 2: one column after another, without a header.
+OLD_SUFFIX = ".columns"
 
 
-def write_columns(file: ShardWriter, layout: Layout, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes a shard's columns: an array of the shard's rows for each name."""
-    assert columns.keys() == dict(layout).keys(), f"columns {set(columns)} of {layout}"
-    for name, dtype in layout:
-        file.write(np.ascontiguousarray(columns[name], dtype).data.cast("B"))
+def write_columns(file: ShardWriter, columns: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
+    """Writes a shard.
+
+    Args:
+      file: The shard.
+      columns: An array of the shard's rows for each field.
+      dtype: Of a row.
+    """
+    assert columns.keys() == set(dtype.names or ()), f"columns {set(columns)} of {dtype}"
+    records_n = np.empty(len(next(iter(columns.values()))), dtype)
+    for name, values_n in columns.items():
+        records_n[name] = values_n
+    header, head = io.BytesIO(), np.lib.format.header_data_from_array_1_0(records_n)
+    np.lib.format.write_array_header_1_0(header, head)
+    file.write(header.getvalue())
+    file.write(records_n.view(np.uint8).data)
 
 
 class Column:
@@ -38,26 +42,25 @@ class Column:
 
     Args:
       shards: The shards that hold it.
-      layout: Their columns.
-      name: Which of them.
-      may_be_nan: Whether rows are known to have no number: else NaN and ∞ are refused (−∞ is the
-        score of a row without a learnable token).
+      dtype: Of their rows.
+      name: The field.
+      may_be_nan: Whether some rows are known to have no number; otherwise NaN and ∞ are refused
+        (−∞ is the score of a row without a learnable token).
       verify: Whether a shard is compared with its digest when it is first read.
     """
 
     def __init__(
         self,
         shards: FinishedShards,
-        layout: Layout,
+        dtype: np.dtype,
         name: str,
         may_be_nan: bool = False,
         verify: bool = True,
     ) -> None:
-        self._shards, self._name, self._verify = shards, name, verify
-        self.dtype = np.dtype(dict(layout)[name])
+        self._shards, self._rows_dtype, self._name = shards, dtype, name
+        self._verify = verify
+        self.dtype = dtype[name]
         self._may_be_nan = may_be_nan or self.dtype.kind != "f"
-        before = layout[: [each for each, _ in layout].index(name)]
-        self._row_bytes_before = sum(np.dtype(dtype).itemsize for _, dtype in before)
 
     def __len__(self) -> int:
         return self._shards.rows
@@ -93,6 +96,14 @@ class Column:
 
     def _map(self, index: int) -> np.ndarray:
         # Mapped anew each time: what stays mapped counts as this process's memory.
-        rows = self._shards.rows_of(index)
-        path = self._shards.path(index, self._verify)
-        return np.memmap(path, self.dtype, "r", offset=rows * self._row_bytes_before, shape=rows)
+        path, rows = self._shards.path(index, self._verify), self._shards.rows_of(index)
+        if path.suffix != SUFFIX:
+            return _map_columns(path, self._rows_dtype, self._name, rows)
+        again = "copy the folder again, or delete that file and run its `salt score` again"
+        return map_npy(path, self._rows_dtype, rows, again)[self._name]
+
+
+def _map_columns(path: pathlib.Path, dtype: np.dtype, name: str, rows: int) -> np.ndarray:
+    """A column of a file without a header, which holds one column after another."""
+    assert dtype.fields is not None, f"{dtype} has no columns"
+    return np.memmap(path, dtype[name], "r", offset=rows * dtype.fields[name][1], shape=rows)

@@ -163,8 +163,8 @@ class StoredLabels(RowPass):
                 f"Row {ids_N[~have_N][0]} has no soft labels in {self.path}: make labels of all "
                 "rows, or of the selection that is trained on."
             )
-        layout = [("record", f"V{self.format.record_bytes}")]
-        column = Column(self.shards, layout, "record", verify=False)
+        dtype = np.dtype([("record", f"V{self.format.record_bytes}")])
+        column = Column(self.shards, dtype, "record", verify=False)
         records = column[at_N].view(np.uint8).reshape(len(at_N), self.format.record_bytes)
         if (damaged_N := self.format.damaged(records)).any():
             shard = int(at_N[damaged_N][0]) // self.shards.shard_rows

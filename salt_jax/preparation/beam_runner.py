@@ -17,8 +17,11 @@ from apache_beam.runners.runner import PipelineState
 
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.preparation.local_runner import Progress
-from salt_jax.preparation.work_folder import WorkFolder, digest_of
+from salt_jax.storage.job_journal import JobJournal
+from salt_jax.storage.manifests import json_digest
 from salt_jax.terminal import say
+
+_FAILURES = "failure-*.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class _Guarded:
     """The function, its errors written to files."""
 
     function: Callable[[Any], Progress]
-    work: WorkFolder
+    work: JobJournal
 
     def __call__(self, job: Any) -> None:
         try:
@@ -35,15 +38,15 @@ class _Guarded:
             failure: list[Any] = [str(error)]
             if isinstance(error, OSError) and error.errno is not None:
                 failure = [error.errno, error.strerror, error.filename]
-            name = f"failure-{digest_of(failure)[:16]}.json"
-            self.work.write_json(self.work.path / name, {"arguments": failure})
+            name = f"failure-{json_digest(failure)[:16]}.json"
+            self.work.write(name, {"arguments": failure})
 
 
 def run_on_beam(
     function: Callable[[Any], Progress],
     jobs: Sequence[Any],
     title: str,
-    work: WorkFolder,
+    work: JobJournal,
     runner: str,
     options: Sequence[str],
 ) -> None:
@@ -64,7 +67,7 @@ def run_on_beam(
     say(f"[{runner}] {title}")
     if not jobs:
         return
-    for failure in work.failures():
+    for failure in work.path.glob(_FAILURES):
         failure.unlink()
     try:
         pipeline = apache_beam.Pipeline(runner, PipelineOptions(list(options)))
@@ -86,8 +89,8 @@ def run_on_beam(
         raise _failed(_first_line(error)) from error
     if state != PipelineState.DONE:
         raise _failed(f"it ended as {state}")
-    for failure in work.failures():
-        arguments = (work.read_json(failure) or {})["arguments"]
+    for failure in sorted(work.path.glob(_FAILURES)):
+        arguments = (work.read(failure.name) or {})["arguments"]
         raise InputError(*arguments) if len(arguments) == 1 else OSError(*arguments)
 
 

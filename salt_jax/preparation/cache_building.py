@@ -14,13 +14,13 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from salt_jax import __version__
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts
 from salt_jax.data.packed_cache import SPLITS, PackedCacheWriter, begin_cache
 from salt_jax.data.row_records import LARGEST_SUBSET
-from salt_jax.data.vocabularies import Vocabulary
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import Corpus, TextUnit, Unit
 from salt_jax.preparation.mapping import MapJob, MappedUnit, map_unit, mapped_unit
@@ -34,7 +34,9 @@ from salt_jax.preparation.merging import (
 from salt_jax.preparation.packing import Packing
 from salt_jax.preparation.part_files import RECORD, token_dtype
 from salt_jax.preparation.runners import JobRunner
-from salt_jax.preparation.work_folder import Plan, WorkFolder, digest_of
+from salt_jax.storage.job_journal import JobJournal
+from salt_jax.storage.json_files import no_link_out, require_shape
+from salt_jax.storage.manifests import json_digest
 from salt_jax.terminal import say
 
 # Overhead of an ArrayRecord file, and of a row in it.
@@ -42,6 +44,52 @@ _SHARD_BYTES = 128 * 1024
 _ROW_BYTES = 64
 # How much text to estimate tokens from.
 _SAMPLE_BYTES = 64 * 1024
+
+_PLAN_FILE = "plan.json"
+_RECORDS = 2  # what records of units and buckets hold; another number makes them again
+
+
+class WorkPlan(NamedTuple):
+    """Digests of what intermediate files depend on.
+
+    Attributes:
+      units: Of everything that units depend on.
+      buckets: Of everything else that buckets depend on.
+      trained: Of what the vocabulary was trained on, if it was.
+    """
+
+    units: str
+    buckets: str
+    trained: str | None = None
+
+    @classmethod
+    def of(cls, work: JobJournal) -> "WorkPlan | None":
+        """The plan of a folder's intermediate files, None if there are none."""
+        plan = work.read(_PLAN_FILE)
+        if plan is None:
+            return None
+        shape = {"units": str, "buckets": str, "trained": (None, str)}
+        require_shape(work.path / _PLAN_FILE, plan, shape, work.remedy)
+        return cls(*(plan[name] for name in shape))
+
+
+def work_of(folder: pathlib.Path) -> JobJournal:
+    """The intermediate files of a cache in the making:
+
+    plan.json           a WorkPlan
+    vocabulary/         what the units are tokenized with
+    train-00000.part    a unit's documents by bucket (part_files.py), with a record
+    shared-train.npy    digests of texts that other splits keep
+    rows-train-0.json   the record of a merged bucket, whose file is a shard of the cache
+    failure-*.json      an error of a job that Beam ran
+    """
+    work = folder / "work"
+    return JobJournal(work, f"delete {work}, which is made again")
+
+
+def discard_work(folder: pathlib.Path) -> None:
+    """Removes a cache's intermediate files."""
+    work_of(folder).discard(_PLAN_FILE)
 
 
 class EmptySplit(InputError):  # noqa: N818 (says what was found)
@@ -67,9 +115,9 @@ class Building:
     trained: str | None = None
 
     @property
-    def work(self) -> WorkFolder:
+    def work(self) -> JobJournal:
         """The folder of intermediate files."""
-        return WorkFolder.of_cache(self.folder)
+        return work_of(self.folder)
 
     @property
     def buckets(self) -> dict[str, int]:
@@ -77,19 +125,19 @@ class Building:
         return self.corpus.buckets(self.packing.shards)
 
     @functools.cached_property
-    def work_plan(self) -> Plan:
+    def work_plan(self) -> WorkPlan:
         """What the intermediate files depend on."""
-        units = digest_of(
+        units = json_digest(
             {
                 "version": __version__,
                 "units": [unit.identity() for unit in self.corpus.units],
                 "subsets": self.corpus.subsets,
                 "buckets": self.buckets,
                 "vocabulary": self.vocabulary.fingerprint,
-                "record": RECORD.descr,
+                "records": [RECORD.descr, _RECORDS],
             }
         )
-        return Plan(units, digest_of(dataclasses.asdict(self.packing)), self.trained)
+        return WorkPlan(units, json_digest(dataclasses.asdict(self.packing)), self.trained)
 
     def finished_units(self) -> dict[str, MappedUnit]:
         """The finished units whose files are unchanged, by name."""
@@ -104,7 +152,7 @@ class Building:
         """Rough size of the remaining part files and of the rows, extrapolated from the first
         unit's first documents; 0 if the corpus's size isn't known or nothing is left to map."""
         unit, units = self.corpus.units[0], len(self.corpus.units)
-        resumes = self.work.plan() == self.work_plan
+        resumes = WorkPlan.of(self.work) == self.work_plan
         left = units - len(self.finished_units()) if resumes else units
         if not self.corpus.text_bytes or not left or not isinstance(unit, TextUnit):
             return 0
@@ -121,17 +169,38 @@ class Building:
 
     def begin(self) -> None:
         """Makes the work folder ready: removes what belongs to other settings or to files that
-        have changed since, and names those."""
-        self.work.begin(self.work_plan, self.vocabulary)
+        have changed since, and names those.
+
+        Raises:
+          InputError: The folder is a link that leads elsewhere, where nothing is to be removed.
+        """
+        work, plan = self.work, self.work_plan
+        no_link_out(self.folder, work.path, "choose another --output_dir")
+        before = WorkPlan.of(work)
+        if before is None or before.units != plan.units:
+            if before:
+                say(f"{work.path} is of other settings or another version: it is made again.")
+            work.discard(_PLAN_FILE)
+        elif before.buckets != plan.buckets:
+            self._discard_buckets()
+        work.path.mkdir(exist_ok=True)
+        work.remove_leftovers()
+        if before != plan:
+            self.vocabulary.save(work.path / VOCABULARY_FOLDER)
+            work.write(_PLAN_FILE, plan._asdict())
         finished = self.finished_units()
         if len(finished) < len(self.corpus.units):
-            self.work.discard_buckets()
+            self._discard_buckets()
         for unit in self.corpus.units:
             mapped = self._mapped(unit)
             if mapped and unit.name not in finished:
                 changed = [source.path for source in mapped.sources if not source.unchanged]
                 say(f"{', '.join(changed)} changed since it was read: it is read again.")
-                self.work.unit_record(unit.name).unlink()
+                (work.path / f"{unit.name}.json").unlink()
+
+    def _discard_buckets(self) -> None:
+        for record in self.work.path.glob("rows-*.json"):
+            record.unlink()
 
     def build(self, runner: JobRunner, require_space: Callable[[int, str], None]) -> None:
         """Does the remaining work; `begin` comes first.
@@ -208,7 +277,7 @@ class Building:
             packing=self.packing,
             vocabulary_size=self.vocabulary.size,
             pad_id=self.vocabulary.pad_id,
-            plan=digest_of([dataclasses.asdict(self.work_plan), *digests]),
+            plan=json_digest([self.work_plan, *digests]),
         )
 
     def _rows_bytes(self, tokens: int, shards: int) -> int:
@@ -269,7 +338,7 @@ class Building:
         for split, written in shards.items():
             writer.add_split(split, written, documents[split])
         writer.finish()
-        self.work.discard()
+        discard_work(self.folder)
 
     def _nothing_left(self, split: str, too_long: int) -> str:
         if too_long:

@@ -11,14 +11,14 @@ import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from salt_jax.data.vocabularies import Vocabulary, load_vocabulary
+from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError
 from salt_jax.preparation.corpora import TextUnit, Unit
 from salt_jax.preparation.local_runner import Progress
 from salt_jax.preparation.part_files import PartWriter, token_dtype
 from salt_jax.preparation.reading_log import ReadingLog, SourceFile
-from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.durable_files import whole_file
+from salt_jax.storage.job_journal import JobJournal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MapJob:
     """
 
     unit: Unit
-    work: WorkFolder
+    work: JobJournal
     buckets: Mapping[str, int]
     fingerprint: str
     plan: str
@@ -49,7 +49,7 @@ class MappedUnit:
 
     Attributes:
       plan: See MapJob.
-      part_bytes: Size of its part file.
+      bytes: Size of its part file.
       subsets: Subsets' names, in order of appearance.
       documents: Documents by split.
       tokens: Tokens by split.
@@ -58,7 +58,7 @@ class MappedUnit:
     """
 
     plan: str
-    part_bytes: int
+    bytes: int
     subsets: tuple[str, ...]
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
@@ -77,14 +77,14 @@ def map_unit(job: MapJob) -> Progress:
         missing; a file that changed while it was read.
       OSError: The disk is full.
     """
-    vocabulary = _vocabulary(job.work.vocabulary, job.fingerprint)
+    vocabulary = _vocabulary(job.work.path / VOCABULARY_FOLDER, job.fingerprint)
     vocabulary.drop_unknown = job.drop_unknown
     first = first_buckets(job.buckets)
     log = ReadingLog()
     subsets: dict[str, int] = {}
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
-    with whole_file(job.work.part(job.unit.name)) as file, needed_libraries():
+    with whole_file(part_file(job.work, job.unit.name)) as file, needed_libraries():
         part = PartWriter(file, sum(job.buckets.values()), token_dtype(vocabulary.size))
         for document in job.unit.documents(vocabulary, log):
             split = document.split
@@ -97,24 +97,26 @@ def map_unit(job: MapJob) -> Progress:
         part_bytes = file.tell()
     record = MappedUnit(
         plan=job.plan,
-        part_bytes=part_bytes,
+        bytes=part_bytes,
         subsets=tuple(subsets),
         documents=dict(documents),
         tokens=dict(tokens),
         sources=tuple(job.unit.sources(log)),
         lost_characters=log.lost_characters,
     )
-    job.work.write_json(job.work.unit_record(job.unit.name), dataclasses.asdict(record))
+    job.work.finish(job.unit.name, job.plan, dataclasses.asdict(record))
     return Progress(documents.total(), tokens.total())
 
 
-def mapped_unit(work: WorkFolder, unit: Unit, plan: str) -> MappedUnit | None:
+def part_file(work: JobJournal, unit: str) -> pathlib.Path:
+    """A unit's part file."""
+    return work.path / f"{unit}.part"
+
+
+def mapped_unit(work: JobJournal, unit: Unit, plan: str) -> MappedUnit | None:
     """The record of a unit, None if it isn't finished for this plan."""
-    record = work.read_json(work.unit_record(unit.name))
-    part = work.part(unit.name)
-    if record is None or record.get("plan") != plan:
-        return None
-    if not part.exists() or part.stat().st_size != record["part_bytes"]:
+    record = work.finished(unit.name, plan, part_file(work, unit.name))
+    if record is None:
         return None
     sources = tuple(SourceFile(**source) for source in record.pop("sources"))
     refuses_broken = isinstance(unit, TextUnit) and not unit.text.skip_broken_lines

@@ -8,6 +8,7 @@ in memory.
 
 import dataclasses
 import pathlib
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ import numpy as np
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, cache_shard, write_shard
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.preparation.local_runner import Progress
-from salt_jax.preparation.mapping import first_buckets
+from salt_jax.preparation.mapping import first_buckets, part_file
 from salt_jax.preparation.packing import Packing, cut_document, pack
 from salt_jax.preparation.part_files import RECORD, read_bucket, token_dtype
-from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.durable_files import whole_file
+from salt_jax.storage.job_journal import JobJournal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class MergeSettings:
     """
 
     folder: pathlib.Path
-    work: WorkFolder
+    work: JobJournal
     units: Mapping[str, Sequence[str]]
     subsets: tuple[str, ...]
     buckets: Mapping[str, int]
@@ -63,6 +64,11 @@ class MergeJob:
         """The shard."""
         settings = self.settings
         return cache_shard(settings.folder, self.split, self.index, settings.buckets[self.split])
+
+    @property
+    def record(self) -> str:
+        """The name of its record."""
+        return f"rows-{self.split}-{self.index}"
 
 
 class MergedBucket(NamedTuple):
@@ -96,7 +102,7 @@ def merge_bucket(job: MergeJob) -> Progress:
     settings, packing = job.settings, job.settings.packing
     documents = _read(job)
     digest_D, text_bytes_D = documents.records["digest"], documents.records["text_bytes"]
-    shared_T = np.load(settings.work.shared_texts(job.split), mmap_mode="r")  # sorted
+    shared_T = np.load(_shared_texts(settings.work, job.split), mmap_mode="r")  # sorted
     shared_D = np.searchsorted(shared_T, digest_D, "right") > np.searchsorted(shared_T, digest_D)
     repeated_D = ~shared_D & _repeated(digest_D)
     kept_D = ~shared_D & ~repeated_D if packing.drop_duplicates else ~shared_D
@@ -117,23 +123,21 @@ def merge_bucket(job: MergeJob) -> Progress:
         )
     shard = _write(job, documents, np.flatnonzero(kept_D)) if kept_D.any() else None
     record = {
-        "plan": settings.plan,
+        "bytes": shard.bytes if shard else 0,
         "shard": dataclasses.asdict(shard) if shard else None,
         "documents": {name: dataclasses.asdict(count) for name, count in counts.items()},
         "long_documents": long_documents,
     }
-    settings.work.write_json(settings.work.bucket_record(job.split, job.index), record)
+    settings.work.finish(job.record, settings.plan, record)
     return Progress(len(kept_D), sum(map(len, documents.tokens)))
 
 
 def merged_bucket(job: MergeJob) -> MergedBucket | None:
     """The record of a bucket, None if it isn't finished for this plan."""
-    record = job.settings.work.read_json(job.settings.work.bucket_record(job.split, job.index))
-    if record is None or record.get("plan") != job.settings.plan:
+    record = job.settings.work.finished(job.record, job.settings.plan, job.file)
+    if record is None:
         return None
     shard = ShardCounts(**record["shard"]) if record["shard"] else None
-    if shard and not (job.file.exists() and job.file.stat().st_size == shard.bytes):
-        return None
     documents = {name: DocumentCounts(**count) for name, count in record["documents"].items()}
     return MergedBucket(shard, documents, record["long_documents"])
 
@@ -157,11 +161,15 @@ def write_shared_texts(
         for keeper in keepers
         for bucket in range(first[keeper], first[keeper] + settings.buckets[keeper])
         for records_D, _ in read_bucket(
-            settings.work.part(unit), bucket, total, dtype, tokens=False
+            part_file(settings.work, unit), bucket, total, dtype, tokens=False
         )
     ]
-    with whole_file(settings.work.shared_texts(split)) as file:
+    with whole_file(_shared_texts(settings.work, split)) as file:
         np.save(file, np.unique(np.concatenate([np.array([], "S16"), *digests])))
+
+
+def _shared_texts(work: JobJournal, split: str) -> pathlib.Path:
+    return work.path / f"shared-{split}.npy"
 
 
 def _read(job: MergeJob) -> _Documents:
@@ -174,7 +182,9 @@ def _read(job: MergeJob) -> _Documents:
     tokens: list[np.ndarray] = []
     for unit, names in settings.units.items():
         subset_of_unit = np.array([number[name] for name in names], np.int64)
-        for records_D, tokens_T in read_bucket(settings.work.part(unit), bucket, total, dtype):
+        for records_D, tokens_T in read_bucket(
+            part_file(settings.work, unit), bucket, total, dtype
+        ):
             records.append(records_D)
             subsets.append(subset_of_unit[records_D["subset"]])
             tokens += np.split(tokens_T, np.cumsum(records_D["tokens"])[:-1])
@@ -205,5 +215,5 @@ def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCou
         split=f"{job.split} {job.index}" if job.index else job.split,
     )
     record_format = RecordFormat(length, settings.vocabulary_size)
-    temporary = settings.work.temporary(job.file)
+    temporary = settings.work.path / f"{job.file.name}.{secrets.token_hex(6)}.tmp"
     return write_shard(job.file, rows, record_format, settings.subsets, temporary)

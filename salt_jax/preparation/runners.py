@@ -7,7 +7,7 @@ from typing import Any
 
 from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.preparation.local_runner import Progress, run_locally
-from salt_jax.preparation.work_folder import WorkFolder
+from salt_jax.storage.job_journal import JobJournal
 
 LOCAL = "local"
 BEAM_RUNNERS = ("DirectRunner", "PrismRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
@@ -58,7 +58,7 @@ class JobRunner:
         jobs: Sequence[Any],
         title: str,
         done: int,
-        work: WorkFolder,
+        work: JobJournal,
     ) -> None:
         """Calls a function with each of its jobs, in any order and perhaps more than once.
 

@@ -1,1 +1,1 @@
-"""What a running process relies on: the other processes, its output streams, signals."""
+"""The process itself: other processes of the run, output streams, signals."""

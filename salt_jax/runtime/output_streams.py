@@ -1,8 +1,8 @@
-"""stdout and stderr that never fail: output is no reason to stop.
+"""stdout and stderr that never fail: lost output is no reason to stop.
 
-In: the process's own streams. Out: streams in their place, which show as `?` what their encoding
-doesn't have and drop what nobody takes: the reader of a pipe has gone, a terminal was closed, a
-disk is full. The first loss on stdout is told of on stderr.
+They replace the process's own streams. Characters that the encoding lacks become `?`; output that
+can't be delivered (a closed pipe or terminal, a full disk) is dropped. The first loss on stdout is
+reported on stderr.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ import sys
 from typing import Any, TextIO
 
 STDOUT, STDERR = 1, 2
-# Set in the environment once a loss is told of: the commands that this one starts needn't.
+# Set in the environment once a loss was reported, so that child processes don't repeat it.
 _TOLD = "SALT_OUTPUT_LOST"
-# What these refuse now they may take later.
+# After these errors later writes may succeed.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def install() -> None:
-    """Takes the place of sys.stdout and sys.stderr, before anything else opens a file."""
+    """Replaces sys.stdout and sys.stderr; to be called before anything else opens a file."""
     _Descriptor.untold = ()
     for descriptor in (0, STDOUT, STDERR):
         _hold(descriptor)
@@ -30,27 +30,27 @@ def install() -> None:
 
 
 def print_only() -> None:
-    """For a command that does nothing but print: its reader may go, as of `| head`, untold."""
+    """For a command that only prints: a closed pipe (`| head`) is not worth a report."""
     _Descriptor.untold = (errno.EPIPE,)
 
 
 def tell_at_once(sentence: str) -> None:
-    """Tells a sentence on stderr, also from a signal's handler or just before the process ends."""
+    """Prints a sentence on stderr; safe in a signal handler and just before the process exits."""
     with contextlib.suppress(OSError):
         os.write(STDERR, f"salt: {sentence}\n".encode(errors="replace"))
 
 
 def _hold(descriptor: int) -> None:
-    """Opens a descriptor that is closed, to be told of a write, and lest a file get its number."""
+    """Opens a closed descriptor, so that no file gets its number and writes to it are noticed."""
     try:
         os.fstat(descriptor)
     except OSError:
-        # The lowest number that is free is given, so this one; child processes have it too.
+        # The lowest free number is given, so this one; child processes inherit it.
         os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
 
 
 def _stream(replaced: TextIO | None, descriptor: int) -> io.TextIOWrapper:
-    """A stream to a descriptor, for the one that Python made, if it found the descriptor open."""
+    """A stream to a descriptor; `replaced` is Python's own, None if the descriptor was closed."""
     return io.TextIOWrapper(
         _Descriptor(descriptor, "w", closefd=False),
         encoding=replaced.encoding if replaced else "utf-8",
@@ -61,7 +61,7 @@ def _stream(replaced: TextIO | None, descriptor: int) -> io.TextIOWrapper:
 
 
 class _Descriptor(io.FileIO):
-    """A descriptor's bytes, which always take all that is written."""
+    """A raw stream whose writes always succeed."""
 
     untold: tuple[int, ...] = ()
 
@@ -70,7 +70,7 @@ class _Descriptor(io.FileIO):
         try:
             while left:
                 written = super().write(left)
-                if written is None:  # it doesn't block, and its reader is slow
+                if written is None:  # non-blocking, and its reader is slow
                     select.select([], [self], [])
                 else:
                     left = left[written:]
@@ -79,7 +79,7 @@ class _Descriptor(io.FileIO):
         return whole.nbytes
 
     def _lose(self, error: OSError) -> None:
-        if error.errno not in _FULL:  # from here on nowhere, for libraries and child processes too
+        if error.errno not in _FULL:  # for libraries and child processes too
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)

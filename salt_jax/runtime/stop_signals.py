@@ -1,4 +1,4 @@
-"""The signals that ask a process to stop: what they are, and who handles them for a while."""
+"""The signals that ask a process to stop, and a temporary handler for them."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """A scheduler's, Ctrl-C's, and a closed terminal's, but that under nohup, which ignores it."""
+    """SIGTERM, SIGINT, and SIGHUP unless nohup has it ignored."""
     always = (signal.SIGTERM, signal.SIGINT)
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return always if ignored else (*always, signal.SIGHUP)
@@ -17,7 +17,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 def stop_signals_handled_by(
     handler: Callable[[int, types.FrameType | None], None],
 ) -> Iterator[None]:
-    """Gives the signals that ask to stop to a handler as long as the context lasts."""
+    """Installs a handler for the signals that ask to stop while the context lasts."""
     previous = {number: signal.signal(number, handler) for number in stop_signals()}
     try:
         yield

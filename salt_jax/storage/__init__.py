@@ -1,1 +1,1 @@
-"""Files on disk and in buckets: run folders, locks, manifests, shards that can be resumed."""
+"""Files on disk and in buckets: run folders, locks, manifests, journals of finished work."""

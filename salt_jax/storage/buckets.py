@@ -1,8 +1,7 @@
 """Folders and files in buckets, gs://BUCKET/PATH and s3://BUCKET/PATH, through fsspec.
 
-In: paths as they were typed. Out: what a bucket's folder holds, its files to and from the disk, or
-read in place. Credentials are found by gcsfs and s3fs, as by Google's and Amazon's own tools; this
-package never sees them.
+gcsfs and s3fs find the credentials as Google's and Amazon's own tools do; this package never sees
+them.
 """
 
 import contextlib
@@ -18,19 +17,17 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from salt_jax.errors import InputError
 from salt_jax.storage.json_files import require_inside
+from salt_jax.storage.manifests import COMPLETED_FILE, DIGESTS_FILE
 
-# What installs the library of each scheme.
+# Scheme → the extra that installs its library.
 _EXTRAS = {"gs": "gcs", "s3": "s3"}
-# By which file systems tell one content of a file from the next.
+# Fields of fsspec's file information that change with a file's content, best first.
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
-_MARKS = ("COMPLETED", "digests.json")
-_ADVICE = "check the name, your rights to it and the network"
-# Otherwise fsspec takes as many files at once as an eighth of those that may be open, and holds
-# 50 MB and more of each.
+# fsspec's default is an eighth of the limit on open files, with 50 MB and more of each in memory.
 _FILES_AT_ONCE = 16
 _PART_BYTES = 8 * 2**20
-_MOST_PARTS, _PART_UNIT = 10_000, 2**18  # of a file on S3; of what GCS's parts are multiples
-# Of one file. s3fs reads on after a lost connection only where it reads a file in no parts.
+_MOST_PARTS, _PART_UNIT = 10_000, 2**18  # S3's limit for a file; the unit of GCS's part sizes
+# Options for one file. s3fs survives a lost connection only where it reads a file in one part.
 _PUT: dict[str, dict[str, int]] = {"gs": {}, "s3": {"max_concurrency": 2}}
 _GET: dict[str, dict[str, int]] = {
     "gs": {"concurrency": 2, "chunk_size": _PART_BYTES, "max_prefetch_size": 2 * _PART_BYTES},
@@ -38,16 +35,16 @@ _GET: dict[str, dict[str, int]] = {
 }
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
-# It logs the stack of an error that it also raises, and that is then told in a sentence.
+# It logs the stack of errors that it also raises.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 class BucketError(InputError):
-    """A bucket that cannot be read or written: its name, the rights, the network."""
+    """A bucket can't be read or written: a wrong name, missing permissions, the network."""
 
 
 class RemoteFile(NamedTuple):
-    """A file's size in bytes, and what changes with its content."""
+    """A file's size in bytes, and a version that changes with its content."""
 
     bytes: int
     version: str
@@ -65,8 +62,8 @@ class RemoteFolder:
       url: gs://BUCKET/PATH or s3://BUCKET/PATH.
 
     Raises:
-      InputError: Another scheme, no folder, credentials in the URL, or the scheme's library is not
-        installed.
+      InputError: An unknown scheme, no folder, credentials in the URL, or the scheme's library is
+        not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -79,11 +76,11 @@ class RemoteFolder:
         self._files, _ = _opened(url)
 
     def files(self) -> dict[str, RemoteFile]:
-        """What it holds now, by names relative to it; empty where there is nothing.
+        """The files in it now, by name relative to it.
 
         Raises:
           BucketError: It cannot be listed.
-          InputError: A name in it leads out of a folder, or is that of no file on a disk.
+          InputError: A name leads out of the folder, or cannot be a file's name on disk.
         """
         with _told(self.url, "read"):
             self._files.invalidate_cache()
@@ -96,7 +93,7 @@ class RemoteFolder:
             for name, info in sorted(found.items())
             if info["type"] == "file" and name.startswith(f"{self._root}/")
         }
-        # What stands for a folder has no content. In a bucket ".." is a name as any other.
+        # Objects that stand for folders have no content.
         files = {name: file for name, file in files.items() if name and not name.endswith("/")}
         for name in files:
             require_inside(self.url, name, "rename or remove that object")
@@ -104,7 +101,7 @@ class RemoteFolder:
         return files
 
     def fetch(self, folder: pathlib.Path, names: Sequence[str]) -> None:
-        """Copies files into a folder on the disk, each whole or not at all.
+        """Downloads files into a folder, each whole or not at all.
 
         Raises:
           BucketError: One cannot be read.
@@ -124,15 +121,13 @@ class RemoteFolder:
                 path.unlink(missing_ok=True)
 
     def put(self, folder: pathlib.Path, names: Sequence[str]) -> None:
-        """Copies files from a folder on the disk, those last that say that others are complete.
+        """Uploads files of a folder, those that mark others as complete last.
 
         Raises:
           BucketError: One cannot be written.
         """
-        for last in (False, True):
-            own = [name for name in names if completes(name) == last]
-            if not own:
-                continue
+        for _, group in itertools.groupby(sorted(names, key=completes), key=completes):
+            own = list(group)
             with _told(self.url, "written"):
                 local = [str(folder / name) for name in own]
                 self._files.put(
@@ -144,7 +139,7 @@ class RemoteFolder:
                 )
 
     def remove(self, names: Iterable[str]) -> None:
-        """Takes files away, those first that say that others are complete.
+        """Removes files, those that mark others as complete first.
 
         Raises:
           BucketError: One cannot be removed.
@@ -158,8 +153,7 @@ class RemoteFolder:
 
 
 def path_of(file: str) -> pathlib.Path:
-    """A file's path on the disk, or in a bucket: its name, its parent and its text are as any
-    path's; `open_file` and `state_of` read it."""
+    """A path on disk or in a bucket, which `open_file` and `state_of` read."""
     if not is_remote(file):
         return pathlib.Path(file)
     from etils import epath
@@ -168,8 +162,8 @@ def path_of(file: str) -> pathlib.Path:
 
 
 def matching(pattern: str) -> list[str]:
-    """The URLs of a bucket's files that a pattern names; ** crosses folders. Brackets that are in a
-    name stand for themselves, and a pattern that is a file's name means that file alone.
+    """The URLs of a bucket's files that match a pattern; ** crosses folders. Brackets that are part
+    of a name stand for themselves, and a pattern that is a file's name matches that file alone.
 
     Raises:
       InputError: See RemoteFolder.
@@ -185,17 +179,17 @@ def matching(pattern: str) -> list[str]:
 
 
 def _readings(place: str) -> Iterator[str]:
-    """What brackets in a pattern may mean, those first that are part of names."""
+    """The pattern with its brackets as parts of names, then as character classes."""
     parts = ((part.replace("[", "[[]"), part) for part in place.split("/"))
     return map("/".join, itertools.product(*map(dict.fromkeys, parts)))
 
 
 def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
-    """A file to read, unbuffered where it is on the disk, and its state as it was opened.
+    """A file to read, unbuffered if on disk, and its `state_of` when it was opened.
 
     Raises:
       OSError: It cannot be read.
-      BucketError: It lies in a bucket, and cannot be read.
+      BucketError: It cannot be read, in a bucket.
     """
     if not is_remote(path):
         file = cast(BinaryIO, open(path, "rb", buffering=0))  # noqa: SIM115 (the caller's)
@@ -207,12 +201,12 @@ def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
 
 
 def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """A file's size, and what changes with its content: the time of change in nanoseconds, or a
-    hash of what a bucket goes by.
+    """A file's size in bytes and a number that changes with its content: the time of modification
+    in nanoseconds, or a hash of the bucket's version.
 
     Raises:
       OSError: It cannot be read.
-      BucketError: It lies in a bucket, and cannot be read.
+      BucketError: It cannot be read, in a bucket.
     """
     if not is_remote(path):
         status = os.stat(path)
@@ -224,22 +218,16 @@ def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     return int(info["size"]), int.from_bytes(digest)
 
 
-def checkpoint_of(name: str) -> str:
-    """The checkpoint that a file belongs to, "RUN/checkpoints/STEP"; "" where it is of none."""
-    found = re.match(r"(?:.*/)?checkpoints/\d+(?=/)", name)
-    return found[0] if found else ""
-
-
 def _place(url: str) -> str:
-    """The path that a URL names: BUCKET/FOLDER/FILE.
+    """A URL's path: BUCKET/FOLDER/FILE.
 
     Raises:
-      InputError: Another scheme, or credentials in the URL.
+      InputError: An unknown scheme, or credentials in the URL.
     """
     scheme, _, rest = url.partition("://")
     if scheme not in _EXTRAS:
         raise InputError(
-            f"{scheme}:// is no kind of path that is known: name a folder on this machine, "
+            f"{scheme}:// is not supported: name a folder on this machine, "
             f"or one of {', '.join(f'{known}://' for known in _EXTRAS)}."
         )
     if re.search(r"[@#]|\?.*[=&]", rest):
@@ -258,7 +246,7 @@ def _opened(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    # Otherwise gcsfs asks for the kind of bucket before each call, and warns where it may not.
+    # Otherwise gcsfs asks for the kind of bucket before each call, and warns if it may not.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     place, scheme = _place(url), url.partition("://")[0]
     with _told(f"{scheme}://{place}", "read"):
@@ -273,17 +261,20 @@ def _opened(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _told(url: str, what: str) -> Iterator[None]:
-    """Turns an error of a library or of the network, of whichever class, into a sentence."""
+    """Turns any error of the library or the network into a BucketError."""
     try:
         yield
     except (InputError, TypeError, AttributeError, NameError, LookupError, AssertionError):
         raise
     except Exception as error:  # each library has classes of its own
-        raise BucketError(f"{url} cannot be {what} ({_reason(error)}): {_ADVICE}.") from error
+        raise BucketError(
+            f"{url} cannot be {what} ({_reason(error)}): check the name, your rights to it and the "
+            "network."
+        ) from error
 
 
 def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
-    """Refuses names that can't be those of files on a disk, all at once."""
+    """Refuses names that can't all be files in one folder on disk."""
     for name in files:
         parts = name.split("/")
         folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
@@ -295,12 +286,12 @@ def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
 
 
 def completes(name: str) -> bool:
-    """Whether a file says that others are complete: it is sent last and removed first."""
-    return name.rpartition("/")[2] in _MARKS
+    """Whether a file marks others as complete: it is sent last and removed first."""
+    return name.rpartition("/")[2] in (COMPLETED_FILE, DIGESTS_FILE)
 
 
 def _part_bytes(size: int) -> int:
-    """Of a part of a file of so many bytes."""
+    """The size of the parts in which a file of this size is sent."""
     units = -(-size // (_MOST_PARTS * _PART_UNIT))
     return max(_PART_BYTES, units * _PART_UNIT)
 
@@ -310,10 +301,10 @@ def _version(info: Mapping[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line, without anything that opens the bucket."""
+    """What went wrong in one line, without credentials."""
     text = " ".join(str(error).split())
     secrets = {os.environ.get(name, "") for name in _SECRETS} - {""}
     for secret in sorted(secrets, key=len, reverse=True):  # one may begin like another
         text = text.replace(secret, "…").replace(urllib.parse.quote(secret, safe=""), "…")
-    text = text[:200].rstrip(".")  # only now: half a secret would not be found
+    text = text[:200].rstrip(".")  # after the secrets: half of one would not be found
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,7 +1,6 @@
 """Files that are whole or absent, whatever stops the process that writes them.
 
-In: a path and what is to be in the file. Out: the file, under its name only once all of it is on
-the disk. Several processes may write the same file at once; the last one to finish has it.
+Several processes may write the same file at once; the last one to finish wins.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# What a killed writer may leave, after the file's name: FILE.0123abcd.tmp.
+# What a killed writer may leave behind, after the file's name: FILE.0123abcd.tmp.
 LEFTOVERS = ".*.tmp"
 
 
@@ -22,21 +21,23 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     Raises:
       OSError: The disk is full, say; nothing is left behind.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_new_text(path: pathlib.Path, text: str) -> None:
-    """Writes a whole text file unless there is one already, another process's too."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    """Writes a whole text file unless there is one already, perhaps another process's."""
+    temporary = _temporary(path)
     try:
         write_text(temporary, text)
         with contextlib.suppress(FileExistsError):
@@ -49,3 +50,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a whole text file."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")

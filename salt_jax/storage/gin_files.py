@@ -1,8 +1,7 @@
-"""The statements of gin files and bindings, read by gin's own parser and carried out by nobody.
+"""The statements of gin files and bindings, read by gin's own parser and not executed.
 
-In: a file, whose includes are looked up by the caller, or bindings as text. Out: imports and
-bindings in the order in which they take effect, whether a setting is written on a line of its own
-or in a block. Nothing is imported and nothing is bound.
+Imports and bindings come in the order in which they take effect, whether a setting is written on a
+line of its own or in a block. Nothing is imported and nothing is bound.
 """
 
 import dataclasses
@@ -15,9 +14,9 @@ from typing import Any
 from gin import config_parser
 from salt_jax.errors import InputError
 
-# A BindingStatement, BlockDeclaration or ImportStatement of gin's, which is not typed.
+# gin's BindingStatement, BlockDeclaration or ImportStatement, which are not typed.
 Statement = Any
-# Gives the path of a gin file by its name; the second argument is what to correct if there is none.
+# Finds the path of a gin file by its name; the second argument says what to correct if it fails.
 Finder = Callable[[str, str], str]
 
 COMMAND_LINE = "the command line"
@@ -25,7 +24,7 @@ COMMAND_LINE = "the command line"
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A value that comes from elsewhere, as it is written: "%STEPS", "@decoder.DecoderConfig()"."""
+    """A reference as it is written: "%STEPS", "@decoder.DecoderConfig()"."""
 
     text: str
 
@@ -34,12 +33,12 @@ class Reference:
 
     @property
     def macro(self) -> str:
-        """The macro's name, "" for what is none."""
+        """The macro's name, "" if it isn't one."""
         return self.text[1:] if self.text[0] == "%" and self != REQUIRED else ""
 
     @property
     def configurable(self) -> str:
-        """The function's or class's name, without scopes and brackets; "" for a macro."""
+        """The function's or class's name without scopes and parentheses, "" for a macro."""
         return self.text[1:].removesuffix("()").rpartition("/")[2] if self.text[0] == "@" else ""
 
 
@@ -47,7 +46,7 @@ REQUIRED = Reference("%gin.REQUIRED")
 
 
 class _References(config_parser.ParserDelegate):
-    """Leaves references and macros what they are."""
+    """Keeps references and macros unresolved."""
 
     def configurable_reference(self, name: str, evaluate: bool) -> Reference:
         return Reference(f"@{name}{'()' if evaluate else ''}")
@@ -57,7 +56,7 @@ class _References(config_parser.ParserDelegate):
 
 
 class _NamedText(io.StringIO):
-    """A text whose statements know the file that it comes from."""
+    """Text whose statements know the file that it comes from."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text, newline=None)
@@ -65,10 +64,10 @@ class _NamedText(io.StringIO):
 
 
 def open_text(path: str) -> io.StringIO:
-    """A gin file's text: UTF-8, whatever the locale, and without a byte order mark.
+    """A gin file's text: UTF-8 in any locale, without a byte order mark.
 
     Raises:
-      InputError: It is no such text.
+      InputError: It is not such a text.
     """
     reason = "it has NUL bytes"
     try:
@@ -84,25 +83,25 @@ def open_text(path: str) -> io.StringIO:
 
 
 def statements_in(text: str) -> Iterator[Statement]:
-    """The statements of a text, includes among them.
+    """The statements of a text, including includes.
 
     Raises:
-      InputError: What gin cannot read, with its line.
+      InputError: gin cannot parse it; with the line.
     """
     return _parsed(io.StringIO(text), "")
 
 
 def statements_of(file: str, find: Finder, above: tuple[str, ...] = ()) -> Iterator[Statement]:
-    """The statements of a file, each include replaced by those of the file that it names.
+    """The statements of a file, with each include replaced by those of the file that it names.
 
     Args:
       file: Its path.
-      find: Finds what it includes.
+      find: Finds the files that it includes.
       above: The files that include it.
 
     Raises:
-      InputError: What gin cannot read, with file and line; a file that is missing, no text, or
-        includes itself.
+      InputError: gin cannot parse it, with file and line; a file is missing, not text, or includes
+        itself.
     """
     if file in above:
         raise InputError(f"{file} includes itself: take that include out.")
@@ -115,7 +114,7 @@ def statements_of(file: str, find: Finder, above: tuple[str, ...] = ()) -> Itera
 
 
 def references_in(value: Any) -> Iterator[Reference]:
-    """The references in a value, wherever they stand in it."""
+    """The references in a value, however deeply nested."""
     if isinstance(value, Reference):
         yield value
     elif isinstance(value, Mapping):
@@ -126,7 +125,7 @@ def references_in(value: Any) -> Iterator[Reference]:
 
 
 def bindings_in(statements: Iterable[Statement]) -> Iterator[tuple[str, Statement]]:
-    """The bindings among statements, each with the name that it sets: "config.Data.seed", "STEPS",
+    """The bindings among statements with the names that they set: "config.Data.seed", "STEPS",
     "big/decoder.DecoderConfig.num_layers"."""
     for one in statements:
         if isinstance(one, config_parser.BindingStatement):
@@ -135,7 +134,7 @@ def bindings_in(statements: Iterable[Statement]) -> Iterator[tuple[str, Statemen
 
 
 def place_of(statement: Statement) -> str:
-    """Where a statement stands."""
+    """The file and line of a statement."""
     file = statement.location.filename
     return f"{file}, line {statement.location.line_num}" if file else COMMAND_LINE
 

@@ -1,8 +1,8 @@
-"""JSON objects of files that may be damaged, or made to do harm.
+"""JSON objects read from files that may be damaged, or made to do harm.
 
-In: a file, and the shape that its object must have. Out: the object, of that shape; or one sentence
-with the file, the place in it and what was expected there. A file that a manifest names is looked
-for inside the manifest's own folder only (`inside`).
+An object that is not of the expected shape is refused in one sentence with the file, the place in
+it and what was expected there. A file that a manifest names must lie in the manifest's own folder
+(`inside`).
 """
 
 import json
@@ -15,9 +15,9 @@ from typing import Any
 
 from salt_jax.errors import InputError
 
-# What a value must be: a type (int: a whole number of 0 to 2**63 - 1; float: any finite number),
-# (None, shape): that or null, [shape]: a list of such, {str: shape}: an object of such,
-# {"name": shape, …}: an object that has these, and perhaps others.
+# What a value must be: a type (int: a whole number from 0 to 2**63 - 1; float: any finite number);
+# (None, shape): that or null; [shape]: a list of such; {str: shape}: an object of such;
+# {"name": shape, …}: an object that has these, and perhaps other members.
 Shape = Any
 
 _LARGEST_COUNT = 2**63 - 1
@@ -30,14 +30,10 @@ _CALLED = {int: "a whole number of 0 or more", float: "a number", str: "a text",
 
 
 def read_json_object(file: pathlib.Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-      file: Which.
-      remedy: What to do about a bad one: the end of the error's sentence.
+    """The JSON object in a file; `remedy` ends the sentence of an error.
 
     Raises:
-      InputError: It cannot be read, is no JSON (NaN is none), or holds something else.
+      InputError: It cannot be read, is not JSON (NaN is not), or holds something else.
     """
     try:
         if file.stat().st_size > _MOST_BYTES:
@@ -53,12 +49,12 @@ def read_json_object(file: pathlib.Path, remedy: str) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, **settings: Any) -> Any:
-    """`json.loads`, with texts that can be written again.
+    """`json.loads` of UTF-8, whose strings can be encoded again.
 
     Raises:
-      ValueError: It is no JSON in UTF-8, or too deep.
+      ValueError: It is not JSON in UTF-8, or nested too deeply.
     """
-    # json itself would let half a pair pass in bytes, and guess their encoding.
+    # json would accept a lone surrogate in bytes, and guess their encoding.
     text = text if isinstance(text, str) else text.decode("utf-8-sig")
     try:
         found = json.loads(text, **settings)
@@ -70,20 +66,14 @@ def parse_json(text: str | bytes, **settings: Any) -> Any:
 
 
 def valid_unicode(text: str) -> str:
-    """A text in which half a surrogate pair, which JSON may hold and no file, is U+FFFD."""
+    """The text with U+FFFD for lone surrogates, which JSON can express and UTF-8 can't."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def require_shape(file: pathlib.Path, found: Mapping[str, Any], shape: Shape, remedy: str) -> None:
-    """Refuses an object that lacks something, or has something of another type.
-
-    Args:
-      file: Where it stands.
-      found: The object.
-      shape: What it must be.
-      remedy: What to do about a bad one: the end of the error's sentence.
+    """Refuses a file's object that lacks a member, or has one of another type.
 
     Raises:
       InputError: With the place in the object, and what was expected there.
@@ -93,7 +83,7 @@ def require_shape(file: pathlib.Path, found: Mapping[str, Any], shape: Shape, re
 
 
 def inside(folder: pathlib.Path, name: str, remedy: str) -> pathlib.Path:
-    """A file of a folder by a name that was read from somewhere, whether it exists or not.
+    """The path of a folder's file by a name that was read from somewhere; it need not exist.
 
     Raises:
       InputError: The name leads out of the folder: it is absolute, has "..", or follows a link.
@@ -103,10 +93,10 @@ def inside(folder: pathlib.Path, name: str, remedy: str) -> pathlib.Path:
 
 
 def require_inside(folder: str, name: str, remedy: str) -> None:
-    """Refuses a name that leads out of a folder, on the disk or in a bucket, by itself.
+    """Refuses a name that leads out of a folder, on disk or in a bucket.
 
     Raises:
-      InputError: It is absolute, has "..", or means something else elsewhere.
+      InputError: It is absolute, has "..", or means something else on another system.
     """
     parts = pathlib.PurePosixPath(name).parts
     if not parts or "\0" in name or "\\" in name or os.path.isabs(name) or ".." in parts:
@@ -116,14 +106,14 @@ def require_inside(folder: str, name: str, remedy: str) -> None:
 
 
 def no_link_out(folder: pathlib.Path, path: pathlib.Path, remedy: str) -> pathlib.Path:
-    """`path`, a place in a folder; refused if a link on the way leads out of the folder.
+    """`path`, which lies in a folder; refused if a symbolic link leads out of the folder.
 
     Raises:
       InputError: With where it leads.
     """
     try:
         real = path.resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links
+    except (OSError, RuntimeError) as error:  # a cycle of links
         raise InputError(f"{path} is a link that leads nowhere: {remedy}.") from error
     if not real.is_relative_to(folder.resolve()):
         raise InputError(f"{path} leads out of its folder, to {real}, by a link: {remedy}.")
@@ -131,7 +121,7 @@ def no_link_out(folder: pathlib.Path, path: pathlib.Path, remedy: str) -> pathli
 
 
 def _misfit(value: Any, shape: Shape, name: str) -> str:
-    """What is wrong with a value; nothing if it fits."""
+    """What is wrong with a value, "" if nothing is."""
     if isinstance(shape, tuple):
         return "" if value is None else _misfit(value, shape[1], name)
     if isinstance(shape, Mapping):
@@ -167,7 +157,7 @@ def _unlike(value: Any, expected: str, name: str) -> str:
 
 
 def _finite(text: str) -> float:
-    """A number's value; JSON has no infinity, which 1e999 would be read as."""
+    """A number's value; JSON has no infinity, as which 1e999 would be read."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is no finite number")
     return number

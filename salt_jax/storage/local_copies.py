@@ -1,12 +1,10 @@
-"""Copies on this machine's disk of what buckets hold.
+"""Local copies of folders and files in buckets.
 
-In: a path as it was typed. Out: where it lies on the disk: itself, or a copy, of which only what
-has changed in the bucket is fetched again. Copies are kept below SALT_LOCAL_COPIES, which is
-~/.cache/salt_jax by default, or a temporary folder where that cannot be written.
+Only what has changed in the bucket is fetched again. Copies are kept below SALT_LOCAL_COPIES, by
+default ~/.cache/salt_jax, or a temporary folder if that can't be written.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,12 +12,15 @@ import pathlib
 import re
 import shutil
 import urllib.parse
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
+
+import filelock
 
 from salt_jax.errors import InputError
 from salt_jax.storage.buckets import RemoteFile, RemoteFolder, completes, is_remote
 from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.manifests import DIGESTS_FILE
 from salt_jax.storage.user_folders import cache_folder, writable
 from salt_jax.terminal import say
 
@@ -27,39 +28,37 @@ COPIES = "SALT_LOCAL_COPIES"
 
 _LONGEST_NAME = 200
 
-
-# A file's size, time of change in nanoseconds and inode; nothing where there is none.
-State = tuple[int, ...]
+# A file's size, time of modification in nanoseconds and inode; () if there is no file.
+FileState = tuple[int, ...]
 
 
 class Copied(NamedTuple):
-    """A file of the bucket's as it was when it and its copy were the same (None while one is being
-    made the other), and the copy's `state_on_disk` then."""
+    """The bucket's file when it and its copy were last the same (None while one is being made the
+    other), and the copy's `state_on_disk` then."""
 
     there: RemoteFile | None
-    here: State
+    here: FileState
 
 
 class Copy:
-    """A folder on the disk and which of its files are the bucket's.
+    """A local copy of a bucket's folder, and a record of which files are the same.
 
     Args:
-      folder: The bucket's.
+      folder: The bucket's folder.
       path: The copy.
 
     Attributes:
-      control: A folder for what is known of it.
+      control: A folder beside it for the record and for locks.
     """
 
     def __init__(self, folder: RemoteFolder, path: pathlib.Path) -> None:
         self.folder, self.path = folder, path
-        # Beside it, since the folder itself is the bucket's.
         self.control = path.with_name(f"{path.name}.copy")
         self.control.mkdir(parents=True, exist_ok=True)
         self._record = self.control / "copied.json"
 
     def known(self) -> dict[str, Copied]:
-        """The files that were copied, either way, by name; empty where nothing was."""
+        """The files that were copied, in either direction, by name."""
         try:
             known = json.loads(self._record.read_text(encoding="utf-8"))
             return {
@@ -70,19 +69,16 @@ class Copy:
             return {}
 
     def note(self, files: Mapping[str, Copied]) -> None:
-        """Remembers them."""
+        """Records them."""
         write_text(self._record, json.dumps(files, indent=0))
 
     def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Makes the copy what the bucket holds now.
-
-        Args:
-          wanted: Which files to have; others that were copied before are kept while they are the
-            bucket's.
+        """Brings the copy to what the bucket holds now; files that are not wanted are kept if they
+        were copied before and the bucket still has them.
 
         Raises:
-          InputError: There is no room for it.
-          BucketError: It cannot be read.
+          InputError: The disk has too little space.
+          BucketError: The bucket cannot be read.
         """
         there, known = self.folder.files(), self.known()
         current = {
@@ -107,7 +103,7 @@ class Copy:
             self.note(current | new)
 
     def drop(self, name: str) -> None:
-        """Takes a file out of the copy, and the folders that are empty without it."""
+        """Removes a file from the copy, and the folders that are empty then."""
         file = self.path / name
         file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -128,11 +124,7 @@ class Copy:
 def local_folder(
     path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
 ) -> pathlib.Path:
-    """A folder on this machine's disk: the path itself, or a copy of a bucket's folder.
-
-    Args:
-      path: As it was typed.
-      wanted: Which of a bucket's files to copy, by their names relative to it.
+    """A folder on this machine: the path itself, or a copy of wanted files of a bucket's folder.
 
     Raises:
       InputError: The bucket's folder cannot be read, or is empty.
@@ -143,8 +135,7 @@ def local_folder(
         return pathlib.Path(path)
     folder = RemoteFolder(os.fspath(path))
     copy = Copy(folder, copy_below("input", folder))
-    with open(copy.control / "lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes on this machine one fetches
+    with filelock.FileLock(copy.control / "lock"):  # one process of this machine fetches
         copy.fetch(wanted)
     if not copy.path.is_dir():
         raise InputError(f"There is nothing in {folder.url}: name another folder.")
@@ -152,7 +143,7 @@ def local_folder(
 
 
 def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A file on this machine's disk: the path itself, or a copy of a bucket's file.
+    """A file on this machine: the path itself, or a copy of a bucket's file.
 
     Raises:
       InputError: The bucket's file cannot be read, or isn't there.
@@ -167,20 +158,17 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def local_run(url: str, step: int | None) -> pathlib.Path:
-    """A copy of a run's folder in a bucket, with one of its checkpoints.
-
-    Args:
-      url: The run's.
-      step: The checkpoint's step; None is the newest.
+    """A copy of a run's folder in a bucket, with one of its checkpoints (None: the newest).
 
     Raises:
       InputError: It cannot be read, is empty, or has no such checkpoint.
     """
     steps = remote_steps(RemoteFolder(url).files())
     if step is not None and step not in steps:
+        listed = f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
         raise InputError(
-            f"{url} has {f'checkpoints of {_listed(steps)}' if steps else 'no checkpoint'}, and "
-            f"step {step} is asked for: name another step."
+            f"{url} has {f'checkpoints of {listed}' if steps else 'no checkpoint'}, and step "
+            f"{step} is asked for: name another step."
         )
     kept = f"checkpoints/{step if step is not None else max(steps, default=None)}/"
     return local_folder(
@@ -190,12 +178,12 @@ def local_run(url: str, step: int | None) -> pathlib.Path:
 
 def remote_steps(files: Collection[str]) -> list[int]:
     """The steps of complete checkpoints among the names of a run's files, ascending."""
-    found = (re.fullmatch(r"checkpoints/(\d+)/digests\.json", name) for name in files)
+    found = (re.fullmatch(rf"checkpoints/(\d+)/{DIGESTS_FILE}", name) for name in files)
     return sorted(int(match[1]) for match in found if match)
 
 
-def state_on_disk(path: pathlib.Path) -> State:
-    """What tells a file's content from what was there before."""
+def state_on_disk(path: pathlib.Path) -> FileState:
+    """What changes whenever a file's content does."""
     try:
         status = path.stat()
     except OSError:
@@ -203,14 +191,10 @@ def state_on_disk(path: pathlib.Path) -> State:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _listed(steps: Sequence[int]) -> str:
-    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
-
-
 def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
-    """Where a folder's copy lies on this machine: for reading ("input"), or to write ("output").
+    """The path of a folder's copy, for reading ("input") or writing ("output").
 
-    Its name is the folder's own; no copy lies in another one.
+    It has the folder's own name, and no copy is inside another.
     """
     below = _copies_folder()
     place = urllib.parse.quote(folder.url, safe="")
@@ -220,8 +204,7 @@ def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
 
 
 def _copies_folder() -> pathlib.Path:
-    given = os.environ.get(COPIES)
-    if not given:
+    if not (given := os.environ.get(COPIES)):
         return cache_folder("salt_jax", COPIES)
     try:
         return writable(given)

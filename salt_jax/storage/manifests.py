@@ -1,8 +1,7 @@
-"""Manifests: what a folder of data holds, and whether it was ever finished.
+"""Manifests: what a folder of data holds, and whether it is complete.
 
-In: a mapping of counts, digests and settings. Out: FOLDER/manifest.json, then FOLDER/COMPLETED,
-which names the manifest's digest and is written last. A reader refuses a folder without it, of
-another kind or of another version.
+FOLDER/manifest.json holds counts, digests and settings; FOLDER/COMPLETED, written last, holds the
+manifest's digest. Readers refuse a folder without it, of another kind or of another version.
 """
 
 import hashlib
@@ -18,12 +17,14 @@ from salt_jax.storage.json_files import Shape, no_link_out, read_json_object, re
 
 MANIFEST_FILE = "manifest.json"
 COMPLETED_FILE = "COMPLETED"
+DIGESTS_FILE = "digests.json"  # what COMPLETED is to a folder, in a checkpoint
 
 # The version of each kind's layout on disk, raised whenever an older reader would misread a newer
-# folder.
-FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 2, "selection": 1, "soft_labels": 2}
+# folder; and the oldest that is still read.
+FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 3, "selection": 1, "soft_labels": 2}
+_OLDEST_VERSIONS = {**FORMAT_VERSIONS, "row_scores": 2}
 
-# What a pass of a model over rows took: of manifests, and of the file cost.json beside one.
+# The cost of a model's pass over rows, in manifests and in cost.json beside them.
 COST: Shape = {"flops": float, "tokens": float, "seconds": float}
 
 _SHARD = {"rows": int, "bytes": int, "digest": str}
@@ -32,7 +33,7 @@ _OF_ROWS = {"cache_digest": str, "split": str, "rows": int}
 _DOCUMENTS = ("documents", "bytes", "shared_documents", "duplicate_documents")
 _COUNTS = dict.fromkeys(("rows", "tokens", *_DOCUMENTS), int)
 
-# What a reader may ask of each kind without looking first.
+# What readers rely on in each kind.
 _SHAPES: Mapping[str, Shape] = {
     "packed_cache": {
         "sequence_length": int,
@@ -74,23 +75,17 @@ _SHAPES: Mapping[str, Shape] = {
     },
 }
 
-_CALLED = {
-    "packed_cache": "a packed cache",
-    "row_scores": "scores",
-    "selection": "a selection",
-    "soft_labels": "soft labels",
-}
-_MADE_BY = {
-    "packed_cache": "salt prepare",
-    "row_scores": "salt score",
-    "selection": "salt select",
-    "soft_labels": "salt score --soft_labels",
+# Kind → what a user calls it, and what makes it.
+_NAMES = {
+    "packed_cache": ("a packed cache", "salt prepare"),
+    "row_scores": ("scores", "salt score"),
+    "selection": ("a selection", "salt select"),
+    "soft_labels": ("soft labels", "salt score --soft_labels"),
 }
 
 
 def begin_writing(folder: pathlib.Path) -> None:
-    """Makes the folder if there is none and takes away COMPLETED: from here on no reader accepts
-    it."""
+    """Makes the folder if need be and removes COMPLETED, so that readers refuse it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMPLETED_FILE).unlink(missing_ok=True)
 
@@ -98,12 +93,8 @@ def begin_writing(folder: pathlib.Path) -> None:
 def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Writes manifest.json, then COMPLETED. Everything the manifest names must be on disk already.
 
-    Two processes may write the same manifest at once. COMPLETED names its manifest by digest, so
-    one that is left of an earlier manifest completes nothing.
-
-    Args:
-      folder: Made if need be.
-      manifest: JSON-serialisable; holds "kind" and "format_version" (`new_manifest` adds both).
+    Two processes may write the same manifest at once. COMPLETED names its manifest by digest, so a
+    stale one completes nothing.
     """
     assert manifest.get("format_version") == FORMAT_VERSIONS.get(manifest.get("kind", "")), (
         f"a manifest needs its kind and format version, got {dict(manifest)}"
@@ -111,7 +102,7 @@ def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_text(folder / MANIFEST_FILE, text)
-    write_text(folder / COMPLETED_FILE, manifest_digest(manifest) + "\n")
+    write_text(folder / COMPLETED_FILE, json_digest(manifest) + "\n")
 
 
 def new_manifest(kind: str, **parts: Any) -> dict[str, Any]:
@@ -126,7 +117,7 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
       InputError: No such folder, no manifest, half-written, another kind or another format version,
         or a manifest that lacks something.
     """
-    made_by, what = _MADE_BY[kind], _CALLED[kind]
+    what, made_by = _NAMES[kind]
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise InputError(f"{path} {found}: expected the folder of {what}, made by `{made_by}`.")
@@ -144,10 +135,20 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
     for name in (MANIFEST_FILE, COMPLETED_FILE):
         no_link_out(path, path / name, again)
     manifest = read_json_object(path / MANIFEST_FILE, again)
-    _check_kind(path, manifest, kind)
+    if manifest.get("kind") != kind:
+        found, _ = _NAMES.get(str(manifest.get("kind")), ("something else", ""))
+        raise InputError(
+            f"{path} holds {found}, expected {what}: name the output folder of `{made_by}`."
+        )
+    version = manifest.get("format_version")
+    if version not in range(_OLDEST_VERSIONS[kind], FORMAT_VERSIONS[kind] + 1):
+        raise InputError(
+            f"{path} is of format version {version}, this version of salt_jax reads "
+            f"{FORMAT_VERSIONS[kind]}: make it again with `{made_by}`."
+        )
     with open(path / COMPLETED_FILE, "rb") as completed:
         digest = completed.read(80).decode(errors="replace").strip()
-    if digest != manifest_digest(manifest):
+    if digest != json_digest(manifest):
         raise InputError(
             f"{path / MANIFEST_FILE} was changed after the folder was finished: make it again with "
             f"`{made_by}`."
@@ -156,24 +157,9 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
     return manifest
 
 
-def _check_kind(path: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> None:
-    found = manifest.get("kind")
-    if found != kind:
-        raise InputError(
-            f"{path} holds {_CALLED.get(str(found), 'something else')}, expected {_CALLED[kind]}: "
-            f"name the output folder of `{_MADE_BY[kind]}`."
-        )
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSIONS[kind]:
-        raise InputError(
-            f"{path} is of format version {version}, this version of salt_jax reads "
-            f"{FORMAT_VERSIONS[kind]}: make it again with `{_MADE_BY[kind]}`."
-        )
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of the manifest as canonical JSON: equal content, equal digest."""
-    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a value as canonical JSON: equal content, equal digest."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -1,14 +1,15 @@
-"""An output folder in a bucket: written on this machine's disk, and sent there as it grows.
+"""An output folder in a bucket: written on local disk, and sent to the bucket as it grows.
 
-In: the URL of --output_dir. Out: a folder on the disk, which begins as what the bucket holds, so
-that a run goes on where one on another machine has ended; what changes in it is sent every half
-minute and at the end, a checkpoint or a shard once it is complete, and what it removes is removed.
-A bucket that cannot be reached for a while is told of and tried again.
+The local folder begins as what the bucket holds, so that a run resumes where one on another machine
+has ended. Changes are sent every half minute and at the end, a checkpoint or a shard once it is
+complete, and removed files are removed there. While the bucket can't be reached the run goes on,
+with a warning, and sending is tried again.
 """
 
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import threading
 import time
@@ -16,26 +17,26 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 
 from salt_jax.errors import InputError, RunFailed
-from salt_jax.storage.buckets import BucketError, RemoteFile, RemoteFolder, checkpoint_of, completes
-from salt_jax.storage.local_copies import Copied, Copy, State, copy_below, state_on_disk
-from salt_jax.storage.manifests import COMPLETED_FILE
-from salt_jax.storage.run_folder import RUN_FILE
+from salt_jax.storage.buckets import BucketError, RemoteFile, RemoteFolder, completes
+from salt_jax.storage.local_copies import Copied, Copy, FileState, copy_below, state_on_disk
+from salt_jax.storage.manifests import COMPLETED_FILE, DIGESTS_FILE
+from salt_jax.storage.run_folder import RUN_FILE, UNFINISHED_CHECKPOINT
 from salt_jax.storage.run_lock import RunLock
 from salt_jax.terminal import say, warn
 
 SEND_SECONDS = "SALT_SEND_SECONDS"
 
 _TRIES = 5
+# Of a run: what its processes told each other (in older versions), parts of an unfinished cache.
 _OWN_FOLDERS = ("processes", "work")
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Mirror:
-    """Used as a context, which ends when all has been sent.
+    """Used as a context, which ends when everything has been sent.
 
     Args:
       url: gs://BUCKET/PATH or s3://BUCKET/PATH.
-      verb: The verb that writes it, for other processes of this machine, which are kept out.
+      verb: The verb that writes it; other processes of this machine are kept out.
 
     Attributes:
       path: The folder to write into.
@@ -58,10 +59,10 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, daemon=True, name="mirror")
 
     def __enter__(self) -> "Mirror":
-        """Brings the folder to what the bucket holds, if anything else wrote there.
+        """Brings the local folder to what the bucket holds, if anything else wrote there.
 
         Raises:
-          InputError: Another process writes it, or the bucket is not the one that was written to.
+          InputError: Another process writes it, or the bucket has lost what was sent before.
           BucketError: The bucket cannot be read.
         """
         self._lock.acquire(self.path, self._verb, at=self._copy.control)
@@ -74,8 +75,8 @@ class Mirror:
         return self
 
     def _begin(self, there: Mapping[str, RemoteFile]) -> None:
-        whole = {checkpoint_of(name) for name in there if name.endswith("/digests.json")}
-        self._left_out = {name for name in there if checkpoint_of(name) not in {"", *whole}}
+        whole = {_checkpoint_of(name) for name in there if name.endswith(f"/{DIGESTS_FILE}")}
+        self._left_out = {name for name in there if _checkpoint_of(name) not in {"", *whole}}
         self._known = known = self._copy.known()
         settled = {name: copied.there for name, copied in known.items() if copied.there}
         if settled and not there:
@@ -84,13 +85,13 @@ class Mirror:
                 "from this machine: check the bucket's name and whose credentials are used; or "
                 f"delete {self.path.parent} to begin anew."
             )
-        # What was being sent when this machine stopped may be there or not.
+        # Files that were being sent when this machine stopped may have arrived or not.
         passed_over = (known.keys() - settled.keys()) | (self._left_out - settled.keys())
         if settled != {name: file for name, file in there.items() if name not in passed_over}:
             self._take()
 
     def _take(self) -> None:
-        """Makes the folder what the bucket holds, but for what is of no whole checkpoint there."""
+        """Brings the local folder to what the bucket holds, without incomplete checkpoints."""
         if unsent := self._unsent(self._states()):
             kept = self._copy.control / f"unsent-{time.time_ns()}"
             os.replace(self.path, kept)
@@ -137,7 +138,7 @@ class Mirror:
             say(f"All of it is in {self._folder.url}")
 
     def _is_there(self) -> bool:
-        """Whether the bucket holds what was sent; what it doesn't is sent again."""
+        """Whether the bucket holds what was sent; what is missing will be sent again."""
         there = self._folder.files() if self._known else {}
         lost = [
             name
@@ -154,11 +155,11 @@ class Mirror:
                 self._failing = False
             except (InputError, OSError) as error:
                 if not self._failing:
-                    warn(f"{error} It is tried again.")
+                    warn(f"{error} It will be tried again.")
                 self._failing = True
 
     def send(self) -> None:
-        """Brings the bucket to what the folder holds.
+        """Brings the bucket to what the local folder holds.
 
         Raises:
           BucketError: It cannot be written.
@@ -167,16 +168,16 @@ class Mirror:
         with self._sending:
             self._send(self._states())
 
-    def _send(self, now: Mapping[str, State]) -> None:
+    def _send(self, now: Mapping[str, FileState]) -> None:
         known = self._known
         gone = [name for name in known if name not in now]
         changed = self._unsent(now)
         if not changed and not gone:
             return
         with self._held(changed) as (folder, changed):
-            # Of a checkpoint that was sent in part before, no other file may stay.
-            anew = {checkpoint_of(name) for name in changed}
-            stale = {name for name in self._left_out - now.keys() if checkpoint_of(name) in anew}
+            # No file may stay of a checkpoint that was sent in part before.
+            anew = {_checkpoint_of(name) for name in changed}
+            stale = {name for name in self._left_out - now.keys() if _checkpoint_of(name) in anew}
             marks = [name for name in changed if completes(name) and name in known]
             marks += [name for name in gone if name.rpartition("/")[2] == COMPLETED_FILE]
             known |= {name: Copied(None, now.get(name, ())) for name in (*changed, *gone)}
@@ -185,14 +186,14 @@ class Mirror:
             self._folder.put(folder, changed)
         there = self._folder.files()
         known |= {name: Copied(there.get(name), now[name]) for name in changed}
-        self._folder.remove(gone)  # after a checkpoint that takes their place
+        self._folder.remove(gone)  # after a checkpoint that replaces them
         for name in gone:
             del known[name]
         self._left_out -= stale
         self._copy.note(known)
 
-    def _unsent(self, now: Mapping[str, State]) -> list[str]:
-        """The names of files that the bucket doesn't hold as they are."""
+    def _unsent(self, now: Mapping[str, FileState]) -> list[str]:
+        """The files that the bucket doesn't have in their current state."""
         known = self._known
         return [
             name
@@ -202,8 +203,8 @@ class Mirror:
 
     @contextlib.contextmanager
     def _held(self, names: Sequence[str]) -> Iterator[tuple[pathlib.Path, list[str]]]:
-        """A folder in which files stay as long as sending takes, whatever the run removes, and
-        those that are there: of a checkpoint all or none."""
+        """A folder that holds files while they are sent, whatever the run removes meanwhile, and
+        those that it holds: of a checkpoint all or none."""
         folder, removed = self._copy.control / "sending", set()
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -212,18 +213,19 @@ class Mirror:
                 try:
                     _link_or_copy(self.path / name, folder / name)
                 except FileNotFoundError:
-                    removed.add(checkpoint_of(name) or name)
-            yield folder, [name for name in names if (checkpoint_of(name) or name) not in removed]
+                    removed.add(_checkpoint_of(name) or name)
+            yield folder, [name for name in names if (_checkpoint_of(name) or name) not in removed]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _states(self) -> dict[str, State]:
-        """The state of every file that is complete, by name."""
+    def _states(self) -> dict[str, FileState]:
+        """The state of every complete file, by name."""
         states = {}
         for folder, folders, files in os.walk(self.path):
-            # Of a run: what its processes tell each other, and parts of an unfinished cache.
             own = _OWN_FOLDERS if RUN_FILE in files else ()
-            folders[:] = [name for name in folders if name not in own and _UNFINISHED not in name]
+            folders[:] = [
+                name for name in folders if name not in own and UNFINISHED_CHECKPOINT not in name
+            ]
             place = pathlib.Path(folder)
             for name in files:
                 if name.startswith(".") or name.endswith(".tmp"):
@@ -231,6 +233,12 @@ class Mirror:
                 if state := state_on_disk(place / name):
                     states[(place / name).relative_to(self.path).as_posix()] = state
         return states
+
+
+def _checkpoint_of(name: str) -> str:
+    """The checkpoint that a file belongs to, "RUN/checkpoints/STEP", or ""."""
+    found = re.match(r"(?:.*/)?checkpoints/\d+(?=/)", name)
+    return found[0] if found else ""
 
 
 def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:

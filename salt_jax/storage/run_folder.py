@@ -1,30 +1,28 @@
-"""The folder a verb writes into: its configuration, where it came from, and its results.
+"""A verb's output folder: its configuration (config.gin), origin (run.json) and results
+(summary.json).
 
-In: the output folder, the verb, the command line and a function that gives the operative
-configuration.
-Out: config.gin, run.json and summary.json. A folder that holds another run's configuration is
-refused, and so is one that another process is writing.
+A folder that holds a run with another configuration is refused, and so is one that another process
+is writing.
 """
 
+import contextlib
 import dataclasses
 import datetime
-import errno
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import re
-import secrets
 import shutil
 import subprocess
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import InputError
 from salt_jax.runtime.processes import Processes
 from salt_jax.storage import gin_files
+from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.run_lock import LOCK_FILE, RunLock
 
 CONFIG_FILE = "config.gin"
@@ -32,27 +30,16 @@ RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+# Follows the step in Orbax's name of an incomplete checkpoint.
+UNFINISHED_CHECKPOINT = ".orbax-checkpoint-tmp"
 TENSORBOARD_FOLDER = "tensorboard"
 
-# `git archive` writes the commit here (.gitattributes): its copies know where they come from.
+# `git archive` writes the commit here (.gitattributes).
 _ARCHIVED_COMMIT = "$Format:%H$"
 _LIBRARIES = [
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "array-record",
-    "numpy",
-    "gin-config",
-    "sentencepiece",
-    "tokenizers",
-    "seqio",
-    "tensorflow",
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy"),
+    *("gin-config", "sentencepiece", "tokenizers", "seqio", "tensorflow"),
 ]
-
-
 # Before the settings of these verbs were grouped each was one of the verb's own.
 _OLD_FORM = re.compile(r"train\.train\.(?!config$)|evaluate\.evaluate\.(cache|tasks)$")
 
@@ -64,12 +51,12 @@ class RunFolder:
     Attributes:
       path: The folder; made by `begin`.
       verb: The verb that writes it ("train").
-      config: Gives the operative configuration as text, one setting a line.
+      config: Returns the operative configuration as text, one setting a line.
       command_line: What was typed.
-      lock: Keeps other processes out from `begin` on; None lets them in.
-      processes: Those that run it; the first of them writes.
-      url: Where a copy of it is kept in a bucket; "" where none is.
-      send: Sends what is in the folder there.
+      lock: Keeps other processes out from `begin` on; None doesn't.
+      processes: The processes of the run; the first of them writes.
+      url: The folder's URL if it is mirrored to a bucket, or "".
+      send: Sends what is in the folder to the bucket.
     """
 
     path: pathlib.Path
@@ -96,21 +83,20 @@ class RunFolder:
         """Makes the folder and writes config.gin and run.json.
 
         Args:
-          replace: Whether a folder with another configuration of the same verb may be written over.
-          may_change: The settings that may differ from the folder's all the same, each by the last
-            parts of its name: "train.batch_size" for one, "MeshConfig" for all of a class. A verb
-            lists those that change no result of its as CHANGES_NO_RESULT.
-          part: Which part of the work this process does, where several may share the folder.
+          replace: Whether another configuration of the same verb may be overwritten.
+          may_change: The settings that may differ from the folder's, each by the last parts of its
+            name: "train.batch_size" for one, "MeshConfig" for all of a class.
+          part: The part of the work that this process does, where several share the folder.
           upgrade: Gives the folder's settings, which an older version may have recorded, the names
             of today.
 
         Returns:
-          What did change, a phrase for each setting ("batch_size was 8 and is now 16"); nothing
-          with `replace`.
+          What changed, a phrase for each setting ("batch_size was 8 and is now 16"); nothing with
+          `replace`.
 
         Raises:
           InputError: The folder holds another run, another process writes it, or it cannot be
-            written, here or in the bucket; or a part of the work has no folder that all share.
+            written, here or in the bucket; or several workers were to share a bucket.
         """
         if part and self.url:
             raise InputError(
@@ -119,7 +105,7 @@ class RunFolder:
             )
         config, begun = self.config(), self.begun
         changes = self._changes(config, replace, may_change, upgrade)
-        self.processes.wait("looked")  # all have, before the first one writes
+        self.processes.wait("looked")  # before the first one writes
         if self.processes.is_first:
             self._write_origin(config, part)
             try:
@@ -129,7 +115,7 @@ class RunFolder:
                     self.withdraw()
                 raise
         self.processes.wait("begun")
-        self.processes.watch(self.path)
+        self.processes.watch()
         return changes
 
     def _write_origin(self, config: str, part: str) -> None:
@@ -137,8 +123,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.lock is not None:
                 self.lock.acquire(self.path, self.verb, part)
-            write_atomically(self.path / CONFIG_FILE, config)
-            write_atomically(self.path / RUN_FILE, to_json(self._origin(), indent=2))
+            write_text(self.path / CONFIG_FILE, config)
+            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            origin = {
+                "verb": self.verb,
+                "command_line": list(self.command_line),
+                "versions": library_versions(),
+                "git_commit": git_commit(),
+                "started": started,
+            }
+            write_text(self.path / RUN_FILE, to_json(origin, indent=2))
         except OSError as error:
             raise InputError(
                 f"The output folder {self.path} cannot be written ({error.strerror}): "
@@ -151,7 +145,7 @@ class RunFolder:
         return (self.path / RUN_FILE).exists()
 
     def withdraw(self) -> None:
-        """Takes back what `begin` wrote, for a run whose input turned out bad."""
+        """Removes what `begin` wrote, for a run whose input turned out to be bad."""
         for name in (CONFIG_FILE, RUN_FILE):
             (self.path / name).unlink(missing_ok=True)
         if self.lock is not None:
@@ -160,7 +154,7 @@ class RunFolder:
             self.path.rmdir()
 
     def withdraw_beginning(self) -> None:
-        """`withdraw`, where this process has begun and there is nothing else yet."""
+        """`withdraw`, if this process has begun the run and written nothing else."""
         if self.lock is None or not self.lock.is_held or self.url or self.processes.count > 1:
             return
         if {path.name for path in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
@@ -169,18 +163,12 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the verb's results."""
         if self.processes.is_first:
-            write_atomically(self.path / SUMMARY_FILE, to_json(summary, indent=2))
+            write_text(self.path / SUMMARY_FILE, to_json(summary, indent=2))
 
     def require_space(self, needed_bytes: int, purpose: str) -> None:
-        """Refuses to start when the disk has less than `needed_bytes` free.
-
-        Raises:
-          InputError: Too little space, with both figures.
-        """
-        folder = self.path
-        while not folder.exists():
-            folder = folder.parent
-        free_bytes = shutil.disk_usage(folder).free
+        """Refuses to start (InputError) if the disk has less than `needed_bytes` free."""
+        existing = next(part for part in (self.path, *self.path.parents) if part.exists())
+        free_bytes = shutil.disk_usage(existing).free
         if free_bytes < needed_bytes:
             raise InputError(
                 f"The disk of {self.path} has {free_bytes / 1e6:,.0f} MB free, and {purpose} "
@@ -195,15 +183,10 @@ class RunFolder:
         upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     ) -> list[str]:
         """How the configuration differs from the folder's; refuses another run."""
-        run_file = self.path / RUN_FILE
-        if not run_file.exists():
+        if not self.begun:
             return []
-        try:
-            verb = json.loads(run_file.read_text(encoding="utf-8"))["verb"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{run_file} is damaged: choose another --output_dir, or delete {self.path}."
-            ) from error
+        with self._refusing_damage(RUN_FILE):
+            verb = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))["verb"]
         if verb != self.verb:
             raise InputError(
                 f"The output folder {self.path} holds a run of `salt {verb}`: "
@@ -211,13 +194,8 @@ class RunFolder:
             )
         if replace:
             return []
-        try:
+        with self._refusing_damage(CONFIG_FILE):
             before = upgrade(_settings((self.path / CONFIG_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.path / CONFIG_FILE} is damaged: choose another --output_dir, or delete "
-                f"{self.path}."
-            ) from error
         if any(_OLD_FORM.match(name) for name in before):
             raise InputError(
                 f"The output folder {self.path} holds a run whose {CONFIG_FILE} is of an older "
@@ -225,12 +203,13 @@ class RunFolder:
                 "or choose another --output_dir; --initial, --teacher and the other verbs take it."
             )
         now, own = _settings(config), f"{self.verb}.{self.verb}."
-        changes = {
-            name: f"{name.removeprefix(own)} was {_shown(before, name)} and is now "
-            f"{_shown(now, name)}"
-            for name in sorted(before.keys() | now.keys())
-            if _shown(before, name) != _shown(now, name)
-        }
+        changes = {}
+        for name in sorted(before.keys() | now.keys()):
+            was, is_now = (
+                repr(settings[name]) if name in settings else "unset" for settings in (before, now)
+            )
+            if was != is_now:
+                changes[name] = f"{name.removeprefix(own)} was {was} and is now {is_now}"
         both = [*before.items(), *now.items()]
         differences = [text for name, text in changes.items() if not _may(name, both, may_change)]
         if differences:
@@ -242,45 +221,30 @@ class RunFolder:
             )
         return list(changes.values())
 
-    def _origin(self) -> dict[str, Any]:
-        return {
-            "verb": self.verb,
-            "command_line": list(self.command_line),
-            "versions": library_versions(),
-            "git_commit": git_commit(),
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old text or the new, never a part."""
-    # A name of its own: several processes of one command may write into one folder.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise OSError(error.errno, "no space left on the disk", str(path)) from error
-        raise
+    @contextlib.contextmanager
+    def _refusing_damage(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path / name} is damaged: choose another --output_dir, or delete "
+                f"{self.path}."
+            ) from error
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of Python, of this package and of the libraries its results depend on."""
+    """The versions of Python, this package and the libraries that its results depend on."""
     from salt_jax import __version__
 
     versions = {"python": platform.python_version(), "salt_jax": __version__}
     for name in _LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
 def git_commit() -> str | None:
-    """The commit that this package comes from ("…-dirty" when changed), None if unknown."""
+    """The commit of this package ("…-dirty" with local changes), None if unknown."""
     package = pathlib.Path(__file__).resolve().parent.parent
     if not (package.parent / ".git").exists():
         return None if _ARCHIVED_COMMIT.startswith("$") else _ARCHIVED_COMMIT
@@ -293,23 +257,17 @@ def git_commit() -> str | None:
         return result.stdout.strip() if result.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")
-    if not commit:
-        return None
-    return commit + ("-dirty" if git("status", "--porcelain") else "")
+    return commit + "-dirty" * bool(git("status", "--porcelain")) if commit else None
 
 
 def _settings(config: str) -> dict[str, Any]:
-    """Settings by name from a configuration's text."""
+    """The settings in a configuration's text, by name."""
     bindings = gin_files.bindings_in(gin_files.statements_in(config))
     return {name: binding.value for name, binding in bindings}
 
 
-def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "unset"
-
-
 def _may(name: str, settings: Sequence[tuple[str, Any]], may_change: Collection[str]) -> bool:
-    """Whether a setting may change; a macro may if all that it is given to may."""
+    """Whether a setting may change; a macro may if every setting that uses it may."""
     if "." in name:
         return any(f".{allowed}." in f".{name}." for allowed in may_change)
     users = [
@@ -321,7 +279,7 @@ def _may(name: str, settings: Sequence[tuple[str, Any]], may_change: Collection[
 
 
 def to_json(value: Mapping[str, Any], indent: int | None = None) -> str:
-    """JSON text; what JSON has no word for, NaN and the infinities, is null."""
+    """JSON text in which NaN and the infinities are null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
 
 

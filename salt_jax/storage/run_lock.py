@@ -1,21 +1,23 @@
 """One process at a time in an output folder.
 
-In: a folder that this process is about to write into. Out: it alone may, until it has ended,
-however it ends: the lock is the kernel's (flock) and goes with the process. A file system that
-knows no locks keeps nobody out.
+The lock is the kernel's (flock) and ends with the process, however that ends. On a file system
+without locks nobody is kept out.
 """
 
-import contextlib
-import fcntl
+import errno
 import json
 import os
 import pathlib
 import socket
-from typing import IO
+
+import filelock
 
 from salt_jax.errors import InputError
 
 LOCK_FILE = ".lock"
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_PATIENCE_SECONDS = 0.5  # for a process that is just ending
 
 
 class RunLock:
@@ -23,45 +25,41 @@ class RunLock:
 
     def __init__(self) -> None:
         self._path: pathlib.Path | None = None
-        self._file: IO[str] | None = None
+        self._lock: filelock.BaseFileLock | None = None
 
     def acquire(
         self, folder: pathlib.Path, verb: str, part: str = "", at: pathlib.Path | None = None
     ) -> None:
-        """Keeps other processes out; nothing happens where this one has done so already.
+        """Keeps other processes out; does nothing if this one has done so already.
 
         Args:
           folder: The output folder, which exists.
           verb: The verb that writes it, for those who are kept out.
-          part: Which part of the work this process does, where several share a folder; each part
+          part: The part of the work that this process does, where several share a folder; each part
             has a lock of its own.
-          at: The folder that the lock lies in, if it isn't the output folder itself.
+          at: The folder of the lock, if it isn't the output folder itself.
 
         Raises:
-          InputError: Another process has it; its verb, number and host are named.
+          InputError: Another process has it; its verb, pid and host are named.
         """
         path = (at or folder) / (f"{LOCK_FILE}-{part}" if part else LOCK_FILE)
         if self._path == path:
             return
         assert self._path is None, f"{self._path} is held, and {path} is asked for"
-        while True:
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (kept until the end)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                with file:
-                    raise InputError(_refusal(folder, file)) from error
-            except OSError:
-                pass  # a file system without locks
-            # The one before may have taken the file away between the two calls.
-            if _is_at(file, path):
-                break
-            file.close()
-        self._path, self._file = path, file
+        lock = filelock.FileLock(
+            path, _PATIENCE_SECONDS, thread_local=False, fallback_to_soft=False
+        )
         try:
-            file.truncate(0)
-            file.write(json.dumps({"verb": verb, "pid": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise InputError(_refusal(folder, path)) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        self._path, self._lock = path, lock
+        owner = {"verb": verb, "pid": os.getpid(), "host": socket.gethostname()}
+        try:
+            path.write_text(json.dumps(owner), encoding="utf-8")
         except OSError:  # the disk is full
             self.release()
             raise
@@ -69,7 +67,7 @@ class RunLock:
     @property
     def is_held(self) -> bool:
         """Whether this process has it."""
-        return self._file is not None
+        return self._path is not None
 
     def __enter__(self) -> "RunLock":
         return self
@@ -79,26 +77,17 @@ class RunLock:
 
     def release(self) -> None:
         """Lets others in, and leaves no file."""
-        if self._path is not None and self._file is not None:
-            self._path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what couldn't be written is tried once more
-                self._file.close()
-        self._path = self._file = None
+        if self._path is not None and self._lock is not None:
+            self._path.unlink(missing_ok=True)  # before the lock goes: then it is another's
+            self._lock.release()
+        self._path = self._lock = None
 
 
-def _is_at(file: IO[str], path: pathlib.Path) -> bool:
+def _refusal(folder: pathlib.Path, path: pathlib.Path) -> str:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _refusal(folder: pathlib.Path, file: IO[str]) -> str:
-    file.seek(0)
-    try:
-        owner = json.load(file)
+        owner = json.loads(path.read_text(encoding="utf-8"))
         who = f"`salt {owner['verb']}` (process {owner['pid']} on {owner['host']})"
-    except ValueError:  # it has just begun
+    except (OSError, ValueError):  # it has just begun, or ended
         who = "`salt` process"
     return (
         f"The output folder {folder} is being written by another {who}: wait until it has ended, "

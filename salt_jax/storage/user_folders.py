@@ -1,4 +1,4 @@
-"""Folders below the user's home, which a container's user may not have, or not be able to write."""
+"""Cache folders in the user's home, which in a container may be missing or read-only."""
 
 import errno
 import functools
@@ -11,7 +11,7 @@ from salt_jax.terminal import warn
 
 
 def writable(folder: str) -> pathlib.Path:
-    """The folder, made if need be, by an absolute path; ~ is the home folder.
+    """The folder's absolute path; it is made if need be, and ~ is expanded.
 
     Raises:
       OSError: It cannot be written, or this user has no home folder.
@@ -28,15 +28,11 @@ def writable(folder: str) -> pathlib.Path:
 
 @functools.cache
 def cache_folder(name: str, setting: str) -> pathlib.Path:
-    """~/.cache/NAME, or where that cannot be written a temporary folder of this user's, which is
-    said.
-
-    Args:
-      name: The folder's.
-      setting: The environment variable that names another.
+    """~/.cache/NAME, or with a warning a temporary folder of this user's if that can't be written;
+    `setting` is the environment variable that names another.
 
     Raises:
-      InputError: Someone else has made the temporary folder.
+      InputError: The temporary folder is another user's.
     """
     home = f"~/.cache/{name}"
     try:

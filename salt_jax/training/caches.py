@@ -15,7 +15,7 @@ from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError
 from salt_jax.storage.local_copies import local_folder
-from salt_jax.storage.manifests import manifest_digest
+from salt_jax.storage.manifests import json_digest
 from salt_jax.training import partitioning
 from salt_jax.training.config import TrainConfig
 
@@ -70,7 +70,7 @@ class Caches:
         """Identifies the rows of a run: a cache's digest, or one of all digests and weights."""
         if len(self.packed) == 1:
             return self.first.digest
-        return manifest_digest({"caches": [[c["digest"], c["share"]] for c in self.describe()]})
+        return json_digest({"caches": [[c["digest"], c["share"]] for c in self.describe()]})
 
     def describe(self) -> list[dict[str, Any]]:
         """The caches as checkpoints and summary.json record them."""

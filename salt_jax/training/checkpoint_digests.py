@@ -1,56 +1,72 @@
-"""Digests of a checkpoint's files: Orbax would load an array of which a byte was flipped.
+"""SHA-256 digests of a checkpoint's files: Orbax would load an array with a flipped bit.
 
-In: a checkpoint's folder, STEP/{params,optimizer,progress}. Out: STEP/digests.json, written before
-the folder gets its name; and a sentence about the first file that is not what it was, or about
-there being none to check.
+STEP/digests.json is written before the checkpoint's folder gets its name, and compared before
+anything is loaded. Of several processes each reads a part of the files: the ones that it wrote, and
+before loading every P-th.
 """
 
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from salt_jax.errors import InputError
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object, require_shape
-from salt_jax.storage.manifests import file_digest
+from salt_jax.storage.manifests import DIGESTS_FILE, file_digest
 from salt_jax.terminal import warn
 
-DIGESTS_FILE = "digests.json"
-
-# Orbax adds it when all else is there.
+# Orbax adds it after everything else.
 _MARK = "commit_success.txt"
 
-# What the processes of a run write each for itself, and what makes arrays of it.
+# The stores that each process writes for itself, and the manifest that merges them.
 _PARTS, _MANIFEST = "ocdbt.process_", "manifest.ocdbt"
 
+_SENTENCE_BYTES = 2048
 
-def write_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Notes the SHA-256 of every file of a checkpoint's items, all of which it reads.
+
+def write_digests(
+    folder: pathlib.Path,
+    items: Sequence[str],
+    known: Mapping[str, str] = types.MappingProxyType({}),
+) -> None:
+    """Writes the digests of all files of a checkpoint's items; those that aren't known are read.
 
     Raises:
-      InputError: An item is not whole.
+      InputError: An item is incomplete.
     """
     for item in items:
         _require_whole(folder, item)
+    names = [str(path.relative_to(folder)) for item in items for path in _files(folder / item)]
     digests = {
-        str(path.relative_to(folder)): file_digest(path)
-        for item in items
-        for path in _files(folder / item)
-        if path.name != _MARK
+        name: known.get(name) or file_digest(folder / name)
+        for name in names
+        if pathlib.PurePath(name).name != _MARK
     }
     write_text(folder / DIGESTS_FILE, json.dumps(digests, indent=1))
 
 
+def own_digests(folder: pathlib.Path, item: str, process: int) -> dict[str, str]:
+    """The digests of the files that a process has written into an item's folder, by the names that
+    they will have in the checkpoint."""
+    written = _files(folder / f"{_PARTS}{process}")
+    return {f"{item}/{path.relative_to(folder)}": file_digest(path) for path in written}
+
+
 def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Writes them where a kill came between a checkpoint's name and its digests."""
+    """Writes the digests if a kill came between a checkpoint's name and its digests."""
     if not (folder / DIGESTS_FILE).exists():
         write_digests(folder, items)
 
 
 def lacking(item: pathlib.Path) -> str:
-    """What an item's folder needs to be read and has not, a file or itself; "" where it has all."""
+    """What is missing for an item to be read, a file or the item itself; "" if nothing is."""
     names = {path.name for path in item.iterdir()} if item.is_dir() else set()
     if not names:
         return item.name
@@ -59,29 +75,53 @@ def lacking(item: pathlib.Path) -> str:
 
 
 def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Compares the files of a checkpoint's items with their digests; says so if it has none.
-
-    Args:
-      folder: RUN/checkpoints/STEP.
-      items: Which of its items.
+    """Compares files of a checkpoint, RUN/checkpoints/STEP, with their digests, if it has any.
 
     Raises:
-      InputError: A file is missing, or is another one than was written.
+      InputError: A file is missing or has changed.
     """
     for item in items:
         item_digest(folder, item)
 
 
-def item_digest(folder: pathlib.Path, item: str) -> str:
-    """The SHA-256 of all of an item's names and files.
+def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
+    """The digests of items, whose files the processes of a run divide among them; all must call it.
 
     Raises:
-      InputError: As `check_digests`.
+      InputError: In every process, with what the first of them has found; see `check_digests`.
+    """
+    if not jax.distributed.is_initialized():
+        return [item_digest(folder, item) for item in items]
+    digests, sentence = [], ""
+    try:
+        for item in items:
+            digests.append(item_digest(folder, item, jax.process_index(), jax.process_count()))
+    except InputError as error:
+        sentence = str(error)
+    own_N = np.frombuffer(sentence.encode().ljust(_SENTENCE_BYTES)[:_SENTENCE_BYTES], np.uint8)
+    all_PxN = np.atleast_2d(multihost_utils.process_allgather(own_N))
+    sentences = (each_N.tobytes().decode(errors="ignore").strip() for each_N in all_PxN)
+    if found := next(filter(None, sentences), ""):
+        raise InputError(found)
+    return digests
+
+
+def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 1) -> str:
+    """The SHA-256 (hex) of an item's file names and contents.
+
+    One of several processes checks every `count`-th file, and takes the other files' digests from
+    digests.json.
+
+    Raises:
+      InputError: See `check_digests`.
     """
     known, whole, found = _known(folder), hashlib.sha256(), set()
     _require_whole(folder, item)
-    for path in _files(folder / item):
-        digest, name = file_digest(path), str(path.relative_to(folder))
+    for number, path in enumerate(_files(folder / item)):
+        name = str(path.relative_to(folder))
+        digest = known.get(name, "")
+        if not digest or number % count == process:
+            digest = file_digest(path)
         if known and path.name != _MARK and known.get(name) != digest:
             raise damaged(folder, f"{name} is not what was written")
         whole.update(str(path.relative_to(folder / item)).encode())
@@ -94,7 +134,7 @@ def item_digest(folder: pathlib.Path, item: str) -> str:
 
 
 def damaged(folder: pathlib.Path, what: str) -> InputError:
-    """The error of a checkpoint that can't be used, with the way to an older one."""
+    """The error of a checkpoint that can't be used, which names the older ones."""
     older = [p.name for p in folder.parent.iterdir() if p.name.isdigit() and p != folder]
     steps = ", ".join(sorted(older, key=int))
     instead = f"use another one ({steps}), deleting {folder} for a run to go on from there"
@@ -124,7 +164,7 @@ def _known(folder: pathlib.Path) -> dict[str, str]:
 
 @functools.cache
 def _tell_unchecked(folder: pathlib.Path) -> None:
-    """Once for each checkpoint. No error: runs of older versions are to go on."""
+    """Warns once for each checkpoint. Not an error, since runs of older versions are resumed."""
     warn(
         f"{folder} has no {DIGESTS_FILE} (made by an older version, or half-deleted): its files "
         "are not checked."
@@ -132,7 +172,7 @@ def _tell_unchecked(folder: pathlib.Path) -> None:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """An item's files; those that a link of someone else's puts there are none of a checkpoint."""
+    """An item's files; symbolic links are refused, which no checkpoint has."""
     found = sorted(folder.rglob("*"))
     if links := [path for path in (folder, *found) if path.is_symlink()]:
         raise damaged(folder.parent, f"{links[0].relative_to(folder.parent)} is a link")

@@ -1,12 +1,12 @@
-"""The items of a checkpoint as Orbax writes them, whatever the characters in the folder's path.
+"""Orbax's handlers of a checkpoint's items, made to work with any characters in the folder's path.
 
-In: a registry that an `ocp.CheckpointManager` takes. Out: items that were read back before the
-checkpoint gets its name.
+Every item is read back in structure before the checkpoint gets its name.
 """
 
 import contextlib
+import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -18,31 +18,38 @@ from salt_jax.training.checkpoint_digests import damaged, lacking
 ARRAYS, PROGRESS = ("params", "optimizer"), "progress"
 ITEMS = (*ARRAYS, PROGRESS)
 
-# Orbax's glob of the whole path knows no **, and a backslash is TensorStore's slash.
+# Orbax globs the whole path, without **; TensorStore takes a backslash for a slash.
 _NOT_IN_PATHS = ("**", "\\")
 
 _UNREADABLE = (OSError, ValueError, KeyError)
 
 
 def require_path(run_path: pathlib.Path) -> None:
-    """Refuses a run's folder of which no checkpoint could be written, or read back.
+    """Refuses a run's folder in which no checkpoint could be written, or read back.
 
     Raises:
-      InputError: With what its path has in it.
+      InputError: With the characters in its path.
     """
     path = str(run_path.absolute())
     if sign := next((sign for sign in _NOT_IN_PATHS if sign in path), ""):
         raise InputError(
-            f"{path} has {sign} in its path, with which the libraries of checkpoints look "
-            "elsewhere: choose a folder without it."
+            f"{path} has {sign} in its path, which the checkpoint libraries misread: choose a "
+            "folder without it."
         )
 
 
-def item_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """What writes and reads each of ITEMS."""
+def item_handlers(
+    written: Callable[[str, pathlib.Path], None],
+) -> ocp.handlers.CheckpointHandlerRegistry:
+    """The handlers that write and read each of ITEMS.
+
+    Args:
+      written: Called in every process, in the background, when its part of an item of arrays is
+        written, with the item and the folder that it is written to.
+    """
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ARRAYS:
-        handler = _ArraysHandler()
+        handler = _ArraysHandler(functools.partial(written, item))
         registry.add(item, ocp.args.StandardSave, handler)
         registry.add(item, ocp.args.StandardRestore, handler)
     progress = ocp.JsonCheckpointHandler()
@@ -54,22 +61,29 @@ def item_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 class _ArraysHandler(ocp.StandardCheckpointHandler):
     """Arrays, read back in structure before the checkpoint is complete."""
 
+    def __init__(self, written: Callable[[pathlib.Path], None]) -> None:
+        super().__init__()
+        self._written = written
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Starts writing; gives what to wait for in the background."""
+        futures = await super().async_save(directory, *args, **kwargs) or []
+        folder = pathlib.Path(getattr(directory, "path", directory))
+        return [ocp.future.ChainedFuture(futures, lambda: self._written(folder))]
+
     def finalize(self, directory: Any) -> None:
-        """Makes one store of what each process wrote, and reads it back."""
-        # Orbax looks for what they wrote by directory.glob. Its own paths' takes [, ], * and ? in
-        # the names of folders for a pattern, and finds nothing or another run's; pathlib's doesn't.
+        """Merges the stores of all processes, and reads the result back."""
+        # Orbax finds the stores by directory.glob. That of its own paths takes [, ], * and ? in the
+        # names of folders for patterns, and finds nothing or another run's; pathlib's doesn't.
         super().finalize(pathlib.Path(directory))
         read_back(pathlib.Path(directory))
 
 
 def read_back(item: pathlib.Path) -> None:
-    """Opens every array that was written.
-
-    Args:
-      item: The folder of an item of arrays.
+    """Opens every array in the folder of an item.
 
     Raises:
-      RunFailed: One is not there.
+      RunFailed: One is missing.
     """
     reason = f"{missing} is missing" if (missing := lacking(item)) else ""
     try:
@@ -86,7 +100,7 @@ def read_back(item: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: pathlib.Path) -> Iterator[None]:
-    """Turns what a library says of a checkpoint that it can't read into an InputError."""
+    """Turns a library's error about an unreadable checkpoint into an InputError."""
     try:
         yield
     except _UNREADABLE as error:
@@ -94,5 +108,5 @@ def reading(checkpoint: pathlib.Path) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Without the settings that it was read with."""
+    """An error's first line without TensorStore's settings."""
     return str(error).partition("\n")[0].partition(" [tensorstore")[0].rstrip(".")

@@ -1,22 +1,19 @@
-"""Checkpoints: Orbax, asynchronous and atomic, in RUN/checkpoints/STEP/.
+"""Checkpoints in RUN/checkpoints/STEP/: when to save them, and the models in them.
 
-Each holds three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON:
-model, vocabulary, data position, counters, which teacher). A teacher or scorer is loaded from
-`params` and `progress` alone. A step's folder appears under its name only when it is complete.
+Each has three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON:
+model, vocabulary, data position, counters, teacher). A teacher or scorer is loaded from `params`
+and `progress` alone. A step's folder gets its name only when it is complete.
 """
 
-import contextlib
 import dataclasses
-import errno
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
@@ -27,18 +24,10 @@ from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.local_copies import local_run
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoint_digests import (
-    check_digests,
-    item_digest,
-    write_digests,
-)
-from salt_jax.training.checkpoint_items import ITEMS, item_handlers, reading, require_path
+from salt_jax.training.checkpoint_digests import check_digests, check_together
+from salt_jax.training.checkpoint_items import reading, require_path
 from salt_jax.training.finite import require_finite
-from salt_jax.training.train_state import StateLayout, TrainState, abstract_sharded_params
-
-_CHUNK_BYTES = 8 << 20
-# What Orbax calls a checkpoint that isn't complete, after its step.
-_UNFINISHED = ".orbax-checkpoint-tmp"
+from salt_jax.training.train_state import StateLayout, abstract_sharded_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +35,10 @@ class CheckpointConfig:
     """When to save, and what to keep. The last step is always saved.
 
     Attributes:
-      save_every: Steps between checkpoints; 0 saves keep_steps and the last step only.
+      save_every: Steps between checkpoints; 0 saves only keep_steps and the last step.
       keep_last: How many of the newest to keep.
-      keep_every: Also keep every step that this divides; 0 keeps none for that reason.
-      keep_steps: Steps to save and keep whatever else is set (the scorer's early checkpoint, say).
+      keep_every: Also keep steps that are multiples of this; 0 keeps none.
+      keep_steps: Steps to save and keep in any case (the scorer's early checkpoint, say).
     """
 
     save_every: int = 1000
@@ -66,170 +55,13 @@ class CheckpointConfig:
             )
 
     def saves(self, step: int, last_step: int) -> bool:
-        """Whether to save after `step` steps of `last_step`."""
+        """Whether to save after `step` of `last_step` steps."""
         regular = self.save_every > 0 and step % self.save_every == 0
         return regular or step in self.keep_steps or step == last_step
 
     def keeps(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is kept when newer ones have come."""
+        """Whether the checkpoint of `step` is kept when there are newer ones."""
         return step in self.keep_steps or (self.keep_every > 0 and step % self.keep_every == 0)
-
-
-class Checkpointer:
-    """The checkpoints of one run.
-
-    A checkpoint that can't be written, for the disk is full, is reported and the older ones stay.
-
-    Args:
-      run_path: The run's folder.
-      config: When to save, what to keep.
-      report: Is told of what went wrong, in a sentence.
-    """
-
-    def __init__(
-        self,
-        run_path: pathlib.Path,
-        config: CheckpointConfig,
-        report: Callable[[str], None] = print,
-    ) -> None:
-        self._folder = (run_path / CHECKPOINTS_FOLDER).absolute()
-        self._config, self._report = config, report
-        self._saving: int | None = None
-        self._manager = self._open()
-
-    def _open(self) -> ocp.CheckpointManager:
-        config = self._config
-        policies: list[Any] = [preservation_policy.LatestN(config.keep_last)]
-        if config.keep_steps:
-            policies.append(preservation_policy.CustomSteps(list(config.keep_steps)))
-        if config.keep_every:
-            policies.append(preservation_policy.EveryNSteps(config.keep_every))
-        return ocp.CheckpointManager(
-            self._folder,
-            handler_registry=item_handlers(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            ),
-        )
-
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        return self._manager.latest_step()
-
-    def save(
-        self, step: int, state: TrainState, progress: Mapping[str, Any], must: bool = True
-    ) -> None:
-        """Starts saving; training goes on while files are written.
-
-        Args:
-          step: Completed steps.
-          state: The state.
-          progress: What is saved with it.
-          must: Whether to wait for the checkpoint before, if it is still being written; otherwise
-            this one is left out then (not one that is kept for good, nor among several processes,
-            which must agree).
-        """
-        if step in self._manager.all_steps():
-            return
-        must = must or self._config.keeps(step) or jax.process_count() > 1
-        if not must and self._manager.is_saving_in_progress():
-            self._report(
-                f"no checkpoint of step {step}: that of step {self._saving} is still being "
-                "written; raise save_every"
-            )
-            return
-        self.wait()
-        with self._going_on():
-            self._start(step, state, progress)
-
-    def _start(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
-        self._saving = step
-        optimizer = {
-            "step": state.step,
-            "opt_state": state.opt_state,
-            "skipped_updates": state.skipped_updates,
-        }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(
-                    state.params, save_args=jax.tree.map(_chunks, state.params)
-                ),
-                optimizer=ocp.args.StandardSave(optimizer),
-                progress=ocp.args.JsonSave(dict(progress)),
-            ),
-        )
-
-    def _seal(self) -> None:
-        """Called by Orbax when a checkpoint's files are there and before it gets its name."""
-        if jax.process_index() == 0:
-            (folder,) = self._folder.glob(f"{self._saving}{_UNFINISHED}*")
-            write_digests(folder, ITEMS)
-
-    def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """The whole state, laid out as `layout` says, and the progress saved with it.
-
-        Raises:
-          InputError: The checkpoint is damaged.
-        """
-        if jax.process_index() == 0:  # the others hear of it when it ends
-            check_digests(self._folder / str(step), ITEMS)
-        abstract = layout.abstract
-        optimizer = {
-            "step": abstract.step,
-            "opt_state": abstract.opt_state,
-            "skipped_updates": abstract.skipped_updates,
-        }
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore(optimizer),
-            progress=ocp.args.JsonRestore(),
-        )
-        with reading(self._folder / str(step)):
-            restored = self._manager.restore(step, args=args)
-        rest = restored["optimizer"]
-        state = TrainState(
-            rest["step"], restored["params"], rest["opt_state"], rest["skipped_updates"]
-        )
-        return state, restored["progress"]
-
-    def wait(self) -> None:
-        """Returns when everything started is on disk, or reported not to be."""
-        with self._going_on():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-
-    def close(self) -> None:
-        """Waits, then lets go."""
-        with self._going_on():
-            self._manager.close()
-
-    @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """Reports a disk that is full; the manager, which counts on what it began, is made anew."""
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full and "No space left" not in str(error) and "quota" not in str(error):
-                raise
-            self._manager = self._open()
-            newest = self.latest_step()
-            self._report(
-                f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: no space left on the "
-                f"disk of {self._folder}. Training goes on, and the newest checkpoint is "
-                f"{f'that of step {newest}' if newest is not None else 'none'}: make room."
-            )
-
-
-def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
-    """Small parts, by layers where there are layers, so that a reader need not hold all of it."""
-    if leaf.nbytes <= _CHUNK_BYTES:
-        return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,14 +69,13 @@ class SavedModel:
     """A model in a checkpoint, not loaded yet.
 
     Attributes:
-      path: The run's folder on the disk.
+      path: The run's folder on disk.
       step: The checkpoint's step.
       config: The model.
       vocabulary_fingerprint: Of the tokenizer it was trained with.
       digest: SHA-256 of the checkpoint's parameter files.
-      counters: What its training had cost by then (`ledger.Counters`); empty where that is not
-        known.
-      url: Where the folder was copied from; "" where it wasn't.
+      counters: The cost of its training so far (`ledger.Counters`); empty if unknown.
+      url: The bucket's folder that `path` is a copy of, or "".
     """
 
     path: pathlib.Path
@@ -257,14 +88,14 @@ class SavedModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What records name this model by."""
+        """How manifests and checkpoints name this model."""
         return {"path": self.url or str(self.path), "step": self.step, "digest": self.digest}
 
     def load_vocabulary(self) -> Vocabulary:
         """The vocabulary kept beside the checkpoints.
 
         Raises:
-          InputError: There is none, or it is another one than the model was trained with.
+          InputError: There is none, or it isn't the one that the model was trained with.
         """
         folder = self.path / VOCABULARY_FOLDER
         if not folder.exists():
@@ -282,7 +113,7 @@ class SavedModel:
         return vocabulary
 
     def end_ids(self) -> tuple[int, ...]:
-        """What ends its answers, by the files it was taken in with; perhaps none."""
+        """The ids that end its answers, by the tokenizer's files; empty if they don't say."""
         ids = end_ids(self.path / TOKENIZER_FOLDER)
         return tuple(i for i in ids if i < self.config.padded_vocab_size)
 
@@ -292,7 +123,7 @@ class SavedModel:
         rules: partitioning.Rules = partitioning.DEFAULT_RULES,
         dtype: Any = None,
     ) -> Any:
-        """The parameters, sharded over `mesh`, in `dtype` or the one they were saved in.
+        """The parameters, sharded over `mesh`, in `dtype` or the dtype that they were saved in.
 
         Raises:
           InputError: They cannot be read, or are not all finite.
@@ -308,17 +139,17 @@ class SavedModel:
 def find_model(
     path: str | pathlib.Path, step: int | None, role: str, cache: PackedCache | None = None
 ) -> SavedModel:
-    """Looks a model up in a run's folder.
+    """Finds a model in a run's folder.
 
     Args:
-      path: The run's folder, or its URL in a bucket, of which this checkpoint alone is copied.
+      path: The run's folder, or its URL in a bucket, from which only this checkpoint is copied.
       step: The checkpoint's step; None is the newest.
-      role: What the caller wants it for ("teacher"), for the error.
-      cache: The rows it is to read; None leaves open whether it can. Its vocabulary may have more
-        reserved ids than the model's.
+      role: What the model is for ("teacher"), for errors.
+      cache: The cache whose rows it is to read, if that is to be checked. Its vocabulary may have
+        more reserved ids than the model's.
 
     Raises:
-      InputError: No such folder, no checkpoint in it, not that step, another vocabulary than the
+      InputError: No such folder, no checkpoint in it, no such step, another vocabulary than the
         cache's, or rows longer than the model takes.
     """
     url = os.fspath(path) if is_remote(path) else ""
@@ -345,12 +176,12 @@ def find_model(
     model = SavedModel(
         path=path,
         step=step,
-        # Attention as it suits the devices at hand, not those that it was trained on.
+        # Attention that suits these devices, not those that it was trained on.
         config=dataclasses.replace(
             DecoderConfig.from_json(progress["model"]), attention_backend="auto"
         ),
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
-        digest=item_digest(folder / str(step), "params"),
+        digest=check_together(folder / str(step), ("params",))[0],
         counters=progress.get("counters") or {},
         url=url,
     )
@@ -360,7 +191,7 @@ def find_model(
 
 
 def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
-    """The folder that was named, which has checkpoints."""
+    """The run's folder, which has checkpoints."""
     name = "name the output folder of a `salt train` run"
     if not str(path):
         raise InputError(f"{role} is an empty text: {name}.")
@@ -370,17 +201,17 @@ def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
         return path
     if (path / "config.json").exists():
         raise InputError(
-            f"{role} is {path}, a model of Hugging Face's: take it in first, `salt convert "
+            f"{role} is {path}, a Hugging Face model: import it first, `salt convert "
             f"--huggingface={path} --output_dir=RUN`, and name that RUN."
         )
     if path.is_dir():
-        raise InputError(f"{role} is {path}, where no {CHECKPOINTS_FOLDER} are: {name}.")
+        raise InputError(f"{role} is {path}, which has no {CHECKPOINTS_FOLDER}: {name}.")
     found = "which is a file" if path.exists() else "which does not exist"
     raise InputError(f"{role} is {path}, {found}: {name}.")
 
 
 def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
-    """What a run's checkpoint says beside arrays: model, cache, rows consumed, counters.
+    """A checkpoint's JSON item: model, cache, rows consumed, counters.
 
     Raises:
       InputError: The checkpoint is damaged.
@@ -393,7 +224,7 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def complete_steps(path: pathlib.Path) -> list[int]:
-    """Steps of a run's complete checkpoints, ascending."""
+    """The steps of a run's complete checkpoints, ascending."""
     folder = path / CHECKPOINTS_FOLDER
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
@@ -411,7 +242,7 @@ def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
             f"{model.path} takes {model.config.max_length}: prepare shorter rows."
         )
     if model.vocabulary_fingerprint != cache.vocabulary_fingerprint:
-        # Rows as they are hold no reserved ids: a Pythia reads those of a UL2 run's cache.
+        # Stored rows have no reserved ids: a Pythia reads the rows of a UL2 run's cache.
         kept = (model.path / VOCABULARY_FOLDER).exists()
         if kept and cache.vocabulary.extends(model.load_vocabulary()):
             return
@@ -424,6 +255,6 @@ def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
 
 
 def state_bytes(layout: StateLayout) -> int:
-    """Bytes of one checkpoint, before compression."""
+    """The bytes of one checkpoint, before compression."""
     leaves = jax.tree.leaves(layout.abstract)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -1,10 +1,9 @@
-"""Checkpoints written and read a part at a time, for models that are too large to hold.
+"""Checkpoints written and read in pieces, for models that don't fit in memory.
 
-In: parameters that give their values piece by piece. Out: a checkpoint that `find_model` takes as
-it takes a run's, without an optimizer; and the parameters of any checkpoint, opened but not read.
-
-Orbax asks a handler to write and to read the leaves of a type. The one here writes an array's
-chunks in their order, each made when its turn comes, and reads nothing until rows are asked for.
+Written checkpoints have no optimizer and are otherwise like a run's; the parameters of any
+checkpoint can be opened without reading them. Orbax asks a handler to write and read the leaves of
+a type: the one here writes an array's chunks in order, each made when its turn comes, and reads
+rows when they are asked for.
 """
 
 import itertools
@@ -22,24 +21,17 @@ import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import type_handlers
 
+from salt_jax.huggingface.tensors import Array, Path
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training.checkpoint_digests import write_digests
 from salt_jax.training.checkpoint_items import read_back, reading
 
-Path = tuple[str, ...]
-Array = np.ndarray[Any, Any]
-
-# Of the arrays' files: small beside a tensor, and large enough that a model has but some hundreds.
+# Of the arrays' files: small beside a tensor, and large enough that a model has some hundreds.
 _CHUNK_BYTES = 4 << 20
 
 
 class StreamedParameter(Protocol):
-    """A parameter whose values are made when they are asked for.
-
-    Attributes:
-      shape: Its shape; the first axis is that of layers, or of ids.
-      dtype: Its dtype.
-    """
+    """A parameter whose values are made on demand; its first axis is layers, or ids."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -48,7 +40,7 @@ class StreamedParameter(Protocol):
     def dtype(self) -> np.dtype[Any]: ...
 
     def read(self, rows: slice = slice(None)) -> Array:
-        """Some of the first axis, or all of it."""
+        """A slice of the first axis, or all of it."""
 
 
 def save_streamed(
@@ -57,15 +49,8 @@ def save_streamed(
     parameters: Mapping[Path, StreamedParameter],
     progress: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint of parameters alone; it appears under its name when all of it is there.
-
-    Args:
-      run_path: The run's folder.
-      step: The checkpoint's step, which must not be there yet.
-      parameters: Every parameter by its path in the tree.
-      progress: What `checkpoints.read_progress` is to give: model, vocabulary_fingerprint and
-        counters at least.
-    """
+    """Writes a checkpoint of parameters by path in the tree; it gets its name when it is complete.
+    `progress` has at least model, vocabulary_fingerprint and counters."""
     leaves = {path: _Leaf(parameter) for path, parameter in parameters.items()}
     handler = ocp.CompositeCheckpointHandler(
         params=_TreeHandler(), progress=ocp.JsonCheckpointHandler()
@@ -85,13 +70,7 @@ def save_streamed(
 def open_parameters(
     run_path: pathlib.Path, step: int, paths: Iterable[Path]
 ) -> dict[Path, StreamedParameter]:
-    """The parameters of a checkpoint, of which nothing is read yet.
-
-    Args:
-      run_path: The run's folder.
-      step: The checkpoint's step.
-      paths: Every parameter's path in the tree.
-    """
+    """The parameters of a checkpoint by their paths in the tree, not read yet."""
     folder = (run_path / CHECKPOINTS_FOLDER / str(step)).absolute()
     tree = traverse_util.unflatten_dict(dict.fromkeys(paths, 0))
     restore_args = traverse_util.unflatten_dict(
@@ -106,7 +85,7 @@ def open_parameters(
 
 
 class _Leaf:
-    """What Orbax asks of an array, but for the array."""
+    """What Orbax asks of an array, without its values."""
 
     def __init__(self, parameter: StreamedParameter) -> None:
         self.read = parameter.read
@@ -116,7 +95,7 @@ class _Leaf:
 
 
 class _Stored:
-    """An array of a checkpoint. Of its chunks those are kept that were read last."""
+    """An array of a checkpoint, which keeps the chunks that were read last."""
 
     def __init__(self, array: tensorstore.TensorStore) -> None:
         self._array = array
@@ -128,7 +107,7 @@ class _Stored:
     def read(self, rows: slice = slice(None)) -> Array:
         start, stop, _ = rows.indices(self.shape[0])
         if not self._start <= start <= stop <= self._start + len(self._values):
-            self._values = np.empty(0)  # let go before there is more
+            self._values = np.empty(0)  # freed before more is read
             step = self._rows_of_chunk
             self._start = start // step * step
             end = min(-(-stop // step) * step, self.shape[0])
@@ -140,10 +119,10 @@ class _Stored:
 
 
 class _LeafHandler(type_handlers.TypeHandler):
-    """Arrays in folders of their own, as Orbax writes them where it is told not to use OCDBT."""
+    """Arrays in folders of their own, as Orbax writes them without OCDBT."""
 
     def typestr(self) -> str:
-        return "np.ndarray"  # in the checkpoint's metadata: whoever reads it finds plain arrays
+        return "np.ndarray"  # what the checkpoint's metadata says
 
     async def serialize(
         self,
@@ -151,8 +130,7 @@ class _LeafHandler(type_handlers.TypeHandler):
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[ocp.future.Future]:
-        # Orbax starts this when the checkpoint's folder is there.
-        writing = _write_all(values, infos)
+        writing = _write_all(values, infos)  # which Orbax starts once the folder exists
         return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="streamed")]
 
     async def deserialize(
@@ -170,23 +148,23 @@ class _TreeHandler(ocp.PyTreeCheckpointHandler):
     def __init__(self) -> None:
         registry = type_handlers.create_type_handler_registry(
             (_Leaf, _LeafHandler()),
-            (jax.Array, type_handlers.ArrayHandler()),  # Orbax warns where it finds none
+            (jax.Array, type_handlers.ArrayHandler()),  # without which Orbax warns
         )
         super().__init__(use_ocdbt=False, type_handler_registry=registry)
 
     def finalize(self, directory: Any) -> None:
-        """Reads back what was written: what Orbax merges here is OCDBT's, and there is none."""
+        """Reads back what was written; there are no OCDBT stores to merge."""
         read_back(pathlib.Path(directory))
 
 
 @ocp.args.register_with_handler(_TreeHandler, for_save=True)
 class _TreeSave(ocp.args.PyTreeSave):
-    """By which Orbax knows the handler."""
+    """Orbax picks the handler by it."""
 
 
 @ocp.args.register_with_handler(_TreeHandler, for_restore=True)
 class _TreeRestore(ocp.args.PyTreeRestore):
-    """By which Orbax knows the handler."""
+    """Orbax picks the handler by it."""
 
 
 async def _write_all(values: Sequence[_Leaf], infos: Sequence[type_handlers.ParamInfo]) -> None:
@@ -194,7 +172,7 @@ async def _write_all(values: Sequence[_Leaf], infos: Sequence[type_handlers.Para
         await info.await_path_creation()
         try:
             await _write(value, info)
-        except ValueError as error:  # tensorstore's, for a full disk too
+        except ValueError as error:  # tensorstore's, also for a full disk
             if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
                 raise
             number = int(code[1])
@@ -207,7 +185,7 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
-            # No fill value, so that chunks of zeros are written: Orbax takes none there for a loss.
+            # No fill value, so that chunks of zeros are written: Orbax takes missing ones for lost.
             "metadata": {"compressor": {"id": "zstd", "level": 1}},
         },
         create=True,
@@ -220,7 +198,7 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         values = leaf.read(rows)
         for block in _blocks(leaf.shape[1:], chunk[1:]):
             await array[(rows, *block)].write(values[(slice(None), *block)])
-        del values  # before there is more
+        del values  # before more is made
 
 
 async def _open(info: type_handlers.ParamInfo) -> tensorstore.TensorStore:
@@ -239,8 +217,7 @@ async def _open(info: type_handlers.ParamInfo) -> tensorstore.TensorStore:
 
 
 def _chunk_shape(shape: Sequence[int], size: int) -> tuple[int, ...]:
-    """A block of at most `size` values in the order of memory: as many rows as that, or of one
-    row as much."""
+    """A chunk of at most `size` values that are contiguous in memory."""
     chunk = []
     for axis, length in enumerate(shape):
         inner = math.prod(shape[axis + 1 :])

@@ -1,8 +1,6 @@
-"""A model's tensors as our parameters and the other way, a part of them at a time.
+"""Import and export of a model's tensors, one at a time, by the architecture's rules.
 
-In: safetensors files, or a checkpoint, and the rules of the architecture. Out: parameters that are
-read when they are asked for; tensors that are made when their turn comes. Values that are not
-finite, or will not be in the dtype asked for, are refused.
+Values that are not finite, or will not be in the target dtype, are refused.
 """
 
 import dataclasses
@@ -25,12 +23,7 @@ from salt_jax.training.converted_checkpoints import StreamedParameter, open_para
 
 
 def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
-    """The files' digest, for which all of them are read.
-
-    Args:
-      files: The model's.
-      config: The model, in the dtype that it is to have.
-      rules: Its tensors.
+    """The digest of a model's files, for which all of them are read and checked.
 
     Raises:
       InputError: A tensor has values that are not finite, or that the dtype can't hold.
@@ -47,7 +40,7 @@ def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: lis
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-    """A parameter made of a model's files: a layer's part of it of a tensor of that layer."""
+    """A parameter read from a model's files, each layer's part from that layer's tensor."""
 
     files: SafetensorsFolder
     rule: Rule
@@ -76,7 +69,7 @@ class _Parameter:
 def parameters_of(
     files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
 ) -> dict[Path, StreamedParameter]:
-    """Every parameter by its path in the tree, read from the files when it is asked for."""
+    """Every parameter by its path in the tree, read from the files on demand."""
     parameters: dict[Path, StreamedParameter] = {}
     shapes, dtype = leaf_shapes(config), DTYPES[config.param_dtype]
     for rule in rules:
@@ -89,19 +82,13 @@ def parameters_of(
 def tensors_of(
     saved: SavedModel, rules: list[Rule], dtype: np.dtype[Any], rows: int
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensors in the order of tensor_shapes, each made when its turn comes.
-
-    Args:
-      saved: The checkpoint.
-      rules: The tensors.
-      dtype: What they are to have.
-      rows: Of the embedding and of the head, the first ones.
+    """Yields the tensors in the order of `tensor_shapes`; embedding and head have `rows` rows.
 
     Raises:
       InputError: A tensor has values that are not finite, or that the dtype can't hold.
     """
     config, where = saved.config, f"{saved.path} (step {saved.step})"
-    # Taken out when their turn comes, so that what they have read goes with them.
+    # Popped when their turn comes, so that what they have read is freed.
     parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
     for rule in rules:
         if not rule.in_layers:
@@ -122,7 +109,7 @@ def tensors_of(
 
 
 def tables_of(config: DecoderConfig, rules: list[Rule]) -> list[str]:
-    """The tensors that have a row for each id: embedding, then head."""
+    """The tensors with a row for each id: the embedding, then the head."""
     outside = {rule.tensor for rule in rules if not rule.in_layers}
     shape = (config.padded_vocab_size, config.embed_dim)
     return [name for name, its in tensor_shapes(config, rules) if name in outside and its == shape]

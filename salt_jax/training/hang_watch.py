@@ -1,7 +1,6 @@
-"""A run that stands still says where: what it waits for, and the stack of every thread.
+"""Reports a run that hangs: what it waits for, and the stack of every thread, on stderr.
 
-In: what is waited for, from the training loop. Out: a sentence and stacks on stderr when a wait has
-taken too long; the run goes on waiting, since it may only be slow.
+The run keeps waiting, since it may only be slow.
 """
 
 import contextlib
@@ -11,15 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-_LOOKS = 10  # in the time that is too long
+_LOOKS = 10  # per `seconds`
 
 
 class HangWatch:
     """Watches one thread's waits.
 
     Args:
-      seconds: How long a wait is too long; 0 watches nothing.
-      report: Is told the sentence.
+      seconds: How long a wait may take before it is reported; 0 reports none.
+      report: Called with a sentence.
     """
 
     def __init__(self, seconds: float, report: Callable[[str], None]) -> None:
@@ -38,7 +37,7 @@ class HangWatch:
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
-        """Around a wait: "the input pipeline"."""
+        """Surrounds a wait for `what` ("the input pipeline")."""
         self._waiting = what, time.monotonic()
         try:
             yield

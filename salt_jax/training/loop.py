@@ -18,7 +18,7 @@ from salt_jax.errors import Interrupted, RunFailed
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoints import Checkpointer
+from salt_jax.training.checkpointer import Checkpointer
 from salt_jax.training.config import TrainConfig
 from salt_jax.training.evaluation import EvaluationResult, Evaluator
 from salt_jax.training.finite import NotFiniteError

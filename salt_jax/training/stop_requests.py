@@ -1,4 +1,4 @@
-"""Requests to stop: signals that are held until a run is at a place where it can be saved."""
+"""Requests to stop by signal, held until the run can be saved."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from salt_jax.runtime.stop_signals import stop_signals
 class StopRequests:
     """Holds signals while the context lasts; a second SIGTERM or SIGINT is not held.
 
-    Among several processes a request to one of them is one to all, and all stop after the same
-    step: JAX's preemption service has SIGTERM then.
+    With several processes a request to one of them stops all after the same step: JAX's preemption
+    service handles SIGTERM then.
 
     Args:
-      together: Whether there are several.
+      together: Whether there are several processes.
     """
 
     def __init__(self, together: bool = False) -> None:
@@ -38,9 +38,9 @@ class StopRequests:
             signal.signal(number, handler)
 
     def asked_by(self, step: int) -> str:
-        """The signal by which all are to stop after `step` completed steps; "" to go on.
+        """The signal because of which to stop after `step` completed steps, "" to continue.
 
-        To be called after every step, by every process.
+        Every process must call it after every step.
         """
         if not self._together:
             return self._received[0] if self._received else ""
@@ -49,7 +49,7 @@ class StopRequests:
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         del frame
         self._received.append(signal.Signals(number).name)
-        if number != signal.SIGHUP:  # of which a shell and the system may send several
+        if number != signal.SIGHUP:  # which a shell and the system may send several times
             signal.signal(number, self._previous[signal.Signals(number)])
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)

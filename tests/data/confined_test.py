@@ -11,7 +11,7 @@ import pytest
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.errors import InputError
-from salt_jax.storage.manifests import manifest_digest
+from salt_jax.storage.manifests import json_digest
 from salt_jax.storage.restartable_shards import RestartableShards
 
 LEAVES = "leads out of its folder"
@@ -37,7 +37,7 @@ def test_a_cache_names_its_own_files(name: str, copied: pathlib.Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"][0]["file"] = name
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    (copied / "COMPLETED").write_text(manifest_digest(manifest))
+    (copied / "COMPLETED").write_text(json_digest(manifest))
     with pytest.raises(InputError, match="expected one inside the folder: copy the cache again"):
         PackedCache.open(copied)
 
@@ -62,10 +62,10 @@ def test_scores_and_selections_have_their_own_files(
 ) -> None:
     folder = tmp_path / "in" / "scores"
     write_scores(folder, np.arange(9.0), cache_digest="c" * 64)
-    shard = away(folder / "shards" / "00001-of-00002.columns")
+    shard = away(folder / "shards" / "00001-of-00002.npy")
     with pytest.raises(InputError, match=LEAVES):
         RowScores.open(folder)
-    shutil.move(shard, folder / "shards" / "00001-of-00002.columns")
+    shutil.move(shard, folder / "shards" / "00001-of-00002.npy")
     RowScores.open(folder)
     chosen = tmp_path / "in" / "selection"
     Selection.write(chosen, np.arange(3), cache_digest="c" * 64, split="train", how={})
@@ -77,9 +77,7 @@ def test_scores_and_selections_have_their_own_files(
 def test_shards_are_not_written_elsewhere(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "in" / "scores"
     made_from = {"cache": "c"}
-    making = RestartableShards.of(
-        folder, rows=9, shard_rows=3, suffix=".columns", made_from=made_from
-    )
+    making = RestartableShards.of(folder, rows=9, shard_rows=3, suffix=".npy", made_from=made_from)
     making.begin()
     away(folder / "shards")
     with pytest.raises(InputError, match=rf"{LEAVES}.*choose another --output_dir"):
@@ -97,7 +95,7 @@ def test_sizes_that_contradict_one_another(
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest = {**manifest, "rows": rows, "shard_rows": shard_rows}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "COMPLETED").write_text(manifest_digest(manifest))
+    (tmp_path / "COMPLETED").write_text(json_digest(manifest))
     with pytest.raises(InputError, match=r"names 2 shards, expected \d+ of .* rows"):
         RowScores.open(tmp_path)
 

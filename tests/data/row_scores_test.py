@@ -1,6 +1,7 @@
 """Scores and selections: they name their cache, and another cache is refused."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from salt_jax.data.row_scores import RowScores, Selection, targets_hash
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.manifests import json_digest
 
 SCORES = [1.5, -np.inf, 3.0, 2.0, np.nan]
 SCORER = {"path": "slm", "step": 100, "digest": "d" * 64}
@@ -78,13 +81,34 @@ def test_a_column_reads_like_an_array(write_scores, tmp_path_factory, data):
             assert column[taken].dtype == whole.dtype
 
 
-def test_a_column_is_where_its_documentation_says(scores):
+def test_a_shard_opens_as_its_documentation_says(scores):
     written = scores()
-    (name, dtype), (column, _) = written.manifest["columns"][:2]
-    assert (name, dtype) == ("targets_hash", "<u8")
-    path = written.path / "shards" / "00001-of-00003.columns"
-    by_hand = np.memmap(path, "<f4", "r", offset=8 * 2, shape=2)
-    np.testing.assert_array_equal(by_hand, written.column(column)[2:4])
+    shard = np.load(written.path / "shards" / "00001-of-00003.npy", mmap_mode="r")
+    np.testing.assert_array_equal(shard["mean_k10"], written.column("mean_k10")[2:4])
+
+
+def test_scores_of_format_version_2_are_read(scores):
+    written = scores()
+    values = {name: written.column(name)[:] for name, _ in written.manifest["columns"]}
+    manifest = {**written.manifest, "format_version": 2}
+    for info, path in zip(
+        manifest["shards"], sorted(written.path.glob("shards/*.npy")), strict=True
+    ):
+        columns = np.load(path)
+        data = b"".join(columns[name].tobytes() for name, _ in manifest["columns"])
+        path.with_suffix(".columns").write_bytes(data)
+        path.unlink()
+        info |= {"bytes": len(data), "digest": hashlib.sha256(data).hexdigest()}
+    write_text(written.path / "manifest.json", json.dumps(manifest))
+    write_text(written.path / "COMPLETED", json_digest(manifest))
+    opened = RowScores.open(written.path)
+    for name, expected in values.items():
+        np.testing.assert_array_equal(opened.column(name)[1:5], expected[1:5])
+        np.testing.assert_array_equal(opened.column(name)[np.array([4, 0])], expected[[4, 0]])
+    begun = json.loads((written.path / "pass.json").read_text())
+    (written.path / "pass.json").write_text(json.dumps({**begun, "suffix": ".columns"}))
+    with pytest.raises(InputError, match=r"another version of salt_jax, .* choose another --out"):
+        scores()
 
 
 def test_too_few_learnable_tokens_are_no_score(scores):
@@ -191,10 +215,10 @@ def test_another_cache_is_refused_by_name(scores, tmp_path):
 
 def test_a_shard_cut_short_or_missing_is_refused_and_made_again(scores):
     made = scores()
-    path = made.path / "shards" / "00001-of-00003.columns"
+    path = made.path / "shards" / "00001-of-00003.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    with pytest.raises(InputError, match=r"00001-of-00003\.columns has \d+ bytes, expected"):
+    with pytest.raises(InputError, match=r"00001-of-00003\.npy has \d+ bytes, expected"):
         RowScores.open(made.path)
     path.unlink()
     with pytest.raises(InputError, match=r"does not exist, .*delete that file and run its `salt"):
@@ -207,7 +231,7 @@ def test_changed_bytes_are_refused_by_name(scores, tmp_path):
     made = scores()
     common = {"cache_digest": "a" * 64, "split": "train", "how": {}, "scores": made}
     Selection.write(tmp_path / "selection", np.array([2, 3]), **common)
-    for file in ("scores/shards/00002-of-00003.columns", "selection/row_ids.npy"):
+    for file in ("scores/shards/00002-of-00003.npy", "selection/row_ids.npy"):
         data = bytearray((tmp_path / file).read_bytes())
         data[-1] ^= 1
         (tmp_path / file).write_bytes(data)

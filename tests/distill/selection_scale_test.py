@@ -22,7 +22,7 @@ from salt_jax.data.shard_columns import SUFFIX, Column, write_columns
 from salt_jax.distill.selection import Candidates, TopRows
 
 folder, rows, m = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-layout = [("score", "<f4")]
+dtype = np.dtype([("score", "<f4")])
 
 def drawn(shard):
     # Of 2^24 values, so that some twenty rows have the score at the cut.
@@ -36,11 +36,11 @@ shards = RestartableShards.of(
 all_shards = shards.unfinished()
 for shard in all_shards:
     with shards.write(shard) as file:
-        write_columns(file, layout, {"score": drawn(shard)})
+        write_columns(file, {"score": drawn(shard)}, dtype)
         file.finish({}, {})
 shards.complete("row_scores")
 manifest = json.loads((folder / "scores/manifest.json").read_text())
-column = Column(FinishedShards(folder / "scores", manifest, SUFFIX, "salt score"), layout, "score")
+column = Column(FinishedShards(folder / "scores", manifest, SUFFIX, "salt score"), dtype, "score")
 
 choice = TopRows(m).select(Candidates.of(column))
 chosen = Selection.write(

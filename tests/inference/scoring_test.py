@@ -146,7 +146,7 @@ def alone(
 def counting(folder: pathlib.Path) -> dict[str, bytes]:
     """Everything that counts of finished scores."""
     names = ["manifest.json", "COMPLETED", "pass.json"]
-    files = [*(folder / name for name in names), *(folder / "shards").glob("*.columns")]
+    files = [*(folder / name for name in names), *(folder / "shards").glob("*.npy")]
     return {file.name: file.read_bytes() for file in files}
 
 
@@ -289,7 +289,7 @@ def test_hosts_that_know_of_each_other_share_a_pass(
         for name in ("median_drop_k2", "learnable_k5"):
             values = first.column(name)[:]
             np.testing.assert_allclose(values, second.column(name)[:], rtol=1e-5)
-        (tmp_path / "shards" / "00003-of-00091.columns").unlink()
+        (tmp_path / "shards" / "00003-of-00091.npy").unlink()
 
 
 def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
@@ -359,7 +359,7 @@ def test_a_disk_that_fills_half_way_leaves_nothing_half_written(
         assert error.count("\n") == 1
         assert 0 < finished(output) < finished(alone)
         assert not (output / "COMPLETED").exists()
-        assert list(output.rglob("*.columns.*.tmp")) == []
+        assert list(output.rglob("*.npy.*.tmp")) == []
         grow()
         assert main(argv(output)) == 0
         scores = RowScores.open(output)

@@ -20,7 +20,6 @@ from salt_jax.preparation import cache_building, mapping, merging
 from salt_jax.preparation.packing import PACKINGS
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
-from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.run_folder import RunFolder
 from tests.run_settings import prepare_settings
 
@@ -212,7 +211,7 @@ def test_a_file_that_changed_is_read_again_and_named(
         patch.setattr(cache_building, "merge_bucket", _first_alone)
         with pytest.raises(RuntimeError):
             _prepare(folder, _files(corpus), vocabulary=vocabulary)
-    assert WorkFolder.of_cache(folder).bucket_record("train", 0).exists()
+    assert (folder / "work" / "rows-train-0.json").exists()
     capsys.readouterr()
     with open(corpus / "train" / "1.jsonl", "a") as file:
         file.write(json.dumps({"text": "one more", "subset": "code"}))
@@ -239,6 +238,22 @@ def test_a_trained_vocabulary_is_not_trained_again(make_corpus, tmp_path, monkey
     assert "Training" not in capsys.readouterr().out
     fresh = _prepare(tmp_path / "fresh", _files(corpus), **settings)
     assert files_of(cache.path) == files_of(fresh.path)
+
+
+def test_work_of_another_version_is_made_again_with_a_sentence(
+    make_corpus, tmp_path, monkeypatch, capsys
+):
+    corpus, folder = make_corpus(), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_building, "merge_bucket", None)
+        with pytest.raises(TypeError):
+            _prepare(folder, _files(corpus))
+    plan = json.loads((folder / "work" / "plan.json").read_text())
+    (folder / "work" / "plan.json").write_text(json.dumps({**plan, "units": "d" * 64}))
+    capsys.readouterr()
+    cache = _prepare(folder, _files(corpus))
+    assert f"{folder / 'work'} is of other settings or another version" in capsys.readouterr().out
+    assert files_of(cache.path) == files_of(_prepare(tmp_path / "fresh", _files(corpus)).path)
 
 
 @pytest.mark.parametrize("changed", [{"max_documents": 30}, {"validation_fraction": 0.3}])
@@ -291,12 +306,12 @@ def test_bad_text_keeps_what_is_finished_and_the_command_goes_on(
     )
     assert "\n" not in str(caught.value)
     # Skipping malformed lines changes nothing in files that have none.
-    first = WorkFolder.of_cache(folder).part("train-00000").stat().st_mtime_ns
+    first = (folder / "work" / "train-00000.part").stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(cache_building, "merge_bucket", None)
         with pytest.raises(TypeError):
             _prepare(folder, _files(corpus), skip_broken_lines=True)
-    assert WorkFolder.of_cache(folder).part("train-00000").stat().st_mtime_ns == first
+    assert (folder / "work" / "train-00000.part").stat().st_mtime_ns == first
     # But a file with skipped lines is refused again if they are not to be skipped.
     with pytest.raises(InputError, match=r"2\.jsonl, line 44: this is not JSON"):
         _prepare(folder, _files(corpus))
@@ -327,8 +342,8 @@ def test_a_worker_that_is_killed_is_told_and_the_rest_is_kept(make_corpus, tmp_p
     monkeypatch.setattr(cache_building, "merge_bucket", _killed)
     with pytest.raises(RunFailed, match="a worker process was killed"):
         _prepare(tmp_path / "cache", _files(corpus), workers=2)
-    work = WorkFolder.of_cache(tmp_path / "cache")
-    assert all(work.unit_record(f"train-0000{number}").exists() for number in range(4))
+    work = tmp_path / "cache" / "work"
+    assert all((work / f"train-0000{number}.json").exists() for number in range(4))
 
 
 RUN = """

@@ -344,7 +344,7 @@ def test_a_path_on_the_disk_stays_what_it_is():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("ftp://host/x", "ftp:// is no kind of path"),
+        ("ftp://host/x", "ftp:// is not supported"),
         ("gs://bucket", "write gs://BUCKET/FOLDER"),
         ("gs://", "write gs://BUCKET/FOLDER"),
         ("s3://bucket/../x", "names no folder"),

@@ -9,7 +9,7 @@ from salt_jax.storage.manifests import (
     COMPLETED_FILE,
     MANIFEST_FILE,
     begin_writing,
-    manifest_digest,
+    json_digest,
     new_manifest,
     read_manifest,
     write_manifest,
@@ -29,13 +29,13 @@ def folder(tmp_path):
 
 def test_round_trip(folder):
     manifest = read_manifest(folder, "row_scores")
-    assert (manifest["kind"], manifest["format_version"], manifest["rows"]) == ("row_scores", 2, 3)
-    assert (folder / COMPLETED_FILE).read_text().strip() == manifest_digest(manifest)
+    assert (manifest["kind"], manifest["format_version"], manifest["rows"]) == ("row_scores", 3, 3)
+    assert (folder / COMPLETED_FILE).read_text().strip() == json_digest(manifest)
 
 
 def test_the_digest_depends_on_content_alone():
-    assert manifest_digest({"a": 1, "b": [2]}) == manifest_digest({"b": [2], "a": 1})
-    assert manifest_digest({"a": 1}) != manifest_digest({"a": 2})
+    assert json_digest({"a": 1, "b": [2]}) == json_digest({"b": [2], "a": 1})
+    assert json_digest({"a": 1}) != json_digest({"a": 2})
 
 
 def test_a_folder_that_is_not_there(tmp_path):
@@ -68,7 +68,7 @@ def test_another_kind(folder):
 def test_another_version(folder):
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(InputError, match=r"format version 99.*reads 2"):
+    with pytest.raises(InputError, match=r"format version 99.*reads 3"):
         read_manifest(folder, "row_scores")
 
 

@@ -384,7 +384,7 @@ def test_a_bucket_that_fails_for_a_while_is_told_of_once(bucket, monkeypatch, ca
         assert bucket.wait_for_call(2)
         bucket.failing = set()
         assert bucket.wait_for(f"{PLACE}/metrics.jsonl")
-    assert capfd.readouterr().err.count("It is tried again") == 1
+    assert capfd.readouterr().err.count("It will be tried again") == 1
 
 
 def test_two_commands_at_once_are_refused(bucket):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from salt_jax.data.input_pipeline import InputPipeline
-from salt_jax.training.checkpoints import CheckpointConfig, Checkpointer, SavedModel
+from salt_jax.training.checkpointer import Checkpointer
+from salt_jax.training.checkpoints import CheckpointConfig, SavedModel
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.loop import Loop

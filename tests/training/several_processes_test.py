@@ -118,11 +118,11 @@ STUCK = """
 import os, sys, threading
 from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.main import main
-from salt_jax.cli.verb_process import GUARDED
+from salt_jax.runtime.processes import GUARDED
 
 read = InputPipeline.batch
 InputPipeline.batch = lambda self, step: threading.Event().wait() if step == 3 else read(self, step)
-os.environ[GUARDED] = "1"
+os.environ[GUARDED] = ""
 sys.exit(main())
 """
 
@@ -275,7 +275,7 @@ def test_bad_flags(
 ) -> None:
     from salt_jax.main import main
 
-    monkeypatch.setenv("SALT_GUARDED", "1")
+    monkeypatch.setenv("SALT_GUARDED", "")
     output = tmp_path / "run"
     assert main([*training(cache, slm, output), *flags]) == 2
     assert expected in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Intermediate files: what counts as finished."""
+"""Jobs of a plan that was given up, which end late."""
 
 import pytest
 
@@ -6,7 +6,6 @@ from salt_jax.commands.prepare import prepare
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.preparation import cache_building, mapping, merging
 from salt_jax.preparation.text_files import TextFiles
-from salt_jax.preparation.work_folder import WorkFolder
 from salt_jax.storage.run_folder import RunFolder
 from tests.run_settings import prepare_settings
 
@@ -41,7 +40,7 @@ def test_what_a_late_worker_of_another_plan_leaves_counts_for_nothing(
     """Beam may go on with jobs of a pipeline that was given up."""
     monkeypatch.setattr("salt_jax.preparation.corpora._UNIT_TEXT_BYTES", 1)
     corpus, folder = make_corpus(), tmp_path / "cache"
-    record = WorkFolder.of_cache(folder).path / left_by_another
+    record = folder / "work" / left_by_another
     with monkeypatch.context() as patch:
         patch.setattr(cache_building, "merge_bucket", _first_alone)
         with pytest.raises(RuntimeError):

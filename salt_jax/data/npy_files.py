@@ -1,0 +1,33 @@
+""".npy files of anyone's, mapped from disk after a check of their type and length."""
+
+import pathlib
+import tokenize
+
+import numpy as np
+
+from salt_jax.errors import InputError
+
+
+def map_npy(path: pathlib.Path, dtype: np.dtype, rows: int, again: str) -> np.memmap:
+    """An array of dtype[rows], mapped from disk.
+
+    Args:
+      path: The file.
+      dtype: What its elements must be.
+      rows: How many there must be.
+      again: What to do about another file: the end of the error's sentence.
+
+    Raises:
+      InputError: It is missing or malformed, or another array.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    # numpy reads the header as Python literals, with Python's tokenizer.
+    except (OSError, ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {again}.") from error
+    if array.dtype != dtype or array.shape != (rows,):
+        raise InputError(
+            f"{path} holds {array.dtype}{list(array.shape)}, its manifest says {dtype}[{rows}]: "
+            f"{again}."
+        )
+    return array

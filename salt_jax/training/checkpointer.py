@@ -1,0 +1,184 @@
+"""Saves and restores the checkpoints of a run by Orbax, asynchronously and atomically."""
+
+import contextlib
+import errno
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from salt_jax.runtime.key_value_store import KeyValueStore
+from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER, UNFINISHED_CHECKPOINT
+from salt_jax.training.checkpoint_digests import check_together, own_digests, write_digests
+from salt_jax.training.checkpoint_items import ARRAYS, ITEMS, item_handlers, reading
+from salt_jax.training.checkpoints import CheckpointConfig
+from salt_jax.training.train_state import StateLayout, TrainState
+
+_CHUNK_BYTES = 8 << 20
+_STORE_SECONDS = 10.0
+
+
+class Checkpointer:
+    """The checkpoints of one run.
+
+    If the disk is too full for a checkpoint, that is reported and the older ones stay.
+
+    Args:
+      run_path: The run's folder.
+      config: When to save, what to keep.
+      report: Called with a sentence about what went wrong.
+    """
+
+    def __init__(
+        self,
+        run_path: pathlib.Path,
+        config: CheckpointConfig,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self._folder = (run_path / CHECKPOINTS_FOLDER).absolute()
+        self._config, self._report = config, report
+        self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        config = self._config
+        policies: list[Any] = [preservation_policy.LatestN(config.keep_last)]
+        if config.keep_steps:
+            policies.append(preservation_policy.CustomSteps(list(config.keep_steps)))
+        if config.keep_every:
+            policies.append(preservation_policy.EveryNSteps(config.keep_every))
+        return ocp.CheckpointManager(
+            self._folder,
+            handler_registry=item_handlers(self._digest_own),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: TrainState, progress: Mapping[str, Any], must: bool = True
+    ) -> None:
+        """Starts saving; training continues while files are written.
+
+        Args:
+          step: Completed steps.
+          state: The state.
+          progress: What is saved with it.
+          must: Whether to wait for the previous checkpoint, if it is still being written; otherwise
+            this one is skipped then, unless it is to be kept, or there are several processes, which
+            must agree.
+        """
+        if step in self._manager.all_steps():
+            return
+        must = must or self._config.keeps(step) or jax.process_count() > 1
+        if not must and self._manager.is_saving_in_progress():
+            self._report(
+                f"no checkpoint of step {step}: that of step {self._saving} is still being "
+                "written; raise save_every"
+            )
+            return
+        self.wait()
+        with self._going_on():
+            self._start(step, state, progress)
+
+    def _start(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
+        self._saving = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(
+                    state.params, save_args=jax.tree.map(_chunks, state.params)
+                ),
+                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                progress=ocp.args.JsonSave(dict(progress)),
+            ),
+        )
+
+    def _digest_own(self, item: str, folder: pathlib.Path) -> None:
+        """Called in the background when this process has written its part of an item."""
+        if jax.process_count() > 1:
+            digests = own_digests(folder, item, jax.process_index())
+            key = f"digests/{item}/{jax.process_index()}"
+            KeyValueStore().put(key, json.dumps([self._saving, digests]))
+
+    def _seal(self) -> None:
+        """Called by Orbax when a checkpoint's files are written, before it gets its name."""
+        if jax.process_index() > 0:
+            return
+        known: dict[str, str] = {}
+        for item, process in itertools.product(ARRAYS, range(jax.process_count())):
+            if jax.process_count() > 1:  # all have called `_digest_own`
+                told = KeyValueStore().get(f"digests/{item}/{process}", _STORE_SECONDS)
+                step, digests = json.loads(told or "[null, {}]")
+                known |= digests if step == self._saving else {}
+        (folder,) = self._folder.glob(f"{self._saving}{UNFINISHED_CHECKPOINT}*")
+        write_digests(folder, ITEMS, known)
+
+    def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """The whole state, sharded as in `layout`, and the progress saved with it.
+
+        Raises:
+          InputError: The checkpoint is damaged.
+        """
+        check_together(self._folder / str(step), ITEMS)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(layout.abstract.params),
+            optimizer=ocp.args.StandardRestore(_optimizer_item(layout.abstract)),
+            progress=ocp.args.JsonRestore(),
+        )
+        with reading(self._folder / str(step)):
+            restored = self._manager.restore(step, args=args)
+        state = TrainState(params=restored["params"], **restored["optimizer"])
+        return state, restored["progress"]
+
+    def wait(self) -> None:
+        """Returns when every checkpoint is on disk, or was reported to have failed."""
+        with self._going_on():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, then frees Orbax's resources."""
+        with self._going_on():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Reports a full disk, and makes the manager anew, which still counts the lost step."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full and "No space left" not in str(error) and "quota" not in str(error):
+                raise
+            self._manager = self._open()
+            newest = self.latest_step()
+            self._report(
+                f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: no space left on the "
+                f"disk of {self._folder}. Training goes on, and the newest checkpoint is "
+                f"{f'that of step {newest}' if newest is not None else 'none'}: make room."
+            )
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    """A state's fields without its parameters."""
+    return {name: value for name, value in state._asdict().items() if name != "params"}
+
+
+def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
+    """Small chunks, by layer if there are layers, so that a reader need not hold the whole leaf."""
+    if leaf.nbytes <= _CHUNK_BYTES:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
