@@ -1,1 +1,1 @@
-"""From run folders to plots and a page."""
+"""Reports: run folders are read, compared, and shown as tables and plots on one page."""

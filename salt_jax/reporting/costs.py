@@ -1,4 +1,4 @@
-"""The tables of what runs cost, by what it was spent on."""
+"""The cost tables: FLOPs, time and tokens of runs, by what they were spent on."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from salt_jax.reporting.tables import format_count, format_power, format_seconds
 from salt_jax.terminal import Table
 
 # The columns of each table: what they show of `TrainRun.costs`, and their heads.
-_SPENT_BEFORE = ("scoring", "making the teacher")
+_SPENT_BEFORE = ("scoring", "training the teacher")
 _FLOPS = {
     **dict(zip(FLOPS_PARTS, ("student", "teacher", *_SPENT_BEFORE), strict=True)),
     "train_flops": "train FLOPs, their sum",
@@ -41,7 +41,7 @@ def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
         taught = [r.label for r in runs if r.teacher and r.teacher.digest == teacher.digest]
         costs.append((name, teacher.costs))
         notes.append(
-            f"{name} is what it took to train the teacher of {', '.join(taught)}: "
+            f"{name} is the cost of training the teacher of {', '.join(taught)}: "
             f"{how if teacher.cost_is_known else 'not known, and not charged'}."
         )
     measured = "As measured on each run's own machine, scoring with its compiling."

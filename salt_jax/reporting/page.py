@@ -21,7 +21,7 @@ TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 
 
 def render(title: str, report: Report, origins: Sequence[tuple[str, Origin]], made: str) -> str:
-    """The page, with how each run was made by its name in the report, and who made it and when."""
+    """The page; `origins` are by the runs' names in the report, `made` stands in the footer."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -40,6 +40,6 @@ def _base64(data: bytes) -> markupsafe.Markup:
 
 
 def _shown(value: Any) -> Any:
-    """A text with its control characters written out; jinja2 escapes it then."""
+    """A text with control characters spelled out; jinja2 then escapes its markup."""
     is_markup = isinstance(value, markupsafe.Markup)
     return value if is_markup else visible(str(value), f"\n{WRITING}")

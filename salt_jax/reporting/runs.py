@@ -153,7 +153,7 @@ class TrainRun:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScoreFolder:
-    """A folder of `salt score`, and which of its columns is the score."""
+    """A folder of `salt score`, and which of its columns are the scores."""
 
     origin: Origin
     rows: RowScores
@@ -255,7 +255,7 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
 
 
 def _labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
-    """Gives each run a label of its own: its arm or, where arms repeat, the end of its path."""
+    """Gives each run a unique label: its arm or, where arms repeat, the end of its path."""
     labels = [run.arm for run in runs]
     places = [run.origin.path.resolve().parts for run in runs]
     for depth in range(1, max(map(len, places), default=0) + 1):

@@ -208,7 +208,7 @@ def _curve_sections(
 
 
 def _run_sections(runs: Sequence[TrainRun], charged: bool) -> Iterator[Section]:
-    """What the runs cost, how steady they were, and their results by subset."""
+    """What the runs cost, how stable they were, and their results by subset."""
     by_part = costs.cost_tables(runs, charged)
     yield Section("What the runs cost", "costs", {"charged": charged}, by_part)
     spikes = stability.spikes_table(runs)

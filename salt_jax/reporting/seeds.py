@@ -29,7 +29,7 @@ Estimate = Mapping[str, float]
 
 _NOTE = (
     "Means over seeds ± the half-width of a 95% interval (Student's t). Δ is the mean of the "
-    "differences to {reference} seed by seed; * marks one whose interval leaves out 0."
+    "differences to {reference} seed by seed; * marks one whose interval excludes 0."
 )
 
 
@@ -91,7 +91,7 @@ def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[Ar
     """Every arm of a group over its seeds, in the order in which they were given.
 
     Args:
-      runs: Of one group; unfinished ones are left out.
+      runs: Of one group; unfinished ones are skipped.
       reference: The arm to compare with; without it there are no differences.
     """
     arms = by_arm(runs)
@@ -189,7 +189,7 @@ def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str) -> Table:
         rows=tuple((*_row(one, one.final), reaching(one)) for one in arms),
         note=f"{_NOTE.format(reference=reference)} The last column: the share of {reference}'s "
         f"steps after which an arm's log-perplexity is {reference}'s at its end, and how many "
-        "seeds get there; an arm's learning rate is then still to fall.",
+        "seeds get there; an arm's learning rate has then yet to decay.",
     )
 
 

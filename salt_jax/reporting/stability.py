@@ -1,4 +1,4 @@
-"""How steady runs were: spikes of the training loss, and the switch from stage 1 to stage 2."""
+"""How stable runs were: spikes of the training loss, and the switch from stage 1 to stage 2."""
 
 import math
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def spikes_table(runs: Sequence[TrainRun]) -> Table | None:
         return None
     found = found.iloc[(found["usual"] - found["loss"]).argsort(kind="stable")]
     left_out = len(found) - _MOST_ROWS
-    more = f" {left_out:,} lower ones are left out." if left_out > 0 else ""
+    more = f" {left_out:,} lower ones are not listed." if left_out > 0 else ""
     rows = [
         {
             "arm": spike["label"],

@@ -99,8 +99,8 @@ def final_table(runs: Sequence[TrainRun]) -> Table:
 
 
 _SCHEDULE_CAVEAT = (
-    "An arm that costs less per step is read at its end, a dearer one before its end, while its "
-    "learning rate is still to fall: that favours the cheaper arm."
+    "An arm that costs less per step is read at its end, a more expensive one before its end, "
+    "while its learning rate has yet to decay: that favours the cheaper arm."
 )
 _INTERPOLATED = "≈ marks figures interpolated linearly between two evaluations. " + _SCHEDULE_CAVEAT
 _MATCHED_NOTES = {
@@ -115,7 +115,7 @@ def matched_table(found: Matched) -> Table:
     """Runs at equal steps, equal train FLOPs or equal time."""
     charged = bool((found.readings[FLOPS_PARTS[-1]] > 0).any())
     parts = list(FLOPS_PARTS if charged else FLOPS_PARTS[:-1])
-    named = "student + teacher + scoring" + " + making the teacher" * charged
+    named = "student + teacher + scoring" + " + training the teacher" * charged
     rows = []
     for label, reading in found.readings.iterrows():
         known = {} if math.isnan(reading["step"]) else reading

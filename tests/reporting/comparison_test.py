@@ -51,7 +51,7 @@ def test_at_equal_steps_nothing_is_interpolated():
     assert not found.readings["interpolated"].any()
 
 
-def test_at_equal_flops_the_dearer_run_is_read_between_its_evaluations():
+def test_at_equal_flops_the_more_expensive_run_is_read_between_its_evaluations():
     found = matched([BASELINE, SALT], FLOPS)
     assert found.value == 20.0
     baseline, salt = (found.readings.loc[label] for label in ("baseline", "salt"))

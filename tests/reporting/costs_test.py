@@ -109,8 +109,8 @@ def test_teachers_are_charged_when_asked(arms):
         same = [*{*before.keys()} - {"train_flops", "seconds", FLOPS_PARTS[-1], SECONDS_PARTS[-1]}]
         assert after[same].equals(before[same])
     table, _, _ = cost_tables([baseline, salt], charged=True)
-    assert cells(table, "salt")["making the teacher"] == format_power(made["train_flops"])
-    assert cells(table, "baseline")["making the teacher"] == "0"
+    assert cells(table, "salt")["training the teacher"] == format_power(made["train_flops"])
+    assert cells(table, "baseline")["training the teacher"] == "0"
     assert "salt: charged." in table.note
 
 
@@ -127,7 +127,7 @@ def test_the_page_says_which_flops_are_equal(tmp_path, folders):
     assert "a run's selection needed, and the training of its teacher. Evaluation is" in text
     assert "Training the teacher is charged" in text
     (match,) = next(one.tables for one in report.sections if one.title == "Against train FLOPs")
-    assert "student + teacher + scoring + making the teacher (%)" in match.columns
+    assert "student + teacher + scoring + training the teacher (%)" in match.columns
 
 
 def test_the_numbers_hold_the_parts(tmp_path, folders):
