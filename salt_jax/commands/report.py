@@ -75,7 +75,7 @@ def report(
 def _origins(material: Material) -> list[tuple[str, Origin]]:
     return [
         *((one.label, one.origin) for one in material.runs),
-        *((f"scores: {one.origin.path.name}", one.origin) for one in material.scores),
+        *((f"scores: {one.name}", one.origin) for one in material.scores),
         *((f"selection: {one.name}", one.origin) for one in material.selections),
     ]
 

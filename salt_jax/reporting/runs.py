@@ -61,6 +61,11 @@ class Origin:
     started: str
     config: str
 
+    @property
+    def name(self) -> str:
+        """The folder's, as it can be printed."""
+        return visible(self.path.name)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Teacher:
@@ -110,7 +115,7 @@ class TrainRun:
     @property
     def arm(self) -> str:
         """The method's name, or the folder's until the run has written its summary."""
-        return self.facts.get("arm", visible(self.origin.path.name))
+        return self.facts.get("arm", self.origin.name)
 
     @property
     def parameters(self) -> int | None:
@@ -161,7 +166,7 @@ class ScoreFolder:
 
     @property
     def name(self) -> str:
-        return self.origin.path.name
+        return self.origin.name
 
     @functools.cached_property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -180,7 +185,7 @@ class SelectionFolder:
 
     @property
     def name(self) -> str:
-        return self.origin.path.name
+        return self.origin.name
 
     @property
     def cut(self) -> float | None:
@@ -299,7 +304,7 @@ def _train_run(origin: Origin) -> TrainRun:
         by_subset[end] = _subsets(facts, str(summary))
     return TrainRun(
         origin=origin,
-        label=facts.get("arm", visible(origin.path.name)),
+        label=facts.get("arm", origin.name),
         facts=facts,
         evaluations=_frame(evaluations, EVALUATION),
         training=_frame(training, TRAINING),

@@ -89,6 +89,15 @@ def test_one_run_alone_is_shown_without_matched_tables(tmp_path, folders):
     assert not [table for table in report.tables if table.title.startswith("At equal")]
 
 
+def test_folders_whose_names_are_no_unicode_make_a_page(tmp_path, folders):
+    run = folders.run(tmp_path / "run\udcff", [folders.evaluation(10), folders.training(10)])
+    scores = folders.scores(tmp_path / "scores\udcff", rows=1000)
+    selected = folders.selection(tmp_path / "selected\udcff", scores, rows=100)
+    text = rendered([run, scores.path, selected.path])
+    for name in ("run", "scores", "selected"):
+        assert rf"{name}\udcff" in text
+
+
 def test_scores_alone_make_a_page(tmp_path, folders):
     folders.scores(tmp_path / "scores", rows=100)
     assert "Scores of rows" in rendered([tmp_path / "scores"])

@@ -146,9 +146,18 @@ def _text_for_a_number(path, folders):
     folders.run(path, [folders.evaluation(1, "4.0")])
 
 
+def _more_digits_than_a_number_has(path, folders):
+    folders.run(path, [folders.evaluation(1, 10**400)])
+
+
 def _broken_summary(path, folders):
     folders.run(path, [folders.evaluation(1)])
     (path / "summary.json").write_text('{"arm": "sa')
+
+
+def _text_in_the_summary(path, folders):
+    line = folders.evaluation(1)
+    folders.run(path, [line], folders.summary_of("salt", line, parameters="many"))
 
 
 def _empty_summary_value(path, folders):
@@ -174,6 +183,8 @@ def _half_written_scores(path, folders):
         (_no_measurement, ["no measurement yet"]),
         (_missing_value, ["line 2", "seconds is missing"]),
         (_text_for_a_number, ["line 1", "log_perplexity is '4.0'"]),
+        (_more_digits_than_a_number_has, ["line 1", "log_perplexity is 1000"]),
+        (_text_in_the_summary, ["summary.json", 'parameters is "many", expected a whole number']),
         (_broken_summary, ["summary.json", "is not readable JSON"]),
         (_empty_summary_value, ["summary.json", "log_perplexity is missing"]),
         (_half_written_scores, ["COMPLETED"]),

@@ -137,6 +137,9 @@ def test_steps_to_the_reference(runs: tuple[TrainRun, ...]) -> None:
 def test_a_curve_that_never_gets_there(runs: tuple[TrainRun, ...]) -> None:
     assert first_step_at(runs[0].evaluations, 3.0) is None
     assert first_step_at(runs[0].evaluations, 9.0) == 250
+    diverged = runs[0].evaluations.assign(log_perplexity=[4.2, math.nan, 3.7])
+    assert first_step_at(diverged, 3.0) is None
+    assert first_step_at(diverged, 3.9) == 750
 
 
 def test_band_is_the_mean_at_the_steps_that_all_have(runs: tuple[TrainRun, ...]) -> None:
