@@ -129,7 +129,7 @@ def _given(prompt: Sequence[str], prompts: str | None) -> list[tuple[str, Any]]:
         )
     if prompts is None:
         for text in prompt:
-            if not text.isprintable() and _HALF_A_PAIR.search(text):
+            if _HALF_A_PAIR.search(text):
                 raise InputError(f"prompt is {text!r}, which is not UTF-8: change --prompt.")
         return [("", text) for text in prompt]
     kind = kind_of(prompts)
@@ -138,11 +138,8 @@ def _given(prompt: Sequence[str], prompts: str | None) -> list[tuple[str, Any]]:
     path = local_file(prompts)
     try:
         with open_file(path)[0] as file:
-            if kind.is_json:
-                rows = json_rows(path, file, strict=True)
-                given = [(place, _field(place, row)) for place, row in rows]
-            else:
-                given = list(_lines(path, file))
+            rows = json_rows(path, file, strict=True) if kind.is_json else _lines(path, file)
+            given = [(place, _field(place, row)) for place, row in rows]
     except OSError as error:
         raise InputError(
             f"prompts is {path}, which cannot be read ({error.strerror}): name another file."
@@ -153,7 +150,8 @@ def _given(prompt: Sequence[str], prompts: str | None) -> list[tuple[str, Any]]:
     return given
 
 
-def _lines(path: pathlib.Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
+def _lines(path: pathlib.Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, str]]]:
+    """The lines of a .txt file as rows of JSON; blank ones are left out."""
     for number, line in enumerate(text_lines(path, file), 1):
         place = f"{path}, line {number}"
         try:
@@ -161,7 +159,7 @@ def _lines(path: pathlib.Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
         except UnicodeDecodeError as error:
             raise InputError(f"{place} is not UTF-8 ({error}): convert the file.") from error
         if text.strip():
-            yield place, text
+            yield place, {"prompt": text}
 
 
 def _field(place: str, row: Any) -> str | list[Any]:
@@ -169,7 +167,7 @@ def _field(place: str, row: Any) -> str | list[Any]:
     if isinstance(row, Broken):
         raise InputError(f"{place} is not JSON ({row.reason}): correct it.")
     fields = row if isinstance(row, dict) else {}
-    # What writes rows of one table writes null for what a row hasn't.
+    # Tables written as JSON have a null for what a row lacks.
     given = (fields.get(name) for name in ("messages", "prompt", "text"))
     found = next((value for value in given if value is not None), None)
     # JSON can write half of a surrogate pair, which is no character.

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import tempfile
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ def load(settings: FewShot) -> Loaded:
     with tempfile.TemporaryDirectory(prefix="salt_jax_tasks_") as folder:
         if settings.task_data is not None:
             _read_files(manager, members, pathlib.Path(settings.task_data), pathlib.Path(folder))
-        _do_without_the_hub_if_it_is_out_of_reach()
+        _go_offline_if_the_hub_is_unreachable()
         for name in members:
             try:
                 found = manager.load(name)
@@ -100,7 +101,9 @@ def _manager(settings: FewShot) -> lm_eval.tasks.TaskManager:
         folder = getattr(settings, name)
         if folder is not None and not pathlib.Path(folder).is_dir():
             held = "YAML files of tasks" if name == "task_folder" else "TASK/SPLIT.jsonl"
-            raise InputError(f"{name} is {folder}, which is no folder: name one that holds {held}.")
+            raise InputError(
+                f"{name} is {folder}, which is not a folder: name one that holds {held}."
+            )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Its bootstraps would fork this process, threads and devices and all.
     os.environ["DISABLE_MULTIPROC"] = "1"
@@ -117,7 +120,7 @@ def _entries(manager: lm_eval.tasks.TaskManager, name: str) -> Iterator[tuple[st
         near = nearest(name, manager.all_tasks)
         raise InputError(
             f"There is no task {name or 'without a name'}{near}: name tasks or groups of "
-            f"lm-eval, of --task_folder, or salt_suite."
+            "lm-eval, of --task_folder, or salt_suite."
         )
     entry = manager.task_index[name]
     settings = entry.cfg or {}
@@ -136,7 +139,7 @@ def _read_files(
     data: pathlib.Path,
     folder: pathlib.Path,
 ) -> None:
-    """Has tasks that are asked for read their files of `data`, by YAML files in `folder`."""
+    """Makes tasks that are asked for read their files in `data`, by YAML files in `folder`."""
     asked = sorted({*members, *(task for tasks in members.values() for task in tasks)})
     found = [data / name for name in asked if (data / name).is_dir()]
     if not found:
@@ -172,11 +175,8 @@ def _read_files(
         manager.task_index[task.name] = dataclasses.replace(entry, yaml_path=path)
 
 
-def _do_without_the_hub_if_it_is_out_of_reach() -> None:
-    """Takes the Hub's libraries offline where it doesn't answer: data sets are in the cache then.
-
-    Left alone, `datasets` retries each file for half a minute, also what it has in its cache.
-    """
+def _go_offline_if_the_hub_is_unreachable() -> None:
+    """Has data sets come from the cache at once: `datasets` retries each file for half a minute."""
     if datasets.config.HF_HUB_OFFLINE:
         return
     try:
@@ -194,22 +194,28 @@ def _why(error: Exception, name: str, members: Mapping[str, Any], settings: FewS
     if isinstance(error, ModuleNotFoundError):
         library = str(error.name).partition(".")[0]
         return (
-            f"The task {name} needs {error.name}, which is not there: pip install {library}, or a "
-            "version of it that has that, or leave the task out."
+            f"The task {name} needs the module {error.name}, which is not installed: pip install "
+            f"{library}, or a version of it that has the module, or leave the task out."
         )
     message = str(error).strip().partition("\n")[0].rstrip(".")
-    task = _task_in(error)
+    owners = [
+        frame.f_locals.get("self")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "download"
+    ]
+    task = next((owner for owner in owners if isinstance(owner, Task)), None)
     if task is None:
         hint = "correct its YAML file" + ", or its splits in --task_data" * bool(settings.task_data)
         for member, cfg in members.items():
-            if cfg.get("unsafe_code") and not settings.allow_code_execution:
+            is_own = member.startswith("salt_")
+            if cfg.get("unsafe_code") and not is_own and not settings.allow_code_execution:
                 hint = (
                     f"{member} executes code already when it is loaded: leave it out (salt_mbpp "
                     "only generates), or set --allow_code_execution=True"
                 )
         return f"The task {name} cannot be loaded ({message}): {hint}."
-    own = task.config.dataset_kwargs or {}
-    cannot = f"The data set of the task {task.config.task} cannot be read ({message})"
+    task_name, own = task.config.task, task.config.dataset_kwargs or {}
+    cannot = f"The data set of the task {task_name} cannot be read ({message})"
     if "data_files" in own:
         return (
             f"{cannot}: correct the files of --task_data, or dataset_kwargs.data_files in the "
@@ -220,19 +226,8 @@ def _why(error: Exception, name: str, members: Mapping[str, Any], settings: FewS
     return (
         f"{cannot}: where there is a network, run datasets.load_dataset({', '.join(named)}), and "
         "copy the folder HF_DATASETS_CACHE here; or set --task_data=FOLDER and put its splits "
-        f"there, as {task.config.task}/SPLIT.jsonl."
+        f"there, as {task_name}/SPLIT.jsonl."
     )
-
-
-def _task_in(error: Exception) -> Any:
-    """The task whose data set was being read when an error was raised, from its stack."""
-    trace = error.__traceback__
-    while trace is not None:
-        found = trace.tb_frame.f_locals.get("self")
-        if isinstance(found, Task) and trace.tb_frame.f_code.co_name == "download":
-            return found
-        trace = trace.tb_next
-    return None
 
 
 def _set_shots(task: Task, shots: int | None) -> None:
@@ -242,7 +237,7 @@ def _set_shots(task: Task, shots: int | None) -> None:
     task.set_config(key="num_fewshot", value=asked)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     examples = len(task.sampler.df)
-    # A document that may be among the examples is not its own one.
+    # A document that may be among the examples is no example of its own.
     spare = int(task.fewshot_cfg.split == task.config.test_split)
     if asked and asked + spare > examples:
         raise InputError(

@@ -39,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
 
 
 def test_a_hub_that_answers_is_used(hub: http.server.HTTPServer) -> None:
-    harness_tasks._do_without_the_hub_if_it_is_out_of_reach()
+    harness_tasks._go_offline_if_the_hub_is_unreachable()
     assert not datasets.config.HF_HUB_OFFLINE
     assert not constants.HF_HUB_OFFLINE
 
