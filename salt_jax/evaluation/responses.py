@@ -107,22 +107,21 @@ class Responses:
             start = time.perf_counter()
             texts = answers.continuations([(prompt, decoding) for prompt in prompts])
             seconds = time.perf_counter() - start
-        scores = [
-            METRICS[self.metric](text, example.text)
-            for example, text in zip(examples, texts, strict=True)
-        ]
-        records = [
+        records: list[dict[str, Any]] = [
             {
                 "prompt": example.prompt,
                 "reference": example.text,
                 "generated": text,
-                "scores": scored,
+                "scores": METRICS[self.metric](text, example.text),
             }
-            for example, text, scored in zip(examples, texts, scores, strict=True)
+            for example, text in zip(examples, texts, strict=True)
         ]
         lines = "".join(f"{to_json(record)}\n" for record in records)
         write_text(folder / RESPONSES_FILE, lines)
-        means = {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
+        means = {
+            name: float(np.mean([record["scores"][name] for record in records]))
+            for name in records[0]["scores"]
+        }
         rows = tuple((name, f"{mean:.2%}") for name, mean in means.items())
         print_table(Table(examinee.title, ("", f"mean of {len(records):,}"), rows))
         if cut:
