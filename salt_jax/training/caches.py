@@ -126,8 +126,8 @@ def make_pipeline(
 
     With stage2_rows "unused", stage 2 reads an order of its own from its beginning, epoch by epoch:
     all rows but those that stage 1 reads of the selection (the first of the selected order, as many
-    as stage 1 consumes), by the same seed, with other caches mixed in as ever. Without a selection
-    nothing changes, since the all-rows order comes to no row again before it has read all.
+    as stage 1 consumes), by the same seed, with other caches mixed in. Without a selection
+    nothing changes: the all-rows order repeats no row before it has read all.
 
     Args:
       config: Batch size, seed, stages and read threads.

@@ -29,6 +29,6 @@ def use_compilation_cache(folder: str) -> None:
 @functools.cache
 def _tell_not_kept(folder: str, reason: str) -> None:
     warn(
-        f"{folder} cannot be written ({reason}): programs are compiled anew in each run; set "
-        "--compilation_cache to a folder that can, or to nothing."
+        f"{folder} cannot be written ({reason}): programs are compiled again in each run; "
+        "set --compilation_cache to a folder that can be written, or to nothing."
     )

@@ -28,4 +28,4 @@ def test_generate_goes_on_without_a_compilation_cache(
     assert jax.config.jax_compilation_cache_dir == before
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "(this user has no home folder): programs are compiled anew in each run" in error
+    assert "(this user has no home folder): programs are compiled again in each run" in error

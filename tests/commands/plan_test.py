@@ -322,7 +322,7 @@ def test_objectives_are_planned_with(
     splash = [*ul2, "--gin.decoder.DecoderConfig.attention_backend='splash'"]
     assert "bidirectional_prefix" in error_of(splash, tmp_path / "plan", capsys)
     some = [*ul2, "--teacher.objectives=some"]
-    assert "teacher_objectives is 'some'" in error_of(some, tmp_path / "plan", capsys)
+    assert "The teacher's objectives are 'some'" in error_of(some, tmp_path / "plan", capsys)
 
 
 def test_cache_gives_vocabulary_and_length(
