@@ -55,14 +55,14 @@ def require_config(name: str, folder: pathlib.Path) -> None:
     if (folder / CONFIG_FILE).is_file() and not adapters.is_file():
         return
     if folder.is_file():
-        if advice := _other_formats([folder]):
+        if advice := other_formats([folder]):
             raise InputError(f"huggingface is {name!r}, {advice}.")
         raise InputError(
             f"huggingface is {name!r}, a file: name the folder that it is in, --huggingface=FOLDER."
         )
     if folder.is_dir():
         if adapters.is_file():
-            raise InputError(f"huggingface is {name!r}, with {_other_formats([adapters])}.")
+            raise InputError(f"huggingface is {name!r}, with {other_formats([adapters])}.")
         if (folder / "checkpoints").is_dir():
             raise InputError(
                 f"huggingface is {name!r}, a run of salt's: other verbs take it as it is, and "
@@ -75,7 +75,7 @@ def require_config(name: str, folder: pathlib.Path) -> None:
                 f"huggingface is {name!r}, where no {CONFIG_FILE} is, and there is one in "
                 f"{inner[0].parent}: name that folder, --huggingface={inner[0].parent}."
             )
-        if advice := _other_formats(sorted(folder.iterdir())):
+        if advice := other_formats(sorted(folder.iterdir())):
             raise InputError(f"huggingface is {name!r}, with {advice}.")
     raise InputError(
         f"huggingface is {name!r}, where no {CONFIG_FILE} is: name the folder of a downloaded "
@@ -96,7 +96,7 @@ def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name that of a downloaded model.")
     files = sorted(folder.iterdir())
-    if advice := _other_formats(files):
+    if advice := other_formats(files):
         raise InputError(f"{folder} has {advice}.")
     others = [file.name for file in files if file.suffix == ".safetensors"]
     if others:
@@ -107,7 +107,7 @@ def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
     raise InputError(f"{folder} holds neither {expected}: name the folder of a downloaded model.")
 
 
-def _other_formats(files: list[pathlib.Path]) -> str | None:
+def other_formats(files: list[pathlib.Path]) -> str | None:
     """A file that has weights in another way, and what to do about it; None where none has."""
     for file in files:
         if file.name.startswith("adapter_"):
