@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+from collections import Counter
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -89,6 +90,21 @@ def test_nothing_imports_the_plug_in() -> None:
 
 def test_every_part_is_known() -> None:
     assert {f.relative_to(PACKAGE).parts[0].removesuffix(".py") for f in files()} <= set(ALLOWED)
+
+
+def test_no_name_twice() -> None:
+    """A name stands for one thing, so that it can be searched for; none differs by an s alone."""
+    # A verb, a SeqIO task and a task of lm-eval are named by their modules.
+    named = [file for file in files() if file.parent.name not in ("commands", "tasks")]
+    modules = [file.stem for file in named if not file.stem.startswith("__")]
+    nodes = [n for f in named for n in ast.parse(f.read_text(encoding="utf-8")).body]
+    classes = [node.name for node in nodes if isinstance(node, ast.ClassDef)]
+    functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
+    for names in (modules, classes, functions):
+        public = Counter(name for name in names if not name.startswith("_"))
+        twice = [name for name, count in public.items() if count > 1]
+        plural = [name for name in public if f"{name}s" in public and names is not functions]
+        assert (twice, plural) == ([], [])
 
 
 def unreadable(file: pathlib.Path) -> Iterator[str]:
