@@ -1,5 +1,6 @@
 """A server that speaks the part of the Hugging Face Hub's protocol that downloads need."""
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -7,7 +8,12 @@ import json
 import pathlib
 import threading
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
+
+constants = pytest.importorskip("huggingface_hub.constants", reason="it needs salt_jax[hub]")
 
 COMMIT = "a" * 40
 LARGE = 1000  # bytes from which a file lies in LFS, behind a redirect
@@ -146,3 +152,19 @@ def _entry(folder: pathlib.Path, file: pathlib.Path) -> dict[str, Any]:
         sha256 = hashlib.sha256(data).hexdigest()
         entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
     return entry
+
+
+@contextlib.contextmanager
+def serving(
+    repositories: dict[str, pathlib.Path], scratch: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hub]:
+    """A Hub that huggingface_hub asks in this process, with an empty cache and no token."""
+    with Hub(repositories) as hub:
+        places = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", places)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(scratch / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(scratch / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub

@@ -10,9 +10,7 @@ import pytest
 
 from salt_jax.errors import InputError
 from salt_jax.huggingface.hub import download, split_name
-from tests.hub_server import COMMIT, Hub
-
-constants = pytest.importorskip("huggingface_hub.constants", reason="it needs salt_jax[hub]")
+from tests.hub_server import COMMIT, Hub, constants, serving
 
 WEIGHTS = bytes(range(256)) * 40
 FILES = {
@@ -37,14 +35,7 @@ def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     for name, data in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    with Hub({"owner/small": folder}) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        places = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", places)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving({"owner/small": folder}, tmp_path, monkeypatch) as hub:
         yield hub
 
 
