@@ -26,6 +26,8 @@ PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2"]
 # Folders in buckets, through fsspec: gs:// and s3://.
 GCS, S3 = ["gcsfs>=2026.10"], ["s3fs>=2025.3"]
+# Models of the Hugging Face Hub by name.
+HUB = ["huggingface_hub>=1.0"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -98,10 +100,11 @@ setuptools.setup(
         "beam": BEAM,
         "eval": EVAL,
         "gcs": GCS,
+        "hub": HUB,
         "plan": PLAN,
         "prepare": PREPARE,
         "s3": S3,
-        "test": TEST + EVAL + GCS + PLAN + PREPARE + S3,
+        "test": TEST + EVAL + GCS + HUB + PLAN + PREPARE + S3,
     },
     entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},
 )

@@ -16,11 +16,11 @@ import numpy as np
 from salt_jax.cli.verb import Verb
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
 from salt_jax.errors import InputError, require_counts, visible
-from salt_jax.huggingface import model_tokenizers, tokenizer_files
+from salt_jax.huggingface import hub, model_tokenizers, tokenizer_files
 from salt_jax.huggingface.families import FAMILIES
 from salt_jax.huggingface.family import Family, vocab_multiple
 from salt_jax.huggingface.model_config import config_from_json, config_to_json
-from salt_jax.huggingface.model_folders import CONFIG_FILE, refuse_repository, require_config
+from salt_jax.huggingface.model_folders import CONFIG_FILE, repository_id, require_config
 from salt_jax.huggingface.safetensors_files import (
     DOWNLOAD,
     DTYPES,
@@ -65,6 +65,7 @@ def convert(
     run: RunFolder,
     *,
     huggingface: str | None = None,
+    revision: str | None = None,
     model: str | None = None,
     step: int | None = None,
     dtype: str | None = None,
@@ -78,8 +79,10 @@ def convert(
 
     Args:
       run: The folder for the run, or for the files.
-      huggingface: The folder of a model to import: config.json, safetensors, tokenizer.json or
-        tokenizer.model.
+      huggingface: A model to import: a folder with config.json, safetensors, tokenizer.json or
+        tokenizer.model, or the name of a repository on the Hugging Face Hub
+        ("EleutherAI/pythia-1.4b"), which is downloaded.
+      revision: The repository's branch, tag or commit; "main" by default.
       model: The run folder of a model to export.
       step: What step the checkpoint is to have, 0 by default; or the step to export, the newest by
         default.
@@ -123,19 +126,36 @@ def convert(
     if huggingface is not None:
         if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
-        refuse_repository(huggingface)
-        source = local_folder(huggingface)
+        source = _source(huggingface, revision)
         require_config(huggingface, source)
         require_path(run.path)
         _import(run, source, step or 0, dtype, compute_dtype, eos_token, known_families)
     else:
-        if compute_dtype is not None or eos_token is not None:
+        if not compute_dtype == eos_token == revision is None:
             raise InputError(
-                "compute_dtype and eos_token are for --huggingface=FOLDER: leave them unset."
+                "compute_dtype, eos_token and revision are for --huggingface=FOLDER: leave them "
+                "unset."
             )
         saved = find_model(str(model), step, "model")
         dtype = dtype or saved.config.param_dtype
         _export(run, saved, dtype, max_shard_bytes, drop_padding, known_families)
+
+
+def _source(name: str, revision: str | None) -> pathlib.Path:
+    """The folder of a model that was named by it, or by its repository on the Hub."""
+    named = hub.split_name(name)
+    if named is None and not pathlib.Path(name).exists() and (repository := repository_id(name)):
+        named = repository, None
+    if named is None:
+        if revision is not None:
+            raise InputError(
+                f"revision is {revision!r} and huggingface is {name!r}, a folder: leave --revision "
+                "unset, or name a repository of the Hub, --huggingface=OWNER/NAME."
+            )
+        return local_folder(name)
+    if named[1] and revision not in (None, named[1]):
+        raise InputError(f"huggingface is {name!r} and revision is {revision!r}: name one of them.")
+    return hub.download(named[0], named[1] or revision)
 
 
 def _import(

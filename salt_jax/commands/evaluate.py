@@ -16,6 +16,7 @@ after a kill it resumes: no task's answer and no response is computed twice.
 from typing import Any
 
 from salt_jax.cli.verb import Verb
+from salt_jax.commands._hub_models import local_model
 from salt_jax.distill import losses
 from salt_jax.errors import InputError
 from salt_jax.evaluation.examination import Examination, Examinee
@@ -85,7 +86,7 @@ def evaluate(
             f"--tasks and responses run in one process, and this is one of {run.processes.count}: "
             "leave them out, or run them on the devices of one machine."
         )
-    saved = find_model(model, step, "model")
+    saved = find_model(local_model(model), step, "model")
     mesh = devices.mesh.make()
     examinee = Examinee(saved, mesh, devices.rules, batch_size, chunk_tokens, parse_special)
     examine = [examination.prepare(examinee) for examination in asked]

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from salt_jax.cli.verb import Verb
+from salt_jax.commands._hub_models import local_model
 from salt_jax.data.file_kinds import kind_of
 from salt_jax.data.text_lines import Broken, json_rows, text_lines
 from salt_jax.errors import InputError
@@ -78,7 +79,7 @@ def generate(
       InputError: No such model, no prompts or one that is too long, or a setting out of range.
     """
     given = _given(prompt, prompts)
-    saved = find_model(model, step, "model")
+    saved = find_model(local_model(model), step, "model")
     vocabulary = saved.load_vocabulary()
     template = load_chat_template(saved.path / TOKENIZER_FOLDER)
     start = [vocabulary.start_id] if prepend_start else []

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from salt_jax.cli.verb import Verb
+from salt_jax.commands._hub_models import local_model
 from salt_jax.data.label_format import LabelFormat
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores, RowScoresWriter, Selection
@@ -105,7 +106,7 @@ def score(
     require_scores(scores)
     _require_one_kind(soft_labels, scores, selection)
     packed = PackedCache.open(cache)
-    model = find_model(scorer, scorer_step, "scorer", packed)
+    model = find_model(local_model(scorer), scorer_step, "scorer", packed)
     worker, workers = _own_part(worker, workers)
     writer: RowScoresWriter | SoftLabelsWriter
     if soft_labels:

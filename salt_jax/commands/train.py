@@ -9,6 +9,7 @@ import dataclasses
 from jax.sharding import Mesh
 
 from salt_jax.cli.verb import Verb
+from salt_jax.commands._hub_models import local_model
 from salt_jax.data import denoisers
 from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
@@ -84,7 +85,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     if start.step < config.stage1_steps and method.soft_labels is not None:
         labels = find_labels(config, caches, selected)
     elif start.step < config.stage1_steps:
-        teacher = find_teacher(config, packed)
+        teacher = find_teacher(_with_local_teacher(config), packed)
     denoising = _denoising(config, packed, student)
     optimizer = make_transformation(config.optimizer, config.steps, student)
     layout = make_layout(student, optimizer, mesh, devices.rules)
@@ -125,12 +126,21 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     run.write_summary(loop.run())
 
 
+def _with_local_teacher(config: TrainConfig) -> TrainConfig:
+    """The same run with the teacher's folder in place of its name on the Hub."""
+    method = config.method
+    if method.teacher is None or method.teacher.path is None:
+        return config
+    teacher = dataclasses.replace(method.teacher, path=local_model(method.teacher.path))
+    return dataclasses.replace(config, method=dataclasses.replace(method, teacher=teacher))
+
+
 def _find_initial(initial: Initial | None, cache: PackedCache) -> SavedModel | None:
     if initial is None:
         return None
     if initial.path is None:
         raise InputError("initial is set without a folder: add --initial=RUN.")
-    return find_model(initial.path, initial.step, "initial", cache)
+    return find_model(local_model(initial.path), initial.step, "initial", cache)
 
 
 def _student(

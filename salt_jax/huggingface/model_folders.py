@@ -37,18 +37,6 @@ def repository_id(name: str) -> str | None:
     return match[1] if match and not match[1].startswith(".") else None
 
 
-def refuse_repository(name: str) -> None:
-    """Refuses the name of a repository, if no folder has it, with the command that downloads it."""
-    repository = repository_id(name)
-    if repository is not None and not pathlib.Path(name).exists():
-        raise InputError(
-            f"huggingface is {name!r}, which is no folder here: name the folder of a downloaded "
-            f"model; a repository of that name is downloaded with `hf download {repository} "
-            '--include "*.json" "*.safetensors" "*.model" "*.jinja" "*.txt" '
-            f"--local-dir {repository.rpartition('/')[2]}`, which comes with huggingface_hub."
-        )
-
-
 def require_config(name: str, folder: pathlib.Path) -> None:
     """Refuses a folder without config.json, or with adapters, which transformers would apply.
 
@@ -63,13 +51,13 @@ def require_config(name: str, folder: pathlib.Path) -> None:
     if is_model and not (folder / "adapter_config.json").is_file():
         return
     if folder.is_file():
-        if advice := _other_formats([folder]):
+        if advice := other_formats([folder]):
             raise InputError(f"huggingface is {name!r}, {advice}.")
         raise InputError(
             f"huggingface is {name!r}, a file: name the folder that it is in, --huggingface=FOLDER."
         )
     if folder.is_dir():
-        advice = _other_formats(sorted(folder.iterdir()))
+        advice = other_formats(sorted(folder.iterdir()))
         if advice and (is_model or advice.startswith("adapter_")):
             raise InputError(f"huggingface is {name!r}, with {advice}.")
         if (folder / "checkpoints").is_dir():
@@ -97,7 +85,7 @@ def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name that of a downloaded model.")
     files = sorted(folder.iterdir())
-    if advice := _other_formats(files):
+    if advice := other_formats(files):
         raise InputError(f"{folder} has {advice}.")
     others = [file.name for file in files if file.suffix == ".safetensors"]
     if others:
@@ -108,7 +96,7 @@ def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
     raise InputError(f"{folder} holds neither {expected}: name the folder of a downloaded model.")
 
 
-def _other_formats(files: list[pathlib.Path]) -> str | None:
+def other_formats(files: list[pathlib.Path]) -> str | None:
     """A file that has weights in another format, and what to do about it; None where none has."""
     for file in files:
         if file.name.startswith("adapter_"):

@@ -1,0 +1,37 @@
+"""Models of the Hub, named as "hf:OWNER/NAME@REVISION" wherever a run of salt's can be."""
+
+import os
+import pathlib
+
+from filelock import FileLock
+
+from salt_jax.cli.verb_process import run_verb
+from salt_jax.huggingface import hub
+from salt_jax.storage.run_folder import SUMMARY_FILE
+from salt_jax.storage.user_folders import cache_folder
+
+# Environment variable: the folder of converted models, ~/.cache/salt_models by default.
+FOLDER = "SALT_MODELS"
+
+
+def local_model(name: str) -> str:
+    """The run folder of a model, converted once for each commit if it is one of the Hub's.
+
+    Args:
+      name: "hf:HuggingFaceTB/SmolLM2-135M", or anything else, which is given back.
+
+    Raises:
+      InputError: What `hub.download` and `salt convert` refuse.
+      Interrupted: Asked to stop while it was converted.
+    """
+    named = hub.split_name(name)
+    if named is None:
+        return name
+    snapshot = hub.download(*named)
+    folder = pathlib.Path(os.environ.get(FOLDER) or cache_folder("salt_models", FOLDER))
+    folder.mkdir(parents=True, exist_ok=True)
+    run = folder / f"{named[0].replace('/', '--')}@{snapshot.name[:12]}"
+    with FileLock(f"{run}.lock"):  # several processes of one machine may want it
+        if not (run / SUMMARY_FILE).exists():
+            run_verb("convert", [f"--huggingface={snapshot}"], run)
+    return str(run)

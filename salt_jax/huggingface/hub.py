@@ -1,0 +1,127 @@
+"""Downloads a model of the Hugging Face Hub: its safetensors, tokenizer and configuration.
+
+`huggingface_hub` does the work: it resumes, keeps files in everyone's cache (HF_HOME), and reads
+the token, HF_ENDPOINT and HF_HUB_OFFLINE from their usual places.
+"""
+
+import hashlib
+import pathlib
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from salt_jax.errors import InputError
+from salt_jax.huggingface.model_folders import other_formats, repository_id
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PREFIX = "hf:"
+_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+# Folders of other libraries' files, but for additional_chat_templates/NAME.jinja.
+_NOT_FILES = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors")
+_READ_BYTES = 1 << 20
+
+
+def split_name(name: str) -> tuple[str, str | None] | None:
+    """Repository and revision of "hf:OWNER/NAME@REVISION", None for anything else.
+
+    Raises:
+      InputError: What follows "hf:" is not the name of a repository.
+    """
+    if not name.startswith(PREFIX):
+        return None
+    repository, _, revision = name.removeprefix(PREFIX).removeprefix("//").partition("@")
+    if repository_id(repository) != repository:
+        raise InputError(
+            f"{name!r} is not the name of a repository: write {PREFIX}OWNER/NAME, or "
+            f"{PREFIX}OWNER/NAME@REVISION."
+        )
+    return repository, revision or None
+
+
+def download(repository: str, revision: str | None = None) -> pathlib.Path:
+    """Downloads what conversion reads of a model, as far as it is not in the cache.
+
+    Args:
+      repository: "EleutherAI/pythia-1.4b".
+      revision: A branch, tag or commit; "main" by default.
+
+    Returns:
+      The folder of the snapshot in huggingface_hub's cache, which has the commit as its name.
+
+    Raises:
+      InputError: huggingface_hub is not installed, the Hub refuses or is out of reach, there is no
+        such repository or revision, it has no safetensors, or a file's digest is wrong.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+        from huggingface_hub.utils import disable_progress_bars
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{repository} is not a folder here, and downloading it needs huggingface_hub: "
+            "pip install 'salt_jax[hub]', or name a folder that exists."
+        ) from error
+    at = f"{repository}@{revision}" if revision else repository
+    api = huggingface_hub.HfApi(library_name="salt_jax")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        folder = api.snapshot_download(
+            repository, revision=revision, allow_patterns=[*_FILES], ignore_patterns=[*_NOT_FILES]
+        )
+        _require_safetensors(api, repository, pathlib.Path(folder))
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{at} is gated: accept its terms at {api.endpoint}/{repository}, and log in with "
+            "`hf auth login` (or set HF_TOKEN)."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{repository} has no revision {revision}: change --revision.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{api.endpoint} has no model {repository} for you: correct the name, or, if it is "
+            "private, log in with `hf auth login` (or set HF_TOKEN)."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{at} is not in the cache, and {api.endpoint} is out of reach or HF_HUB_OFFLINE is "
+            "set: connect, or name a folder that exists."
+        ) from error
+    except errors.HTTPError as error:  # what httpx raises, too
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"answers {status}" if status else "ended the connection"
+        raise InputError(
+            f"{at} could not be downloaded, {api.endpoint} {reason}: run the same command again, "
+            "which resumes."
+        ) from error
+    _require_digests(pathlib.Path(folder))
+    return pathlib.Path(folder)
+
+
+def _require_safetensors(api: "HfApi", repository: str, folder: pathlib.Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        names = map(pathlib.Path, api.list_repo_files(repository, revision=folder.name))
+        advice = other_formats(sorted(name for name in names if len(name.parts) == 1))
+        raise InputError(f"{repository} has {advice or 'no safetensors: name another model'}.")
+
+
+def _require_digests(folder: pathlib.Path) -> None:
+    """Compares files with the digests that the cache names them by, SHA-256 or git's SHA-1."""
+    for file in sorted(folder.iterdir()):
+        blob = file.resolve()
+        if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+            continue  # a disk without links
+        is_git = len(blob.name) == 40
+        digest = hashlib.sha1(usedforsecurity=False) if is_git else hashlib.sha256()
+        if is_git:
+            digest.update(b"blob %d\0" % blob.stat().st_size)
+        with blob.open("rb") as opened:
+            while part := opened.read(_READ_BYTES):
+                digest.update(part)
+        if digest.hexdigest() != blob.name:
+            raise InputError(
+                f"{file} is damaged, its digest is not that of the Hub's: delete {blob} and run "
+                "the same command again."
+            )

@@ -1,0 +1,55 @@
+"""Models of the Hub by name, taken in by `salt convert` and by the verbs that read a model."""
+
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from salt_jax.main import main
+from tests.commands.convert_test import write_model
+from tests.hub_server import COMMIT, Hub, serving
+
+
+@pytest.fixture
+def hub(
+    random_models: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hub]:
+    write_model(tmp_path / "repository", random_models)
+    monkeypatch.setenv("SALT_MODELS", str(tmp_path / "models"))
+    with serving({"owner/tiny": tmp_path / "repository"}, tmp_path, monkeypatch) as hub:
+        yield hub
+
+
+def test_convert_downloads_a_revision(
+    hub: Hub, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--huggingface=owner/tiny", "--revision=step3", f"--output_dir={tmp_path / 'run'}"]
+    assert main(["convert", *named]) == 0
+    assert (tmp_path / "run/checkpoints/0").is_dir()
+    assert (
+        main(["convert", "--huggingface=hf:owner/tiny@v9", f"--output_dir={tmp_path / 'no'}"]) == 2
+    )
+    assert "owner/tiny has no revision v9" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_verb_takes_a_model_in_once(
+    hub: Hub, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generate = ["generate", "--prompt=a", "--max_new_tokens=2", "--compilation_cache="]
+    for name in ("one", "two"):
+        model = f"--model=hf:owner/tiny@{COMMIT}"
+        assert main([*generate, model, f"--output_dir={tmp_path / name}"]) == 0
+    assert capfd.readouterr().out.count("$ salt convert") == 1
+    assert (tmp_path / f"models/owner--tiny@{COMMIT[:12]}/summary.json").is_file()
+
+
+def test_without_the_library_a_sentence_says_so(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["convert", "--huggingface=owner/tiny", f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "pip install 'salt_jax[hub]'" in capsys.readouterr().err
