@@ -183,7 +183,7 @@ class Source(NamedTuple):
 
     def dataclass(self, hint: ast.expr | None) -> tuple[ast.ClassDef, "Source"] | None:
         """The first dataclass of this package that a type hint names, and its module."""
-        for node in [hint.left, hint.right] if isinstance(hint, ast.BinOp) else [hint]:
+        for node in _alternatives(hint):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 module = ".".join(self.imports.get(node.value.id, ("", "")))
                 found = _class(module, node.attr)
@@ -196,6 +196,13 @@ class Source(NamedTuple):
             if found and any("dataclass" in ast.unparse(d) for d in found[0].decorator_list):
                 return found
         return None
+
+
+def _alternatives(hint: ast.expr | None) -> list[ast.expr | None]:
+    """The types of a union, or the one type."""
+    if isinstance(hint, ast.BinOp):
+        return [*_alternatives(hint.left), *_alternatives(hint.right)]
+    return [hint]
 
 
 def _class(module: str, name: str) -> tuple[ast.ClassDef, Source] | None:

@@ -131,10 +131,9 @@ def _refuse_class(value: Any, setting: Setting) -> None:
 
 
 def _dataclass_of(hint: Any) -> type | None:
-    """The dataclass that a hint is of, or that it is of or None."""
-    parts = [part for part in alternatives(hint) if part is not type(None)]
-    is_group = len(parts) == 1 and inspect.isclass(parts[0]) and dataclasses.is_dataclass(parts[0])
-    return parts[0] if is_group else None
+    """The dataclass that a hint is of, the first of a union."""
+    classes = filter(inspect.isclass, alternatives(hint))
+    return next((part for part in classes if dataclasses.is_dataclass(part)), None)
 
 
 def alternatives(hint: Any) -> Sequence[Any]:

@@ -66,9 +66,10 @@ def prepare(
 
     Args:
       run: The folder of the cache.
-      task: @text_files.TextFiles() or a function that gives one (@pile.pile_files(),
-        @own_text.own_text()), or @registered_task.RegisteredTask() for any SeqIO task. Prompts
-        are masked out of the loss: those of a TextFiles.template, and a task's `inputs`.
+      task: What to prepare: @text_files.TextFiles(), a function that gives one
+        (@pile.pile_files(), @own_text.own_text()) and then has the settings, or
+        @registered_task.RegisteredTask() for any SeqIO task. Prompts, those of a template and a
+        task's `inputs`, are masked out of the loss.
       vocabulary: @vocabularies.ByteVocabulary(), SentencePieceVocabulary or HuggingFaceVocabulary,
         or @trained_vocabulary.TrainedVocabulary() to train one on the train split. A
         RegisteredTask has its own.
@@ -205,8 +206,8 @@ def _checked(
     """The task, after what can be checked without reading its text."""
     if task is None:
         raise InputError(
-            "No task was given: set its task, by a gin file of data/ "
-            "(--gin_file=data/text.gin) or to your own @text_files.TextFiles()."
+            "No task was given: set --train to a pattern of text files, or task by a gin file of "
+            "data/ (--gin_file=data/text.gin) or your own."
         )
     if isinstance(task, RegisteredTask):
         if isinstance(vocabulary, TrainedVocabulary):
@@ -217,8 +218,8 @@ def _checked(
         return task
     if vocabulary is None:
         raise InputError(
-            "No vocabulary was given: set vocabulary "
-            "(@vocabularies.ByteVocabulary(), or a gin file of data/)."
+            "No vocabulary was given: set --size (4096, say) to train one, or vocabulary by a gin "
+            "file of data/ or your own."
         )
     task = task.listed()
     for split in task.splits:

@@ -24,7 +24,7 @@ class JobRunner:
       beam_options: Beam's own options, each "--name=value".
     """
 
-    runner: str = LOCAL
+    runner: str = "local"
     workers: int | None = None
     beam_options: Sequence[str] = ()
 

@@ -52,14 +52,10 @@ class TextFilesSource(seqio.FunctionDataSource):
             self._given = self._given()
         return self._given
 
-    def subset_names(self) -> tuple[str, ...]:
-        """The names that `subset` indexes."""
-        return self.files.subset_names()
-
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         # The task's buffer shuffles: files have a fixed order, see TextFiles.
         del shuffle_files, seed
-        index = {name: number for number, name in enumerate(self.subset_names())}
+        index = {name: number for number, name in enumerate(self.files.subset_names())}
 
         def examples() -> Iterator[Mapping[str, Any]]:
             try:
@@ -92,7 +88,7 @@ def register_text_task(
     return seqio.TaskRegistry.add(
         name,
         source=source,
-        output_features=_features(vocabulary, source.subset_names),
+        output_features=_features(vocabulary, lambda: source.files.subset_names()),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
     )
 

@@ -598,6 +598,17 @@ def test_a_cache_that_an_older_version_recorded_is_recognised(corpus, tmp_path, 
     assert (tmp_path / "cache" / MANIFEST_FILE).read_bytes() == written
 
 
+def test_flags_alone_say_all(corpus, tmp_path, capsys):
+    flags = ["prepare", f"--train={corpus.folder}/*", f"--output_dir={tmp_path}/cache"]
+    assert main(flags) == 2
+    assert "No vocabulary was given: set --size" in capsys.readouterr().err
+    assert main([*flags, "--size=300", "--test_fraction=0.2", "--shards=2", "--workers=1"]) == 0
+    cache = PackedCache.open(tmp_path / "cache")
+    assert cache.split_names == ("train", "test")
+    assert cache.vocabulary_size == 300
+    assert len(cache.split("train").info["shards"]) == 2
+
+
 def test_a_template_of_an_older_version_is_recognised(tmp_path):
     """Prompts whose special tokens were to be text, by a flag that was the verb's own."""
     recorded = {"prepare.prepare.parse_special": False, "templates.Template.parse_special": True}
