@@ -59,6 +59,7 @@ CHANGES_NO_RESULT = ("convert.max_shard_bytes",)
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 _COMPARED_ROWS = 1024
+_AS_FLOAT32 = "AutoModelForCausalLM.from_pretrained(FOLDER).float().save_pretrained(NEW_FOLDER)"
 
 
 def convert(
@@ -242,16 +243,13 @@ def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
     found = set()
     for name, _ in tensor_shapes(config, rules):
         dtype = files.tensors[name].dtype
-        if dtype == "F64":
-            raise InputError(
-                f"The tensor {name} of {files.path} is of float64, expected one of "
-                f"{', '.join(DTYPES)}: make it float32 with transformers, "
-                "AutoModelForCausalLM.from_pretrained(FOLDER).float().save_pretrained(NEW_FOLDER)."
-            )
         if dtype not in DTYPES:
+            advice = "choose a version of the model that is not quantized"
+            if dtype == "F64":
+                dtype, advice = "float64", f"make it float32 with transformers, {_AS_FLOAT32}"
             raise InputError(
                 f"The tensor {name} of {files.path} is of {dtype}, expected one of "
-                f"{', '.join(DTYPES)}: choose a version of the model that is not quantized."
+                f"{', '.join(DTYPES)}: {advice}."
             )
         found.add(dtype)
     return found.pop() if len(found) == 1 else "float32"
@@ -279,16 +277,11 @@ def _require_same_model(
             f"--compute_dtype={config.dtype}: give all steps the same two, or choose another "
             "--output_dir."
         )
-    if differing:
-        raise InputError(
-            f"{path} holds step {step} of another model, with {', '.join(differing.values())}: "
-            "choose another --output_dir."
-        )
-    if progress["vocabulary_fingerprint"] != vocabulary.fingerprint:
-        raise InputError(
-            f"{path} holds step {step} of a model with another tokenizer: choose another "
-            "--output_dir."
-        )
+    other = f"another model, with {', '.join(differing.values())}" if differing else ""
+    if not other and progress["vocabulary_fingerprint"] != vocabulary.fingerprint:
+        other = "a model with another tokenizer"
+    if other:
+        raise InputError(f"{path} holds step {step} of {other}: choose another --output_dir.")
 
 
 def _is_there(path: pathlib.Path, step: int, files: SafetensorsFolder) -> bool:

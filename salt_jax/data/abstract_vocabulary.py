@@ -87,9 +87,8 @@ class Vocabulary(abc.ABC):
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, int32[size]; special and reserved ids have none.
 
-        Summed over `encode(text)` they are the text's bytes wherever the tokenizer keeps all of a
-        text. One that normalizes counts the normalized text, with the space that a SentencePiece
-        model may put before it; an unknown token counts nothing.
+        Summed over `encode(text)` they are the text's bytes; those of the normalized text where the
+        tokenizer normalizes, without unknown tokens.
         """
         lengths_V = np.zeros(self.size, np.int32)
         lengths_V[: self.base_size] = self._byte_lengths()
@@ -103,15 +102,10 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """The text's ids, without an end of document.
+        """The text's ids, without an end of document; an InputError if a part of it has none.
 
-        Args:
-          text: The text.
-          parse_special: Whether the name of a special token in the text stands for that token, as
-            in a prompt; in a corpus it is text like any other.
-
-        Raises:
-          InputError: The tokenizer has no id for a part of the text, and would lose it.
+        `parse_special` lets the name of a special token stand for that token, as in a prompt; in a
+        corpus it is text like any other.
         """
 
     def encode_many(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
@@ -170,13 +164,8 @@ class Vocabulary(abc.ABC):
         return {**self._identity(), "reserved": 0, "pad_id": 0}
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "class": type(self).__name__,
-            "eos_id": self.eos_id,
-            "pad_id": self.pad_id,
-            "start_id": self.start_id,
-            "reserved": self.reserved,
-        }
+        ids = {"eos_id": self.eos_id, "pad_id": self.pad_id, "start_id": self.start_id}
+        return {"class": type(self).__name__, **ids, "reserved": self.reserved}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Vocabulary):
@@ -191,7 +180,7 @@ class Vocabulary(abc.ABC):
 
 
 def checked_reserved(reserved: int) -> int:
-    """A number of ids to append; refuses one below 0 and far too many."""
+    """A number of ids to append; an InputError if it is below 0 or far too large."""
     if not 0 <= reserved <= MOST_IDS:
         raise InputError(
             f"reserved is {reserved}, expected 0 to {MOST_IDS:,} ids: change the vocabulary's "

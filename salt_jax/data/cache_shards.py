@@ -42,19 +42,12 @@ class ShardCounts:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentCounts:
-    """Documents of one subset of one split.
+    """Documents of one subset of one split."""
 
-    Attributes:
-      documents: Those the rows were made from.
-      bytes: UTF-8 bytes of their text, for bits per byte.
-      shared_documents: Left out because another split has their text.
-      duplicate_documents: Whose text an earlier document of the split has; left out where that was
-        asked for.
-    """
-
-    documents: int = 0
-    bytes: int = 0
-    shared_documents: int = 0
+    documents: int = 0  # those the rows were made from
+    bytes: int = 0  # of their text in UTF-8, for bits per byte
+    shared_documents: int = 0  # left out because another split has their text
+    # Those whose text an earlier document of the split has, left out where that was asked for.
     duplicate_documents: int = 0
 
     def __add__(self, other: "DocumentCounts") -> "DocumentCounts":

@@ -56,7 +56,7 @@ class SpanDenoiser:
     """One way to corrupt spans.
 
     Attributes:
-      mode: "R" for short spans and a low rate, "X" for long ones or a high rate: which mode token.
+      mode: Of the mode token: "R" for short spans and a low rate, "X" for others.
       mean_span: µ, tokens; a row gets rate · tokens / µ spans, at least one, of random lengths.
       rate: The share of tokens corrupted, between 0 and 1.
     """
@@ -69,9 +69,7 @@ class SpanDenoiser:
         if self.mode not in ("R", "X"):
             raise InputError(f"SpanDenoiser.mode is {self.mode!r}: choose 'R' or 'X'.")
         if not 0 < self.rate < 1:
-            raise InputError(
-                f"SpanDenoiser.rate is {self.rate}: set it between 0 and 1, both excluded."
-            )
+            raise InputError(f"SpanDenoiser.rate is {self.rate}: set it between 0 and 1.")
         if not 1 <= self.mean_span < math.inf:
             raise InputError(f"SpanDenoiser.mean_span is {self.mean_span}: set it to at least 1.")
 
@@ -128,17 +126,11 @@ class Objectives:
 
 
 class DenoisedRow(NamedTuple):
-    """A row to be trained on.
-
-    Attributes:
-      row: As `features.make_row` makes it.
-      is_causal: Whether next-token prediction was drawn for it.
-      context: bool[L], positions whose inputs belong to the part without loss.
-    """
+    """A row to be trained on."""
 
     row: features.Row
-    is_causal: bool
-    context: np.ndarray
+    is_causal: bool  # whether next-token prediction was drawn for it
+    context: np.ndarray  # bool[L], positions whose inputs belong to the part without loss
 
 
 class Denoising:
@@ -152,10 +144,6 @@ class Denoising:
       teacher_objectives: "causal" for a teacher that knows nothing of modes and sentinels: batches
         then say by `distill`, float32[B], which rows it teaches (1, the causal ones) and which not
         (0). "all" lets it teach them all.
-
-    Raises:
-      InputError: Too few reserved ids, spans that are longer than rows, rows too short for a span,
-        or a teacher_objectives that is neither.
     """
 
     def __init__(
@@ -167,12 +155,12 @@ class Denoising:
         teacher_objectives: str = "all",
     ) -> None:
         self.features = feature_names(objectives, teacher_objectives)
-        _require_room(objectives, sequence_length)
-        _require_ids(objectives, vocabulary, sequence_length)
+        _require_fit(objectives, vocabulary, sequence_length)
         self._objectives, self._seed = objectives, seed
         self._teacher_objectives = teacher_objectives
         self._pad_id = vocabulary.pad_id
-        self._mode_ids = dict(vocabulary.mode_ids) if objectives.mode_tokens else {}
+        ids = vocabulary.mode_ids if objectives.mode_tokens else {}
+        self._modes = {m: np.array([ids[m]] if m in ids else [], np.int32) for m in MODES}
         self._sentinels = np.array(vocabulary.sentinel_ids, np.int32)
         self._bounds = np.cumsum([objectives.causal, objectives.prefix, objectives.span])
 
@@ -215,26 +203,19 @@ class Denoising:
         return DenoisedRow(changed_row, False, context_L)
 
     def batch_features(self, rows: Sequence[DenoisedRow]) -> features.Batch:
-        """What a batch of these rows holds beside `features.make_batch`'s.
-
-        Returns:
-          `distill`, float32[B], and `bidirectional`, bool[B, L], each if it is in `features`.
-        """
+        """What a batch of these rows holds beside `features.make_batch`'s: `distill`, float32[B],
+        and `bidirectional`, bool[B, L], each if it is in `features`."""
         made = {
             "distill": np.array([row.is_causal for row in rows], np.float32),
             "bidirectional": np.stack([row.context for row in rows]),
         }
         return {name: made[name] for name in self.features}
 
-    def _mode(self, mode: str) -> np.ndarray:
-        """The mode's token, or nothing."""
-        return np.array([self._mode_ids[mode]] if self._mode_ids else [], np.int32)
-
     def _prefix(
         self, tokens_S: np.ndarray, weights_S: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
         """(tokens, loss weights, how many are context); None if there is nothing to split."""
-        mode = self._mode("S")
+        mode = self._modes["S"]
         size = len(tokens_S) - len(mode)
         if size < 2:
             return None
@@ -251,7 +232,7 @@ class Denoising:
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
         """As _prefix; None if there is no room for a span."""
-        mode = self._mode(denoiser.mode)
+        mode = self._modes[denoiser.mode]
         plan = _plan(len(tokens_S) - len(mode), denoiser)
         if plan is None:
             return None
@@ -323,18 +304,17 @@ def _segments(segment_ids_L: np.ndarray) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in itertools.pairwise(bounds) if segment_ids_L[begin] > 0]
 
 
-def _require_room(objectives: Objectives, sequence_length: int) -> None:
+def _require_fit(objectives: Objectives, vocabulary: Vocabulary, sequence_length: int) -> None:
+    """Refuses spans longer than rows, rows too short for a span, and too few reserved ids."""
+    sentinels = 0
     for denoiser in objectives.denoisers if objectives.span else ():
         if denoiser.mean_span >= sequence_length or _plan(sequence_length - 1, denoiser) is None:
             raise InputError(
                 f"SpanDenoiser.mean_span is {denoiser.mean_span} and rows have {sequence_length} "
-                "tokens: take shorter spans out of Objectives.denoisers, or prepare longer rows."
+                "tokens: use shorter spans in Objectives.denoisers, or prepare longer rows."
             )
-
-
-def _require_ids(objectives: Objectives, vocabulary: Vocabulary, sequence_length: int) -> None:
-    spans = [_plan(sequence_length, d) for d in objectives.denoisers if objectives.span]
-    sentinels = max((plan.spans for plan in spans if plan), default=0)
+        plan = _plan(sequence_length, denoiser)
+        sentinels = max(sentinels, plan.spans if plan else 0)
     has_modes = objectives.mode_tokens and (objectives.prefix or objectives.span)
     needed = len(MODES) + sentinels if sentinels or has_modes else 0
     if vocabulary.reserved < needed:

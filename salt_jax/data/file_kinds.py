@@ -55,15 +55,10 @@ _HELD: Mapping[str, re.Pattern[bytes]] = {
 
 
 class FileKind(NamedTuple):
-    """What a file's name says.
+    """What a file's name says."""
 
-    Attributes:
-      suffix: What it holds once decompressed, in lower case (".jsonl"); "" without one.
-      compression: What it is compressed with, of COMPRESSIONS' values; "" where it isn't.
-    """
-
-    suffix: str
-    compression: str
+    suffix: str  # once decompressed, in lower case (".jsonl"); "" without one
+    compression: str  # of COMPRESSIONS' values; "" where it isn't compressed
 
     @property
     def is_json(self) -> bool:
@@ -79,7 +74,7 @@ def kind_of(path: str | os.PathLike[str]) -> FileKind:
     """
     name = pathlib.PurePath(path)
     if valid_unicode(str(name)) != str(name):
-        raise InputError(f"{path} is not UTF-8, as the name in its records must be: rename it.")
+        raise InputError(f"{path} is no name in UTF-8, as names in records must be: rename it.")
     compression = COMPRESSIONS.get(name.suffix.lower(), "")
     suffix = (name.with_suffix("") if compression else name).suffix.lower()
     what = _NOT_TEXT.get(suffix)
@@ -110,10 +105,9 @@ def refuse_other_content(
             f"{path} is not compressed with {compression}, as its name says: drop "
             f"{pathlib.PurePath(path).suffix} from its name, or fetch the file again."
         )
-    if not held or held == compression:
+    # Whatever else a compressed file is, the library says that it cannot be decompressed.
+    if held in ("", compression) or (compression and held not in COMPRESSIONS.values()):
         return
-    if compression and held not in COMPRESSIONS.values():
-        return  # whatever else it is, the library says that it cannot be decompressed
     where = ", once decompressed," if decompressed else ""
     if held in COMPRESSIONS.values() and not decompressed:
         suffix = next(suffix for suffix, name in COMPRESSIONS.items() if name == held)

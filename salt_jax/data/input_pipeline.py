@@ -32,13 +32,7 @@ SELECTED = "selected rows"
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a run has read.
-
-    Attributes:
-      step: Steps completed.
-      stage1_rows: Rows consumed in stage 1, by all processes.
-      stage2_rows: The same in stage 2.
-    """
+    """How far a run has read: steps completed, and rows consumed in each stage by all processes."""
 
     step: int = 0
     stage1_rows: int = 0

@@ -17,17 +17,11 @@ from salt_jax.errors import InputError
 
 
 class Draw(NamedTuple):
-    """A row to read.
+    """A row to read."""
 
-    Attributes:
-      source: Which of the caches it is of, by index.
-      row_id: Its id there.
-      epoch: How often the order has been through all of the source's rows before.
-    """
-
-    source: int
+    source: int  # the index of its cache
     row_id: int
-    epoch: int
+    epoch: int  # how often the order has been through all of the source's rows before
 
 
 class Order(Protocol):

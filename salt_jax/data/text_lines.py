@@ -190,7 +190,7 @@ class _Array:
 
 
 def _head_of(blocks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """The first HEAD_BYTES or some more, and all blocks once more, these first."""
+    """The first HEAD_BYTES or more, and all blocks, these included."""
     head = b""
     for block in blocks:
         head += block

@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from salt_jax.errors import InputError
 
-# Stands for what is lost; no tokenizer has such a piece.
+# The piece that marks what is lost; no tokenizer has it.
 _LOST = "\uffff lost \uffff"
 
 

@@ -62,10 +62,10 @@ class ByteVocabulary(Vocabulary):
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """A SentencePiece model.
+    """A SentencePiece model with an end of document (</s>).
 
-    The model must define an end of document (</s>). Where it defines no padding, the end of
-    document fills rows; where it defines no <s>, models start from the padding id, as T5's do.
+    Where it defines no padding, the end of document fills rows; where it defines no <s>, models
+    start from the padding id, as T5's do.
     """
 
     _model_file = "sentencepiece.model"
@@ -85,8 +85,7 @@ class SentencePieceVocabulary(Vocabulary):
                 f"The SentencePiece model {os.fspath(path)} defines no end of document "
                 "(eos_id is -1): train it with an eos_id."
             )
-        self.base_size = self._processor.GetPieceSize()
-        self.eos_id = self._processor.eos_id()
+        self.base_size, self.eos_id = self._processor.GetPieceSize(), self._processor.eos_id()
         pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.start_id = bos_id if bos_id >= 0 else self.pad_id
@@ -94,7 +93,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @property
     def unknown_id(self) -> int:
-        """What stands for what no piece covers."""
+        """The id of what no piece covers."""
         return int(self._processor.unk_id())
 
     def token(self, token_id: int) -> str:
@@ -138,11 +137,7 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 class HuggingFaceVocabulary(Vocabulary):
-    """A Hugging Face tokenizer.json.
-
-    The file doesn't say which token ends a document, so settings do; "<|endoftext|>" is Pythia's
-    and GPT-2's. Added tokens such as "<|endoftext|>" inside a text are tokenized as plain text.
-    """
+    """A Hugging Face tokenizer.json, which doesn't say which token ends a document: settings do."""
 
     _model_file = "tokenizer.json"
     _settings_shape = types.MappingProxyType(
@@ -164,7 +159,7 @@ class HuggingFaceVocabulary(Vocabulary):
         Args:
           path: A tokenizer.json.
           reserved: Ids to append.
-          eos_token: The token that ends a document.
+          eos_token: The token that ends a document, by default Pythia's and GPT-2's.
           pad_token: The token that fills rows; None takes the end of document.
           start_token: What models read before a first token; None takes the end of document.
           drop_unknown: Leave out characters that a tokenizer without an unknown token has no piece
@@ -288,10 +283,7 @@ VOCABULARY_FILES = {SETTINGS_FILE, *(kind._model_file for kind in _CLASSES.value
 
 
 def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary saved in a folder.
-
-    Args:
-      folder: The vocabulary's own, or that of a run or a cache that keeps one.
+    """The vocabulary saved in a folder: its own, or that of a run or a cache that keeps one.
 
     Raises:
       InputError: No vocabulary there, or one whose fingerprint is not the one saved with it.

@@ -51,14 +51,11 @@ class ChatTemplate:
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, messages: Any, answer: bool = True) -> str:
-        """The conversation as text, up to where the model is to answer.
+        """The conversation as text; an InputError if the template doesn't take the messages.
 
         Args:
           messages: [{"role": "user", "content": "Hello"}], and what else the template reads.
           answer: Whether the beginning of an answer follows (`add_generation_prompt`).
-
-        Raises:
-          InputError: These are not messages, or the template doesn't take them.
         """
         roles = [
             each.get("role") if isinstance(each, dict) else None

@@ -1,13 +1,9 @@
-"""What fields of a config.json mean beyond the sizes: neutral, of another computation, or nothing.
+"""Classifies the fields of a config.json that a family doesn't read.
 
-In: the fields that an architecture doesn't read, and the model that the others describe. Out: the
-field that stands for a computation which salt_jax would leave out, or the fields that nothing
-reads.
-
-transformers keeps whatever config.json says, of its own classes and of others': training settings,
-settings of generation, notes of the programs that wrote the file. None of them changes logits. A
-field that is the name of a computation in another family (soft caps, multipliers, windows) does in
-whatever trained the model, though transformers' class of this family may not read it.
+transformers keeps whatever config.json says: settings of training and generation, notes of the
+programs that wrote the file. None of them changes logits. A field that names a computation of
+another family (soft caps, multipliers, windows) may have changed them in whatever trained the
+model, even where transformers' class of this family doesn't read it.
 """
 
 import re
@@ -16,7 +12,7 @@ from typing import Any
 
 from salt_jax.models.decoder_config import DecoderConfig
 
-# What transformers writes into every config.json, or read once, and no forward pass needs.
+# What transformers writes into every config.json, or once read, and no forward pass needs.
 _WITHOUT_EFFECT = frozenset(
     (
         *("architectures", "model_type", "transformers_version", "vocab_size", "is_decoder"),
@@ -37,13 +33,13 @@ _WITHOUT_EFFECT = frozenset(
         *("begin_suppress_tokens", "exponential_decay_length_penalty", "cache_implementation"),
     )
 )
-# Ids of tokens; dropout, which only training has; with what kernel, and on how many devices.
+# Ids of tokens; dropout; the choice of a kernel; how many devices.
 _WITHOUT_EFFECT_PATTERN = re.compile(
     r"_token_ids?$|dropout|pdrop|layerdrop|layer_drop|attn_implementation|flash_attn"
     r"|flash_attention|(model|tensor|pipeline|sequence)_parallel|vocab_size_multiple"
 )
 
-# Words that fields are named by which other families' forward passes read.
+# Words in the names of fields that other families' forward passes read.
 _OF_A_COMPUTATION = re.compile(
     r"rope|rotary|yarn|alibi|nope|theta|freq|interleav|position_emb|position_bias|softcap|capping"
     r"|clip|scal|multipl|factor|pct|fraction|mup|norm|bias|window|sliding|chunk|expert|moe|router"
@@ -53,10 +49,10 @@ _OF_A_COMPUTATION = re.compile(
     r"|weight|text_config|auto_map|type_vocab|share|sink",
     re.IGNORECASE,
 )
-# Of these 0 takes something away, and 1 leaves all as it is.
+# Factors: 1 changes nothing, and 0 does.
 _FACTORS = re.compile(r"scal|multipl|factor|pct|fraction", re.IGNORECASE)
 
-# By what value a field leaves a computation as our decoder has it, where that is not "off".
+# The value by which a field leaves the computation as our decoder has it, where that isn't "off".
 _NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("is_causal", "causal", "use_rope", "use_rotary", "rotary"), True),
     **dict.fromkeys(("scale_attn_weights", "rms_norm", "use_rms_norm", "pre_norm"), True),
@@ -69,20 +65,15 @@ _NEUTRAL: Mapping[str, Any] = {
 def other_computations(
     settings: Mapping[str, Any], read: Collection[str], config: DecoderConfig
 ) -> Iterator[str]:
-    """The fields that may change logits and that a conversion would pass over.
-
-    Args:
-        settings: of the config.json.
-        read: the fields that the architecture reads.
-        config: the model that those describe.
-    """
+    """The fields that may change logits and that a conversion would ignore: of all in `settings`
+    those not in `read`, with another value than the model `config` implies."""
     for field in _not_read(settings, read):
         if _OF_A_COMPUTATION.search(field) and not _is_neutral(field, settings, config):
             yield field
 
 
 def unknown_fields(settings: Mapping[str, Any], read: Collection[str]) -> list[str]:
-    """The fields that are set and neither read nor known, nor speak of a computation."""
+    """The fields that are set and neither read, known, nor named like a computation."""
     return [
         field
         for field in _not_read(settings, read)
@@ -114,7 +105,7 @@ def _is_neutral(field: str, settings: Mapping[str, Any], config: DecoderConfig) 
 
 
 def _said_twice(config: DecoderConfig) -> dict[str, float]:
-    """What the model is already, by the names that some family has for it."""
+    """What the model is already, by other families' names for it."""
     return {
         **dict.fromkeys(("num_layers", "n_layer", "n_layers"), config.num_layers),
         **dict.fromkeys(("num_heads", "n_head", "n_heads"), config.num_heads),

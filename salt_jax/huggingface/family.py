@@ -43,7 +43,7 @@ _ROPE_PARAMETERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """A family of Hugging Face models: data, with methods that a subclass may override.
+    """A family of Hugging Face models: data, and methods that a subclass may override.
 
     Attributes:
         model_type: its name in config.json.

@@ -38,15 +38,8 @@ def repository_id(name: str) -> str | None:
 
 
 def require_config(name: str, folder: pathlib.Path) -> None:
-    """Refuses a folder without config.json, or with adapters, which transformers would apply.
-
-    Args:
-      name: The folder as it was typed.
-      folder: Where it is on the disk.
-
-    Raises:
-      InputError: With what it is instead, as far as that can be told.
-    """
+    """Refuses a folder without config.json, or with adapters, which transformers would apply; with
+    what it is instead, as far as that can be told. `name` is the folder as it was typed."""
     is_model = (folder / CONFIG_FILE).is_file()
     if is_model and not (folder / "adapter_config.json").is_file():
         return

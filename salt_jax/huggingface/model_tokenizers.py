@@ -38,15 +38,12 @@ from salt_jax.storage.durable_files import whole_file, write_text
 def model_vocabulary(
     folder: pathlib.Path, eos_token: str | None = None, families: Sequence[Family] = FAMILIES
 ) -> Vocabulary:
-    """The vocabulary of a model's folder.
+    """The vocabulary of a model's folder; an InputError if it has none that salt_jax reads.
 
     Args:
       folder: The folder.
       eos_token: The token that ends a document; by default what the folder's files say.
       families: Whose tokenizer classes are known.
-
-    Raises:
-      InputError: No tokenizer, or none that salt_jax reads, or no token ends a document.
     """
     if (folder / TOKENIZER_FILE).is_file():
         return _hugging_face(folder, eos_token, families)

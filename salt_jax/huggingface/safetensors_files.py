@@ -178,21 +178,18 @@ def write_shards(
         if shards[-1] and held + tensor.num_bytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    names = [SINGLE_FILE]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, arrays)
     if len(shards) == 1:
-        return names
-    index = {
-        "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
-        "weight_map": {
-            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        },
-    }
-    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    return [*names, INDEX_FILE]
+        _write_file(folder / SINGLE_FILE, shards[0], arrays)
+        return [SINGLE_FILE]
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(folder / name, shard, arrays)
+        weight_map |= {tensor.name: name for tensor in shard}
+    size = {"total_size": sum(tensor.num_bytes for tensor in tensors)}
+    index = json.dumps({"metadata": size, "weight_map": weight_map}, indent=2)
+    write_text(folder / INDEX_FILE, index + "\n")
+    return [*dict.fromkeys(weight_map.values()), INDEX_FILE]
 
 
 def _index(folder: pathlib.Path) -> dict[str, str]:

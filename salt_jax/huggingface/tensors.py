@@ -120,7 +120,7 @@ def refuse_other_tensors(
     head: str,
     where: str,
 ) -> None:
-    """Checks that a model's files hold its tensors and no others.
+    """Refuses files in which a tensor is missing, has another shape, or is one too many.
 
     Args:
         config: the model.
@@ -128,9 +128,6 @@ def refuse_other_tensors(
         shapes: the shape of every tensor there is, by name.
         head: the head's tensor, of which a tied model may have a copy.
         where: the folder, for the error.
-
-    Raises:
-        InputError: A tensor is missing, has another shape, or is one too many.
     """
     expected = dict(tensor_shapes(config, rules))
     for name, shape in expected.items():
@@ -181,17 +178,8 @@ def leaf_shapes(config: DecoderConfig) -> Mapping[Path, tuple[int, ...]]:
 
 
 def require_representable(values: Array, dtype: np.dtype[Any], tensor: str, where: str) -> None:
-    """Refuses a tensor, or a part of it, with values that are not finite in `dtype`.
-
-    Args:
-        values: the values; of float32, bfloat16 or float16.
-        dtype: what they are to be cast to.
-        tensor: its name, for the error.
-        where: the model it is of, for the error.
-
-    Raises:
-        InputError: A value is NaN or infinite, or would be once cast.
-    """
+    """Refuses a tensor, or a part of it, with values that are NaN or infinite, or would be in
+    `dtype`; the values are of float32, bfloat16 or float16."""
     # Floats without their sign are ordered as whole numbers with the same bits are, NaN above the
     # infinities. Compared as such, numbers of 16 bits take a tenth of the time.
     bits = np.dtype(f"u{values.dtype.itemsize}")

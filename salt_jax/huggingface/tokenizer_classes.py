@@ -60,13 +60,10 @@ def as_transformers_reads(
     """A tokenizer.json that does by itself what transformers makes of it.
 
     Args:
-      model: The file; it is given back as it is where its class changes nothing.
+      model: The file; it is returned as it is where its class changes nothing.
       path: Its name, for errors.
       by: Its class; None for one without steps of its own.
       settings: Of the tokenizer.
-
-    Raises:
-      InputError: The file is no tokenizer.
     """
     tokenizer = load_tokenizer(model, path)
     whole = json.loads(tokenizer.to_str())

@@ -64,15 +64,8 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
 
 
 def settle_generation(folder: pathlib.Path, tokens: Mapping[str, int]) -> int | list[int]:
-    """Makes a folder's generation_config.json, if there is one, agree with a model's tokens.
-
-    Args:
-      folder: The model's.
-      tokens: Its "eos_token_id" and "bos_token_id".
-
-    Returns:
-      The ids that end a text: the file's if the model's is one of them.
-    """
+    """Makes a folder's generation_config.json, if there is one, agree with a model's "eos_token_id"
+    and "bos_token_id"; returns the ids that end a text, the file's if the model's is among them."""
     eos = tokens["eos_token_id"]
     if not (settings := tokenizer_settings(folder / GENERATION_FILE)):
         return eos
