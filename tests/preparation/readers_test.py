@@ -320,7 +320,11 @@ def test_columns_that_are_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "answer"),
     [
-        ("a.jsonl", b'[{"text": "x"}]', r"line 1: this row is a list, .*holds one array \.json file"),
+        (
+            "a.jsonl",
+            b'[{"text": "x"}]',
+            r"line 1: this row is a list, .*holds one array \.json file",
+        ),
         ("a.jsonl", b'"x"', "line 1: this row is a str, expected an object"),
         ("a.txt", b'\n {"text": "x"}\n', r"rows of JSON, .* name it ….jsonl"),
         ("a.txt", b'[\n {"text": "x",\n "n": 1}]', r"an array of JSON, .* name it ….json \("),
