@@ -41,7 +41,7 @@ def test_a_bpe_without_an_unknown_token_loses_nothing_unsaid(
     assert "neither a piece nor an unknown token for" in capsys.readouterr().err
     assert not (folder / "out").exists()
     assert _prepare(folder, "nounk.json", "u.jsonl", "out", "--drop_unknown=True") == 0
-    assert "Left out 590 characters that the vocabulary has no id for." in capsys.readouterr().out
+    assert "Dropped 590 characters that the vocabulary has no id for." in capsys.readouterr().out
     assert json.loads((folder / "out" / "summary.json").read_text())["lost_characters"] == 590
     assert _prepare(folder, "nounk.json", "u.jsonl", "out") == 2
     assert "drop_unknown was True and is now False" in capsys.readouterr().err

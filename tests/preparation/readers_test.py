@@ -323,7 +323,7 @@ def test_columns_that_are_no_text(tmp_path):
         (
             "a.jsonl",
             b'[{"text": "x"}]',
-            r"line 1: this row is a list, .*holds one array \.json file",
+            r"line 1: this row is a list, .*one array \.json",
         ),
         ("a.jsonl", b'"x"', "line 1: this row is a str, expected an object"),
         ("a.txt", b'\n {"text": "x"}\n', r"rows of JSON, .* name it ….jsonl"),
