@@ -22,6 +22,9 @@ PREPARE = [
 BEAM = ["apache-beam>=2.77", "pyarrow>=18", "zstandard>=0.23"]
 # libtpu, the compiler for TPUs, in the version that jax needs; other systems have none.
 PLAN = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
+# XLA's compiler for NVIDIA GPUs that are not there: the plugin alone, without CUDA's libraries. It
+# is apart from PLAN because with it JAX looks for a GPU in every command.
+PLAN_GPU = ["jax[cuda13-local]; sys_platform == 'linux'"]
 # Few-shot tasks through lm-evaluation-harness, and ROUGE.
 EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2"]
 # Folders in buckets, through fsspec: gs:// and s3://.
@@ -102,6 +105,7 @@ setuptools.setup(
         "gcs": GCS,
         "hub": HUB,
         "plan": PLAN,
+        "plan_gpu": PLAN_GPU,
         "prepare": PREPARE,
         "s3": S3,
         "test": TEST + EVAL + GCS + HUB + PLAN + PREPARE + S3,

@@ -11,7 +11,8 @@ the cache nor the teacher needs to exist.
       --output_dir=PLAN
 
 A topology is local (the devices at hand), v5e:16x16, v6e:16x16, v4:4x4x8 or v5p:4x4x8 in any of
-their sizes; v5e:16x16*2 is two slices. docs/planning.md says how accurate the numbers are.
+their sizes; v5e:16x16*2 is two slices; h100:8 and h200:1 are GPUs (`pip install
+'salt_jax[plan_gpu]'`). docs/planning.md says how accurate the numbers are.
 """
 
 import dataclasses

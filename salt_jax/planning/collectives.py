@@ -65,7 +65,8 @@ def collectives(module: hlo.Module) -> list[Collective]:
         operand_bytes = sum(o.bytes for o in execution.computation.operands(instruction))
         if kind == "all-reduce" and _is_scattered(execution):
             kind = "reduce-scatter"
-        overlaps = bool(chain) or execution.in_async or instruction.opcode.endswith("-start")
+        is_async = instruction.opcode.endswith("-start") or execution.in_async
+        overlaps = bool(chain) or (is_async and '"is_sync":true' not in instruction.attributes)
         sent = operand_bytes * _sent(kind, size)
         found.append(Collective(kind, sent, execution.times, overlaps))
     return found

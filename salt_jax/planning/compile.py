@@ -25,7 +25,8 @@ import jax
 
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.planning.topologies import GIB, LOCAL, Topology
+from salt_jax.planning.gpus import cudnn_assumed
+from salt_jax.planning.topologies import GIB, Topology
 from salt_jax.training import partitioning
 from salt_jax.training.config import TrainConfig
 from salt_jax.training.optimizers import make_transformation
@@ -146,16 +147,18 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
     layout, teacher_params = _lay_out(job, topology, stage)
     start = time.perf_counter()
     try:
-        compiled = lower_step(
-            layout,
-            job.config.method.loss,
-            (job.config.data.batch_size, job.sequence_length),
-            job.microbatches_of(stage),
-            job.teacher_of(stage),
-            teacher_params,
-            job.extra_features,
-            job.labels_of(stage),
-        ).compile()
+        with cudnn_assumed(topology.devices):
+            lowered = lower_step(
+                layout,
+                job.config.method.loss,
+                (job.config.data.batch_size, job.sequence_length),
+                job.microbatches_of(stage),
+                job.teacher_of(stage),
+                teacher_params,
+                job.extra_features,
+                job.labels_of(stage),
+            )
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -165,10 +168,11 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
         raise InputError(
             f"XLA has no memory analysis for {topology.chip.kind}: choose a TPU's --topology."
         )
-    is_tpu = topology.devices[0].platform == "tpu"
+    is_tpu, text = topology.devices[0].platform == "tpu", compiled.as_text() or ""
+    workspace = _cudnn_workspace(job, stage, layout.mesh) if "__cudnn$fmha" in text else 0
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
-        temporaries=analysis.temp_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes + workspace,
         outputs=analysis.output_size_in_bytes,
         aliased=analysis.alias_size_in_bytes,
         compiler_peak=(analysis.peak_memory_in_bytes or None) if is_tpu else None,
@@ -178,14 +182,14 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
         needed_gib=memory.peak / GIB,
         memory=memory,
         parts=_parts(job, stage, memory, layout, teacher_params),
-        hlo=compiled.as_text() or "",
+        hlo=text,
     )
 
 
 def check_batch(job: Job, topology: Topology, stage: int) -> None:
     """Raises InputError unless a stage's batch can be split over a topology's devices."""
     mesh = job.mesh(topology)
-    if topology.name != LOCAL and mesh.shape["slice"] != topology.slices:
+    if topology.slices is not None and mesh.shape["slice"] != topology.slices:
         raise InputError(
             f"{topology.name} has {topology.slices} slices and MeshConfig.slice is "
             f"{mesh.shape['slice']}, and that axis is the one over the slow network between "
@@ -233,6 +237,15 @@ def loss_bytes(job: Job, stage: int, mesh: jax.sharding.Mesh) -> float:
     total = of(job.student, 4, 4 + jax.numpy.dtype(job.student.dtype).itemsize)
     teacher = job.teacher_of(stage)
     return total if teacher is None else total + of(teacher, 0, 4)
+
+
+def _cudnn_workspace(job: Job, stage: int, mesh: jax.sharding.Mesh) -> int:
+    """Bytes that the backward pass of cuDNN's attention takes besides; XLA counts none.
+
+    About B · H · L · K · 4 of a device's rows and heads.
+    """
+    parts = partitioning.batch_divisor(mesh) * job.microbatches_of(stage) * mesh.shape["tensor"]
+    return 4 * job.tokens * job.student.num_heads * job.student.head_width // parts
 
 
 def _lay_out(job: Job, topology: Topology, stage: int) -> tuple[StateLayout, Any]:

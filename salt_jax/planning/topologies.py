@@ -2,10 +2,12 @@
 
     v5e:16x16      one slice of 16 × 16 chips of TPU v5e
     v4:4x4x8*2     two slices of 4 × 4 × 8 chips of TPU v4, joined by the data center's network
+    h100:8         a node of eight H100 GPUs
+    h200:8*4       four nodes of eight H200 GPUs
     local          the devices at hand
 
-Programs are compiled for a slice by libtpu, which runs without any TPU: `pip install
-salt_jax[plan]`.
+Programs are compiled for a slice by libtpu, which runs without any TPU (`pip install
+salt_jax[plan]`), and for GPUs by JAX's CUDA plugin (`planning/gpus.py`).
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ import jax
 from jax.experimental import topologies as jax_topologies
 
 from salt_jax.errors import InputError
+from salt_jax.planning.gpus import GPUS, GPUS_OF_A_NODE, NETWORK_BANDWIDTH, gpus
 from salt_jax.training.flops import device_peak_flops
 
 LOCAL = "local"
@@ -56,13 +59,14 @@ class Topology:
       name: As it was asked for.
       devices: They need not exist.
       chip: What each of them offers.
-      slices: Slices of equal shape among them.
+      slices: Slices of equal shape among them, which MeshConfig.slice must say; None for devices
+        whose mesh is free.
     """
 
     name: str
     devices: tuple[jax.Device, ...]
     chip: Chip
-    slices: int = 1
+    slices: int | None = None
 
 
 # Bandwidths: docs.cloud.google.com/tpu/docs, the pages v4, v5p, v5e and v6e (half of a
@@ -76,11 +80,9 @@ _TPUS: Mapping[str, Chip] = types.MappingProxyType(
         "v6e": Chip("TPU v6 lite", 31.25, 1.638e12, 400e9),
     }
 )
-# Makers' data sheets: memory, and NVLink in one direction.
-_GPUS = (
+_LOCAL_GPUS = (
     Chip("NVIDIA A100", None, 2.0e12, 300e9),
-    Chip("NVIDIA H100", None, 3.35e12, 450e9),
-    Chip("NVIDIA H200", None, 4.8e12, 450e9),
+    *(Chip(gpu.kind, None, gpu.memory_bandwidth, gpu.link_bandwidth) for gpu in GPUS.values()),
 )
 # The longest sides of a slice, and usual slices of as many sides.
 _SIDES = {"v4": (16, 16, 16), "v5p": (16, 16, 24), "v5e": (16, 16), "v6e": (16, 16)}
@@ -98,9 +100,12 @@ def find(name: str, hbm_gib: float | None = None) -> Topology:
       hbm_gib: Memory of each device, GiB, in place of what is known of it.
 
     Raises:
-      InputError: An unknown topology, or libtpu is not installed.
+      InputError: An unknown topology, or what compiles for it is not installed.
     """
-    topology = _local() if name == LOCAL else _slice(name)
+    if name == LOCAL:
+        topology = _local()
+    else:
+        topology = _nodes(name) if name.partition(":")[0] in GPUS else _slice(name)
     if hbm_gib is None:
         return topology
     return dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, hbm_gib=hbm_gib))
@@ -109,17 +114,32 @@ def find(name: str, hbm_gib: float | None = None) -> Topology:
 def _known() -> str:
     """The topologies one can name, as text."""
     families = (f"{name}:{_USUAL[len(sides)]}" for name, sides in _SIDES.items())
-    return f"{LOCAL}, {', '.join(families)}, each with *N for N slices"
+    nodes = (f"{name}:1|2|4|8" for name in GPUS)
+    return f"{LOCAL}, {', '.join((*families, *nodes))}, each with *N for N slices or nodes"
 
 
 def _local() -> Topology:
     devices = tuple(jax.devices())
     kind = devices[0].device_kind
-    known = [chip for chip in (*_TPUS.values(), *_GPUS) if kind.startswith(chip.kind)]
+    known = [chip for chip in (*_TPUS.values(), *_LOCAL_GPUS) if kind.startswith(chip.kind)]
     chip = max(known, key=lambda chip: len(chip.kind)) if known else Chip(kind)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     chip = dataclasses.replace(chip, kind=kind, hbm_gib=limit / GIB if limit else None)
     return Topology(LOCAL, devices, chip)
+
+
+def _nodes(name: str) -> Topology:
+    match = re.fullmatch(r"(\w+):([1-9]\d*)(?:\*([1-9]\d*))?", name)
+    of_a_node, nodes = (int(match[2]), int(match[3] or 1)) if match else (0, 0)
+    if match is None or of_a_node > GPUS_OF_A_NODE:
+        raise InputError(
+            f"There is no topology {name!r}: a node has at most {GPUS_OF_A_NODE} GPUs; known are "
+            f"{_known()}: change --topology."
+        )
+    gpu = GPUS[match[1]]
+    link = gpu.link_bandwidth if nodes == 1 else NETWORK_BANDWIDTH
+    chip = Chip(gpu.kind, gpu.hbm_gib, gpu.memory_bandwidth, link)
+    return Topology(name, gpus(match[1], nodes, of_a_node), chip)
 
 
 def _slice(name: str) -> Topology:

@@ -21,13 +21,6 @@ _FREE = {
 _FREE_CALLS = ("AllocateBuffer", "AssumeGather", "AsyncCollective", "ConcatBitcast")
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that they put
-# Where the results are in the tuple of a start, which names its operands too.
-_RESULTS = {
-    "all-gather-start": slice(1, 2),
-    "collective-permute-start": slice(1, 2),
-    "copy-start": slice(1),
-    "slice-start": slice(-2, -1),
-}
 # In a fusion, each element of their result depends on one of an operand's, or on none.
 _ELEMENTWISE = {
     *("abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "compare", "convert", "cosine"),
@@ -57,7 +50,7 @@ def moved(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Ins
         return 0.0
     if opcode == "fusion":
         return _moved_by_fusion(module, instruction, operands)
-    results = instruction.shapes[_RESULTS.get(opcode, slice(None))]
+    results = _results(instruction, operands)
     if opcode in _UPDATES:
         put = operands[_UPDATES[opcode]]
         return _in_memory(put.shapes) + _put(instruction, put, results[0])
@@ -66,6 +59,18 @@ def moved(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Ins
     else:
         read = sum(_in_memory(operand.shapes) for operand in operands)
     return read + _in_memory(results)
+
+
+def _results(
+    instruction: hlo.Instruction, operands: Sequence[hlo.Instruction]
+) -> tuple[hlo.Shape, ...]:
+    """The arrays that an instruction makes; the tuple of a start often has its operands too."""
+    shapes, count = instruction.shapes, len(operands)
+    if instruction.opcode == "copy-start":
+        return shapes[:1]
+    if instruction.opcode.endswith("-start") and len(shapes) >= 2 * count:
+        return shapes[count : 2 * count]
+    return shapes
 
 
 def _moved_by_fusion(

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from salt_jax.planning import hlo
 from salt_jax.planning.collectives import bytes_by_kind, collectives, group_size
+from salt_jax.planning.traffic import memory_bytes
 
 DEVICES = 8
 ROWS = 16
@@ -170,3 +171,19 @@ def test_an_all_reduce_that_keeps_a_part_is_a_reduce_scatter() -> None:
     )
     assert transfer.kind == "reduce-scatter"
     assert transfer.sent_bytes == 8 * 128 * 4 * 3 / 4
+
+
+def test_a_gpus_synchronous_start_waits() -> None:
+    """Variadic, as a GPU's are; operands and results are in one tuple."""
+    start = (
+        "%s = ((f32[8,128], f32[8,128]), (f32[32,128], f32[32,128])) all-gather-start(%p, %p), "
+        'replica_groups={{0,1,2,3}}, backend_config={"collective_backend_config":{"is_sync":true}}'
+    )
+    done = "%d = (f32[32,128], f32[32,128]) all-gather-done(%s)"
+    (gather,) = collectives(module_of(start, done))
+    assert not gather.overlaps
+    assert gather.sent_bytes == 2 * 8 * 128 * 4 * 3
+    (overlapped,) = collectives(module_of(start.replace("true", "false"), done))
+    assert overlapped.overlaps
+    copied = 2 * 8 * 128 * 4
+    assert memory_bytes(module_of(start, done)) - copied == 2 * (1 + 4) * 8 * 128 * 4

@@ -1,6 +1,7 @@
 """Compiled stages: memory as XLA reports it, its parts, and what does not fit."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,7 @@ from salt_jax.planning.compile import (
     loss_bytes,
     needed_gib,
 )
+from salt_jax.planning.stage_plan import plan_stage
 from salt_jax.training import partitioning
 from salt_jax.training.learning_rates import WarmupStableDecay
 from salt_jax.training.optimizers import Muon
@@ -160,3 +162,26 @@ def test_too_large_for_a_tpu(make_job: Callable[..., Job]) -> None:
     assert result.needed_gib is not None
     # Parameters, AdamW's two moments and gradients over four chips, at the least.
     assert result.needed_gib > 4 * 2**20 * 4096 * 4 / 4 / 2**30
+
+
+@pytest.mark.usefixtures("cuda_plugin")
+def test_for_gpus_that_are_not_there(make_job: Callable[..., Job]) -> None:
+    """With cuDNN's attention, whose workspace XLA does not know of."""
+    topology = topologies.find("h100:4")
+    model = dataclasses.replace(make_job().student, dtype="bfloat16")
+    plans = {
+        backend: plan_stage(
+            make_job(model=dataclasses.replace(model, attention_backend=backend)), topology, 2
+        )
+        for backend in ("auto", "xla")
+    }
+    assert "__cudnn$fmha" in plans["auto"].compiled.hlo
+    assert "__cudnn$fmha" not in plans["xla"].compiled.hlo
+    for plan in plans.values():
+        assert plan.unread is None
+        assert plan.fits
+        assert plan.step_seconds is not None
+        assert plan.cost is not None
+        assert plan.cost.collective_bytes["all-gather"] > 0
+    asking = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    assert asking.check_cudnn_version.__name__ == "check_cudnn_version"

@@ -1,6 +1,7 @@
 """A small run to plan, and a fixture for tests that need libtpu."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,13 @@ def small_job(
         "devices": Devices(**(devices or {})),
     }
     return Job(TrainConfig(**{**defaults, **settings}), teacher, sequence_length, soft_labels)
+
+
+@pytest.fixture
+def cuda_plugin() -> None:
+    """Skips a test that compiles for GPUs where that cannot be done."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("JAX's CUDA plugin is not installed: pip install 'salt_jax[plan_gpu]'")
 
 
 @pytest.fixture
