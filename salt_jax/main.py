@@ -27,7 +27,7 @@ from salt_jax.cli.command_line import (
     verbs,
 )
 from salt_jax.cli.configuration import configure, settings_of_all
-from salt_jax.cli.verb import load
+from salt_jax.cli.verb import load_verb
 from salt_jax.cli.verb_process import run_guarded
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, visible
 from salt_jax.runtime import output_streams, processes
@@ -156,13 +156,13 @@ def _run_guarded(argv: list[str]) -> int:
 
 def _prints_only(arguments: Arguments) -> bool:
     """Whether the verb only prints something (a list of tasks), and so needs no output folder."""
-    typed = arguments.settings.get(load(arguments.verb).print_flag, [])
+    typed = arguments.settings.get(load_verb(arguments.verb).print_flag, [])
     return typed[-1:] in (["True"], ["true"])
 
 
 def _join(arguments: Arguments) -> processes.Processes:
     """Joins the other processes of the run, if any; only the first prints."""
-    verb = load(arguments.verb)
+    verb = load_verb(arguments.verb)
     together = processes.join(arguments.processes, verb.saves_on_request)
     if together.count > 1 and not verb.several_processes:
         raise InputError(

@@ -30,7 +30,7 @@ from salt_jax.cli.used_settings import (
     require_types,
     uses,
 )
-from salt_jax.cli.verb import Verb, load
+from salt_jax.cli.verb import Verb, load_verb
 from salt_jax.errors import InputError
 from salt_jax.storage import gin_files
 from salt_jax.storage.run_folder import RunFolder
@@ -54,7 +54,7 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     # it takes any folder of a gin file's name in the working directory.
     gin.config._LOCATION_PREFIXES[:] = [""]
     gin.config._FILE_READERS[:] = [(open_gin_file, lambda name: True)]
-    name, verb = arguments.verb, load(arguments.verb)
+    name, verb = arguments.verb, load_verb(arguments.verb)
     function = verb.function
     in_files = _read_gin_files(arguments)
     _refuse_unreadable(arguments.bindings)

@@ -33,7 +33,7 @@ class Verb:
     not_needed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load(name: str) -> Verb:
+def load_verb(name: str) -> Verb:
     """The verb of that name.
 
     Raises:

@@ -27,7 +27,7 @@ from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.planning import estimate, table, topologies
+from salt_jax.planning import estimate, plan_table, topologies
 from salt_jax.planning.compile import Job, check_batch
 from salt_jax.planning.run_plan import plan_run
 from salt_jax.storage.local_copies import local_folder
@@ -94,7 +94,7 @@ def plan(
     plans = [
         plan_run(job, where, try_changes=try_changes, stored_ids=stored_ids) for where in found
     ]
-    table.print_plans(plans)
+    plan_table.print_plans(plans)
     run.write_summary(
         {
             "arm": config.method.arm,

@@ -28,7 +28,7 @@ from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.distill import losses
 from salt_jax.distill.scores import Score, checked_ks, column_names, require_scores, scores_of
 from salt_jax.errors import InputError, require_counts
-from salt_jax.inference.row_pass import RowPass, own_mesh
+from salt_jax.inference.model_pass import ModelPass, own_mesh
 from salt_jax.inference.scoring import score_rows
 from salt_jax.inference.soft_labelling import label_rows
 from salt_jax.storage.run_folder import RunFolder
@@ -137,7 +137,7 @@ def score(
         left = sum(len(shard.rows) for shard in missing)
         where = (batch_size, mesh, devices.rules, chunk_tokens, worker, workers)
         with ProgressBar("score", left, unit="rows") as bar:
-            rows = RowPass(model.config, packed, split, *where, bar.add)
+            rows = ModelPass(model.config, packed, split, *where, bar.add)
             if isinstance(writer, SoftLabelsWriter):
                 label_rows(rows, params, soft_labels, soft_label_temperature, writer)
             else:

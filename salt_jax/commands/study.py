@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from salt_jax.cli.setting_groups import settings_of
-from salt_jax.cli.verb import Verb, load
+from salt_jax.cli.verb import Verb, load_verb
 from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.storage.local_copies import local_folder
@@ -220,7 +220,7 @@ def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
 
 def _changing_results(verb: str, flags: Sequence[str]) -> list[str]:
     """The flags without those of settings that don't change the verb's results."""
-    known = load(verb)
+    known = load_verb(verb)
     names = {
         setting.name
         for setting in settings_of(known.function)

@@ -157,11 +157,11 @@ class RowScores(RowPass):
 
     def scores(
         self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
-    ) -> "Scores":
+    ) -> "ColumnScores":
         """The score of every row: a column, with −inf where another, the share of learnable tokens,
         is below a fraction."""
         learnable = self.column(learnable_column) if min_learnable_fraction > 0 else None
-        return Scores(self.column(column), learnable, min_learnable_fraction)
+        return ColumnScores(self.column(column), learnable, min_learnable_fraction)
 
     @functools.cached_property
     def shards(self) -> FinishedShards:
@@ -171,7 +171,7 @@ class RowScores(RowPass):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class ColumnScores:
     """A column of scores, read as a Column is, with −inf where too few tokens are learnable."""
 
     column: Column

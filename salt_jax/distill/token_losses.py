@@ -28,7 +28,7 @@ from salt_jax.distill.head_sharding import VocabularyPart
 from salt_jax.distill.losses import LossConfig, SoftLabels, check_vocab_size, kept_labels
 
 
-class Norms(NamedTuple):
+class LogSums(NamedTuple):
     """What `TokenLosses.gradient` takes over from `values`, [C] each; all but log_z with a teacher.
 
     Attributes:
@@ -66,7 +66,7 @@ class TokenLosses:
 
     def values(
         self, z_CxV: jax.Array, taught: jax.Array | SoftLabels | None, targets_C: jax.Array
-    ) -> tuple[dict[str, jax.Array], Norms]:
+    ) -> tuple[dict[str, jax.Array], LogSums]:
         """The values of `token_losses`, [C] each, and what their gradient needs."""
         vocabulary, config, omega = self.vocabulary, self.config, self.omega
         largest_C = vocabulary.max(z_CxV)
@@ -76,12 +76,12 @@ class TokenLosses:
         z_loss_C = config.z_loss * jnp.square(log_z_C)
         values = {"hard": hard_C, "correct": truth_C >= largest_C}
         if taught is None:
-            return {**values, "loss": hard_C + z_loss_C}, Norms(log_z_C)
+            return {**values, "loss": hard_C + z_loss_C}, LogSums(log_z_C)
 
         student_C = log_z_C
         if config.student_temperature != 1.0:
             student_C = _log_norm(vocabulary, z_CxV, largest_C, config.student_temperature)
-        norms = Norms(log_z_C, student_C)
+        norms = LogSums(log_z_C, student_C)
         if isinstance(taught, SoftLabels):
             assert taught.teacher_hard is not None, "stored labels have the teacher's loss"
             soft_C, norms = self._soft_of_labels(z_CxV, taught, norms)
@@ -105,7 +105,7 @@ class TokenLosses:
         z_CxV: jax.Array,
         taught: jax.Array | SoftLabels | None,
         targets_C: jax.Array,
-        norms: Norms,
+        norms: LogSums,
     ) -> jax.Array:
         """The gradient of loss by z, [C, V].
 
@@ -133,8 +133,8 @@ class TokenLosses:
         return d_z_CxV + omega * self._scale / self.config.student_temperature * d_soft_CxV
 
     def _soft(
-        self, z_CxV: jax.Array, t_CxV: jax.Array, most_C: jax.Array, norms: Norms
-    ) -> tuple[jax.Array, Norms]:
+        self, z_CxV: jax.Array, t_CxV: jax.Array, most_C: jax.Array, norms: LogSums
+    ) -> tuple[jax.Array, LogSums]:
         """The soft term [C] of a teacher whose largest logits are most_C."""
         config, vocabulary = self.config, self.vocabulary
         teacher_C = _log_norm(self.teacher_vocabulary, t_CxV, most_C, config.teacher_temperature)
@@ -150,8 +150,8 @@ class TokenLosses:
         return self._scale * vocabulary.sum(value_CxV), norms._replace(h=h_C)
 
     def _soft_of_labels(
-        self, z_CxV: jax.Array, labels: SoftLabels, norms: Norms
-    ) -> tuple[jax.Array, Norms]:
+        self, z_CxV: jax.Array, labels: SoftLabels, norms: LogSums
+    ) -> tuple[jax.Array, LogSums]:
         """The soft term [C] over O = K + 1 outcomes."""
         log_p_CxV = self._log_p(z_CxV, norms)
         rest_C = self.vocabulary.log_rest(log_p_CxV, labels.ids)
@@ -166,12 +166,12 @@ class TokenLosses:
         config = self.config
         return config.teacher_temperature**2 if config.scale_by_temperature_squared else 1.0
 
-    def _log_p(self, z_CxV: jax.Array, norms: Norms) -> jax.Array:
+    def _log_p(self, z_CxV: jax.Array, norms: LogSums) -> jax.Array:
         return _log_probabilities(
             self.vocabulary, z_CxV, norms.student, self.config.student_temperature
         )
 
-    def _log_q(self, t_CxV: jax.Array, norms: Norms) -> jax.Array:
+    def _log_q(self, t_CxV: jax.Array, norms: LogSums) -> jax.Array:
         return _log_probabilities(
             self.teacher_vocabulary, t_CxV, norms.teacher, self.config.teacher_temperature
         )

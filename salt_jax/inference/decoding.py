@@ -23,7 +23,7 @@ from salt_jax.models.decoder import Decoder, DecoderConfig, head_kernel, logits
 NO_TOKEN = -1
 
 
-class Cache(NamedTuple):
+class DecodingCache(NamedTuple):
     """Keys and values of the tokens so far.
 
     Attributes:
@@ -51,7 +51,7 @@ class State(NamedTuple):
       finished: bool [B]; the caller may set more.
     """
 
-    cache: Cache
+    cache: DecodingCache
     tokens: jax.Array
     keys: jax.Array
     made: jax.Array
@@ -82,7 +82,7 @@ def prefill(
     prompts_BxL: jax.Array,
     segment_ids_BxL: jax.Array,
     slots: int,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, DecodingCache]:
     """Reads whole prompts, int32 padded on the left, into a new cache.
 
     Segment ids are 1 for prompts and 0 for padding; `slots` is S, the tokens that the cache can
@@ -102,7 +102,7 @@ def prefill(
         room[-2] = (0, slots - length)
         return _constrain(jnp.pad(x.swapaxes(-3, -2), room))
 
-    cache = Cache(
+    cache = DecodingCache(
         jax.tree.map(stored, new),
         jnp.pad(segment_ids_BxL, [(0, 0), (0, slots - length)]),
         jnp.sum(segment_ids_BxL, axis=1),
@@ -112,8 +112,8 @@ def prefill(
 
 
 def step(
-    config: DecoderConfig, params: Any, cache: Cache, token_B: jax.Array
-) -> tuple[jax.Array, Cache]:
+    config: DecoderConfig, params: Any, cache: DecodingCache, token_B: jax.Array
+) -> tuple[jax.Array, DecodingCache]:
     """Reads one more token of each row: the float32 logits [B, V] after it, and the new cache."""
     segment_ids_Bx1 = jnp.ones_like(token_B)[:, None]
     variables = {"params": params, CACHE: {**cache.layers, "segment_ids": cache.segment_ids}}
@@ -128,7 +128,7 @@ def step(
         cache.segment_ids, segment_ids_Bx1, cache.slot, axis=1
     )
     layers = jax.tree.map(stored, cache.layers, new)
-    cache = Cache(layers, segment_ids_BxS, cache.lengths + 1, cache.slot + 1)
+    cache = DecodingCache(layers, segment_ids_BxS, cache.lengths + 1, cache.slot + 1)
     return _next_logits(config, params, hidden_Bx1xD), cache
 
 
@@ -234,7 +234,7 @@ def _laid_out(state: State) -> State:
     cache, tokens, keys, made, finished = state
     layers, segment_ids, lengths, slot = cache
     layers = jax.tree.map(_constrain, layers)
-    cache = Cache(layers, rows(segment_ids), rows(lengths), slot)
+    cache = DecodingCache(layers, rows(segment_ids), rows(lengths), slot)
     return State(cache, rows(tokens), rows(keys), made, rows(finished))
 
 

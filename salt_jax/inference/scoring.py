@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from salt_jax.data.features import Batch
 from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScoresWriter, targets_hash
 from salt_jax.distill import scores
-from salt_jax.inference.row_pass import RowPass
+from salt_jax.inference.model_pass import ModelPass
 from salt_jax.models import decoder
 from salt_jax.training import in_order, partitioning
 from salt_jax.training.finite import NotFiniteError
 
 
 def score_rows(
-    rows: RowPass,
+    rows: ModelPass,
     params: Any,
     row_scores: Sequence[scores.Score],
     writer: RowScoresWriter,
@@ -65,7 +65,7 @@ def scoring_program(
     entropy = any(scores.ENTROPY in score.needs for score in row_scores)
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        values = in_order.target_ranks(config, params, batch, mesh, rules, chunk_tokens, entropy)
+        values = in_order.ranks_of_batch(config, params, batch, mesh, rules, chunk_tokens, entropy)
         tokens = dict(zip(scores.TOKEN_VALUES, values, strict=False))
         return scores.row_scores(tokens, batch["loss_weights"], row_scores)
 

@@ -11,7 +11,7 @@ from salt_jax.data.features import Batch
 from salt_jax.data.label_format import Labels
 from salt_jax.data.soft_labels import SoftLabelsWriter
 from salt_jax.distill import chunked_loss
-from salt_jax.inference.row_pass import RowPass
+from salt_jax.inference.model_pass import ModelPass
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 
@@ -20,7 +20,7 @@ _LOWEST = float(np.finfo(np.float16).min)
 
 
 def label_rows(
-    rows: RowPass, params: Any, k: int, temperature: float, writer: SoftLabelsWriter
+    rows: ModelPass, params: Any, k: int, temperature: float, writer: SoftLabelsWriter
 ) -> None:
     """Labels the rows of this worker's unfinished shards.
 

@@ -25,7 +25,7 @@ LINK_FRACTION = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class StageCost:
     """What a step of a stage costs.
 
     Attributes:
@@ -60,7 +60,7 @@ def hardware_flops_per_step(job: Job, stage: int) -> float:
     return (per_token + _teacher_flops(job, stage)) * job.tokens
 
 
-def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Module) -> Cost:
+def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Module) -> StageCost:
     """What a step of a stage costs on each of `chips` chips that run a compiled program.
 
     Raises:
@@ -81,7 +81,7 @@ def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Modu
             "overlapped": sent[True] / link,
             "waited": sent[False] / link,
         }
-    return Cost(memory_bytes, collectives.bytes_by_kind(transfers), seconds)
+    return StageCost(memory_bytes, collectives.bytes_by_kind(transfers), seconds)
 
 
 def estimate_run(

@@ -28,7 +28,7 @@ class StagePlan:
     topology: Topology
     stage: int
     compiled: CompiledStage
-    cost: estimate.Cost | None = None
+    cost: estimate.StageCost | None = None
     temporaries: tuple[buffers.Buffer, ...] = ()
     unread: str | None = None
 

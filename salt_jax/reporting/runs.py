@@ -68,7 +68,7 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Teacher:
+class TeacherFacts:
     """A run's teacher: its folder and step, its checkpoint's digest, and SUMS and PARTS of what
     training it had cost by then, NaN where they are not known."""
 
@@ -105,7 +105,7 @@ class TrainRun:
     training: pd.DataFrame
     final: pd.Series | None
     by_subset: pd.DataFrame
-    teacher: Teacher | None
+    teacher: TeacherFacts | None
     skipped_lines: int
 
     @property
@@ -319,13 +319,13 @@ def _frame(rows: Mapping[float, Mapping[str, float]], columns: Sequence[str]) ->
     return pd.DataFrame([rows[step] for step in sorted(rows)], columns=[*columns], dtype=float)
 
 
-def _teacher(facts: Mapping[str, Any]) -> Teacher | None:
+def _teacher(facts: Mapping[str, Any]) -> TeacherFacts | None:
     teacher = facts.get("teacher")
     if teacher is None:
         return None
     folder = str(teacher.get("path", "")).rstrip("/").rsplit("/", 1)[-1]
     cost = teacher.get("training_cost")
-    return Teacher(
+    return TeacherFacts(
         name=f"{folder} at step {teacher.get('step')}",
         digest=str(teacher.get("digest")),
         costs=pd.Series(_row(cost if isinstance(cost, dict) else {}, (*SUMS, *PARTS), (), "")),

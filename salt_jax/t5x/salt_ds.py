@@ -21,7 +21,7 @@ import grain
 import numpy as np
 
 from salt_jax.data.packed_cache import SPLITS, PackedCache
-from salt_jax.data.row_scores import RowScores, Scores, Selection
+from salt_jax.data.row_scores import ColumnScores, RowScores, Selection
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.t5x.quiet_tensorflow import seqio, tf
@@ -44,7 +44,7 @@ class _Opened(NamedTuple):
     cache: PackedCache
     split: str
     row_ids: Sequence[int] | np.ndarray
-    scores: Scores | None
+    scores: ColumnScores | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from salt_jax.distill import losses
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.finite import NotFiniteError
-from salt_jax.training.in_order import over_batches, rounded_up, target_ranks
+from salt_jax.training.in_order import over_batches, ranks_of_batch, rounded_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Evaluator:
         byte_lengths_V = next(iter(self._caches.values())).vocabulary.byte_lengths
 
         def sums(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-            ranks = target_ranks(config, params, batch, mesh, rules, chunk_tokens)
+            ranks = ranks_of_batch(config, params, batch, mesh, rules, chunk_tokens)
             return _subset_sums(ranks, batch, jnp.asarray(byte_lengths_V), self._subsets)
 
         self._sums = jax.jit(sums, out_shardings=partitioning.replicated(mesh))

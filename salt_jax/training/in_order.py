@@ -46,7 +46,7 @@ def over_batches(
         yield pending[0], jax.tree.map(np.asarray, pending[1])
 
 
-def target_ranks(
+def ranks_of_batch(
     config: decoder.DecoderConfig,
     params: Any,
     batch: Mapping[str, jax.Array],

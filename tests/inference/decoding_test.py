@@ -65,7 +65,9 @@ def cached_logits(config: DecoderConfig, params: Any) -> jax.Array:
     for b, (row, start) in enumerate(zip(TOKENS, PROMPTS, strict=True)):
         given_SxB[: len(row) - start, b] = row[start : start + 7]
 
-    def one(cache: decoding.Cache, token_B: jax.Array) -> tuple[decoding.Cache, jax.Array]:
+    def one(
+        cache: decoding.DecodingCache, token_B: jax.Array
+    ) -> tuple[decoding.DecodingCache, jax.Array]:
         logits_BxV, cache = decoding.step(config, params, cache, token_B)
         return cache, logits_BxV
 

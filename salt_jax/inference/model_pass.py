@@ -17,7 +17,7 @@ from salt_jax.training import in_order, partitioning
 
 
 @dataclasses.dataclass(frozen=True)
-class RowPass:
+class ModelPass:
     """What a pass reads, with which model, and where it computes.
 
     Attributes:

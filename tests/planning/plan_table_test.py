@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from salt_jax.planning.table import print_plans
+from salt_jax.planning.plan_table import print_plans
 
 
 def plan_of(**stage: Any) -> dict[str, Any]:
