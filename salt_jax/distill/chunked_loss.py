@@ -57,32 +57,32 @@ def loss_sums(
     out: neither their targets nor a NaN in their hidden states reaches a sum or a gradient.
 
     Args:
-        student_hidden_BxLxD: after the final norm; their dtype is the products'. Logits, losses and
-            the head's gradient are float32 (float64 for float64 hidden states).
-        student_head_VxD: any float dtype; its gradient has the same.
-        targets_BxL: int32, within [0, vocab_size) where the weight is above 0.
-        weights_BxL: float32, 0 or more.
-        omega: ω, a traced scalar.
-        config: temperatures, divergence, z-loss, tokens in a chunk.
-        vocab_size: number of ids that mean something; those after it are padding.
-        teacher_hidden_BxLxD: the teacher's, given with teacher_head_VxD. Width and V are its own.
-        teacher_head_VxD: see teacher_hidden_BxLxD.
-        teacher_vocab_size: the teacher's ids, the first of the vocabulary's; None is all of them.
-            To the others it gives probability 0.
-        distill_B: float32, the share of ω in each row; None is all of it. Where it is 0 the
-            teacher's hidden states are masked out.
-        soft_labels: [B, L, …], in place of a teacher, at config's temperature.
-        sharding: how the arrays lie over a mesh; None on one device.
+      student_hidden_BxLxD: After the final norm; their dtype is the products'. Logits, losses and
+        the head's gradient are float32 (float64 for float64 hidden states).
+      student_head_VxD: Any float dtype; its gradient has the same.
+      targets_BxL: int32, within [0, vocab_size) where the weight is above 0.
+      weights_BxL: float32, 0 or more.
+      omega: ω, a traced scalar.
+      config: Temperatures, divergence, z-loss, tokens in a chunk.
+      vocab_size: Number of ids that mean something; those after it are padding.
+      teacher_hidden_BxLxD: The teacher's, given with teacher_head_VxD. Width and V are its own.
+      teacher_head_VxD: See teacher_hidden_BxLxD.
+      teacher_vocab_size: The teacher's ids, the first of the vocabulary's; None is all of them. To
+        the others it gives probability 0.
+      distill_B: float32, the share of ω in each row; None is all of it. Where it is 0 the teacher's
+        hidden states are masked out.
+      soft_labels: [B, L, …], in place of a teacher, at config's temperature.
+      sharding: How the arrays lie over a mesh; None on one device.
 
     Returns:
-        (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
-        the names of token_losses but loss. Divide once, when microbatches and devices are added.
-        With distill_B there is also "distilled", the sum of weight · distill_B: the values that
-        only a teacher gives (losses.TEACHER_VALUES) are weighted by that, and to be divided by it.
+      (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
+      the names of token_losses but loss. Divide once, when microbatches and devices are added. With
+      distill_B there is also "distilled", the sum of weight · distill_B: the values that only a
+      teacher gives (losses.TEACHER_VALUES) are weighted by that, and to be divided by it.
 
     Raises:
-        InputError: see `losses.check_vocab_size`; more top ids than the soft labels have; a
-            vocabulary that the mesh doesn't divide.
+      InputError: See `losses.check_vocab_size`; more top ids than the soft labels have; a
+        vocabulary that the mesh doesn't divide.
     """
     if (teacher_hidden_BxLxD is None) != (teacher_head_VxD is None):
         raise ValueError("The teacher's hidden states and head go together: give both or neither.")
@@ -123,15 +123,15 @@ def target_ranks(
     """How well a model predicts each target, for evaluation and scoring; not to be differentiated.
 
     Args:
-        hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: see `loss_sums`.
-        chunk_tokens: tokens whose logits a device holds at once.
-        entropy: also return the entropy, which reads a chunk's logits once more.
+      hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: See `loss_sums`.
+      chunk_tokens: Tokens whose logits a device holds at once.
+      entropy: Also return the entropy, which reads a chunk's logits once more.
 
     Returns:
-        (-log p of the target, nats [B, L] float32; number of ids with a strictly greater logit
-        [B, L] int32; with `entropy` that of p, nats [B, L] float32). Undefined where the weight is
-        0. Where the loss is not finite, as after a NaN among the logits, the number is vocab_size,
-        so that no target counts as predicted.
+      (-log p of the target, nats [B, L] float32; number of ids with a strictly greater logit [B, L]
+      int32; with `entropy` that of p, nats [B, L] float32). Undefined where the weight is 0. Where
+      the loss is not finite, as after a NaN among the logits, the number is vocab_size, so that no
+      target counts as predicted.
     """
 
     def one_chunk(
@@ -170,14 +170,14 @@ def top_labels(
     """A teacher's soft labels; not to be differentiated.
 
     Args:
-        hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: see `loss_sums`.
-        k: K, ids of a token.
-        temperature: τ.
-        chunk_tokens: tokens whose logits a device holds at once.
+      hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: See `loss_sums`.
+      k: K, ids of a token.
+      temperature: τ.
+      chunk_tokens: Tokens whose logits a device holds at once.
 
     Returns:
-        [B, L, …] float32 (float64 for float64 hidden states), ids int32. Undefined where the weight
-        is 0.
+      [B, L, …] float32 (float64 for float64 hidden states), ids int32. Undefined where the weight
+      is 0.
     """
 
     def one_chunk(vocabulary: VocabularyPart, head_VxD: jax.Array, chunk: Any) -> SoftLabels:

@@ -59,7 +59,7 @@ class JensenShannon:
     divergence of arXiv 2306.13649.
 
     Attributes:
-        beta: β, within (0, 1).
+      beta: β, within (0, 1).
     """
 
     beta: float = 0.5

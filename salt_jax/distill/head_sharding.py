@@ -18,12 +18,12 @@ class HeadSharding:
     """How tokens and heads lie over a mesh while the loss is computed.
 
     Attributes:
-        mesh: the mesh.
-        batch: the mesh axes that split the batch.
-        vocab: those that split the vocabulary: each device has its part of every token's logits.
-        embed: those, some of batch's, that split D of stored heads. A head is gathered over them,
-            and its gradient scattered, by way of parts of the vocabulary, which are contiguous and
-            need no copy of the whole head in another layout.
+      mesh: The mesh.
+      batch: The mesh axes that split the batch.
+      vocab: Those that split the vocabulary: each device has its part of every token's logits.
+      embed: Those, some of batch's, that split D of stored heads. A head is gathered over them, and
+        its gradient scattered, by way of parts of the vocabulary, which are contiguous and need no
+        copy of the whole head in another layout.
     """
 
     mesh: Mesh
@@ -93,9 +93,9 @@ class VocabularyPart:
     """A device's part of the vocabulary, and reductions over the whole of it.
 
     Args:
-        sharding: of the head; None on one device.
-        local_size: V, the ids of this device.
-        vocab_size: ids that mean something, on all devices together; those after it are padding.
+      sharding: Of the head; None on one device.
+      local_size: V, the ids of this device.
+      vocab_size: Ids that mean something, on all devices together; those after it are padding.
     """
 
     def __init__(self, sharding: HeadSharding | None, local_size: int, vocab_size: int) -> None:

@@ -27,10 +27,10 @@ class SoftLabels(NamedTuple):
     """A teacher's distributions at some tokens, over K + 1 outcomes each, in place of its logits.
 
     Attributes:
-        ids: int32 [..., K], the most likely ids, best first.
-        log_q: [..., K], log of their probabilities over the whole vocabulary at temperature τ.
-        rest: [...], log of the probability of all other ids together.
-        teacher_hard: [...], the teacher's -log q[y] at temperature 1, nats; stored labels have it.
+      ids: int32 [..., K], the most likely ids, best first.
+      log_q: [..., K], log of their probabilities over the whole vocabulary at temperature τ.
+      rest: [...], log of the probability of all other ids together.
+      teacher_hard: [...], the teacher's -log q[y] at temperature 1, nats; stored labels have it.
     """
 
     ids: jax.Array
@@ -44,21 +44,20 @@ class LossConfig:
     """How the student learns from the teacher; see the module's formulas.
 
     Attributes:
-        teacher_temperature: τ, on the teacher's logits.
-        student_temperature: T, on the student's logits, in soft alone: hard has temperature 1.
-        scale_by_temperature_squared: multiply soft by τ², the convention of systems with one
-            temperature on both sides.
-        divergence: what soft is: ForwardKL, ReverseKL, JensenShannon of `divergences.py`, or a
-            function of one's own.
-        teacher_top_k: above 0, p and q are first reduced to k + 1 outcomes: the teacher's k most
-            likely ids (the lower id first among equals) and all others as one, with 1 - Σ of the k.
-            Nothing is renormalised. With ForwardKL, for example,
-            soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 = the whole vocabulary, or
-            all ids that stored soft labels have.
-        z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
-        chunk_tokens: tokens whose logits a device holds at once (`chunked_loss.py`), which takes
-            4 · chunk_tokens · V bytes for each model. Matrix products want several hundred on a GPU
-            or a TPU; 128 are enough on a CPU.
+      teacher_temperature: τ, on the teacher's logits.
+      student_temperature: T, on the student's logits, in soft alone: hard has temperature 1.
+      scale_by_temperature_squared: Multiply soft by τ², the convention of systems with one
+        temperature on both sides.
+      divergence: What soft is: ForwardKL, ReverseKL, JensenShannon of `divergences.py`, or a
+        function of one's own.
+      teacher_top_k: Above 0, p and q are first reduced to k + 1 outcomes: the teacher's k most
+        likely ids (the lower id first among equals) and all others as one, with 1 - Σ of the k.
+        Nothing is renormalised. With ForwardKL, for example, soft = -Σ_{top k} q log p - q_rest ·
+        log(1 - Σ_{top k} p). 0 = the whole vocabulary, or all ids that stored soft labels have.
+      z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
+      chunk_tokens: Tokens whose logits a device holds at once (`chunked_loss.py`), which takes 4 ·
+        chunk_tokens · V bytes for each model. Matrix products want several hundred on a GPU or a
+        TPU; 128 are enough on a CPU.
     """
 
     teacher_temperature: float = 0.25
@@ -94,7 +93,7 @@ def kept_labels(labels: SoftLabels, config: LossConfig, dtype: jnp.dtype) -> Sof
     """The labels that a loss is made from: the first teacher_top_k, the others with the rest.
 
     Raises:
-        InputError: more are asked for than there are.
+      InputError: More are asked for than there are.
     """
     stored = labels.ids.shape[-1]
     k = config.teacher_top_k or stored
@@ -120,15 +119,15 @@ def check_vocab_size(
     """Refuses what can't be over these ids.
 
     Args:
-        config: the loss.
-        vocab_size: number of ids that mean something.
-        student_ids: V of the student's logits.
-        teacher_vocab_size: how many of the ids the teacher has.
-        teacher_ids: V of the teacher's logits; None where there is no teacher.
+      config: The loss.
+      vocab_size: Number of ids that mean something.
+      student_ids: V of the student's logits.
+      teacher_vocab_size: How many of the ids the teacher has.
+      teacher_ids: V of the teacher's logits; None where there is no teacher.
 
     Raises:
-        InputError: logits over too few ids, more top ids than there are, a teacher with more ids
-            than the student, or a divergence that is infinite where the teacher has fewer.
+      InputError: logits over too few ids, more top ids than there are, a teacher with more ids than
+        the student, or a divergence that is infinite where the teacher has fewer.
     """
     for ids, size in ((student_ids, vocab_size), (teacher_ids, teacher_vocab_size)):
         if ids is not None and ids < size:

@@ -33,8 +33,8 @@ class Score(Protocol):
     """A number a row, from its tokens.
 
     Attributes:
-        name: of its column; scores that differ in a setting have different ones.
-        needs: which of TOKEN_VALUES it reads.
+      name: Of its column; scores that differ in a setting have different ones.
+      needs: Which of TOKEN_VALUES it reads.
     """
 
     @property
@@ -47,9 +47,9 @@ class Score(Protocol):
         """The score of each row, [B]; -inf where it has none. Part of a jitted program.
 
         Args:
-            tokens: of each value needed [B, L], a row's tokens by ascending loss, those that count
-                first; of the others the loss and the entropy are 0, and the rank is above any k.
-            counts_BxL: whether a token counts.
+          tokens: Of each value needed [B, L], a row's tokens by ascending loss, those that count
+            first; of the others the loss and the entropy are 0, and the rank is above any k.
+          counts_BxL: Whether a token counts.
         """
         ...
 
@@ -59,8 +59,8 @@ class Median:
     """The median loss of learnable tokens: S of the module's formula.
 
     Attributes:
-        k: a token is learnable if its truth is among the scorer's k most likely ids.
-        unlearnable: "drop" the other tokens, or count them as "zero" in the median.
+      k: A token is learnable if its truth is among the scorer's k most likely ids.
+      unlearnable: "drop" the other tokens, or count them as "zero" in the median.
     """
 
     k: int
@@ -98,8 +98,8 @@ class Mean:
     """The mean of a value over a row's tokens.
 
     Attributes:
-        k: over learnable tokens alone, for this k; None is all tokens that count.
-        value: one of TOKEN_VALUES: "loss", "rank" or "entropy".
+      k: Over learnable tokens alone, for this k; None is all tokens that count.
+      value: One of TOKEN_VALUES: "loss", "rank" or "entropy".
     """
 
     k: int | None = None
@@ -155,12 +155,12 @@ class ScoreConfig:
     """Which of the columns that `salt score` made is a row's score.
 
     Attributes:
-        k: of learnable tokens; may be left open where the scores are of one k alone.
-        statistic: "median": METHOD.md's S. "mean": the mean loss of learnable tokens. "perplexity":
-            the mean loss of all tokens that count, in nats. Else a column by its name.
-        unlearnable: for the median, see `Median`.
-        min_learnable_fraction: a row with a smaller share of learnable tokens scores -inf: keeps a
-            hash with three lucky tokens from winning.
+      k: Of learnable tokens; may be left open where the scores are of one k alone.
+      statistic: "median": METHOD.md's S. "mean": the mean loss of learnable tokens. "perplexity":
+        the mean loss of all tokens that count, in nats. Else a column by its name.
+      unlearnable: For the median, see `Median`.
+      min_learnable_fraction: A row with a smaller share of learnable tokens scores -inf: keeps a
+        hash with three lucky tokens from winning.
     """
 
     k: int | None = None
@@ -186,7 +186,7 @@ class ScoreConfig:
         """This config for scores of these ks and columns, k filled in where it is open.
 
         Raises:
-            InputError: they are of several k and k is open, or not of this one; or no such column.
+          InputError: They are of several k and k is open, or not of this one; or no such column.
         """
         held = ", ".join(map(str, ks))
         if self.k is None and len(ks) > 1:
@@ -223,7 +223,7 @@ def checked_ks(k: int | Sequence[int]) -> tuple[int, ...]:
     """One k or several, ascending, each once.
 
     Raises:
-        InputError: none, or one that is not a whole number of at least 1.
+      InputError: None, or one that is not a whole number of at least 1.
     """
     ks = tuple(k) if isinstance(k, list | tuple) else (k,)
     for one in ks:
@@ -266,17 +266,17 @@ def row_scores(
     """Every score of each row, float32 [scores, B].
 
     Args:
-        tokens: [B, L] of each of TOKEN_VALUES that a score needs, and the loss: at least 0. Where
-            the weight is 0, anything.
-        weights_BxL: loss weights; above 0 counts.
-        scores: at least one.
+      tokens: [B, L] of each of TOKEN_VALUES that a score needs, and the loss: at least 0. Where the
+        weight is 0, anything.
+      weights_BxL: Loss weights; above 0 counts.
+      scores: At least one.
 
     Returns:
-        A row where the losses of the tokens that count have no finite sum, so that the scorer is
-        broken, is NaN throughout.
+      A row where the losses of the tokens that count have no finite sum, so that the scorer is
+      broken, is NaN throughout.
 
     Raises:
-        InputError: a score is not one number a row.
+      InputError: A score is not one number a row.
     """
     length = weights_BxL.shape[1]
     counts_BxL = (weights_BxL > 0) & (jnp.arange(length) > 0)[None]

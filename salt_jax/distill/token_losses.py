@@ -32,11 +32,11 @@ class LogSums(NamedTuple):
     """What `TokenLosses.gradient` takes over from `values`, [C] each; all but log_z with a teacher.
 
     Attributes:
-        log_z: log Σ exp z.
-        student: log Σ exp (z / T).
-        h: Σ h over all outcomes.
-        teacher: log Σ exp (t / τ), where soft is over the whole vocabulary.
-        outcomes: where it is over K + 1: the ids [C, K], h [C, K + 1], and log p of the rest [C].
+      log_z: log Σ exp z.
+      student: log Σ exp (z / T).
+      h: Σ h over all outcomes.
+      teacher: log Σ exp (t / τ), where soft is over the whole vocabulary.
+      outcomes: Where it is over K + 1: the ids [C, K], h [C, K + 1], and log p of the rest [C].
     """
 
     log_z: jax.Array
@@ -53,10 +53,10 @@ class TokenLosses:
     That is the teacher's logits t_CxV, soft labels, or None without a teacher.
 
     Attributes:
-        config: the loss.
-        omega: ω, a scalar, or [C] where tokens have one of their own.
-        vocabulary: the student's ids, or this device's part of them.
-        teacher_vocabulary: the teacher's, which may lack the last of the student's.
+      config: The loss.
+      omega: ω, a scalar, or [C] where tokens have one of their own.
+      vocabulary: The student's ids, or this device's part of them.
+      teacher_vocabulary: The teacher's, which may lack the last of the student's.
     """
 
     config: LossConfig
@@ -190,24 +190,24 @@ def token_losses(
     """Losses and hits of every token, in nats, from whole logits.
 
     Args:
-        student_logits_BxLxV: any float dtype; V >= vocab_size.
-        teacher_logits_BxLxV: its V may be another one, >= teacher_vocab_size. None = plain
-            cross-entropy, whatever ω.
-        targets_BxL: int32, within [0, vocab_size).
-        omega: ω, a traced scalar, or [B, 1] for rows with an ω of their own.
-        config: temperatures, divergence, z-loss.
-        vocab_size: number of ids that mean something.
-        soft_labels: [B, L, …], in place of teacher logits, at config's temperature.
-        teacher_vocab_size: the teacher's ids, the first of the vocabulary's; None = all of them.
-            To the others it gives probability 0.
+      student_logits_BxLxV: Any float dtype; V >= vocab_size.
+      teacher_logits_BxLxV: Its V may be another one, >= teacher_vocab_size. None = plain
+        cross-entropy, whatever ω.
+      targets_BxL: int32, within [0, vocab_size).
+      omega: ω, a traced scalar, or [B, 1] for rows with an ω of their own.
+      config: Temperatures, divergence, z-loss.
+      vocab_size: Number of ids that mean something.
+      soft_labels: [B, L, …], in place of teacher logits, at config's temperature.
+      teacher_vocab_size: The teacher's ids, the first of the vocabulary's; None = all of them. To
+        the others it gives probability 0.
 
     Returns:
-        [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else
-        0); with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1) and
-        agreement (1 where a most likely id of the student is one of the teacher's).
+      [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else 0);
+      with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1) and
+      agreement (1 where a most likely id of the student is one of the teacher's).
 
     Raises:
-        InputError: see `check_vocab_size`; or more top ids than the soft labels have.
+      InputError: See `check_vocab_size`; or more top ids than the soft labels have.
     """
     teacher_ids = None if teacher_logits_BxLxV is None else teacher_logits_BxLxV.shape[-1]
     teacher_vocab_size, ids = teacher_vocab_size or vocab_size, student_logits_BxLxV.shape[-1]

@@ -41,19 +41,19 @@ def attention(
     G: query head h reads key-value head h // (H / G) (arXiv 2305.13245).
 
     Args:
-        query_BxLxHxK: queries, after rotary embedding, not scaled.
-        key_BxLxGxK: keys, after rotary embedding.
-        value_BxLxGxK: values.
-        segment_ids_BxL: int32, 0 = padding, equal within a document.
-        bidirectional_BxL: bool; the positions of a segment where it is True see one another
-            whatever their order. Only "xla" can, so "auto" takes it. None = causal everywhere.
-        backend: see choose_backend.
+      query_BxLxHxK: Queries, after rotary embedding, not scaled.
+      key_BxLxGxK: Keys, after rotary embedding.
+      value_BxLxGxK: Values.
+      segment_ids_BxL: int32, 0 = padding, equal within a document.
+      bidirectional_BxL: bool; the positions of a segment where it is True see one another whatever
+        their order. Only "xla" can, so "auto" takes it. None = causal everywhere.
+      backend: See choose_backend.
 
     Returns:
-        [B, L, H, K] in the dtype of the queries. The softmax itself is in float32.
+      [B, L, H, K] in the dtype of the queries. The softmax itself is in float32.
 
     Raises:
-        InputError: The backend asked for can't do this here.
+      InputError: The backend asked for can't do this here.
     """
     if bidirectional_BxL is not None:
         require_bidirectional(backend)
@@ -79,15 +79,15 @@ def choose_backend(backend: str, platform: str, length: int, width: int, dtype: 
     """The name in BACKENDS of the backend that a program will use.
 
     Args:
-        backend: one of BACKENDS, or "auto": "splash" on a TPU and "cudnn" on an NVIDIA GPU where
-            they support these shapes, else "xla".
-        platform: of the devices that the program is compiled for, "cpu", "gpu" or "tpu".
-        length: L, of a row.
-        width: K, of a head.
-        dtype: of the queries.
+      backend: One of BACKENDS, or "auto": "splash" on a TPU and "cudnn" on an NVIDIA GPU where they
+        support these shapes, else "xla".
+      platform: Of the devices that the program is compiled for, "cpu", "gpu" or "tpu".
+      length: L, of a row.
+      width: K, of a head.
+      dtype: Of the queries.
 
     Raises:
-        InputError: A backend asked for by name that can't do it, with the reason.
+      InputError: A backend asked for by name that can't do it, with the reason.
     """
     obstacles = {name: why(platform, length, width, dtype) for name, why in _OBSTACLES.items()}
     if backend == "auto":

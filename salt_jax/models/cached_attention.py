@@ -27,7 +27,7 @@ def cached_attention(
     the cache is not copied. Empty slots have another segment id than the new position.
 
     Returns:
-        [B, 1, H, K] in the dtype of the queries.
+      [B, 1, H, K] in the dtype of the queries.
     """
     batch, _, heads, width = query_Bx1xHxK.shape
     groups, slots = cached_key_BxGxSxK.shape[1:3]

@@ -42,9 +42,9 @@ class Visibility(NamedTuple):
     """What attention's mask is made of.
 
     Attributes:
-        segment_ids: [B, L]; a position sees its own segment only.
-        bidirectional: [B, L], the positions that see one another in both directions, or None.
-        cached_segment_ids: [B, S], of the positions in the cache, or None.
+      segment_ids: [B, L]; a position sees its own segment only.
+      bidirectional: [B, L], the positions that see one another in both directions, or None.
+      cached_segment_ids: [B, S], of the positions in the cache, or None.
     """
 
     segment_ids: jax.Array
@@ -73,18 +73,18 @@ class Decoder(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-            inputs_BxL: int32 token ids, each the one before its target. One outside the padded
-                vocabulary gives NaN.
-            segment_ids_BxL: int32; a position sees its own segment only. 0 = padding.
-            positions_BxL: int32, counted from 0 in each segment.
-            bidirectional_BxL: bool; the positions of a segment where it is True see one another.
-                None = causal everywhere.
+          inputs_BxL: int32 token ids, each the one before its target. One outside the padded
+            vocabulary gives NaN.
+          segment_ids_BxL: int32; a position sees its own segment only. 0 = padding.
+          positions_BxL: int32, counted from 0 in each segment.
+          bidirectional_BxL: bool; the positions of a segment where it is True see one another. None
+            = causal everywhere.
 
         Returns:
-            [B, L, D] in config.dtype.
+          [B, L, D] in config.dtype.
 
         Raises:
-            InputError: L is above config.max_length.
+          InputError: L is above config.max_length.
         """
         config = self.config
         if inputs_BxL.shape[1] > config.max_length:

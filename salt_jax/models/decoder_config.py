@@ -16,34 +16,34 @@ class DecoderConfig:
     """The shape of a decoder and how it computes.
 
     Attributes:
-        embed_dim: D, the model width.
-        num_layers: number of blocks.
-        num_heads: H, query heads.
-        mlp_dim: F, hidden width of the MLP.
-        vocab_size: ids that mean something; None = those of the packed cache.
-        vocab_multiple: embedding and head are padded up to a multiple of this many ids.
-        max_length: longest sequence, in tokens.
-        num_kv_heads: G, key-value heads; None = num_heads.
-        head_dim: K; None = embed_dim // num_heads.
-        mlp_activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
-        gated_mlp: act(gate(x)) · up(x) (arXiv 2002.05202) instead of act(up(x)).
-        norm: "rmsnorm" or "layernorm".
-        norm_epsilon: added to the mean square, or the variance, before its root.
-        parallel_residual: x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX, instead of one
-            after the other.
-        use_bias: biases on every projection and LayerNorm, never on the head.
-        rope_fraction: share of each head's dimensions, the first ones, with rotary embedding.
-        rope_theta: base of the rotary wavelengths.
-        tied_embeddings: the head is the embedding, transposed.
-        scale_embeddings: multiply embedded inputs by √D, as Gemma does and GPT-NeoX and Llama
-            don't, so that one table can serve as input and as head.
-        scan_layers: one block scanned over stacked parameters (compiles fast), not num_layers.
-        remat: what the backward pass recomputes, from nothing to all of a block: "none", "minimal",
-            "attention", "attention_output", "full" or "offload"; see remat.py.
-        dtype: of activations and products, "float32" or "bfloat16".
-        param_dtype: of parameters; "float16" for converted models that were published so.
-        attention_backend: which implementation of attention: "xla" anywhere, "splash" on a TPU,
-            "cudnn" on an NVIDIA GPU, or "auto": the fastest that supports this model here.
+      embed_dim: D, the model width.
+      num_layers: Number of blocks.
+      num_heads: H, query heads.
+      mlp_dim: F, hidden width of the MLP.
+      vocab_size: Ids that mean something; None = those of the packed cache.
+      vocab_multiple: Embedding and head are padded up to a multiple of this many ids.
+      max_length: Longest sequence, in tokens.
+      num_kv_heads: G, key-value heads; None = num_heads.
+      head_dim: K; None = embed_dim // num_heads.
+      mlp_activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
+      gated_mlp: act(gate(x)) · up(x) (arXiv 2002.05202) instead of act(up(x)).
+      norm: "rmsnorm" or "layernorm".
+      norm_epsilon: Added to the mean square, or the variance, before its root.
+      parallel_residual: x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX, instead of one
+        after the other.
+      use_bias: Biases on every projection and LayerNorm, never on the head.
+      rope_fraction: Share of each head's dimensions, the first ones, with rotary embedding.
+      rope_theta: Base of the rotary wavelengths.
+      tied_embeddings: The head is the embedding, transposed.
+      scale_embeddings: Multiply embedded inputs by √D, as Gemma does and GPT-NeoX and Llama don't,
+        so that one table can serve as input and as head.
+      scan_layers: One block scanned over stacked parameters (compiles fast), not num_layers.
+      remat: What the backward pass recomputes, from nothing to all of a block: "none", "minimal",
+        "attention", "attention_output", "full" or "offload"; see remat.py.
+      dtype: Of activations and products, "float32" or "bfloat16".
+      param_dtype: Of parameters; "float16" for converted models that were published so.
+      attention_backend: Which implementation of attention: "xla" anywhere, "splash" on a TPU,
+        "cudnn" on an NVIDIA GPU, or "auto": the fastest that supports this model here.
     """
 
     embed_dim: int

@@ -31,12 +31,12 @@ class Projection(nn.Module):
     """A matrix product over the last axes of [B, L, …], with a bias if wanted.
 
     Attributes:
-        inputs: the axes summed over.
-        outputs: the axes that replace them.
-        init_std: standard deviation of the initial kernel.
-        use_bias: add a bias, 0 at first.
-        dtype: of the product.
-        param_dtype: of kernel and bias.
+      inputs: The axes summed over.
+      outputs: The axes that replace them.
+      init_std: Standard deviation of the initial kernel.
+      use_bias: Add a bias, 0 at first.
+      dtype: Of the product.
+      param_dtype: Of kernel and bias.
     """
 
     inputs: Axes
@@ -70,11 +70,11 @@ class Norm(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, with a scale.
 
     Attributes:
-        kind: "rmsnorm" or "layernorm".
-        epsilon: added to the mean square, or the variance, before its root.
-        use_bias: add a bias; for LayerNorm only.
-        dtype: of the result.
-        param_dtype: of scale and bias.
+      kind: "rmsnorm" or "layernorm".
+      epsilon: Added to the mean square, or the variance, before its root.
+      use_bias: Add a bias; for LayerNorm only.
+      dtype: Of the result.
+      param_dtype: Of scale and bias.
     """
 
     kind: str
