@@ -21,11 +21,7 @@ def bigram_log_perplexity(
 ) -> float:
     """Mean −log P(target | input) over held-out tokens with loss weight, in nats per token.
 
-    Args:
-      train_rows: A `PackedSplit`.
-      held_out_rows: Another.
-      vocab_size: V.
-      start_id: The input of a segment's first token.
+    Both splits are `PackedSplit`s; `start_id` is the input of a segment's first token.
     """
     codes, counts = np.unique(np.zeros(0, np.int64), return_counts=True)
     for previous_n, target_n in _pairs(train_rows, start_id):

@@ -80,7 +80,7 @@ class Caches:
         ]
 
     def source_of(self, selection: Selection) -> int:
-        """The index of the cache that a selection was made from; InputError if it is none here."""
+        """The index of the cache that a selection was made from; InputError if none of these."""
         caches = list(self.packed.values())
         digest = selection.manifest["cache_digest"]
         for source, cache in enumerate(caches):
@@ -124,19 +124,18 @@ def make_pipeline(
 ) -> InputPipeline:
     """The batches of this process.
 
-    With stage2_rows "unused", stage 2 reads an order of its own from its beginning, epoch by epoch:
-    all rows but those that stage 1 reads of the selection (the first of the selected order, as many
-    as stage 1 consumes), by the same seed, with other caches mixed in. Without a selection
-    nothing changes: the all-rows order repeats no row before it has read all.
+    With stage2_rows "unused", stage 2 reads its own order from the beginning, shuffled by the same
+    seed and mixed with the other caches: all rows except those of the selection that stage 1 reads.
+    Without a selection nothing changes: the order of all rows repeats none before it has read all.
 
     Args:
       config: Batch size, seed, stages and read threads.
       caches: What to read.
-      mesh: Its devices here say which part of every batch this process reads.
+      mesh: This process reads the part of each batch that its devices of the mesh hold.
       selected: Stage 1's rows, of one of the caches; None reads all rows in both stages.
       start: The position to start from.
-      denoising: How rows are denoised; None leaves them as they are.
-      soft_labels: Soft labels of the one cache, which stand for a teacher in stage 1.
+      denoising: How rows are denoised; None leaves them unchanged.
+      soft_labels: Soft labels of the one cache, used in stage 1 instead of a teacher.
 
     Raises:
       InputError: A selection of another cache, or no rows left for stage 2.

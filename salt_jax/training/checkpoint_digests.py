@@ -1,8 +1,8 @@
 """SHA-256 digests of a checkpoint's files: Orbax would load an array with a flipped bit.
 
-STEP/digests.json is written before the checkpoint's folder gets its name, and compared before
-anything is loaded. Of several processes each reads a part of the files: the ones that it wrote, and
-before loading every P-th.
+STEP/digests.json is written before the checkpoint's folder is renamed to STEP, and checked before
+anything is loaded. With P processes, each one digests the files that it wrote, and checks every
+P-th file before loading.
 """
 
 import functools
@@ -22,7 +22,7 @@ from salt_jax.storage.json_files import read_json_object, require_shape
 from salt_jax.storage.manifests import DIGESTS_FILE, file_digest
 from salt_jax.terminal import warn
 
-# Orbax adds it after everything else.
+# Orbax writes it last.
 _MARK = "commit_success.txt"
 
 # The stores that each process writes for itself, and the manifest that merges them.
@@ -36,7 +36,7 @@ def write_digests(
     items: Sequence[str],
     known: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-    """Writes the digests of all files of a checkpoint's items; those that aren't known are read.
+    """Writes the digests of all files of a checkpoint's items; reads the files not yet digested.
 
     Raises:
       InputError: An item is incomplete.
@@ -53,14 +53,13 @@ def write_digests(
 
 
 def own_digests(folder: pathlib.Path, item: str, process: int) -> dict[str, str]:
-    """The digests of the files that a process has written into an item's folder, by the names that
-    they will have in the checkpoint."""
+    """The digests of the files that a process wrote for an item, by their final names."""
     written = _files(folder / f"{_PARTS}{process}")
     return {f"{item}/{path.relative_to(folder)}": file_digest(path) for path in written}
 
 
 def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Writes the digests if a kill came between a checkpoint's name and its digests."""
+    """Writes the digests if a kill came between renaming the checkpoint and writing them."""
     if not (folder / DIGESTS_FILE).exists():
         write_digests(folder, items)
 
@@ -85,10 +84,10 @@ def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
 
 
 def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
-    """The digests of items, whose files the processes of a run divide among them; all must call it.
+    """The digests of items, each process checking a part of the files; all processes must call it.
 
     Raises:
-      InputError: In every process, with what the first of them has found; see `check_digests`.
+      InputError: In every process, with the first error found; see `check_digests`.
     """
     if not jax.distributed.is_initialized():
         return [item_digest(folder, item) for item in items]
@@ -109,8 +108,7 @@ def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
 def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 1) -> str:
     """The SHA-256 (hex) of an item's file names and contents.
 
-    One of several processes checks every `count`-th file, and takes the other files' digests from
-    digests.json.
+    One of `count` processes checks every `count`-th file, and takes the others from digests.json.
 
     Raises:
       InputError: See `check_digests`.
@@ -134,12 +132,12 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
 
 
 def damaged(folder: pathlib.Path, what: str) -> InputError:
-    """The error of a checkpoint that can't be used, which names the older ones."""
+    """The error for a checkpoint that can't be used, which names the older ones."""
     older = [p.name for p in folder.parent.iterdir() if p.name.isdigit() and p != folder]
     steps = ", ".join(sorted(older, key=int))
-    instead = f"use another one ({steps}), deleting {folder} for a run to go on from there"
+    instead = f"use another one ({steps}): to resume a run from there, delete {folder}"
     return InputError(
-        f"The checkpoint {folder} is damaged ({what}): bring back a copy of it"
+        f"The checkpoint {folder} is damaged ({what}): restore a copy of it"
         f"{f', or {instead}' if older else ''}."
     )
 
@@ -152,7 +150,7 @@ def _require_whole(folder: pathlib.Path, item: str) -> None:
 def _known(folder: pathlib.Path) -> dict[str, str]:
     path = folder / DIGESTS_FILE
     if not path.exists():
-        _tell_unchecked(folder.absolute())
+        _warn_unchecked(folder.absolute())
         return {}
     try:
         known = read_json_object(path, "")
@@ -163,8 +161,8 @@ def _known(folder: pathlib.Path) -> dict[str, str]:
 
 
 @functools.cache
-def _tell_unchecked(folder: pathlib.Path) -> None:
-    """Warns once for each checkpoint. Not an error, since runs of older versions are resumed."""
+def _warn_unchecked(folder: pathlib.Path) -> None:
+    """Warns once for each checkpoint; not an error, so that runs of older versions can resume."""
     warn(
         f"{folder} has no {DIGESTS_FILE} (made by an older version, or half-deleted): its files "
         "are not checked."
@@ -172,7 +170,7 @@ def _tell_unchecked(folder: pathlib.Path) -> None:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """An item's files; symbolic links are refused, which no checkpoint has."""
+    """An item's files. Symbolic links are refused: Orbax writes none."""
     found = sorted(folder.rglob("*"))
     if links := [path for path in (folder, *found) if path.is_symlink()]:
         raise damaged(folder.parent, f"{links[0].relative_to(folder.parent)} is a link")

@@ -1,6 +1,6 @@
 """Orbax's handlers of a checkpoint's items, made to work with any characters in the folder's path.
 
-Every item is read back in structure before the checkpoint gets its name.
+Every item is opened again before the checkpoint is complete.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def item_handlers(
     """The handlers that write and read each of ITEMS.
 
     Args:
-      written: Called in every process, in the background, when its part of an item of arrays is
-        written, with the item and the folder that it is written to.
+      written: Called in every process, in the background, with the item and its folder once the
+        process has written its part of an item of arrays.
     """
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ARRAYS:
@@ -59,22 +59,22 @@ def item_handlers(
 
 
 class _ArraysHandler(ocp.StandardCheckpointHandler):
-    """Arrays, read back in structure before the checkpoint is complete."""
+    """Arrays, which are opened again before the checkpoint is complete."""
 
     def __init__(self, written: Callable[[pathlib.Path], None]) -> None:
         super().__init__()
         self._written = written
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        """Starts writing; gives what to wait for in the background."""
+        """Starts writing; returns the futures to wait for in the background."""
         futures = await super().async_save(directory, *args, **kwargs) or []
         folder = pathlib.Path(getattr(directory, "path", directory))
         return [ocp.future.ChainedFuture(futures, lambda: self._written(folder))]
 
     def finalize(self, directory: Any) -> None:
         """Merges the stores of all processes, and reads the result back."""
-        # Orbax finds the stores by directory.glob. That of its own paths takes [, ], * and ? in the
-        # names of folders for patterns, and finds nothing or another run's; pathlib's doesn't.
+        # Orbax finds the stores by directory.glob. Its own paths treat [, ], * and ? in a folder's
+        # name as patterns, and find nothing or another run's files; pathlib's don't.
         super().finalize(pathlib.Path(directory))
         read_back(pathlib.Path(directory))
 
@@ -93,8 +93,8 @@ def read_back(item: pathlib.Path) -> None:
         reason = _first_line(error)
     if reason:
         raise RunFailed(
-            f"What was written to {item} cannot be read back ({reason}): the checkpoint doesn't "
-            "count, and older ones are kept; choose an --output_dir on another disk."
+            f"What was written to {item} cannot be read back ({reason}): the checkpoint is "
+            "discarded and older ones are kept; choose an --output_dir on another disk."
         )
 
 

@@ -26,7 +26,7 @@ _STORE_SECONDS = 10.0
 class Checkpointer:
     """The checkpoints of one run.
 
-    If the disk is too full for a checkpoint, that is reported and the older ones stay.
+    A disk that is too full for a checkpoint is reported, and the older ones stay.
 
     Args:
       run_path: The run's folder.
@@ -72,25 +72,21 @@ class Checkpointer:
     ) -> None:
         """Starts saving; training continues while files are written.
 
-        Args:
-          step: Completed steps.
-          state: The state.
-          progress: What is saved with it.
-          must: Whether to wait for the previous checkpoint, if it is still being written; otherwise
-            this one is skipped then, unless it is to be kept, or there are several processes, which
-            must agree.
+        `step` counts completed steps, and `progress` is saved beside the state. While the previous
+        checkpoint is still being written this one is skipped, unless it is a `must` or to be kept,
+        or there are several processes, which must agree.
         """
         if step in self._manager.all_steps():
             return
         must = must or self._config.keeps(step) or jax.process_count() > 1
         if not must and self._manager.is_saving_in_progress():
             self._report(
-                f"no checkpoint of step {step}: that of step {self._saving} is still being "
-                "written; raise save_every"
+                f"skipped the checkpoint of step {step}: that of step {self._saving} is still "
+                "being written; raise save_every"
             )
             return
         self.wait()
-        with self._going_on():
+        with self._surviving_full_disk():
             self._start(step, state, progress)
 
     def _start(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
@@ -114,7 +110,7 @@ class Checkpointer:
             KeyValueStore().put(key, json.dumps([self._saving, digests]))
 
     def _seal(self) -> None:
-        """Called by Orbax when a checkpoint's files are written, before it gets its name."""
+        """Called by Orbax when a checkpoint's files are written, before the folder is renamed."""
         if jax.process_index() > 0:
             return
         known: dict[str, str] = {}
@@ -144,19 +140,19 @@ class Checkpointer:
         return state, restored["progress"]
 
     def wait(self) -> None:
-        """Returns when every checkpoint is on disk, or was reported to have failed."""
-        with self._going_on():
+        """Waits until every checkpoint is on disk or reported as failed."""
+        with self._surviving_full_disk():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, then frees Orbax's resources."""
-        with self._going_on():
+        with self._surviving_full_disk():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """Reports a full disk, and makes the manager anew, which still counts the lost step."""
+    def _surviving_full_disk(self) -> Iterator[None]:
+        """Reports a full disk, and reopens the manager, which still lists the lost step."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -167,7 +163,7 @@ class Checkpointer:
             newest = self.latest_step()
             self._report(
                 f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: no space left on the "
-                f"disk of {self._folder}. Training goes on, and the newest checkpoint is "
+                f"disk of {self._folder}. Training continues, and the newest checkpoint is "
                 f"{f'that of step {newest}' if newest is not None else 'none'}: make room."
             )
 
@@ -178,7 +174,7 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 
 
 def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
-    """Small chunks, by layer if there are layers, so that a reader need not hold the whole leaf."""
+    """Small chunks, a layer each where layers are stacked, so that leaves can be read in parts."""
     if leaf.nbytes <= _CHUNK_BYTES:
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())

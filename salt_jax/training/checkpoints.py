@@ -2,7 +2,7 @@
 
 Each has three items: `params`, `optimizer` (the rest of the TrainState) and `progress` (JSON:
 model, vocabulary, data position, counters, teacher). A teacher or scorer is loaded from `params`
-and `progress` alone. A step's folder gets its name only when it is complete.
+and `progress` alone. A step's folder is renamed to STEP only when it is complete.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class CheckpointConfig:
       save_every: Steps between checkpoints; 0 saves only keep_steps and the last step.
       keep_last: How many of the newest to keep.
       keep_every: Also keep steps that are multiples of this; 0 keeps none.
-      keep_steps: Steps to save and keep in any case (the scorer's early checkpoint, say).
+      keep_steps: Steps that are always saved and kept (the scorer's early checkpoint, say).
     """
 
     save_every: int = 1000
@@ -66,16 +66,16 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A model in a checkpoint, not loaded yet.
+    """A model in a checkpoint, whose parameters are not loaded yet.
 
     Attributes:
       path: The run's folder on disk.
       step: The checkpoint's step.
       config: The model.
-      vocabulary_fingerprint: Of the tokenizer it was trained with.
+      vocabulary_fingerprint: The fingerprint of the tokenizer that it was trained with.
       digest: SHA-256 of the checkpoint's parameter files.
       counters: The cost of its training so far (`ledger.Counters`); empty if unknown.
-      url: The bucket's folder that `path` is a copy of, or "".
+      url: The bucket's folder that `path` is a local copy of, or "".
     """
 
     path: pathlib.Path
@@ -100,8 +100,8 @@ class SavedModel:
         folder = self.path / VOCABULARY_FOLDER
         if not folder.exists():
             raise InputError(
-                f"{self.path} has no {VOCABULARY_FOLDER}/: copy that folder of the cache that the "
-                "model was trained on into it."
+                f"{self.path} has no {VOCABULARY_FOLDER}/: copy that folder into it from the cache "
+                "that the model was trained on."
             )
         vocabulary = load_vocabulary(folder)
         if vocabulary.fingerprint != self.vocabulary_fingerprint:
@@ -145,8 +145,8 @@ def find_model(
       path: The run's folder, or its URL in a bucket, from which only this checkpoint is copied.
       step: The checkpoint's step; None is the newest.
       role: What the model is for ("teacher"), for errors.
-      cache: The cache whose rows it is to read, if that is to be checked. Its vocabulary may have
-        more reserved ids than the model's.
+      cache: The cache to check it against, if any: the model must be able to read its rows. The
+        cache's vocabulary may have more reserved ids than the model's.
 
     Raises:
       InputError: No such folder, no checkpoint in it, no such step, another vocabulary than the
@@ -157,8 +157,8 @@ def find_model(
     flag = flags.get(role, f"--{role}_step")
     if url and step is None and jax.process_count() > 1:
         raise InputError(
-            f"{role} is {url}, whose newest checkpoint may be another one for each of several "
-            f"processes: name it with {flag}."
+            f"{role} is {url}, whose newest checkpoint may differ between this run's processes: "
+            f"name one with {flag}."
         )
     path = _run_path(local_run(url, step) if url else path, role)
     folder = path / CHECKPOINTS_FOLDER
@@ -176,7 +176,7 @@ def find_model(
     model = SavedModel(
         path=path,
         step=step,
-        # Attention that suits these devices, not those that it was trained on.
+        # Attention for these devices, not those that it was trained on.
         config=dataclasses.replace(
             DecoderConfig.from_json(progress["model"]), attention_backend="auto"
         ),
@@ -194,7 +194,7 @@ def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
     """The run's folder, which has checkpoints."""
     name = "name the output folder of a `salt train` run"
     if not str(path):
-        raise InputError(f"{role} is an empty text: {name}.")
+        raise InputError(f"{role} is empty: {name}.")
     path = pathlib.Path(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
         require_path(path)
@@ -231,7 +231,7 @@ def complete_steps(path: pathlib.Path) -> list[int]:
 
 
 def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
-    """Refuses rows that a model cannot read, or whose tokens are not its own.
+    """Refuses a cache whose rows a model cannot read.
 
     Raises:
       InputError: Rows longer than the model takes, or another vocabulary.
@@ -242,7 +242,7 @@ def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
             f"{model.path} takes {model.config.max_length}: prepare shorter rows."
         )
     if model.vocabulary_fingerprint != cache.vocabulary_fingerprint:
-        # Stored rows have no reserved ids: a Pythia reads the rows of a UL2 run's cache.
+        # Rows on disk have no reserved ids, so a Pythia can read those of a UL2 run's cache.
         kept = (model.path / VOCABULARY_FOLDER).exists()
         if kept and cache.vocabulary.extends(model.load_vocabulary()):
             return

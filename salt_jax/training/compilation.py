@@ -11,23 +11,23 @@ DEFAULT_FOLDER = "~/.cache/salt_jax/programs"
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (~ is the home folder); an empty name keeps none.
+    """Keeps compiled programs in `folder`; an empty name keeps none.
 
-    Warns once if the folder cannot be written, and keeps none.
+    A folder that cannot be written gives a warning, once, and keeps none.
     """
     if not folder:
         return
     try:
         path = writable(folder)
     except OSError as error:
-        _tell_not_kept(folder, str(error.strerror))
+        _warn_not_kept(folder, str(error.strerror))
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @functools.cache
-def _tell_not_kept(folder: str, reason: str) -> None:
+def _warn_not_kept(folder: str, reason: str) -> None:
     warn(
         f"{folder} cannot be written ({reason}): programs are compiled again in each run; "
         "set --compilation_cache to a folder that can be written, or to nothing."

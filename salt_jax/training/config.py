@@ -1,6 +1,6 @@
 """The settings of a training run: one tree of dataclasses for `salt train` and `salt plan`.
 
-gin files bind them in blocks, of which a fork changes a line:
+A gin file has a block for each group, so that a variant of a run changes a line:
 
     config.Method:
       arm = 'salt'
@@ -25,7 +25,7 @@ from salt_jax.training.optimizers import Optimizer
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 STAGE2_ROWS = ("all", "unused")
 
-# The gin files that error messages name for settings that no flag can make.
+# The gin files that error messages suggest for settings that flags cannot make.
 FROM_FILES = {
     "optimizer": "runs/pretrain.gin",
     "learning_rate": "runs/pretrain.gin",
@@ -42,15 +42,15 @@ class Data:
     Attributes:
       cache: A folder made by `salt prepare`; several are mixed (repeat the flag).
       batch_size: B, rows of the global batch; may change when a run is resumed.
-      weights: Each cache's share of the rows read; only proportions matter. By default its number
-        of rows, so that all caches end their epochs together.
+      weights: Each cache's share of the rows read; only proportions matter. By default the caches'
+        numbers of rows, so that all end their epochs together.
       selection: A folder made by `salt select`: stage 1 reads only its rows (SALT_DS).
       selection_steps: Steps that read the selection; stage 1's by default. Set it to read selected
         rows without a teacher.
-      stage2_rows: "all", or "unused": stage 2 leaves out the rows that stage 1 read of a selection,
+      stage2_rows: "all", or "unused": stage 2 skips the rows of the selection that stage 1 read,
         and reads the others in an order of its own.
       objectives: Training objectives, UL2's mixture for example; None is next-token prediction.
-      seed: Of the order of rows; arms that are to be compared share it.
+      seed: Seed of the order of rows; arms that are compared should share it.
       read_threads: Threads that read batches ahead.
     """
 
@@ -78,11 +78,11 @@ class Teacher:
     Attributes:
       path: The folder of its run.
       step: Its checkpoint; the newest by default.
-      dtype: Of its parameters in memory, "bfloat16" for example; as saved by default.
-      objectives: "causal" for a teacher trained on next tokens alone: ω is 0 on all other rows.
-        "all" lets it teach every row.
-      rules: Logical-axis rules for its parameters, which have no gradients or optimizer state and
-        so may fit whole where the student's don't; the student's by default.
+      dtype: Dtype of its parameters in memory, such as "bfloat16"; as saved by default.
+      objectives: "all" teaches every row; "causal", for a teacher trained on next-token prediction
+        alone, sets ω to 0 on denoised rows.
+      rules: Logical-axis rules for its parameters; the student's by default. Without gradients and
+        optimizer state they may fit whole on each device where the student's don't.
     """
 
     path: str | None
@@ -113,7 +113,7 @@ class Method:
       schedule: ω by step: which steps have a teacher, and how much it counts.
       loss: Temperatures, divergence, z-loss.
       teacher: The model that teaches in stage 1.
-      soft_labels: A folder made by `salt score --soft_labels=K`, instead of a teacher.
+      soft_labels: A folder made by `salt score --soft_labels=K`, used instead of a teacher.
     """
 
     arm: str
@@ -129,7 +129,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """A trained model to start from, instead of a random initialization.
+    """A trained model whose parameters training starts from.
 
     Attributes:
       path: The folder of its run.
@@ -148,8 +148,8 @@ class Devices:
       mesh: Devices along each mesh axis.
       rules: Logical-axis rules: from the model's axes to the mesh's.
       microbatches: Parts of a batch computed one after the other, to save memory.
-      stage1_microbatches: The same for stage 1, where the teacher needs memory; microbatches if
-        None.
+      stage1_microbatches: Microbatches in stage 1, where the teacher needs memory; by default the
+        same as microbatches.
       compilation_cache: A folder that keeps compiled programs between runs; "" keeps none.
     """
 
@@ -192,17 +192,16 @@ class TrainConfig:
       method: The arm: schedule, loss, teacher.
       optimizer: The optimizer and its learning rate.
       steps: Updates of the whole run.
-      model: The student; by default it has the initial model's shape. An unset vocab_size is the
-        cache's.
+      model: The student; the initial model's shape by default. An unset vocab_size is the cache's.
       initial: A model to start from.
       devices: The mesh, microbatches and the compilation cache.
       evaluation: When to evaluate.
       checkpoints: When to save, what to keep.
-      seed: Of the student's initialization.
+      seed: Seed of the student's initialization.
       log_every: Steps between lines of metrics.
       max_skipped_updates: Non-finite updates to skip before the run fails.
-      hang_seconds: A wait longer than this, for rows, a device or a checkpoint, prints the stacks
-        of all threads; 0 is never.
+      hang_seconds: A longer wait for rows, a device or a checkpoint prints the stacks of all
+        threads; 0 for never.
     """
 
     data: Data

@@ -1,9 +1,8 @@
 """Checkpoints written and read in pieces, for models that don't fit in memory.
 
-Written checkpoints have no optimizer and are otherwise like a run's; the parameters of any
-checkpoint can be opened without reading them. Orbax asks a handler to write and read the leaves of
-a type: the one here writes an array's chunks in order, each made when its turn comes, and reads
-rows when they are asked for.
+`save_streamed` writes a checkpoint without an optimizer, otherwise like a run's; `open_parameters`
+opens the parameters of any checkpoint without reading them. Both are an Orbax type handler that
+writes an array chunk by chunk as its values are computed, and reads rows on demand.
 """
 
 import itertools
@@ -26,12 +25,12 @@ from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training.checkpoint_digests import write_digests
 from salt_jax.training.checkpoint_items import read_back, reading
 
-# Of the arrays' files: small beside a tensor, and large enough that a model has some hundreds.
+# Bytes of an array's chunk: small compared to a tensor, but only some hundreds for a model.
 _CHUNK_BYTES = 4 << 20
 
 
 class StreamedParameter(Protocol):
-    """A parameter whose values are made on demand; its first axis is layers, or ids."""
+    """A parameter whose values are computed on demand; its first axis is layers or ids."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -49,8 +48,10 @@ def save_streamed(
     parameters: Mapping[Path, StreamedParameter],
     progress: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint of parameters by path in the tree; it gets its name when it is complete.
-    `progress` has at least model, vocabulary_fingerprint and counters."""
+    """Writes a checkpoint atomically, from its parameters by path in the tree.
+
+    `progress` has at least model, vocabulary_fingerprint and counters.
+    """
     leaves = {path: _Leaf(parameter) for path, parameter in parameters.items()}
     handler = ocp.CompositeCheckpointHandler(
         params=_TreeHandler(), progress=ocp.JsonCheckpointHandler()
@@ -70,7 +71,7 @@ def save_streamed(
 def open_parameters(
     run_path: pathlib.Path, step: int, paths: Iterable[Path]
 ) -> dict[Path, StreamedParameter]:
-    """The parameters of a checkpoint by their paths in the tree, not read yet."""
+    """The parameters of a checkpoint by path in the tree, to be read on demand."""
     folder = (run_path / CHECKPOINTS_FOLDER / str(step)).absolute()
     tree = traverse_util.unflatten_dict(dict.fromkeys(paths, 0))
     restore_args = traverse_util.unflatten_dict(
@@ -85,7 +86,7 @@ def open_parameters(
 
 
 class _Leaf:
-    """What Orbax asks of an array, without its values."""
+    """The attributes of an array that Orbax reads, without its values."""
 
     def __init__(self, parameter: StreamedParameter) -> None:
         self.read = parameter.read
@@ -95,7 +96,7 @@ class _Leaf:
 
 
 class _Stored:
-    """An array of a checkpoint, which keeps the chunks that were read last."""
+    """An array of a checkpoint, with a cache of the chunks read last."""
 
     def __init__(self, array: tensorstore.TensorStore) -> None:
         self._array = array
@@ -119,7 +120,7 @@ class _Stored:
 
 
 class _LeafHandler(type_handlers.TypeHandler):
-    """Arrays in folders of their own, as Orbax writes them without OCDBT."""
+    """Stores each array in its own folder, as Orbax does without OCDBT."""
 
     def typestr(self) -> str:
         return "np.ndarray"  # what the checkpoint's metadata says
@@ -159,12 +160,12 @@ class _TreeHandler(ocp.PyTreeCheckpointHandler):
 
 @ocp.args.register_with_handler(_TreeHandler, for_save=True)
 class _TreeSave(ocp.args.PyTreeSave):
-    """Orbax picks the handler by it."""
+    """Selects the handler in Orbax."""
 
 
 @ocp.args.register_with_handler(_TreeHandler, for_restore=True)
 class _TreeRestore(ocp.args.PyTreeRestore):
-    """Orbax picks the handler by it."""
+    """Selects the handler in Orbax."""
 
 
 async def _write_all(values: Sequence[_Leaf], infos: Sequence[type_handlers.ParamInfo]) -> None:
@@ -185,7 +186,7 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
-            # No fill value, so that chunks of zeros are written: Orbax takes missing ones for lost.
+            # No fill value, so that chunks of zeros are written: Orbax treats missing ones as lost.
             "metadata": {"compressor": {"id": "zstd", "level": 1}},
         },
         create=True,
@@ -198,7 +199,7 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         values = leaf.read(rows)
         for block in _blocks(leaf.shape[1:], chunk[1:]):
             await array[(rows, *block)].write(values[(slice(None), *block)])
-        del values  # before more is made
+        del values  # before the next ones are computed
 
 
 async def _open(info: type_handlers.ParamInfo) -> tensorstore.TensorStore:

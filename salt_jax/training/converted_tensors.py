@@ -1,6 +1,6 @@
-"""Import and export of a model's tensors, one at a time, by the architecture's rules.
+"""Import and export of a model's tensors, one at a time, by the rules of its family.
 
-Values that are not finite, or will not be in the target dtype, are refused.
+Values that are not finite, or overflow the target dtype, are refused.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from salt_jax.training.converted_checkpoints import StreamedParameter, open_para
 
 
 def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
-    """The digest of a model's files, for which all of them are read and checked.
+    """Reads and checks a model's files, and returns their digest.
 
     Raises:
       InputError: A tensor has values that are not finite, or that the dtype can't hold.
@@ -88,7 +88,7 @@ def tensors_of(
       InputError: A tensor has values that are not finite, or that the dtype can't hold.
     """
     config, where = saved.config, f"{saved.path} (step {saved.step})"
-    # Popped when their turn comes, so that what they have read is freed.
+    # Each parameter is popped when it is used, which frees the chunks that it has read.
     parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
     for rule in rules:
         if not rule.in_layers:
@@ -109,7 +109,7 @@ def tensors_of(
 
 
 def tables_of(config: DecoderConfig, rules: list[Rule]) -> list[str]:
-    """The tensors with a row for each id: the embedding, then the head."""
+    """The names of the tensors with a row for each id: the embedding, then the head."""
     outside = {rule.tensor for rule in rules if not rule.in_layers}
     shape = (config.padded_vocab_size, config.embed_dim)
     return [name for name, its in tensor_shapes(config, rules) if name in outside and its == shape]

@@ -26,10 +26,10 @@ class Quality:
     Attributes:
       log_perplexity: Mean −log p of the next token, nats per token.
       next_token_accuracy: Share of tokens that the model ranks first, 0 to 1.
-      bits_per_byte: The loss in bits over the UTF-8 bytes of the tokens, which compares models of
-        different vocabularies; NaN without bytes.
+      bits_per_byte: The loss in bits over the UTF-8 bytes of the tokens, comparable between
+        vocabularies; NaN without bytes.
       tokens: Tokens with loss weight.
-      bytes: Their bytes; an end of document has none.
+      bytes: Their UTF-8 bytes; an end of document has none.
     """
 
     log_perplexity: float
@@ -40,7 +40,7 @@ class Quality:
 
     @classmethod
     def of(cls, sums_4: np.ndarray) -> "Quality":
-        """From sums over tokens: of nats, of right predictions, of weights and of bytes."""
+        """From sums over tokens of nats, correct predictions, weights and bytes."""
         loss, correct, weight, size = (float(x) for x in sums_4)
         return cls(
             loss / max(weight, 1.0),
@@ -75,11 +75,11 @@ class Evaluator:
 
     Args:
       config: The model.
-      caches: A cache, or several of one vocabulary by name, which count as one; the subsets of
+      caches: A cache, or several of one vocabulary by name, evaluated as one; the subsets of
         several are named CACHE/SUBSET.
       split: "validation" or "test".
       batch_size: Rows at once, rounded up to a multiple of what the mesh divides a batch by.
-      mesh: Where the parameters are.
+      mesh: The mesh of the parameters.
       rules: Logical-axis rules.
       rows: The first rows of each cache's split to read; all by default.
       chunk_tokens: Tokens whose logits a device holds at once.
@@ -133,7 +133,7 @@ class Evaluator:
         return EvaluationResult(Quality.of(whole_4), by_subset)
 
     def _sums_of(self, params: Any, cache: PackedCache, rows: int | None) -> np.ndarray:
-        """float64 [4, S] over one cache; among several processes each reads its part of a batch."""
+        """float64 [4, S] over one cache; each process reads its part of a batch."""
         part = partitioning.batch_part(self._mesh)
         split, start_id = cache.split(self._split), cache.start_id
         batches = input_pipeline.in_order(split, self._batch_size, start_id, rows, *part)

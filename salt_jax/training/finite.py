@@ -22,10 +22,7 @@ class NotFiniteError(InputError):
 
 
 def require_finite(params: Any, mesh: Mesh, checkpoint: pathlib.Path) -> None:
-    """Raises NotFiniteError if parameters on the mesh are NaN or infinite, with their names.
-
-    `checkpoint` is where they come from.
-    """
+    """Raises NotFiniteError if parameters on the mesh, loaded from a checkpoint, are not finite."""
     whole = partitioning.replicated(mesh)
     are_finite = np.asarray(jax.jit(_are_finite, out_shardings=whole)(params))
     broken = [
@@ -38,7 +35,7 @@ def require_finite(params: Any, mesh: Mesh, checkpoint: pathlib.Path) -> None:
     if broken:
         more = f" and {len(broken) - _MOST_NAMED} more" if len(broken) > _MOST_NAMED else ""
         raise NotFiniteError(
-            f"The checkpoint {checkpoint} has numbers that are not finite, in "
+            f"The checkpoint {checkpoint} has values that are not finite, in "
             f"{', '.join(broken[:_MOST_NAMED])}{more}: use another one."
         )
 

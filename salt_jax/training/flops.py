@@ -20,8 +20,8 @@ Hardware FLOPs add what the backward pass of a block recomputes, by remat policy
     full, offload      all those and the mixing of values: the block's forward pass without `down`,
                        whose result the backward pass doesn't use
 
-The last line turns 6 · N into about 8 · N. The head is never recomputed. A fused attention kernel
-recomputes q·k under every policy and skips what is masked out: these numbers have neither.
+With full or offload 6 · N becomes about 8 · N. The head is never recomputed. A fused attention
+kernel recomputes q·k under every policy and skips what is masked out: neither is counted.
 """
 
 import types
@@ -65,7 +65,7 @@ _COMPUTED_AGAIN: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
 
 
 def forward_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
-    """Model FLOPs of one token's forward pass, head included: teacher, scoring, evaluation."""
+    """Model FLOPs of one token's forward pass, head included."""
     attention = 4 * config.num_layers * config.num_heads * config.head_width * sequence_length
     return float(2 * config.num_matmul_parameters + attention)
 
@@ -93,7 +93,7 @@ def hardware_train_flops_per_token(config: DecoderConfig, sequence_length: int) 
 def device_peak_flops(device_kind: str) -> float | None:
     """Published dense bfloat16 peak of a jax.Device.device_kind, FLOP/s; None if unknown.
 
-    The longest known name that the kind begins with decides: "NVIDIA H100 80GB HBM3" is an H100.
+    The longest known name that is a prefix of the kind counts: "NVIDIA H100 80GB HBM3" is an H100.
     """
     known = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
     return _PEAK_FLOPS[max(known, key=len)] if known else None

@@ -1,6 +1,6 @@
 """Reports a run that hangs: what it waits for, and the stack of every thread, on stderr.
 
-The run keeps waiting, since it may only be slow.
+The run is not stopped, since it may only be slow.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-_LOOKS = 10  # per `seconds`
+_CHECKS = 10  # per `seconds`
 
 
 class HangWatch:
@@ -37,7 +37,7 @@ class HangWatch:
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
-        """Surrounds a wait for `what` ("the input pipeline")."""
+        """A context around a wait for `what` ("the input pipeline")."""
         self._waiting = what, time.monotonic()
         try:
             yield
@@ -46,7 +46,7 @@ class HangWatch:
 
     def _watch(self) -> None:
         reported = None
-        while not self._ended.wait(self._seconds / _LOOKS):
+        while not self._ended.wait(self._seconds / _CHECKS):
             waiting = self._waiting
             if waiting is None or waiting is reported:
                 continue

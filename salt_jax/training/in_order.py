@@ -24,15 +24,7 @@ def over_batches(
 ) -> Iterator[tuple[Batch, Any]]:
     """Runs a jitted function (params, batch) → arrays over batches, one ahead of what it yields.
 
-    Args:
-      program: The function.
-      params: On the mesh.
-      batches: On the host; see `input_pipeline.in_order`.
-      mesh: Where to compute.
-      rules: Logical-axis rules.
-
-    Yields:
-      Each batch and its result, both on the host.
+    `params` are on the mesh. Yields each batch and its result, both on the host.
     """
     pending: tuple[Batch, Any] | None = None
     for batch in batches:
@@ -55,7 +47,7 @@ def ranks_of_batch(
     chunk_tokens: int,
     entropy: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """`chunked_loss.target_ranks` of a model on a batch; to be traced within a program."""
+    """`chunked_loss.target_ranks` of a model on a batch, inside a jitted program."""
     return chunked_loss.target_ranks(
         decoder.hidden_states(config, params, batch),
         decoder.head_kernel(params, config),
@@ -69,6 +61,6 @@ def ranks_of_batch(
 
 
 def rounded_up(batch_size: int, mesh: Mesh) -> int:
-    """The batch size, rounded up to a multiple of what the mesh divides a batch by."""
+    """The batch size, rounded up to a multiple of the devices that the mesh splits a batch over."""
     divisor = partitioning.batch_divisor(mesh)
     return -(-batch_size // divisor) * divisor

@@ -1,4 +1,4 @@
-"""Learning-rate schedules. One of your own needs only `schedule` (docs/extending.md)."""
+"""Learning-rate schedules. Your own needs only a method `schedule` (docs/extending.md)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,7 @@ class LearningRate(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConstant:
-    """Linear warm-up, then the peak.
-
-    Attributes:
-      peak: The rate after the warm-up.
-      warmup_steps: Steps from 0 to the peak.
-    """
+    """Linear warm-up from 0 to `peak` in `warmup_steps`, then constant."""
 
     peak: float
     warmup_steps: int = 0
@@ -37,7 +32,7 @@ class WarmupConstant:
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate as a function of the step."""
         warm = optax.linear_schedule(0.0, self.peak, max(self.warmup_steps, 1))
-        # It counts from 1, since a step of rate 0 would be wasted.
+        # The warm-up counts from 1, since a step of rate 0 would be wasted.
         warm_from_1: Callable[[Any], Any] = lambda i: warm(i + 1)  # noqa: E731
         return optax.join_schedules([warm_from_1, self._after(steps)], [self.warmup_steps])
 
@@ -76,7 +71,7 @@ class WarmupStableDecay(WarmupConstant):
 
     Attributes:
       final: The rate at the run's last step.
-      decay_fraction: The decay's share of the run's steps; a tenth in the source.
+      decay_fraction: The decay's share of the run's steps; a tenth in the paper.
       power: 1 decays linearly; 0.5 by 1 - √x, which did better in arXiv 2405.18392.
     """
 

@@ -1,4 +1,4 @@
-"""The cost of a run: counters of FLOPs, tokens and seconds, and metrics averaged over steps."""
+"""Cost counters of a run (FLOPs, tokens, seconds), and metrics averaged over steps."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import flops
 
-# The losses' sums that metrics.jsonl has under another name.
+# Names in metrics.jsonl of the losses' sums, where they differ.
 _NAMES = {"hard": "log_perplexity", "correct": "next_token_accuracy", "soft": "soft_loss"}
 
 
@@ -21,10 +21,7 @@ _NAMES = {"hard": "log_perplexity", "correct": "next_token_accuracy", "soft": "s
 class Cost:
     """The cost of passing some rows through a model once.
 
-    Attributes:
-      flops: Model FLOPs.
-      tokens: Tokens read, with or without loss weight.
-      seconds: Wall time, compilation included.
+    FLOPs are model FLOPs, tokens count with or without loss weight, seconds include compilation.
     """
 
     flops: float = 0.0
@@ -46,7 +43,7 @@ class Cost:
 
 @dataclasses.dataclass
 class Counters:
-    """The cost of a run from its step 0 on, over all restarts; part of every checkpoint.
+    """The cost counters of a run since step 0, over all restarts; saved in every checkpoint.
 
     FLOPs are model FLOPs (`training/flops.py`); tokens count with or without loss weight.
 
@@ -56,12 +53,12 @@ class Counters:
       scoring_flops: Scoring every row of the split for the run's selection, and the teacher's pass
         for its stored soft labels.
       evaluation_flops: Evaluations on held-out rows.
-      stage1_tokens, stage2_tokens: Trained on in each stage.
-      scoring_tokens, evaluation_tokens: Read by scoring and evaluation.
-      stage1_seconds, stage2_seconds: Spent in each stage's steps.
+      stage1_tokens, stage2_tokens: Tokens trained on in each stage.
+      scoring_tokens, evaluation_tokens: Tokens read by scoring and evaluation.
+      stage1_seconds, stage2_seconds: Time of each stage's steps.
       scoring_seconds: As `salt score` measured them, on its own machine.
-      evaluation_seconds: Spent in evaluations.
-      compile_seconds: Spent compiling before the first step.
+      evaluation_seconds: Time of evaluations.
+      compile_seconds: Time to compile before the first step.
     """
 
     student_flops: float = 0.0
@@ -83,7 +80,7 @@ class Counters:
         """The counters of a checkpoint, which an error names as `where`.
 
         Raises:
-          InputError: The counters are another version's.
+          InputError: Another version of salt_jax saved the counters.
         """
         expected = cls.__dataclass_fields__.keys()
         if saved.keys() != expected:
@@ -116,7 +113,7 @@ class Counters:
 
 
 def known_cost(saved: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`Counters.to_json` of a checkpoint's counters; None if it has none, or another version's."""
+    """`Counters.to_json` of a checkpoint's counters; None for none, or those of other versions."""
     if saved.keys() != Counters.__dataclass_fields__.keys():
         return None
     return Counters(**saved).to_json()
@@ -126,11 +123,11 @@ class Ledger:
     """Counts the cost of steps as their metrics arrive, and averages these over a window.
 
     Args:
-      student: Of the student in a step.
-      teacher: Of the teacher in a step of stage 1.
-      evaluation: Of an evaluation; its seconds are measured.
-      scoring: Of the run's selection and soft labels, spent before it began.
-      peak_flops: Of all devices together, FLOP/s; None if unknown.
+      student: The student's cost in a step.
+      teacher: The teacher's cost in a step of stage 1.
+      evaluation: An evaluation's cost; its seconds are measured.
+      scoring: The cost of the run's selection and soft labels.
+      peak_flops: Peak of all devices together, FLOP/s; None if unknown.
     """
 
     def __init__(
@@ -154,7 +151,7 @@ class Ledger:
         self._mark = time.perf_counter()
 
     def start_clock(self) -> None:
-        """Starts timing the next step; to be called after anything that is not a step."""
+        """Starts timing the next step; call it after anything that is not a step."""
         self._mark = time.perf_counter()
 
     @contextlib.contextmanager
@@ -174,7 +171,7 @@ class Ledger:
         self.counters.evaluation_tokens += self._evaluation.tokens
 
     def add(self, metrics: Mapping[str, Any], stage: int) -> None:
-        """Counts a finished step of a stage, whose metrics are on the host."""
+        """Counts a finished step of a stage; its metrics are on the host."""
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         student_flops = self._student.flops
@@ -195,8 +192,8 @@ class Ledger:
     def close_window(self) -> dict[str, Any]:
         """A record of metrics: means over the steps since the last record, and the counters.
 
-        MFU is the model FLOPs of student and teacher in these steps over what all devices could
-        have computed in their time; None if the devices' peak is unknown.
+        MFU is the model FLOPs of student and teacher over the peak of all devices, in these steps;
+        None if the peak is unknown.
         """
         last, steps, seconds = self._window[-1], len(self._window), self._window_seconds
         means = {
@@ -218,7 +215,7 @@ class Ledger:
 
 
 def _mean(window: list[Mapping[str, Any]], name: str) -> float:
-    """The mean over steps; a teacher's values are weighted by its share of each step's tokens."""
+    """The mean over steps; the teacher's metrics are weighted by the tokens it taught."""
     found = [metrics for metrics in window if name in metrics]
     values = [float(metrics[name]) for metrics in found]
     if name not in losses.TEACHER_VALUES:

@@ -1,4 +1,4 @@
-"""The training loop, from a run's newest checkpoint or its beginning to its last step.
+"""The training loop: from step 0 or a run's newest checkpoint to its last step.
 
 Stage 1 runs the distilling program, stage 2 the plain one; at the switch the teacher's memory is
 freed and nothing else changes. A step is one update of the parameters, numbered from 0; `step` in
@@ -38,24 +38,24 @@ from salt_jax.training.train_step import (
 )
 
 Batch = Mapping[str, np.ndarray]
-# A step that was dispatched: completed steps with it, and its metrics on the devices.
+# A dispatched step: the number of completed steps including it, and its metrics on the devices.
 Pending = tuple[int, Any]
 
 
 @dataclasses.dataclass
 class Loop:
-    """One run of `salt train`: its settings, and the inputs that they name, opened and checked.
+    """One run of `salt train`: its settings, and its opened and checked inputs.
 
     Attributes:
-      folder: The run's folder; made by the caller before `run`.
+      folder: The run's folder, made by the caller before `run`.
       config: The settings.
       layout: The student's state over the mesh.
-      pipeline: The batches, from the newest checkpoint's position on.
+      pipeline: The batches, starting at the newest checkpoint's position.
       sequence_length: L, tokens a row.
-      evaluator: For the validation split of every cache.
+      evaluator: Evaluates on the validation split of every cache.
       origin: The inputs as checkpoints record them; see `origin.origin_of`.
-      scoring: What was spent on the selection and the soft labels.
-      teacher: The frozen model of stage 1; None without, or when stage 1 is over.
+      scoring: The cost of the selection and the soft labels.
+      teacher: The frozen model of stage 1; None without one, or when stage 1 is over.
       initial: The state to start from; None initializes one from the seed.
     """
 
@@ -86,13 +86,10 @@ class Loop:
         )
 
     def run(self) -> dict[str, Any]:
-        """Trains to the last step.
-
-        Returns:
-          The run's results, for summary.json.
+        """Trains to the last step, and returns the results for summary.json.
 
         Raises:
-          Interrupted: SIGTERM or SIGINT came; the state is saved.
+          Interrupted: The run was asked to stop by a signal; the state is saved.
           RunFailed: More non-finite updates than allowed, or a model whose losses are not finite.
         """
         config, waiting_for = self.config, self._watch.waiting_for
@@ -127,7 +124,7 @@ class Loop:
         batches: Iterator[Batch],
         stop: StopRequests,
     ) -> dict[str, Any]:
-        """Runs the steps; the run's results."""
+        """Runs the steps, and returns the run's results."""
         last = self.config.steps
         evaluation: EvaluationResult | None = None
         pending: Pending | None = None
@@ -164,7 +161,7 @@ class Loop:
         return self._summary(state, evaluation)
 
     def _start(self) -> tuple[int, TrainState]:
-        """The steps completed and the newest checkpoint's state, or a fresh one."""
+        """The completed steps and the state of the newest checkpoint, or 0 and an initial state."""
         step, start = self._checkpointer.latest_step() or 0, self.pipeline.start
         assert start.step == step, f"a pipeline from {start} for a run at step {step}"
         if not step:
@@ -184,7 +181,7 @@ class Loop:
         return step, state
 
     def _compile(self) -> Programs:
-        """Both programs, or the plain one alone when stage 1 is over."""
+        """Compiles both programs, or the plain one alone when stage 1 is over."""
         teacher, labels = self.teacher, self.pipeline.soft_labels
         return compile_programs(
             self.layout,
@@ -199,15 +196,15 @@ class Loop:
         )
 
     def _compile_the_rest(self, state: TrainState) -> None:
-        """Runs what would otherwise be compiled at its first use, while the devices wait."""
+        """Compiles the evaluation and the learning rates, so that no step waits for them later."""
         self.evaluator(state.params, rows=1)
-        # Asked step by step, the schedule would run on the devices, behind the steps in flight.
+        # Computed step by step, the schedule would queue on the devices behind the steps in flight.
         schedule = self.config.optimizer.learning_rate.schedule(self.config.steps)
         rates = jax.jit(schedule)(np.arange(self.config.steps, dtype=np.int32))
         self._learning_rates = np.broadcast_to(np.asarray(rates), (self.config.steps,))
 
     def _stage_of(self, step: int) -> int:
-        """1 while the teacher runs, then 2."""
+        """The stage of a step: 1 with the teacher, then 2."""
         return 1 if step < self.config.stage1_steps else 2
 
     def _step(
@@ -235,7 +232,7 @@ class Loop:
             metrics = jax.device_get(metrics)
         config, stage = self.config, self._stage_of(done - 1)
         self._ledger.add(metrics, stage)
-        # The learning rate counts the updates that were applied, as the optimizer does.
+        # The learning rate counts applied updates, as the optimizer does.
         rate_step = done - 1 - self._skipped
         self._skipped = int(metrics["skipped_updates"])
         if self._skipped > config.max_skipped_updates:

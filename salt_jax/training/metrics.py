@@ -13,8 +13,8 @@ from typing import Any
 from salt_jax.storage.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
 from salt_jax.terminal import warn
 
-# Where torch is installed tensorboardX imports it, for graphs that are not used here; that would be
-# half of the time that a command takes to start.
+# tensorboardX imports torch if it is installed, for graphs that are not used here. That would
+# double the time that a command takes to start.
 _torch_is_there = "torch" in sys.modules
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 import tensorboardX  # noqa: E402
@@ -26,9 +26,7 @@ if not _torch_is_there:
 class MetricWriter:
     """Appends records to RUN/metrics.jsonl and their numbers to RUN/tensorboard/.
 
-    Args:
-      run_path: The run's folder.
-      writes: False drops all records, on all processes but the first.
+    With `writes` False, as in all processes but the first, records are dropped.
     """
 
     def __init__(self, run_path: pathlib.Path, writes: bool = True) -> None:
@@ -38,7 +36,7 @@ class MetricWriter:
         self._path = run_path / METRICS_FILE
         if self._path.exists():
             _drop_half_a_line(self._path)
-        # Unbuffered, so that what a full disk refuses isn't kept to be refused again.
+        # Unbuffered, so that a line that a full disk refuses isn't written again.
         self._file = self._path.open("ab", buffering=0)
         self._events = tensorboardX.SummaryWriter(str(run_path / TENSORBOARD_FOLDER))
 
@@ -49,9 +47,9 @@ class MetricWriter:
                 self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def _append(self, line: str) -> bool:
-        """Appends a line, whole or not at all; whether events are written too.
+        """Appends a whole line or nothing; returns whether to write events, too.
 
-        After the disk was full once no events are written any more.
+        Once the disk has been full, no more events are written.
         """
         size, text = self._path.stat().st_size, line.encode()
         try:
@@ -62,13 +60,13 @@ class MetricWriter:
                 raise
         os.truncate(self._path, size)
         if not self._disk_was_full:
-            sentence = f"THE DISK IS FULL: {self._path} lacks lines from here on"
-            warn(f"{sentence}, and TensorBoard's events end: make room.")
+            sentence = f"THE DISK IS FULL: {self._path} will lack lines"
+            warn(f"{sentence}, and TensorBoard events are no longer written: make room.")
         self._disk_was_full = True
         return False
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes both files."""
         if not self._writes:
             return
         self._file.close()

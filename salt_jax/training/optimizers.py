@@ -1,4 +1,4 @@
-"""Optimizers as optax transformations. One of your own needs what `Optimizer` has
+"""Optimizers as optax transformations. Your own needs the members of `Optimizer`
 (docs/extending.md)."""
 
 import abc
@@ -16,11 +16,11 @@ from salt_jax.training import learning_rates
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """Settings from which the transformation that updates the parameters is made."""
+    """Settings that make the optax transformation of a run."""
 
     @property
     def learning_rate(self) -> learning_rates.LearningRate:
-        """The learning rate, which metrics show by step."""
+        """The learning rate, which is logged."""
         ...
 
     def make(self, steps: int, model: decoder.DecoderConfig) -> optax.GradientTransformation:
@@ -30,7 +30,7 @@ class Optimizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _ClippedOptimizer(abc.ABC):
-    """The common part of the optimizers here, which clips gradients before their `rule`.
+    """Base of the optimizers here, which clips gradients before their `rule`.
 
     Attributes:
       learning_rate: The learning rate.
@@ -66,8 +66,7 @@ class AdamW(_ClippedOptimizer):
     """AdamW (arXiv 1711.05101).
 
     Attributes:
-      beta1: Decay of the first moment.
-      beta2: Decay of the second moment.
+      beta1, beta2: Decay of the first and the second moment.
       epsilon: Added to the root of the second moment.
     """
 
@@ -97,7 +96,7 @@ class Adafactor(_ClippedOptimizer):
         return optax.chain(
             optax.adafactor(learning_rate=None),
             optax.add_decayed_weights(-self.weight_decay, mask=is_matrix),
-            # adafactor's own chain ends in a scale of -1, and so needs the positive rate.
+            # optax.adafactor negates the update itself.
             optax.scale_by_schedule(self.learning_rate.schedule(steps)),
         )
 
@@ -112,8 +111,7 @@ class Muon(_ClippedOptimizer):
       update_rms: RMS of a kernel's update over the rate. 0.2 is about AdamW's, so that AdamW's
         rates and weight decay fit (arXiv 2502.16982); None scales by √max(1, outputs / inputs).
       adam_learning_rate: Adam's rate; learning_rate if None. Weight decay is by learning_rate.
-      beta1: Decay of Adam's first moment.
-      beta2: Decay of Adam's second moment.
+      beta1, beta2: Decay of Adam's first and second moment.
       epsilon: Added to the root of Adam's second moment, and to the momentum's norm.
     """
 
@@ -148,7 +146,7 @@ class Muon(_ClippedOptimizer):
 def make_transformation(
     optimizer: Optimizer, steps: int, model: decoder.DecoderConfig
 ) -> optax.GradientTransformation:
-    """The transformation of any optimizer; InputError if the object is not an optimizer."""
+    """Calls an optimizer's `make`; InputError if the object is not an optimizer."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer.learning_rate, "schedule"):
         raise InputError(

@@ -1,4 +1,4 @@
-"""The origin of a run: its inputs, as checkpoints record them and compare them on resuming."""
+"""The origin of a run: its inputs, recorded in checkpoints and compared when a run is resumed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +45,7 @@ def origin_of(
 
 
 def require_same_origin(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Refuses to resume on other inputs: folders may keep their names while their contents change.
+    """Refuses to resume a run on inputs whose contents have changed.
 
     Args:
       saved: A checkpoint's origin.
@@ -62,20 +62,20 @@ def require_same_origin(saved: Mapping[str, Any], now: Mapping[str, Any], where:
         before, after = _identity(name, saved[name]), _identity(name, now[name])
         if before != after:
             raise InputError(
-                f"{where} was made with the {name} {before} and this run has {after}: bring back "
+                f"{where} was made with the {name} {before} and this run has {after}: restore "
                 "what it was started with, or choose another --output_dir."
             )
 
 
 def _identity(name: str, value: Any) -> Any:
-    """What must stay the same: a teacher's digest, and a model but for how it is computed."""
+    """What must stay the same: a teacher's digest, and a model but for two settings."""
     if name == "model":
         return {key: x for key, x in value.items() if key not in ("remat", "attention_backend")}
     return value["digest"] if name == "teacher" and value is not None else value
 
 
 def scoring_cost(selected: Selection | None, labels: StoredLabels | None, arm: str) -> Cost:
-    """What was spent before the run: on the scores behind its selection, and on its soft labels."""
+    """The cost of the scores behind a run's selection, and of its soft labels."""
     spent = [labels.cost] if labels is not None else []
     if selected is not None:
         cost = selected.manifest.get("scoring_cost")

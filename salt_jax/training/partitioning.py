@@ -1,7 +1,7 @@
-"""Partitioning: a mesh of devices, logical-axis rules, and the shardings that they give arrays.
+"""Partitioning: a mesh of devices, logical-axis rules, and the shardings of arrays.
 
-The model names the logical axes of its parameters; rules map them to mesh axes. NamedShardings of
-parameters, optimizer state and batches are all that jax.jit needs to partition a program.
+The model names the logical axes of its parameters; rules map them to mesh axes. From the
+NamedShardings of parameters, optimizer state and batches jax.jit partitions a program.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ DEFAULT_RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The number of devices along each mesh axis; one may be -1, for all that the others leave.
+    """The number of devices along each mesh axis; one may be -1, for all remaining devices.
 
     Attributes:
       slice: TPU slices (or nodes) joined by the slow network; the batch is split over them.
@@ -89,7 +89,7 @@ class MeshConfig:
 
 @contextlib.contextmanager
 def partitioned(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-    """The context to trace programs in: it constrains activations by `rules`."""
+    """A context to trace programs in, where `rules` constrain activations."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 
@@ -111,10 +111,10 @@ def param_shardings(boxed_params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES)
 
 
 def optimizer_shardings(opt_state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of an abstract optimizer state: each slot is sharded as its parameter.
+    """Shardings of an abstract optimizer state: each slot is sharded like its parameter.
 
     The path of a slot ends in its parameter's path. A factored slot (Adafactor's, of one dimension
-    less) keeps the axes of the dimensions it has; anything else, a counter say, is replicated.
+    less) keeps the axes of its dimensions; anything else, such as a counter, is replicated.
     """
     by_path = {
         _path(path): (leaf.shape, leaf.sharding.spec)
@@ -174,9 +174,9 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     first, count = own[0], len(own)
     if own[-1] - first + 1 != count or first % count or len(rows) % count:
         raise InputError(
-            f"This process's devices hold the places {own} of the {len(rows)} that MeshConfig "
-            "splits a batch into, which is not one even part: change slice, data and fsdp so that "
-            "each process has one."
+            f"This process's devices hold the parts {own} of the {len(rows)} that MeshConfig "
+            "splits a batch into, which are not one even share: change slice, data and fsdp so "
+            "that each process has one."
         )
     return first // count, len(rows) // count
 

@@ -1,4 +1,4 @@
-"""Requests to stop by signal, held until the run can be saved."""
+"""Stop requests by signal, deferred until the run can be saved."""
 
 import os
 import signal
@@ -10,13 +10,10 @@ from salt_jax.runtime.stop_signals import stop_signals
 
 
 class StopRequests:
-    """Holds signals while the context lasts; a second SIGTERM or SIGINT is not held.
+    """Defers signals inside the context; a second SIGTERM or SIGINT takes effect at once.
 
-    With several processes a request to one of them stops all after the same step: JAX's preemption
-    service handles SIGTERM then.
-
-    Args:
-      together: Whether there are several processes.
+    With several processes (`together`) a request to one of them stops all after the same step, by
+    JAX's preemption service, which then handles SIGTERM.
     """
 
     def __init__(self, together: bool = False) -> None:
@@ -38,7 +35,7 @@ class StopRequests:
             signal.signal(number, handler)
 
     def asked_by(self, step: int) -> str:
-        """The signal because of which to stop after `step` completed steps, "" to continue.
+        """The signal that asks to stop after `step` completed steps, or "" to continue.
 
         Every process must call it after every step.
         """

@@ -1,8 +1,8 @@
-"""The frozen teacher of stage 1, or the stored soft labels that stand for it.
+"""The frozen teacher of stage 1, or the stored soft labels that replace it.
 
-A teacher lives beside the train state: it has no gradient and no optimizer slot, and no checkpoint
-holds it, only which model it was. Its parameters may be sharded by rules of their own; its
-activations are sharded as the student's.
+A teacher is outside the train state: it has no gradient and no optimizer state, and a checkpoint
+records only which model it was. Its parameters may have their own logical-axis rules; its
+activations are sharded like the student's.
 """
 
 from typing import Any
@@ -68,8 +68,8 @@ def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
     """The model that teaches the student on the rows of a cache.
 
     Raises:
-      InputError: No teacher is set or found, its vocabulary is another one, or it lacks ids that it
-        would have to read or, by the divergence, to give probability.
+      InputError: No teacher is set or found, its vocabulary differs, or it lacks ids that it would
+        have to read or that the divergence needs.
     """
     method, teacher = config.method, config.method.teacher
     if teacher is None or teacher.path is None:
@@ -91,10 +91,10 @@ def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
 
 
 def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None) -> StoredLabels:
-    """The soft labels that stand for a teacher on the rows of stage 1.
+    """The soft labels that replace a teacher on the rows of stage 1.
 
     Raises:
-      InputError: They are of other rows or for another loss, or a teacher is set as well.
+      InputError: They belong to other rows or another loss, or a teacher is set as well.
     """
     method, path = config.method, config.method.soft_labels
     assert path is not None, "soft labels are set"
@@ -105,12 +105,12 @@ def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None)
         )
     if len(caches.packed) > 1:
         raise InputError(
-            f"The soft labels {path} are of one cache, and cache names {len(caches.packed)}: name "
-            "one, or set a teacher instead."
+            f"The soft labels {path} belong to one cache, and cache names {len(caches.packed)}: "
+            "name one, or set a teacher instead."
         )
     if config.data.objectives is not None:
         raise InputError(
-            f"The soft labels {path} are of rows as they are, and objectives changes rows: leave "
+            f"The soft labels {path} are for unchanged rows, and objectives changes rows: leave "
             "it unset, or set a teacher instead."
         )
     labels = StoredLabels.open(path, cache_digest=caches.first.digest)

@@ -1,4 +1,4 @@
-"""The state of training, which holds no teacher: its shapes, its shardings and how it is made."""
+"""The train state, its shapes and shardings, and its initialization. It holds no teacher."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
       step: int32 scalar; completed steps, skipped updates included.
       params: The student's parameters, in param_dtype.
       opt_state: The optimizer's state.
-      skipped_updates: int32 scalar; steps whose update was not applied since it wasn't finite.
+      skipped_updates: int32 scalar; steps whose update was skipped because it wasn't finite.
     """
 
     step: jax.Array
@@ -33,12 +33,7 @@ class TrainState(NamedTuple):
 class StateLayout:
     """Shapes and shardings of a TrainState that is not allocated yet.
 
-    Attributes:
-      config: The model.
-      optimizer: The transformation that updates it.
-      abstract: A TrainState of ShapeDtypeStructs with shardings.
-      mesh: The mesh.
-      rules: Logical-axis rules.
+    `abstract` is a TrainState of ShapeDtypeStructs with shardings.
     """
 
     config: decoder.DecoderConfig
@@ -62,7 +57,7 @@ class StateLayout:
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
 
     def around(self, params: Any) -> TrainState:
-        """A state at step 0 with given parameters, which are sharded as `shardings.params`."""
+        """A state at step 0 with the given parameters, sharded by `shardings.params`."""
         with partitioning.partitioned(self.mesh, self.rules):
             return jax.jit(self._around, out_shardings=self.shardings)(params)
 
@@ -76,8 +71,8 @@ def abstract_sharded_params(
 ) -> Any:
     """Parameters as ShapeDtypeStructs with shardings, in `dtype` or the model's own.
 
-    Norms are computed in float32, so their parameters keep their precision: the model then computes
-    the same, bit for bit, whether the others are cast here or at each use.
+    Norms are computed in float32, so their parameters keep their precision: then casting the others
+    here gives the same bits as casting them at each use.
     """
     boxed = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     shardings = partitioning.param_shardings(boxed, mesh, rules)

@@ -1,7 +1,7 @@
 """The training step: the two programs that XLA compiles, one with a teacher and one without.
 
-Both are compiled before the first step and the host picks between them; `plain` has no trace of a
-teacher in it.
+Both are compiled before the first step and the host picks one for each step; `plain` contains
+nothing of the teacher.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +29,14 @@ BATCH_FEATURES: Mapping[str, tuple[Any, int]] = {
     "positions": (jnp.int32, 2),
 }
 
-# Features that only some objectives need: the share of ω that a row takes (1 without it), and which
-# tokens attend to each other in both directions (none without it).
+# Features that only some objectives need: each row's share of ω (by default 1), and which tokens
+# attend to each other in both directions (by default none).
 EXTRA_FEATURES: Mapping[str, tuple[Any, int]] = {
     "distill": (jnp.float32, 1),
     "bidirectional": (jnp.bool_, 2),
 }
 
-# Features of a distilling batch whose stored soft labels stand for a teacher.
+# Features of a distilling batch with stored soft labels instead of a teacher.
 LABEL_FEATURES: Mapping[str, tuple[Any, int]] = {
     "soft_ids": (jnp.int32, 3),
     "soft_log_q": (jnp.float16, 3),
@@ -46,7 +46,7 @@ LABEL_FEATURES: Mapping[str, tuple[Any, int]] = {
 
 
 class Programs(NamedTuple):
-    """The compiled steps. Both consume the state that they are given.
+    """The compiled steps, which donate the state that they are given.
 
     Attributes:
       plain: (state, batch) → (state, metrics).
@@ -72,7 +72,7 @@ def compile_programs(
 ) -> Programs:
     """Compiles both steps; see `lower_step` for the arguments.
 
-    stage1_microbatches are those of the distilling step, the same as the plain one's by default.
+    `stage1_microbatches`, those of the distilling step, are by default the plain step's.
     """
     settings = (layout, loss_config, batch_shape)
     plain = lower_step(*settings, microbatches, extra_features=extra_features)
@@ -109,7 +109,7 @@ def lower_step(
       teacher_config: The teacher's model for the distilling step, None for the plain one.
       teacher_params: Its parameters, or ShapeDtypeStructs with shardings.
       extra_features: Which of EXTRA_FEATURES batches have.
-      soft_labels: K of the soft labels that stand for a teacher in the distilling step.
+      soft_labels: K of the soft labels that replace the teacher in the distilling step, 0 for none.
     """
     replicated = partitioning.replicated(layout.mesh)
     step = jax.jit(
@@ -149,7 +149,7 @@ def make_step(
     microbatches: int,
     teacher_config: decoder.DecoderConfig | None = None,
 ) -> Step:
-    """The step as a function to be jitted; see Programs for its arguments."""
+    """The step, not jitted; see Programs for its arguments."""
     loss_sums = _loss_sums(layout, loss_config, teacher_config)
     gradients_of = jax.value_and_grad(loss_sums, has_aux=True)
 
@@ -223,7 +223,7 @@ def _loss_sums(
 
 
 def _means(sums: Metrics, weight: jax.Array) -> Metrics:
-    """Divides each sum by its weight, a teacher's by that of the rows it taught."""
+    """Divides each sum by its weight; the teacher's metrics by the weight of the rows it taught."""
     taught = sums.get("distilled", weight)
     taught = jnp.where(taught > 0, taught, 1.0)
     return {

@@ -19,7 +19,7 @@ def test_generate_goes_on_without_a_compilation_cache(
     assert main(["convert", "--huggingface=new", "--output_dir=run"]) == 0
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    compilation._tell_not_kept.cache_clear()
+    compilation._warn_not_kept.cache_clear()
     before = jax.config.jax_compilation_cache_dir
     capsys.readouterr()
     generate = ["generate", "--model=run", "--prompt=a", "--max_new_tokens=2"]
