@@ -1,1 +1,1 @@
-"""The pure mathematics of SALT: losses, schedules, scores, selection. Arrays in, arrays out."""
+"""SALT's losses, schedules, scores and selection rules: pure functions of arrays."""

@@ -1,7 +1,7 @@
-"""The audit of a selection: what was taken and what was left, by subset and in whole.
+"""The audit of a selection: which rows were selected and which left out, by subset and overall.
 
-Every function reads columns of the split's N rows block by block, given the ids of those selected,
-ascending, and returns JSON values. Nothing in memory grows with N; the ids may lie on disk.
+Every function takes columns of the split's N rows and the ascending ids of the selected rows, both
+possibly on disk, reads them in blocks of constant size, and returns JSON values.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ class RowFacts:
     Attributes:
       subset_names: The subsets.
       subsets: Indices in them.
-      scores: What was selected by, in nats; −inf or NaN for none.
+      scores: The scores that rows were selected by, in nats; −inf or NaN for none.
       losses: The mean loss of a row's tokens, in nats.
       learnable: The share of learnable tokens.
-      hashes: Of the row's tokens, uint64.
+      hashes: Hashes of the rows' tokens, uint64.
     """
 
     subset_names: Sequence[str]
@@ -99,9 +99,9 @@ class _Sums:
     """Sums over rows, by subset.
 
     Attributes:
-      rows_S: rows.
-      scores_SxH: rows in each bin of the scores.
-      means: by name, the sum of a value and the number of rows that have it, [2, S].
+      rows_S: Rows.
+      scores_SxH: Rows in each bin of the scores.
+      means: By name, the sum of a value and the number of rows that have it, [2, S].
     """
 
     def __init__(self, subsets: int, edges: np.ndarray) -> None:
@@ -130,10 +130,10 @@ class _Sums:
 
 
 def ties(facts: RowFacts, row_ids_m: np.ndarray, cut: float) -> dict[str, int]:
-    """Rows that have exactly the score of the cut: {"rows", "kept"}.
+    """Rows whose score is exactly that of the cut: {"rows", "kept"}.
 
-    Among them the lower row ids were selected. If many were left out, the scores don't tell rows
-    apart: most medians may be 0, where less than half of a row's tokens are learnable.
+    Of these the lower row ids were selected. If many were left out, the scores don't tell rows
+    apart: most medians are 0, for example, where less than half of the tokens are learnable.
     """
     rows = kept = 0
     for block, kept_n in _kept(len(facts), row_ids_m):
@@ -148,8 +148,8 @@ def overlap(row_ids_m: np.ndarray, others_n: np.ndarray, rows: int) -> dict[str,
 
     Returns:
       rows (of the other), shared, jaccard (shared rows over those in either), share_of_this,
-      share_of_other, and share_by_chance (what share of this one a random one of the other's size
-      would have).
+      share_of_other, and share_by_chance (the share of this selection that a random one of the
+      other's size would have).
     """
     shared = 0
     for (_, kept_n), (_, other_n) in zip(
@@ -168,9 +168,9 @@ def overlap(row_ids_m: np.ndarray, others_n: np.ndarray, rows: int) -> dict[str,
 
 
 def duplicates(hashes: RowValues, row_ids_m: np.ndarray) -> dict[str, int]:
-    """Rows that are exact copies of another one, beyond the first of them: {"all", "kept"}.
+    """Rows that are exact copies of an earlier one: {"all", "kept"}.
 
-    More hashes than may be sorted at once are taken in parts, by their value, a pass for each.
+    If there are more hashes than may be sorted at once, a pass is made for each range of values.
     """
     rows = len(hashes)
     parts = max(1, math.ceil(rows * 8 / _HASH_BYTES))
@@ -192,19 +192,15 @@ def duplicates(hashes: RowValues, row_ids_m: np.ndarray) -> dict[str, int]:
 def rows_to_show(
     facts: RowFacts, row_ids_m: np.ndarray, by_score: bool, stratified: bool = False
 ) -> dict[str, list[int]]:
-    """Ids of rows to look at.
+    """Ids of example rows.
 
-    Args:
-      facts: The rows.
-      row_ids_m: Those kept.
-      by_score: Whether they were selected by their scores, so that there is a cut.
-      stratified: Whether each subset has a cut of its own.
+    `by_score` says whether the kept rows were selected by score, so that there is a cut, and
+    `stratified` whether each subset has its own.
 
     Returns:
-      highest and lowest_kept: the SHOWN highest and lowest scores among those kept. lowest: the
-      lowest of all rows that have a score. cut_kept and cut_left_out, where there is a cut: half as
-      many on either side of it, the nearest first; of several cuts, cut by cut, an equal part at
-      each and at least one row.
+      highest and lowest_kept: the SHOWN highest and lowest scores among the rows kept. lowest: the
+      lowest scores of all rows. cut_kept and cut_left_out, where there is a cut: half as many on
+      either side of it, the nearest first; divided equally among several cuts, at least one each.
     """
     cuts = len(facts.subset_names) if stratified else 1
     each = max(1, SHOWN // 2 // cuts)
@@ -227,7 +223,7 @@ def rows_to_show(
 
 
 class _Best:
-    """The rows of the highest (sign 1) or lowest (sign −1) scores; of equal ones the lower ids."""
+    """The rows of highest (sign 1) or lowest (sign −1) score; of equal scores the lower ids."""
 
     def __init__(self, number: int, sign: int) -> None:
         self._number, self._sign = number, sign

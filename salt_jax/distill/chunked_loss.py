@@ -1,13 +1,13 @@
 """The losses of `token_losses.py` from hidden states and heads, without [B, L, V] logits.
 
-Each device takes its tokens in chunks of LossConfig.chunk_tokens: the logits of C tokens are made,
-turned into losses and, where a gradient is wanted, at once into the gradients by hidden states and
-head, then dropped. Nothing is computed twice: a chunk takes three matrix products for the student
-and one for the teacher, and the backward pass only scales the gradients. Plain cross-entropy is the
-same function without a teacher.
+Each device loops over its tokens in chunks of LossConfig.chunk_tokens: it computes the logits of C
+tokens, their losses and, if a gradient is needed, right away the gradients with respect to hidden
+states and head, then drops the logits. Nothing is recomputed: a chunk takes three matrix products
+for the student and one for the teacher, and the backward pass only scales the gradients. Plain
+cross-entropy is the same function without a teacher.
 
 Over a mesh every device keeps its own tokens. The head is gathered once, before the loop; its
-gradient is added up in float32 and scattered once, after it (`head_sharding.py`).
+gradient is accumulated in float32 and scattered once, after the loop (`head_sharding.py`).
 """
 
 import functools
@@ -53,32 +53,31 @@ def loss_sums(
 ) -> Sums:
     """Weighted sums over a batch of `losses.token_losses`.
 
-    Gradients go to the student's hidden states and head alone. Positions of weight 0 are masked
-    out: neither their targets nor a NaN in their hidden states reaches a sum or a gradient.
+    Differentiable with respect to the student's hidden states and head alone. Positions of weight 0
+    are masked out: neither their targets nor a NaN in their hidden states affects a sum or gradient.
 
     Args:
-      student_hidden_BxLxD: After the final norm; their dtype is the products'. Logits, losses and
-        the head's gradient are float32 (float64 for float64 hidden states).
+      student_hidden_BxLxD: Hidden states after the final norm; their dtype is that of the matrix
+        products. Logits, losses and the head's gradient are float32 (float64 for float64 inputs).
       student_head_VxD: Any float dtype; its gradient has the same.
       targets_BxL: int32, within [0, vocab_size) where the weight is above 0.
       weights_BxL: float32, 0 or more.
       omega: ω, a traced scalar.
       config: Temperatures, divergence, z-loss, tokens in a chunk.
-      vocab_size: Number of ids that mean something; those after it are padding.
-      teacher_hidden_BxLxD: The teacher's, given with teacher_head_VxD. Width and V are its own.
-      teacher_head_VxD: See teacher_hidden_BxLxD.
-      teacher_vocab_size: The teacher's ids, the first of the vocabulary's; None is all of them. To
-        the others it gives probability 0.
-      distill_B: float32, the share of ω in each row; None is all of it. Where it is 0 the teacher's
-        hidden states are masked out.
-      soft_labels: [B, L, …], in place of a teacher, at config's temperature.
-      sharding: How the arrays lie over a mesh; None on one device.
+      vocab_size: Number of ids in use; ids from here on are padding.
+      teacher_hidden_BxLxD, teacher_head_VxD: The teacher's; both or neither. Its D and V may differ.
+      teacher_vocab_size: Number of ids that the teacher has, the vocabulary's first ones; None for
+        all. It gives the others probability 0.
+      distill_B: float32, each row's share of ω; None for 1. Where it is 0 the teacher's hidden
+        states are masked out.
+      soft_labels: [B, L, …], instead of a teacher, at config's temperature.
+      sharding: How the arrays are sharded over a mesh; None on one device.
 
     Returns:
-      (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}) with
-      the names of token_losses but loss. Divide once, when microbatches and devices are added. With
-      distill_B there is also "distilled", the sum of weight · distill_B: the values that only a
-      teacher gives (losses.TEACHER_VALUES) are weighted by that, and to be divided by it.
+      (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}), with
+      the names of token_losses except loss. Divide once, after adding up microbatches and devices.
+      With distill_B there is also "distilled", the sum of weight · distill_B, which weights the
+      teacher's metrics (losses.TEACHER_VALUES): divide those by it.
 
     Raises:
       InputError: See `losses.check_vocab_size`; more top ids than the soft labels have; a
@@ -87,14 +86,14 @@ def loss_sums(
     if (teacher_hidden_BxLxD is None) != (teacher_head_VxD is None):
         raise ValueError("The teacher's hidden states and head go together: give both or neither.")
     if soft_labels is not None and (teacher_head_VxD is not None or distill_B is not None):
-        raise ValueError("Soft labels stand for a teacher, for all rows: give one of the two.")
+        raise ValueError("Soft labels replace a teacher, for all rows: give one of the two.")
     teacher_ids = None if teacher_head_VxD is None else teacher_head_VxD.shape[0]
     teacher_vocab_size = teacher_vocab_size or vocab_size
     check_vocab_size(config, vocab_size, student_head_VxD.shape[0], teacher_vocab_size, teacher_ids)
     precise = jnp.promote_types(student_hidden_BxLxD.dtype, jnp.float32)
     teacher: _Teacher | SoftLabels | None = None
     if teacher_hidden_BxLxD is not None and teacher_head_VxD is not None:
-        # Both heads must have the same ids where the vocabulary is split.
+        # A device must have the same ids of both heads where the vocabulary is split.
         ids = student_head_VxD.shape[0]
         head_VxD = teacher_head_VxD[:ids].astype(teacher_hidden_BxLxD.dtype)
         head_VxD = jnp.pad(head_VxD, ((0, ids - head_VxD.shape[0]), (0, 0)))
@@ -120,18 +119,18 @@ def target_ranks(
     sharding: HeadSharding | None = None,
     entropy: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """How well a model predicts each target, for evaluation and scoring; not to be differentiated.
+    """How well a model predicts each target, for evaluation and scoring; not differentiable.
 
     Args:
       hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: See `loss_sums`.
       chunk_tokens: Tokens whose logits a device holds at once.
-      entropy: Also return the entropy, which reads a chunk's logits once more.
+      entropy: Whether to return the entropy, too, which reads a chunk's logits once more.
 
     Returns:
-      (-log p of the target, nats [B, L] float32; number of ids with a strictly greater logit [B, L]
-      int32; with `entropy` that of p, nats [B, L] float32). Undefined where the weight is 0. Where
-      the loss is not finite, as after a NaN among the logits, the number is vocab_size, so that no
-      target counts as predicted.
+      (-log p of the target, nats, float32 [B, L]; number of ids with a strictly greater logit, int32
+      [B, L]; with `entropy` the entropy of p, nats, float32 [B, L]). Undefined where the weight is
+      0. Where the loss is not finite, the number is vocab_size, so that no target counts as
+      predicted.
     """
 
     def one_chunk(
@@ -167,11 +166,11 @@ def top_labels(
     chunk_tokens: int,
     sharding: HeadSharding | None = None,
 ) -> SoftLabels:
-    """A teacher's soft labels; not to be differentiated.
+    """A teacher's soft labels; not differentiable.
 
     Args:
       hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: See `loss_sums`.
-      k: K, ids of a token.
+      k: K, ids per token.
       temperature: τ.
       chunk_tokens: Tokens whose logits a device holds at once.
 
@@ -200,7 +199,7 @@ class _Teacher(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """The arguments that are no arrays, hashable for jax.custom_vjp."""
+    """The static arguments, hashable for jax.custom_vjp."""
 
     config: LossConfig
     vocab_size: int
@@ -218,7 +217,7 @@ def _sums_forward(
     static: _Static, hidden_BxLxD: jax.Array, head_VxD: jax.Array, batch: Any
 ) -> tuple[Sums, Any]:
     sums, gradients = _sums_and_gradients(static, True, hidden_BxLxD, head_VxD, batch)
-    # An empty array remembers the head's dtype.
+    # The empty array carries the head's dtype.
     return sums, (*gradients, jnp.zeros(0, head_VxD.dtype))
 
 
@@ -236,7 +235,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 def _sums_and_gradients(
     static: _Static, gradients: bool, hidden_BxLxD: jax.Array, head_VxD: jax.Array, batch: Any
 ) -> tuple[Sums, Any]:
-    """The sums and, if wanted, the gradients of their first by hidden states and head."""
+    """The sums and, if needed, the gradients of the loss sum by hidden states and head."""
     head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
     *_, teacher = batch
     has_head = isinstance(teacher, _Teacher)
@@ -269,7 +268,7 @@ def _local_sums(
     omega: jax.Array,
     teacher: _Teacher | SoftLabels | None,
 ) -> tuple[Sums, Any]:
-    """One device's sums: B its rows, V its part of the vocabulary, `shapes` of the whole heads."""
+    """One device's sums: B are its rows, V its part of the ids, `shapes` those of whole heads."""
     precise = jnp.promote_types(hidden_BxLxD.dtype, jnp.float32)
     head_VxD = gathered(static.sharding, head_VxD, shapes[0])
     teacher_head_VxE = None
@@ -318,7 +317,7 @@ def _local_sums(
     d_hidden_BxLxD = unchunked(d_hidden, targets_BxL.shape)
     if static.sharding is not None:
         d_head_VxD = static.sharding.sum_and_scatter(d_head_VxD, shapes[0])
-        # The model's backward pass waits for the scatter: until then each device holds all of it.
+        # The backward pass waits for the scatter, which frees the whole head's gradient.
         d_hidden_BxLxD, d_head_VxD = lax.optimization_barrier((d_hidden_BxLxD, d_head_VxD))
     return result, (d_hidden_BxLxD, d_head_VxD)
 
@@ -326,9 +325,9 @@ def _local_sums(
 def _add_head_gradient(
     total_VxD: jax.Array, d_z_CxV: jax.Array, hidden_CxD: jax.Array
 ) -> jax.Array:
-    """Adds a chunk's part to the head's gradient, a block of ids at a time.
+    """Adds a chunk's gradient to the head's, a block of ids at a time.
 
-    All at once, the product would be a second array of the head's size before it is added.
+    The whole product would be a second array of the head's size.
     """
     ids = total_VxD.shape[0]
     size = -(-ids // -(-total_VxD.nbytes // _HEAD_GRADIENT_BLOCK_BYTES))
@@ -348,7 +347,7 @@ def _add_head_gradient(
 def _taught_tokens(
     counts_BxL: jax.Array, teacher: _Teacher | SoftLabels | None
 ) -> tuple[Any, jax.Array | None]:
-    """Of each token the teacher's hidden state or soft labels, and the share of ω."""
+    """The teacher's hidden state or soft labels of each token, and its share of ω."""
     if teacher is None:
         return None, None
     if isinstance(teacher, SoftLabels):

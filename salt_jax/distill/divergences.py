@@ -1,11 +1,11 @@
-"""Divergences between student and teacher: each is a function of log p and log q of one outcome.
+"""Divergences between student and teacher, as elementwise functions of log p and log q.
 
-A divergence is a sum over outcomes of one function of the student's log p and the teacher's log q.
-That function is all there is to write: `token_losses.py` sums it, over ids or over the teacher's
-most likely ids and the rest as one, and finds its derivative by log p.
+A divergence is the sum over outcomes of a function of the student's log p and the teacher's log q.
+`token_losses.py` computes the sum, over ids or over the teacher's top k and the rest as one
+outcome, and differentiates the function by log p.
 
 Since Σ p is 1, adding the same multiple of p to all derivatives changes no gradient by the logits.
-The lax.stop_gradient calls below leave out such a multiple, p or 0, only to save time.
+The lax.stop_gradient calls below drop such a multiple, p or 0, only to save time.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from jax import lax
 
 from salt_jax.errors import InputError
 
-# Stands for log 0. Finite, so that 0 · log 0 is 0 and not NaN, in values and in gradients.
+# Used for log 0. Finite, so that 0 · log 0 is 0 and not NaN, in values and in gradients.
 LOG_ZERO = -1e30
 
 
 class Divergence(Protocol):
     """An elementwise function of two arrays of one shape: a function, or a dataclass of settings.
 
-    It is jitted and differentiated, so it is written in jax.numpy. The log of probability 0 is
-    LOG_ZERO. If its derivatives by log p sum to a constant over all outcomes, the attribute
-    `slope_sum` may say so, which saves summing them.
+    It is jitted and differentiated: use jax.numpy. The log of probability 0 is LOG_ZERO. If its
+    derivatives by log p sum to a constant over all outcomes, an attribute `slope_sum` with that
+    constant saves summing them.
     """
 
     def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-        """Each outcome's part of the divergence, nats, from the student's log p and log q."""
+        """Each outcome's part of the divergence, nats, from the student's log p, teacher's log q."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardKL:
-    """-Σ q log p, the cross-entropy to the soft label: KL(q ‖ p) plus a constant."""
+    """-Σ q log p, the cross-entropy with the soft label: KL(q ‖ p) plus a constant."""
 
     slope_sum: ClassVar[float] = -1.0  # Σ -q
 

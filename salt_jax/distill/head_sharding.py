@@ -1,4 +1,4 @@
-"""A head over a mesh: how it is gathered, and reductions over a vocabulary that devices share."""
+"""A head sharded over a mesh: gathering it, and reductions over a vocabulary split over devices."""
 
 import dataclasses
 import functools
@@ -15,15 +15,15 @@ from salt_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class HeadSharding:
-    """How tokens and heads lie over a mesh while the loss is computed.
+    """How tokens and heads are sharded over a mesh while the loss is computed.
 
     Attributes:
       mesh: The mesh.
       batch: The mesh axes that split the batch.
-      vocab: Those that split the vocabulary: each device has its part of every token's logits.
-      embed: Those, some of batch's, that split D of stored heads. A head is gathered over them, and
-        its gradient scattered, by way of parts of the vocabulary, which are contiguous and need no
-        copy of the whole head in another layout.
+      vocab: The axes that split the vocabulary, and so every token's logits.
+      embed: The axes, a subset of batch's, that split D of stored heads. Gathering a head over them
+        and scattering its gradient goes through parts of the vocabulary, which are contiguous and
+        need no copy of the whole head in another layout.
     """
 
     mesh: Mesh
@@ -51,7 +51,7 @@ class HeadSharding:
         return PartitionSpec(self.vocab or None, self._embed(head_VxD.shape[1]) or None)
 
     def gather(self, head_Vxd: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A device's part of the vocabulary, [V, D], from what it stores of a head of `shape`."""
+        """Gathers a device's part of the vocabulary, [V, D]; `shape` is the whole head's."""
         axes = self._embed(shape[1])
         if not axes:
             return head_Vxd
@@ -74,18 +74,18 @@ class HeadSharding:
         return lax.psum(gradient_VxD, rest) if rest else gradient_VxD
 
     def _embed(self, width: int) -> tuple[str, ...]:
-        """The axes that split D; where they don't divide it, every device stores all of it."""
+        """The axes that split D; none where they don't divide it, which replicates it."""
         return self.embed if width % self.devices(self.embed) == 0 else ()
 
     def _divides_vocabulary(self, ids: int) -> bool:
-        """Whether parts of the vocabulary can be used; parts of D cost copies."""
+        """Whether the vocabulary can be split over the embed axes; splitting D costs copies."""
         return ids % self.devices((*self.vocab, *self.embed)) == 0
 
 
 def gathered(
     sharding: HeadSharding | None, head_Vxd: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
-    """See HeadSharding.gather; on one device, the head itself."""
+    """HeadSharding.gather; on one device, the head itself."""
     return head_Vxd if sharding is None else sharding.gather(head_Vxd, shape)
 
 
@@ -93,9 +93,9 @@ class VocabularyPart:
     """A device's part of the vocabulary, and reductions over the whole of it.
 
     Args:
-      sharding: Of the head; None on one device.
+      sharding: The head's sharding; None on one device.
       local_size: V, the ids of this device.
-      vocab_size: Ids that mean something, on all devices together; those after it are padding.
+      vocab_size: Number of ids in use on all devices together; ids from here on are padding.
     """
 
     def __init__(self, sharding: HeadSharding | None, local_size: int, vocab_size: int) -> None:
@@ -130,17 +130,17 @@ class VocabularyPart:
 
     def log_sum_exp(self, x_CxV: jax.Array, largest_C: jax.Array | None = None) -> jax.Array:
         """log Σ exp over the vocabulary, [C]."""
-        # Where jax differentiates this, what the largest adds to the gradient cancels out.
+        # Under autodiff the gradients of the largest cancel out.
         largest_C = lax.stop_gradient(self.max(x_CxV) if largest_C is None else largest_C)
         return largest_C + jnp.log(self.sum(jnp.exp(x_CxV - largest_C[:, None])))
 
     def log_rest(self, log_x_CxV: jax.Array, ids_CxK: jax.Array) -> jax.Array:
-        """log of what all but these ids have, [C]."""
-        # Summed over the others: 1 - Σ of the k has no digits left where the k have nearly all.
+        """The log of the sum over all other ids, [C]."""
+        # Summed over the others, since 1 - Σ over the k loses all digits where that sum is near 1.
         return self.log_sum_exp(self.put(log_x_CxV, ids_CxK, LOG_ZERO))
 
     def at(self, x_CxV: jax.Array, ids: jax.Array) -> jax.Array:
-        """The value of one id a token, [C], or of K ids, [C, K]."""
+        """The value of one id per token, [C], or of K ids, [C, K]."""
         local = ids - self._first
         inside = (local >= 0) & (local < self._size)
         local_CxK = jnp.where(inside, local, 0).reshape(x_CxV.shape[0], -1)
@@ -148,7 +148,7 @@ class VocabularyPart:
         return self.across(jnp.where(inside, x, 0)) if self._axes else x
 
     def put(self, x_CxV: jax.Array, ids_CxK: jax.Array, values: jax.Array | float) -> jax.Array:
-        """x with other values, [C, K], at K ids a token."""
+        """x with new values, [C, K], at K ids per token."""
         local_CxK = ids_CxK - self._first
         outside = (local_CxK < 0) | (local_CxK >= self._size)
         local_CxK = jnp.where(outside, self._size, local_CxK)
@@ -156,15 +156,15 @@ class VocabularyPart:
         return x_CxV.at[tokens_Cx1, local_CxK].set(values, mode="drop")
 
     def is_id(self, ids_C: jax.Array) -> jax.Array:
-        """[C, V] bool: is it this id?"""
+        """[C, V] bool: whether an id is the token's in ids_C."""
         return ids_C[:, None] == self._ids()[None]
 
     def largest(self, x_CxV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-        """The k largest values and their ids, [C, k]; of equal ones the lower id first."""
+        """The k largest values and their ids, [C, k]; of equal values the lower id first."""
         values_Cxk, ids_Cxk = lax.top_k(x_CxV, min(k, self._size))
         ids_Cxk += self._first
         if self._axes:
-            # In the order of the devices: among equals lax.top_k takes the first, the lower ids.
+            # Gathered in the order of ids: of equal values lax.top_k takes the first.
             gather = functools.partial(lax.all_gather, axis_name=self._axes, axis=1, tiled=True)
             values_Cxk, ids_Cxk = gather(values_Cxk), gather(ids_Cxk)
             values_Cxk, which_Cxk = lax.top_k(values_Cxk, k)
@@ -175,7 +175,7 @@ class VocabularyPart:
         return self._first + jnp.arange(self._size, dtype=jnp.int32)
 
     def mask(self, x_CxV: jax.Array) -> jax.Array:
-        """[C, V] with padding's logits, or log probabilities, set to "log 0"."""
+        """x_CxV with the logits or log probabilities of padding set to LOG_ZERO."""
         if not self._padded:
             return x_CxV
         return jnp.where(self._ids()[None] < self.vocab_size, x_CxV, LOG_ZERO)

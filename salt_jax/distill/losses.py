@@ -1,4 +1,4 @@
-"""What the loss is: its settings, and a teacher's soft labels.
+"""The settings and formulas of the loss, and the teacher's soft labels.
 
     p = softmax(z_s / T)             student, T = student_temperature, 1 by default
     q = softmax(z_t / τ)             teacher, τ = teacher_temperature
@@ -19,18 +19,18 @@ import jax.numpy as jnp
 from salt_jax.distill.divergences import Divergence, ForwardKL, needs_every_id
 from salt_jax.errors import InputError
 
-# Metrics that only a teacher gives.
+# Metrics that exist only with a teacher.
 TEACHER_VALUES = ("soft", "teacher_hard", "agreement")
 
 
 class SoftLabels(NamedTuple):
-    """A teacher's distributions at some tokens, over K + 1 outcomes each, in place of its logits.
+    """A teacher's distributions over K + 1 outcomes per token, instead of its logits.
 
     Attributes:
       ids: int32 [..., K], the most likely ids, best first.
       log_q: [..., K], log of their probabilities over the whole vocabulary at temperature τ.
       rest: [...], log of the probability of all other ids together.
-      teacher_hard: [...], the teacher's -log q[y] at temperature 1, nats; stored labels have it.
+      teacher_hard: [...], the teacher's -log q[y] at temperature 1, nats; set in stored labels.
     """
 
     ids: jax.Array
@@ -45,19 +45,19 @@ class LossConfig:
 
     Attributes:
       teacher_temperature: τ, on the teacher's logits.
-      student_temperature: T, on the student's logits, in soft alone: hard has temperature 1.
+      student_temperature: T, on the student's logits in soft; hard always has temperature 1.
       scale_by_temperature_squared: Multiply soft by τ², the convention of systems with one
         temperature on both sides.
-      divergence: What soft is: ForwardKL, ReverseKL, JensenShannon of `divergences.py`, or a
-        function of one's own.
-      teacher_top_k: Above 0, p and q are first reduced to k + 1 outcomes: the teacher's k most
-        likely ids (the lower id first among equals) and all others as one, with 1 - Σ of the k.
-        Nothing is renormalised. With ForwardKL, for example, soft = -Σ_{top k} q log p - q_rest ·
-        log(1 - Σ_{top k} p). 0 = the whole vocabulary, or all ids that stored soft labels have.
+      divergence: The soft term: ForwardKL, ReverseKL or JensenShannon of `divergences.py`, or your
+        own.
+      teacher_top_k: k > 0 reduces p and q to k + 1 outcomes: the teacher's k most likely ids (of
+        equal ones the lower id first), and all others as one. Nothing is renormalised: with
+        ForwardKL, for example, soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 uses
+        the whole vocabulary, or all ids of stored soft labels.
       z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
-      chunk_tokens: Tokens whose logits a device holds at once (`chunked_loss.py`), which takes 4 ·
-        chunk_tokens · V bytes for each model. Matrix products want several hundred on a GPU or a
-        TPU; 128 are enough on a CPU.
+      chunk_tokens: Tokens whose logits a device holds at once (`chunked_loss.py`), in 4 ·
+        chunk_tokens · V bytes for each model. Several hundred are efficient on a GPU or TPU, 128 on
+        a CPU.
     """
 
     teacher_temperature: float = 0.25
@@ -90,10 +90,10 @@ class LossConfig:
 
 
 def kept_labels(labels: SoftLabels, config: LossConfig, dtype: jnp.dtype) -> SoftLabels:
-    """The labels that a loss is made from: the first teacher_top_k, the others with the rest.
+    """The first teacher_top_k labels, with the others added to the rest.
 
     Raises:
-      InputError: More are asked for than there are.
+      InputError: The labels have fewer ids than teacher_top_k.
     """
     stored = labels.ids.shape[-1]
     k = config.teacher_top_k or stored
@@ -116,18 +116,18 @@ def check_vocab_size(
     teacher_vocab_size: int,
     teacher_ids: int | None,
 ) -> None:
-    """Refuses what can't be over these ids.
+    """Checks that the loss can be computed over these vocabularies.
 
     Args:
       config: The loss.
-      vocab_size: Number of ids that mean something.
+      vocab_size: Number of ids in use.
       student_ids: V of the student's logits.
-      teacher_vocab_size: How many of the ids the teacher has.
-      teacher_ids: V of the teacher's logits; None where there is no teacher.
+      teacher_vocab_size: Number of ids in use that the teacher has.
+      teacher_ids: V of the teacher's logits; None without a teacher.
 
     Raises:
-      InputError: logits over too few ids, more top ids than there are, a teacher with more ids than
-        the student, or a divergence that is infinite where the teacher has fewer.
+      InputError: Logits over too few ids, more top ids than there are, a teacher with more ids than
+        the student, or with fewer and a divergence that is infinite there.
     """
     for ids, size in ((student_ids, vocab_size), (teacher_ids, teacher_vocab_size)):
         if ids is not None and ids < size:

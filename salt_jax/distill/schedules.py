@@ -1,7 +1,7 @@
-"""Schedules of the distillation weight ω, the weight of the teacher's term, by step.
+"""Schedules of ω, the weight of the teacher's term in the loss, by step.
 
-Stage 1 is the steps before `distill_steps`; from there on ω is 0 and the teacher does not run. The
-host asks a schedule once a step: ω enters the program as a number.
+Stage 1 is the steps before `distill_steps`; from then on ω is 0 and the teacher does not run. The
+host computes ω once per step and passes it to the program as an argument.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from salt_jax.errors import InputError
 
 
 class Schedule(Protocol):
-    """What training asks of a schedule."""
+    """ω by step; your own may be any object with these methods."""
 
     def omega_at(self, step: int) -> float:
         """ω for the update that follows `step` completed steps, within [0, 1]."""
@@ -93,8 +93,10 @@ class LinearDecay(Step):
 
 @dataclasses.dataclass(frozen=True)
 class LinearRatioDecay(Step):
-    """ω / (1 - ω), the teacher's weight over the truth's, falls linearly from step 0 to 0 at n_kd;
-    ω below 1."""
+    """ω / (1 - ω), the teacher's weight over the truth's, falls linearly from step 0 to 0 at n_kd.
+
+    ω must be below 1.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

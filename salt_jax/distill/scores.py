@@ -1,13 +1,13 @@
-"""Scores of rows for `salt score`: a number a row, from what a scorer says of each of its tokens.
+"""Scores of rows for `salt score`: one number per row, from a scorer's predictions of its tokens.
 
     S(x) = median over { t : y_t is among the scorer's k most likely ids } of  -log P(y_t | y_<t)
 
 in nats (arXiv 2410.18779, section on data selection). "Among the k most likely" means that fewer
-than k ids have a strictly greater logit; such a token is called learnable. Tokens that count have a
-weight above 0 and are not the row's first, which may have no context.
+than k ids have a strictly greater logit; such a token is called learnable. A token counts if its
+weight is above 0 and it isn't the row's first, which may have no context.
 
-A score is an object that names its column and the values of a token that it needs. All scores of a
-pass share them, sorted by loss. `ScoreConfig` says which column rows are selected by.
+A score is an object with the name of its column and the token values that it needs. All scores of a
+pass share those values, sorted by loss. `ScoreConfig` chooses the column that rows are selected by.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from salt_jax.errors import InputError
 
 UNLEARNABLE = ("drop", "zero")
 
-# What a scorer says of a token: -log P of the truth, nats; how many ids have a greater logit; the
-# entropy of its distribution, nats. `chunked_loss.target_ranks` makes them.
+# Values of a token, computed by `chunked_loss.target_ranks`: -log P of the target, nats; number of
+# ids with a greater logit; entropy of the scorer's distribution, nats.
 LOSS, RANK, ENTROPY = TOKEN_VALUES = ("loss", "rank", "entropy")
 
 LOG_PERPLEXITY = "log_perplexity"
@@ -30,11 +30,11 @@ LOG_PERPLEXITY = "log_perplexity"
 
 @runtime_checkable
 class Score(Protocol):
-    """A number a row, from its tokens.
+    """One number per row, computed from its tokens.
 
     Attributes:
-      name: Of its column; scores that differ in a setting have different ones.
-      needs: Which of TOKEN_VALUES it reads.
+      name: Its column's name; scores that differ in a setting have different names.
+      needs: The TOKEN_VALUES that it reads.
     """
 
     @property
@@ -44,11 +44,11 @@ class Score(Protocol):
     def needs(self) -> Collection[str]: ...
 
     def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
-        """The score of each row, [B]; -inf where it has none. Part of a jitted program.
+        """The score of each row, [B]; -inf for none. Runs inside a jitted program.
 
         Args:
-          tokens: Of each value needed [B, L], a row's tokens by ascending loss, those that count
-            first; of the others the loss and the entropy are 0, and the rank is above any k.
+          tokens: The values needed by name, [B, L] each. A row's tokens are sorted by ascending
+            loss, those that count first; the others have loss and entropy 0 and a rank above any k.
           counts_BxL: Whether a token counts.
         """
         ...
@@ -59,7 +59,7 @@ class Median:
     """The median loss of learnable tokens: S of the module's formula.
 
     Attributes:
-      k: A token is learnable if its truth is among the scorer's k most likely ids.
+      k: A token is learnable if it is among the scorer's k most likely ids.
       unlearnable: "drop" the other tokens, or count them as "zero" in the median.
     """
 
@@ -83,7 +83,7 @@ class Median:
         zeros_B = zeros_B if self.unlearnable == "zero" else 0 * zeros_B
 
         def of_rank(rank_B: jax.Array) -> jax.Array:
-            # No loss is below 0, so the zeros go first.
+            # No loss is below 0, so the zeros come first.
             place_Bx1 = jnp.sum(up_to_BxL <= (rank_B - zeros_B)[:, None], axis=-1, keepdims=True)
             loss_B = jnp.take_along_axis(tokens[LOSS], place_Bx1, axis=-1, mode="clip")[:, 0]
             return jnp.where(rank_B < zeros_B, 0.0, loss_B)
@@ -98,7 +98,7 @@ class Mean:
     """The mean of a value over a row's tokens.
 
     Attributes:
-      k: Over learnable tokens alone, for this k; None is all tokens that count.
+      k: Average learnable tokens alone, for this k; None averages all tokens that count.
       value: One of TOKEN_VALUES: "loss", "rank" or "entropy".
     """
 
@@ -152,15 +152,15 @@ class LearnableFraction:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """Which of the columns that `salt score` made is a row's score.
+    """The column of `salt score` that rows are selected by.
 
     Attributes:
-      k: Of learnable tokens; may be left open where the scores are of one k alone.
-      statistic: "median": METHOD.md's S. "mean": the mean loss of learnable tokens. "perplexity":
-        the mean loss of all tokens that count, in nats. Else a column by its name.
-      unlearnable: For the median, see `Median`.
-      min_learnable_fraction: A row with a smaller share of learnable tokens scores -inf: keeps a
-        hash with three lucky tokens from winning.
+      k: The k of learnable tokens; may be left unset if the scores have only one k.
+      statistic: "median": the paper's S. "mean": the mean loss of learnable tokens. "perplexity":
+        the mean loss of all tokens that count, in nats. Or a column's name.
+      unlearnable: "drop" or "zero"; see `Median`.
+      min_learnable_fraction: Rows with a smaller share of learnable tokens score -inf, so that a
+        row of noise with three lucky tokens is not selected.
     """
 
     k: int | None = None
@@ -183,10 +183,10 @@ class ScoreConfig:
             )
 
     def among(self, ks: Sequence[int], columns: Collection[str]) -> "ScoreConfig":
-        """This config for scores of these ks and columns, k filled in where it is open.
+        """This config for scores of these ks and columns, with k filled in if it is unset.
 
         Raises:
-          InputError: They are of several k and k is open, or not of this one; or no such column.
+          InputError: k is unset and the scores have several, or not this one; or no such column.
         """
         held = ", ".join(map(str, ks))
         if self.k is None and len(ks) > 1:
@@ -206,7 +206,7 @@ class ScoreConfig:
 
     @property
     def column(self) -> str:
-        """The column that holds it."""
+        """The name of the column."""
         if self.statistic not in ("median", "mean"):
             return Mean().name if self.statistic == "perplexity" else self.statistic
         assert self.k is not None, "`among` fills in k"
@@ -215,15 +215,15 @@ class ScoreConfig:
 
     @property
     def learnable_column(self) -> str:
-        """The column of the share of learnable tokens."""
+        """The name of the column with the share of learnable tokens."""
         return f"learnable_k{self.k}"
 
 
 def checked_ks(k: int | Sequence[int]) -> tuple[int, ...]:
-    """One k or several, ascending, each once.
+    """The ks in ascending order without duplicates.
 
     Raises:
-      InputError: None, or one that is not a whole number of at least 1.
+      InputError: No k, or one that is not a whole number of at least 1.
     """
     ks = tuple(k) if isinstance(k, list | tuple) else (k,)
     for one in ks:
@@ -235,18 +235,18 @@ def checked_ks(k: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def column_names(ks: Sequence[int]) -> list[str]:
-    """The columns of `scores_of`."""
+    """The names of the columns of `scores_of`."""
     return [score.name for score in scores_of(ks)]
 
 
 def scores_of(ks: Sequence[int]) -> tuple[Score, ...]:
-    """The scores that every pass makes: METHOD.md's S of each k, and what it is compared with."""
+    """The scores that every pass computes: the paper's S for each k, and its controls."""
     of_k = ((Median(k), Median(k, "zero"), Mean(k), LearnableFraction(k)) for k in ks)
     return (Mean(), *(score for scores in of_k for score in scores))
 
 
 def require_scores(scores: Sequence[Score]) -> None:
-    """Raises InputError for what is not a score, and for one that needs a value no scorer gives."""
+    """Raises InputError for an object that is not a score, or that needs an unknown token value."""
     for score in scores:
         if isinstance(score, type) or not isinstance(score, Score):
             raise InputError(
@@ -256,7 +256,7 @@ def require_scores(scores: Sequence[Score]) -> None:
         if lacking := {*score.needs} - {*TOKEN_VALUES}:
             needed, given = ", ".join(sorted(lacking)), ", ".join(TOKEN_VALUES)
             raise InputError(
-                f"The score {score.name} needs {needed}; of each token there is {given}."
+                f"The score {score.name} needs {needed}; a token has {given}: correct its `needs`."
             )
 
 
@@ -265,26 +265,24 @@ def row_scores(
 ) -> jax.Array:
     """Every score of each row, float32 [scores, B].
 
+    A row whose losses of tokens that count have no finite sum scores NaN.
+
     Args:
-      tokens: [B, L] of each of TOKEN_VALUES that a score needs, and the loss: at least 0. Where the
-        weight is 0, anything.
-      weights_BxL: Loss weights; above 0 counts.
+      tokens: The loss and the other TOKEN_VALUES that the scores need, [B, L] each; at least 0, but
+        arbitrary where the weight is 0.
+      weights_BxL: Loss weights; tokens with a weight above 0 count.
       scores: At least one.
 
-    Returns:
-      A row where the losses of the tokens that count have no finite sum, so that the scorer is
-      broken, is NaN throughout.
-
     Raises:
-      InputError: A score is not one number a row.
+      InputError: A score does not return one number per row.
     """
     length = weights_BxL.shape[1]
     counts_BxL = (weights_BxL > 0) & (jnp.arange(length) > 0)[None]
-    # Tokens that don't count go last, with a rank that no k reaches.
+    # Tokens that don't count are sorted last, with a rank above any k.
     after = {LOSS: jnp.inf, RANK: jnp.iinfo(jnp.int32).max, ENTROPY: 0.0}
     names = sorted(tokens, key=lambda name: name != LOSS)  # the loss first: the sort's key
     keyed = {name: jnp.where(counts_BxL, tokens[name], after[name]) for name in names}
-    # One sort serves every score: the learnable tokens of any k are in order too.
+    # One sort serves every score: for any k the learnable tokens are sorted, too.
     ordered = dict(zip(keyed, jax.lax.sort(tuple(keyed.values()), num_keys=1), strict=True))
     broken_B = ~jnp.isfinite(jnp.sum(jnp.where(counts_BxL, tokens[LOSS], 0.0), axis=-1))
     counts_BxL = jnp.arange(length)[None] < jnp.sum(counts_BxL, axis=-1, keepdims=True)
@@ -295,7 +293,7 @@ def row_scores(
         if values_B.shape != broken_B.shape:
             raise InputError(
                 f"The score {score.name} is of shape {values_B.shape} for {len(broken_B)} rows; "
-                "expected one number a row."
+                "expected one number per row: correct its of_rows."
             )
         columns.append(values_B.astype(jnp.float32))
     return jnp.where(broken_B, jnp.nan, jnp.stack(columns))

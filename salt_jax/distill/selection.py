@@ -1,12 +1,12 @@
 """Selection rules: which rows stage 1 trains on, from the scores of all rows.
 
-By score, a row whose score is not finite is never chosen, and of equal scores the lower row id goes
-first, so that the same scores give the same rows everywhere. `stratified` takes the same fraction
-of every subset: as many rows in all, shared out in proportion to the subsets' rows by largest
-remainder; what a subset has too few scored rows for, the others give.
+A row whose score is not finite is never selected by score, and of equal scores the lower row id
+comes first, so that the same scores give the same rows everywhere. `stratified` selects the same
+fraction of every subset: the same number of rows in all, apportioned to the subsets' rows by
+largest remainder. If a subset has too few scored rows, the others make up for it.
 
-numpy.partition finds the cut among one 4-byte key a row in memory (425 million rows: 1.7 GB).
-Everything else is read block by block.
+numpy.partition finds the cut among one 4-byte key per row in memory (425 million rows: 1.7 GB).
+Everything else is read in blocks.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _DRAWN_ROWS = 1 << 16  # rows whose random keys are drawn together
 
 
 class RowValues(Protocol):
-    """One value a row: an array, or a column on disk."""
+    """One value per row: an array, or a column on disk."""
 
     def __len__(self) -> int: ...
 
@@ -35,12 +35,12 @@ class RowValues(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The rows to choose from.
+    """The rows to select from.
 
     Attributes:
       rows: N.
       scores: float32 [N], by row id; None for RandomRows, which needs none.
-      subsets: uint16 [N], below `num_subsets`; for stratified rules alone.
+      subsets: uint16 [N], below `num_subsets`; for stratified rules only.
       num_subsets: How many subsets there are.
     """
 
@@ -64,10 +64,10 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class RowChoice:
-    """The rows that a rule has chosen.
+    """The rows that a rule has selected.
 
     Attributes:
-      rows: How many.
+      rows: Their number.
       cut: The lowest score among them; None for a random choice.
       blocks: Returns their ids, int64 and ascending, array by array.
     """
@@ -78,18 +78,18 @@ class RowChoice:
 
 
 class SelectionRule(Protocol):
-    """What `salt select` asks of a rule."""
+    """A rule of `salt select`."""
 
     stratified: bool
 
     def select(self, candidates: Candidates) -> RowChoice:
-        """The rows chosen."""
+        """Selects rows."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TopRows:
-    """The m rows of highest score."""
+    """The m rows with the highest scores."""
 
     m: int
     stratified: bool = False
@@ -109,9 +109,9 @@ class TopRows:
 
 @dataclasses.dataclass(frozen=True)
 class TopFraction:
-    """The rows of highest score: `fraction` of all N rows.
+    """The rows with the highest scores: `fraction` of all N rows.
 
-    Rounded down, but at least one row, and at most those that have a score.
+    Rounded down, but at least one row and at most those with a score.
     """
 
     fraction: float
@@ -129,14 +129,14 @@ class TopFraction:
             raise InputError(
                 "No row has a score, so TopFraction selects nothing; check the scorer and its k."
             )
-        # The tiny excess makes 0.29 of 100 rows 29, which binary fractions otherwise make 28.
+        # The tiny excess makes 0.29 of 100 rows 29; in binary fractions it would be 28.
         rows = max(1, math.floor(self.fraction * candidates.rows * (1.0 + 1e-12)))
         return highest.choose(min(rows, highest.eligible))
 
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Every row with a score of at least `threshold` nats; stratified, as many rows as those."""
+    """All rows with a score of at least `threshold` nats, or as many rows, stratified."""
 
     threshold: float
     stratified: bool = False
@@ -160,14 +160,13 @@ class Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class RandomRows:
-    """Random rows, whatever their scores: the control that tells the score's effect from that of
-    fewer rows.
+    """Random rows: the control that separates the scores' effect from that of fewer rows.
 
     Attributes:
-      m: How many.
-      like: Instead of m: the folder of a selection, to draw as many rows as it has.
+      m: Number of rows.
+      like: Instead of m, the folder of a selection with that number of rows.
       seed: A row's random key depends on this and the row's id alone.
-      stratified: Whether to take the same fraction of every subset.
+      stratified: Whether to select the same fraction of every subset.
     """
 
     m: int | None = None
@@ -200,12 +199,12 @@ class RandomRows:
 
 
 class _Highest:
-    """The rows of highest key.
+    """The rows with the highest keys.
 
     Args:
       candidates: The rows.
-      keys: Returns the keys of a slice of them; a row of -inf is never chosen.
-      stratified: Whether each subset is a stratum of its own.
+      keys: Returns the keys of a slice of rows; a row with -inf is never selected.
+      stratified: Whether each subset is a stratum.
     """
 
     def __init__(
@@ -280,15 +279,15 @@ class _Highest:
 
 
 def apportion(rows: int, weight_S: np.ndarray, most_S: np.ndarray) -> np.ndarray:
-    """Shares `rows` out in proportion to the weights, by largest remainder.
+    """Apportions `rows` to strata in proportion to their weights, by largest remainder.
 
     Args:
       rows: At most the sum of most_S.
-      weight_S: int64; how many rows each stratum has.
-      most_S: int64; the most that each can give. What one can't give the others do, in proportion.
+      weight_S: int64; the rows of each stratum.
+      most_S: int64; the most rows that each can give. The others make up the rest, in proportion.
 
     Returns:
-      int64 [S], whose sum is `rows`. Of equal remainders the first goes first.
+      int64 [S], whose sum is `rows`. Of equal remainders the first stratum comes first.
     """
     assert rows <= most_S.sum(), f"{rows} rows of at most {most_S.sum()}"
     share_S = np.zeros(len(weight_S), np.int64)
@@ -297,7 +296,7 @@ def apportion(rows: int, weight_S: np.ndarray, most_S: np.ndarray) -> np.ndarray
         left, open_S = rows - int(share_S[full_S].sum()), ~full_S
         weights = [int(weight) for weight in weight_S[open_S]]
         total = max(sum(weights), 1)
-        # Whole numbers of Python's: the products don't fit 64 bits.
+        # Python integers, since the products don't fit into 64 bits.
         parts = [divmod(left * weight, total) for weight in weights]
         short = left - sum(whole for whole, _ in parts)
         by_remainder = sorted(range(len(parts)), key=lambda i: (-parts[i][1], i))
@@ -323,7 +322,7 @@ def _scores(candidates: Candidates) -> Callable[[slice], np.ndarray]:
 
 
 def _random_keys(seed: int, block: slice) -> np.ndarray:
-    """Random keys, uint32, of a slice of rows: the same in whatever blocks the rows are read."""
+    """Random keys, uint32, of a slice of rows, independent of the size of blocks."""
     first = block.start // _DRAWN_ROWS
     parts = [
         np.random.Generator(np.random.Philox(key=[seed, number])).integers(

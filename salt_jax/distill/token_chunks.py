@@ -20,7 +20,7 @@ def map_chunks(
     chunk_tokens: int,
     sharding: HeadSharding | None,
 ) -> Any:
-    """Applies one_chunk to each device's chunks of tokens; its arrays come back as [B, L, …]."""
+    """Applies one_chunk to each device's chunks of tokens; the results are [B, L, …]."""
 
     def body(
         hidden_BxLxD: jax.Array, head_VxD: jax.Array, targets_BxL: jax.Array, weights_BxL: jax.Array
@@ -51,13 +51,13 @@ def map_chunks(
 
 
 def flat_tokens(counts_BxL: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, L, …] → [B · L, …], 0 where nothing counts: 0 · NaN in a gradient would be NaN."""
+    """[B, L, …] → [B · L, …], 0 where masked out, since 0 · NaN in a gradient would be NaN."""
     counts = counts_BxL.reshape(counts_BxL.shape + (1,) * (x.ndim - 2))
     return jnp.where(counts, x, 0).reshape(-1, *x.shape[2:])
 
 
 def chunked(tokens: Any, chunk_tokens: int) -> Any:
-    """[N, …] → [chunks, C, …], as few chunks as chunk_tokens allows, padded with zeros."""
+    """[N, …] → [chunks, C, …], with C at most chunk_tokens, padded with zeros."""
     count = jax.tree.leaves(tokens)[0].shape[0]
     chunks = max(1, -(-count // chunk_tokens))
     size = -(-count // chunks)

@@ -1,19 +1,20 @@
-"""The loss of each token and its gradient by the student's logits: the formulas of `losses.py`.
+"""The loss of each token and its gradient by the student's logits, by the formulas of `losses.py`.
 
-`TokenLosses` takes a chunk of tokens and one device's part of the vocabulary; `chunked_loss.py`
-trains with it. `token_losses` is the same over whole [B, L, V] logits, to be differentiated by jax.
+`TokenLosses` computes both for a chunk of tokens and one device's part of the vocabulary, as
+`chunked_loss.py` needs them. `token_losses` computes the loss from whole [B, L, V] logits, to be
+differentiated by jax.
 
-With h = ∂soft/∂log p, which autodiff finds for any divergence (-q for ForwardKL's -q log p), the
+With h = ∂soft/∂log p, which autodiff computes for any divergence (-q for ForwardKL's -q log p), the
 chain rule gives
 
     ∂soft/∂z = (h - p · Σ h) / T
 
-Over k + 1 outcomes (teacher_top_k, soft labels), h of the rest is shared by its ids in proportion
-to their p.
+Over k + 1 outcomes (teacher_top_k, soft labels), h of the rest is divided among its ids in
+proportion to their p.
 
 Ids from vocab_size on, which pad V up to a round size, are masked out of every softmax and get
-gradients of exactly 0. All arithmetic is in float32 (float64 for float64 logits). An id is a
-model's most likely one if no other has a greater logit, so several may be.
+gradients of exactly 0. All arithmetic is in float32 (float64 for float64 logits). An id counts as a
+model's most likely one if no other has a greater logit, so there may be several.
 """
 
 import dataclasses
@@ -29,14 +30,14 @@ from salt_jax.distill.losses import LossConfig, SoftLabels, check_vocab_size, ke
 
 
 class LogSums(NamedTuple):
-    """What `TokenLosses.gradient` takes over from `values`, [C] each; all but log_z with a teacher.
+    """The intermediate values of `TokenLosses.values` that `gradient` needs, [C] each.
 
     Attributes:
       log_z: log Σ exp z.
-      student: log Σ exp (z / T).
+      student: log Σ exp (z / T); like all below, only with a teacher.
       h: Σ h over all outcomes.
-      teacher: log Σ exp (t / τ), where soft is over the whole vocabulary.
-      outcomes: Where it is over K + 1: the ids [C, K], h [C, K + 1], and log p of the rest [C].
+      teacher: log Σ exp (t / τ), if soft is over the whole vocabulary.
+      outcomes: If soft is over K + 1 outcomes, the ids [C, K], h [C, K + 1], log p of the rest [C].
     """
 
     log_z: jax.Array
@@ -48,15 +49,15 @@ class LogSums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenLosses:
-    """The losses of C tokens from the student's logits z_CxV and what the teacher says.
+    """The losses of C tokens from the student's logits z_CxV and the teacher's.
 
-    That is the teacher's logits t_CxV, soft labels, or None without a teacher.
+    The teacher's are logits t_CxV, soft labels, or None without a teacher.
 
     Attributes:
       config: The loss.
-      omega: ω, a scalar, or [C] where tokens have one of their own.
+      omega: ω, a scalar, or [C] if it differs between tokens.
       vocabulary: The student's ids, or this device's part of them.
-      teacher_vocabulary: The teacher's, which may lack the last of the student's.
+      teacher_vocabulary: The teacher's ids, which may lack the last of the student's.
     """
 
     config: LossConfig
@@ -67,7 +68,7 @@ class TokenLosses:
     def values(
         self, z_CxV: jax.Array, taught: jax.Array | SoftLabels | None, targets_C: jax.Array
     ) -> tuple[dict[str, jax.Array], LogSums]:
-        """The values of `token_losses`, [C] each, and what their gradient needs."""
+        """The values of `token_losses`, [C] each, and the intermediate values of the gradient."""
         vocabulary, config, omega = self.vocabulary, self.config, self.omega
         largest_C = vocabulary.max(z_CxV)
         log_z_C = vocabulary.log_sum_exp(z_CxV, largest_C)
@@ -92,8 +93,8 @@ class TokenLosses:
             soft_C, norms = self._soft(z_CxV, taught, most_C, norms)
             teacher_hard_C = vocabulary.log_sum_exp(taught, most_C)
             teacher_hard_C -= vocabulary.at(taught, targets_C)
-            # Up to rounding, only an id that is the largest of both reaches the sum of the two
-            # maxima: cheaper than to compare ids.
+            # Only an id that is the largest of both reaches the sum of the two maxima (up to
+            # rounding): cheaper than comparing ids.
             rounding_C = 4 * jnp.finfo(z_CxV.dtype).eps * (jnp.abs(largest_C) + jnp.abs(most_C))
             agreement_C = vocabulary.max(z_CxV + taught) >= largest_C + most_C - rounding_C
         loss_C = (1.0 - omega) * hard_C + omega * soft_C + z_loss_C
@@ -109,8 +110,8 @@ class TokenLosses:
     ) -> jax.Array:
         """The gradient of loss by z, [C, V].
 
-        The barrier makes XLA compute all probabilities again. Sharing those of `values` would mean
-        to write and read [C, V] arrays, which is slower.
+        The barrier makes XLA compute all probabilities again: sharing those of `values` would write
+        and read [C, V] arrays, which is slower.
         """
         norms = lax.optimization_barrier(norms)
         omega = self.omega[:, None] if self.omega.ndim else self.omega
@@ -135,7 +136,7 @@ class TokenLosses:
     def _soft(
         self, z_CxV: jax.Array, t_CxV: jax.Array, most_C: jax.Array, norms: LogSums
     ) -> tuple[jax.Array, LogSums]:
-        """The soft term [C] of a teacher whose largest logits are most_C."""
+        """The soft term, [C], of a teacher whose largest logits are most_C."""
         config, vocabulary = self.config, self.vocabulary
         teacher_C = _log_norm(self.teacher_vocabulary, t_CxV, most_C, config.teacher_temperature)
         norms = norms._replace(teacher=teacher_C)
@@ -152,7 +153,7 @@ class TokenLosses:
     def _soft_of_labels(
         self, z_CxV: jax.Array, labels: SoftLabels, norms: LogSums
     ) -> tuple[jax.Array, LogSums]:
-        """The soft term [C] over O = K + 1 outcomes."""
+        """The soft term, [C], over O = K + 1 outcomes."""
         log_p_CxV = self._log_p(z_CxV, norms)
         rest_C = self.vocabulary.log_rest(log_p_CxV, labels.ids)
         log_p_CxO = _joined(self.vocabulary.at(log_p_CxV, labels.ids), rest_C)
@@ -187,19 +188,19 @@ def token_losses(
     soft_labels: SoftLabels | None = None,
     teacher_vocab_size: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Losses and hits of every token, in nats, from whole logits.
+    """Losses in nats and metrics of every token, from whole logits.
 
     Args:
       student_logits_BxLxV: Any float dtype; V >= vocab_size.
-      teacher_logits_BxLxV: Its V may be another one, >= teacher_vocab_size. None = plain
-        cross-entropy, whatever ω.
+      teacher_logits_BxLxV: Its V may differ, but >= teacher_vocab_size. None gives plain
+        cross-entropy, whatever ω is.
       targets_BxL: int32, within [0, vocab_size).
-      omega: ω, a traced scalar, or [B, 1] for rows with an ω of their own.
+      omega: ω, a traced scalar, or [B, 1] if it differs between rows.
       config: Temperatures, divergence, z-loss.
-      vocab_size: Number of ids that mean something.
-      soft_labels: [B, L, …], in place of teacher logits, at config's temperature.
-      teacher_vocab_size: The teacher's ids, the first of the vocabulary's; None = all of them. To
-        the others it gives probability 0.
+      vocab_size: Number of ids in use.
+      soft_labels: [B, L, …], instead of teacher logits, at config's temperature.
+      teacher_vocab_size: Number of ids that the teacher has, the vocabulary's first ones; None for
+        all. It gives the others probability 0.
 
     Returns:
       [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else 0);
@@ -245,12 +246,12 @@ def _log_probabilities(
     vocabulary: VocabularyPart, x_CxV: jax.Array, norm_C: jax.Array | None, temperature: float
 ) -> jax.Array:
     assert norm_C is not None, "the norm is computed before"
-    # Masked again: the temperature may have moved the padding's "log 0" out of range.
+    # Masked again, since the temperature has scaled the padding's LOG_ZERO.
     return vocabulary.mask(_divided(x_CxV, temperature) - norm_C[:, None])
 
 
 def _divided(logits_CxV: jax.Array, temperature: float) -> jax.Array:
-    """logits / temperature, to XLA another value at each use; see `TokenLosses.gradient`."""
+    """logits / temperature behind a barrier, so that XLA recomputes it at each use."""
     if temperature == 1.0:
         return logits_CxV
     inverse = lax.optimization_barrier(jnp.asarray(1.0 / temperature, logits_CxV.dtype))
@@ -264,5 +265,5 @@ def _joined(log_x_CxK: jax.Array, rest_C: jax.Array) -> jax.Array:
 def _with_slope(
     divergence: Divergence, log_p: jax.Array, log_q: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Each outcome's part of the divergence, and its h."""
+    """The value of the divergence for each outcome, and its derivative h."""
     return jax.jvp(lambda log_p: divergence(log_p, log_q), (log_p,), (jnp.ones_like(log_p),))

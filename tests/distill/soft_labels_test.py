@@ -167,5 +167,5 @@ def test_refusals() -> None:
     labels = labels_of(arguments, LossConfig(), k=3)
     with pytest.raises(InputError, match="teacher_top_k is 4 and the soft labels have 3 ids"):
         chunked(LossConfig(teacher_top_k=4), 7)(**without_teacher(arguments), soft_labels=labels)
-    with pytest.raises(ValueError, match="stand for a teacher"):
+    with pytest.raises(ValueError, match="replace a teacher"):
         loss_sums(**arguments, config=LossConfig(), vocab_size=VOCAB, soft_labels=labels)
