@@ -53,8 +53,8 @@ def loss_sums(
 ) -> Sums:
     """Weighted sums over a batch of `losses.token_losses`.
 
-    Differentiable with respect to the student's hidden states and head alone. Positions of weight 0
-    are masked out: neither their targets nor a NaN in their hidden states affects a sum or gradient.
+    Only the student's hidden states and head get gradients. Positions of weight 0 are masked out:
+    neither their targets nor a NaN in their hidden states affects a sum or a gradient.
 
     Args:
       student_hidden_BxLxD: Hidden states after the final norm; their dtype is that of the matrix
@@ -65,7 +65,7 @@ def loss_sums(
       omega: ω, a traced scalar.
       config: Temperatures, divergence, z-loss, tokens in a chunk.
       vocab_size: Number of ids in use; ids from here on are padding.
-      teacher_hidden_BxLxD, teacher_head_VxD: The teacher's; both or neither. Its D and V may differ.
+      teacher_hidden_BxLxD, teacher_head_VxD: The teacher's, both or neither; D and V may differ.
       teacher_vocab_size: Number of ids that the teacher has, the vocabulary's first ones; None for
         all. It gives the others probability 0.
       distill_B: float32, each row's share of ω; None for 1. Where it is 0 the teacher's hidden
@@ -127,10 +127,10 @@ def target_ranks(
       entropy: Whether to return the entropy, too, which reads a chunk's logits once more.
 
     Returns:
-      (-log p of the target, nats, float32 [B, L]; number of ids with a strictly greater logit, int32
-      [B, L]; with `entropy` the entropy of p, nats, float32 [B, L]). Undefined where the weight is
-      0. Where the loss is not finite, the number is vocab_size, so that no target counts as
-      predicted.
+      (-log p of the target, nats, float32 [B, L]; number of ids with a strictly greater logit,
+      int32 [B, L]; with `entropy` the entropy of p, nats, float32 [B, L]). Undefined where the
+      weight is 0. Where the loss is not finite, the number is vocab_size, so that no target counts
+      as predicted.
     """
 
     def one_chunk(

@@ -31,7 +31,7 @@ class Divergence(Protocol):
     """
 
     def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-        """Each outcome's part of the divergence, nats, from the student's log p, teacher's log q."""
+        """Each outcome's part of the divergence, in nats; p is the student's, q the teacher's."""
         ...
 
 

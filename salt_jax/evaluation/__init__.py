@@ -1,1 +1,1 @@
-"""What a model says, held against what it should say: a model in, metrics out."""
+"""Evaluation of trained models: held-out rows, few-shot tasks, generated responses."""

@@ -1,9 +1,9 @@
 """Scores of a generated text against a reference text, by name, 0 to 1 each.
 
-number  exact_match: whether the numbers behind "####" are equal (GSM8K); answered: whether
+number  exact_match: whether the numbers after "####" are equal (GSM8K); answered: whether
         the generated text has one
 rouge   rouge1, rouge2, rougeL and rougeLsum: F-measures over stemmed words (XSum,
-        CNN/DailyMail); rougeLsum takes each line for a sentence
+        CNN/DailyMail); rougeLsum treats each line as a sentence
 label   accuracy: whether the texts are equal (ANLI), apart from case, white space at the ends
         and a last full stop
 """
@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"####\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def number_scores(generated: str, reference: str) -> Scores:
-    """Of the first number behind "####"; with commas or without, equal in value is equal.
+    """Scores of the first number after "####", compared by value (1,000 equals 1000.0).
 
     Raises:
       InputError: The reference has no such number.
@@ -31,7 +31,7 @@ def number_scores(generated: str, reference: str) -> Scores:
     if expected is None:
         shown = reference if len(reference) <= 80 else reference[:77] + "…"
         raise InputError(
-            f"The metric 'number' compares numbers behind \"####\", and the reference {shown!r} "
+            f"The metric 'number' compares numbers after \"####\", and the reference {shown!r} "
             "has none: correct the templates or the metric."
         )
     found = final_number(generated)
@@ -39,7 +39,7 @@ def number_scores(generated: str, reference: str) -> Scores:
 
 
 def final_number(text: str) -> decimal.Decimal | None:
-    """The first number behind "####", as GSM8K ends its answers; None where there is none."""
+    """The first number after "####", with which GSM8K ends its answers; None if there is none."""
     match = _NUMBER.search(text)
     return decimal.Decimal(match[1] + match[2].replace(",", "")) if match else None
 

@@ -1,6 +1,6 @@
-"""A model's answers, log-likelihoods and continuations, each computed once and logged.
+"""A model's answers: log-likelihoods and continuations, each computed once and logged.
 
-Every answer is in the request log as soon as it is known, and what is there is not computed again.
+Every answer is written to the request log as soon as it is known, and read from there later.
 """
 
 import collections
@@ -20,13 +20,7 @@ REQUESTS_FILE = "requests.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a prompt is continued.
-
-    Attributes:
-      max_new_tokens: The most tokens that the text may have.
-      stop_texts: It ends before the first of these.
-      sampling: How tokens are chosen.
-    """
+    """How a prompt is continued: up to max_new_tokens, or before the first of stop_texts."""
 
     max_new_tokens: int
     stop_texts: tuple[str, ...] = ()
@@ -34,11 +28,11 @@ class Decoding:
 
 
 class Answers:
-    """Asks one model.
+    """The answers of one model.
 
     Args:
       examinee: The model.
-      log: Entered; of this model and of `prepend_start`.
+      log: The request log of this model and `prepend_start`, already entered.
       prepend_start: Whether the vocabulary's start comes before every prompt that is continued.
     """
 
@@ -72,7 +66,7 @@ class Answers:
         return [(float(self._log[key][0]), bool(self._log[key][1])) for key in keys]
 
     def continuations(self, requests: Sequence[tuple[Sequence[int], Decoding]]) -> list[str]:
-        """The text after each prompt; if tokens are drawn, a repeated request has a new one."""
+        """The text after each prompt; if it is sampled, repeated requests get different texts."""
         keys = self._keys(requests)
         missing: dict[Decoding, dict[str, Sequence[int]]] = {}
         for key, (prompt, decoding) in zip(keys, requests, strict=True):
@@ -88,7 +82,7 @@ class Answers:
                     sampling=decoding.sampling,
                     stop_texts=decoding.stop_texts,
                     prepend_start=self._prepend_start,
-                    # From the key, so that draws depend on the request alone.
+                    # From the key, so that random draws depend on the request alone.
                     draws=[int(name[:8], 16) >> 1 for name in names],
                 ):
                     self._log.add({names[completion.index]: completion.text})
@@ -111,7 +105,7 @@ class Answers:
 def logged_answers(
     examinee: Examinee, folder: pathlib.Path, prepend_start: bool = True
 ) -> Iterator[Answers]:
-    """A model's answers, with the log in a run's folder, which all examinations share."""
+    """A model's answers, logged in a run's folder for all examinations."""
     context = {
         "model": examinee.saved.digest,
         "config": examinee.saved.config.to_json(),

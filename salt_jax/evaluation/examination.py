@@ -1,4 +1,4 @@
-"""What the examinations of `salt evaluate` share: the model, and how one is prepared and run.
+"""The interface of the examinations of `salt evaluate`, and the model that they examine.
 
 There are three: held_out.py (rows of a cache), few_shot.py (tasks of lm-eval) and responses.py
 (generated responses against those of a file).
@@ -18,8 +18,7 @@ from salt_jax.errors import require_counts
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoints import SavedModel
 
-# Writes files of its own into the run's folder, prints its results and returns its part of
-# summary.json.
+# Writes its files into the run's folder, prints its results, returns its part of summary.json.
 Examine = Callable[[pathlib.Path], dict[str, Any]]
 
 
@@ -29,11 +28,11 @@ class Examinee:
 
     Attributes:
       saved: The model.
-      mesh: Where to compute.
-      rules: From logical to mesh axes.
+      mesh: The mesh to compute on.
+      rules: Logical-axis rules.
       batch_size: Rows, sequences or prompts at once.
       chunk_tokens: Tokens whose logits a device holds at once.
-      parse_special: Whether the name of a special token in a text stands for that token.
+      parse_special: Whether the name of a special token in a text is read as that token.
 
     Raises:
       InputError: A count below 1.
@@ -66,10 +65,10 @@ class Examinee:
 
 
 class Examination(Protocol):
-    """A way to judge a model: a group of settings of `salt evaluate`."""
+    """A way to evaluate a model: a group of settings of `salt evaluate`."""
 
     def prepare(self, examinee: Examinee) -> Examine:
-        """Checks all that it is given, and writes nothing; what it returns examines the model.
+        """Checks settings and input without writing anything; returns the function to run.
 
         Raises:
           InputError: Bad settings or bad input.

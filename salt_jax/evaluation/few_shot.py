@@ -1,4 +1,4 @@
-"""Examination on few-shot tasks of lm-eval, of a folder of YAML files, or of salt_suite."""
+"""Examination on few-shot tasks: lm-eval's, salt_suite's, or those of a folder of YAML files."""
 
 import dataclasses
 import importlib
@@ -21,24 +21,24 @@ SUITE = "salt_suite"
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    """Tasks and how they are asked, an `Examination`.
+    """The tasks and how they are run, an `Examination`.
 
     Attributes:
-      tasks: Names of tasks or groups; the flag may be given again.
+      tasks: Names of tasks or groups; the flag may be repeated.
       shots: Examples in a prompt, except in tasks that are meant to have none; each task's own
         number by default.
-      limit: Documents of each task, the first ones; all by default.
-      task_folder: A folder of YAML files of more tasks, which can run any code: one you trust.
-      task_data: A folder of files in place of tasks' data sets: TASK/SPLIT.jsonl, or .parquet.
-      max_new_tokens: The most tokens of an answer, where a task asks for more.
+      limit: Only the first documents of each task; all by default.
+      task_folder: A folder of YAML files of more tasks. They can run any code: use one you trust.
+      task_data: A folder of files that replace tasks' data sets: TASK/SPLIT.jsonl, or .parquet.
+      max_new_tokens: Caps the tokens of an answer where a task allows more.
       prepend_start: Whether the vocabulary's start comes before every text, as before every segment
         in training; False for models trained without one, such as Pythia.
-      seed: Of tasks that draw tokens.
-      bootstrap_iters: Resamplings for the standard error of a metric that has no formula for it;
-        lm-eval's own 100,000 take minutes.
+      seed: Seed of tasks that sample tokens.
+      bootstrap_iters: Bootstrap resamplings for the standard error of a metric without a formula
+        for it; lm-eval's own 100,000 take minutes.
       save_samples: Write samples_TASK.jsonl: documents, prompts, answers and metrics.
       allow_code_execution: Execute the programs that a model writes, in tasks that score them so;
-        otherwise such tasks are generated for and not scored.
+        otherwise answers to such tasks are generated and not scored.
     """
 
     tasks: Sequence[str] = ()
@@ -60,11 +60,7 @@ class FewShot:
 
     @property
     def is_asked(self) -> bool:
-        """Whether there are tasks.
-
-        Raises:
-          InputError: There are none, and a setting that is of no use without them.
-        """
+        """Whether tasks are set; InputError if not and another setting is."""
         for name in ("shots", "limit", "task_data", "max_new_tokens", "task_folder"):
             if not self.tasks and getattr(self, name) is not None:
                 raise InputError(
@@ -76,8 +72,8 @@ class FewShot:
         """See `Examination`.
 
         Raises:
-          InputError: An unknown name, a data set that isn't there, a model without its vocabulary,
-            or a task that generates more than the model takes.
+          InputError: An unknown name, a missing data set, a model without its vocabulary, or a task
+            that generates more than fits the model.
         """
         tasks, harness = _lm_eval_module("harness_tasks"), _lm_eval_module("harness")
         examinee.vocabulary  # noqa: B018 (refuses a model without one)
@@ -101,7 +97,7 @@ class FewShot:
         return examine
 
     def print_tasks(self) -> None:
-        """Prints the tasks, those of salt_suite by default, with their data sets; loads none.
+        """Prints the tasks, by default those of salt_suite, with their data sets; loads none.
 
         Raises:
           InputError: An unknown name, or no such folder.

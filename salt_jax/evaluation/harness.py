@@ -1,7 +1,7 @@
 """Runs tasks of lm-evaluation-harness on a model.
 
-Texts are cut into context and continuation as lm-eval's own `hf` backend does it. Tasks that
-execute what a model writes are only generated for, and not scored, unless that is allowed.
+Texts are split into context and continuation as by lm-eval's own `hf` backend. Answers to tasks
+that execute what a model writes are generated but not scored, unless that is allowed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,34 +24,30 @@ from salt_jax.evaluation.harness_tasks import Loaded, leaves
 from salt_jax.inference.generation import Sampling
 
 Instances = Sequence[lm_eval.api.instance.Instance]
-# By task or group: "shots", "documents" (None of a group) and "metrics", by metric, and by filter
-# where it has one ("exact_match,strict-match"), its "value" and "stderr", None where it has none.
+# By task or group: "shots", "documents" (None for a group) and "metrics". These have a "value" and
+# a "stderr" (or None) by metric and, where there is one, filter ("exact_match,strict-match").
 Results = dict[str, dict[str, Any]]
 
-# The generation_kwargs of a task that we follow, as lm-eval normalizes them.
+# The supported generation_kwargs of a task, as lm-eval normalizes them.
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
 def decoding_of(
     task: str, generation_kwargs: Mapping[str, Any], settings: FewShot, max_length: int
 ) -> Decoding:
-    """How a task has its prompts continued.
+    """How prompts of a task are continued.
 
-    Args:
-      task: Its name.
-      generation_kwargs: Its own.
-      settings: Caps its tokens, and has the seed.
-      max_length: The longest sequence that the model takes, tokens.
+    `settings` caps its tokens and has the seed; `max_length` is the model's.
 
     Raises:
-      InputError: A setting that we don't have, or more tokens than the model takes.
+      InputError: An unsupported setting, or more tokens than fit the model.
     """
     asked: dict[str, Any] = dict(lm_eval.models.utils.normalize_gen_kwargs(dict(generation_kwargs)))
     if unknown := sorted(asked.keys() - set(_KNOWN)):
         raise InputError(
             f"The task {task} sets generation_kwargs.{unknown[0]} to {asked[unknown[0]]!r}, and "
-            f"salt_jax knows {', '.join(_KNOWN)} only: give the task without it in a YAML file of "
-            "--task_folder."
+            f"salt_jax supports only {', '.join(_KNOWN)}: give the task without it in a YAML file "
+            "of --task_folder."
         )
     new = min(asked["max_gen_toks"], settings.max_new_tokens or asked["max_gen_toks"])
     if not 1 <= new < max_length - settings.prepend_start:
@@ -68,13 +64,7 @@ def decoding_of(
 
 
 class HarnessModel(lm_eval.api.model.TemplateLM):
-    """A model that lm-eval can ask.
-
-    Args:
-      examinee: The model.
-      answers: Its answers.
-      settings: How tasks may use it.
-    """
+    """A model in lm-eval's interface."""
 
     def __init__(self, examinee: Examinee, answers: Answers, settings: FewShot) -> None:
         super().__init__()
@@ -89,13 +79,13 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context."""
+        """The id used as an empty context."""
         return self._vocabulary.start_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """A text's ids, after the start where that is wanted."""
+        """A text's ids, with the start if prepend_start is set."""
         starts = self._settings.prepend_start if add_special_tokens is None else add_special_tokens
         ids = self._vocabulary.encode(string, self._parse_special)
         return [self._vocabulary.start_id, *ids] if starts else ids
@@ -106,7 +96,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
         return self._scored([(context, target) for _, context, target in requests])
 
     def loglikelihood_rolling(self, requests: Instances, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows that predict each token once, nats."""
+        """Log-likelihoods of whole texts, nats, in windows that predict each token once."""
         windows = [
             [
                 lm_eval.utils.make_disjoint_window(window)
@@ -123,7 +113,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
         return [sum(next(scored)[0] for _ in text) for text in windows]
 
     def generate_until(self, requests: Instances, disable_tqdm: bool = False) -> list[str]:
-        """The texts that continue contexts, up to where a task stops them."""
+        """The continuations of contexts, up to the task's stop texts."""
         asked = []
         for request in requests:
             context, given = request.args
@@ -137,7 +127,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
         return self._answers.continuations(asked)
 
     def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(log p of the target after the context, whether it is greedy's choice) of each pair."""
+        """(log p of the target after the context, whether greedy gives it) of each pair."""
         sequences = []
         for context, target in pairs:
             if len(target) > self._max_length:
@@ -145,7 +135,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
                     f"A continuation has {len(target)} tokens and the model takes "
                     f"{self._max_length}: leave the task out, or use a model of longer max_length."
                 )
-            # White space moves from a context to the target, and may leave nothing.
+            # Trailing white space moves from a context to the target, and may leave nothing.
             ids = (context or [self.prefix_token_id]) + target
             if target:
                 sequences.append((ids[-(self._max_length + 1) :], len(target)))
@@ -156,11 +146,11 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
 def evaluate(
     model: HarnessModel, loaded: Loaded, settings: FewShot
 ) -> tuple[Results, dict[str, list[dict[str, Any]]]]:
-    """Asks the model.
+    """Runs the tasks on the model.
 
     Returns:
-      The results by task and group, and by task what was asked and answered: of all tasks with
-      save_samples, else of those that are not scored.
+      The results by task and group, and samples by task: of all tasks with save_samples, else of
+      those that are not scored.
     """
     results, samples = Results(), {}
     for task in leaves(loaded):
@@ -189,7 +179,7 @@ def _is_unscored(task: Task, settings: FewShot) -> bool:
 
 
 def _scored(one: Task | Group, settings: FewShot) -> Iterator[Task | Group]:
-    """The parts of which every task is scored: only such groups have an average."""
+    """The scored tasks, and groups of which every task is scored: only those have an average."""
     if not any(_is_unscored(task, settings) for task in leaves([one])):
         yield one
     elif isinstance(one, Group):
@@ -198,8 +188,10 @@ def _scored(one: Task | Group, settings: FewShot) -> Iterator[Task | Group]:
 
 
 def _generate_only(model: HarnessModel, task: Task, limit: int | None) -> list[dict[str, Any]]:
-    """A task's prompts and answers. lm-eval's `predict_only` would let its filters, which are its
-    own code, see the answers."""
+    """A task's prompts and answers.
+
+    Not by lm-eval's `predict_only`, which would run the task's filters, its own code, on answers.
+    """
     task.build_all_requests(limit=limit)
     answers = model.generate_until(task.instances)
     return [

@@ -29,7 +29,7 @@ OWN_TASKS = pathlib.Path(__file__).parent / "tasks"
 
 _HUB_SECONDS = 10.0
 
-# What tasks, which are code of many authors, and `datasets` raise for files that are missing,
+# Errors that tasks (code of many authors) and `datasets` raise for files that are missing,
 # malformed or refused.
 _LOADING_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError),
@@ -42,11 +42,11 @@ Loaded = Sequence[Task | Group]
 
 
 def load(settings: FewShot) -> Loaded:
-    """The tasks and groups that are asked for, with their data sets.
+    """Loads the tasks and groups of the settings, with their data sets.
 
     Raises:
-      InputError: An unknown name, no such folder, a data set or a library that isn't there, files
-        in task_data that are no splits, or more shots than there are examples.
+      InputError: An unknown name, no such folder, a missing data set or library, files in task_data
+        that are not splits, or more shots than there are examples.
     """
     manager = _manager(settings)
     members = {name: dict(_entries(manager, name)) for name in settings.tasks}
@@ -72,7 +72,7 @@ def load(settings: FewShot) -> Loaded:
 
 
 def leaves(loaded: Loaded) -> list[Task]:
-    """The tasks, also those of groups."""
+    """All tasks, including those of groups."""
     return [
         task
         for one in loaded
@@ -81,7 +81,7 @@ def leaves(loaded: Loaded) -> list[Task]:
 
 
 def data_sets(settings: FewShot, names: Sequence[str]) -> list[tuple[str, str, str, str]]:
-    """Of each task that names stand for its name, data set, part of it, and kind; loads none.
+    """(name, data set, part of it, kind) of each task that the names expand to; loads none.
 
     Raises:
       InputError: An unknown name, or no such folder.
@@ -96,7 +96,7 @@ def data_sets(settings: FewShot, names: Sequence[str]) -> list[tuple[str, str, s
 
 
 def _manager(settings: FewShot) -> lm_eval.tasks.TaskManager:
-    """lm-eval with the tasks of this package and of task_folder, which come before its own."""
+    """lm-eval's task manager; the tasks of this package and of task_folder precede its own."""
     for name in ("task_folder", "task_data"):
         folder = getattr(settings, name)
         if folder is not None and not pathlib.Path(folder).is_dir():
@@ -105,17 +105,16 @@ def _manager(settings: FewShot) -> lm_eval.tasks.TaskManager:
                 f"{name} is {folder}, which is not a folder: name one that holds {held}."
             )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Its bootstraps would fork this process, threads and devices and all.
+    # Its bootstrap would fork this process with its threads and devices.
     os.environ["DISABLE_MULTIPROC"] = "1"
     os.environ["LOCAL_RANK"] = "0"  # no other process gets lm-eval's results
-    # Whatever it was set to around us.
     os.environ["HF_ALLOW_CODE_EVAL"] = "1" if settings.allow_code_execution else "0"
     folders = [str(OWN_TASKS), *([settings.task_folder] if settings.task_folder else [])]
     return lm_eval.tasks.TaskManager(include_path=folders)
 
 
 def _entries(manager: lm_eval.tasks.TaskManager, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tasks that a name stands for, with their settings."""
+    """The tasks that a name expands to, with their settings."""
     if name not in manager.task_index:
         near = nearest(name, manager.all_tasks)
         raise InputError(
@@ -139,7 +138,7 @@ def _read_files(
     data: pathlib.Path,
     folder: pathlib.Path,
 ) -> None:
-    """Makes tasks that are asked for read their files in `data`, by YAML files in `folder`."""
+    """Writes YAML files into `folder` that make tasks read their files in `data`."""
     asked = sorted({*members, *(task for tasks in members.values() for task in tasks)})
     found = [data / name for name in asked if (data / name).is_dir()]
     if not found:
@@ -162,7 +161,7 @@ def _read_files(
                 f"{task} of --task_data holds {held}: expected its splits alone, as SPLIT.jsonl or "
                 "all as SPLIT.parquet."
             )
-        # datasets takes them for patterns.
+        # `datasets` treats these as patterns.
         patterns = {split: glob.escape(str(path)) for split, path in files.items()}
         changes = {
             "dataset_path": kinds.pop(),
@@ -176,21 +175,21 @@ def _read_files(
 
 
 def _go_offline_if_the_hub_is_unreachable() -> None:
-    """Has data sets come from the cache at once: `datasets` retries each file for half a minute."""
+    """Uses the cache of data sets alone, since `datasets` retries each file for half a minute."""
     if datasets.config.HF_HUB_OFFLINE:
         return
     try:
         head = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(head, timeout=_HUB_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # it is there
+        return  # reachable
     except OSError:
-        say(f"{constants.ENDPOINT} is out of reach: data sets come from the cache alone.")
+        say(f"{constants.ENDPOINT} can't be reached: data sets are read from the cache alone.")
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _why(error: Exception, name: str, members: Mapping[str, Any], settings: FewShot) -> str:
-    """A sentence for what kept a task, or one of a group, from being loaded."""
+    """A sentence that says why a task, or one of a group, can't be loaded."""
     if isinstance(error, ModuleNotFoundError):
         library = str(error.name).partition(".")[0]
         return (
@@ -210,7 +209,7 @@ def _why(error: Exception, name: str, members: Mapping[str, Any], settings: FewS
             is_own = member.startswith("salt_")
             if cfg.get("unsafe_code") and not is_own and not settings.allow_code_execution:
                 hint = (
-                    f"{member} executes code already when it is loaded: leave it out (salt_mbpp "
+                    f"{member} executes code when it is loaded: leave it out (salt_mbpp "
                     "only generates), or set --allow_code_execution=True"
                 )
         return f"The task {name} cannot be loaded ({message}): {hint}."
@@ -231,16 +230,16 @@ def _why(error: Exception, name: str, members: Mapping[str, Any], settings: FewS
 
 
 def _set_shots(task: Task, shots: int | None) -> None:
-    """Sets how many examples a task shows; refuses more than there are."""
+    """Sets the number of examples in a task's prompts; refuses more than there are."""
     own = task.get_config("num_fewshot")
     asked = own or 0 if shots is None or own == 0 else shots
     task.set_config(key="num_fewshot", value=asked)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     examples = len(task.sampler.df)
-    # A document that may be among the examples is no example of its own.
+    # A document that is among the examples is not an example for itself.
     spare = int(task.fewshot_cfg.split == task.config.test_split)
     if asked and asked + spare > examples:
         raise InputError(
-            f"The task {task.task_name} is to show {asked} examples besides the document itself "
+            f"The task {task.task_name} needs {asked} examples besides the document itself "
             f"and has {examples}: lower --shots."
         )

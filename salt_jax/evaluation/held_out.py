@@ -21,7 +21,7 @@ class HeldOut:
     Attributes:
       cache: A packed cache with the model's vocabulary; none by default.
       split: Its split, "test" or "validation".
-      rows: Rows of it to read, from the first on; all by default.
+      rows: Only the first rows of the split; all by default.
     """
 
     cache: str | None = None

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations, and whether greedy decoding would give the same tokens.
 
-Sequences are padded to a few lengths, so that few programs are compiled, and batches of a length
-are laid over the mesh. Logits are computed in chunks (`distill/chunked_loss.py`).
+Sequences are padded to a few lengths, so that few programs are compiled, and each batch is split
+over the mesh. Logits are computed in chunks (`distill/chunked_loss.py`).
 """
 
 import functools
@@ -33,18 +33,18 @@ class Scorer:
     def __call__(
         self, sequences: Sequence[tuple[Sequence[int], int]]
     ) -> Iterator[dict[int, tuple[float, bool]]]:
-        """Scores the last tokens of sequences, the longest first, so that memory fails at once.
+        """Scores the last tokens of sequences; the longest first, to run out of memory early.
 
         Args:
-          sequences: Of each the ids, at least one more than are scored and at most one more than
-            the model's max_length, and how many of the last ones to score.
+          sequences: The ids of each (at least one more than are scored, at most one more than the
+            model's max_length), and the number of last ids to score.
 
         Yields:
-          A batch's results by index: the log-likelihood of the scored tokens (nats), and whether
+          A batch's results by index: the log-likelihood of the scored tokens, in nats, and whether
           each of them is a most likely one.
 
         Raises:
-          InputError: The model gives a number that is not finite.
+          InputError: A log-likelihood is not finite.
         """
         by_length: dict[int, list[int]] = {}
         for index, (ids, _) in enumerate(sequences):
@@ -100,7 +100,7 @@ class Scorer:
 def _ranks(
     examinee: Examinee, params: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """−log p of each target and the number of likelier ids, [B, L] each."""
+    """−log p of each target and the number of more likely ids, [B, L] each."""
     config = examinee.saved.config
     return chunked_loss.target_ranks(
         decoder.hidden_states(config, params, batch),

@@ -1,7 +1,7 @@
-"""Log of what has been computed for a model, so that a killed evaluation resumes.
+"""A log of a model's answers, from which an interrupted evaluation resumes.
 
-A JSONL file, on each line an object with a key and an answer. A key is a digest of all that the
-answer depends on, so a log may serve other tasks, too.
+It is a JSONL file; each line is an object with a key and an answer. The key is a digest of all that
+the answer depends on, so that tasks can share a log.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import Any
 class RequestLog:
     """Answers by key, on disk as soon as they are added; a context manager.
 
-    Lines that a kill cut short, or that are damaged, are dropped.
+    Truncated and malformed lines are dropped.
 
     Args:
       path: The file; `__enter__` makes it, in a folder that exists.
-      context: What every answer depends on, the model's digest for one.
+      context: What every answer depends on, such as the model's digest.
     """
 
     def __init__(self, path: pathlib.Path, context: Any) -> None:
@@ -46,7 +46,7 @@ class RequestLog:
         self._file.close()
 
     def key(self, request: Any) -> str:
-        """The key of a request, a value that JSON can hold."""
+        """The key of a request, which is a JSON value."""
         text = json.dumps([self._context, request], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -57,7 +57,7 @@ class RequestLog:
         return self._answers[key]
 
     def add(self, answers: dict[str, Any]) -> None:
-        """Writes answers, by their keys."""
+        """Writes answers by key."""
         self._answers |= answers
         lines = [json.dumps({"key": key, "answer": answer}) for key, answer in answers.items()]
         self._file.write("".join(f"{line}\n" for line in lines).encode())

@@ -1,7 +1,7 @@
-"""Examination by responses: what a model generates after prompts, against references.
+"""Examination by responses: a model's responses to prompts are compared with references.
 
-A prompt is given as in training: the model reads the start and the prompt's tokens, and generates
-until the end of document.
+As in training, the model reads the start and the prompt's tokens, and then generates until the end
+of document.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ RESPONSES_FILE = "responses.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """Prompts, and how the responses to them are judged; an `Examination`.
+    """Prompts, and how the responses to them are scored; an `Examination`.
 
     Attributes:
-      examples: The files, and the template that makes prompts and responses of their rows; its
-        train files are read.
+      examples: The files (its train files are read), and the template that makes prompts and
+        responses from their rows.
       metric: "number" (GSM8K), "rouge" (summaries) or "label" (classes); see answer_metrics.py.
-      max_new_tokens: The most tokens of a response. A prompt that leaves the model no room for so
-        many loses its beginning, and is counted.
-      stop_texts: A response ends before the first of these, too.
+      max_new_tokens: The most tokens of a response. A prompt that leaves no room for them loses its
+        beginning, and is counted.
+      stop_texts: A response also ends before the first of these.
       sampling: How tokens are chosen; greedily by default.
     """
 
@@ -56,8 +56,8 @@ class Responses:
             )
         if not self.examples.template.prompt:
             raise InputError(
-                "The examples have no prompt to give a model: set Template.prompt (--gin.PROMPT, "
-                "or a file of templates/)."
+                "The examples have no prompt: set Template.prompt (--gin.PROMPT, or a file of "
+                "templates/)."
             )
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens} and must be at least 1.")
@@ -68,8 +68,7 @@ class Responses:
         """See `Examination`.
 
         Raises:
-          InputError: Bad examples, or a model without its vocabulary or without room for a
-            response.
+          InputError: Bad examples, a model without its vocabulary, or one too short for a response.
         """
         max_length = examinee.saved.config.max_length
         room = max_length - 1 - self.max_new_tokens  # 1 for the start
@@ -85,7 +84,7 @@ class Responses:
             raise InputError(
                 f"There are no examples in {', '.join(files.train)}: correct --gin.EXAMPLES."
             )
-        for example in examples:  # a bad reference, or no library, before hours of generating
+        for example in examples:  # fails on a bad reference or a missing library before generating
             METRICS[self.metric]("", example.text)
         prompts = examinee.vocabulary.encode_many(
             [example.prompt for example in examples], files.template.parse_special

@@ -1,1 +1,1 @@
-"""What a trained model is used for: decoding, generation, scoring, soft labels."""
+"""Uses of a trained model: decoding, generation, scoring, soft labels."""

@@ -1,4 +1,4 @@
-"""Decoding with a cache of keys and values: whole prompts first, then a token at a time.
+"""Decoding with a key-value cache: whole prompts first, then a token at a time.
 
     state, tokens_Bx1, log_p_Bx1 = begin(config, params, prompts_BxL, …)
     state, tokens_BxC, log_p_BxC = advance(config, params, state, limit, …)
@@ -30,8 +30,8 @@ class DecodingCache(NamedTuple):
       layers: The decoder's collection "cache": key and value [B, G, S, K] of each attention,
         stacked over scanned layers.
       segment_ids: int32 [B, S], 1 where a slot holds a token, 0 where it is padding or empty.
-      lengths: int32 [B], tokens of each row, the position of its next one.
-      slot: int32, where the next tokens of all rows go.
+      lengths: int32 [B], tokens of each row, and so the position of its next one.
+      slot: int32, the slot of the next tokens of all rows.
     """
 
     layers: Any
@@ -41,14 +41,14 @@ class DecodingCache(NamedTuple):
 
 
 class State(NamedTuple):
-    """Prompts in the course of being continued.
+    """The state of decoding between two calls of `advance`.
 
     Attributes:
       cache: All tokens but the newest.
       tokens: int32 [B], the newest tokens.
-      keys: Random keys [B], from which the key of each token is folded.
+      keys: Random keys [B]; `made` is folded into them for each token.
       made: int32, new tokens of each unfinished row.
-      finished: bool [B]; the caller may set more.
+      finished: bool [B]; the caller may finish more rows.
     """
 
     cache: DecodingCache
@@ -63,7 +63,7 @@ _Carry = tuple[State, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How tokens are chosen and rows end; a constant of the program.
+    """How tokens are chosen and what ends a row; a constant of the program.
 
     Attributes:
       sampling: The sampling settings; the seed is in the keys.
@@ -85,8 +85,8 @@ def prefill(
 ) -> tuple[jax.Array, DecodingCache]:
     """Reads whole prompts, int32 padded on the left, into a new cache.
 
-    Segment ids are 1 for prompts and 0 for padding; `slots` is S, the tokens that the cache can
-    hold, at least L.
+    Segment ids are 1 for prompts and 0 for padding; `slots` is S, the tokens that fit into the
+    cache, at least L.
 
     Returns:
       float32 logits [B, V] of the token after each prompt, and the cache.
@@ -114,7 +114,7 @@ def prefill(
 def step(
     config: DecoderConfig, params: Any, cache: DecodingCache, token_B: jax.Array
 ) -> tuple[jax.Array, DecodingCache]:
-    """Reads one more token of each row: the float32 logits [B, V] after it, and the new cache."""
+    """Reads one more token of each row; returns the float32 logits [B, V] and the new cache."""
     segment_ids_Bx1 = jnp.ones_like(token_B)[:, None]
     variables = {"params": params, CACHE: {**cache.layers, "segment_ids": cache.segment_ids}}
     positions_Bx1 = cache.lengths[:, None]
@@ -145,8 +145,8 @@ def begin(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Reads prompts and chooses the first token of each; see `prefill` and `advance`.
 
-    rows_B are int32 numbers, by which rows draw independently of each other; −1 fills up the batch.
-    `seed` is uint32, and `slots` has room for all tokens to come.
+    rows_B are int32 numbers that make the random keys of rows independent; −1 marks a filler row.
+    `seed` is uint32, and `slots` has room for all new tokens.
 
     Returns:
       The state, and the tokens and their log-probabilities, both [B, 1].
@@ -173,10 +173,10 @@ def advance(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Continues every row by `limit` tokens, or until all are finished, in one loop on the device.
 
-    `state` is from begin or advance; `limit` is int32 and at most `chunk`, which is C.
+    `state` comes from begin or advance; `limit` is int32 and at most `chunk`, which is C.
 
     Returns:
-      The state; the tokens, int32 [B, C], with the end id and NO_TOKEN after it; and their
+      The state; the tokens, int32 [B, C], including the end id and then NO_TOKEN; and their
       log-probabilities under the model, float32 [B, C] (see sample_token).
     """
     tokens_BxC = jnp.full((len(state.tokens), chunk), NO_TOKEN, jnp.int32)
@@ -215,7 +215,7 @@ def _ends(token_B: jax.Array, choice: Choice) -> jax.Array:
 
 
 def _apply(config: DecoderConfig, variables: Any, *tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """Hidden states, and the new key and value [B, L, G, K] of each attention."""
+    """Hidden states, and the new key and value, [B, L, G, K], of each attention."""
     config = dataclasses.replace(config, remat="none")  # there is no backward pass
     hidden_BxLxD, left = Decoder(config).apply(variables, *tokens, mutable=[NEW_KEYS_AND_VALUES])
     return hidden_BxLxD, left[NEW_KEYS_AND_VALUES]
@@ -226,7 +226,7 @@ def _next_logits(config: DecoderConfig, params: Any, hidden_Bx1xD: jax.Array) ->
 
 
 def _laid_out(state: State) -> State:
-    """Constrains the state to one sharding, so that `advance` takes it from either program."""
+    """Constrains the state to one sharding, so that `advance` accepts it from both programs."""
 
     def rows(x: jax.Array) -> jax.Array:
         return nn.with_logical_constraint(x, ("batch", None)[: x.ndim])
@@ -239,6 +239,6 @@ def _laid_out(state: State) -> State:
 
 
 def _constrain(x: jax.Array) -> jax.Array:
-    """Shards keys or values of the cache, [B, G, S, K] or [layers, B, G, S, K]."""
+    """Constrains the sharding of cached keys or values, [B, G, S, K] or [layers, B, G, S, K]."""
     axes = ("layers", "batch", "activation_kv_heads", "length", None)
     return nn.with_logical_constraint(x, axes[-x.ndim :])

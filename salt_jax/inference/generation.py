@@ -1,7 +1,7 @@
-"""Continues prompts, given as token ids, with one model.
+"""Generates continuations of prompts, given as token ids.
 
-The host sorts prompts into batches by length and runs the two programs of `decoding` on the
-mesh; between chunks of tokens it looks for stop texts in the text so far.
+The host batches prompts by length and runs the two programs of `decoding` on the mesh; after each
+chunk of tokens it looks for stop texts in the text so far.
 """
 
 import bisect
@@ -28,9 +28,9 @@ from salt_jax.training.in_order import rounded_up
 
 __all__ = ["Completion", "Generator", "Sampling", "continuation"]
 
-_CHUNK = 32  # tokens that the device makes before the host looks at them
-_SHORTEST = 16  # the shortest length that prompts are padded to, tokens
-_CONTEXT = 8  # tokens of the prompt that a continuation's text is decoded after
+_CHUNK = 32  # tokens that the device generates before the host looks at them
+_SHORTEST = 16  # the shortest padded length of prompts, tokens
+_CONTEXT = 8  # tokens of the prompt that a continuation is decoded with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Completion:
 
     Attributes:
       index: The prompt's index in the order given.
-      ids: The new ids, without the id that ended them, with those of a stop text.
-      text: What they add to the prompt's text, up to the first stop text.
-      log_probabilities: Of each id, by the model before temperature, top-k and top-p; nats.
+      ids: The new ids, including those of a stop text but not an end id.
+      text: The text that they add to the prompt's, up to the first stop text.
+      log_probabilities: Each id's by the model, before temperature, top-k and top-p; nats.
       ended_by: "end of document", "stop text" or "length".
     """
 
@@ -54,13 +54,13 @@ class Completion:
 
 @dataclasses.dataclass
 class Work:
-    """What a generator has done, without the time to compile.
+    """Tokens and seconds of a generator, without compiling.
 
     Attributes:
       prompt_tokens: Tokens of prompts.
-      prefill_seconds: Time to read them and to choose each prompt's first token.
-      decoded_tokens: Tokens of completions after their first ones.
-      decode_seconds: Time to make those.
+      prefill_seconds: Time to read them and choose the first token of each completion.
+      decoded_tokens: Tokens of completions after the first.
+      decode_seconds: Time to generate those.
     """
 
     prompt_tokens: int = 0
@@ -75,10 +75,10 @@ class Generator:
     Args:
       config: The model.
       vocabulary: Its vocabulary.
-      mesh: Where the parameters live.
-      rules: From logical to mesh axes.
+      mesh: The mesh of the parameters.
+      rules: Logical-axis rules.
       batch_size: Prompts at once, rounded up to what the mesh needs.
-      end_ids: Ids that end a continuation, beside the vocabulary's end of document.
+      end_ids: Ids that end a continuation, besides the vocabulary's end of document.
 
     Raises:
       InputError: The model has fewer ids than the vocabulary, or batch_size is below 1.
@@ -126,21 +126,18 @@ class Generator:
         prepend_start: bool = True,
         draws: Sequence[int] | None = None,
     ) -> Iterator[Completion]:
-        """Continues prompts, a batch at a time: the longest first, so that memory fails at once.
+        """Yields completions, a batch at a time; the longest first, to run out of memory early.
 
         Args:
           params: The model's parameters, on the mesh.
-          prompts: Ids of each.
+          prompts: The ids of each.
           max_new_tokens: The most new tokens of a prompt.
-          sampling: How tokens are chosen. A row's draws depend on the seed, its number in `draws`
-            and the token's position alone, not on the rest of its batch.
+          sampling: How tokens are chosen. A row's random keys depend on the seed, its number in
+            `draws` and the token's position alone, not on the rest of its batch.
           stop_texts: A continuation ends with the token that completes one of these in its text.
-          prepend_start: Put the vocabulary's start before each prompt, as before each segment that
-            the model was trained on.
+          prepend_start: Whether to put the vocabulary's start before each prompt, as before each
+            segment in training.
           draws: A number for each prompt, 0 to 2³¹ − 1; by default its index.
-
-        Returns:
-          The completions, as they are made.
 
         Raises:
           InputError: See `check`; or the model's logits are not finite.
@@ -169,8 +166,8 @@ class Generator:
         """The ids that the model will read of each prompt.
 
         Raises:
-          InputError: No new tokens, an empty stop text, or a prompt that is empty, too long with
-            max_new_tokens, or has an id outside of the vocabulary.
+          InputError: max_new_tokens below 1, an empty stop text, or a prompt that is empty, too
+            long with max_new_tokens, or has an id outside the vocabulary.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens} and must be at least 1.")
@@ -182,7 +179,7 @@ class Generator:
         for index, row in enumerate(rows):
             if not row:
                 raise InputError(
-                    f"Prompt {index} has no tokens, and no start is put before it: give it some."
+                    f"Prompt {index} is empty, and prepend_start is False: give it some text."
                 )
             if len(row) + max_new_tokens > longest:
                 raise InputError(
@@ -200,8 +197,8 @@ class Generator:
     def _completions(
         self, params: Any, rows: list["_Row"], size: int, max_new_tokens: int, sampling: Sampling
     ) -> Iterator[Completion]:
-        """Those of a batch, which has `size` rows with those that fill it up."""
-        # The seed is an argument of the programs, so that they serve all seeds.
+        """The completions of a batch, which is padded to `size` rows."""
+        # The seed is an argument, so that changing it does not compile the programs again.
         choice = decoding.Choice(
             dataclasses.replace(sampling, seed=0), self._vocabulary.size, self._end_ids
         )
@@ -228,7 +225,7 @@ class Generator:
             count += limit
 
     def _padded(self, rows: list["_Row"], size: int) -> dict[str, np.ndarray]:
-        """A batch's prompts, padded on the left, and rows that fill it up."""
+        """A batch's prompts, padded on the left, and filler rows."""
         longest = max(len(row.prompt) for row in rows)
         length = padded_length(longest, _SHORTEST, self._config.max_length)
         prompts_BxL = np.full((size, length), self._vocabulary.pad_id, np.int32)
@@ -244,12 +241,12 @@ class Generator:
         }
 
     def _run(self, function: Any, params: Any, *arrays: Any) -> tuple[Any, float]:
-        """A program's results and seconds, without compiling it for new shapes."""
+        """Runs a program, and returns its results and seconds without compiling."""
         leaves = jax.tree.leaves((params, arrays))
         key = (function.func, *function.keywords.values(), *((x.shape, x.dtype) for x in leaves))
         with partitioning.partitioned(self._mesh, self._rules):
             if key not in self._compiled:
-                # The state is the second argument: its cache is updated in place.
+                # The second argument is the state, whose cache is updated in place.
                 donated = (1,) if function.func is decoding.advance else ()
                 jitted = jax.jit(function, donate_argnums=donated)
                 self._compiled[key] = jitted.lower(params, *arrays).compile()
@@ -281,7 +278,7 @@ class _Row:
     ended_by: str = ""
 
     def take(self, tokens: list[int], log_probabilities: list[float]) -> None:
-        """Adds tokens up to where the row ends."""
+        """Adds tokens, up to the end of the row."""
         old = len(self.ids)
         for token, log_p in zip(tokens, log_probabilities, strict=True):
             if token == decoding.NO_TOKEN:
@@ -297,7 +294,7 @@ class _Row:
             self.ids.append(token)
             self.log_probabilities.append(log_p)
         if self._has_stop(len(self.ids)):
-            # Text only grows, so the lengths that have a stop text are the last ones.
+            # The text only grows, so bisection finds the first length with a stop text.
             length = bisect.bisect_left(range(len(self.ids)), True, old, key=self._has_stop)
             del self.ids[length:], self.log_probabilities[length:]
             self.ended_by = "stop text"
@@ -305,7 +302,7 @@ class _Row:
             self.ended_by = "length"
 
     def completion(self) -> Completion:
-        """The row at its end."""
+        """The completion of a finished row."""
         text = self._text(len(self.ids))
         text = text[: min((text.index(s) for s in self.ends.texts if s in text), default=None)]
         return Completion(self.index, self.ids, text, self.log_probabilities, self.ended_by)
@@ -319,7 +316,7 @@ class _Row:
 
 
 def _taken(rows: Sequence[_Row], tokens_BxC: Any, log_p_BxC: Any) -> Iterator[Completion]:
-    """Gives rows what the device made; yields the completions of those that it ended."""
+    """Adds new tokens to rows; yields the completions of those that they finish."""
     for row, tokens_C, log_p_C in zip(
         rows, np.asarray(tokens_BxC), np.asarray(log_p_BxC), strict=False
     ):
@@ -330,21 +327,15 @@ def _taken(rows: Sequence[_Row], tokens_BxC: Any, log_p_BxC: Any) -> Iterator[Co
 
 
 def padded_length(length: int, shortest: int, longest: int) -> int:
-    """The first of shortest · 1, 2, 4, … that is at least `length`; at most `longest`."""
+    """The first of shortest · 1, 2, 4, … that is at least `length`, capped at `longest`."""
     return min(shortest << max(math.ceil(math.log2(length / shortest)), 0), longest)
 
 
 def continuation(vocabulary: Vocabulary, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that ids add after a prompt, with the space that a word's first token may stand for.
+    """The text that ids add after a prompt, including a leading space that a token implies.
 
-    Args:
-      vocabulary: Of both.
-      prompt: The ids before; the last ones suffice.
-      ids: The new ones.
-
-    Returns:
-      The text of both without the prompt's; of the new ids alone where they change the prompt's
-      last character, which its own ids leave incomplete.
+    That is the text of both without the prompt's, or of the new ids alone if they complete the
+    prompt's last character. The last ids of the prompt suffice.
     """
     context = prompt[-_CONTEXT:]
     before, both = vocabulary.decode(context), vocabulary.decode([*context, *ids])

@@ -1,4 +1,4 @@
-"""A pass of a frozen model over the rows of a split, shard by shard, by one worker of several."""
+"""A pass of a frozen model over the rows of a split in shards, by one of several workers."""
 
 import dataclasses
 import itertools
@@ -18,13 +18,13 @@ from salt_jax.training import in_order, partitioning
 
 @dataclasses.dataclass(frozen=True)
 class ModelPass:
-    """What a pass reads, with which model, and where it computes.
+    """The model, rows and devices of a pass.
 
     Attributes:
       config: The model.
       cache: The rows.
       split: The split of the cache.
-      batch_size: Rows at once, rounded up to a multiple of what the mesh divides a batch by.
+      batch_size: Rows at once, rounded up to a multiple of what the mesh splits a batch into.
       mesh: Devices of this process alone.
       rules: Logical-axis rules.
       chunk_tokens: Tokens whose logits a device holds at once.
@@ -49,8 +49,8 @@ class ModelPass:
     ) -> Iterator[Iterator[tuple[Batch, Any]]]:
         """Runs a function (params, batch) → arrays over shards, each given by its rows' ids.
 
-        A shard is cut into batches from its first row on, so that its contents don't depend on
-        where a pass was interrupted or on the number of workers.
+        Each shard has its own batches, so that its contents don't depend on where a pass was
+        interrupted or on the number of workers.
 
         Yields:
           For each shard its batches and their results, to be read before the next shard's.
@@ -69,7 +69,7 @@ class ModelPass:
 
 @dataclasses.dataclass(frozen=True)
 class _RowsOf:
-    """Some rows of a split by their ids, as a split."""
+    """The rows of a split with the given ids, as a data source."""
 
     split: PackedSplit
     rows: Sequence[int]
@@ -84,8 +84,8 @@ class _RowsOf:
 def own_mesh(config: partitioning.MeshConfig) -> Mesh:
     """The mesh of this process's own devices, since workers score shards independently.
 
-    Among several processes `config` describes the devices of all: its tensor axis is kept, and fsdp
-    takes the other devices of this process.
+    With several processes `config` describes the devices of all: its tensor axis is kept, and all
+    other devices of this process are along fsdp.
     """
     if jax.process_count() > 1:
         config = partitioning.MeshConfig(tensor=config.tensor)

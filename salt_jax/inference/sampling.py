@@ -1,4 +1,4 @@
-"""Samples the next token: greedily, or at random after temperature, top-k and then top-p."""
+"""Sampling of the next token: greedy, or random after temperature, top-k and then top-p."""
 
 import dataclasses
 import math
@@ -15,10 +15,10 @@ class Sampling:
 
     Attributes:
       temperature: Divides the logits; 0 always takes the most likely token.
-      top_k: Only the k most likely tokens can be chosen; 0 leaves all.
+      top_k: Only the k most likely tokens can be chosen; 0 for all.
       top_p: Only the smallest set of tokens whose probability, after temperature and top-k, is at
-        least p can be chosen (the nucleus, arXiv 1904.09751); 1 leaves all.
-      seed: Of the random keys.
+        least p can be chosen (the nucleus, arXiv 1904.09751); 1 for all.
+      seed: Seed of the random keys.
     """
 
     temperature: float = 0.0
@@ -47,7 +47,7 @@ def sample_token(
 
     Args:
       logits_BxV: float32.
-      keys_B: A key for each row; used up.
+      keys_B: A random key for each row.
       sampling: The settings; the seed is in the keys.
       vocab_size: Ids from here on are padding and never chosen.
 
@@ -68,7 +68,7 @@ def sample_token(
 def _draw(
     logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling, vocab_size: int
 ) -> jax.Array:
-    """N is the number of tokens that top-k leaves."""
+    """Samples tokens at random; N is the number of tokens after top-k."""
     count = min(sampling.top_k or vocab_size, vocab_size)
     if count == vocab_size and sampling.top_p == 1:
         return _categorical(logits_BxV / sampling.temperature, keys_B)
@@ -78,7 +78,7 @@ def _draw(
     if sampling.top_p < 1:
         share_BxN = jax.nn.softmax(logits_BxN, axis=-1)
         before_BxN = jnp.cumsum(share_BxN, axis=-1) - share_BxN
-        # The first always is, even where p rounds to 0 in float32.
+        # The first token always is, even if top_p rounds to 0 in float32.
         in_nucleus_BxN = (before_BxN < sampling.top_p).at[:, 0].set(True)
         logits_BxN = jnp.where(in_nucleus_BxN, logits_BxN, -jnp.inf)
     rank_B = _categorical(logits_BxN, keys_B)

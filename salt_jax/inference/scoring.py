@@ -1,4 +1,4 @@
-"""Scores of rows: a pass of a frozen model that writes a number a row for each score, in shards."""
+"""Scoring: a pass of a frozen model that writes one number per row and score, in shards."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +29,8 @@ def score_rows(
     Args:
       rows: The pass.
       params: The scorer's parameters, on the mesh.
-      row_scores: See `distill.scores`.
-      writer: Writes the shards, and knows which are unfinished; begun.
+      row_scores: The scores; see `distill.scores`.
+      writer: Writes the shards and knows which are unfinished; already begun.
       allow_nan: Whether rows may have NaN scores.
 
     Raises:
@@ -61,7 +61,7 @@ def scoring_program(
     rules: partitioning.Rules,
     chunk_tokens: int,
 ) -> Callable[..., Any]:
-    """A function (params, batch) → `scores.row_scores`, to be jitted for the mesh."""
+    """A function (params, batch) → `scores.row_scores`, to be jitted on the mesh."""
     entropy = any(scores.ENTROPY in score.needs for score in row_scores)
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -73,7 +73,7 @@ def scoring_program(
 
 
 def _require_numbers(row_ids_B: np.ndarray, values_CxB: np.ndarray, split: str) -> None:
-    # −∞ is the score of a row without a learnable token.
+    # −∞ is valid: the score of a row without a learnable token.
     broken_n = row_ids_B[~(values_CxB < np.inf).all(axis=0) & (row_ids_B >= 0)]
     if len(broken_n):
         raise NotFiniteError(
@@ -84,7 +84,7 @@ def _require_numbers(row_ids_B: np.ndarray, values_CxB: np.ndarray, split: str) 
 
 
 def _columns(batch: Batch, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All columns of a batch's rows, without those that fill it up."""
+    """All columns of a batch's rows, without filler rows."""
     real_B = batch["row_id"] >= 0
     rows = zip(batch["targets"][real_B], batch["segment_ids"][real_B], strict=True)
     return {

@@ -1,4 +1,4 @@
-"""Soft labels of rows: a pass of a frozen teacher that stores part of its logits, in shards."""
+"""Soft labelling: a pass of a frozen teacher that stores its top-k probabilities, in shards."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,21 +15,16 @@ from salt_jax.inference.model_pass import ModelPass
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 
-# The lowest number of float16 stands for log 0.
+# The lowest float16 is stored for log 0.
 _LOWEST = float(np.finfo(np.float16).min)
 
 
 def label_rows(
     rows: ModelPass, params: Any, k: int, temperature: float, writer: SoftLabelsWriter
 ) -> None:
-    """Labels the rows of this worker's unfinished shards.
+    """Labels the rows of this worker's unfinished shards, with `k` ids per token at temperature τ.
 
-    Args:
-      rows: The pass.
-      params: The teacher's parameters, on the mesh.
-      k: K, ids a token.
-      temperature: τ.
-      writer: Writes the shards, and knows which are unfinished; begun.
+    `params` are on the mesh; `writer` is already begun and knows which shards are unfinished.
     """
 
     def program(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:

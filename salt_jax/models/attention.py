@@ -1,6 +1,6 @@
 """Causal self-attention over packed rows, by one of several backends.
 
-All agree with the reference, "xla", to rounding; they differ in speed and memory only.
+All agree with the reference, "xla", up to rounding; they differ in speed and memory only.
 """
 
 import types
@@ -36,24 +36,24 @@ def attention(
 ) -> jax.Array:
     """Softmax attention, softmax(q·k / √K)·v, causal and within a segment.
 
-    A position sees the positions of its row that have the same segment id and no greater index.
-    Padding, segment 0, sees only padding; its output is meaningless but finite. H is a multiple of
-    G: query head h reads key-value head h // (H / G) (arXiv 2305.13245).
+    A position attends to the positions of its row with the same segment id and no greater index.
+    Padding (segment 0) attends only to padding; its output is meaningless but finite. H is a
+    multiple of G: query head h uses key-value head h // (H / G) (arXiv 2305.13245).
 
     Args:
       query_BxLxHxK: Queries, after rotary embedding, not scaled.
       key_BxLxGxK: Keys, after rotary embedding.
       value_BxLxGxK: Values.
-      segment_ids_BxL: int32, 0 = padding, equal within a document.
-      bidirectional_BxL: bool; the positions of a segment where it is True see one another whatever
-        their order. Only "xla" can, so "auto" takes it. None = causal everywhere.
+      segment_ids_BxL: int32; equal within a document, 0 for padding.
+      bidirectional_BxL: bool; where True, the positions of a segment attend to each other in both
+        directions. Only "xla" supports it, so "auto" chooses that. None is causal everywhere.
       backend: See choose_backend.
 
     Returns:
-      [B, L, H, K] in the dtype of the queries. The softmax itself is in float32.
+      [B, L, H, K] in the dtype of the queries. The softmax is computed in float32.
 
     Raises:
-      InputError: The backend asked for can't do this here.
+      InputError: The backend is not supported here.
     """
     if bidirectional_BxL is not None:
         require_bidirectional(backend)
@@ -66,7 +66,7 @@ def attention(
 
 
 def require_bidirectional(backend: str) -> None:
-    """Refuses a backend that can't let a prefix see itself in both directions."""
+    """Refuses a backend that does not support bidirectional attention."""
     if backend not in ("auto", "xla"):
         raise InputError(
             f"DecoderConfig.attention_backend is {backend!r}, which is causal everywhere, and "
@@ -81,13 +81,13 @@ def choose_backend(backend: str, platform: str, length: int, width: int, dtype: 
     Args:
       backend: One of BACKENDS, or "auto": "splash" on a TPU and "cudnn" on an NVIDIA GPU where they
         support these shapes, else "xla".
-      platform: Of the devices that the program is compiled for, "cpu", "gpu" or "tpu".
-      length: L, of a row.
-      width: K, of a head.
-      dtype: Of the queries.
+      platform: The devices' that the program is compiled for: "cpu", "gpu" or "tpu".
+      length: L, tokens of a row.
+      width: K, width of a head.
+      dtype: The queries' dtype.
 
     Raises:
-      InputError: A backend asked for by name that can't do it, with the reason.
+      InputError: A backend chosen by name is not supported, with the reason.
     """
     obstacles = {name: why(platform, length, width, dtype) for name, why in _OBSTACLES.items()}
     if backend == "auto":
@@ -100,10 +100,9 @@ def choose_backend(backend: str, platform: str, length: int, width: int, dtype: 
 
 
 def platform_in_context() -> str:
-    """The platform that the program being traced is for: that of the mesh in context, if any.
+    """The platform of the mesh in context, or else of the default device.
 
-    It is not always the default device's: `salt plan` compiles for a mesh of devices that this
-    machine doesn't have (jax.experimental.topologies).
+    `salt plan` compiles for a mesh of devices that this machine doesn't have.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

@@ -1,4 +1,4 @@
-"""Attention of one new position a row over itself and the cached keys and values before it."""
+"""Attention of one new position per row over itself and the cached keys and values."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from salt_jax.models.reference_attention import MASKED_SCORE
 
-# The decoder's Flax collections: the keys and values that it reads, and those that it makes.
+# The decoder's Flax collections of cached and of new keys and values.
 CACHE = "cache"
 NEW_KEYS_AND_VALUES = "new_keys_and_values"
 
@@ -24,10 +24,8 @@ def cached_attention(
     """The output of attention.attention at the last position.
 
     The scores of the cached keys and of the new one are concatenated rather than the keys, so that
-    the cache is not copied. Empty slots have another segment id than the new position.
-
-    Returns:
-      [B, 1, H, K] in the dtype of the queries.
+    the cache is not copied. Empty slots have a different segment id than the new position. Returns
+    [B, 1, H, K] in the dtype of the queries.
     """
     batch, _, heads, width = query_Bx1xHxK.shape
     groups, slots = cached_key_BxGxSxK.shape[1:3]

@@ -1,15 +1,15 @@
-"""The decoder: a model of which teacher and student are instances.
+"""The decoder-only transformer of teachers and students.
 
     hidden_BxLxD = Decoder(config).apply({"params": params}, inputs, segment_ids, positions)
     logits_BxLxV = logits(hidden_BxLxD, head_kernel(params, config), config)
 
-It returns hidden states rather than logits because the losses are made from those and the head,
-without [B, L, V] logits. V here is the padded vocabulary: losses and scores mask the ids from
+It returns hidden states rather than logits, since the losses are computed from those and the head
+without [B, L, V] logits. V is the padded vocabulary: losses and scores mask out the ids from
 vocab_size on.
 
-Logical axes, which rules map to a mesh. Parameters: vocab, embed, mlp, heads, kv_heads, head_dim,
-layers. Activations: batch, length, activation_embed, activation_heads, activation_kv_heads,
-activation_mlp, activation_vocab.
+Logical axes, which rules map to mesh axes. Parameters: vocab, embed, mlp, heads, kv_heads,
+head_dim, layers. Activations: batch, length, activation_embed, activation_heads,
+activation_kv_heads, activation_mlp, activation_vocab.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from salt_jax.models.attention import attention
 from salt_jax.models.cached_attention import CACHE, NEW_KEYS_AND_VALUES, cached_attention
 from salt_jax.models.decoder_config import DecoderConfig
 
-# Standard deviation of a fresh model's logits and of its embedded inputs, at any width. The logits
-# must be small, for a loss of about log V. Inputs 1/√D as large, which one unscaled table for both
-# would give, are lost among what the blocks add, and training starts far slower.
+# Standard deviation of the logits and of the embedded inputs at initialization, at any width. Small
+# logits give a loss of about log V. Inputs smaller by 1/√D, as from one unscaled table for both,
+# would be lost among the blocks' outputs, and training would start far slower.
 _INITIAL_STD = 0.3
 
 # Its public name, in gin files and error messages, is decoder.DecoderConfig.
@@ -39,12 +39,12 @@ DecoderConfig.__module__ = __name__
 
 
 class Visibility(NamedTuple):
-    """What attention's mask is made of.
+    """The inputs of attention's mask.
 
     Attributes:
-      segment_ids: [B, L]; a position sees its own segment only.
-      bidirectional: [B, L], the positions that see one another in both directions, or None.
-      cached_segment_ids: [B, S], of the positions in the cache, or None.
+      segment_ids: [B, L]; a position attends to its own segment only.
+      bidirectional: [B, L], the positions that attend to each other in both directions, or None.
+      cached_segment_ids: [B, S], the segments of the positions in the cache, or None.
     """
 
     segment_ids: jax.Array
@@ -55,8 +55,8 @@ class Visibility(NamedTuple):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm.
 
-    Two collections serve decoding (inference/decoding.py). If "cache" is given, positions also see
-    the earlier ones that it holds. If "new_keys_and_values" is mutable, each attention stores its
+    For decoding (inference/decoding.py) there are two collections. If "cache" is given, positions
+    also attend to the cached ones. If "new_keys_and_values" is mutable, each attention stores its
     key and value [B, L, G, K] there.
     """
 
@@ -73,12 +73,12 @@ class Decoder(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-          inputs_BxL: int32 token ids, each the one before its target. One outside the padded
+          inputs_BxL: int32 token ids, the targets shifted right. An id outside the padded
             vocabulary gives NaN.
-          segment_ids_BxL: int32; a position sees its own segment only. 0 = padding.
-          positions_BxL: int32, counted from 0 in each segment.
-          bidirectional_BxL: bool; the positions of a segment where it is True see one another. None
-            = causal everywhere.
+          segment_ids_BxL: int32; a position attends to its own segment only. 0 is padding.
+          positions_BxL: int32, from 0 in each segment.
+          bidirectional_BxL: bool; where True, the positions of a segment attend to each other in
+            both directions. None is causal everywhere.
 
         Returns:
           [B, L, D] in config.dtype.
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
             )
         embedding_VxD = self._table("embedding")
         if not config.tied_embeddings:
-            # Only declared here: head_kernel uses it.
+            # Declares the parameter, which head_kernel reads.
             self._table("head")
         x_BxLxD = jnp.take(embedding_VxD, inputs_BxL, axis=0).astype(config.dtype)
         if config.scale_embeddings:
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normed copy of the residual stream and added to it."""
+    """Pre-norm attention and MLP, added to the residual stream in sequence or in parallel."""
 
     config: DecoderConfig
 
@@ -206,7 +206,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers, the first one gated or not."""
+    """A two-layer MLP, gated or not."""
 
     config: DecoderConfig
 
@@ -227,22 +227,22 @@ class Mlp(nn.Module):
 
 
 def init_params(config: DecoderConfig, rng: jax.Array) -> Any:
-    """Fresh parameters, each boxed with its logical axes; nn.unbox takes the arrays out."""
-    # Flash kernels refuse the single token that Flax traces the model with.
+    """Initial parameters, boxed with their logical axes; nn.unbox gives the arrays."""
+    # Flash kernels don't support the single token that Flax traces the model with.
     config = dataclasses.replace(config, attention_backend="xla")
     token_1x1 = jnp.zeros((1, 1), dtype=jnp.int32)
     return Decoder(config).init(rng, token_1x1, token_1x1, token_1x1)["params"]
 
 
 def abstract_params(config: DecoderConfig) -> Any:
-    """The tree of init_params with jax.ShapeDtypeStruct in place of arrays."""
+    """The tree of init_params with jax.ShapeDtypeStructs as leaves."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
 def kernel_axes(config: DecoderConfig) -> Any:
-    """The tree of init_params with (input axes, output axes) of each kernel, None for the rest.
+    """The tree of init_params with (input axes, output axes) of each kernel, None for other leaves.
 
-    The remaining axis of a kernel, that of scanned layers, stacks separate matrices.
+    A kernel's remaining axis, that of scanned layers, stacks separate matrices.
     """
 
     def one(path: Any, box: nn.LogicallyPartitioned) -> tuple[tuple[int, ...], ...] | None:
@@ -258,20 +258,20 @@ def kernel_axes(config: DecoderConfig) -> Any:
 
 
 def hidden_states(config: DecoderConfig, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Hidden states [B, L, D] of a batch: inputs, segment_ids, positions, maybe bidirectional."""
+    """Hidden states, [B, L, D], of a batch with the arguments of Decoder by name."""
     tokens = (batch["inputs"], batch["segment_ids"], batch["positions"], batch.get("bidirectional"))
     hidden_BxLxD: jax.Array = Decoder(config).apply({"params": params}, *tokens)  # type: ignore[assignment]
     return hidden_BxLxD
 
 
 def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:
-    """The head's kernel [V, D] in param_dtype; the embedding itself if the two are tied."""
+    """The head's kernel, [V, D], in param_dtype; the embedding itself if the two are tied."""
     head_VxD: jax.Array = nn.unbox(params)["embedding" if config.tied_embeddings else "head"]
     return head_VxD
 
 
 def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array, config: DecoderConfig) -> jax.Array:
-    """[B, L, V] in float32, from a product in config.dtype; V is the padded vocabulary."""
+    """Logits, float32 [B, L, V], from a product in config.dtype; V is the padded vocabulary."""
     logits_BxLxV = jnp.einsum(
         "bld,vd->blv",
         hidden_BxLxD.astype(config.dtype),
@@ -290,7 +290,7 @@ def _projection(
 ) -> layers.Projection:
     std = 1.0 / math.sqrt(math.prod(size for size, _ in inputs))
     if into_residual:
-        # So that the residual stream starts at one size, however many layers add to it (GPT-2).
+        # As in GPT-2, so that the initial residual stream doesn't grow with the number of layers.
         std /= math.sqrt(2 * config.num_layers)
     dtype, param_dtype = config.dtype, config.param_dtype
     return layers.Projection(inputs, outputs, std, config.use_bias, dtype, param_dtype, name=name)

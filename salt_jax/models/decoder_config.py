@@ -1,4 +1,4 @@
-"""The decoder's settings: its shape and how it computes, of teachers and students alike."""
+"""The decoder's settings, for teachers and students alike: its shape and how it is computed."""
 
 import dataclasses
 import math
@@ -13,18 +13,18 @@ from salt_jax.models.attention import BACKENDS
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder and how it computes.
+    """The shape of a decoder and how it is computed.
 
     Attributes:
       embed_dim: D, the model width.
       num_layers: Number of blocks.
       num_heads: H, query heads.
       mlp_dim: F, hidden width of the MLP.
-      vocab_size: Ids that mean something; None = those of the packed cache.
+      vocab_size: Number of ids in use; None takes the packed cache's.
       vocab_multiple: Embedding and head are padded up to a multiple of this many ids.
       max_length: Longest sequence, in tokens.
-      num_kv_heads: G, key-value heads; None = num_heads.
-      head_dim: K; None = embed_dim // num_heads.
+      num_kv_heads: G, key-value heads; num_heads if None.
+      head_dim: K, width of a head; embed_dim // num_heads if None.
       mlp_activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
       gated_mlp: act(gate(x)) · up(x) (arXiv 2002.05202) instead of act(up(x)).
       norm: "rmsnorm" or "layernorm".
@@ -32,18 +32,18 @@ class DecoderConfig:
       parallel_residual: x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX, instead of one
         after the other.
       use_bias: Biases on every projection and LayerNorm, never on the head.
-      rope_fraction: Share of each head's dimensions, the first ones, with rotary embedding.
+      rope_fraction: Share of a head's dimensions, the first ones, that have rotary embedding.
       rope_theta: Base of the rotary wavelengths.
       tied_embeddings: The head is the embedding, transposed.
-      scale_embeddings: Multiply embedded inputs by √D, as Gemma does and GPT-NeoX and Llama don't,
-        so that one table can serve as input and as head.
-      scan_layers: One block scanned over stacked parameters (compiles fast), not num_layers.
+      scale_embeddings: Multiply embedded inputs by √D so that one table can serve as input and as
+        head, as in Gemma but not in GPT-NeoX or Llama.
+      scan_layers: Scan one block over stacked parameters, which compiles fast.
       remat: What the backward pass recomputes, from nothing to all of a block: "none", "minimal",
         "attention", "attention_output", "full" or "offload"; see remat.py.
-      dtype: Of activations and products, "float32" or "bfloat16".
-      param_dtype: Of parameters; "float16" for converted models that were published so.
-      attention_backend: Which implementation of attention: "xla" anywhere, "splash" on a TPU,
-        "cudnn" on an NVIDIA GPU, or "auto": the fastest that supports this model here.
+      dtype: Dtype of activations and products, "float32" or "bfloat16".
+      param_dtype: Dtype of parameters; "float16" for imported models published in it.
+      attention_backend: "xla" anywhere, "splash" on a TPU, "cudnn" on an NVIDIA GPU, or "auto": the
+        fastest that supports this model here.
     """
 
     embed_dim: int
@@ -137,7 +137,7 @@ class DecoderConfig:
 
     @property
     def shape(self) -> "DecoderConfig":
-        """The config without settings of how to compute: equal for models of equal parameters."""
+        """The config without settings of how it is computed: equal for equal parameter trees."""
         return dataclasses.replace(
             self,
             vocab_multiple=self.padded_vocab_size,
@@ -152,7 +152,7 @@ class DecoderConfig:
 
     @property
     def num_matmul_parameters(self) -> int:
-        """Parameters in matrix products: all kernels and the head, not the embedding look-up."""
+        """Parameters in matrix products: all kernels and the head, not the embedding lookup."""
         attention_kernels = 2 * self.embed_dim * self.head_width * (self.num_heads + self.kv_heads)
         mlp_kernels = (3 if self.gated_mlp else 2) * self.embed_dim * self.mlp_dim
         head = self.embed_dim * self.padded_vocab_size
@@ -160,7 +160,7 @@ class DecoderConfig:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, a tied embedding once, the padding of the vocabulary included."""
+        """All parameters, with the vocabulary's padding; a tied embedding counts once."""
         norm = self.embed_dim * (2 if self.norm == "layernorm" and self.use_bias else 1)
         biases = 0
         if self.use_bias:
@@ -176,7 +176,7 @@ class DecoderConfig:
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "DecoderConfig":
-        """Reads what to_json wrote. InputError for an unknown or a missing setting."""
+        """The inverse of to_json; InputError for an unknown or a missing setting."""
         try:
             return cls(**settings)
         except TypeError as error:

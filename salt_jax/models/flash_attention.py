@@ -1,7 +1,7 @@
 """Flash attention, which never stores [L, L] scores: cuDNN's on NVIDIA GPUs, Splash on TPUs.
 
-Both take the arrays of attention.attention and agree with the reference to rounding.
-`cudnn_obstacle` and `splash_obstacle` give the reason why a kernel can't be used, or None.
+Both take the arrays of attention.attention and agree with the reference up to rounding.
+`cudnn_obstacle` and `splash_obstacle` return the reason why a kernel can't be used, or None.
 
 XLA cannot partition a Pallas kernel such as Splash. Under a mesh, jax.shard_map therefore gives
 each device its own rows and heads, by the rules of the logical axes "batch" and "activation_heads".
@@ -49,8 +49,8 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's flash attention.
 
-    The segments are an additive mask [B, 1, L, L] beside cuDNN's own causal one. Its packed layout
-    needs no such mask, but a fixed bound on the segments of a row.
+    Segments are an additive mask [B, 1, L, L] in addition to cuDNN's causal one. Its packed layout
+    would need no such mask, but a fixed bound on the segments of a row.
     """
 
     def kernel(query: Any, key: Any, value: Any, segment_ids: Any) -> jax.Array:
@@ -64,7 +64,7 @@ def cudnn_attention(
 
 
 def splash_obstacle(platform: str, length: int, width: int, dtype: Any) -> str | None:
-    """Why Splash can't be used for rows of `length`, or None; it takes heads of any `width`."""
+    """Why Splash can't be used for rows of `length`, or None; it supports any `width`."""
     del width, dtype
     if platform != "tpu":
         return f"Splash attention needs a TPU and this program is for {platform}"
@@ -83,8 +83,7 @@ def splash_attention(
 ) -> jax.Array:
     """Splash attention, a Pallas kernel that skips the blocks above the diagonal.
 
-    The arrays are those of attention.attention. With `interpret` the kernel's steps run as plain
-    operations, slowly and on any device.
+    With `interpret` the kernel runs as plain operations, slowly and on any device.
     """
     length, width = query_BxLxHxK.shape[1], query_BxLxHxK.shape[3]
     block = splash_block(length)
@@ -127,7 +126,7 @@ def _over_mesh(
         return kernel(query, key, value, segment_ids)
     rows, _ = _shards("batch", query.shape[0], mesh)
     heads, head_shards = _shards("activation_heads", query.shape[2], mesh)
-    # Each device needs whole groups: one that several devices share is repeated for each of them.
+    # Each device needs whole groups, so a group that several devices share is repeated for each.
     copies = math.lcm(key.shape[2], head_shards) // key.shape[2]
     if copies > 1:
         key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
@@ -151,7 +150,7 @@ def _shards(logical_axis: str, size: int, mesh: Any) -> tuple[Any, int]:
 
 
 def _is_ampere_or_later() -> bool:
-    """Whether this process's GPUs run cuDNN's flash attention; True if it has no GPU."""
+    """Whether this process's GPUs support cuDNN's flash attention; True if it has no GPU."""
     if jax.default_backend() != "gpu":
         return True
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))

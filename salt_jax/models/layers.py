@@ -1,7 +1,7 @@
 """The layers of a block: projection, norm, rotary embedding, activations.
 
-Activations are in the compute dtype; statistics and angles are float32. Parameters are boxed with
-their logical axes and kept in their own dtype.
+Activations are in the compute dtype; statistics and angles are float32. Parameters are in
+param_dtype and boxed with their logical axes.
 """
 
 import functools
@@ -28,15 +28,12 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines [B, L, 1, rotary_dim
 
 
 class Projection(nn.Module):
-    """A matrix product over the last axes of [B, L, …], with a bias if wanted.
+    """A matrix product over the last axes of [B, L, …], with an optional bias.
 
     Attributes:
       inputs: The axes summed over.
       outputs: The axes that replace them.
-      init_std: Standard deviation of the initial kernel.
-      use_bias: Add a bias, 0 at first.
-      dtype: Of the product.
-      param_dtype: Of kernel and bias.
+      init_std: Standard deviation of the initial kernel; the initial bias is 0.
     """
 
     inputs: Axes
@@ -50,8 +47,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.init_std)
         kernel = self._parameter("kernel", init, self.inputs + self.outputs)
-        # As two matrices: on CPU XLA takes twice as long for the gradient of a product with more
-        # axes.
+        # As two matrices, since with more axes XLA takes twice as long for the gradient on CPU.
         width = math.prod(size for size, _ in self.inputs)
         y = x.reshape(-1, width) @ kernel.reshape(width, -1)
         y = y.reshape(*x.shape[:2], *(size for size, _ in self.outputs))
@@ -72,9 +68,7 @@ class Norm(nn.Module):
     Attributes:
       kind: "rmsnorm" or "layernorm".
       epsilon: Added to the mean square, or the variance, before its root.
-      use_bias: Add a bias; for LayerNorm only.
-      dtype: Of the result.
-      param_dtype: Of scale and bias.
+      use_bias: Whether a LayerNorm has a bias.
     """
 
     kind: str

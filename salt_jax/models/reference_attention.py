@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# The output's name for remat policies.
+# The name of attention's output for remat policies.
 OUTPUT_NAME = "attention_output"
 
-# Far below every score, and finite: a row whose scores are all masked makes no NaN.
+# Far below every score, and finite, so that a row whose scores are all masked out gives no NaN.
 MASKED_SCORE = -1e30
 
 
@@ -20,10 +20,10 @@ def reference_attention(
     segment_ids_BxL: jax.Array,
     bidirectional_BxL: jax.Array | None = None,
 ) -> jax.Array:
-    """See attention.attention. It makes whole [L, L] scores.
+    """attention.attention with whole [L, L] scores.
 
-    R = H / G query heads share a group's keys: RL is their R · L queries, head after head; the L
-    after it counts keys. A fifth axis in its place would halve the softmax's speed on a CPU.
+    R = H / G query heads share a group's keys. RL is the axis of their R · L queries, head after
+    head; as two axes the softmax would be half as fast on a CPU. The L after it counts keys.
     """
     batch, length, heads, width = query_BxLxHxK.shape
     groups = key_BxLxGxK.shape[2]
@@ -47,7 +47,7 @@ def reference_attention(
 def causal_segment_mask(
     segment_ids_BxL: jax.Array, bidirectional_BxL: jax.Array | None = None
 ) -> jax.Array:
-    """[B, L, L] bool: whether the query at the second index sees the key at the third."""
+    """[B, L, L] bool: whether the query (second axis) attends to the key (third axis)."""
     length = segment_ids_BxL.shape[1]
     causal_LxL = jnp.tril(jnp.ones((length, length), dtype=bool))
     same_segment_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]

@@ -1,6 +1,6 @@
 """Rematerialisation policies: what a block saves for the backward pass, which recomputes the rest.
 
-Numbers saved for each token and block (H = G, a gated MLP), and their bfloat16 bytes in
+Numbers saved per token and block (H = G, a gated MLP), and their bfloat16 bytes in
 llm_2_8b.gin (D 2048, H · K 2048, F 8192):
 
     "none"              everything
@@ -21,7 +21,7 @@ import jax
 
 from salt_jax.models.reference_attention import OUTPUT_NAME
 
-# Names of the blocks' arrays, for jax.ad_checkpoint.checkpoint_name.
+# Names of a block's arrays, for jax.ad_checkpoint.checkpoint_name.
 BLOCK_INPUT = "block_input"
 QUERY, KEY, VALUE = "query", "key", "value"
 ATTENDED = "attended"

@@ -140,7 +140,7 @@ def test_bad_settings_in_a_sentence(model, tmp_path):
     files = _files(tmp_path / "t.jsonl")
     with pytest.raises(InputError, match=r"metric is 'numbr' \(nearest: number\)"):
         Responses(files, "numbr")
-    with pytest.raises(InputError, match="have no prompt to give a model"):
+    with pytest.raises(InputError, match="have no prompt"):
         Responses(dataclasses.replace(files, template=Template()), "label")
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         Responses(files, "number", max_new_tokens=0)

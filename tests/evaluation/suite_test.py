@@ -323,7 +323,7 @@ def test_a_task_that_is_named_twice(tmp_path: pathlib.Path) -> None:
 
 
 def test_more_examples_than_there_are(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(InputError, match=r"piqa is to show 3 examples .* has 2: lower --shots"):
+    with pytest.raises(InputError, match=r"piqa needs 3 examples .* has 2: lower --shots"):
         harness_tasks.load(local(tmp_path, "piqa", shots=3))
 
 

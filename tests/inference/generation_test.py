@@ -212,7 +212,7 @@ def test_draws_depend_on_seed_row_and_place(params: Any) -> None:
         (([[259]], 8), "Prompt 0 has the id 259 and the vocabulary has 259 ids"),
         (([[-1]], 8), "has the id -1"),
         (([[5]], 8, ("x", "")), "stop text is empty"),
-        (([[5], []], 8, (), False), "Prompt 1 has no tokens"),
+        (([[5], []], 8, (), False), "Prompt 1 is empty"),
     ],
 )
 def test_bad_prompts_are_refused(arguments: tuple[Any, ...], words: str) -> None:

@@ -1,1 +1,1 @@
-"""Tasks of salt_suite that lm-eval hasn't, in its own YAML, and what they compute."""
+"""Tasks of salt_suite that lm-eval doesn't have, in its YAML format, and their metrics."""

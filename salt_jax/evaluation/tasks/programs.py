@@ -1,9 +1,9 @@
 """Runs the programs that a model writes against their tests, for tasks of lm-eval.
 
-A program runs in a process of its own, without this one's environment and with little other
-protection: its output is discarded, its memory and the files it writes are limited, and what it
-started ends with it, unless that left its process group. lm-eval calls this only where a user
-allows code execution.
+A program runs in its own process, without this one's environment and with little other protection:
+its output is discarded, its memory and the files it writes are limited, and processes that it
+started end with it unless they left its process group. lm-eval calls this only where a user allows
+code execution.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import datasets
 _EXAMPLES = (2, 3, 4)  # the ids of MBPP's own prompt (arXiv 2108.07732)
 _SECONDS = 3.0  # as in Hugging Face's code_eval
 
-# Sets limits that a program can't raise again, and becomes the program on its stdin.
+# Sets limits that a program can't raise again, then runs the program on its stdin.
 _LIMITED = f"""
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({4 << 30}, {4 << 30}))
@@ -30,7 +30,7 @@ os.execv(sys.executable, [sys.executable, "-I", "-"])
 
 
 def pass_at_1(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """The share of programs that pass their tests, a text each, within three seconds."""
+    """The share of programs that pass their tests within three seconds."""
     passed = [
         _runs(f"{program}\n{tests}\n")
         for program, tests in zip(predictions, references, strict=True)
@@ -49,7 +49,7 @@ def _runs(program: str) -> bool:
             [sys.executable, "-I", "-c", _LIMITED],
             cwd=folder,
             env={},
-            # Not as an argument, which can hold neither NUL nor 200 KB.
+            # Not as an argument, which can hold neither a NUL byte nor 200 KB.
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ UNANSWERABLE = "unanswerable"
 
 
 def race_articles(rows: datasets.Dataset) -> datasets.Dataset:
-    """From a row for each question a row for each article, in the form of EleutherAI/race."""
+    """Groups rows of one question into rows of one article, in the form of EleutherAI/race."""
     problems: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         problem = {name: row[name] for name in ("question", "answer", "options")}
@@ -36,7 +36,7 @@ def squad_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, f
 
 
 def record_rows(rows: datasets.Dataset) -> datasets.Dataset:
-    """Each entity and each answer once, in alphabetical order."""
+    """Rows with distinct entities and answers, in alphabetical order."""
     return rows.map(lambda row: {name: sorted({*row[name]}) for name in ("entities", "answers")})
 
 
@@ -47,19 +47,19 @@ def record_text(doc: Mapping[str, Any]) -> str:
 
 
 def record_target(doc: Mapping[str, Any]) -> str:
-    """The query with the first answer in its place."""
+    """The query with the first answer filled in."""
     return _record_choice(doc, doc["answers"][0])
 
 
 def record_choices(doc: Mapping[str, Any]) -> list[str]:
-    """The query with each entity in the answer's place."""
+    """The query with each entity filled in."""
     return [_record_choice(doc, entity) for entity in doc["entities"]]
 
 
 def record_results(
     doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
 ) -> dict[str, float]:
-    """F1 and exact match of the likeliest entity, by the nearest answer (arXiv 1810.12885)."""
+    """F1 and exact match of the most likely entity, the best over answers (arXiv 1810.12885)."""
     likelihoods = [likelihood for likelihood, _ in results]
     words = _words(doc["entities"][likelihoods.index(max(likelihoods))])
     answers = [_words(answer) for answer in doc["answers"]]
@@ -74,7 +74,7 @@ def _record_choice(doc: Mapping[str, Any], entity: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Without case, punctuation and articles."""
+    """The text without case, punctuation and articles."""
     text = "".join(sign for sign in text.lower() if sign not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
