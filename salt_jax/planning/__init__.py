@@ -1,1 +1,1 @@
-"""What a run will need, before it runs: programs compiled for slices that one doesn't have."""
+"""Plans of runs: memory, traffic and time of programs compiled for devices that aren't there."""

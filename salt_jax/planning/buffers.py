@@ -1,13 +1,13 @@
-"""The largest arrays that a compiled program makes: what to look at first where memory is short.
+"""The largest arrays of a compiled program, where to look first if memory is short.
 
-Which of them live at the same time is up to the compiler; the text doesn't say.
+The program's text doesn't say which of them are live at the same time.
 """
 
 from typing import NamedTuple
 
 from salt_jax.planning import hlo
 
-# They make no array of their own.
+# Opcodes that allocate no array.
 _NAMES = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "opt-barrier", "dynamic-update-slice", "custom-call-done"),
@@ -20,8 +20,8 @@ class Buffer(NamedTuple):
     Attributes:
       dtype: XLA's name for it.
       dims: Sizes on one device.
-      bytes: Its size, without what a layout pads.
-      op_name: The JAX function that it came from; empty where XLA doesn't say.
+      bytes: Its size, without the layout's padding.
+      op_name: The JAX function that it comes from; empty if XLA doesn't say.
     """
 
     dtype: str

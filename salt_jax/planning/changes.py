@@ -1,19 +1,19 @@
-"""Settings that make a run fit, or use memory that it leaves idle, found by compiling with them.
+"""Searches for settings that make a run fit, or that use its idle memory, by compiling with them.
 
-For a stage that does not fit, tried in this order, each alone and then all together, until it does:
+For a stage that does not fit these are tried in order, first alone and then together:
 
-    microbatches            twice as many, and again, while the batch can be split so; gradients are
+    microbatches            twice as many, repeatedly, while the batch can be split; gradients stay
                             the same, matrix products get smaller
     LossConfig.chunk_tokens a half, a quarter, an eighth
-    DecoderConfig.remat     minimal to full (models/remat.py): the backward pass computes more again
-    MeshConfig              all devices along fsdp: parameters and optimizer over all of them; with
-                            fewer microbatches where more devices leave a batch too small for them
+    DecoderConfig.remat     minimal to full (models/remat.py): the backward pass recomputes more
+    MeshConfig              all devices along fsdp, which shards parameters and optimizer state over
+                            all of them; with fewer microbatches if the batch is too small otherwise
 
-Microbatches are a stage's own; the others hold for the run, so what one stage takes of them the
-other is compiled with too.
+Microbatches are set for each stage; the other settings for the run, so the other stage is compiled
+with them, too.
 
-For a run that fits, the reverse of the first three: what keeps more and is faster by the estimate.
-A change is compiled only if the memory that it adds, as far as it can be predicted, is there.
+For a run that fits, the reverse of the first three: what uses more memory and is estimated to be
+faster. A change is compiled only if the memory that it adds is predicted to fit.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ Plan = Callable[[Job, Topology, int], StagePlan]
 Tried = Callable[["Change", StagePlan], None]
 
 _LEAST_CHUNK = 64
-_LEAST_GAIN = 0.01  # of a run's time, to be worth a change
-# The policies of models/remat.py from what keeps most to what keeps least.
+_LEAST_GAIN = 0.01  # the least share of a run's time that makes a change worthwhile
+# The policies of models/remat.py from the one that keeps most to the one that keeps least.
 _REMAT = ("none", "minimal", "attention", "attention_output", "full")
-# What the backward pass keeps of each token and block: D, H·K, G·K and F (a gated MLP's twice).
+# What the backward pass keeps per token and block: D, H·K, G·K and F (twice for a gated MLP).
 _KEPT = {"minimal": (2, 2, 2, 1), "attention": (2, 2, 2, 0), "attention_output": (1, 1, 0, 0)}
 
-# What each setting is in TrainConfig.
+# The path of each setting in TrainConfig.
 _MICROBATCHES, _STAGE1 = "config.Devices.microbatches", "config.Devices.stage1_microbatches"
 _CHUNK, _POLICY = "losses.LossConfig.chunk_tokens", "decoder.DecoderConfig.remat"
 _PATHS: Mapping[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ class Change(NamedTuple):
 
     @property
     def flags(self) -> str:
-        """The settings as flags of `salt train`, as a shell takes them."""
+        """The settings as flags of `salt train`, quoted for a shell."""
         flags = (f"--gin.{name}={value!r}" for name, value in self.settings.items())
         short = (flag.replace("--gin.config.Devices.", "--") for flag in flags)
         return " ".join(f'"{flag}"' if "'" in flag else flag for flag in short)
@@ -80,12 +80,12 @@ class Found(NamedTuple):
 
 
 def find_fit(stages: Mapping[int, StagePlan], plan_stage: Plan, tried: Tried) -> Found | None:
-    """The first change tried with which all stages fit, None if there is none.
+    """The first change with which all stages fit, or None.
 
     Args:
       stages: The stages of a run on a topology, by number; some don't fit.
       plan_stage: Compiles a stage and measures it.
-      tried: Is told of every attempt.
+      tried: Called with every attempt.
     """
     change, planned = Change({}, stages[2].job), dict(stages)
     topology = stages[2].topology
@@ -106,12 +106,12 @@ def find_fit(stages: Mapping[int, StagePlan], plan_stage: Plan, tried: Tried) ->
 
 
 def find_faster(stages: Mapping[int, StagePlan], plan_stage: Plan, tried: Tried) -> Found | None:
-    """Settings that use idle memory and make the run faster by its estimate, None if none do.
+    """Settings that use idle memory and are estimated to make the run faster, or None.
 
     Args:
       stages: The stages of a run on a topology, by number; all fit.
       plan_stage: Compiles a stage and measures it.
-      tried: Is told of every attempt.
+      tried: Called with every attempt.
     """
     found = Found(Change({}, stages[2].job), stages)
     for options, helps in (
@@ -136,7 +136,7 @@ def find_faster(stages: Mapping[int, StagePlan], plan_stage: Plan, tried: Tried)
 
 
 def candidates(start: Change, topology: Topology, stage: int) -> Iterator[Change]:
-    """The changes to try for a stage that does not fit, on top of those already made, in order."""
+    """The changes to try, in order, for a stage that does not fit, on top of those in `start`."""
     kinds = (_more_microbatches, _smaller_chunks, _stronger_remat, _all_along_fsdp)
     for options in kinds:
         yield from options(start, topology, stage)
@@ -149,7 +149,7 @@ def candidates(start: Change, topology: Topology, stage: int) -> Iterator[Change
 
 
 def _shared(change: Change) -> dict[str, Any]:
-    """The settings that hold for both stages."""
+    """The settings that apply to both stages."""
     return {name: v for name, v in change.settings.items() if not name.endswith("microbatches")}
 
 
@@ -193,7 +193,7 @@ def _all_along_fsdp(change: Change, topology: Topology, stage: int) -> Iterator[
     names = zip(partitioning.MESH_AXES, mesh.sizes(), strict=True)
     settings: dict[str, Any] = {f"partitioning.MeshConfig.{axis}": size for axis, size in names}
     parts = {stage: job.microbatches_of(stage) for stage in (1, 2)}
-    # The most equal parts of a device's rows, at most as many as now.
+    # The largest number of equal parts of a device's rows, up to the present one.
     equal = {
         stage: max(p for p in range(1, now + 1) if rows % p == 0) for stage, now in parts.items()
     }
@@ -230,7 +230,7 @@ def _larger_chunks(change: Change, topology: Topology) -> Iterator[Change]:
 
 
 def _limits(stages: Mapping[int, StagePlan]) -> set[str]:
-    """The parts of the roofline that the time of a step depends on, in any stage."""
+    """The parts of the roofline that limit a step's time in any stage."""
     limits = set()
     for plan in stages.values():
         if plan.cost and plan.cost.seconds:
@@ -242,7 +242,7 @@ def _limits(stages: Mapping[int, StagePlan]) -> set[str]:
 
 
 def _can_fit(job: Job, stages: Mapping[int, StagePlan]) -> bool:
-    """Whether a job is predicted to fit, from the stages of one that does."""
+    """Whether a job is predicted to fit, given the stages of one that does."""
     for stage, now in stages.items():
         limit, needed = now.topology.chip.hbm_gib, now.compiled.needed_gib
         if limit is None or needed is None or now.step_seconds is None:
@@ -254,7 +254,7 @@ def _can_fit(job: Job, stages: Mapping[int, StagePlan]) -> bool:
 
 
 def _kept_bytes(job: Job, topology: Topology, stage: int) -> float:
-    """An estimate of a device's memory for what the backward pass keeps and for the loss, bytes."""
+    """Estimated bytes on a device of what the backward pass keeps, and of the loss."""
     model, mesh = job.student, job.mesh(topology)
     tokens = job.tokens / partitioning.batch_divisor(mesh) / job.microbatches_of(stage)
     inputs, heads, kv_heads, hidden = _KEPT.get(model.remat, (1, 0, 0, 0))
@@ -273,12 +273,12 @@ def _steps(job: Job, stage: int) -> int:
 
 
 def _seconds(stages: Mapping[int, StagePlan]) -> float:
-    """The time of a run by the estimates of its stages, all of them known."""
+    """A run's estimated time; the estimates of all stages must be known."""
     return sum(_steps(s.job, number) * (s.step_seconds or 0.0) for number, s in stages.items())
 
 
 def _replaced(settings: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
-    """Frozen settings with new values, given by the path of field names to each."""
+    """Frozen settings with new values by path of field names."""
     fields = {}
     for name in {path[0] for path in values}:
         below = {path[1:]: value for path, value in values.items() if path[0] == name}

@@ -1,6 +1,6 @@
-"""The bytes that each device of a compiled program sends to others in one step.
+"""The bytes that each device sends to others in one step of a compiled program.
 
-They are those of the ring algorithms, which move the least (n devices in a group, S bytes of
+They are counted as in ring algorithms, which send the least (n devices in a group, S bytes of
 operands on each):
 
     all-gather           S · (n - 1)          each device passes on all parts but one
@@ -9,8 +9,8 @@ operands on each):
     all-to-all           S · (n - 1) / n
     collective-permute   S
 
-A transfer that runs beside other work appears as a start and a done, or on TPUs as parts that are
-fused into the work beside it; it counts once.
+A transfer that overlaps other work appears as a start and a done, or on TPUs as parts that are
+fused into that work; it counts once.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Collective:
     Attributes:
       kind: One of KINDS.
       sent_bytes: Bytes that one device sends each time.
-      times: How often a step does it.
-      overlaps: Whether other work runs meanwhile.
+      times: Executions per step.
+      overlaps: Whether it overlaps other work.
     """
 
     kind: str
@@ -46,7 +46,7 @@ def collectives(module: hlo.Module) -> list[Collective]:
     """The transfers of one run of the program.
 
     Raises:
-      UnreadableError: The program has something that is not understood.
+      UnreadableError: The program can't be parsed.
     """
     found, seen = [], set()
     for execution in hlo.executions(module):
@@ -73,7 +73,7 @@ def collectives(module: hlo.Module) -> list[Collective]:
 
 
 def bytes_by_kind(transfers: list[Collective]) -> dict[str, float]:
-    """Bytes that a device sends in a step, by kind; kinds that don't occur are left out."""
+    """Bytes that a device sends in a step, by kind of transfer."""
     total: dict[str, float] = {}
     for transfer in transfers:
         total[transfer.kind] = total.get(transfer.kind, 0.0) + transfer.sent_bytes * transfer.times
@@ -81,7 +81,7 @@ def bytes_by_kind(transfers: list[Collective]) -> dict[str, float]:
 
 
 def group_size(attributes: str, num_partitions: int) -> int:
-    """How many devices exchange with one another, in any of HLO's notations for groups."""
+    """The number of devices in a group, in any of HLO's notations."""
     match = re.search(r"replica_groups=(.*)", attributes)
     if match is None or match[1].startswith("{}"):
         return num_partitions
@@ -99,7 +99,7 @@ def group_size(attributes: str, num_partitions: int) -> int:
 
 
 def _sent(kind: str, size: int) -> float:
-    """Bytes sent for each byte of operands."""
+    """Bytes sent per byte of operands."""
     match kind:
         case "all-gather":
             return size - 1.0
@@ -111,5 +111,5 @@ def _sent(kind: str, size: int) -> float:
 
 
 def _is_scattered(execution: hlo.Execution) -> bool:
-    """Whether an all-reduce keeps only a part: on a TPU it is then fused with a slice."""
+    """Whether an all-reduce is a reduce-scatter, which on a TPU is one fused with a slice."""
     return execution.in_fusion and "all-reduce-scatter" in execution.computation.name

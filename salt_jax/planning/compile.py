@@ -1,17 +1,17 @@
-"""Compiles the step of a run's stage for a topology, and says what it needs of a device's memory.
+"""Compiles the step of a run's stage for a topology, and measures the device memory that it needs.
 
 `salt train` runs two programs: stage 1 distils, with the teacher beside the student; stage 2 is
-plain. Both are compiled here as there, from shapes and shardings alone.
+plain. They are compiled as in `salt train`, from shapes and shardings alone.
 
-On a TPU the peak is the compiler's own account, by which it refuses programs. Elsewhere it is an
+On a TPU the peak is the compiler's own figure, by which it refuses programs. Elsewhere it is an
 upper bound:
 
     peak <= arguments + temporaries + outputs - aliased
 
-Arguments are the train state, the batch and the teacher, padded to the device's tiles; the new
-train state is an output that takes the place of the old one (aliased), and so costs nothing. On a
-TPU the bound is far too high, since XLA's analysis adds up temporaries that never live together:
-the compiler accepts programs with 22 GiB of them for a chip of 15.75 GiB.
+Arguments are the train state, the batch and the teacher, padded to the device's tiles. The new
+train state is an output in the old one's buffers (aliased), and so costs nothing. On a TPU the
+bound is far too high, since XLA's analysis adds up temporaries that are never live together: the
+compiler accepts programs with 22 GiB of them for a chip of 15.75 GiB.
 """
 
 import dataclasses
@@ -36,16 +36,16 @@ from salt_jax.training.train_step import abstract_batch, lower_step
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a run computes in a step.
+    """The run to plan.
 
     Attributes:
-      config: The run's settings, with the student as `model` and its vocab_size set; a cache, a
-        teacher's folder and a selection are not used.
-      teacher: The teacher, its vocab_size set; None where no stage has one.
+      config: The run's settings, with `model` and its vocab_size set; the cache, the teacher's
+        folder and the selection are not used.
+      teacher: The teacher, with vocab_size set; None if no stage has one.
       sequence_length: L, tokens of a row.
-      soft_labels: K of the stored soft labels in place of a teacher; 0 for none.
-      extra_features: What batches hold for the run's objectives (train_step.EXTRA_FEATURES); rows
-        keep their length.
+      soft_labels: K of the stored soft labels that replace a teacher; 0 for none.
+      extra_features: Features that batches have for the run's objectives
+        (train_step.EXTRA_FEATURES).
     """
 
     config: TrainConfig
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The stages of the run; stage 1 has a teacher, or soft labels in its place."""
+        """The stages of the run; stage 1 has a teacher or soft labels."""
         return (1, 2) if self.teacher is not None or self.soft_labels else (2,)
 
     @property
@@ -89,14 +89,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Bytes on one device.
 
     Attributes:
-      arguments: Train state, batch and teacher, as they lie in memory.
-      temporaries: What lives within the step; on a TPU not all of it at once.
-      outputs: What the step returns.
-      aliased: Outputs that lie where arguments lay.
-      compiler_peak: The most in use at once by the compiler's account; None where it has none (that
+      arguments: Train state, batch and teacher, with padding.
+      temporaries: Arrays within the step; on a TPU not all are live at once.
+      outputs: The results of the step.
+      aliased: Outputs in the buffers of arguments.
+      compiler_peak: The most in use at once by the compiler's own figure; None if it has none (that
         of XLA for CPUs leaves out the temporaries).
     """
 
@@ -119,14 +119,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStage:
-    """A stage's program, or what is known of it where it was too large to compile.
+    """A stage's compiled program, or what is known of one that the compiler refused as too large.
 
     Attributes:
-      seconds: How long lowering and compiling took.
-      needed_gib: The peak; for a program that was refused what the compiler says that it needs,
-        often without what comes later; None if it doesn't say.
-      memory: What it needs of a device; None if it was refused.
-      parts: Bytes of what the peak is made of, by name; see `_parts`.
+      seconds: Time to lower and compile.
+      needed_gib: The peak; for a refused program what the compiler says that it needs, a lower
+        bound, or None if it doesn't say.
+      memory: The memory it needs on a device; None if it was refused.
+      parts: The parts of the peak by name, bytes; see `_parts`.
       hlo: The program's text.
     """
 
@@ -192,7 +192,7 @@ def check_batch(job: Job, topology: Topology, stage: int) -> None:
     if topology.slices is not None and mesh.shape["slice"] != topology.slices:
         raise InputError(
             f"{topology.name} has {topology.slices} slices and MeshConfig.slice is "
-            f"{mesh.shape['slice']}, and that axis is the one over the slow network between "
+            f"{mesh.shape['slice']}, but that axis must be the one over the slow network between "
             f"slices: add --gin.partitioning.MeshConfig.slice={topology.slices}."
         )
     divisor, parts = partitioning.batch_divisor(mesh), job.microbatches_of(stage)
@@ -205,7 +205,7 @@ def check_batch(job: Job, topology: Topology, stage: int) -> None:
 
 
 def needed_gib(message: str) -> float | None:
-    """The GiB that a program needs by the text of a RESOURCE_EXHAUSTED error, if it says so."""
+    """The GiB that a program needs according to a RESOURCE_EXHAUSTED error; None if not said."""
     unit = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
     amount = r"([\d.]+)([KMGT])i?B?"
     for pattern in (
@@ -220,11 +220,11 @@ def needed_gib(message: str) -> float | None:
 
 
 def loss_bytes(job: Job, stage: int, mesh: jax.sharding.Mesh) -> float:
-    """An estimate of what the loss adds to a device's memory at its peak, bytes.
+    """Estimated bytes that the loss adds to a device's peak memory.
 
-    For the student its head, gathered in the model's dtype, the head's gradient in float32, and the
-    logits of a chunk (LossConfig.chunk_tokens) in float32 with their gradient in the model's dtype;
-    for the teacher its head and a chunk's logits. V is a device's part of the vocabulary.
+    For the student: its head, gathered in the model's dtype, the head's gradient in float32, and a
+    chunk's logits (LossConfig.chunk_tokens) in float32 with their gradient in the model's dtype.
+    For the teacher: its head and a chunk's logits. V is a device's part of the vocabulary.
     """
     parts = partitioning.batch_divisor(mesh) * job.microbatches_of(stage)
     chunk = min(job.config.method.loss.chunk_tokens, job.tokens // parts)
@@ -240,9 +240,9 @@ def loss_bytes(job: Job, stage: int, mesh: jax.sharding.Mesh) -> float:
 
 
 def _cudnn_workspace(job: Job, stage: int, mesh: jax.sharding.Mesh) -> int:
-    """Bytes that the backward pass of cuDNN's attention takes besides; XLA counts none.
+    """Bytes of the workspace of cuDNN attention's backward pass, which XLA doesn't count.
 
-    About B · H · L · K · 4 of a device's rows and heads.
+    About B · H · L · K · 4 for a device's rows and heads.
     """
     parts = partitioning.batch_divisor(mesh) * job.microbatches_of(stage) * mesh.shape["tensor"]
     return 4 * job.tokens * job.student.num_heads * job.student.head_width // parts
@@ -263,11 +263,11 @@ def _lay_out(job: Job, topology: Topology, stage: int) -> tuple[StateLayout, Any
 def _parts(
     job: Job, stage: int, memory: Memory, layout: StateLayout, teacher_params: Any
 ) -> dict[str, float]:
-    """What the peak is made of, bytes.
+    """The parts of the peak, bytes.
 
-    The first four are sums over the arrays' shards, `padding` what the arguments take beyond them;
-    `loss` is an estimate (`loss_bytes`), and `activations` all other temporaries: what the backward
-    pass keeps, gradients, gathered parameters.
+    The first four are sums over the arrays' shards, and `padding` is the rest of the arguments.
+    `loss` is an estimate (`loss_bytes`), and `activations` are all other temporaries: what the
+    backward pass keeps, gradients, gathered parameters.
     """
     shape = job.config.data.batch_size, job.sequence_length
     batch = abstract_batch(shape, layout, job.extra_features, job.labels_of(stage))

@@ -1,14 +1,14 @@
 """FLOPs and traffic of a compiled step, and estimates of its time and of the run's.
 
-FLOPs are analytic (training/flops.py), of all devices together: for each token 3 forward passes of
-the student and, in stage 1, one of the teacher. Hardware FLOPs add what rematerialisation repeats.
+FLOPs are analytic (training/flops.py), for all devices together: per token 3 forward passes of the
+student and, in stage 1, one of the teacher. Hardware FLOPs add what rematerialisation recomputes.
 
-The time is a roofline's, of the makers' peaks times the share of them that programs of this kind
-usually reach. Work that overlaps counts as the longest part of it, and what does not is added:
+The time is a roofline estimate, from published peaks times the fraction that such programs usually
+reach. Of overlapping work the longest part counts, and other transfers are added:
 
     step = max(compute, memory, overlapped transfers) + transfers that the program waits for
 
-No program was run: take it for comparing settings and topologies, not for a promise.
+No program is run: use it to compare settings and topologies, not as a promise.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ class StageCost:
     """What a step of a stage costs.
 
     Attributes:
-      memory_bytes: Main memory read and written by a device.
+      memory_bytes: Bytes of main memory read and written by a device.
       collective_bytes: Bytes that a device sends, by kind of transfer.
-      seconds: Parts of the roofline: compute, memory, overlapped, waited; None where the peaks of
-        the device are not known.
+      seconds: Parts of the roofline: compute, memory, overlapped, waited; None if the device's
+        peaks are unknown.
     """
 
     memory_bytes: float
@@ -49,13 +49,13 @@ class StageCost:
 
 
 def flops_per_step(job: Job, stage: int) -> float:
-    """Model FLOPs of a step, all devices."""
+    """Model FLOPs of a step on all devices."""
     per_token = flops.train_flops_per_token(job.student, job.sequence_length)
     return (per_token + _teacher_flops(job, stage)) * job.tokens
 
 
 def hardware_flops_per_step(job: Job, stage: int) -> float:
-    """The same with what rematerialisation computes again."""
+    """FLOPs of a step on all devices, with rematerialisation."""
     per_token = flops.hardware_train_flops_per_token(job.student, job.sequence_length)
     return (per_token + _teacher_flops(job, stage)) * job.tokens
 
@@ -64,7 +64,7 @@ def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Modu
     """What a step of a stage costs on each of `chips` chips that run a compiled program.
 
     Raises:
-      UnreadableError: The program has something that is not understood.
+      UnreadableError: The program can't be parsed.
     """
     transfers = collectives.collectives(module)
     memory_bytes = traffic.memory_bytes(module)
@@ -87,15 +87,15 @@ def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Modu
 def estimate_run(
     job: Job, chips: int, step_seconds: Mapping[int, float | None]
 ) -> dict[str, float | None]:
-    """What a run costs beside the same run without a teacher, as summary.json has it.
+    """The cost of a run and of the same run without a teacher, for summary.json.
 
     Args:
-      job: What the run computes.
+      job: The run.
       chips: The number of devices.
-      step_seconds: Of a step of each stage; None or missing is not known.
+      step_seconds: Seconds of a step of each stage; None or missing if unknown.
 
     Returns:
-      Steps, model FLOPs, and days and chip-hours without compiling, evaluation and checkpoints; the
+      Steps, model FLOPs, days and chip-hours, without compiling, evaluation and checkpoints; the
       same if all steps were plain ("baseline_"), and the share of time that the teacher adds.
     """
     steps, distilling = job.config.steps, job.config.stage1_steps

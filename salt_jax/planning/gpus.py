@@ -1,12 +1,12 @@
-"""NVIDIA GPUs to compile for without having one.
+"""NVIDIA GPUs to compile for on machines without one.
 
     h100:8         a node of eight H100 SXM
     h200:1         one H200 SXM
     h100:8*4       four nodes of eight
 
-JAX's CUDA plugin compiles for a GPU that is described to it; it needs neither a driver nor ptxas.
-Nothing is autotuned then, so that the choice of matrix product kernels may move a peak by a GiB:
-the memory that a program may use is taken to be `MARGIN_GIB` less.
+JAX's CUDA plugin compiles from a description of the GPU, without a driver or ptxas. Nothing is
+autotuned then, and the choice of kernels for matrix products may change the peak by a GiB, so
+`MARGIN_GIB` is subtracted from the memory that a program may use.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from salt_jax.errors import InputError
 GPUS_OF_A_NODE = 8
 NETWORK_BANDWIDTH = 50e9  # bytes/s that a GPU sends to other nodes: 400 Gb/s InfiniBand for each
 MARGIN_GIB = 2.0
-# Without a driver the plugin would not start, since CUDA's libraries are missing.
+# Without this the plugin would not start, since CUDA's libraries are missing.
 if not pathlib.Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 _CUDNN_VERSION = 91_000  # as in the description of a GPU below
@@ -35,11 +35,11 @@ _CUDNN_VERSION = 91_000  # as in the description of a GPU below
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU by its maker's data sheet.
+    """A GPU, by its data sheet.
 
     Attributes:
-      kind: As JAX names it.
-      memory_bytes: As the driver reports it.
+      kind: JAX's name for it.
+      memory_bytes: Memory as the driver reports it.
       memory_bandwidth: Bytes/s.
       link_bandwidth: NVLink in one direction, bytes/s.
     """
@@ -51,7 +51,7 @@ class Gpu:
 
     @property
     def hbm_gib(self) -> float:
-        """What JAX lets a program have (XLA_PYTHON_CLIENT_MEM_FRACTION), less the margin, GiB."""
+        """GiB that JAX gives a program (XLA_PYTHON_CLIENT_MEM_FRACTION), less the margin."""
         share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
         try:
             return float(share) * self.memory_bytes / 2**30 - MARGIN_GIB
@@ -62,7 +62,7 @@ class Gpu:
             ) from error
 
     def target(self) -> str:
-        """XLA's description of it (GpuTargetConfigProto); XLA dies if a field is missing."""
+        """XLA's description of it (GpuTargetConfigProto); XLA aborts if a field is missing."""
         return f"""
             gpu_device_info {{
               threads_per_block_limit: 1024 threads_per_warp: 32
@@ -91,7 +91,7 @@ GPUS: Mapping[str, Gpu] = types.MappingProxyType(
 
 
 def gpus(name: str, nodes: int, of_a_node: int) -> tuple[jax.Device, ...]:
-    """Devices of `nodes` nodes of a GPU of GPUS.
+    """Devices of `nodes` nodes with `of_a_node` GPUs each; `name` is one of GPUS.
 
     Raises:
       InputError: JAX's CUDA plugin is not installed.
@@ -113,11 +113,11 @@ def gpus(name: str, nodes: int, of_a_node: int) -> tuple[jax.Device, ...]:
 
 @contextlib.contextmanager
 def cudnn_assumed(devices: tuple[jax.Device, ...]) -> Iterator[None]:
-    """Lets cuDNN's attention be lowered for GPUs that are not there, without the library itself."""
+    """A context in which cuDNN's attention can be lowered without cuDNN and a GPU."""
     if devices[0].platform != "gpu" or devices[0] in jax.devices():
         yield
         return
-    # Only its version is asked for, by a function that has no other way to be told.
+    # JAX only asks for cuDNN's version, by a function that has no setting.
     module: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     asking = module.check_cudnn_version
     module.check_cudnn_version = lambda: _CUDNN_VERSION

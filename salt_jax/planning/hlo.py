@@ -1,9 +1,9 @@
-"""The instructions that a compiled program executes, and how often.
+"""The instructions that a compiled program executes, with their execution counts.
 
     module = hlo.parse(compiled.as_text())
     hlo.select(module, opcode="all-gather", in_loop=True)
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once; here it counts by the loop's trip count.
 """
 
 import math
@@ -42,10 +42,10 @@ class Execution(NamedTuple):
 
     Attributes:
       instruction: The instruction.
-      computation: The computation it stands in.
+      computation: The computation that contains it.
       times: How often it is executed.
-      depth: Loops around it.
-      caller: The innermost computation around it that is no fusion's.
+      depth: The number of loops around it.
+      caller: The innermost computation around it that is not a fusion's.
       in_fusion: Whether it is part of a fusion, and so writes no buffer of its own.
       in_async: Whether its computation is called by an asynchronous start.
     """
@@ -66,7 +66,7 @@ def executions(module: Module) -> Iterator[Execution]:
     don't.
 
     Raises:
-      UnreadableError: The trip count of a loop can't be told.
+      UnreadableError: The trip count of a loop is unknown.
     """
     yield from _walk(module, module.entry, (1, 0, module.entry, False, False))
 
@@ -79,13 +79,13 @@ def select(
     in_loop: bool | None = None,
     in_fusion: bool | None = None,
 ) -> list[Execution]:
-    """The executions that match all that is given.
+    """The executions that match all given conditions.
 
     Args:
       module: The program.
-      opcode: "all-gather" also matches an asynchronous start, but not its done.
+      opcode: "all-gather" also matches its asynchronous start, but not its done.
       dims: The sizes of one of the result's arrays.
-      in_loop: Whether a loop is around it.
+      in_loop: Whether it is in a loop.
       in_fusion: Whether it is part of a fusion.
     """
     return [
@@ -109,7 +109,7 @@ def _walk(module: Module, name: str, place: _Place) -> Iterator[Execution]:
 def _called(
     module: Module, computation: Computation, instruction: Instruction, place: _Place
 ) -> Iterator[tuple[str, _Place]]:
-    """The computations that an instruction runs, and how."""
+    """The computations that an instruction calls, and how."""
     opcode = instruction.opcode
     times, depth, caller, in_fusion, _ = place
     if opcode == "while":
@@ -131,8 +131,8 @@ def _called(
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:
     """How often a `while` of a computation runs its body.
 
-    XLA notes it (`known_trip_count`), or it follows from a counter that starts at one constant,
-    grows by another and is compared with a third, as in `lax.scan` and `lax.fori_loop`.
+    XLA notes it (`known_trip_count`), or it follows from a counter with constant start, increment
+    and limit, as in `lax.scan` and `lax.fori_loop`.
 
     Raises:
       UnreadableError: Neither is the case.
@@ -152,7 +152,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """What a body adds to an element of the tuple that its loop carries; None if not a constant."""
+    """What a loop's body adds to an element of the carried tuple; None if not a constant."""
     add, terms = _behind_fusion(module, body, body.operands(body.root)[index])
     if add.opcode != "add":
         return None
@@ -163,7 +163,7 @@ def _step(module: Module, body: Computation, index: int) -> int | None:
 def _constant(
     module: Module, computation: Computation, instruction: Instruction | None
 ) -> int | None:
-    """The integer that an instruction gives, through copies and what loops carry unchanged."""
+    """An instruction's integer value, through copies and values that loops carry unchanged."""
     if instruction is None:
         return None
     operands = computation.operands(instruction)
@@ -180,7 +180,7 @@ def _constant(
 
 
 def _invariant(module: Module, name: str, index: int) -> int | None:
-    """An integer that a loop, named by its body or condition, carries unchanged; None for none."""
+    """An integer that a loop, given its body's or condition's name, carries unchanged, or None."""
     if name not in module.loop_of:
         return None
     outside, loop = module.loop_of[name]
@@ -196,7 +196,7 @@ def _invariant(module: Module, name: str, index: int) -> int | None:
 def _behind_fusion(
     module: Module, computation: Computation, instruction: Instruction
 ) -> tuple[Instruction, list[Instruction]]:
-    """An instruction and its operands; for a fusion what its root is, and the fusion's operands."""
+    """An instruction and its operands; for a fusion, its root and the fusion's operands."""
     operands = computation.operands(instruction)
     if instruction.opcode != "fusion":
         return instruction, operands

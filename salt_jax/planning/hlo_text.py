@@ -1,7 +1,6 @@
-"""The text of a compiled program, read into computations and instructions.
+"""A parser of compiled programs: from HLO text to computations and instructions.
 
-What the reader does not understand it refuses (`UnreadableError`), so that no number rests on half
-a program.
+Text that it does not know raises `UnreadableError`, so that no figure is based on half a program.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ _CALLED = re.compile(
 
 
 class UnreadableError(ValueError):
-    """The text of a program has something that this reader does not understand."""
+    """The text of a program can't be parsed."""
 
 
 class Shape(NamedTuple):
@@ -62,11 +61,11 @@ class Instruction:
     """One instruction of a computation.
 
     Attributes:
-      name: Unique in its computation.
-      opcode: Such as "fusion" or "all-gather".
+      name: Its name, unique in its computation.
+      opcode: "fusion" or "all-gather", for example.
       shapes: The result's arrays; a tuple is flattened.
       operands: Names of instructions of the same computation.
-      called: Names of the computations it calls, by role: calls, to_apply, body, condition, ….
+      called: Names of the computations that it calls, by role: calls, to_apply, body, condition, ….
       arguments: The text between the parentheses, such as a constant's value.
       attributes: The text after them.
       is_root: Whether its result is the computation's.
@@ -141,7 +140,7 @@ class Module:
 
     @functools.cached_property
     def loop_of(self) -> Mapping[str, tuple[Computation, Instruction]]:
-        """The `while` of each loop's body and condition, and the computation that it stands in."""
+        """The `while` of each loop's body and condition, and the computation that contains it."""
         return {
             name: (computation, instruction)
             for computation in self.computations.values()
@@ -153,10 +152,10 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads the text that `jax.stages.Compiled.as_text()` gives.
+    """Parses the text of `jax.stages.Compiled.as_text()`.
 
     Raises:
-      UnreadableError: A line is not understood, or there is no entry computation.
+      UnreadableError: A line can't be parsed, or there is no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry = name = ""
@@ -167,7 +166,7 @@ def parse(text: str) -> Module:
             name, instructions = header[2], []
             entry = name if header[1] else entry
         elif instructions is None:
-            if line and computations:  # before them stand the module's own lines and tables
+            if line and computations:  # they come after the module's own lines and tables
                 raise UnreadableError(
                     f"Line {number} of the program is not understood: {line!r:.200}."
                 )
@@ -181,13 +180,13 @@ def parse(text: str) -> Module:
         else:
             raise UnreadableError(f"Line {number} of the program is not understood: {line!r:.200}.")
     if not entry or instructions is not None:
-        raise UnreadableError("The text is no whole program: its ENTRY computation is missing.")
+        raise UnreadableError("The program is incomplete: its ENTRY computation is missing.")
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     return Module(entry, computations, int(partitions[1]) if partitions else 1)
 
 
 def _is_open(text: str) -> bool:
-    """Whether an instruction goes on in the next line: a bracket or a quote is not closed."""
+    """Whether an instruction continues on the next line: a bracket or a quote is not closed."""
     bare = _QUOTED.sub("", text)
     return '"' in bare or sum(map(bare.count, "({[")) > sum(map(bare.count, ")}]"))
 
@@ -222,7 +221,7 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that closes the one at `start`, quotes aside; -1 for none."""
+    """The index of the parenthesis that closes the one at `start`, ignoring quotes; -1 if none."""
     depth = 0
     for token in re.compile(r'[()]|"(?:[^"\\]|\\.)*"', re.DOTALL).finditer(text, start):
         depth += {"(": 1, ")": -1}.get(token[0], 0)

@@ -1,4 +1,4 @@
-"""Plans as tables for a terminal, with what to change where a run does not fit."""
+"""Prints plans as tables, with the settings to change if a run does not fit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _RUN_COLUMNS = ("chips", "EFLOP", "days", "chip-hours", "without teacher", "teac
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
-    """Prints summary.json's plans."""
+    """Prints the plans of summary.json."""
     print_table(
         Table(
             "A step, as compiled (seconds and MFU are estimates)",

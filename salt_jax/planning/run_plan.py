@@ -1,4 +1,4 @@
-"""The plan of a run on one topology, as summary.json has it."""
+"""The plan of a run on one topology, for summary.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from salt_jax.terminal import say
 
 
 def plan_run(job: Job, topology: Topology, *, try_changes: bool, stored_ids: int) -> dict[str, Any]:
-    """Compiles the stages of a run for a topology, and where it should, with other settings.
+    """Compiles the stages of a run for a topology.
 
     Args:
-      job: What the run computes.
-      topology: For which devices.
-      try_changes: Whether to look for settings that make a stage fit, or that use idle memory.
-      stored_ids: Ids a token of soft labels that would take the teacher's place.
+      job: The run.
+      topology: The devices.
+      try_changes: Whether to search for settings that make a stage fit, or that use idle memory.
+      stored_ids: Ids per token of the soft labels that would replace the teacher.
     """
     stages: dict[int, StagePlan] = {}
     for stage in job.stages:
@@ -69,7 +69,7 @@ def _run(stages: Mapping[int, StagePlan]) -> dict[str, Any]:
 def _add_change(
     stages: dict[int, StagePlan], summaries: list[dict[str, Any]]
 ) -> dict[int, StagePlan]:
-    """Looks for settings with which all stages fit and adds them; returns the stages with them."""
+    """Searches for settings with which all stages fit, adds them, and returns those stages."""
     for plan in stages.values():
         if not plan.fits:
             say(f"  stage {plan.stage} does not fit: {_size(plan)}")
@@ -92,7 +92,7 @@ def _add_change(
 
 
 def _faster(stages: Mapping[int, StagePlan]) -> dict[str, Any] | None:
-    """What would use idle memory to make the run faster; None for nothing."""
+    """Settings that use idle memory to make the run faster, or None."""
     attempts: list[dict[str, Any]] = []
 
     def tried(change: changes.Change, outcome: StagePlan) -> None:

@@ -12,16 +12,16 @@ _BUFFERS = 8  # of the largest temporaries
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """What is known of a stage.
+    """The plan of a stage.
 
     Attributes:
-      job: What the run computes.
-      topology: For which devices.
+      job: The run.
+      topology: The devices.
       stage: 1, with the teacher, or 2.
-      compiled: Its program's memory.
-      cost: What a step costs; None where the program was refused or can't be read.
-      temporaries: The largest arrays that it makes.
-      unread: Why the program can't be read, in a sentence; None if it can.
+      compiled: Its program and memory.
+      cost: The cost of a step; None if the program was refused or can't be parsed.
+      temporaries: The program's largest arrays.
+      unread: A sentence that says why the program can't be parsed; None if it can.
     """
 
     job: Job
@@ -34,7 +34,7 @@ class StagePlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it compiled and its peak is within the device's memory; None if not known."""
+        """Whether it compiled and its peak is within the device's memory; None if unknown."""
         limit = self.topology.chip.hbm_gib
         if self.compiled.memory is None:
             return False
@@ -42,11 +42,11 @@ class StagePlan:
 
     @property
     def step_seconds(self) -> float | None:
-        """The estimated time of a step; None if not known."""
+        """The estimated time of a step; None if unknown."""
         return self.cost.step_seconds if self.cost else None
 
     def sizes(self) -> dict[str, Any]:
-        """Its memory, as summary.json has it."""
+        """Its memory, for summary.json."""
         memory, needed = self.compiled.memory, self.compiled.needed_gib
         if memory is None:
             return {"peak_hbm_gib": None, "needed_gib": needed}
@@ -55,7 +55,7 @@ class StagePlan:
         return {"peak_hbm_gib": needed, "needed_gib": needed, "memory_analysis_gib": analysis}
 
     def measures(self) -> dict[str, Any]:
-        """All that is known of it, as summary.json has it; null is not known."""
+        """Its measurements, for summary.json; null if unknown."""
         found = {**self.sizes(), "compile_seconds": self.compiled.seconds}
         if self.compiled.memory is None:
             return found

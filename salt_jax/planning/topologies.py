@@ -1,10 +1,10 @@
-"""Topologies by name: devices to compile for, which need not exist, and what each of them offers.
+"""Topologies by name: devices to compile for, which need not exist, with their peaks and memory.
 
     v5e:16x16      one slice of 16 × 16 chips of TPU v5e
-    v4:4x4x8*2     two slices of 4 × 4 × 8 chips of TPU v4, joined by the data center's network
+    v4:4x4x8*2     two slices of 4 × 4 × 8 chips of TPU v4, connected by the data-center network
     h100:8         a node of eight H100 GPUs
     h200:8*4       four nodes of eight H200 GPUs
-    local          the devices at hand
+    local          this machine's devices
 
 Programs are compiled for a slice by libtpu, which runs without any TPU (`pip install
 salt_jax[plan]`), and for GPUs by JAX's CUDA plugin (`planning/gpus.py`).
@@ -31,12 +31,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device offers; None where nothing is published or the device is unknown.
+    """Memory and bandwidths of a device; None if unpublished or unknown.
 
     Attributes:
-      kind: The device's kind, as JAX names it.
+      kind: JAX's name for the device.
       hbm_gib: Main memory that a program may use, GiB.
-      memory_bandwidth: Of the main memory, bytes/s.
+      memory_bandwidth: Bandwidth of the main memory, bytes/s.
       link_bandwidth: Bytes/s that a chip can send to its neighbours, all links in one direction.
     """
 
@@ -56,11 +56,10 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: As it was asked for.
-      devices: They need not exist.
-      chip: What each of them offers.
-      slices: Slices of equal shape among them, which MeshConfig.slice must say; None for devices
-        whose mesh is free.
+      name: Its name in --topology.
+      devices: The devices, which need not exist.
+      chip: Their memory and bandwidths.
+      slices: The number of slices, which MeshConfig.slice must equal; None if the mesh is free.
     """
 
     name: str
@@ -84,7 +83,7 @@ _LOCAL_GPUS = (
     Chip("NVIDIA A100", None, 2.0e12, 300e9),
     *(Chip(gpu.kind, None, gpu.memory_bandwidth, gpu.link_bandwidth) for gpu in GPUS.values()),
 )
-# The longest sides of a slice, and usual slices of as many sides.
+# The longest sides of a slice, and common slices of as many sides.
 _SIDES = {"v4": (16, 16, 16), "v5p": (16, 16, 24), "v5e": (16, 16), "v6e": (16, 16)}
 _USUAL = {
     2: "2x2|2x4|4x4|4x8|8x8|8x16|16x16",
@@ -93,14 +92,12 @@ _USUAL = {
 
 
 def find(name: str, hbm_gib: float | None = None) -> Topology:
-    """The topology of a name.
+    """The topology of a name, as in the module's docstring.
 
-    Args:
-      name: See the module's docstring.
-      hbm_gib: Memory of each device, GiB, in place of what is known of it.
+    `hbm_gib` replaces the known memory of a device, GiB.
 
     Raises:
-      InputError: An unknown topology, or what compiles for it is not installed.
+      InputError: An unknown topology, or its compiler is not installed.
     """
     if name == LOCAL:
         topology = _local()
@@ -112,7 +109,7 @@ def find(name: str, hbm_gib: float | None = None) -> Topology:
 
 
 def _known() -> str:
-    """The topologies one can name, as text."""
+    """The known names, for error messages."""
     families = (f"{name}:{_USUAL[len(sides)]}" for name, sides in _SIDES.items())
     nodes = (f"{name}:1|2|4|8" for name in GPUS)
     return f"{LOCAL}, {', '.join((*families, *nodes))}, each with *N for N slices or nodes"
@@ -161,7 +158,7 @@ def _slice(name: str) -> Topology:
         description = jax_topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{family}:{match[2]}",
-            # "megacore" makes one device of the two cores of a chip.
+            # "megacore" makes the two cores of a chip one device.
             chip_config_name="megacore" if family in ("v4", "v5p") else "default",
             num_slices=slices,
         )
@@ -179,6 +176,6 @@ def _require_libtpu() -> None:
             "Compiling for a TPU slice needs libtpu, which is not installed: "
             "pip install 'salt_jax[plan]', or choose --topology=local."
         )
-    # Where there is no TPU (JAX then sets the first), libtpu need not be this process's alone.
+    # Without a TPU (JAX then sets the first), several processes may use libtpu.
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

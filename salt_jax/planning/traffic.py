@@ -1,10 +1,10 @@
 """The bytes that a compiled program reads from and writes to a device's main memory.
 
 Every instruction outside fusions reads its operands and writes its result once. This is what XLA's
-cost analysis counts, but with the trip counts of loops, and without what lies in a TPU's on-chip
-memory (S(1) in its layout). Of an operand only what is needed is read: a slice of it, or, by a
-fusion, what its result depends on. An update in place writes what it puts, not the whole array;
-that matters in loops, which carry whole stacks of parameters.
+cost analysis counts, but with the trip counts of loops, and without arrays in a TPU's on-chip
+memory (S(1) in the layout). Only the needed part of an operand is read: a slice of it, or what a
+fusion's result depends on. An update in place writes the new part, not the whole array; that
+matters in loops, which carry whole stacks of parameters.
 """
 
 import collections
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from salt_jax.planning import hlo
 
-# They move nothing: names for what is there, control, and the ends of what a start has counted.
+# Opcodes that move nothing: views, control flow, and the done of a counted start.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start"),
@@ -64,7 +64,7 @@ def moved(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Ins
 def _results(
     instruction: hlo.Instruction, operands: Sequence[hlo.Instruction]
 ) -> tuple[hlo.Shape, ...]:
-    """The arrays that an instruction makes; the tuple of a start often has its operands too."""
+    """The arrays that an instruction writes; the tuple of a start often has its operands, too."""
     shapes, count = instruction.shapes, len(operands)
     if instruction.opcode == "copy-start":
         return shapes[:1]
@@ -76,7 +76,7 @@ def _results(
 def _moved_by_fusion(
     module: hlo.Module, fusion: hlo.Instruction, operands: Sequence[hlo.Instruction]
 ) -> float:
-    """What a fusion reads of its operands, and what it writes of its results."""
+    """Bytes that a fusion reads of its operands and writes of its results."""
     inside: dict[str, hlo.Instruction] = {}
     outputs = _inline(module, module.fused(fusion), None, "", inside)
     needed: dict[str, float] = collections.defaultdict(float)  # the share of each one's elements
@@ -87,7 +87,7 @@ def _moved_by_fusion(
         output = _origin(inside, name)
         base = _origin(inside, output.operands[0]) if output.opcode in _UPDATES else None
         if output.opcode == "parameter" or _is_under_way(inside, output, shape):
-            continue  # handed on
+            continue  # passed through
         if base is not None and base.opcode == "parameter":
             put = inside[output.operands[_UPDATES[output.opcode]]]
             total += _put(output, put, shape)
@@ -109,7 +109,7 @@ def _moved_by_fusion(
 def _share(
     instruction: hlo.Instruction, place: int, operand: hlo.Instruction, share: float
 ) -> float:
-    """The share of an operand's elements that a share of an instruction's elements depends on."""
+    """The share of an operand's elements needed for a share of an instruction's elements."""
     opcode = instruction.opcode
     if opcode == "reduce" or (opcode in _UPDATES and place == 0):
         return share
@@ -126,14 +126,14 @@ def _inline(
     prefix: str,
     inside: dict[str, hlo.Instruction],
 ) -> list[str]:
-    """Adds a fusion's instructions to `inside`, those of fusions in it too; names its outputs.
+    """Adds a fusion's instructions to `inside`, including nested fusions; returns output names.
 
     Args:
       module: The program.
       body: The fusion's computation.
-      inputs: What its parameters are in `inside`; None adds the parameters themselves.
-      prefix: Put before the instructions' names.
-      inside: Instructions by name; their operands are other names of it.
+      inputs: The names of its parameters in `inside`; None adds the parameters themselves.
+      prefix: Prefix of the instructions' names.
+      inside: Instructions by name, whose operands are other names in it.
     """
     names: dict[str, list[str]] = {}  # of each instruction's result, element by element
     for instruction in body.instructions:
@@ -157,7 +157,7 @@ def _inline(
 
 
 def _origin(inside: dict[str, hlo.Instruction], name: str) -> hlo.Instruction:
-    """The instruction whose result another one is, under another shape."""
+    """The instruction at the start of a chain of bitcasts."""
     while inside[name].opcode == "bitcast":
         name = inside[name].operands[0]
     return inside[name]
@@ -166,10 +166,10 @@ def _origin(inside: dict[str, hlo.Instruction], name: str) -> hlo.Instruction:
 def _is_under_way(
     inside: dict[str, hlo.Instruction], output: hlo.Instruction, shape: hlo.Shape
 ) -> bool:
-    """Whether an output belongs to a transfer that another fusion has begun, and counts there.
+    """Whether an output belongs to a transfer that began in another fusion, where it counts.
 
-    A TPU slices a transfer into the fusions beside it, from one with an AsyncCollectiveStart to one
-    with an AsyncCollectiveDone; all of them hand on its operands and its result.
+    A TPU splits a transfer over the fusions that it overlaps, from one with an AsyncCollectiveStart
+    to one with an AsyncCollectiveDone; all of them pass on its operands and its result.
     """
     if output.opcode != "custom-call":
         return "chain_id=" in output.attributes
@@ -180,7 +180,7 @@ def _is_under_way(
 
 
 def _put(update: hlo.Instruction, put: hlo.Instruction, result: hlo.Shape) -> float:
-    """Bytes that an update in place writes, and reads where it adds to what is there."""
+    """Bytes that an update in place writes, and reads if it adds to the old values."""
     if result.memory_space:
         return 0.0
     return (2 if update.opcode == "scatter" else 1) * sum(shape.bytes for shape in put.shapes)

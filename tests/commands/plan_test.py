@@ -300,7 +300,7 @@ def test_stored_soft_labels_stand_for_the_teacher(
         assert plan["read_labels"]["terabytes"][encoding] == pytest.approx(size * tokens / 1e12)
     printed = capsys.readouterr().out
     assert "25 of them with stored soft labels of 8 ids a token" in printed
-    assert "Stage 1 reads soft labels of 8 ids a token" in printed
+    assert "Stage 1 reads soft labels of 8 ids per token" in printed
     objectives = [*stored, "--gin_file=objectives/ul2.gin"]
     assert "objectives changes rows" in error_of(objectives, tmp_path / "plan", capsys)
 
