@@ -1,1 +1,1 @@
-"""Reports: run folders are read, compared, and shown as tables and plots on one page."""
+"""Reports: run folders read, compared, and shown as tables and plots on one page."""

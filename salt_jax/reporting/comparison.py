@@ -1,4 +1,4 @@
-"""Runs side by side at equal steps, equal train FLOPs and equal time: numbers only."""
+"""Comparison of runs at equal steps, equal train FLOPs and equal time: numbers only."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from salt_jax.reporting.runs import EVALUATION, FLOPS_PARTS, SECONDS_PARTS, TRAI
 
 
 class Axis(NamedTuple):
-    """A cost that runs are compared by: its name in files, its column of metrics, and its title."""
+    """A cost that runs are compared by: its name in files, its column in metrics, and a title."""
 
     name: str
     column: str
@@ -27,8 +27,10 @@ AXES = (STEPS, FLOPS, SECONDS)
 
 
 class Matched(NamedTuple):
-    """Runs at the largest value of an axis that all of them reached: `read_at` of each by label,
-    and a row of NaN for a run whose first evaluation comes later."""
+    """Runs at the largest value of an axis that all of them reached.
+
+    `read_at` of each run by label; a row of NaN for a run whose first evaluation comes later.
+    """
 
     axis: Axis
     value: float
@@ -36,19 +38,19 @@ class Matched(NamedTuple):
 
 
 def costs(points: pd.DataFrame, axis: Axis) -> npt.NDArray[np.float64]:
-    """The axis' value at each point, never falling.
+    """The axis' value at each point, made monotonic.
 
-    Steps that a resumed run repeats may leave seconds behind that fall by a little.
+    Seconds may decrease a little where a resumed run repeats steps.
     """
     return np.maximum.accumulate(points[axis.column].to_numpy())
 
 
 def read_at(evaluations: pd.DataFrame, axis: Axis, value: float) -> pd.Series | None:
-    """A run at `value` of an axis, every column linearly between the evaluations around it.
+    """A run at `value` of an axis, linearly interpolated between evaluations.
 
     Returns:
-      EVALUATION, and interpolated: 1 where `value` lies between two evaluations, else 0. None where
-      it lies before the first evaluation or after the last one.
+      The columns EVALUATION, and interpolated: 1 if `value` lies between two evaluations, else 0.
+      None if it lies before the first evaluation or after the last.
     """
     values = costs(evaluations, axis)
     if not values.size or not values[0] <= value <= values[-1]:
@@ -63,9 +65,9 @@ def read_at(evaluations: pd.DataFrame, axis: Axis, value: float) -> pd.Series | 
 
 
 def charged_for_teacher(run: TrainRun) -> TrainRun:
-    """The run with what training its teacher cost as a cost of its own, from its first step on.
+    """The run with the cost of training its teacher added from its first step on.
 
-    A run whose teacher's cost is not known, or that has no teacher, stays as it is.
+    A run without a teacher, or with one of unknown cost, is unchanged.
     """
     if run.teacher is None or not run.teacher.cost_is_known:
         return run
@@ -81,7 +83,7 @@ def charged_for_teacher(run: TrainRun) -> TrainRun:
 
 
 def largest_common(runs: Sequence[TrainRun], axis: Axis) -> float | None:
-    """The largest value of an axis at which every run has been evaluated; None if there is none."""
+    """The largest value of an axis at which every run has been evaluated, or None."""
     if not runs or any(run.evaluations.empty for run in runs):
         return None
     value = min(float(costs(run.evaluations, axis)[-1]) for run in runs)
@@ -89,7 +91,7 @@ def largest_common(runs: Sequence[TrainRun], axis: Axis) -> float | None:
 
 
 def matched(runs: Sequence[TrainRun], axis: Axis) -> Matched | None:
-    """All runs at the largest common value of an axis; None without such a value."""
+    """All runs at the largest common value of an axis, or None if there is none."""
     value = largest_common(runs, axis)
     if value is None:
         return None
@@ -99,9 +101,9 @@ def matched(runs: Sequence[TrainRun], axis: Axis) -> Matched | None:
 
 
 def cost_at_step(run: TrainRun, axis: Axis, step: int) -> float:
-    """What `step` steps of a run cost, linearly between the measurements around them.
+    """The cost of `step` steps of a run, linearly interpolated between measurements.
 
-    Before step 0 there may be the costs of scoring, and of training the teacher if it is charged.
+    At step 0 it may include scoring, and training the teacher if that is charged.
     """
     points = run.points
     parts = {FLOPS: FLOPS_PARTS, SECONDS: SECONDS_PARTS}.get(axis, ())
@@ -112,11 +114,10 @@ def cost_at_step(run: TrainRun, axis: Axis, step: int) -> float:
 
 
 def comparable_groups(runs: Sequence[TrainRun]) -> tuple[tuple[TrainRun, ...], ...]:
-    """Runs that may be compared: of one model size, on one cache where that is recorded.
+    """Groups of comparable runs: of one model size and, where it is recorded, one cache.
 
-    Returns:
-      The groups, the one with most runs first and, among equals, the larger model first; runs of
-      unknown size (not finished yet) are a group of their own.
+    The group with the most runs comes first and, among equals, the larger model; runs of unknown
+    size (not finished yet) are a group.
     """
     groups: dict[tuple[int | None, str | None], list[TrainRun]] = {}
     for run in runs:

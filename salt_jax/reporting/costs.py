@@ -1,4 +1,4 @@
-"""The cost tables: FLOPs, time and tokens of runs, by what they were spent on."""
+"""Cost tables: FLOPs, time and tokens of runs, by what they were spent on."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, TrainRun
 from salt_jax.reporting.tables import format_count, format_power, format_seconds, or_none, table
 from salt_jax.terminal import Table
 
-# The columns of each table: what they show of `TrainRun.costs`, and their heads.
+# The columns of each table, by their names in `TrainRun.costs`, and their headings.
 _SPENT_BEFORE = ("scoring", "training the teacher")
 _FLOPS = {
     **dict(zip(FLOPS_PARTS, ("student", "teacher", *_SPENT_BEFORE), strict=True)),
@@ -30,9 +30,7 @@ _TOKENS = {
 def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
     """FLOPs, time and tokens by what they were spent on, of every run and of every teacher once.
 
-    Args:
-      runs: The runs, charged for their teachers or not.
-      charged: Whether they are.
+    `charged` says whether the runs are charged for training their teachers.
     """
     costs = [(run.label, run.costs) for run in runs]
     notes = []
@@ -44,7 +42,7 @@ def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
             f"{name} is the cost of training the teacher of {', '.join(taught)}: "
             f"{how if teacher.cost_is_known else 'not known, and not charged'}."
         )
-    measured = "As measured on each run's own machine, scoring with its compiling."
+    measured = "As measured on each run's own machine; scoring includes compiling."
     found = []
     for title, columns, form, note in (
         ("Model FLOPs by what they were spent on", _FLOPS, format_power, " ".join(notes)),

@@ -1,7 +1,7 @@
-"""One HTML page that holds a whole report: no network, no script, images inside.
+"""Renders a report as one HTML page with its images inside, without scripts or network access.
 
-Every text that comes from a run is escaped, and the page's content policy forbids scripts and
-anything from outside. Its template is page.html.
+Every text from a run is escaped, and the page's content policy forbids scripts and external
+resources. The template is page.html.
 """
 
 import base64
@@ -21,7 +21,7 @@ TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 
 
 def render(title: str, report: Report, origins: Sequence[tuple[str, Origin]], made: str) -> str:
-    """The page; `origins` are by the runs' names in the report, `made` stands in the footer."""
+    """The page, with the runs' `origins` by their names in the report; `made` is in the footer."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -40,6 +40,6 @@ def _base64(data: bytes) -> markupsafe.Markup:
 
 
 def _shown(value: Any) -> Any:
-    """A text with control characters spelled out; jinja2 then escapes its markup."""
+    """A text with control characters escaped; jinja2 then escapes markup."""
     is_markup = isinstance(value, markupsafe.Markup)
     return value if is_markup else visible(str(value), f"\n{WRITING}")

@@ -1,6 +1,6 @@
-"""The plots of a report, all with one look: PNG images with a text that says what they show.
+"""The plots of a report in one style: PNG images with captions.
 
-matplotlib is used without its global state, so that the caller's own figures stay as they are.
+They don't use matplotlib's global state, so that a caller's own figures are not affected.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from salt_jax.reporting.seeds import band
 from salt_jax.reporting.tables import SUPERSCRIPTS, time_unit
 
 INK, FAINT, PALE = "#222222", "#8a8a8a", "#c9ced6"
-# Okabe and Ito's colours, told apart with any common colour blindness; their yellow is too pale.
+# Okabe and Ito's colours, safe for any common colour blindness, without their pale yellow.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
-# As matplotlib has them: an offset, then ink and gap in turn; no gaps is a solid line.
+# matplotlib's dash patterns: an offset, then dashes and gaps in turn; empty for a solid line.
 Dash = tuple[float, tuple[float, ...]]
 DASHES: tuple[Dash, ...] = ((0, ()), (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "v", "P", "X", "D")
@@ -53,8 +53,7 @@ LOOK: Any = {
 
 
 class Metric(NamedTuple):
-    """What an evaluation plot shows: a name for files, the column of evaluations, a title, and what
-    the column is multiplied by."""
+    """The metric of an evaluation plot: a name for files, the column, a title, and a scale."""
 
     name: str
     column: str
@@ -68,7 +67,7 @@ METRICS = (LOG_PERPLEXITY, ACCURACY)
 
 
 class Plot(NamedTuple):
-    """A figure: its file name without ending, what it shows in words, and its PNG bytes."""
+    """A figure: its file name without suffix, its caption, and its PNG bytes."""
 
     name: str
     caption: str
@@ -78,7 +77,7 @@ class Plot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How one run is drawn, in every plot and beside its name in the tables."""
+    """The style of a run in every plot, and beside its name in the tables."""
 
     colour: str
     dash: Dash
@@ -86,21 +85,20 @@ class Style:
 
     @property
     def line(self) -> dict[str, Any]:
-        """matplotlib's settings for it."""
+        """matplotlib's settings for the line."""
         width = 1.6 if self.marker else 1.2
         return {"color": self.colour, "linestyle": self.dash, "linewidth": width}
 
 
-# Runs that are shown for orientation only.
+# The style of runs that are not compared.
 IN_THE_BACKGROUND = Style(FAINT, (0, (2, 2)), "")
 
 
 def styles(arms: Mapping[str, str]) -> dict[str, Style]:
-    """A style for each label; the usual arms have the same colour in every report.
+    """A style for each label, given the arm of each; known arms have fixed colours.
 
-    Args:
-      arms: The arm of each label. Where several labels are of one usual arm, the one that is
-        called like the arm, or else the first, has the arm's colour.
+    If several labels belong to one known arm, the label equal to the arm, or else the first, gets
+    its colour.
     """
     colours: dict[str, str] = {}
     for label, arm in sorted(arms.items(), key=lambda item: item[0] != item[1]):
@@ -127,11 +125,11 @@ def evaluation_plot(
     """Held-out results against a cost: the whole run above, its second half enlarged below.
 
     Args:
-      arms: The runs of each arm, one for each seed: of several, the mean and its 95% interval are
-        drawn. They set the limits of the enlarged half.
-      others: Runs that are not compared (another size), drawn faintly in the upper half only.
+      arms: The runs of each arm, one per seed; several are drawn as a mean with a 95% interval.
+        They set the limits of the enlarged half.
+      others: Runs that are not compared (of another size), drawn faintly in the upper half only.
       looks: A style for each arm.
-      axis, metric: What to draw against, and what to draw.
+      axis, metric: The horizontal and the vertical axis.
     """
     curves = [_curve(runs, axis, metric) for runs in arms.values()]
     faint = [_curve([run], axis, metric) for run in others]
@@ -169,7 +167,7 @@ def evaluation_plot(
 
 @matplotlib.rc_context(LOOK)
 def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
-    """Training loss against steps: the objective above, next-token loss alone below, enlarged."""
+    """Training loss against steps: the objective above, the next-token loss below, enlarged."""
     window = max((1, *(len(run.training) // 20 for run in runs)))
     figure, (objective, hard) = _two_panels(STEPS.title)
     curves = []
@@ -200,7 +198,7 @@ def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
 
 @matplotlib.rc_context(LOOK)
 def score_plot(scored: ScoreFolder, selections: Sequence[SelectionFolder]) -> Plot:
-    """How scores are distributed, with what each selection took of them and its cut."""
+    """The distribution of scores, with each selection's rows and cut."""
     finite = scored.scores[np.isfinite(scored.scores)]
     edges = np.histogram_bin_edges(finite, SCORE_BINS) if finite.size else np.linspace(0, 1, 2)
     counts = np.histogram(finite, edges)[0]
@@ -234,9 +232,9 @@ def score_plot(scored: ScoreFolder, selections: Sequence[SelectionFolder]) -> Pl
 
 
 def smoothed(values: pd.Series, window: int) -> pd.Series:
-    """The mean over `window` neighbours on both sides together, of what is finite among them.
+    """The centred moving average over `window` values, ignoring those that are not finite.
 
-    Near an end the neighbourhood is cut short, so that the ends are not pulled anywhere.
+    At the ends the window is truncated:
 
         [0, 3, 6, 9], window 3 → [1.5, 3, 6, 7.5]
     """
@@ -244,7 +242,7 @@ def smoothed(values: pd.Series, window: int) -> pd.Series:
 
 
 def scale_counts(panel: Axes, highest: float) -> None:
-    """A logarithmic vertical axis of counts that begins at 0 and holds the highest of them."""
+    """Sets a logarithmic vertical axis for counts, from 0 to above the highest."""
     panel.set_yscale("symlog", linthresh=1)
     panel.yaxis.set_major_formatter("{x:,.0f}")
     panel.set_ylim(0, max(2.0, 2.0 * highest))
@@ -257,7 +255,7 @@ def _curve(runs: Sequence[TrainRun], axis: Axis, metric: Metric) -> pd.DataFrame
 
 
 def _unit(axis: Axis, end: float) -> tuple[float, str]:
-    """The unit that suits an axis up to `end`, and the axis' label."""
+    """The unit of an axis up to `end`, and the axis' label."""
     if axis == FLOPS and end > 0:
         exponent = 3 * math.floor(math.log10(end) / 3)
         return 10.0**exponent, f"train FLOPs (10{str(exponent).translate(SUPERSCRIPTS)})"
@@ -284,7 +282,7 @@ def _mark_switch(
     curve: pd.DataFrame | None = None,
     look: Style = IN_THE_BACKGROUND,
 ) -> None:
-    """A dotted line where the run went over to stage 2, and a diamond on its curve."""
+    """Marks the switch to stage 2 with a dotted line and a diamond on the run's curve."""
     if run.switch_step is None:
         return
     switch = cost_at_step(run, axis, run.switch_step) / unit
@@ -303,7 +301,7 @@ def _switch_sentence(runs: Sequence[TrainRun]) -> str:
 
 
 def _enlarge_second_half(panel: Axes, curves: Sequence[pd.DataFrame]) -> None:
-    """Limits that show the second half of the curves (at, mean), and only it."""
+    """Sets limits that show only the second half of the curves (at, mean)."""
     both = pd.concat(curves)
     end = both["at"].max()
     heights = both["mean"][(both["at"] >= end / 2) & np.isfinite(both["mean"])]
@@ -321,7 +319,7 @@ def _legend(
     runs: Sequence[TrainRun],
     others: Sequence[TrainRun] = (),
 ) -> None:
-    """Names everything in `looks`, the other runs, and the switch if one of the runs has one."""
+    """A legend of everything in `looks`, the other runs, and the switch if a run has one."""
     lines: dict[str, dict[str, Any]] = {
         name: {"color": look.colour, "linestyle": look.dash, "marker": look.marker, "markersize": 4}
         for name, look in looks.items()
@@ -338,9 +336,9 @@ def _legend(
 
 
 def finished_plot(name: str, caption: str, figure: Figure) -> Plot:
-    """The plot with its image, whose bytes are the same whenever it is drawn anew."""
+    """The plot with its image, whose bytes are reproducible."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # the letters of a name that are not in the font, raw
+    with warnings.catch_warnings():  # names may have letters that the font lacks
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(
             buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None}

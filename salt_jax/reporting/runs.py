@@ -1,4 +1,4 @@
-"""Run folders read back: training runs with their metrics, scores, and selections.
+"""Reads run folders: training runs with their metrics, scores, and selections.
 
 The kind of a folder is recognised by its run.json or its manifest.
 """
@@ -26,9 +26,9 @@ from salt_jax.storage.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUM
 CURVE_SPLIT = "validation"
 _WHOLE = "give the folder of a whole run"
 
-# Columns of the data frames of metrics: nats per token and a fraction; what training had cost by
-# then, cumulative from step 0; and what these sums consist of, as in `training/ledger.py`. The cost
-# of training the teacher is 0 unless it is charged (`comparison.charged_for_teacher`).
+# Columns of the data frames of metrics: quality (nats per token and a fraction), cost counters
+# since step 0, and their parts, as in `training/ledger.py`. The cost of training the teacher is 0
+# unless it is charged (`comparison.charged_for_teacher`).
 QUALITY = ("log_perplexity", "next_token_accuracy")
 SUMS = ("train_flops", "tokens", "seconds")
 FLOPS_PARTS = ("student_flops", "teacher_flops", "scoring_flops", "teacher_training_flops")
@@ -42,7 +42,7 @@ EVALUATION = (*_EVALUATED, *PARTS)
 _TRAINED = ("step", "stage", "loss", "log_perplexity", "skipped_updates", *SUMS)
 TRAINING = (*_TRAINED, "grad_norm", "update_norm", *PARTS)
 
-# The types of what is read from summary.json, where it has it.
+# The types of the fields that are read from summary.json if present.
 _FACTS = {
     **{"arm": str, "seed": (None, int), "parameters": (None, int), "distill_steps": int},
     **{"skipped_updates": int, "cache_digest": (None, str), "teacher": (None, {})},
@@ -51,7 +51,7 @@ _FACTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How a folder was made, as its run.json and config.gin say it."""
+    """How a folder was made, by its run.json and config.gin."""
 
     path: pathlib.Path
     verb: str
@@ -63,14 +63,16 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """The folder's, as it can be printed."""
+        """The folder's name, printable."""
         return visible(self.path.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherFacts:
-    """A run's teacher: its folder and step, its checkpoint's digest, and SUMS and PARTS of what
-    training it had cost by then, NaN where they are not known."""
+    """A run's teacher: folder and step, the checkpoint's digest, and the cost of its training.
+
+    The cost has SUMS and PARTS, NaN if unknown.
+    """
 
     name: str
     digest: str
@@ -78,7 +80,7 @@ class TeacherFacts:
 
     @property
     def cost_is_known(self) -> bool:
-        """Not that of a converted model."""
+        """Whether the cost is known; not so for imported models."""
         return bool(np.isfinite(self.costs[["train_flops", "seconds"]]).all())
 
 
@@ -89,13 +91,13 @@ class TrainRun:
     Attributes:
       origin: How it was made.
       label: Its name in the report, unique among the report's runs.
-      facts: summary.json; empty while the run has not finished.
+      facts: summary.json; empty until the run has finished.
       evaluations: Columns EVALUATION, a row for each evaluation on CURVE_SPLIT, steps ascending.
       training: Columns TRAINING, a row for each line of training metrics, steps ascending.
-      final: The summary's evaluation, else the last one so far, if any.
+      final: The summary's evaluation, or else the last one so far, if any.
       by_subset: Its log-perplexity, next-token accuracy and tokens by subset.
-      teacher: None without one, or before the run has finished.
-      skipped_lines: Lines of metrics.jsonl that were cut short.
+      teacher: None without one, or until the run has finished.
+      skipped_lines: Truncated lines of metrics.jsonl, which are skipped.
     """
 
     origin: Origin
@@ -114,7 +116,7 @@ class TrainRun:
 
     @property
     def arm(self) -> str:
-        """The method's name, or the folder's until the run has written its summary."""
+        """The arm's name; the folder's until the run has written its summary."""
         return self.facts.get("arm", self.origin.name)
 
     @property
@@ -146,7 +148,7 @@ class TrainRun:
 
     @property
     def costs(self) -> pd.Series:
-        """SUMS and PARTS of what the run has cost, at its end or so far."""
+        """SUMS and PARTS of the run's cost at its end, or so far."""
         at_end = self.final if self.finished and self.final is not None else self.points.iloc[-1]
         return at_end[[*SUMS, *PARTS]]
 
@@ -158,7 +160,7 @@ class TrainRun:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScoreFolder:
-    """A folder of `salt score`, and which of its columns are the scores."""
+    """A folder of `salt score`, and the column that is shown."""
 
     origin: Origin
     rows: RowScores
@@ -170,14 +172,14 @@ class ScoreFolder:
 
     @functools.cached_property
     def scores(self) -> npt.NDArray[np.float32]:
-        """float32[N], one for each row of the split; −∞ or NaN where there is none."""
+        """float32[N], a score for each row of the split; −∞ or NaN for none."""
         how = self.score
         return self.rows.scores(how.column, how.learnable_column, how.min_learnable_fraction)[:]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SelectionFolder:
-    """A folder of `salt select`, with the selection's audit where the folder has one."""
+    """A folder of `salt select`, with the selection's audit if there is one."""
 
     origin: Origin
     selection: Selection
@@ -211,7 +213,7 @@ def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
     """Reads folders of `salt train`, `salt score` and `salt select`, in any order.
 
     Raises:
-      InputError: No folder, the same folder twice, or one that holds none of these.
+      InputError: No folder, the same folder twice, or one that is none of these.
     """
     folders = [
         local_folder(path, lambda name: not name.startswith("checkpoints/")) for path in paths
@@ -234,7 +236,7 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
     """Reads one folder.
 
     Raises:
-      InputError: No such folder, no run of the three verbs, or damaged files.
+      InputError: No such folder, not one of these three verbs', or malformed files.
     """
     if not path.is_dir():
         raise InputError(f"There is no folder {path}: name the output folder of a run.")
@@ -260,7 +262,7 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
 
 
 def _labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
-    """Gives each run a unique label: its arm or, where arms repeat, the end of its path."""
+    """Gives each run a unique label: its arm or, if arms repeat, the end of its path."""
     labels = [run.arm for run in runs]
     places = [run.origin.path.resolve().parts for run in runs]
     for depth in range(1, max(map(len, places), default=0) + 1):
@@ -279,7 +281,7 @@ def _train_run(origin: Origin) -> TrainRun:
     require_shape(summary, facts, {k: v for k, v in _FACTS.items() if k in facts}, _WHOLE)
     if not metrics.exists():
         raise InputError(f"The run {origin.path} has no {METRICS_FILE}: it has not begun training.")
-    # By step: of two lines the later one counts, which a resumed run has written.
+    # By step: of two lines the later one, written by a resumed run, counts.
     evaluations: dict[float, dict[str, float]] = {}
     training: dict[float, dict[str, float]] = {}
     by_subset: dict[float, pd.DataFrame] = {}
@@ -333,7 +335,7 @@ def _teacher(facts: Mapping[str, Any]) -> TeacherFacts | None:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """The place and the object of each line; None for a line cut short by a kill."""
+    """The place and the object of each line; None for a truncated line."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -348,14 +350,14 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
 def _row(
     record: Mapping[str, Any], names: Sequence[str], required: Collection[str], where: str
 ) -> dict[str, float]:
-    """The named numbers of a record, NaN where one that is not required is missing.
+    """The named numbers of a record; NaN for a missing one that is not required.
 
-    null stands for a number that was not finite, which strict JSON cannot say.
+    null is a number that was not finite, which strict JSON doesn't have.
     """
     row = {name: 0.0 if name.startswith("teacher_training") else math.nan for name in names}
     for name in names:
         value = record.get(name)
-        # A whole number may have more digits than a float can hold.
+        # An integer may be too large for a float.
         if type(value) is float or (type(value) is int and value.bit_length() < 1024):
             row[name] = float(value)
         elif name in required and name not in record:
@@ -365,7 +367,7 @@ def _row(
     if "step" in row and not 0 <= row["step"] < math.inf:
         raise InputError(f"{where}: step is {record['step']!r}, not a number of steps.")
     if not math.isfinite(row.get("log_perplexity", 0.0)) and "next_token_accuracy" in row:
-        row["next_token_accuracy"] = math.nan  # no prediction of a model that gives NaN is right
+        row["next_token_accuracy"] = math.nan  # meaningless for a model that gives NaN
     return row
 
 

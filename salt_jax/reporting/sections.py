@@ -1,4 +1,4 @@
-"""What a report says, in which order: sections of text, tables and plots, and their numbers."""
+"""The sections of a report in order, with their texts, tables, plots and numbers."""
 
 import collections
 import dataclasses
@@ -36,9 +36,9 @@ from salt_jax.terminal import Table
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: its text, then its tables, its plots, and rows to be read.
+    """A part of the page: its text, then tables, plots, and example rows.
 
-    `kind` is the name of its text in page.html, and `facts` are what that text is made of.
+    `kind` is the name of its text in page.html, and `facts` are that template's variables.
     """
 
     title: str
@@ -51,13 +51,13 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything that a page shows but its title, and the numbers behind it.
+    """The contents of a page, and the numbers behind it.
 
     Attributes:
-      material: What it was made from.
-      sections: In reading order.
-      looks: How each run is drawn, by label.
-      numbers: For summary.json.
+      material: The runs, scores and selections.
+      sections: The sections, in reading order.
+      looks: The style of each run, by label.
+      numbers: The numbers for summary.json.
     """
 
     material: Material
@@ -67,13 +67,13 @@ class Report:
 
     @property
     def seeds_per_arm(self) -> list[int]:
-        """Of each arm of each model size, ascending."""
+        """The number of seeds of each arm of each model size, ascending."""
         arms = collections.Counter((run.arm, run.parameters) for run in self.material.runs)
         return sorted(arms.values())
 
     @property
     def plots(self) -> dict[str, Plot]:
-        """By a name of their own: where several have one name, it has a number behind it."""
+        """The plots by unique name: of equal names the later ones have a number appended."""
         named: dict[str, list[Plot]] = {}
         for section in self.sections:
             for plot in section.plots:
@@ -92,7 +92,7 @@ class Report:
 def compose(
     material: Material, charge_teacher_training: bool = False, reference: str = seeds.REFERENCE
 ) -> Report:
-    """Makes the whole report from what the run folders hold.
+    """Makes the whole report.
 
     Args:
       material: The runs, scores and selections.
@@ -100,7 +100,7 @@ def compose(
       reference: The arm that others are compared with over seeds.
 
     Raises:
-      InputError: The reference is not the default, and no arm.
+      InputError: The reference is neither the default nor an arm.
     """
     if charge_teacher_training:
         charged = tuple(map(charged_for_teacher, material.runs))
@@ -161,7 +161,7 @@ def compose(
 
 
 def _looks(runs: Sequence[TrainRun]) -> dict[str, Style]:
-    """By label and by arm; where an arm has several seeds, they look like their arm."""
+    """Styles by label and by arm; all seeds of an arm have its style."""
     by_arm = plots.styles({run.arm: run.arm for run in runs})
     if seeds.arms_repeat(runs):
         return {**{run.label: by_arm[run.arm] for run in runs}, **by_arm}
@@ -193,7 +193,7 @@ def _curve_sections(
     at_equal: Mapping[Axis, Table],
     of_size: str,
 ) -> Iterator[Section]:
-    """Evaluation curves against each cost, with the arms at equal cost, then the training loss."""
+    """Evaluation curves against each cost, the arms at equal cost, and the training loss."""
     group = [run for runs in arms.values() for run in runs]
     for axis in AXES if any(len(run.evaluations) for run in group) else ():
         yield Section(
@@ -220,7 +220,7 @@ def _run_sections(runs: Sequence[TrainRun], charged: bool) -> Iterator[Section]:
 
 
 def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[SelectionFolder]) -> Section:
-    """Each score folder with what was selected by it, or at random from the same rows."""
+    """Each score folder, with the selections made by its scores or at random from the same rows."""
     images, placed = [], []
     for scored in scores:
         own = [selected for selected in selections if _belongs(selected, scored)]
@@ -230,7 +230,7 @@ def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[Selection
             if score := selected.selection.manifest["score"]:
                 by_score.setdefault(str(score), []).append(selected)
         at_random = [one for one in own if not one.selection.manifest["score"]]
-        # One plot for each score that selections were made by, or for the usual one.
+        # One plot for each score that selections were made by, or else for the default one.
         for same in by_score.values() or [[]]:
             if same:
                 score = ScoreConfig(**same[0].selection.manifest["score"])
@@ -243,7 +243,7 @@ def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[Selection
 
 
 def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:
-    """Whether a selection was made from these scores; a random control, from the same rows."""
+    """Whether a selection was made from these scores or, at random, from the same rows."""
     chosen, rows = selected.selection.manifest, scored.rows
     if chosen["scores_digest"] is not None:
         return chosen["scores_digest"] == rows.digest

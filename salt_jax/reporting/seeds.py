@@ -2,10 +2,10 @@
 
     mean ± t(0.975, n - 1) · s / √n,    s² = Σ (x - mean)² / (n - 1)
 
-over seeds, and for differences the same over x_arm - x_reference of equal seeds: what varies with
-the seed in both arms alike, the initialisation and the order of rows, cancels. One seed has no
-interval. The teacher, the scores and the selection are the same for all seeds of a study, so the
-intervals say nothing about other teachers.
+over seeds, and for differences the same over x_arm - x_reference of equal seeds, in which the
+effects of a seed's initialisation and order of rows on both arms cancel. One seed has no interval.
+The teacher, the scores and the selection are the same for all seeds of a study, so the intervals
+say nothing about other teachers.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from salt_jax.reporting.tables import NOTHING, format_cost
 from salt_jax.terminal import Table
 
 REFERENCE = "baseline"
-# mean (NaN without a finite value), half_width (of the 95% interval; NaN with fewer than two), and
-# count (of the finite values).
+# mean (NaN without a finite value), half_width (of the 95% interval; NaN with fewer than two
+# values), and count (of finite values).
 Estimate = Mapping[str, float]
 
 _NOTE = (
@@ -35,13 +35,13 @@ _NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class ArmOverSeeds:
-    """An arm over its seeds, as summary.json holds it.
+    """An arm over its seeds, as in summary.json.
 
-    `final` is at the end of each run, `at_equal` by axis name at the largest steps, train FLOPs and
-    time that every run of the group reached. By metric of QUALITY both have the level, and the
-    difference to the reference over the seeds that both arms have; None for the reference itself.
-    `steps_to_reference` are the steps at which it is as good as the reference at its end by
-    log-perplexity, over the reference's steps, of the seeds that get there.
+    `final` is at the end of each run, and `at_equal`, by axis name, at the largest steps, train
+    FLOPs and time that every run of the group reached. Both have, by metric of QUALITY, the level
+    and the difference to the reference over common seeds (None for the reference itself).
+    `steps_to_reference` is the share of the reference's steps after which the arm has the
+    reference's final log-perplexity, over the seeds that reach it.
     """
 
     arm: str
@@ -53,7 +53,7 @@ class ArmOverSeeds:
 
 
 def intervals(values: pd.DataFrame) -> pd.DataFrame:
-    """The estimate of each row, from a column for each seed."""
+    """The estimate of each row, over columns of seeds."""
     finite = values.where(np.isfinite(values))
     count = finite.count(axis=1)
     quantile = scipy.special.stdtrit(count - 1, 0.975)
@@ -67,7 +67,7 @@ def intervals(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_arm(runs: Sequence[TrainRun]) -> dict[str, dict[int, TrainRun]]:
-    """Finished runs by arm, then by seed; of two with one seed, the later one given."""
+    """Finished runs by arm, then by seed; of runs with equal seeds, the last one given."""
     found: dict[str, dict[int, TrainRun]] = {}
     for run in runs:
         if run.finished and run.seed is not None:
@@ -88,11 +88,11 @@ def common_values(runs: Sequence[TrainRun]) -> dict[Axis, float]:
 
 
 def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[ArmOverSeeds, ...]:
-    """Every arm of a group over its seeds, in the order in which they were given.
+    """Every arm of a group over its seeds, in the order given.
 
     Args:
-      runs: Of one group; unfinished ones are skipped.
-      reference: The arm to compare with; without it there are no differences.
+      runs: The runs of one group; unfinished ones are skipped.
+      reference: The arm to compare with; if it is missing there are no differences.
     """
     arms = by_arm(runs)
     ends = {arm: {seed: run.final for seed, run in own.items()} for arm, own in arms.items()}
@@ -120,7 +120,7 @@ def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[Ar
 def _compared(
     points: Mapping[str, Mapping[int, pd.Series | None]], arm: str, reference: str
 ) -> dict[str, Any]:
-    """The level and the difference of each metric, from what was measured by arm and seed."""
+    """The level and the difference of each metric, from measurements by arm and seed."""
     by_seed = {
         one: pd.DataFrame(points[one], index=[*QUALITY], dtype=float)
         for one in {arm, reference} & points.keys()
@@ -135,7 +135,7 @@ def _compared(
 
 
 def _shares_of_steps(group: Mapping[int, TrainRun], base: Mapping[int, TrainRun]) -> list[float]:
-    """For each shared seed that gets there, the share of the reference's steps that it takes."""
+    """The share of the reference's steps that each common seed takes to reach its result."""
     shares = []
     for seed in sorted(group.keys() & base.keys()):
         if not base[seed].evaluations.empty:
@@ -146,7 +146,7 @@ def _shares_of_steps(group: Mapping[int, TrainRun], base: Mapping[int, TrainRun]
 
 
 def first_step_at(evaluations: pd.DataFrame, log_perplexity: float) -> float | None:
-    """The first step with at most this log-perplexity, linearly between evaluations, or None."""
+    """The first step with at most this log-perplexity, linearly interpolated, or None."""
     nats, steps = evaluations["log_perplexity"].to_numpy(), evaluations["step"].to_numpy()
     reached = np.flatnonzero(nats <= log_perplexity)
     if not reached.size:
@@ -157,10 +157,10 @@ def first_step_at(evaluations: pd.DataFrame, log_perplexity: float) -> float | N
 
 
 def band(runs: Sequence[TrainRun], axis: Axis, metric: str) -> pd.DataFrame:
-    """The curve of one arm's runs at the steps that all of them have.
+    """The curve of one arm's runs at their common steps.
 
     Returns:
-      A row for each step: the estimate of the metric, and `at`, the mean of the axis there.
+      A row for each step: the estimate of the metric, and `at`, the mean of the axis.
     """
     curves = [
         run.evaluations.assign(at=costs(run.evaluations, axis)).set_index("step", drop=False)
@@ -188,15 +188,15 @@ def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str) -> Table:
         columns=(*_columns(reference), f"reaches {reference}'s end after"),
         rows=tuple((*_row(one, one.final), reaching(one)) for one in arms),
         note=f"{_NOTE.format(reference=reference)} The last column: the share of {reference}'s "
-        f"steps after which an arm's log-perplexity is {reference}'s at its end, and how many "
-        "seeds get there; an arm's learning rate has then yet to decay.",
+        f"steps after which an arm reaches {reference}'s final log-perplexity, and how many seeds "
+        "do; the arm's learning rate has not decayed by then.",
     )
 
 
 def equal_cost_table(
     arms: Sequence[ArmOverSeeds], axis: Axis, value: float, reference: str
 ) -> Table:
-    """Every arm at one common value of an axis, which all of them have in at_equal."""
+    """Every arm at one common value of an axis, a key of their `at_equal`."""
     return Table(
         title=f"Over seeds, at equal {axis.title}: {format_cost(axis, value)}",
         columns=_columns(reference),
@@ -226,7 +226,7 @@ def _row(one: ArmOverSeeds, compared: Mapping[str, Mapping[str, Any]]) -> tuple[
 
 
 def _format(estimate: Estimate, scale: int, digits: int, sign: str = "") -> str:
-    """3.594 ± 0.012, or at a scale of 100 32.14 ± 0.20%."""
+    """An estimate as text: 3.594 ± 0.012, or at scale 100 32.14 ± 0.20%."""
     if not math.isfinite(estimate["mean"]):
         return NOTHING
     text = f"{estimate['mean'] * scale:{sign}.{digits}f}"

@@ -1,4 +1,4 @@
-"""A selection's audit.json as `salt select` prints it and `salt report` shows it."""
+"""Tables, plots and excerpts of a selection's audit.json, for `salt select` and `salt report`."""
 
 import math
 import pathlib
@@ -23,11 +23,11 @@ _GROUPS = {
     "sample": "Some of the rows selected",
 }
 _COLUMNS = 3  # of the histograms by subset
-_MOST_OF_A_NAME = 30  # characters, beside bars
+_LONGEST_NAME = 30  # characters, beside bars
 
 
 def audit_tables(name: str, audit: Mapping[str, Any]) -> list[Table]:
-    """What was selected by subset, and what it shares with other selections."""
+    """Selected rows by subset, and overlaps with other selections."""
     tables = [_subset_table(name, audit)]
     if audit["overlaps"]:
         tables.append(_overlap_table(name, audit["overlaps"]))
@@ -35,14 +35,14 @@ def audit_tables(name: str, audit: Mapping[str, Any]) -> list[Table]:
 
 
 def audit_plots(name: str, audit: Mapping[str, Any]) -> list[Plot]:
-    """Kept share and score histogram of each subset; none where it has no scores."""
+    """Selected share and score histogram of each subset; none without scores."""
     if "score_edges" not in audit:
         return []
     return [_share_plot(name, audit), _histogram_plot(name, audit)]
 
 
 def audit_excerpts(audit: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """The rows that the audit shows: of each a head and its text, by what they have in common."""
+    """The audit's example rows by kind, each as a heading and its text."""
     groups = {title: audit["examples"].get(group) for group, title in _GROUPS.items()}
     return {title: [_excerpt(row) for row in rows] for title, rows in groups.items() if rows}
 
@@ -93,7 +93,7 @@ def _note(audit: Mapping[str, Any]) -> str:
             f"{ties['kept']:,} of those selected: the scores don't tell them apart."
         )
     if not audit["by_subset"]:
-        sentences.append("By subset it is not known: give the selection scores (--scores).")
+        sentences.append("Figures by subset are unknown: give the selection scores (--scores).")
     if "kept" in copies:
         sentence = f"{copies['kept']:,} of the selected rows are exact copies of an earlier one"
         if "all" in copies:
@@ -120,20 +120,20 @@ def _overlap_table(name: str, overlaps: Sequence[Mapping[str, Any]]) -> Table:
                 "by chance": format_share(other["share_by_chance"]),
             }
         )
-    note = "By chance: the share that a random selection of the other one's size would have."
+    note = "By chance: the share that a random selection of the other's size would have."
     return table(f"What {name} shares with other selections", rows, note)
 
 
 @matplotlib.rc_context(plots.LOOK)
 def _share_plot(name: str, audit: Mapping[str, Any]) -> Plot:
-    """Which share of each subset was selected, beside that of all rows."""
+    """The selected share of each subset, and that of all rows."""
     by_subset = sorted(audit["by_subset"].items(), key=lambda item: item[1]["kept_share"])
     shares = {subset: 100 * part["kept_share"] for subset, part in by_subset}
     places, whole = range(len(shares)), 100 * audit["whole"]["kept_share"]
     figure = Figure(figsize=(6.0, 1.6 + 0.26 * len(shares)), layout="constrained")
     panel = figure.add_subplot()
     panel.barh(places, [*shares.values()], color=PALETTE[0], height=0.7)
-    panel.set_yticks(places, [shortened(subset, _MOST_OF_A_NAME) for subset in shares])
+    panel.set_yticks(places, [shortened(subset, _LONGEST_NAME) for subset in shares])
     panel.axvline(whole, color=INK, linestyle="--", linewidth=1.2)
     panel.set_xlim(0, 1.1 * max([*shares.values(), whole]))
     panel.set_xlabel("selected (% of the subset's rows)")
@@ -151,7 +151,7 @@ def _share_plot(name: str, audit: Mapping[str, Any]) -> Plot:
 
 @matplotlib.rc_context(plots.LOOK | {"font.size": 8, "axes.titlesize": 8})
 def _histogram_plot(name: str, audit: Mapping[str, Any]) -> Plot:
-    """Scores of all rows and of those selected: in whole, then subset by subset."""
+    """Scores of all and of selected rows: overall, then by subset."""
     parts = [("all rows", audit["whole"]), *audit["by_subset"].items()]
     edges = np.array(audit["score_edges"])
     lines = math.ceil(len(parts) / _COLUMNS)
@@ -164,7 +164,7 @@ def _histogram_plot(name: str, audit: Mapping[str, Any]) -> Plot:
             panel.axvline(cut, color=PALETTE[1], linestyle="--", linewidth=1)
         panel.set_axisbelow(True)
         scale_counts(panel, max(part["scores"]))
-        panel.set_title(shortened(subset, _MOST_OF_A_NAME))
+        panel.set_title(shortened(subset, _LONGEST_NAME))
     for panel in panels[len(parts) :]:
         panel.set_visible(False)
     figure.supxlabel("score (nats per token)")
@@ -184,7 +184,7 @@ def _histogram_plot(name: str, audit: Mapping[str, Any]) -> Plot:
 
 
 def _cut(audit: Mapping[str, Any], part: Mapping[str, Any]) -> float | None:
-    """Where a part's rows are cut; a stratified selection has no one cut for all rows."""
+    """The cut of a part's rows; a stratified selection has no single cut for all rows."""
     if not audit.get("stratified"):
         return audit["cut"]
     return None if part is audit["whole"] else part["lowest_kept"]

@@ -1,4 +1,4 @@
-"""How stable runs were: spikes of the training loss, and the switch from stage 1 to stage 2."""
+"""Stability of runs: spikes of the training loss, and the switch from stage 1 to stage 2."""
 
 import math
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ SWITCH_STEPS = 50  # either side
 SPIKE_DEVIATIONS = 6.0
 SPIKE_SHARE = 0.05  # of the median
 
-_BEFORE, _LEAST_BEFORE = 50, 10  # lines of metrics that a spike is compared with
+_BEFORE, _LEAST_BEFORE = 50, 10  # lines of metrics that a line is compared with
 _MOST_ROWS = 20
-_NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
+_NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
 def spikes(training: pd.DataFrame) -> pd.DataFrame:
-    """Where the loss is far above the lines of the same stage before it.
+    """Lines whose loss is far above those of the same stage before it.
 
-    Far is by more than SPIKE_DEVIATIONS standard deviations, which are estimated by the median
-    absolute deviation of up to 50 lines, and by more than SPIKE_SHARE of their median. Lines of a
-    spike are not among those that the next ones are compared with.
+    That is by more than SPIKE_DEVIATIONS standard deviations, estimated by the median absolute
+    deviation of up to 50 lines, and by more than SPIKE_SHARE of their median. Lines of a spike are
+    not compared with later lines.
 
     Returns:
       A row of TRAINING for each spike, where its loss is highest, with `usual`, the median loss of
-      the lines before it in nats, and `lines`, how many in a row are so high.
+      the lines before it in nats, and `lines`, the number of consecutive lines in the spike.
     """
     medians: list[float] = []
     before: list[float] = []
@@ -48,7 +48,7 @@ def spikes(training: pd.DataFrame) -> pd.DataFrame:
             before.append(loss)
     is_high = ~np.isnan(np.array(medians))
     high = training[is_high].assign(usual=np.array(medians)[is_high])
-    # Consecutive lines are of one spike; a change of stage has other lines between.
+    # Consecutive lines are one spike; a new stage starts with lines that can't be spikes.
     first = is_high & ~np.concatenate([[False], is_high[:-1]])
     grouped = high.groupby(np.cumsum(first)[is_high])
     highest = high.loc[grouped["loss"].idxmax()]
@@ -57,7 +57,7 @@ def spikes(training: pd.DataFrame) -> pd.DataFrame:
 
 
 def spikes_table(runs: Sequence[TrainRun]) -> Table | None:
-    """The spikes of all runs, the highest first; None without any."""
+    """The spikes of all runs, the highest first; None if there are none."""
     found = pd.concat([spikes(run.training).assign(label=run.label) for run in runs])
     if found.empty:
         return None
@@ -83,7 +83,7 @@ def spikes_table(runs: Sequence[TrainRun]) -> Table | None:
 
 
 def switch_table(runs: Sequence[TrainRun]) -> Table | None:
-    """Means over SWITCH_STEPS steps either side of the switch; None where no run has come to it."""
+    """Means over SWITCH_STEPS steps on either side of the switch; None if no run has reached it."""
     rows = []
     for run in runs:
         lines, step = run.training, run.training["step"]
@@ -106,8 +106,8 @@ def switch_table(runs: Sequence[TrainRun]) -> Table | None:
             )
     title = f"Around the switch: means over {SWITCH_STEPS} steps before → after"
     note = (
-        "The training loss jumps, since stage 1's holds the teacher's part; log-perplexity and the "
-        "norms should not."
+        "The training loss jumps, since stage 1's includes the teacher's term; log-perplexity and "
+        "the norms should not."
     )
     return table(title, rows, note) if rows else None
 

@@ -1,4 +1,4 @@
-"""The tables of a report, as text: the page and the terminal show the same ones."""
+"""The tables of a report as text, for the page and the terminal."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ Format = Callable[[float | None], str]
 
 
 def _or_nothing(form: Callable[[float], str]) -> Format:
-    """A format that also shows what is missing (None) and what is not finite."""
+    """A format that also shows missing values (None) and those that are not finite."""
 
     def shown(value: float | None) -> str:
         if value is None:
@@ -27,7 +27,7 @@ def _or_nothing(form: Callable[[float], str]) -> Format:
 
 
 def or_none(value: float) -> float | None:
-    """None for NaN, where that stands for what is not known."""
+    """None for NaN, where that means unknown."""
     return None if math.isnan(value) else value
 
 
@@ -45,13 +45,13 @@ def format_power(value: float) -> str:
 
 @_or_nothing
 def format_seconds(value: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Seconds as text in a suitable unit."""
     name, seconds = time_unit(value)
     return f"{value / seconds:,.1f} {name}"
 
 
 def time_unit(value: float) -> tuple[str, float]:
-    """The unit that suits a time in seconds, and how many seconds it has."""
+    """A suitable unit for a time in seconds, and the unit's seconds."""
     if value < 600:
         return "s", 1.0
     return ("min", 60.0) if value < 6 * 3600 else ("h", 3600.0)
@@ -71,12 +71,12 @@ def format_parts(values: Sequence[float]) -> str:
 
 
 def table(title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> Table:
-    """A table of at least one row; the rows' keys are the heads of the columns."""
+    """A table of at least one row; the rows' keys are the headings."""
     return Table(title, tuple(rows[0]), tuple(tuple(row.values()) for row in rows), note)
 
 
 def final_table(runs: Sequence[TrainRun]) -> Table:
-    """Every run's result at its end."""
+    """Every run's final results."""
     rows = []
     for run in runs:
         final = {} if run.final is None else run.final
@@ -100,7 +100,7 @@ def final_table(runs: Sequence[TrainRun]) -> Table:
 
 _SCHEDULE_CAVEAT = (
     "An arm that costs less per step is read at its end, a more expensive one before its end, "
-    "while its learning rate has yet to decay: that favours the cheaper arm."
+    "where its learning rate has not decayed yet: that favours the cheaper arm."
 )
 _INTERPOLATED = "≈ marks figures interpolated linearly between two evaluations. " + _SCHEDULE_CAVEAT
 _MATCHED_NOTES = {
@@ -136,7 +136,7 @@ def matched_table(found: Matched) -> Table:
 
 
 def subset_table(runs: Sequence[TrainRun]) -> Table | None:
-    """Final log-perplexity and accuracy by subset; None when no run measured more than one."""
+    """Final log-perplexity and accuracy by subset; None if no run has more than one."""
     tokens = pd.concat([run.by_subset["tokens"] for run in runs], axis=1).max(axis=1)
     if len(tokens) < 2:
         return None
@@ -159,7 +159,7 @@ def subset_table(runs: Sequence[TrainRun]) -> Table | None:
 
 
 def scores_table(scores: Sequence[ScoreFolder]) -> Table:
-    """What each score folder holds."""
+    """A row for each score folder."""
     rows = []
     for scored in scores:
         finite = scored.scores[np.isfinite(scored.scores)]
@@ -183,7 +183,7 @@ def scores_table(scores: Sequence[ScoreFolder]) -> Table:
 
 
 def selections_table(selections: Sequence[SelectionFolder]) -> Table:
-    """What each selection folder holds."""
+    """A row for each selection folder."""
     rows = []
     for selected in selections:
         how = selected.selection.manifest["how"]

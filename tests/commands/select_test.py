@@ -265,7 +265,7 @@ def test_a_random_control_without_scores_is_audited_from_its_rows(
     assert len(audit["examples"]["sample"]) == 20
     monkeypatch.setattr("salt_jax.commands.select._MOST_ROWS_READ", 29)
     assert select(*control, name="many") == 0
-    assert "By subset it is not known" in capsys.readouterr().out
+    assert "Figures by subset are unknown" in capsys.readouterr().out
     assert json.loads((tmp_path / "many" / "audit.json").read_text())["by_subset"] == {}
 
 
