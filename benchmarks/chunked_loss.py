@@ -4,9 +4,9 @@
     python benchmarks/chunked_loss.py --vocab 32768 --chunk_tokens 64 128 256
 
 Both sides: 2,048 tokens, student width 512, teacher width 384, SALT's loss (ω 2/3, τ 1/4) and its
-gradients by the student's hidden states and head. The whole-logits side is the formulas of
-`losses.py` as one writes them with jax.nn, under autodiff. Memory is XLA's own account of the
-compiled program (memory_analysis).
+gradients by the student's hidden states and head. The whole-logits side is the straightforward
+implementation of `losses.py`'s formulas with jax.nn and autodiff. Memory is XLA's memory_analysis
+of the compiled program.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ OMEGA = 2 / 3
 def token_values(
     student_BxLxV: jax.Array, teacher_BxLxV: Any, targets_BxL: jax.Array, config: losses.LossConfig
 ) -> dict[str, jax.Array]:
-    """The values of `token_losses.token_losses`, of forward KL."""
+    """The values of `token_losses.token_losses` for forward KL."""
 
     def at_target(values_BxLxV: jax.Array) -> jax.Array:
         return jnp.take_along_axis(values_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]

@@ -1,11 +1,11 @@
-"""`salt convert` in and out: memory over the largest tensor, and seconds.
+"""Import and export by `salt convert`: memory over the largest tensor, and seconds.
 
     python benchmarks/convert.py                                    # the shape of Pythia 1.4B
     python benchmarks/convert.py --layers 6 --width 512 --heads 8   # of Pythia 70M
 
-Random weights in float16, in the files and with the tensors that the published models have, removed
-at the end: the default needs 9 GB of disk. Each conversion has a process of its own, which converts
-a toy first; counted is how far its resident memory rises above what that left. On Linux alone.
+Converts random float16 weights with the files and tensors of the published models; the default
+needs 9 GB of disk until the end. Each conversion runs in its own process, which first converts a
+toy model; memory is the rise of its resident memory after that. Linux only.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def write_model(folder: pathlib.Path, layers: int, width: int, heads: int) -> li
 
 
 def converted(warm_up: list[str], measured: list[str]) -> dict[str, float]:
-    """What a process says of its second conversion."""
+    """Bytes and seconds of the second of a process's two conversions."""
     command = [sys.executable, "-c", CONVERT, json.dumps([warm_up, measured])]
     result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
@@ -93,20 +93,20 @@ def measure(folder: pathlib.Path, shard_bytes: int, **sizes: int) -> dict[str, A
     tensors = write_model(model, **sizes)
     largest = max(tensor.num_bytes for tensor in tensors)
 
-    def taken(source: pathlib.Path) -> list[str]:
+    def import_flags(source: pathlib.Path) -> list[str]:
         return [f"--huggingface={source}", f"--output_dir={source / 'run'}"]
 
-    def given(source: pathlib.Path) -> list[str]:
+    def export_flags(source: pathlib.Path) -> list[str]:
         shards = f"--max_shard_bytes={shard_bytes}"
         return [f"--model={source / 'run'}", shards, f"--output_dir={source / 'out'}"]
 
-    taken_in = converted(taken(toy), taken(model))
-    given_out = converted(given(toy), given(model))
+    imported = converted(import_flags(toy), import_flags(model))
+    exported = converted(export_flags(toy), export_flags(model))
     return {
         "model_bytes": sum(tensor.num_bytes for tensor in tensors),
         "largest_tensor_bytes": largest,
-        "in": {**taken_in, "over_largest_tensor": taken_in["bytes"] / largest},
-        "out": {**given_out, "over_largest_tensor": given_out["bytes"] / largest},
+        "in": {**imported, "over_largest_tensor": imported["bytes"] / largest},
+        "out": {**exported, "over_largest_tensor": exported["bytes"] / largest},
     }
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--shard_bytes", type=int, default=500_000_000, help="of a file given out")
+    parser.add_argument("--shard_bytes", type=int, default=500_000_000, help="of an exported file")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = measure(pathlib.Path(folder), **vars(flags))

@@ -5,10 +5,10 @@
         --batch 16 --prompt 1024 --new 256 --dtype bfloat16
 
 Cached is what `salt generate` runs: the prompts in one forward pass, then a token at a time.
-Uncached is the whole forward pass over prompts and new tokens for every new token, the head on the
-last one alone; one loop on the device too. "prefill" is the cached side up to its first tokens, and
-"decode" its tokens after those over what it takes longer. The two sides should choose the same
-tokens ("same_tokens" is their share; rounding may part them).
+Uncached repeats the whole forward pass over prompts and new tokens for every new token, with the
+head on the last one only, also in one loop on the device. "prefill" is the cached side up to its
+first tokens, and "decode" the tokens after those over the remaining time. Both sides should choose
+the same tokens, up to rounding ("same_tokens" is their share).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from salt_jax.training import partitioning
 
 
 def without_cache(config: decoder.DecoderConfig, new: int, params: Any, prompts_BxL: Any) -> Any:
-    """The new tokens [B, new], by a forward pass over everything for each."""
+    """The new tokens, [B, new], with a forward pass over all tokens for each."""
     batch, length = prompts_BxL.shape
     positions_BxS = jnp.tile(jnp.arange(length + new)[None], (batch, 1))
 

@@ -1,7 +1,7 @@
-"""What all benchmarks share: sides timed in turn in one run, and one JSON object as a result.
+"""Shared by all benchmarks: timing sides alternately, and reporting one JSON object.
 
 Absolute times on a shared machine mean little, so every benchmark measures both sides of its ratio
-in turn, round by round, and reports the medians, the ratio of each round and their median.
+alternately and reports the medians, the ratio of each round and the median ratio.
 """
 
 import argparse
@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 
-# What jax reports when it traces a function, and when it compiles a program or takes it from the
-# persistent cache.
+# JAX's events for tracing a function, and for compiling a program or loading it from the cache.
 _TRACE_EVENT = "/jax/core/compile/jaxpr_trace_duration"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -31,14 +30,14 @@ def parser(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Seconds of one call, its arrays ready."""
+    """Seconds of one call, until its arrays are ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 def rounds(sides: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
-    """Seconds of each side, `count` times in turn, after one call of each to warm up."""
+    """Seconds of each side, measured alternately `count` times after a warm-up call of each."""
     for run in sides.values():
         jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -60,13 +59,13 @@ def ratio(first: list[float], last: list[float]) -> dict[str, Any]:
 
 
 def paired(sides: Mapping[str, Callable[[], Any]], count: int) -> dict[str, Any]:
-    """Two sides in turn: median seconds of each, and the first one's over the second one's."""
+    """Two sides measured alternately: median seconds of each, and the first over the second."""
     times = rounds(sides, count)
     return {"seconds": medians(times), **ratio(*times.values())}
 
 
 def report(name: str, results: Mapping[str, Any]) -> None:
-    """Prints a benchmark's results as JSON, with where and how they were measured."""
+    """Prints a benchmark's results as JSON, with command, date, hardware and versions."""
     device = jax.devices()[0]
     record = {
         "benchmark": name,
@@ -89,11 +88,11 @@ def _processor() -> str:
 
 
 class CompilationCounter:
-    """Counts tracing and compilation in all threads while its context lasts.
+    """Counts tracing and compilation in all threads inside its context.
 
     Attributes:
       traced: Functions traced; a program may have several.
-      compiled: Programs compiled or taken from the persistent cache.
+      compiled: Programs compiled or loaded from the persistent cache.
       seconds: Time spent on these.
     """
 

@@ -4,10 +4,10 @@
     python benchmarks/prepare.py CORPUS --vocabulary 32000.model --workers 1 8
 
 CORPUS is a folder in the Pile's layout. Without --vocabulary a BPE of 4,096 is trained on it, which
-is not timed. Both rounds of jobs are timed whole, the start of processes included, by the clock and
-by the seconds that processors were busy with them, which other work on the machine hardly changes;
-caches of all runs must be equal. The estimate for the Pile (1,254 GiB of text as released) is from
-the busy seconds of the fewest processes and nothing else: no waiting for disks or machines.
+is not timed. Both rounds of jobs are timed, including the start of processes, in wall time and in
+CPU time, which other work on the machine hardly changes; the caches of all runs must be equal. The
+estimate for the Pile (1,254 GiB of text as released) uses only the CPU time of the fewest
+processes: it leaves out waiting for disks or machines.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PILE_TEXT_BYTES = 1254 * 2**30
 def timed(
     folder: pathlib.Path, flags: argparse.Namespace, vocabulary: Vocabulary, workers: int
 ) -> tuple[dict[str, float], PackedCache]:
-    """Seconds of each round of jobs, of all, and of busy processors; and the cache."""
+    """Seconds of each round of jobs and of all, CPU seconds; and the cache."""
     corpus = text_corpus(pile_files(flags.corpus))
     packing = Packing(flags.sequence_length, shards=flags.shards)
     building = Building(folder, corpus, vocabulary, packing)

@@ -1,14 +1,14 @@
 """Reading the packed cache: rows/s, and the first batch at step 1,000,000 over that at step 0.
 
-Also rows/s of one thread, as they are and with UL2's objectives, and for each objective alone.
+Also rows/s of one thread, unchanged, with UL2's objectives, and with each objective alone.
 
     python benchmarks/reading.py
     python benchmarks/reading.py --rows 200000
 
 Writes a cache of random rows of 1,280 tokens to a temporary folder and reads it as `salt train`
-does. The bar is rows that training eats on one H200 at 1B parameters and 50% MFU, which is
-computed, not measured: 989 TFLOP/s · 50% / FLOPs of a token / 1,280. A start is the opening of the
-cache, the making of the order and the first batch, from a file cache that is warm for both sides.
+does. The bar is the rows that training consumes on one H200 at 1B parameters and 50% MFU, computed,
+not measured: 989 TFLOP/s · 50% / FLOPs of a token / 1,280. A start opens the cache, makes the order
+and reads the first batch, with a warm file cache for both sides.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STUDENT = DecoderConfig(
 
 
 def write_cache(folder: pathlib.Path, rows: int) -> None:
-    """Random bytes, two documents a row."""
+    """Writes rows of random bytes, two documents each."""
     # 32,000 ids, so that a token takes two bytes as with a real vocabulary.
     writer = PackedCacheWriter(
         folder, vocabulary=ByteVocabulary(reserved=31_000), sequence_length=LENGTH, shards=8
@@ -62,7 +62,7 @@ OBJECTIVES = {
 
 
 def start(folder: pathlib.Path, first_step: int) -> tuple[InputPipeline, Any, Any]:
-    """Pipeline, iterator and first batch."""
+    """The pipeline, its iterator and the first batch."""
     cache = PackedCache.open(folder)
     split = cache.split("train")
     order = RowOrder(None, len(split), seed=0)
@@ -72,7 +72,7 @@ def start(folder: pathlib.Path, first_step: int) -> tuple[InputPipeline, Any, An
 
 
 def rows_per_second(folder: pathlib.Path, batches: int) -> float:
-    """Of the iterator that training reads, once it runs."""
+    """Rows/s of the iterator that training reads, after its start."""
     _, iterator, _ = start(folder, 0)
     begin = time.perf_counter()
     for _ in range(batches):
@@ -81,7 +81,7 @@ def rows_per_second(folder: pathlib.Path, batches: int) -> float:
 
 
 def rows_per_second_of_a_thread(folder: pathlib.Path, batches: int) -> dict[str, list[float]]:
-    """By objective, of reading in this thread, nothing read ahead; alternating, three of each."""
+    """Rows/s by objective in this thread, without reading ahead; three alternating measurements."""
     cache = PackedCache.open(folder)
     split = cache.split("train")
     order = RowOrder(None, len(split), seed=0)

@@ -1,13 +1,13 @@
-"""Scoring over forward-only: what several k and their medians cost beside the model.
+"""Scoring over forward-only: what several k and their medians cost besides the model.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --embed_dim 80 --layers 3 --heads 4 --mlp_dim 240 --vocab 4096 \\
         --batch 32 --length 128
     python benchmarks/scoring.py --k 10
 
-One side is the program of `salt score`, all columns of all k; the other the forward pass alone, up
-to the mean -log p of the batch, which is all that a validation loss needs (the chunked loss without
-a gradient). Same model, batch and chunks.
+One side is the program of `salt score` with all columns of all k; the other is the forward pass
+alone, up to the mean -log p of the batch, as for a validation loss (the chunked loss without a
+gradient). Model, batch and chunks are the same.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
             compiled = jax.jit(program).lower(params, batch).compile()
         return lambda: compiled(params, batch)
 
-    # Forward over scoring in seconds is scoring over forward in throughput.
+    # The ratio of seconds, forward over scoring, is that of throughput, scoring over forward.
     paired = measurement.paired(
         {name: side(program) for name, program in programs.items()}, flags.rounds
     )

@@ -1,10 +1,10 @@
-"""Selecting among the Pile's number of rows, and the audit: seconds and peak memory.
+"""Selection among as many rows as the Pile has, and the audit: seconds and peak memory.
 
     python benchmarks/selection.py
     python benchmarks/selection.py --rows 10000000 --m 2000000
 
-Made-up columns are written as `salt score` writes them (22 bytes a row), and removed at the end.
-What is read again comes from the machine's cache where it has room for it.
+Synthetic columns are written as by `salt score` (22 bytes per row), and removed at the end. Columns
+that are read again come from the file cache if they fit.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FLOATS = ("median_drop_k10", "learnable_k10", "log_perplexity")
 
 
 def write(folder: pathlib.Path, rows: int) -> RowScores:
-    """Columns of made-up rows."""
+    """Writes columns of synthetic rows."""
     writer = RowScoresWriter(
         folder,
         cache_digest="",
@@ -50,7 +50,7 @@ def write(folder: pathlib.Path, rows: int) -> RowScores:
 
 
 def measure(folder: pathlib.Path, rows: int, m: int) -> dict[str, Any]:
-    """Seconds of each part, and the most memory after it."""
+    """Seconds of each part, and the peak memory after it."""
     scores = write(folder / "scores", rows)
     facts = audit.RowFacts(
         subset_names=[str(index) for index in range(SUBSETS)],

@@ -1,19 +1,19 @@
-"""Runs that are killed again and again, against runs that are left alone: the same parameters?
+"""A soak test: runs that are killed repeatedly must end with the parameters of undisturbed ones.
 
     python benchmarks/soak.py --kills 50
     python benchmarks/soak.py --kills 200 --arms salt_ds --processes 2 --work soak --seed 7
 
 Makes a cache of this package's own text, an SLM, its scores and a selection; trains an LLM of every
-arm once without a kill; then trains it again under SIGKILL at random instants of its life, starting
-the same command until it has finished, and compares the last checkpoint, parameters and optimizer,
-bit by bit. It goes on with further runs until there were as many kills as asked for. In every
-second run every second start has to compile, and the next one finds what a kill left of that. Where
-each kill hit is told by what it left: before the run said what it would do (imports, looking at
-inputs), while it loaded (and compiled), in stage 1, within ten steps of the switch, in stage 2, and
-how often a checkpoint was half-written. "differing" must be 0.
+arm once undisturbed; then trains it again with SIGKILL at random times, repeating the same command
+until it has finished, and compares the last checkpoint, parameters and optimizer, bit by bit. It
+repeats this until it has made the requested number of kills. In every second run every second start
+has to compile, and the next one finds what a kill left of the compilation cache. Kills are counted
+by what they interrupted: before the run said what it would do (imports, checking inputs), while it
+loaded (and compiled), in stage 1, within ten steps of the switch, in stage 2, and while a
+checkpoint was written. "differing" must be 0.
 
-Of several processes all are killed, or one of them, in turn, once they have met; the others must
-then end by themselves with 75 and say who has gone missing.
+With several processes, alternately all or one of them are killed once they have met; the others
+must then exit with 75 and name the missing one.
 """
 
 import collections
@@ -59,10 +59,10 @@ class Soak:
 
     Args:
       work: The folder of all inputs and runs.
-      arm: A name of ARMS.
-      steps: Of a run; half of them are stage 1.
-      processes: How many train together.
-      chance: Draws when and whom to kill.
+      arm: A name in ARMS.
+      steps: Steps of a run; half of them are stage 1.
+      processes: The number of processes of a run.
+      chance: Draws when and which process to kill.
     """
 
     def __init__(
@@ -73,12 +73,7 @@ class Soak:
         self._programs = work / f"{arm}-{os.getpid()}-programs"
 
     def start(self, output: pathlib.Path, programs: pathlib.Path) -> "Start":
-        """The processes of the run in a folder, begun or to be begun.
-
-        Args:
-          output: The folder.
-          programs: Where compiled programs are, or will be.
-        """
+        """Starts or resumes the run in `output`, with the compilation cache `programs`."""
         flags = [flag.format(work=self._work) for flag in ARMS[self._arm]]
         flags += [f"--gin.N_KD={self._steps // 2}"] if self._arm != "baseline" else []
         together = []
@@ -115,7 +110,7 @@ class Soak:
             )
 
     def train(self, output: pathlib.Path) -> float:
-        """A run that is left alone; gives its seconds."""
+        """Trains without a kill; returns the seconds."""
         begun = time.monotonic()
         started = self.start(output, self._programs)
         started.require([member.wait() for member in started.members] == [0] * self._processes)
@@ -124,14 +119,14 @@ class Soak:
     def torment(
         self, output: pathlib.Path, seconds: float, most: int, compiles: bool
     ) -> collections.Counter[str]:
-        """A run that is killed until it has ended; gives where it was hit.
+        """Kills and repeats a run until it has ended; returns what the kills interrupted.
 
         Args:
           output: Its folder.
-          seconds: Of a life that is left alone, of which every instant is as likely.
-          most: Kills.
-          compiles: Whether every second start has no compiled programs; the one after it has what
-            a kill has left of them.
+          seconds: Duration of an undisturbed run, over which kills are uniformly distributed.
+          most: The most kills.
+          compiles: Whether every second start has no compiled programs; the next start has what a
+            kill left of them.
         """
         hits: collections.Counter[str] = collections.Counter()
         programs = self._programs
@@ -153,7 +148,7 @@ class Soak:
             self._kill(started, output, all_of_them=hits.total() % 2 == 1)
 
     def _kill(self, started: "Start", output: pathlib.Path, all_of_them: bool) -> None:
-        """All, or one that the others must miss, if they have met it."""
+        """Kills all processes, or one that the others must report if they have met it."""
         all_of_them = all_of_them or SAYS_WHAT_IT_WILL_DO not in started.said()
         victims = started.members if all_of_them else [self._chance.choice(started.members)]
         _kill_all(victims)
@@ -192,8 +187,8 @@ class Start:
     """One start of a run.
 
     Attributes:
-      log: What they say, after what earlier ones said.
-      logged: Bytes of what earlier ones said.
+      log: The log, which earlier starts have written, too.
+      logged: Bytes of the log from earlier starts.
       compiles: Whether it finds no compiled programs.
       members: Its processes.
     """
@@ -204,17 +199,17 @@ class Start:
     members: list["subprocess.Popen[bytes]"]
 
     def running(self) -> bool:
-        """Whether one of the processes is."""
+        """Whether one of the processes is running."""
         return any(member.poll() is None for member in self.members)
 
     def said(self) -> str:
-        """What they have said so far."""
+        """Its output so far."""
         with self.log.open("rb") as log:
             log.seek(self.logged)
             return log.read().decode(errors="replace")
 
     def require(self, as_promised: bool) -> None:
-        """Ends the soak where a run ended as none may."""
+        """Ends the soak if a run ended in a wrong way."""
         if not as_promised:
             codes = [member.returncode for member in self.members]
             raise SystemExit(f"{self.log} says why a run ended with {codes}.")
@@ -229,7 +224,7 @@ def _kill_all(members: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 
 def last_state(output: pathlib.Path, steps: int) -> list[np.ndarray]:
-    """Parameters and optimizer of a run's last checkpoint."""
+    """Parameters and optimizer state of a run's last checkpoint."""
     if complete_steps(output)[-1] != steps:
         raise SystemExit(f"{output} has no checkpoint of step {steps}.")
     leaves: list[np.ndarray] = []
@@ -244,7 +239,7 @@ def last_state(output: pathlib.Path, steps: int) -> list[np.ndarray]:
 
 
 def prepare(work: pathlib.Path) -> None:
-    """Cache, SLM, scores and selection, made once."""
+    """Makes the cache, the SLM, its scores and a selection, once."""
     text = f"{PACKAGE}/salt_jax/**/*.py"
     slm = ["--gin_file=runs/smoke_slm.gin", "--gin_file=methods/baseline.gin", "--steps=40"]
     slm += ["--gin.KEEP_STEPS=()"]
@@ -289,7 +284,7 @@ def main() -> None:
 
 
 def soak(work: pathlib.Path, arm: str, arguments: Any) -> dict[str, Any]:
-    """Kills of one arm, where they hit, and how many runs ended otherwise than the one alone."""
+    """Kills of one arm, what they interrupted, and the number of runs with a different result."""
     chance = random.Random(f"{arguments.seed} {arm}")
     one = Soak(work, arm, arguments.steps, arguments.processes, chance)
     stem = f"{arm}-{os.getpid()}"

@@ -2,11 +2,11 @@
 
     python benchmarks/soft_labels.py --teacher SLM_RUN --student LLM_RUN --cache CACHE
 
-For K ids a token and each encoding of their log q: bytes a token on disk, records encoded and
-decoded in a second, and how far soft loss and gradient are from those of the online teacher on
-the same rows. The loss's error is |mean soft - mean soft of the teacher| in nats; the gradient's,
-at ω = 1 and by all of the student's parameters, is the norm of the difference over the norm. Bytes
-are also given for a vocabulary of 256,256 ids.
+For each K and encoding of log q: bytes per token on disk, records encoded and decoded per second,
+and the error of the soft loss and its gradient against the online teacher on the same rows. The
+loss's error is |mean soft - mean soft of the teacher| in nats; the gradient's, at ω = 1 and by all
+of the student's parameters, is the norm of the difference over the norm. Bytes are also given for a
+vocabulary of 256,256 ids.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def soft_gradient(
 
 
 def timed(run: Any, rows: int) -> tuple[Any, float]:
-    """The result, and rows a second, the best of three."""
+    """The result, and rows per second, the best of three."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def timed(run: Any, rows: int) -> tuple[Any, float]:
 
 
 def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """The benchmark's results, one a K and encoding."""
+    """The benchmark's results for each K and encoding."""
     cache = PackedCache.open(flags.cache)
     mesh = partitioning.MeshConfig(fsdp=1).make(jax.devices()[:1])
     teacher, student = (

@@ -1,18 +1,17 @@
-"""The switch from stage 1 to stage 2: the longest step around it over a usual one of stage 2.
+"""The switch from stage 1 to stage 2: the longest step around it over the median of stage 2.
 
     python benchmarks/switch.py
     python benchmarks/switch.py --steps 600 --n_kd 300 --embed_dim 256 --layers 4
 
 Runs `salt train` itself, with SALT's schedule, a teacher and a cache of random bytes in a temporary
-folder. A program that were not ready would show as a step that is many times as long as the others;
-"programs_made" counts those made (or fetched from the persistent cache) after the first step, and
-must be 0. What remains is the first execution of a program that is ready, some hundredths of a
-second: "extra_seconds" is what it was, and "ratio" what it means for steps of this length.
+folder. Compiling a program would show as a step many times as long as the others; "programs_made"
+counts programs compiled (or loaded from the persistent cache) after the first step, and must be 0.
+What remains is the first execution of a compiled program, some hundredths of a second:
+"extra_seconds", and "ratio" for steps of this length.
 
-Steps are timed as metrics.jsonl has them: evaluations and checkpoints, which the run has none of
-before its end, are no part of them. Stage 1's steps are longer by arithmetic, so both sides of the
-switch are given by themselves as well; "rest_of_stage_2" says how long a step gets by the machine's
-own noise.
+Steps are timed as in metrics.jsonl; evaluations and checkpoints, which the run makes only at its
+end, are not included. Stage 1's steps take longer by arithmetic, so both sides of the switch are
+given separately as well; "rest_of_stage_2" shows the machine's own noise.
 """
 
 import argparse
@@ -46,7 +45,7 @@ EVALUATED_ROWS = 16
 
 
 def write_cache(folder: pathlib.Path, rows: int, length: int) -> None:
-    """A packed cache of random bytes, one document a row."""
+    """Writes a packed cache of random bytes, one document per row."""
     vocabulary = ByteVocabulary()
     writer = PackedCacheWriter(
         folder, vocabulary=vocabulary, sequence_length=length, subsets=("bytes",), shards=1
@@ -69,7 +68,7 @@ def write_cache(folder: pathlib.Path, rows: int, length: int) -> None:
 
 @contextlib.contextmanager
 def counted_programs() -> Iterator[list[int]]:
-    """Inside it, a list of how many programs had been made when each step was dispatched."""
+    """A context with a list of the programs compiled by the time each step was dispatched."""
     counts: list[int] = []
     dispatch = loop.Loop._step
 
@@ -87,7 +86,7 @@ def counted_programs() -> Iterator[list[int]]:
 
 
 def run(flags: argparse.Namespace, folder: pathlib.Path) -> tuple[list[float], int]:
-    """Seconds of every step of a SALT run, and programs made after its first step."""
+    """Seconds of every step of a SALT run, and the programs compiled after its first step."""
     write_cache(folder / "cache", 4 * flags.batch, flags.length)
     student = DecoderConfig(
         embed_dim=flags.embed_dim,
@@ -137,7 +136,7 @@ def run(flags: argparse.Namespace, folder: pathlib.Path) -> tuple[list[float], i
 
 
 def results(seconds: list[float], n_kd: int, around: int) -> dict[str, Any]:
-    """What the steps say about the switch; `around` steps on each side of it are near it."""
+    """The results from seconds of steps; `around` steps on each side are near the switch."""
     stage1, stage2 = seconds[around:n_kd], seconds[n_kd:]
     near = seconds[n_kd - around : n_kd + around]
     far = stage2[around:]
@@ -180,7 +179,7 @@ def main() -> None:
     if not 2 * flags.around < flags.n_kd < flags.steps - 2 * flags.around:
         parser.error("--n_kd must leave more than twice --around steps on each side of it")
     jax.config.update("jax_enable_compilation_cache", False)
-    # The run's own lines go where they don't mix with the result.
+    # The run's own output goes to stderr, apart from the result.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         seconds, programs_made = run(flags, pathlib.Path(folder))
     measurement.report(

@@ -6,9 +6,9 @@
 
 The defaults are the fixed small shape: width 256, 4 layers, 4 heads of 64, gated MLP of 1,024,
 32,000 ids tied, 8 × 512 tokens, float32, Adafactor; the teacher is half as wide, SALT's loss with
-ω 2/3 and τ 1/4. The programs are those that `salt train` compiles and the steps go on from each
-other's state. Stage 1 should cost what its arithmetic says ("arithmetic", of model FLOPs; of
-hardware FLOPs with what remat recomputes), stage 2 what a run without any teacher does.
+ω 2/3 and τ 1/4. The programs are those that `salt train` compiles, and each step continues from the
+state of the previous one. Stage 1 should cost what its FLOPs say ("arithmetic", for model FLOPs and
+for hardware FLOPs with rematerialisation), stage 2 the same as a run without a teacher.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def models(flags: argparse.Namespace) -> tuple[decoder.DecoderConfig, decoder.De
 
 
 def make_batch(shape: tuple[int, int], vocab: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Random tokens, one document a row, every position weighted."""
+    """Random tokens, one document per row, with loss weight everywhere."""
     tokens = jax.random.randint(jax.random.key(1), (shape[0], shape[1] + 1), 0, vocab)
     batch = {
         "inputs": tokens[:, :-1],
@@ -138,7 +138,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 def arithmetic(
     student: decoder.DecoderConfig, teacher: decoder.DecoderConfig, length: int
 ) -> dict[str, float]:
-    """What stage 1 over stage 2 should be, by model and by hardware FLOPs."""
+    """The expected ratio of stage 1 over stage 2, by model and by hardware FLOPs."""
     forward = flops.forward_flops_per_token(teacher, length)
     return {
         "model_flops": 1 + forward / flops.train_flops_per_token(student, length),
@@ -152,7 +152,7 @@ def mfu(
     flags: argparse.Namespace,
     seconds: dict[str, float],
 ) -> dict[str, float] | None:
-    """Model FLOPs over the devices' peak; None where that is not known."""
+    """Model FLOPs over the devices' peak; None if that is unknown."""
     peak = flops.device_peak_flops(jax.devices()[0].device_kind)
     if peak is None:
         return None
@@ -166,7 +166,7 @@ def mfu(
 
 
 def peak_gib() -> float | None:
-    """The device's own account of the most memory that was in use."""
+    """The device's peak memory by its own statistics, GiB; None if it has none."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] / 2**30 if stats else None
 
