@@ -21,7 +21,7 @@ from salt_jax.errors import visible
 WIDTH_OFF_TERMINAL = 120
 _PADDING = 3  # of a cell, and what parts it from the next
 _EDGES = 1  # of a table
-_LONGEST_NAME = 400  # characters, more than a long path has
+_MOST_OF_A_NAME = 400  # characters, more than a long path has
 _LINES = 10  # of progress in all, off a terminal
 # Not printable by Python's rules but harmless: tabs, wide spaces, (non-)joiners.
 WRITING = "\t\xa0\u202f\u3000\u200c\u200d"
@@ -93,7 +93,7 @@ def _cell(table: Table, row: Sequence[str], index: int) -> str:
     return shortened(row[index]) if index < table.names else row[index]
 
 
-def shortened(name: str, most: int = _LONGEST_NAME) -> str:
+def shortened(name: str, most: int = _MOST_OF_A_NAME) -> str:
     """A name without its middle if it is longer than `most` characters."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}"
 

@@ -96,7 +96,7 @@ def test_plans_both_stages(
     )
     printed = capsys.readouterr().out
     assert "25 of them with a teacher" in printed
-    assert "Soft labels of 64 ids for each token of stage 1 once" in printed
+    assert "Soft labels of 64 ids for each token of stage 1:" in printed
     assert plan["stored_labels"]["terabytes"]["float16"] > 0
     assert "1 distil" in printed
     assert "2 plain" in printed

@@ -53,4 +53,4 @@ def test_a_hub_out_of_reach_is_asked_once(
         harness_tasks.load(FewShot(["arc_easy"]))
     assert datasets.config.HF_HUB_OFFLINE
     assert constants.HF_HUB_OFFLINE
-    assert "data sets come from the cache alone" in capsys.readouterr().out
+    assert "data sets are read from the cache alone" in capsys.readouterr().out
