@@ -31,8 +31,8 @@ usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]…
 
   --gin_file=FILE     a gin file, found from here or among the package's own (gin/); repeatable,
                       a later file overrides an earlier one
-  --safe_gin          let gin files set only salt_jax's own settings: without it, a gin file can run
-                      any code by importing it (docs/configuration.md)
+  --safe_gin          let gin files set only salt_jax's own settings: without it, a gin file
+                      can run any code by importing it (docs/configuration.md)
   --gin.NAME=VALUE    one setting (config.TrainConfig.seed=1) or macro (STEPS=500); overrides files
   --SETTING=VALUE     a setting of the verb, by its name or the end of its path: --teacher=RUN,
                       --data.seed=1

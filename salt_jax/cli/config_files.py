@@ -12,7 +12,7 @@ DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 
 
 def find_gin_file(name: str, setting: str = "--gin_file") -> str:
-    """The path of a gin file ("runs/mini_llm.gin"); InputError, naming `setting`, if none exists."""
+    """The path of a gin file ("runs/mini_llm.gin"); InputError, naming `setting`, if not found."""
     candidates = [pathlib.Path(name), CONFIGS / name, CONFIGS / name.removeprefix("gin/")]
     for candidate in candidates:
         if candidate.is_file():

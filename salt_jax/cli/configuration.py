@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import gin
 from gin import config_parser
 from salt_jax.cli.command_line import Arguments, require_known
-from salt_jax.cli.config_errors import explained, flag_of, display_name
+from salt_jax.cli.config_errors import display_name, explained, flag_of
 from salt_jax.cli.config_files import (
     find_gin_file,
     gin_text,

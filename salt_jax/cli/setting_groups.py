@@ -169,7 +169,7 @@ def default_groups(function: Callable[..., Any]) -> Iterator[str]:
 
 
 def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
-    """gin source that binds a group unless it is bound; `instead_of_none` counts None as unbound."""
+    """gin source that binds a group unless it is bound (with `instead_of_none`, unless to None)."""
     is_bound = setting.name in _bindings(setting.owner, setting.scope)
     is_none = instead_of_none and bound_value(setting) is None
     if (is_none or not is_bound) and setting.group:

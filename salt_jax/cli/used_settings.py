@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import gin
-from salt_jax.cli.config_errors import flag_of, display_name
+from salt_jax.cli.config_errors import display_name, flag_of
 from salt_jax.cli.setting_groups import is_macro, is_reference, is_required
 from salt_jax.cli.setting_types import described, is_a, makes
 from salt_jax.errors import InputError
