@@ -102,7 +102,7 @@ def prepare(
     if finished:
         cache = PackedCache.open(run.path)
         _refuse_changed_sources(cache, task)
-        run.begin(may_change=_may_change(cache, task), upgrade=_as_recorded_now)
+        run.begin(may_change=_may_change(cache, task), upgrade=_with_current_names)
         discard_work(run.path)
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
@@ -236,14 +236,14 @@ def _refuse_folder(run: RunFolder) -> None:
         raise InputError(
             f"The output folder {run.path} cannot be written: choose another --output_dir."
         )
-    if existing == run.path and any(run.path.iterdir()) and not _is_ours(run):
+    if existing == run.path and any(run.path.iterdir()) and not _is_own_folder(run):
         raise InputError(
             f"The output folder {run.path} is not empty and holds no run of `salt {run.verb}`: "
             "choose a new or empty --output_dir."
         )
 
 
-def _is_ours(run: RunFolder) -> bool:
+def _is_own_folder(run: RunFolder) -> bool:
     try:
         return json.loads((run.path / RUN_FILE).read_text(encoding="utf-8"))["verb"] == run.verb
     except (OSError, ValueError, KeyError, TypeError):
@@ -294,7 +294,7 @@ def _may_change(cache: PackedCache, task: TextFiles | RegisteredTask) -> list[st
     return names
 
 
-def _as_recorded_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a cache's config.gin under their current names.
 
     In older versions all were settings of the verb, two of them also of the task.

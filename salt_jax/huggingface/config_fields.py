@@ -94,7 +94,7 @@ def _is_neutral(field: str, settings: Mapping[str, Any], config: DecoderConfig) 
         return value == ["full_attention"] * config.num_layers
     if field == "sliding_window" and settings.get("use_sliding_window") is False:
         return True
-    if (same := _said_twice(config).get(field)) is not None:
+    if (same := _implied_settings(config).get(field)) is not None:
         return _is_number(value) and abs(value - same) <= 1e-6 * abs(same)
     if field in _NEUTRAL:
         return bool(value == _NEUTRAL[field])
@@ -103,7 +103,7 @@ def _is_neutral(field: str, settings: Mapping[str, Any], config: DecoderConfig) 
     return _is_off(value)
 
 
-def _said_twice(config: DecoderConfig) -> dict[str, float]:
+def _implied_settings(config: DecoderConfig) -> dict[str, float]:
     """Settings that the model has already, under other families' names."""
     return {
         **dict.fromkeys(("num_layers", "n_layer", "n_layers"), config.num_layers),

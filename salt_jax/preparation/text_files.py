@@ -263,7 +263,7 @@ class TextFiles:
         if self.train_shards is not None:
             return real_paths(found)  # a shard that is a link to another is refused later
         files = once(found, left_out)
-        _tell_left_out(files, left_out)
+        _report_left_out(files, left_out)
         return files
 
     def _excludes(self, name: str) -> bool:
@@ -314,7 +314,7 @@ class TextFiles:
         return moved
 
 
-def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -> None:
+def _report_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -> None:
     """Prints which duplicate names of files and folders were left out."""
     places = {str(place) for file in files for place in (file, *file.parents)} if left_out else ()
     names = sorted(name for name, kept in left_out.items() if kept in places)

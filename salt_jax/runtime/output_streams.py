@@ -23,7 +23,7 @@ def install() -> None:
     """Replaces sys.stdout and sys.stderr; call it before anything else opens a file."""
     _Descriptor.untold = ()
     for descriptor in (0, STDOUT, STDERR):
-        _hold(descriptor)
+        _reopen_if_closed(descriptor)
     sys.stdout = sys.__stdout__ = _stream(sys.stdout, STDOUT)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _stream(sys.stderr, STDERR)  # type: ignore[misc]
 
@@ -39,7 +39,7 @@ def tell_at_once(sentence: str) -> None:
         os.write(STDERR, f"salt: {sentence}\n".encode(errors="replace"))
 
 
-def _hold(descriptor: int) -> None:
+def _reopen_if_closed(descriptor: int) -> None:
     """Reopens a closed descriptor read-only: no other file gets its number, and writes fail."""
     try:
         os.fstat(descriptor)

@@ -74,7 +74,7 @@ class RemoteFolder:
     def files(self) -> dict[str, RemoteFile]:
         """Lists its files by relative name; InputError if a name leads out of the folder or can't
         be a file's name on disk."""
-        with _told(self.url, "read"):
+        with _as_bucket_errors(self.url, "read"):
             self._files.invalidate_cache()
             try:
                 found = self._files.find(self._root, detail=True)
@@ -98,7 +98,7 @@ class RemoteFolder:
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _told(self.url, "read"):
+            with _as_bucket_errors(self.url, "read"):
                 local = list(map(str, temporary.values()))
                 there = [self._at(name) for name in names]
                 self._files.get(there, local, batch_size=_FILES_AT_ONCE, **_GET[self.parts[0]])
@@ -112,7 +112,7 @@ class RemoteFolder:
         """Uploads files of a folder, those that mark others as complete last."""
         for _, group in itertools.groupby(sorted(names, key=completes), key=completes):
             own = list(group)
-            with _told(self.url, "written"):
+            with _as_bucket_errors(self.url, "written"):
                 local = [str(folder / name) for name in own]
                 self._files.put(
                     local,
@@ -125,7 +125,7 @@ class RemoteFolder:
     def remove(self, names: Iterable[str]) -> None:
         """Removes files, those that mark others as complete first."""
         for name in sorted(names, key=completes, reverse=True):
-            with _told(self.url, "written"), contextlib.suppress(FileNotFoundError):
+            with _as_bucket_errors(self.url, "written"), contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._at(name))
 
     def _at(self, name: str) -> str:
@@ -145,7 +145,7 @@ def matching(pattern: str) -> list[str]:
     """The URLs of a bucket's files that match a pattern; ** crosses folders. A pattern that is a
     file's name, brackets included, matches that file alone."""
     files, place = _opened(pattern)
-    with _told(pattern, "read"):
+    with _as_bucket_errors(pattern, "read"):
         files.invalidate_cache()
         readings = (files.glob(reading, detail=True) for reading in _readings(place))
         found: dict[str, Any] = next(filter(None, readings), {})
@@ -168,7 +168,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
         status = os.fstat(file.fileno())
         return file, (status.st_size, status.st_mtime_ns)
     files, place = _opened(os.fspath(path))
-    with _told(os.fspath(path), "read"):
+    with _as_bucket_errors(os.fspath(path), "read"):
         return files.open(place, "rb"), state_of(path)
 
 
@@ -179,7 +179,7 @@ def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
     files, place = _opened(os.fspath(path))
-    with _told(os.fspath(path), "read"):
+    with _as_bucket_errors(os.fspath(path), "read"):
         info = files.info(place)
     digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
     return int(info["size"]), int.from_bytes(digest)
@@ -209,7 +209,7 @@ def _opened(url: str) -> tuple[Any, str]:
     # Otherwise gcsfs queries the kind of bucket before each call, and warns if it lacks permission.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     place, scheme = _place(url), url.partition("://")[0]
-    with _told(f"{scheme}://{place}", "read"):
+    with _as_bucket_errors(f"{scheme}://{place}", "read"):
         try:
             return fsspec.filesystem(scheme), place
         except ImportError as error:
@@ -220,7 +220,7 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _told(url: str, what: str) -> Iterator[None]:
+def _as_bucket_errors(url: str, what: str) -> Iterator[None]:
     """Turns any error of the library or the network into a BucketError."""
     try:
         yield

@@ -105,7 +105,7 @@ def _misfit(value: Any, shape: Shape, name: str) -> str:
         return "" if value is None else _misfit(value, shape[1], name)
     if isinstance(shape, Mapping):
         if not isinstance(value, dict):
-            return _unlike(value, "an object", name)
+            return _mismatch(value, "an object", name)
         if missing := sorted(shape.keys() - value.keys() - {str}):
             return f"{name or 'it'} has no {missing[0]}"
         inner = {key: shape[str] for key in value} if str in shape else shape
@@ -114,10 +114,10 @@ def _misfit(value: Any, shape: Shape, name: str) -> str:
         ]
     elif isinstance(shape, list):
         if not isinstance(value, list):
-            return _unlike(value, "a list", name)
+            return _mismatch(value, "a list", name)
         parts = [(each, shape[0], f"{name}[{index}]") for index, each in enumerate(value)]
     else:
-        return "" if _is_a(value, shape) else _unlike(value, _CALLED[shape], name)
+        return "" if _is_a(value, shape) else _mismatch(value, _CALLED[shape], name)
     return next(filter(None, (_misfit(*part) for part in parts)), "")
 
 
@@ -130,7 +130,7 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _unlike(value: Any, expected: str, name: str) -> str:
+def _mismatch(value: Any, expected: str, name: str) -> str:
     text = json.dumps(value)
     return f"{name or 'it'} is {text[:40]}{'…' * (len(text) > 40)}, expected {expected}"
 
