@@ -13,9 +13,9 @@ from salt_jax.runtime.stop_signals import stop_signals
 def run() -> None:
     """The entry point of the installed `salt` command.
 
-    Until a verb has something to save and says so by a handler of its own, a request to stop ends
-    the process at once: an exception could come up anywhere, in the midst of an import too, and be
-    lost there. What is written is written atomically, so that the same command can be given again.
+    Until a verb installs a handler of its own, a stop signal ends the process at once: an exception
+    could be raised in the middle of an import and be lost. All writes are atomic, so the same
+    command can be run again.
     """
     output_streams.install()
     for number in stop_signals():

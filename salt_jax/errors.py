@@ -1,4 +1,4 @@
-"""The exceptions that main.py turns into a sentence and an exit code, and helpers for messages."""
+"""The exceptions that main.py turns into a message and an exit code, and helpers for messages."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ INTERRUPTED = 75
 
 
 class InputError(ValueError):
-    """Bad input or a bad setting; says what was got, expected and to be changed. Exit code 2."""
+    """Bad input or a bad setting: what was got, what was expected, what to change. Exit code 2."""
 
 
 class RunFailed(RuntimeError):  # noqa: N818 (says what happened, as KeyboardInterrupt does)
@@ -20,12 +20,8 @@ class Interrupted(RuntimeError):  # noqa: N818
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (nearest: …)" where some known name is like `name`, else nothing.
-
-    Args:
-      name: What was typed.
-      known: The valid names; of a mapping, its keys, for which its values are shown.
-    """
+    """ " (nearest: …)" if a known name is close to `name`, else "". Of a mapping, the keys are
+    compared and the values shown."""
     for match in difflib.get_close_matches(name, list(known), n=1, cutoff=0.5):
         return f" (nearest: {known[match] if isinstance(known, Mapping) else match})"
     return ""
@@ -37,11 +33,7 @@ def visible(text: str, kept: str = "") -> str:
 
 
 def require_counts(at_least: int = 1, **settings: int | None) -> None:
-    """Refuses settings below a minimum or beyond int32; None passes.
-
-    Raises:
-      InputError: With the flag.
-    """
+    """Raises InputError for a setting below a minimum or beyond int32; None passes."""
     for name, value in settings.items():
         if value is not None and value < at_least:
             raise InputError(f"{name} is {value} and must be at least {at_least}: change --{name}.")

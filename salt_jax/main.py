@@ -84,8 +84,8 @@ def _run(argv: list[str]) -> int:
     several = processes.are_several(arguments.processes)
     if several and is_remote(arguments.output_dir):
         raise InputError(
-            f"--output_dir={arguments.output_dir} is no folder that several processes share: mount "
-            "the bucket (gcsfuse, s3fs) and name the mounted folder."
+            f"--output_dir={arguments.output_dir} is not a folder that several processes can "
+            "share: mount the bucket (gcsfuse, s3fs) and name the mounted folder."
         )
     if several and processes.GUARDED not in os.environ:
         return _run_guarded(argv)
@@ -120,7 +120,7 @@ def _run(argv: list[str]) -> int:
             if not isinstance(error, InputError | RunFailed | Interrupted):
                 together.wait_for_missing()
             together.end(str(error).partition("\n")[0] or type(error).__name__)
-            # jax's own for this is a RuntimeError, and has no narrower name
+            # jax raises a plain RuntimeError for this
             if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
                 raise RunFailed(_out_of_memory(arguments.verb, str(error))) from error
             raise
@@ -144,7 +144,7 @@ def check(file: TextIO) -> int:
 
 
 def _run_guarded(argv: list[str]) -> int:
-    """One of several processes, in a process of its own, which jax aborts if process 0 dies."""
+    """Runs one of several processes as a child, since jax aborts it if process 0 dies."""
     code, host = run_guarded(argv)
     if code == -signal.SIGABRT:
         raise Interrupted(
@@ -155,7 +155,7 @@ def _run_guarded(argv: list[str]) -> int:
 
 
 def _prints_only(arguments: Arguments) -> bool:
-    """Whether the verb only prints something (a list of tasks), and so needs no output folder."""
+    """Whether the verb only prints (a list of tasks, say), and so needs no output folder."""
     typed = arguments.settings.get(load_verb(arguments.verb).print_flag, [])
     return typed[-1:] in (["True"], ["true"])
 
@@ -175,7 +175,7 @@ def _join(arguments: Arguments) -> processes.Processes:
 
 
 def _mirrored(arguments: Arguments) -> contextlib.AbstractContextManager[Mirror | None]:
-    """Sends the output to a bucket, if --output_dir is in one."""
+    """Mirrors the output to a bucket if --output_dir is in one."""
     if is_remote(arguments.output_dir):
         return Mirror(arguments.output_dir, arguments.verb)
     return contextlib.nullcontext()
@@ -191,20 +191,20 @@ def _out_of_memory(verb: str, message: str) -> str:
 
 
 def _quiet_libtpu() -> None:
-    """Keeps libtpu, where it is installed and no TPU is, from asking what machine this is."""
-    # JAX sets this one where it finds no TPU.
+    """Keeps libtpu, installed on a machine without a TPU, from querying the metadata server."""
+    # JAX sets TPU_SKIP_MDS_QUERY if it finds no TPU.
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _as_raised(error: OSError) -> OSError:
-    """The original of an OSError that gin has raised again without its number and file."""
+    """The original of an OSError that gin has re-raised without its errno and file name."""
     while error.errno is None and isinstance(error.__context__, OSError):
         error = error.__context__
     return error
 
 
 def _sentence(error: Exception) -> str:
-    """An error's text on one line, without the call stack that gin appends to it."""
+    """An error's text on one line, without the call stack that gin appends."""
     return visible(str(error).partition("\n  In call to configurable")[0])

@@ -1,7 +1,6 @@
-"""Output on the terminal: lines, tables and progress bars. Nothing else in the package prints.
+"""Terminal output: lines, tables and progress bars. Nothing else in the package prints.
 
-Names, prompts and rows in it are untrusted, so control characters are escaped and rich's markup is
-off.
+Names, prompts and rows are untrusted, so control characters are escaped and rich's markup is off.
 """
 
 import dataclasses
@@ -19,35 +18,28 @@ from rich.text import Text
 from salt_jax.errors import visible
 
 WIDTH_OFF_TERMINAL = 120
-_PADDING = 3  # of a cell, and what parts it from the next
+_PADDING = 3  # of a cell, with its separator
 _EDGES = 1  # of a table
 _MOST_OF_A_NAME = 400  # characters, more than a long path has
-_LINES = 10  # of progress in all, off a terminal
-# Not printable by Python's rules but harmless: tabs, wide spaces, (non-)joiners.
+_LINES = 10  # progress lines in all, when not on a terminal
+# Unprintable by Python's rules but harmless: tabs, wide spaces, (non-)joiners.
 WRITING = "\t\xa0\u202f\u3000\u200c\u200d"
 
 
 def say(*lines: str) -> None:
-    """Prints lines on stdout, control characters escaped."""
+    """Prints lines to stdout, control characters escaped."""
     print("\n".join(visible(line, WRITING) for line in lines), flush=True)
 
 
 def warn(sentence: str) -> None:
-    """Prints a sentence on stderr, on one line."""
+    """Prints a sentence to stderr, on one line."""
     print(f"salt: {visible(sentence)}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text under column heads.
-
-    Attributes:
-      title: Shown above.
-      columns: Column heads.
-      rows: Cells.
-      note: Shown below.
-      names: How many of the first columns are names; the others are figures.
-    """
+    """Rows of text under column heads, with a title above and a note below; the first `names`
+    columns are names, the others figures."""
 
     title: str
     columns: tuple[str, ...]
@@ -62,7 +54,7 @@ class Table:
 
 
 def print_table(table: Table) -> None:
-    """Prints a table; one wider than the terminal in parts, each with the first column."""
+    """Prints a table; one wider than the terminal is split, the first column repeated."""
     # A file or pipe has no width to keep to.
     console = Console() if Console().is_terminal else Console(width=WIDTH_OFF_TERMINAL)
     for part, columns in enumerate(_parts(table, console.width)):
@@ -73,7 +65,7 @@ def print_table(table: Table) -> None:
                 _text(table.columns[index]),
                 justify="right" if index >= table.names else "left",
                 overflow="fold",
-                # Names may be folded, figures never.
+                # Names may wrap, figures never.
                 min_width=_width(table, index) if index >= table.names else None,
             )
         for row in table.rows:
@@ -94,7 +86,7 @@ def _cell(table: Table, row: Sequence[str], index: int) -> str:
 
 
 def shortened(name: str, most: int = _MOST_OF_A_NAME) -> str:
-    """A name without its middle if it is longer than `most` characters."""
+    """A name with its middle cut out if it is longer than `most` characters."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}"
 
 
@@ -112,22 +104,17 @@ def _parts(table: Table, width: int) -> Iterator[list[int]]:
 
 
 def _width(table: Table, index: int) -> int:
-    """A column's minimum width: a head may be folded between words, a cell may not."""
+    """A column's minimum width: a head may wrap between words, a cell may not."""
     cells = (_cell(table, row, index) for row in table.rows)
     words = table.columns[index].split() if index else [table.columns[index]]
     return max(_text(text).cell_len for text in [*words, *cells, ""])
 
 
 class ProgressBar:
-    """A context that shows progress: a bar on a terminal, a line now and then elsewhere.
+    """A context that shows progress: a bar on a terminal, an occasional line elsewhere.
 
-    Rates and the time left are measured from the first update on, so that they leave compiling out.
-
-    Args:
-      title: "score".
-      total: Parts in all.
-      done: Parts that an earlier process has done.
-      unit: "rows", to show a rate; none is shown for "".
+    Rates and the time left are measured from the first update, to leave out compilation. `done`
+    counts what an earlier process did; a rate is shown only with a `unit` ("rows").
     """
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "") -> None:
@@ -146,11 +133,11 @@ class ProgressBar:
         self._task = self._bar.add_task(visible(title), total=total, completed=done, status="")
 
     def add(self, count: int = 1, status: str = "") -> None:
-        """Adds to the parts done."""
+        """Advances by `count`."""
         self.update(self._done + count, status)
 
     def update(self, done: int, status: str = "") -> None:
-        """Sets the parts done, and the text behind the bar."""
+        """Sets the amount done, and the text after the bar."""
         self._done = done
         shown = "  ".join(text for text in (visible(status), *self._pace()) if text)
         self._bar.update(self._task, completed=self._done, status=shown)

@@ -1,8 +1,8 @@
-"""Environment variables by which the tasks of this package find their files.
+"""The environment variables that name the files of this package's tasks.
 
 They are read when a task is used, not when it is registered:
 
-    SALT_TEXT        pattern of one's own text files; unset: the Python library's sources
+    SALT_TEXT        pattern of your own text files; unset: the Python library's sources
     SALT_VOCABULARY  a SentencePiece .model, a tokenizer.json, or the vocabulary/ folder of a
                      cache; unset: bytes
     SALT_CACHE       folder of `salt prepare`

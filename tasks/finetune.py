@@ -1,12 +1,12 @@
 """SeqIO tasks of prompts and responses, the paper's fine-tuning: `finetune_gsm8k`, `finetune_xsum`,
 `finetune_cnn_dailymail`, `finetune_anli_r1` to `_r3` and the mixture `finetune_anli` of the three.
 
-They read TFDS's datasets of these names where TFDS finds them (TFDS_DATA_DIR), tokenized by
-SALT_VOCABULARY of environment.py. Their features are `inputs`, the prompt, and `targets`, the
-response and the end of document.
+They read the TFDS datasets of these names (in TFDS_DATA_DIR), tokenized by SALT_VOCABULARY of
+environment.py. Their features are `inputs`, the prompt, and `targets`, the response and the end of
+document.
 
-The templates are those of gin/templates; `text_tasks.register_response_task` makes a task with
-others. TFDS's XSum needs its articles downloaded by hand; its GSM8K has no validation split, so its
+The templates are those of gin/templates; `text_tasks.register_response_task` makes tasks with
+others. XSum's articles must be downloaded manually; GSM8K has no validation split in TFDS, so the
 first 2% of train are held out.
 """
 

@@ -1,13 +1,12 @@
 """SeqIO tasks over the Pile, from the TFDS dataset `the_pile` (t5x/the_pile).
 
-There are `pile`, one for each subset (`pile_arxiv`, `pile_wikipedia_en` …) and the mixture
-`pile_mixture`; and over a cache of it, the scored rows `pile_scored` and the selected ones
-`pile_salt_ds`. The dataset is read where TFDS finds it (TFDS_DATA_DIR), the rest is named by the
-environment variables of environment.py.
+The tasks are `pile`, one for each subset (`pile_arxiv`, `pile_wikipedia_en` …), the mixture
+`pile_mixture` and, over a cache, the scored rows `pile_scored` and the selected ones
+`pile_salt_ds`. The dataset is read from TFDS_DATA_DIR; environment.py's variables name the rest.
 
-`pile` is the release as it is: its train files are taken to hold the upsampled text, so no weights
-are applied. `pile_mixture` draws documents of the subsets' own tasks at rates that give the Pile's
-published shares of text; it is for sources without that upsampling.
+`pile` is the release unchanged: its train files are assumed to be upsampled, so no weights are
+applied. `pile_mixture`, for sources without that upsampling, draws documents of the subsets' tasks
+at rates that give the Pile's published shares of text.
 """
 
 import seqio

@@ -1,1 +1,1 @@
-"""The command line: flags, gin settings and what is said of mistakes in them."""
+"""The command line: flags, gin settings and the error messages about them."""

@@ -1,6 +1,6 @@
 """Parses the command line, and writes --help.
 
-Help is read from the source of the verbs, without importing the libraries that they need.
+Help is parsed from the verbs' source files, so it needs none of the libraries they import.
 """
 
 import ast
@@ -16,12 +16,12 @@ from salt_jax.runtime import processes
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 COMMANDS = PACKAGE / "commands"
-# A verb's parameter of this name is the tree of its settings; their paths leave it out.
+# The name of the parameter that holds a verb's tree of settings; setting paths omit it.
 ROOT = "config"
 
 _COMMON_FLAGS = ("gin_file", "safe_gin", "output_dir", *processes.FLAGS)
 
-# Environment variable that passes --safe_gin on to the commands that a command starts.
+# Environment variable that passes --safe_gin on to child `salt` processes.
 SAFE_GIN = "SALT_SAFE_GIN"
 _NO_VALUE = "--{name} needs a value: --{name}=VALUE."
 _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
@@ -31,15 +31,15 @@ usage: salt VERB [--gin_file=FILE]… [--gin.NAME=VALUE]… [--SETTING=VALUE]…
 
   --gin_file=FILE     a gin file, found from here or among the package's own (gin/); repeatable,
                       a later file overrides an earlier one
-  --safe_gin          read no more than settings of salt_jax's own from gin files: without it, a gin
-                      file can run any code by importing it (docs/configuration.md)
-  --gin.NAME=VALUE    one setting (config.TrainConfig.seed=1) or macro (STEPS=500), over the files
-  --SETTING=VALUE     a setting of the verb's, by its name or the end of its path: --teacher=RUN,
+  --safe_gin          let gin files set only salt_jax's own settings: without it, a gin file
+                      can run any code by importing it (docs/configuration.md)
+  --gin.NAME=VALUE    one setting (config.TrainConfig.seed=1) or macro (STEPS=500); overrides files
+  --SETTING=VALUE     a setting of the verb, by its name or the end of its path: --teacher=RUN,
                       --data.seed=1
   --output_dir=FOLDER where the verb writes config.gin, run.json, summary.json and its results
   --coordinator_address=HOST:PORT --process_count=N --process_index=I, or --multi_process=True
-                      one of several processes (docs/launching.md); the environment may say the
-                      same: SALT_PROCESS_INDEX, …
+                      one of several processes (docs/launching.md); also read from the environment:
+                      SALT_PROCESS_INDEX, …
   --help, --version
 """
 
@@ -87,7 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             arguments.positional.append(argument)
             continue
         if argument.partition("=")[0] == "--safe_gin":
-            # A flag can turn it on only: SALT_SAFE_GIN is not undone by it.
+            # The flag can only turn it on; it never overrides SALT_SAFE_GIN.
             typed = _switch(argument.partition("=")[2] or "1", "--safe_gin")
             arguments = arguments._replace(safe_gin=arguments.safe_gin or typed)
             continue
@@ -128,7 +128,7 @@ def verb_table() -> str:
 
 
 def verb_help(verb: str) -> str:
-    """What a verb does and its settings, read without importing its libraries."""
+    """The --help text of a verb: what it does, and its settings."""
     source = Source.of(COMMANDS / f"{verb}.py")
     function = next(
         n for n in source.tree.body if isinstance(n, ast.FunctionDef) and n.name == verb
@@ -156,7 +156,7 @@ def verb_help(verb: str) -> str:
 
 
 class Field(NamedTuple):
-    """A parameter, or a dataclass's field, as it stands in the source."""
+    """A function parameter or dataclass field, as parsed from source."""
 
     name: str
     hint: ast.expr | None
@@ -164,7 +164,7 @@ class Field(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A parsed module, and the names that it imports from this package."""
+    """A parsed module and the names it imports from this package."""
 
     tree: ast.Module
     imports: Mapping[str, tuple[str, str]]
@@ -220,8 +220,8 @@ def _class(module: str, name: str) -> tuple[ast.ClassDef, Source] | None:
 def _described(
     fields: Iterable[Field], explained: Mapping[str, str], source: Source, outer: tuple[str, ...]
 ) -> Iterator[tuple[str, str, ast.expr | None, str]]:
-    """Path, type, default and description of each setting; a group follows the plain settings
-    beside it, and its own follow the group."""
+    """Yields the path, type, default and description of each setting: plain settings first, then
+    each group followed by the settings in it."""
     groups = []
     for field in fields:
         path = (*outer, field.name) if outer or field.name != ROOT else ()
@@ -242,7 +242,7 @@ def _described(
 
 
 def _explained(node: ast.FunctionDef | ast.ClassDef, section: str) -> dict[str, str]:
-    """The descriptions of a docstring's section, "Args" or "Attributes", by name."""
+    """The descriptions in a docstring's "Args" or "Attributes" section, by name."""
     text = (ast.get_docstring(node) or "").partition(f"\n{section}:\n")[2].partition("\n\n")[0]
     explained: dict[str, str] = {}
     name = ""
@@ -255,7 +255,7 @@ def _explained(node: ast.FunctionDef | ast.ClassDef, section: str) -> dict[str, 
 
 
 def shortest(paths: Sequence[str], path: str) -> str:
-    """The shortest suffix of a setting's path that no other one has: the name of its flag."""
+    """The shortest suffix of a setting's path that is unique: the name of its flag."""
     parts = path.split(".")
     for count in range(1, len(parts)):
         name = ".".join(parts[-count:])

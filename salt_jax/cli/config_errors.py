@@ -1,4 +1,4 @@
-"""Turns gin's errors into one sentence with the name, the file and the nearest valid name."""
+"""Turns gin's errors into one sentence: the wrong name, its file and the nearest valid name."""
 
 import importlib
 import inspect
@@ -18,7 +18,7 @@ from salt_jax.cli.setting_groups import settings_of, spellings
 from salt_jax.errors import InputError, nearest
 from salt_jax.storage import gin_files
 
-# Names in gin files of older versions, and what replaced them.
+# Names in gin files of older versions, and their replacements.
 _RENAMED = {
     "optimizers.OptimizerConfig": "AdamW, Adafactor and Muon of optimizers, in optimizers/*.gin",
     "optimizers.LearningRate": "WarmupCosine and the others of training.learning_rates",
@@ -31,15 +31,15 @@ def explained(
     statements: Sequence[gin_files.Statement] = (),
     flags: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Any:
-    """Calls gin; its errors become one sentence with the name, the file and the nearest name.
+    """Calls `parse(*arguments)` and turns gin's errors into an InputError of one sentence.
 
     Args:
-      parse: What to call.
-      *arguments: For it.
-      statements: Of all gin files, to say where a name comes from.
-      flags: What settings are called on the command line; see `spoken`.
+      parse: A gin function.
+      *arguments: Its arguments.
+      statements: The statements of all gin files, to locate a name.
+      flags: Flag names by setting; see `display_name`.
     """
-    logging.disable(logging.ERROR)  # gin logs every place where it looks for a file in vain
+    logging.disable(logging.ERROR)  # gin logs each path at which it doesn't find a file
     try:
         return parse(*arguments)
     except InputError:
@@ -74,13 +74,13 @@ def _gin_sentence(
         r"Couldn't resolve selector ([\w.]+); <module '([\w.]+)'.* has no attribute (\w+)", message
     ):
         if new := _RENAMED.get(match[1]):
-            return f"{where}: {match[1]} is of an older version; now there are {new}."
+            return f"{where}: {match[1]} is from an older version; it was replaced by {new}."
         known = [n for n in vars(importlib.import_module(match[2])) if not n.startswith("_")]
         return f"{where}: {match[1]} is unknown{nearest(match[3], known)}: correct the name."
     if match := re.match(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
-        names = {name: name for name in _parameters_of(match[1])} | _below(match[1])
+        names = {name: name for name in _parameters_of(match[1])} | _settings_by_spelling(match[1])
         close = nearest(match[2], names)
         return f"{where}: {match[1]} has no setting {match[2]}{close}: correct the name."
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
@@ -91,15 +91,13 @@ def _gin_sentence(
             "dynamic_registration` and the import of its module, or correct the name."
         )
     if match := re.fullmatch(r"No module named '(salt_jax\.[\w.]+)'", message):
-        # Modules keep their last names when they move to another folder.
+        # A module that moves to another folder keeps its file name.
         files = [file.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py")]
         modules = {file.stem: ".".join(file.with_suffix("").parts) for file in files}
         close = nearest(match[1].rpartition(".")[2], modules)
         return f"{where}: there is no module {match[1]}{close}: correct its name."
-    if message.startswith("not enough values to unpack"):  # of a name without a module
-        return (
-            f"{where}: write a setting's whole name, as config.TrainConfig.steps, where it is set."
-        )
+    if message.startswith("not enough values to unpack"):  # a name without its module
+        return f"{where}: write the setting's full name, such as config.TrainConfig.steps."
     if match := re.match(r"(\S+) set to `%gin.REQUIRED`", message):
         name = match[1].removesuffix("/gin.macro.value").removesuffix("/macro.value")
         for whole, binding in gin_files.bindings_in(reversed(statements)):
@@ -109,14 +107,14 @@ def _gin_sentence(
                 name = whole if flag_of(name, flags).startswith("--gin.") else name
                 file = pathlib.Path(binding.location.filename)
                 shown = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
-                is_open = f"{spoken(name, flags)} must be set ({shown} leaves it open)"
+                is_open = f"{display_name(name, flags)} must be set ({shown} leaves it open)"
                 return f"{is_open}: add {flag_of(name, flags)}."
-        return f"{spoken(name, flags)} must be set: add {flag_of(name, flags)}."
+        return f"{display_name(name, flags)} must be set: add {flag_of(name, flags)}."
     return f"{where}: {message.rstrip('.')}."
 
 
 def _parameters_of(selector: str) -> list[str]:
-    """Parameter names of what a selector such as decoder.DecoderConfig names."""
+    """Parameter names of the configurable that a selector (decoder.DecoderConfig) names."""
     module_name, _, name = selector.rpartition(".")
     for module in list(sys.modules.values()):
         full_name = getattr(module, "__name__", "")
@@ -126,8 +124,8 @@ def _parameters_of(selector: str) -> list[str]:
     return []
 
 
-def _below(selector: str) -> dict[str, str]:
-    """Names of a verb's settings, by each spelling that may have been meant; none for others."""
+def _settings_by_spelling(selector: str) -> dict[str, str]:
+    """A verb's setting names, by likely misspelling; empty unless the selector is the verb's."""
     verb = selector.rpartition(".")[2]
     module = sys.modules.get(f"salt_jax.commands.{verb}")
     if module is None or selector != f"{verb}.{verb}":
@@ -137,7 +135,7 @@ def _below(selector: str) -> dict[str, str]:
 
 
 def flag_of(name: str, flags: Mapping[str, str]) -> str:
-    """The flag that sets a name: --SETTING where there is one, --gin.NAME for any other.
+    """The flag that sets a name: --SETTING if there is one, else --gin.NAME.
 
     Args:
       name: "config.Data.cache".
@@ -147,10 +145,10 @@ def flag_of(name: str, flags: Mapping[str, str]) -> str:
     return f"--{flag}=VALUE"
 
 
-def spoken(name: str, flags: Mapping[str, str]) -> str:
-    """A setting's name in a sentence: its flag's for settings of a verb and of `training.config`,
-    gin's for all others."""
-    modules = name.split(".")[:-2]  # none where gin has shortened the name
+def display_name(name: str, flags: Mapping[str, str]) -> str:
+    """A setting's name for messages: the flag's name for settings of a verb and of
+    `training.config`, gin's name for all others."""
+    modules = name.split(".")[:-2]  # empty if gin has shortened the name
     is_verbs = {*modules} <= {*verbs(), "config"}
     flag = flag_of(name, flags).removeprefix("--").removesuffix("=VALUE")
     return flag if is_verbs and not flag.startswith("gin.") else name

@@ -1,4 +1,4 @@
-"""gin files by name, found from the working directory or among the package's own."""
+"""Finds gin files in the working directory or among the package's own."""
 
 import pathlib
 from collections.abc import Iterable
@@ -12,15 +12,7 @@ DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 
 
 def find_gin_file(name: str, setting: str = "--gin_file") -> str:
-    """The path of a gin file.
-
-    Args:
-      name: "runs/mini_llm.gin".
-      setting: What names it.
-
-    Raises:
-      InputError: There is none, with the nearest name.
-    """
+    """The path of a gin file ("runs/mini_llm.gin"); InputError, naming `setting`, if not found."""
     candidates = [pathlib.Path(name), CONFIGS / name, CONFIGS / name.removeprefix("gin/")]
     for candidate in candidates:
         if candidate.is_file():
@@ -33,12 +25,12 @@ def find_gin_file(name: str, setting: str = "--gin_file") -> str:
 
 
 def open_gin_file(name: str) -> TextIO:
-    """A gin file's text, for gin."""
+    """Opens a gin file by name; gin's file reader."""
     return gin_files.open_text(find_gin_file(name))
 
 
 def gin_text(modules: Iterable[str], *lines: str) -> str:
-    """A text for gin: the imports of modules, and lines that use them."""
+    """gin source: imports of the modules, then the lines."""
     split = [m.rpartition(".") for m in sorted({*modules} - {"__gin__.dynamic_registration"})]
     imports = [
         f"from {package} import {name}" if package else f"import {name}"

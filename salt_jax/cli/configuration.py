@@ -1,6 +1,6 @@
 """Configures a verb from gin files, bindings and flags.
 
-Outside of cli/, only `main` and `storage.gin_files` know gin.
+Outside cli/, only `main` and `storage.gin_files` use gin.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import gin
 from gin import config_parser
 from salt_jax.cli.command_line import Arguments, require_known
-from salt_jax.cli.config_errors import explained, flag_of, spoken
+from salt_jax.cli.config_errors import display_name, explained, flag_of
 from salt_jax.cli.config_files import (
     find_gin_file,
     gin_text,
@@ -35,23 +35,20 @@ from salt_jax.errors import InputError
 from salt_jax.storage import gin_files
 from salt_jax.storage.run_folder import RunFolder
 
-# Settings that may differ between the processes of a run.
+# Settings allowed to differ between the processes of a run.
 _OWN_TO_A_PROCESS = ("compilation_cache", "read_threads", "hang_seconds", "worker")
 
 
 def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
-    """Reads the gin files, bindings and flags of a command line.
-
-    Returns:
-      The verb's function, ready to be called.
+    """Reads a command line's gin files, bindings and flags; returns the verb, ready to call.
 
     Raises:
-      InputError: An unknown name, a missing setting or file, a value of a wrong type, or a text
-        that gin cannot read.
+      InputError: An unknown name, a missing setting or file, a value of the wrong type, or invalid
+        gin syntax.
     """
     gin.clear_config()
-    # No public call empties these lists. gin's other reader looks into Python packages, for which
-    # it takes any folder of a gin file's name in the working directory.
+    # gin has no public call to clear these lists. Its default second reader searches Python
+    # packages, and takes a folder in the working directory for one.
     gin.config._LOCATION_PREFIXES[:] = [""]
     gin.config._FILE_READERS[:] = [(open_gin_file, lambda name: True)]
     name, verb = arguments.verb, load_verb(arguments.verb)
@@ -67,7 +64,7 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
         text = gin_text(modules, *lines)
         if arguments.safe_gin:
             require_safe_bindings(text)
-        list(gin_files.statements_in(text))  # which raises what gin would call by other names
+        list(gin_files.statements_in(text))  # its syntax errors are clearer than gin's
         explained(gin.parse_config, text, statements=in_files)
 
     bind(*arguments.bindings)
@@ -80,7 +77,7 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
             bind(binding)
     _make_groups(function)
     read_model_files(function, arguments.safe_gin)
-    _close_what_is_not_needed(verb)
+    _fill_unneeded_settings(verb)
     close_unused_settings(function)
     flags, used = flags_of(function), uses(function)
     require_types(used, flags)
@@ -91,7 +88,7 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
 
 
 def _read_gin_files(arguments: Arguments) -> list[gin_files.Statement]:
-    """Has gin read the files; returns their statements."""
+    """Parses the gin files with gin; returns their statements."""
     paths = [find_gin_file(file) for file in arguments.gin_files]
     if arguments.safe_gin:
         for path in paths:
@@ -111,11 +108,11 @@ def _missing_sentence(name: str, verb: Verb, flags: Mapping[str, str]) -> str:
         how = f"add a gin file that sets it (--gin_file={file}, say)"
     else:
         how = f"add {flag_of(name, flags)}, or a gin file that sets it"
-    return f"{spoken(name, flags)} is not set: {how}."
+    return f"{display_name(name, flags)} is not set: {how}."
 
 
 def _flags(verb: Verb, arguments: Arguments) -> Iterator[tuple[str, Sequence[str]]]:
-    """The values of flags and positional arguments, by setting."""
+    """The setting names and values given as flags and positional arguments."""
     settings = dict(arguments.settings)
     if arguments.positional and not verb.positional:
         raise InputError(
@@ -129,13 +126,13 @@ def _flags(verb: Verb, arguments: Arguments) -> Iterator[tuple[str, Sequence[str
 
 
 def _make_groups(function: Callable[..., None]) -> None:
-    """Binds groups of settings that nothing is bound to, so that their defaults apply."""
+    """Binds setting groups that are still unbound, so that their defaults apply."""
     for text in default_groups(function):
         explained(gin.parse_config, gin_text([], text))
 
 
-def _close_what_is_not_needed(verb: Verb) -> None:
-    """Binds what gin files leave REQUIRED and this verb does not need."""
+def _fill_unneeded_settings(verb: Verb) -> None:
+    """Gives a value to settings that gin files leave REQUIRED and this verb does not need."""
     for setting in settings_of(verb.function):
         key = f"{setting.owner.__qualname__}.{setting.name}"
         if key in verb.not_needed and is_required(bound_value(setting)):
@@ -143,7 +140,7 @@ def _close_what_is_not_needed(verb: Verb) -> None:
 
 
 def settings_of_all() -> str:
-    """The settings that must be the same in all processes of a run, as text."""
+    """The settings that must agree between all processes of a run, as text."""
     bindings = gin_files.bindings_in(gin_files.statements_in(gin.config_str()))
     return repr(
         [
@@ -155,7 +152,7 @@ def settings_of_all() -> str:
 
 
 def _refuse_unreadable(bindings: Iterable[str]) -> None:
-    """Refuses a --gin.NAME=VALUE that gin cannot read, or that is more than one setting."""
+    """Refuses a --gin.NAME=VALUE that gin cannot parse, or that holds several statements."""
     for binding in bindings:
         name, _, value = binding.partition(" = ")
         try:
@@ -167,17 +164,17 @@ def _refuse_unreadable(bindings: Iterable[str]) -> None:
         is_plain = value.isprintable() and not {*value} & {*"'\""}
         text = value if is_plain and value else "text"
         raise InputError(
-            f"--gin.{name}={value} cannot be read: write a text in quotes of its own, "
-            f"--gin.{name or 'NAME'}=\"'{text}'\", and numbers, True, None and (lists,) without."
+            f"--gin.{name}={value} cannot be parsed: put a string in its own quotes, "
+            f"--gin.{name or 'NAME'}=\"'{text}'\", and numbers, True, None and (lists,) in none."
         )
 
 
 def _refuse_unknown_macros(
     bindings: Iterable[str], in_files: Iterable[gin_files.Statement]
 ) -> None:
-    """Refuses a --gin.NAME that nothing refers to, which gin takes as a new macro.
+    """Refuses a --gin.NAME that nothing refers to, which gin would take for a new macro.
 
-    In files unused macros are fine: an included file may set more than its user needs.
+    Unused macros in files are fine: an included file may define more than is needed.
     """
     flags = list(gin_files.bindings_in(gin_files.statements_in("\n".join(bindings))))
     every = [*flags, *gin_files.bindings_in(in_files)]

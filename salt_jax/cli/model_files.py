@@ -1,4 +1,4 @@
-"""A model's own gin file as the value of a setting: --model=models/mini_slm.gin."""
+"""Lets a setting name a gin file of a model: --model=models/mini_slm.gin."""
 
 import importlib
 import inspect
@@ -19,10 +19,10 @@ MODEL_CLASS = "DecoderConfig"
 
 
 def read_model_files(function: Callable[..., None], safe_gin: bool) -> None:
-    """Makes a model of every setting for a DecoderConfig that names a gin file instead.
+    """Replaces every DecoderConfig setting that names a gin file by the model of that file.
 
-    The file is read on its own: nothing that is bound elsewhere, to the student for one, reaches
-    the model. Its settings get a scope of the setting's name, so that config.gin has them too.
+    The file is read on its own, so bindings for the student or others don't affect the model. Its
+    settings are bound in a gin scope named after the setting, so that config.gin has them too.
     """
     for setting in list(settings_of(function)):
         models = [
@@ -57,7 +57,7 @@ def read_model_files(function: Callable[..., None], safe_gin: bool) -> None:
 
 
 def _read_model_file(file: str) -> tuple[list[str], dict[str, Any]]:
-    """What a model's file and its includes import, and the settings that they make."""
+    """The modules that a model's file and its includes import, and the settings they bind."""
     statements = list(gin_files.statements_of(file, find_gin_file))
     imports = [one.module for one in statements if isinstance(one, config_parser.ImportStatement)]
     settings: dict[str, Any] = {}

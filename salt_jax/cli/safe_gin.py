@@ -1,10 +1,10 @@
-"""`--safe_gin`: refuses gin files and bindings that could do more than set salt_jax's settings.
+"""`--safe_gin`: refuses gin files and bindings that do more than set salt_jax's settings.
 
 gin imports any module that a file names and calls any function in it, so reading a file can run
-arbitrary code. Under --safe_gin a file may bind only the verbs and the names below, refer only to
-those names, none of which imports, runs or writes what its settings name, and import only their
-modules; settings that would run code (RUN_CODE) are refused as well. The check reads what gin's own
-parser gives for each file and its includes, before gin does, and imports nothing.
+arbitrary code. Under --safe_gin a file may import only the modules listed below, bind only the
+verbs and the names below, and refer only to those names; none of them imports, runs or writes what
+its settings name. Settings that would run code (RUN_CODE) are refused. The check parses each file
+and its includes with gin's own parser, before gin executes them, and imports nothing.
 """
 
 import functools
@@ -16,7 +16,7 @@ from salt_jax.cli.command_line import verbs
 from salt_jax.errors import InputError, nearest
 from salt_jax.storage import gin_files
 
-# Names that files may bind and refer to; verbs they may only bind.
+# Names that files may bind and refer to; verbs may only be bound.
 _NAMES = {
     "data.denoisers": "Objectives SpanDenoiser",
     "data.vocabularies": "ByteVocabulary HuggingFaceVocabulary "
@@ -50,7 +50,7 @@ NAMES = frozenset(
     f"salt_jax.{module}.{name}" for module, names in _NAMES.items() for name in names.split()
 )
 
-# Settings whose value names code to run, and the values that do not.
+# Settings whose value can name code to run, with the harmless values.
 _OWN_PROGRAMS = ("~/.cache/salt_jax/programs", "")
 RUN_CODE: Mapping[str, tuple[Any, ...]] = {
     "Devices.compilation_cache": _OWN_PROGRAMS,
@@ -64,34 +64,27 @@ _WITHOUT = "leave it out, or leave out --safe_gin where you trust who wrote it"
 
 
 def require_safe_file(file: str, find: gin_files.Finder) -> None:
-    """Refuses a gin file that, by itself or by an include, could do more than set our settings.
-
-    Args:
-      file: Which.
-      find: Finds what it includes.
-
-    Raises:
-      InputError: With file and line.
-    """
+    """Refuses a gin file that, itself or by an include (resolved by `find`), does more than set
+    salt_jax's settings; the InputError has the file and line."""
     _require_safe(gin_files.statements_of(file, find))
 
 
 def require_safe_bindings(text: str) -> None:
-    """Refuses the bindings of a command line likewise; see `require_safe_file`."""
+    """The same check for the bindings of a command line; see `require_safe_file`."""
     _require_safe(gin_files.statements_in(text))
 
 
 def _require_safe(statements: Iterable[Any]) -> None:
-    # By file. gin looks names up among all that any module has registered where a file has no
-    # dynamic registration: of such a file no name is known.
+    # Imports by file. A file without dynamic registration may use any name that some module has
+    # registered, so none of its names can be checked, and all are refused.
     imported: dict[str, dict[str, str]] = {}
     for statement in statements:
         file, where = statement.location.filename, gin_files.place_of(statement)
         modules = imported.get(file, {})
         if isinstance(statement, config_parser.IncludeStatement):
-            raise InputError(f"{where}: include {statement.filename!r} has no place in a flag.")
+            raise InputError(f"{where}: a flag cannot include a file ({statement.filename!r}).")
         if isinstance(statement, config_parser.ImportStatement):
-            # As a whole: "import __gin__.dynamic_registration" is an import as any other.
+            # Compared whole: "import __gin__.dynamic_registration" is an ordinary import.
             if statement.format() == _DYNAMIC_REGISTRATION:
                 imported.setdefault(file, {})
                 continue
@@ -100,11 +93,11 @@ def _require_safe(statements: Iterable[Any]) -> None:
             modules[statement.bound_name()] = statement.module if is_whole else "salt_jax"
             continue
         is_binding = isinstance(statement, config_parser.BindingStatement)
-        if not is_binding or statement.arg_name:  # a macro's name is no selector
+        if not is_binding or statement.arg_name:  # a macro's name is not a selector
             _require_own_name(statement.selector, modules, where, _own_names())
         if is_binding:
             for reference in gin_files.references_in(statement.value):
-                if name := reference.configurable:  # a value that is a verb runs it
+                if name := reference.configurable:  # a verb as a value would be run
                     _require_own_name(name, modules, where, NAMES)
             _require_no_code(statement, where)
 
@@ -118,8 +111,8 @@ def _require_own_module(module: str, where: str) -> None:
     own = {name.rpartition(".")[0] for name in _own_names()}
     if module not in own:
         raise InputError(
-            f"{where}: --safe_gin keeps gin from importing {module}, which is none of the modules "
-            f"of salt_jax that have settings{nearest(module, own)}: {_WITHOUT}."
+            f"{where}: --safe_gin keeps gin from importing {module}, which is not a module of "
+            f"salt_jax that has settings{nearest(module, own)}: {_WITHOUT}."
         )
 
 
@@ -130,13 +123,13 @@ def _require_own_name(
     if first not in modules:
         raise InputError(
             f"{where}: {first} is not imported there{nearest(first, modules)}, and "
-            "--safe_gin lets gin look nowhere else: correct the name, or import its module, after "
+            "--safe_gin lets gin look nowhere else: correct the name, or import its module after "
             f"`{_DYNAMIC_REGISTRATION}`."
         )
     if f"{modules[first]}.{rest}" not in own:
         last_names = {one.rpartition(".")[2] for one in own}
         raise InputError(
-            f"{where}: {name} is none of the names that --safe_gin lets gin use there"
+            f"{where}: {name} is not among the names that --safe_gin allows there"
             f"{nearest(name.rpartition('.')[2], last_names)}: {_WITHOUT}."
         )
 
@@ -146,6 +139,6 @@ def _require_no_code(statement: config_parser.BindingStatement, where: str) -> N
     harmless = RUN_CODE.get(f"{owner}.{setting}", (statement.value,))
     if statement.value not in harmless:
         raise InputError(
-            f"{where}: --safe_gin allows {setting} of {owner} to be "
-            f"{' or '.join(map(repr, harmless))} only, since what else it names is run: {_WITHOUT}."
+            f"{where}: --safe_gin allows {setting} of {owner} to be only "
+            f"{' or '.join(map(repr, harmless))}, since other values name code to run: {_WITHOUT}."
         )

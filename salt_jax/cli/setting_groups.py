@@ -1,8 +1,8 @@
-"""The tree of a verb's settings: its parameters, and the fields of the dataclasses among them.
+"""The tree of a verb's settings: its parameters, and the fields of those that are dataclasses.
 
-A flag names a setting by the end of its path: --cache is data.cache where no other group has a
-`cache`, --teacher.step is method.teacher.step. A flag that names a group with a `path` sets that:
---teacher=RUN.
+A flag names a setting by a unique end of its path: --cache is data.cache unless another group has a
+`cache` too, --teacher.step is method.teacher.step. A flag that names a group with a `path` field
+sets that field: --teacher=RUN.
 """
 
 import ast
@@ -19,7 +19,7 @@ from salt_jax.cli.command_line import ROOT, shortest
 from salt_jax.errors import InputError, nearest
 from salt_jax.storage.run_folder import RunFolder
 
-# References that a flag may hold in place of a plain value, alone or in brackets.
+# gin references that a flag may hold instead of a plain value, alone or in brackets.
 _REFERENCE = re.compile(r"[@%][A-Za-z_][\w./]*(\(\))?")
 _REFERENCES = re.compile(r"[\[({].*[@%][A-Za-z_]", re.DOTALL)
 
@@ -31,11 +31,11 @@ class Setting:
     Attributes:
       path: "method.teacher.step".
       owner: The function or class whose parameter it is.
-      scope: The gin scope in which its owner is made; "" for none.
+      scope: The owner's gin scope; "" for none.
       name: The parameter's name.
-      hint: Its type.
-      default: Its default; inspect.Parameter.empty where it has none.
-      group: The class or function that makes it, where it is a group of settings.
+      hint: Its type hint.
+      default: Its default, or inspect.Parameter.empty.
+      group: The class or function that constructs it, if it is a group of settings.
     """
 
     path: str
@@ -48,12 +48,12 @@ class Setting:
 
     @property
     def selector(self) -> str:
-        """What gin calls it once its owner's module is imported: "config.Teacher.step"."""
+        """Its name in gin once the owner's module is imported: "config.Teacher.step"."""
         module = self.owner.__module__.rpartition(".")[2]
         return f"{self.scope and self.scope + '/'}{module}.{self.owner.__qualname__}.{self.name}"
 
     def bind(self, value: str) -> str:
-        """The gin text that binds it to a value, given as gin writes it."""
+        """The gin source that binds it to a value written in gin's syntax."""
         return f"{import_of(self.owner)}\n{self.selector} = {value}"
 
 
@@ -81,9 +81,9 @@ def import_of(target: Callable[..., Any]) -> str:
 def settings_of(
     function: Callable[..., Any], path: tuple[str, ...] = (), scope: str = ""
 ) -> Iterator[Setting]:
-    """Every setting of a verb's function, those of a group after the group.
+    """Every setting of a verb's function; a group comes before its own settings.
 
-    The class that a gin file binds decides which settings a group has; else its type does.
+    A group's settings are those of the class that gin binds to it, or else of its type hint.
     """
     constructor = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(constructor)
@@ -105,12 +105,12 @@ def _bindings(function: Callable[..., Any], scope: str) -> dict[str, Any]:
     with gin.config_scope(scope or None):
         try:
             return gin.get_bindings(function, resolve_references=False)
-        except ValueError:  # no gin file has named it
+        except ValueError:  # not registered: no gin file names it
             return {}
 
 
 def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
-    """The class or function that makes a group, and its gin scope."""
+    """The class or function that constructs a group, and its gin scope."""
     if is_reference(value):
         made = value.configurable.wrapped
         is_made = value.evaluate and not value.configurable.selector.startswith("gin.")
@@ -120,18 +120,18 @@ def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
 
 
 def _refuse_class(value: Any, setting: Setting) -> None:
-    """Refuses @NAME of a class where an instance is meant, @NAME()."""
+    """Refuses a class, @NAME, where an instance, @NAME(), is meant."""
     for each in value if isinstance(value, list | tuple) else [value]:
         if is_reference(each) and not each.evaluate and inspect.isclass(each.configurable.wrapped):
             name = "/".join([*each.scopes, each.configurable.name])
             raise InputError(
-                f"{setting.selector} is the class @{name}, expected what it makes: add the "
+                f"{setting.selector} is the class @{name}, expected an instance: add the "
                 f"brackets, @{name}()."
             )
 
 
 def _dataclass_of(hint: Any) -> type | None:
-    """The dataclass that a hint is of, the first of a union."""
+    """The first dataclass in a type hint, if any."""
     classes = filter(inspect.isclass, alternatives(hint))
     return next((part for part in classes if dataclasses.is_dataclass(part)), None)
 
@@ -143,7 +143,7 @@ def alternatives(hint: Any) -> Sequence[Any]:
 
 
 def bound_value(setting: Setting) -> Any:
-    """The value that gin has bound to a setting, macros followed; None if unbound."""
+    """The value that gin has bound to a setting, macros resolved; None if unbound."""
     value: Any = _bindings(setting.owner, setting.scope).get(setting.name)
     while is_macro(value):
         with gin.config_scope("/".join(value.scopes)):
@@ -162,14 +162,14 @@ def flags_of(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def default_groups(function: Callable[..., Any]) -> Iterator[str]:
-    """gin texts that bind each unbound group that is not optional, outer ones first."""
+    """gin source that binds each unbound group that is not optional, outer groups first."""
     for setting in settings_of(function):
         if setting.group is not None and type(None) not in alternatives(setting.hint):
             yield from _link(setting)
 
 
 def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
-    """The gin text that binds a group, unless it is bound already; None may count as unbound."""
+    """gin source that binds a group unless it is bound (with `instead_of_none`, unless to None)."""
     is_bound = setting.name in _bindings(setting.owner, setting.scope)
     is_none = instead_of_none and bound_value(setting) is None
     if (is_none or not is_bound) and setting.group:
@@ -181,16 +181,16 @@ def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
 def bindings_of(
     function: Callable[..., Any], name: str, values: Sequence[str], macros: Collection[str] = ()
 ) -> Iterator[str]:
-    """gin texts for a flag --name=VALUE, which may have been given several times.
+    """gin source for a flag --name=VALUE, which may be repeated.
 
     Args:
-      function: The verb's.
+      function: The verb's function.
       name: "cache", or "teacher.step".
-      values: As they were typed.
-      macros: Those that gin files set, for a misspelt name.
+      values: The flag's values as typed.
+      macros: Macros that gin files set, to suggest for a misspelt name.
 
     Raises:
-      InputError: No such setting, several of them, or no value.
+      InputError: The name is unknown or ambiguous, or the value is missing.
     """
     every = {setting.path: setting for setting in settings_of(function) if setting.path}
     setting = every[_find(name, every, macros, function.__name__)]
@@ -200,8 +200,8 @@ def bindings_of(
     macro = name.rpartition(".")[2].upper()
     if is_plain and setting.group is not None and macro in macros:
         raise InputError(
-            f"--{name}={values[-1]}: a gin file makes an object of {setting.path}, and what it is "
-            f"made of is --gin.{macro}={values[-1]}."
+            f"--{name}={values[-1]}: a gin file sets {setting.path} to an object that is "
+            f"configured by --gin.{macro}={values[-1]}."
         )
     for path, outer in every.items():
         if outer is not setting and setting.path.startswith(f"{path}."):
@@ -228,8 +228,8 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str
 
 
 def spellings(settings: Iterable[Setting]) -> dict[str, Setting]:
-    """Settings by path, flag and name, in lower case with underscores (older versions had flags
-    like "data_seed")."""
+    """Settings by path, flag and name, in lower case, dots as underscores (flags of older versions
+    looked like "data_seed")."""
     every = {setting.path: setting for setting in settings if setting.path}
     found: dict[str, Setting] = {}
     for path, setting in every.items():
@@ -240,7 +240,7 @@ def spellings(settings: Iterable[Setting]) -> dict[str, Setting]:
 
 
 def _literal(name: str, values: Sequence[str], setting: Setting) -> str:
-    """A flag's values as gin text."""
+    """A flag's values in gin's syntax."""
     kinds = alternatives(setting.hint)
     lists = [part for part in kinds if typing.get_origin(part) in (Sequence, list, tuple)]
     of_texts = any(str in typing.get_args(part) for part in lists)

@@ -1,4 +1,4 @@
-"""Checks values of gin files and flags against type hints, and names types in plain words."""
+"""Checks values from gin files and flags against type hints, and describes types in messages."""
 
 import inspect
 import math
@@ -11,19 +11,19 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
     bool: ("True or False", "Trues and Falses"),
     float: ("a number", "numbers"),
     int: ("a whole number", "whole numbers"),
-    str: ("a text", "texts"),
+    str: ("a string", "strings"),
     type(None): ("None", "Nones"),
 }
 _UNIONS = (typing.Union, types.UnionType)
 
 
 def is_a(value: Any, hint: Any) -> bool:
-    """Whether a plain value fits a type hint; any fits a hint that is not known here."""
+    """Whether a plain value fits a type hint; unsupported hints accept any value."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         return any(is_a(value, part) for part in parts)
     if origin is typing.Literal:
-        return True  # the dataclass itself lists the choices
+        return True  # the dataclass itself checks the choices
     if origin in (Sequence, list, tuple):
         inner = parts[0] if parts and len({*parts} - {...}) == 1 else Any
         return isinstance(value, list | tuple) and all(is_a(item, inner) for item in value)
@@ -36,13 +36,13 @@ def is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
-    # A dataclass or protocol wants an object, which no plain value is.
+    # A dataclass or protocol: no plain value fits.
     plain = bool | int | float | str | list | tuple | None
     return hint is Any or not isinstance(value, plain)
 
 
 def makes(target: type, hint: Any) -> bool:
-    """Whether instances of a class fit a type hint; any fit a hint that is not known here."""
+    """Whether instances of a class fit a type hint; unsupported hints accept any class."""
     if typing.get_origin(hint) in _UNIONS:
         return any(makes(target, part) for part in typing.get_args(hint))
     if not inspect.isclass(hint):
@@ -55,7 +55,7 @@ def makes(target: type, hint: Any) -> bool:
 
 
 def described(hint: Any) -> str:
-    """A type in plain words: "a whole number or None"."""
+    """A type in words: "a whole number or None"."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         return " or ".join(described(part) for part in parts)

@@ -1,8 +1,8 @@
 """Checks every setting that a verb would use, before it is called.
 
-gin makes objects only when something asks for them, in the middle of a run if need be. `uses` walks
-what calling a verb would make and read, without making any of it, so that a setting that is missing
-or of a wrong type is one sentence before a device starts.
+gin constructs objects lazily, so a bad setting could fail in the middle of a run. `uses` finds what
+calling a verb would construct and read, without constructing it, so that a missing setting or one
+of the wrong type is reported before a device starts.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import gin
-from salt_jax.cli.config_errors import flag_of, spoken
+from salt_jax.cli.config_errors import display_name, flag_of
 from salt_jax.cli.setting_groups import is_macro, is_reference, is_required
 from salt_jax.cli.setting_types import described, is_a, makes
 from salt_jax.errors import InputError
@@ -22,12 +22,12 @@ from salt_jax.storage.run_folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A function or class that gin would call, or one it would pass on, or a macro it would read.
+    """A function or class that gin would call or pass as a value, or a macro it would read.
 
     Attributes:
-      name: "decoder.DecoderConfig", with its gin scope in front; "%STEPS" for a macro.
+      name: "decoder.DecoderConfig", prefixed by its gin scope; "%STEPS" for a macro.
       target: The function or class; gin's own for a macro.
-      bindings: What gin has bound its parameters to; a macro has one, "value".
+      bindings: The values bound to its parameters; a macro has one, "value".
       is_call: Whether gin would call it.
     """
 
@@ -38,7 +38,7 @@ class Use:
 
 
 def uses(verb: Callable[..., Any]) -> list[Use]:
-    """What calling a verb would use, the verb itself first."""
+    """Everything that calling a verb would use, the verb itself first."""
     found: dict[str, Use] = {}
     _add(verb, "", True, found)
     return [*found.values()]
@@ -70,7 +70,7 @@ def _references(value: Any) -> Iterator[Any]:
 
 
 def missing_settings(used: Collection[Use]) -> Iterator[str]:
-    """Names of the parameters that need a value, and of the macros, that have none."""
+    """Names of the required parameters, and of the macros, that have no value."""
     for use in used:
         if use.name[0] == "%":
             yield from () if use.bindings else (use.name[1:],)
@@ -83,15 +83,8 @@ def missing_settings(used: Collection[Use]) -> Iterator[str]:
 
 
 def require_types(used: Collection[Use], flags: Mapping[str, str]) -> None:
-    """Refuses values, and objects of this package's classes, that a parameter's type excludes.
-
-    Args:
-      used: What the verb would use.
-      flags: What its settings are called on the command line.
-
-    Raises:
-      InputError: With the first that is wrong.
-    """
+    """Raises InputError for the first value that its parameter's type excludes; `flags` are the
+    flag names by setting."""
     for use in used:
         if use.name[0] == "%" or not use.is_call:
             continue
@@ -118,17 +111,17 @@ def _require_type(
         is_ours = inspect.isclass(made) and made.__module__.startswith("salt_jax.")
         if is_ours and not makes(made, hint):
             raise InputError(
-                f"{spoken(name, flags)} is what @{given.configurable.name}() makes, expected "
+                f"{display_name(name, flags)} is set to @{given.configurable.name}(), expected "
                 f"{described(hint)}: {change}."
             )
     elif not [*_references([given])] and not is_a(given, hint):
         raise InputError(
-            f"{spoken(name, flags)} is {given!r}, expected {described(hint)}: {change}."
+            f"{display_name(name, flags)} is {given!r}, expected {described(hint)}: {change}."
         )
 
 
 def _without_macros(value: Any) -> Any:
-    """A value with each macro replaced by what it stands for; one without a value stays."""
+    """A value with each macro replaced by its value; macros without one stay."""
     if is_macro(value):
         with gin.config_scope("/".join(value.scopes)):
             bound = gin.get_bindings("gin.macro", resolve_references=False)
@@ -141,9 +134,9 @@ def _without_macros(value: Any) -> Any:
 
 
 def close_unused_settings(verb: Callable[..., Any]) -> None:
-    """Binds None to what gin files leave REQUIRED and the verb would not use.
+    """Binds None to settings that gin files leave REQUIRED and the verb would not use.
 
-    Code from outside this package may ask gin in other ways: what it has REQUIRED stays so.
+    Settings of code outside this package stay REQUIRED: it may query gin in other ways.
     """
     used = uses(verb)
     for (scope, selector), settings in [*gin.config._CONFIG.items()]:
@@ -156,7 +149,7 @@ def close_unused_settings(verb: Callable[..., Any]) -> None:
 def _is_used(scope: str, selector: str, name: str, used: Collection[Use]) -> bool:
     if selector == "gin.macro":
         return any(use.name == f"%{scope}" for use in used)
-    # By the last part: a class may be used through another module than it is bound through.
+    # Compared by the last part: a class may be bound through another module than it is used from.
     last = selector.rpartition(".")[2]
     return any(
         use.name.rpartition(".")[2] == last and is_required(use.bindings.get(name)) for use in used

@@ -1,4 +1,4 @@
-"""What the command line knows of a verb besides its settings."""
+"""A verb's entry for the command line: its function and how to run it."""
 
 import dataclasses
 import importlib
@@ -10,17 +10,17 @@ from salt_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """A verb; its module in `salt_jax.commands` has it as VERB.
+    """A verb; its module in `salt_jax.commands` defines it as VERB.
 
     Attributes:
       function: Takes a RunFolder, and its settings as keyword arguments.
-      positional: The setting that arguments without a flag are values of.
-      print_flag: A flag with which it only prints something, and needs no output folder.
+      positional: The setting that arguments without a flag set.
+      print_flag: A flag with which it only prints, and needs no output folder.
       several_processes: Whether it may run as one of several processes.
-      saves_on_request: Whether all of several processes save when one is asked to stop.
-      changes_no_result: Settings that change no result but for rounding ("Devices.mesh").
-      gin_files: A gin file that sets what no flag can, by setting, for messages.
-      not_needed: Values of settings that gin files may leave REQUIRED ("Data.cache").
+      saves_on_request: Whether all processes save when one is asked to stop.
+      changes_no_result: Settings that change results by rounding at most ("Devices.mesh").
+      gin_files: For messages: a gin file that sets what no flag can, by setting.
+      not_needed: Values for settings that gin files may leave REQUIRED ("Data.cache").
     """
 
     function: Callable[..., None]
@@ -34,11 +34,7 @@ class Verb:
 
 
 def load_verb(name: str) -> Verb:
-    """The verb of that name.
-
-    Raises:
-      InputError: A library that it needs is not installed.
-    """
+    """The verb of that name; InputError if a library that it needs is not installed."""
     try:
         verb: Verb = importlib.import_module(f"salt_jax.commands.{name}").VERB
     except ModuleNotFoundError as error:

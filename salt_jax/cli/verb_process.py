@@ -1,7 +1,4 @@
-"""Runs `salt` commands as child processes, for `salt smoke` and `salt study`.
-
-Commands can be checked beforehand, all in one process.
-"""
+"""Runs `salt` commands as child processes, for `salt smoke` and `salt study`."""
 
 import contextlib
 import json
@@ -27,13 +24,7 @@ def run_verb(
     output: pathlib.Path,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs `salt VERB ARGUMENTS --output_dir=OUTPUT` and waits for it.
-
-    Args:
-      verb: "train".
-      arguments: Its flags.
-      output: Its output folder.
-      environment: Variables on top of this process's.
+    """Runs `salt VERB ARGUMENTS --output_dir=OUTPUT`, with `environment` on top of this process's.
 
     Raises:
       InputError: It refused its input (exit code 2).
@@ -42,9 +33,9 @@ def run_verb(
     """
     typed = [verb, *arguments, f"--output_dir={output}"]
     say("", f"$ salt {shlex.join(typed)}")
-    # -P: a file of the working directory that is called like a library is not imported.
+    # -P: don't import a file of the working directory in place of a library.
     command = [sys.executable, "-P", "-m", "salt_jax", *typed]
-    with _stop_passed_on() as (received, children):
+    with _stop_signals_forwarded() as (received, children):
         child = subprocess.Popen(command, env={**os.environ, **(environment or {})})
         children.append(child)
         if received:
@@ -52,26 +43,27 @@ def run_verb(
         code = child.wait()
     if code == 2:
         raise InputError(f"`salt {verb}` refused its input, as it says above.")
-    # It may have been asked so late that it finished.
+    # The request may have come too late to stop it.
     if code == INTERRUPTED or code == -signal.SIGTERM or (code == 0 and received):
-        raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to go on.")
+        raise Interrupted(f"`salt {verb}` was interrupted: run the same command again to resume.")
     if code != 0:
         raise RunFailed(f"`salt {verb}` ended with exit code {code}.")
 
 
 def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
-    """Refuses commands whose flags, gin files or settings are wrong, before any of them is run.
+    """Checks the flags, gin files and settings of commands, in one child process, without running
+    them.
 
     Args:
       commands: VERB and its flags, by the name to use in messages.
 
     Raises:
-      InputError: The first wrong command's name and its own message.
+      InputError: The first wrong command's name and error.
       Interrupted: This process was asked to stop.
       RunFailed: They could not be checked.
     """
     code = "import sys; from salt_jax.main import check; sys.exit(check(sys.stdin))"
-    with _stop_passed_on() as (received, children):
+    with _stop_signals_forwarded() as (received, children):
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
@@ -92,17 +84,17 @@ def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
 
 
 def run_guarded(argv: Sequence[str]) -> tuple[int, str]:
-    """Runs `salt ARGV` in a process that jax may abort when the coordinator dies.
+    """Runs `salt ARGV` in a child process, which jax may abort when the coordinator dies.
 
     Returns:
-      Its exit code, negative for the signal that ended it; and the coordinator's host, "" if it
-      didn't come so far as to know.
+      Its exit code, negative for the signal that ended it; and the coordinator's host, "" if the
+      child never learned it.
     """
     command = [sys.executable, "-P", "-m", "salt_jax", *argv]
     read, write = os.pipe()
     with open(read, "rb", buffering=0) as told, open(write, "wb", buffering=0):
         os.set_blocking(read, False)
-        with _stop_passed_on() as (received, children):
+        with _stop_signals_forwarded() as (received, children):
             environment = {**os.environ, GUARDED: str(write)}
             child = subprocess.Popen(command, env=environment, pass_fds=[write])
             children.append(child)
@@ -113,18 +105,18 @@ def run_guarded(argv: Sequence[str]) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _stop_passed_on() -> Iterator[tuple[list[int], list["subprocess.Popen[Any]"]]]:
-    """Asks children to stop when this process is asked, and lets them save before both end.
+def _stop_signals_forwarded() -> Iterator[tuple[list[int], list["subprocess.Popen[Any]"]]]:
+    """Forwards stop signals to child processes, so that they save before this process ends.
 
     Yields:
-      The signals received, and the children, to be added to.
+      The signals received, and the list to append children to.
     """
     received: list[int] = []
     children: list[subprocess.Popen[Any]] = []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         del frame
-        # A closed terminal may say so several times, and to the children as well.
+        # A closing terminal may signal several times, and signal the children too.
         for child in () if received and number == signal.SIGHUP else children:
             child.terminate()
         received.append(number)

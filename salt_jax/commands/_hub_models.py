@@ -1,4 +1,4 @@
-"""Models of the Hub, named as "hf:OWNER/NAME@REVISION" wherever a run of salt's can be."""
+"""Resolves "hf:OWNER/NAME@REVISION", a model of the Hub, wherever a run's folder is accepted."""
 
 import os
 import pathlib
@@ -10,19 +10,17 @@ from salt_jax.huggingface import hub
 from salt_jax.storage.run_folder import SUMMARY_FILE
 from salt_jax.storage.user_folders import cache_folder
 
-# Environment variable: the folder of converted models, ~/.cache/salt_models by default.
+# Environment variable: the folder of imported models, ~/.cache/salt_models by default.
 FOLDER = "SALT_MODELS"
 
 
 def local_model(name: str) -> str:
-    """The run folder of a model, converted once for each commit if it is one of the Hub's.
-
-    Args:
-      name: "hf:HuggingFaceTB/SmolLM2-135M", or anything else, which is given back.
+    """The run folder of a model. One of the Hub ("hf:HuggingFaceTB/SmolLM2-135M") is imported once
+    per commit; any other name is returned unchanged.
 
     Raises:
-      InputError: What `hub.download` and `salt convert` refuse.
-      Interrupted: Asked to stop while it was converted.
+      InputError: `hub.download` or `salt convert` refuses it.
+      Interrupted: The import was asked to stop.
     """
     named = hub.split_name(name)
     if named is None:
@@ -31,7 +29,7 @@ def local_model(name: str) -> str:
     folder = pathlib.Path(os.environ.get(FOLDER) or cache_folder("salt_models", FOLDER))
     folder.mkdir(parents=True, exist_ok=True)
     run = folder / f"{named[0].replace('/', '--')}@{snapshot.name[:12]}"
-    with FileLock(f"{run}.lock"):  # several processes of one machine may want it
+    with FileLock(f"{run}.lock"):  # several processes of one machine may import it
         if not (run / SUMMARY_FILE).exists():
             run_verb("convert", [f"--huggingface={snapshot}"], run)
     return str(run)

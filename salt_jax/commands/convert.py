@@ -1,9 +1,9 @@
-"""`salt convert`: imports Hugging Face models as checkpoints, and exports checkpoints as them.
+"""`salt convert`: imports Hugging Face models as checkpoints, and exports checkpoints to them.
 
---huggingface=FOLDER makes a run's folder of a downloaded model, which --teacher, --scorer,
---initial and --model take. Its steps can be converted one after the other into one folder.
---model=RUN makes a folder that transformers loads. Only safetensors are read and written, one
-tensor at a time. The families are GPT-NeoX with Pythia, Llama, Gemma, and those of one's own.
+--huggingface=FOLDER imports a downloaded model as a run's folder, for --teacher, --scorer,
+--initial and --model. Its steps can be imported one by one into one folder. --model=RUN exports a
+folder that transformers loads. Only safetensors are read and written, one tensor at a time. The
+families are GPT-NeoX with Pythia, Llama, Gemma, and your own.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ from salt_jax.training.converted_tensors import (
     tensors_of,
 )
 
-# What changes no tensor when a model is exported again.
+# Settings that change no tensor when a model is exported again.
 CHANGES_NO_RESULT = ("convert.max_shard_bytes",)
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -76,7 +76,7 @@ def convert(
     drop_padding: bool | None = None,
     families: Sequence[Family] = (),
 ) -> None:
-    """Imports or exports a model in Hugging Face's files.
+    """Imports or exports a model in Hugging Face's format.
 
     Args:
       run: The folder for the run, or for the files.
@@ -85,23 +85,22 @@ def convert(
         ("EleutherAI/pythia-1.4b"), which is downloaded.
       revision: The repository's branch, tag or commit; "main" by default.
       model: The run folder of a model to export.
-      step: What step the checkpoint is to have, 0 by default; or the step to export, the newest by
+      step: The imported checkpoint's step, 0 by default; or the step to export, the newest by
         default.
-      dtype: Of the parameters, "float32", "bfloat16" or "float16"; unchanged by default.
-      compute_dtype: Of activations and products of an imported model, "float32" or "bfloat16"; the
-        latter by default where the parameters have 16 bits.
-      eos_token: The token that ends a document, where the imported folder doesn't say.
-      max_shard_bytes: Of the values in an exported file.
+      dtype: The parameters' dtype, "float32", "bfloat16" or "float16"; unchanged by default.
+      compute_dtype: An imported model's dtype of activations and products, "float32" or
+        "bfloat16"; by default "bfloat16" if the parameters have 16 bits.
+      eos_token: The token that ends a document, if the imported folder doesn't name it.
+      max_shard_bytes: The most bytes of values in an exported file.
       drop_padding: Export no rows of the embedding beyond the vocabulary. By default those of a
-        model trained here are left out, since it has never learned that these ids don't occur (its
-        own evaluation leaves them out, and transformers would give them most of the probability),
-        and those of an imported model are kept.
-      families: Families of models beside the built-in ones, and before them.
+        model trained here are dropped, since it never learned that these ids don't occur (its own
+        evaluation masks them out; transformers would give them most of the probability), and those
+        of an imported model are kept.
+      families: Model families that are tried before the built-in ones.
 
     Raises:
-      InputError: No such model, one that no family describes, damaged files, values that are not
-        finite or that dtype can't hold, or a folder that holds something else. Nothing is written
-        then.
+      InputError: There is no such model, no family describes it, its files are damaged, its values
+        are not finite or don't fit dtype, or the folder holds something else. Nothing is written.
     """
     if (huggingface is None) == (model is None):
         given = "neither is" if model is None else "both are"
@@ -143,7 +142,7 @@ def convert(
 
 
 def _source(name: str, revision: str | None) -> pathlib.Path:
-    """The folder of a model that was named by it, or by its repository on the Hub."""
+    """The folder of a model, given as a folder or as a repository on the Hub."""
     named = hub.split_name(name)
     if named is None and not pathlib.Path(name).exists() and (repository := repository_id(name)):
         named = repository, None
@@ -173,7 +172,7 @@ def _import(
     vocabulary = model_tokenizers.model_vocabulary(source, eos_token, families)
     model_tokenizers.require_rows(vocabulary, settings.get("vocab_size"), source)
     if complete_steps(run.path) and (run.path / VOCABULARY_FOLDER).is_dir():
-        # Of equal ones the first stays, which the steps that are there name.
+        # If equal, the existing vocabulary stays, since the steps there name it.
         kept = load_vocabulary(run.path / VOCABULARY_FOLDER)
         vocabulary = kept if kept == vocabulary else vocabulary
     family, config = config_from_json(
@@ -208,7 +207,7 @@ def _import(
     tokenizer_files.copy_tokenizer(source, run.path / TOKENIZER_FOLDER)
     ends = tokenizer_files.end_ids(source)
     if ends and not (source / GENERATION_FILE).exists():
-        text = to_json({"eos_token_id": ends})  # as transformers takes it from config.json
+        text = to_json({"eos_token_id": ends})  # as transformers reads it from config.json
         write_text(run.path / TOKENIZER_FOLDER / GENERATION_FILE, text + "\n")
     progress = {
         "model": config.to_json(),
@@ -223,7 +222,7 @@ def _import(
 
 
 def _refuse_another_head(files: SafetensorsFolder, embedding: str, head: str) -> None:
-    """A head beside a tied embedding is the same table, or config.json is wrong about it."""
+    """Refuses a head tensor that differs from the tied embedding: then config.json is wrong."""
     size, same = files.tensors[embedding].shape, files.tensors[head].shape
     for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
         rows = slice(first, min(first + _COMPARED_ROWS, size[0]))
@@ -239,7 +238,7 @@ def _refuse_another_head(files: SafetensorsFolder, embedding: str, head: str) ->
 
 
 def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
-    """The tensors' dtype; float32 where they have several, since it holds the others exactly."""
+    """The tensors' dtype; float32 if they have several, since it represents the others exactly."""
     found = set()
     for name, _ in tensor_shapes(config, rules):
         dtype = files.tensors[name].dtype
@@ -258,7 +257,7 @@ def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
 def _require_same_model(
     path: pathlib.Path, step: int, config: DecoderConfig, vocabulary: Vocabulary
 ) -> None:
-    """Refuses a run's folder that holds a step of something else."""
+    """Refuses a run's folder that holds a step of another model."""
     progress = read_progress(path, step)
     if "converted_from" not in progress:
         raise InputError(
@@ -285,7 +284,7 @@ def _require_same_model(
 
 
 def _is_there(path: pathlib.Path, step: int, files: SafetensorsFolder) -> bool:
-    """Whether a run's folder has a step of these weights already; refuses one of others."""
+    """Whether a run's folder already has this step of these weights; refuses other weights."""
     if (path / CONFIG_FILE).exists():
         raise InputError(
             f"{path} holds a model in Hugging Face's files, not a run: choose another --output_dir."
@@ -332,7 +331,7 @@ def _export(
     total = sum(tensor.num_bytes for tensor in tensors)
     run.require_space(total, "the tensors")
     run.begin(may_change=CHANGES_NO_RESULT)
-    # A folder without config.json is no model: it is removed first and written last.
+    # config.json makes the folder a model, so it is removed first and written last.
     for file in old:
         file.unlink()
     try:
@@ -358,7 +357,7 @@ def _export(
 
 
 def _files_of_a_model(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What a folder holds of a Hugging Face model, config.json first."""
+    """The files of a Hugging Face model in a folder, config.json first."""
     names = [CONFIG_FILE, *tokenizer_files.tokenizer_files(folder)]
     files = [folder / name for name in names if (folder / name).exists()]
     return files + sorted(folder.glob("model*.safetensors*"))

@@ -6,11 +6,11 @@
     salt evaluate --model=out/tuned --gin_file=data/responses.gin … --output_dir=out/answers
     salt evaluate --list_tasks=True
 
-Three examinations, of which one run may hold several. Held-out rows (--cache) give log-perplexity,
-bits per byte and next-token accuracy, whole and by subset. Tasks (--tasks) are any of
-lm-evaluation-harness's or of a folder of YAML files in its format; salt_suite are those of the SALT
-paper. Responses (data/responses.gin) are generated and compared with those of a file. Started again
-after a kill it resumes: no task's answer and no response is computed twice.
+There are three kinds of evaluation, which can be combined in one run. Held-out rows (--cache) give
+log-perplexity, bits per byte and next-token accuracy, in total and by subset. Tasks (--tasks) are
+those of lm-evaluation-harness or of a folder of YAML files in its format; salt_suite are those of
+the SALT paper. Responses (data/responses.gin) are generated and compared with a file's. A killed
+evaluation resumes: no task's answer and no response is computed twice.
 """
 
 from typing import Any
@@ -56,17 +56,18 @@ def evaluate(
       step: The checkpoint; the newest by default.
       held_out: Rows of a cache.
       few_shot: Tasks of lm-eval.
-      responses: @responses.Responses(): prompts, and how to judge what the model makes of them
+      responses: @responses.Responses(): prompts, and how to judge the model's responses
         (--gin_file=data/responses.gin), or an examination of your own.
       parse_special: Whether the name of a special token ("<|im_start|>") in a task's text or in a
         prompt stands for that token, as in lm-eval's own backend; otherwise it is plain text.
-      list_tasks: Print the tasks of salt_suite, or of --tasks, with their data sets; nothing else.
+      list_tasks: Only print the tasks of salt_suite, or of --tasks, with their data sets.
       batch_size: Rows, sequences of tasks or prompts at once.
       chunk_tokens: Tokens whose logits a device holds at once.
       devices: The mesh, and where compiled programs are kept.
 
     Raises:
-      InputError: No such model, cache, split, task or data set, another vocabulary, bad examples.
+      InputError: The model, cache, split, task or data set doesn't exist, vocabularies differ, or
+        examples are malformed.
     """
     if list_tasks:
         few_shot.print_tasks()

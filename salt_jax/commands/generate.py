@@ -6,8 +6,8 @@
 
 Completions are printed as they are made, those of the longest prompts first. generations.jsonl
 holds them in the order of the prompts: prompt, completion (which ends before a stop text), token
-ids, their log-probabilities by the model (before temperature, top-k and top-p; nats), and what
-ended it: "end of document", "stop text" or "length".
+ids, their log-probabilities (before temperature, top-k and top-p; nats), and the reason it ended:
+"end of document", "stop text" or "length".
 """
 
 import collections
@@ -61,13 +61,13 @@ def generate(
       run: The folder for the results.
       model: The run folder of the model.
       step: The checkpoint; the newest by default.
-      prompt: A prompt; the flag may be given again.
-      prompts: A file of them instead: .txt, one a line, or .jsonl, in the field "prompt" or "text",
-        or in "messages", [{"role": "user", "content": "TEXT"}], for the model's chat template. May
-        be compressed.
-      max_new_tokens: The most new tokens of a prompt.
+      prompt: A prompt; the flag may be repeated.
+      prompts: A file of prompts instead: .txt, one per line, or .jsonl, in the field "prompt" or
+        "text", or in "messages", [{"role": "user", "content": "TEXT"}], for the model's chat
+        template. May be compressed.
+      max_new_tokens: The most new tokens per prompt.
       sampling: How each token is chosen.
-      stop: A text to end at; the flag may be given again.
+      stop: A text to stop at; the flag may be repeated.
       prepend_start: Whether the vocabulary's start comes before a prompt that doesn't begin with
         it; False for models that were trained without one, such as Pythia. Never before messages.
       parse_special: Whether the name of a special token in a prompt ("<|im_start|>") stands for
@@ -76,7 +76,7 @@ def generate(
       devices: The mesh, and where compiled programs are kept.
 
     Raises:
-      InputError: No such model, no prompts or one that is too long, or a setting out of range.
+      InputError: There is no such model, no prompt or too long a one, or a setting is out of range.
     """
     given = _given(prompt, prompts)
     saved = find_model(local_model(model), step, "model")
@@ -85,7 +85,7 @@ def generate(
     start = [vocabulary.start_id] if prepend_start else []
     texts, ids = [], []
     for place, asked in given:
-        # A chat template writes a conversation's start itself, where there is one.
+        # A chat template writes the start token itself, if there is one.
         is_chat = isinstance(asked, list)
         text = _written(saved, place, asked, template) if is_chat else asked
         encoded = vocabulary.encode(text, parse_special or is_chat)
@@ -98,7 +98,7 @@ def generate(
     generator.check(ids, max_new_tokens, stop, prepend_start=False)
     run.begin(replace=True)
     compilation.use_compilation_cache(devices.compilation_cache)
-    # Held in the dtype of computation: reading the parameters is most of what a token costs.
+    # Held in the compute dtype, since reading the parameters is most of a token's cost.
     params = saved.load_params(mesh, devices.rules, saved.config.dtype)
     records: list[dict[str, Any]] = [{}] * len(texts)
     began = time.perf_counter()
@@ -122,7 +122,7 @@ def generate(
 
 
 def _given(prompt: Sequence[str], prompts: str | None) -> list[tuple[str, Any]]:
-    """The prompts of the command line or of a file: the place, and the text or messages."""
+    """The prompts of the command line or of a file, each with its place."""
     if bool(prompt) == (prompts is not None):
         raise InputError(
             f"prompt is {tuple(prompt)} and prompts is {prompts}: set one of them, --prompt=TEXT "
@@ -152,7 +152,7 @@ def _given(prompt: Sequence[str], prompts: str | None) -> list[tuple[str, Any]]:
 
 
 def _lines(path: pathlib.Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, str]]]:
-    """The lines of a .txt file as rows of JSON; blank ones are left out."""
+    """The lines of a .txt file as JSON rows; blank ones are skipped."""
     for number, line in enumerate(text_lines(path, file), 1):
         place = f"{path}, line {number}"
         try:
@@ -168,10 +168,10 @@ def _field(place: str, row: Any) -> str | list[Any]:
     if isinstance(row, Broken):
         raise InputError(f"{place} is not JSON ({row.reason}): correct it.")
     fields = row if isinstance(row, dict) else {}
-    # Tables written as JSON have a null for what a row lacks.
+    # Tables written as JSON have null for missing values.
     given = (fields.get(name) for name in ("messages", "prompt", "text"))
     found = next((value for value in given if value is not None), None)
-    # JSON can write half of a surrogate pair, which is no character.
+    # JSON allows lone surrogates, which are not characters.
     if isinstance(found, list) or (isinstance(found, str) and not _HALF_A_PAIR.search(found)):
         return found
     raise InputError(
@@ -186,7 +186,7 @@ def _written(
     if template is None:
         raise InputError(
             f"{place} has messages, and the model {saved.path} has no chat template: give it "
-            'prompts, {"prompt": "TEXT"}, or take in a model that has one.'
+            'prompts, {"prompt": "TEXT"}, or import a model that has one.'
         )
     try:
         return template(messages)
@@ -195,7 +195,7 @@ def _written(
 
 
 def _summary(work: Work, records: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The counts and rates of summary.json, which it prints, too."""
+    """The counts and rates of summary.json, also printed."""
     prefill = work.prompt_tokens / work.prefill_seconds
     decode = work.decoded_tokens / work.decode_seconds if work.decode_seconds else None
     new_tokens = sum(len(record["ids"]) for record in records)

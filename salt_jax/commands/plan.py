@@ -1,11 +1,11 @@
 """`salt plan`: whether a run fits a slice, and how long it takes, before paying for it.
 
-Takes the gin files and flags of `salt train` and compiles the two programs that it would run, for
-TPU slices that need not be there (libtpu does it: `pip install 'salt_jax[plan]'`) or for the
-devices at hand. It prints what a chip's memory holds at its peak, what a step computes and sends,
-and an estimate of the days and chip-hours of the run with and without its teacher. Where a stage
-does not fit it tries settings that make it fit; where memory is idle, those that use it. Neither
-the cache nor the teacher needs to exist.
+Takes the gin files and flags of `salt train` and compiles the programs of both stages, for TPU
+slices without having one (by libtpu: `pip install 'salt_jax[plan]'`) or for the devices at hand. It
+prints a chip's peak memory, a step's computation and communication, and an estimate of the days and
+chip-hours of the run with and without its teacher. If a stage does not fit, it tries settings that
+make it fit; if memory is idle, settings that use it. Neither the cache nor the teacher needs to
+exist.
 
   salt plan --gin_file=paper/llm_2_8b_salt.gin --topology=v5e:16x16 --topology=v4:4x4x8 \\
       --output_dir=PLAN
@@ -35,7 +35,7 @@ from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training.config import FROM_FILES, Teacher, TrainConfig
 
-# What a run needs and a plan does not, with the values that stand for it.
+# Placeholder values of settings that a run needs and a plan does not.
 NEEDS_NO = {
     "Data.cache": None,
     "Data.selection": None,
@@ -61,19 +61,19 @@ def plan(
 
     Args:
       run: The folder for summary.json.
-      config: The run's settings. A cache that they name gives vocab_size and sequence_length.
+      config: The run's settings. Their cache, if any, gives vocab_size and sequence_length.
       topology: What to compile for; repeat the flag for more than one.
-      teacher_model: The teacher, or a gin file of gin/models; it computes as the student does.
+      teacher_model: The teacher, or a gin file of gin/models; it computes in the student's dtype.
       vocab_size: Ids of the vocabulary, for models that don't set it.
       sequence_length: L, tokens of a row.
-      hbm_gib: Memory of a chip, GiB, instead of what is known of it.
+      hbm_gib: Memory of a chip, GiB, in place of the known value.
       try_changes: Whether to look for settings that make a stage fit, or that use idle memory.
-      stored_ids: Ids a token of stored soft labels, to say what storing them would take; also of
-        the run's soft labels where their folder doesn't exist yet.
+      stored_ids: Ids per token of stored soft labels, to estimate their size; also of the run's
+        soft labels if their folder doesn't exist yet.
 
     Raises:
-      InputError: Settings that don't fit each other, an unknown topology, libtpu is missing, or
-        the run fits none of the topologies (summary.json is written even so).
+      InputError: Settings are incompatible, a topology is unknown, libtpu is missing, or the run
+        fits none of the topologies (summary.json is still written).
     """
     if config.data.cache is not None:
         cache = config.data.cache
@@ -84,7 +84,7 @@ def plan(
         raise InputError(f"hbm_gib is {hbm_gib} and must be above 0: change --hbm_gib.")
     job = _job(config, teacher_model, vocab_size, sequence_length, stored_ids)
     found = [topologies.find(name, hbm_gib) for name in topology]
-    if 1 in job.stages:  # or the size of soft labels is refused
+    if 1 in job.stages:  # otherwise the size of soft labels would be refused
         LabelFormat(sequence_length, job.student.vocab_size or 0, job.soft_labels or stored_ids)
     for where in found:
         for stage in job.stages:
@@ -119,7 +119,7 @@ def _job(
     sequence_length: int,
     stored_ids: int,
 ) -> Job:
-    """What the run computes, or InputError if its settings don't fit each other."""
+    """The job to compile; InputError if the run's settings are incompatible."""
     method, taught = config.method, config.method.teacher or Teacher(path=None)
     student = _student(config, vocab_size)
     if sequence_length > student.max_length:
@@ -148,13 +148,13 @@ def _job(
 
 
 def _stored_k(config: TrainConfig, stored_ids: int) -> int:
-    """Ids a token of the soft labels in place of a teacher; 0 without soft labels."""
+    """Ids per token of the soft labels that replace the teacher; 0 without soft labels."""
     folder = config.method.soft_labels
     if folder is None:
         return 0
     if config.data.objectives is not None:
         raise InputError(
-            f"The soft labels {folder} are of rows as they are, and objectives changes rows: "
+            f"The soft labels {folder} are of unchanged rows, and objectives changes rows: "
             "leave it unset, or plan with a teacher_model instead."
         )
     if not local_folder(folder).exists():
@@ -165,7 +165,7 @@ def _stored_k(config: TrainConfig, stored_ids: int) -> int:
 def _features(
     objectives: denoisers.Objectives | None, teacher_objectives: str, model: DecoderConfig
 ) -> tuple[str, ...]:
-    """What batches hold for the run's objectives (train_step.EXTRA_FEATURES)."""
+    """The extra features of batches for the run's objectives (train_step.EXTRA_FEATURES)."""
     if objectives is None:
         return ()
     if objectives.bidirectional_prefix:
@@ -213,7 +213,7 @@ def _student(config: TrainConfig, vocab_size: int) -> DecoderConfig:
 
 
 def _teacher(model: DecoderConfig, student: DecoderConfig) -> DecoderConfig:
-    """The teacher, which computes in the student's dtype and by its attention."""
+    """The teacher, with the student's dtype and attention backend."""
     return dataclasses.replace(
         model,
         vocab_size=student.vocab_size,

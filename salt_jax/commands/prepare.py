@@ -1,4 +1,4 @@
-"""`salt prepare`: text into a packed cache of fixed-length rows.
+"""`salt prepare`: turns text into a packed cache of fixed-length rows.
 
 The output folder holds the cache, and summary.json with its counts. TensorFlow is imported only for
 a registered task.
@@ -59,10 +59,10 @@ def prepare(
 ) -> None:
     """Makes a packed cache: tokenized, packed, shuffled once, each row with a stable id.
 
-    The same text and settings give the same bytes, with any number of workers and any runner. A
-    preparation that was stopped resumes when the command is given again. A finished cache is not
-    made again; --show=N prints rows of it and --verify=True checks it, without other settings. The
-    output folder must be new, empty or a cache of this command's.
+    The same text and settings give the same bytes, with any number of workers and any runner. The
+    same command resumes a preparation that was stopped. A finished cache is not made again;
+    --show=N prints rows of it and --verify=True checks it, without other settings. The output
+    folder must be new, empty or a cache of this command.
 
     Args:
       run: The folder of the cache.
@@ -73,16 +73,16 @@ def prepare(
       vocabulary: @vocabularies.ByteVocabulary(), SentencePieceVocabulary or HuggingFaceVocabulary,
         or @trained_vocabulary.TrainedVocabulary() to train one on the train split. A
         RegisteredTask has its own.
-      rows: How documents become rows.
-      jobs: Where the work is done.
+      rows: How documents are packed into rows.
+      jobs: Where the jobs run.
       drop_unknown: Drop and count characters that a tokenizer has neither a piece nor an unknown
         token for, instead of refusing the text.
       show: Print this many rows of each split as text.
       verify: Read every shard of a finished cache and compare its digest with the manifest's.
 
     Raises:
-      InputError: Bad settings, or malformed text, named with its file and line; an output folder
-        that holds anything else. Only finished parts of the text are left then.
+      InputError: Settings are wrong, text is malformed (with file and line), or the output folder
+        holds anything else. Finished parts of the text are kept.
       Interrupted: Stopped while several processes worked.
       RunFailed: A worker process, or Beam's pipeline, failed.
     """
@@ -102,7 +102,7 @@ def prepare(
     if finished:
         cache = PackedCache.open(run.path)
         _refuse_changed_sources(cache, task)
-        run.begin(may_change=_may_change(cache, task), upgrade=_as_recorded_now)
+        run.begin(may_change=_may_change(cache, task), upgrade=_with_current_names)
         discard_work(run.path)
         if not (run.path / SUMMARY_FILE).exists():
             run.write_summary(_summary(cache, None))
@@ -125,7 +125,7 @@ def _make(
     jobs: JobRunner,
     drop_unknown: bool,
 ) -> None:
-    """Makes the cache. If its input is bad and no part of it is finished, nothing is left of it."""
+    """Makes the cache; leaves nothing if the input is bad and no part is finished."""
     work = work_of(run.path)
     corpus, used, trained = _corpus_and_vocabulary(task, vocabulary, work)
     for note in used.notes:
@@ -159,7 +159,7 @@ def _corpus_and_vocabulary(
     vocabulary: Vocabulary | TrainedVocabulary | None,
     work: JobJournal,
 ) -> tuple[Corpus, Vocabulary, str | None]:
-    """The corpus, its vocabulary, and the digest of what that was trained on if it was."""
+    """The corpus, its vocabulary, and the digest of the vocabulary's training inputs, or None."""
     if isinstance(task, RegisteredTask):
         assert not isinstance(vocabulary, TrainedVocabulary), "refused before"
         documents = _seqio_documents()
@@ -186,7 +186,7 @@ def _corpus_and_vocabulary(
 
 
 def _seqio_documents() -> types.ModuleType:
-    """The module that reads registered tasks, imported now: it imports TensorFlow."""
+    """The module that reads registered tasks, imported late because it imports TensorFlow."""
     with needed_libraries("A registered task"):
         return importlib.import_module("salt_jax.t5x.seqio_documents")
 
@@ -203,7 +203,7 @@ def _show_finished(cache: PackedCache, show: int, verify: bool) -> None:
 def _checked(
     task: TextFiles | RegisteredTask | None, vocabulary: Vocabulary | TrainedVocabulary | None
 ) -> TextFiles | RegisteredTask:
-    """The task, after what can be checked without reading its text."""
+    """The task, after the checks that don't read its text."""
     if task is None:
         raise InputError(
             "No task was given: set --train to a pattern of text files, or task by a gin file of "
@@ -236,14 +236,14 @@ def _refuse_folder(run: RunFolder) -> None:
         raise InputError(
             f"The output folder {run.path} cannot be written: choose another --output_dir."
         )
-    if existing == run.path and any(run.path.iterdir()) and not _is_ours(run):
+    if existing == run.path and any(run.path.iterdir()) and not _is_own_folder(run):
         raise InputError(
             f"The output folder {run.path} is not empty and holds no run of `salt {run.verb}`: "
             "choose a new or empty --output_dir."
         )
 
 
-def _is_ours(run: RunFolder) -> bool:
+def _is_own_folder(run: RunFolder) -> bool:
     try:
         return json.loads((run.path / RUN_FILE).read_text(encoding="utf-8"))["verb"] == run.verb
     except (OSError, ValueError, KeyError, TypeError):
@@ -263,7 +263,7 @@ def _refuse_sources_inside(run: RunFolder, task: TextFiles) -> None:
 def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask) -> None:
     before = cache.manifest["sources"]
     if not before:
-        return  # of a source without files
+        return  # a source without files
     if isinstance(task, TextFiles):
         current = task.sources()
     else:
@@ -282,7 +282,7 @@ def _refuse_changed_sources(cache: PackedCache, task: TextFiles | RegisteredTask
 
 
 def _may_change(cache: PackedCache, task: TextFiles | RegisteredTask) -> list[str]:
-    """The settings with which the finished cache would be the same."""
+    """The settings that may change without changing the finished cache."""
     names = [*_CHANGES_NO_RESULT]
     text = task if isinstance(task, TextFiles) else None
     if not _broken_lines(cache) or (text and text.skip_broken_lines):
@@ -294,10 +294,10 @@ def _may_change(cache: PackedCache, task: TextFiles | RegisteredTask) -> list[st
     return names
 
 
-def _as_recorded_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a cache's config.gin by their names of today.
+def _with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a cache's config.gin under their current names.
 
-    Before they were grouped each was the verb's own, and two of the task's were the verb's as well.
+    In older versions all were settings of the verb, two of them also of the task.
     """
     settings = dict(recorded)
     for name, overrides in (("skip_broken_lines", True), ("parse_special", False)):
@@ -324,7 +324,7 @@ def _long_documents(cache: PackedCache) -> Mapping[str, int]:
 
 
 def _summary(cache: PackedCache, seconds: float | None) -> dict[str, Any]:
-    """What a cache holds; `seconds` is None if the process that made it was stopped."""
+    """A cache's summary; `seconds` is None if the process that made it was stopped."""
     splits = {
         name: {key: value for key, value in cache.split(name).info.items() if key != "shards"}
         for name in cache.split_names

@@ -29,11 +29,11 @@ def report(
     charge_teacher_training: bool = False,
     reference: str = REFERENCE,
 ) -> None:
-    """Turns runs into one page: at equal steps, at equal FLOPs, at equal time.
+    """Compares runs on one page: at equal steps, at equal FLOPs, at equal time.
 
-    Arms of one model size are set side by side; a run of another size, such as the SLM, is drawn
-    faintly for orientation. A folder of scores gives their distribution, a folder of selected rows
-    the cut in it. A report may be made again into the same folder.
+    Arms of one model size are compared; a run of another size, such as the SLM, is drawn faintly
+    for reference. A folder of scores adds their distribution, a folder of selected rows the cut in
+    it. A report may be made again into the same folder.
 
     Args:
       run: The folder the page is written to.
@@ -44,10 +44,10 @@ def report(
       reference: The arm that the others are compared with, where arms have several seeds.
 
     Raises:
-      InputError: A folder that is none of these, or is damaged.
+      InputError: A folder is none of these, or is damaged.
     """
     if isinstance(runs, str):
-        raise InputError(f"runs is the text {runs!r}: give a list of folders, ({runs!r},).")
+        raise InputError(f"runs is the string {runs!r}: give a list of folders, ({runs!r},).")
     material = read_folders(runs)
     composed = compose(material, charge_teacher_training, reference)
     run.begin(replace=True)

@@ -1,14 +1,14 @@
 """`salt score`: how hard and how learnable each row is, by an early checkpoint of the SLM.
 
 One pass makes several columns: for each k the median loss of the learnable tokens (with the others
-left out, and as 0), their mean loss and their share of all tokens; the mean loss of all tokens; and
-scores of your own. `salt select` picks rows by one of them.
+dropped, and counted as 0), their mean loss and their share of all tokens; the mean loss of all
+tokens; and scores of your own. `salt select` picks rows by one of them.
 
 With --soft_labels=K it stores the K most likely ids of each token with their probabilities instead,
 by the SLM's last checkpoint; `salt train --soft_labels=FOLDER` learns from them without a teacher.
 
-The pass is cut into shards. The same command given again makes the shards that are missing, on
-another number of workers too; workers, each with its own devices, share nothing but the folder.
+The pass is divided into shards. The same command resumes it at the missing shards, also with
+another number of workers; workers, each with its own devices, share only the folder.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.ledger import Cost
 
-# Rows are shuffled, so the first of them are a sample.
+# Rows are shuffled, so the first ones are a random sample.
 _SAMPLE_ROWS = 1 << 20
 _QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -80,26 +80,26 @@ def score(
       split: Which rows.
       k: A token is learnable if it is among the scorer's k most likely ones; one k, or several.
       scores: More columns: objects of a gin file, such as scores.Mean.
-      soft_labels: Above 0, store that many ids a token with their probabilities instead of scores:
-        `salt train --soft_labels=FOLDER` learns from them without a teacher.
+      soft_labels: Above 0, store that many ids per token with their probabilities instead of
+        scores: `salt train --soft_labels=FOLDER` learns from them without a teacher.
       soft_label_temperature: τ of those probabilities.
-      soft_label_encoding: Of their logarithms: "float16", or "uint8".
+      soft_label_encoding: The encoding of their logarithms: "float16", or "uint8".
       selection: Label only the rows of this selection.
-      allow_nan: Go on where the scorer's losses are not finite, so that `salt select` can leave
-        those rows out. Soft labels must be finite.
-      shard_rows: Rows that are written, and lost by a kill, together; best a multiple of
-        batch_size. By default 65,536, for soft labels 4,096.
+      allow_nan: Continue if the scorer's losses are not finite; `salt select` can leave those rows
+        out. Soft labels must be finite.
+      shard_rows: Rows per shard, the unit of work lost by a kill; best a multiple of batch_size.
+        By default 65,536, for soft labels 4,096.
       worker: This worker's number, from 0; jax's process index by default.
       workers: How many processes share the pass; jax's process count by default.
       batch_size: Rows at once.
-      devices: The mesh and the compilation cache; of several processes each has a mesh of its own
+      devices: The mesh and the compilation cache; each of several processes has a mesh of its own
         devices, on which all axes but tensor are fsdp.
       chunk_tokens: Tokens whose logits a device holds at once.
 
     Raises:
-      InputError: No such model or cache, different vocabularies, k over the vocabulary's size, two
-        scores of one name, a folder begun with another cache, model, k or scores, or a model that
-        is not finite.
+      InputError: There is no such model or cache, vocabularies differ, k exceeds the vocabulary,
+        two scores have one name, the folder was begun with another cache, model, k or scores, or
+        the model is not finite.
     """
     require_counts(batch_size=batch_size, chunk_tokens=chunk_tokens, shard_rows=shard_rows)
     ks = checked_ks(k)
@@ -124,13 +124,13 @@ def score(
         )
     mesh = own_mesh(devices.mesh)
     missing, params = writer.shards.unfinished(worker, workers), None
-    # Processes that know of each other wait for one another when they load a model, so those that
-    # have nothing to score load it too.
+    # Loading a model is collective over jax's processes, so those with nothing to score load it
+    # too.
     if missing or (jax.process_count() > 1 and writer.shards.unfinished()):
         compilation.use_compilation_cache(devices.compilation_cache)
-        # Before the folder is begun: a model that can't be loaded leaves nothing there.
+        # Before the folder is begun, so that a model that can't be loaded leaves nothing there.
         params = model.load_params(mesh, devices.rules)
-    # What must stay the same is in pass.json; workers share the folder.
+    # pass.json has the settings that must stay the same; workers share the folder.
     run.begin(replace=True, part=f"{worker}-of-{workers}" if workers > 1 else "")
     writer.begin()
     if params is not None:
@@ -248,7 +248,7 @@ def _own_part(worker: int | None, workers: int | None) -> tuple[int, int]:
         return jax.process_index(), jax.process_count()
     if not 0 <= worker < workers:
         raise InputError(
-            f"worker is {worker} of {workers} workers, which count from 0: change --worker."
+            f"worker is {worker} of {workers} workers, numbered from 0: change --worker."
         )
     return worker, workers
 

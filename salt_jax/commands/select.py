@@ -1,9 +1,9 @@
 """`salt select` picks the rows for stage 1, the highest scores or random ones, and audits them.
 
-The selection is a list of row ids with a manifest that says what made it; `salt train
---selection=FOLDER` reads those rows in stage 1. The audit says what was taken and what was left: by
-subset, beside other selections, and in rows as text. It is printed, written to audit.json, and
-shown by `salt report`.
+The selection is a list of row ids with a manifest of how it was made; `salt train
+--selection=FOLDER` reads those rows in stage 1. The audit shows what was selected and what was not:
+by subset, against other selections, and with rows as text. It is printed, written to audit.json,
+and shown by `salt report`.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from salt_jax.storage import durable_files
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import print_table, say
 
-# Settings that may differ when the command is given again: rows with NaN are never selected.
+# Settings that may differ when the command is run again: rows with NaN are never selected.
 CHANGES_NO_RESULT = ("select.allow_nan",)
 
-# The most rows that are read from the cache to audit a selection without scores.
+# The most rows to read from the cache to audit a selection without scores.
 _MOST_ROWS_READ = 200_000
 
 
@@ -61,18 +61,18 @@ def select(
       cache: The packed cache.
       rule: selection.TopRows, TopFraction, Threshold, or RandomRows as the control.
       scores: A folder made by `salt score`; RandomRows needs none, but has a fuller audit with it.
-      split: Which rows, where no scores say so.
-      k: Which of the scores' k, where they are of several.
+      split: The split, if there are no scores.
+      k: Which k, if the scores have several.
       statistic: A row's score: "median" (METHOD's S) or "mean" of its learnable tokens' losses,
         "perplexity", the mean loss of all its tokens, or any other column of the scores by name.
       unlearnable: Whether the median drops the other tokens ("drop") or counts them as 0 ("zero").
       min_learnable_fraction: Rows with a smaller share of learnable tokens are not selected.
-      allow_nan: Whether to go on where some scores are NaN; such rows are never selected.
-      compare: Folders of other selections of the cache, whose overlap with this one the audit has.
+      allow_nan: Whether some scores may be NaN; such rows are never selected.
+      compare: Folders of other selections of the cache, whose overlap with this one is audited.
 
     Raises:
-      InputError: Scores of another cache, of another k, or NaN; or a rule that asks for more rows
-        than there are.
+      InputError: The scores are of another cache or another k, or NaN; or the rule asks for more
+        rows than there are.
     """
     packed = PackedCache.open(cache)
     others = {folder: Selection.open(folder, cache_digest=packed.digest) for folder in compare}
@@ -158,7 +158,7 @@ def _with_rows_like_another(
 
 
 def _how(rule: selection.SelectionRule) -> dict[str, Any]:
-    """The rule's name and its settings, but for those left out."""
+    """The rule's name and the settings that are set."""
     settings = {
         name: value
         for name, value in vars(rule).items()
@@ -221,7 +221,7 @@ def _excerpt(
 
 
 def _audit_without_scores(cache: PackedCache, chosen: Selection) -> dict[str, Any]:
-    """The audit of a random control without scores, from its rows, unless they are many."""
+    """The audit of a random control without scores, from its rows if they are few enough."""
     rows, kept = cache.split(chosen.manifest["split"]), len(chosen.row_ids)
     whole = {"rows": len(rows), "kept": kept, "kept_share": kept / len(rows), "share_of_kept": 1.0}
     if kept > _MOST_ROWS_READ:

@@ -2,7 +2,7 @@
 
 It prepares a cache, trains a small SLM and keeps an early checkpoint of it, scores, selects, trains
 the LLM as baseline, RKD, SALT and SALT_DS with one seed, evaluates them on held-out text, and makes
-the report. Every step is a `salt` command that anyone could type, printed before it runs.
+the report. Every step is an ordinary `salt` command, printed before it runs.
 """
 
 import json
@@ -26,7 +26,7 @@ from salt_jax.training.evaluation import Evaluator
 ARMS = ("baseline", "rkd", "salt", "salt_ds")
 SPLIT = "test"
 
-# What the summary takes from the summaries of `salt train`.
+# The entries that the summary copies from those of `salt train`.
 _TRAINING_FIGURES = (
     *("steps", "distill_steps", "parameters", "train_flops", "seconds", "tokens", "seed"),
 )
@@ -57,15 +57,15 @@ def smoke(
       slm_gin: Settings of the SLM's run.
       llm_gin: Settings of the LLM's runs.
       slm_steps: Steps of the SLM.
-      scorer_step: The SLM's early checkpoint, which scores.
+      scorer_step: The step of the SLM's early checkpoint, the scorer.
       llm_steps: Steps of every LLM.
       n_kd: Steps of stage 1, for SALT and SALT_DS.
       selected_fraction: Share of the rows that SALT_DS reads in stage 1.
-      temperature: τ, the teacher's.
-      seed: Of both models and of the order of rows.
+      temperature: τ, the teacher's temperature.
+      seed: The seed of both models and of the order of rows.
 
     Raises:
-      InputError: No text, or steps that don't fit each other.
+      InputError: There is no text, or the numbers of steps are incompatible.
       RunFailed: A step failed, or a model learned too little for the comparison to mean anything.
     """
     if not 0 < scorer_step <= slm_steps or not 0 < n_kd <= llm_steps:
@@ -85,7 +85,7 @@ def smoke(
     fresh = not run.begun
     if fresh and (folder / "cache").exists():
         raise InputError(
-            f"{folder / 'cache'} is there and {folder} is no folder of `salt smoke`: choose "
+            f"{folder / 'cache'} exists and {folder} is not a folder of `salt smoke`: choose "
             "another --output_dir."
         )
     cache, seeds = f"--cache={folder / 'cache'}", (f"--seed={seed}", f"--data.seed={seed}")

@@ -1,8 +1,8 @@
 """`salt study`: arms × seeds, each a `salt train`, and a report with means and intervals.
 
-A study is a gin file (gin/studies): inputs that are made once (the cache, the SLM, scores,
-selections), the arms, and the seeds. Every step is a `salt` command, printed before it runs. The
-same command resumes a study that was stopped; arms and seeds may be added to it.
+A study is a gin file (gin/studies) of inputs that are made once (the cache, the SLM, scores,
+selections), arms, and seeds. Every step is a `salt` command, printed before it runs. The same
+command resumes a study that was stopped; arms and seeds may be added to it.
 """
 
 import json
@@ -21,7 +21,7 @@ from salt_jax.terminal import say
 
 MAKERS = ("prepare", "train", "score", "select")
 REPORT = "report"
-# Folders in that of a study that hold no input and no arm.
+# Names in a study's folder that are not inputs or arms.
 _TAKEN = (REPORT, "processes", "work")
 # Flags that the study sets itself.
 _OWN_FLAGS = ("--output_dir",)
@@ -29,7 +29,7 @@ _OWN_FLAGS_OF_ARMS = (*_OWN_FLAGS, "--arm", "--seed", "--data.seed")
 
 
 class Command(NamedTuple):
-    """One command of a study; the placeholders in its flags are filled in."""
+    """One command of a study, its placeholders filled in."""
 
     output: pathlib.Path
     verb: str
@@ -37,7 +37,7 @@ class Command(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether it has written its summary."""
+        """Whether its summary has been written."""
         return (self.output / SUMMARY_FILE).exists()
 
 
@@ -60,17 +60,17 @@ def study(
 
     Args:
       run: The folder of the study: INPUT/ for each input, ARM/seed-N/ for each run, report/.
-      arms: The flags of `salt train` that set each arm apart: name → (flag, flag, …).
+      arms: Each arm's own flags of `salt train`: name → (flag, flag, …).
       common: Flags of `salt train` for all arms; an arm's own flags override them.
-      inputs: What the arms need, in the order in which it is made: name → (verb, flag, flag, …).
+      inputs: The arms' inputs, in the order in which they are made: name → (verb, flag, flag, …).
       given: Folders that exist already: name → path.
       seeds: The seeds; all arms of one seed run before the next.
       reference: The arm that the others are compared with, seed by seed.
       title: The page's title.
 
     Raises:
-      InputError: A duplicate name, a placeholder that nothing fills, a flag that its command
-        doesn't take, or a finished run that was made with other flags.
+      InputError: A name is duplicate, a placeholder or flag unknown, or a finished run was made
+        with other flags.
       RunFailed: A step failed.
     """
     _check_names(arms, inputs, given)
@@ -170,7 +170,7 @@ def _commands(
         folders[name] = str(root / name)
     _check_flags("common", common, _OWN_FLAGS_OF_ARMS)
     for seed in seeds:
-        made = dict(folders)  # and the runs of this seed
+        made = dict(folders)  # plus the runs of this seed
         for arm in arms:
             output = root / arm / f"seed-{seed}"
             filled = _filled(f"arms[{arm!r}]", [*common, *arms[arm]], made)
@@ -194,10 +194,8 @@ def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tup
 
 
 def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
-    """Refuses a run that exists and was made with other flags than the study has now.
-
-    The study's folder may have been moved since: paths in it are compared as if it had not.
-    """
+    """Refuses an existing run whose flags differ from the study's, apart from the study's folder,
+    which may have been moved."""
     if not (step.output / RUN_FILE).exists():
         return
     typed = json.loads((step.output / RUN_FILE).read_text(encoding="utf-8"))["command_line"]
@@ -219,7 +217,7 @@ def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:
 
 
 def _changing_results(verb: str, flags: Sequence[str]) -> list[str]:
-    """The flags without those of settings that don't change the verb's results."""
+    """The flags of settings that change the verb's results."""
     known = load_verb(verb)
     names = {
         setting.name
@@ -227,7 +225,7 @@ def _changing_results(verb: str, flags: Sequence[str]) -> list[str]:
         for name in (setting.owner.__qualname__, f"{setting.owner.__qualname__}.{setting.name}")
         if name in known.changes_no_result
     }
-    # By the last part: --devices.mesh is --mesh.
+    # Compared by the last part: --devices.mesh is --mesh.
     return [flag for flag in flags if re.split("--|[.]", flag.partition("=")[0])[-1] not in names]
 
 

@@ -1,7 +1,7 @@
 """`salt train`: trains a model, as baseline or with a teacher (RKD, SALT, SALT_DS).
 
-Compose gin files: a model (gin/models), a method (gin/methods), hardware (gin/hardware), or take
-a whole run (gin/runs). The same command given again resumes a run that was stopped.
+Compose gin files: a model (gin/models), a method (gin/methods), hardware (gin/hardware), or use a
+whole run (gin/runs). The same command resumes a run that was stopped.
 """
 
 import dataclasses
@@ -40,19 +40,19 @@ from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.teacher import LoadedTeacher, find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, TrainState, make_layout
 
-# Settings of how a run is computed and reported: they change its result by rounding at most.
+# Settings that change a run's result by rounding at most.
 CHANGES_NO_RESULT = (
     *("TrainConfig.devices", "Devices", "MeshConfig", "Data.read_threads", "Teacher.rules"),
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("TrainConfig.log_every", "TrainConfig.hang_seconds"),
 )
 
-# Settings that may change when a run is resumed: the batch size too, since positions count rows.
+# Settings that may change on resuming; the batch size may, since positions count rows.
 MAY_CHANGE = (
     *CHANGES_NO_RESULT,
     *("Data.batch_size", "TrainConfig.max_skipped_updates"),
     *("TrainConfig.checkpoints", "CheckpointConfig", "TrainConfig.evaluation", "Evaluation.every"),
-    # Folders may be moved: what is in them is compared by digests.
+    # Folders may be moved, since their contents are compared by digest.
     *("Data.cache", "Teacher.path", "Teacher.step", "Data.selection", "Method.soft_labels"),
 )
 
@@ -65,7 +65,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
       config: The run's settings.
 
     Raises:
-      InputError: Settings that don't fit each other, the cache, the teacher or the devices.
+      InputError: Settings don't fit each other, the cache, the teacher or the devices.
     """
     data, method, devices = config.data, config.method, config.devices
     require_path(run.path)
@@ -80,7 +80,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     start = _position(run)
     selected = _selection(config)
     refuse_unused(config)
-    # A run that is resumed in stage 2 doesn't need its teacher, which may be gone.
+    # A run resumed in stage 2 doesn't need its teacher, which may no longer exist.
     teacher, labels = None, None
     if start.step < config.stage1_steps and method.soft_labels is not None:
         labels = find_labels(config, caches, selected)
@@ -127,7 +127,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
 
 
 def _with_local_teacher(config: TrainConfig) -> TrainConfig:
-    """The same run with the teacher's folder in place of its name on the Hub."""
+    """The config with a local folder in place of a teacher on the Hub."""
     method = config.method
     if method.teacher is None or method.teacher.path is None:
         return config
@@ -149,11 +149,11 @@ def _student(
     if model is None:
         if initial is None:
             raise InputError(
-                "model is not set, and there is no initial model whose shape it could "
-                "take: add a gin file that sets it (--gin_file=models/llm_mini.gin, say), or "
+                "model is not set, and there is no initial model to take its shape "
+                "from: add a gin file that sets it (--gin_file=models/llm_mini.gin, say), or "
                 "--initial=RUN."
             )
-        # A model taken in may have 16 bits, which is enough to compute with and not to update.
+        # An imported model may have 16-bit parameters, too imprecise to update.
         model = dataclasses.replace(initial.config, param_dtype="float32")
     if model.param_dtype != "float32":
         raise InputError(
@@ -186,7 +186,7 @@ def _student(
 
 
 def _most_microbatches(batch_size: int, devices: Devices, mesh: Mesh) -> int:
-    """The larger number of microbatches of both stages; each must divide the batch."""
+    """The larger number of microbatches of the two stages; each must divide the batch."""
     divisor = partitioning.batch_divisor(mesh)
     both = devices.microbatches_of(2), devices.microbatches_of(1)
     for microbatches in both:
@@ -200,7 +200,7 @@ def _most_microbatches(batch_size: int, devices: Devices, mesh: Mesh) -> int:
 
 
 def _position(run: RunFolder) -> Position:
-    """Where the run's newest checkpoint stands."""
+    """The position of the run's newest checkpoint."""
     steps = complete_steps(run.path)
     if not steps:
         return Position()
@@ -262,7 +262,7 @@ def _load_initial(model: SavedModel | None, layout: StateLayout) -> TrainState |
 
 
 def _describe(loop: Loop) -> None:
-    """Says what is about to run, and what a reader might not expect of it."""
+    """Prints what is about to run, and anything about it that may be unexpected."""
     config, pipeline, steps = loop.config, loop.pipeline, loop.config.steps
     says, epochs = f"[{config.method.arm}]", pipeline.epochs(steps)
     sizes = (pipeline.unused_rows or pipeline.all_rows).sizes()

@@ -1,8 +1,8 @@
 """The interface of a vocabulary: text to token ids and back.
 
-Only the vocabulary knows the ids of special tokens (Pythia's end of document is 0). `reserved` ids
-are appended after the tokenizer's own: the first three are the mode tokens [R], [S] and [X] of
-`denoisers.py`, the others its sentinels, in ascending order. `vocabularies.py` has the kinds.
+Special token ids are known only here (Pythia's end of document is 0). `reserved` ids are appended
+after the tokenizer's own: the first three are the mode tokens [R], [S] and [X] of `denoisers.py`,
+the others its sentinels, in ascending order. The implementations are in `vocabularies.py`.
 """
 
 import abc
@@ -23,7 +23,7 @@ from salt_jax.storage.json_files import Shape
 
 SETTINGS_FILE = "vocabulary.json"
 
-# Arrays of a vocabulary's size are held in memory; no tokenizer is nearly as large.
+# A limit because arrays of the vocabulary's size are held in memory; no tokenizer comes near it.
 MOST_IDS = 1 << 24
 
 # UL2's: short spans, a prefix, extreme spans.
@@ -34,13 +34,13 @@ class Vocabulary(abc.ABC):
     """Text to ids and back.
 
     Attributes:
-      base_size: Ids of the tokenizer, special ones included.
+      base_size: The tokenizer's ids, special ones included.
       eos_id: Ends a document.
-      pad_id: Fills a row; means nothing by itself (segment ids say what is padding).
+      pad_id: Fills a row; padding is marked by segment ids, not by this id.
       start_id: What a model reads before a segment's first token.
-      reserved: Ids appended at the end.
-      drop_unknown: Whether `encode` leaves out what it has no id for, instead of refusing it.
-      notes: Sentences for whoever begins to use the vocabulary.
+      reserved: How many ids are appended at the end.
+      drop_unknown: Whether `encode` drops text it has no id for, instead of refusing it.
+      notes: Warnings to show the user.
     """
 
     drop_unknown: bool = False
@@ -68,27 +68,27 @@ class Vocabulary(abc.ABC):
 
     @property
     def sentinel_ids(self) -> range:
-        """What stands for a corrupted span, the first span's first."""
+        """The ids that replace corrupted spans, in the order of the spans."""
         return self.reserved_ids[len(MODES) :]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tokenizer's bytes and the settings: equal fingerprint, equal ids."""
+        """SHA-256 (hex) of the tokenizer's bytes and settings; if equal, so are all ids."""
         identity = json.dumps(self._identity(), sort_keys=True).encode()
         return hashlib.sha256(identity + self.model_bytes()).hexdigest()
 
     def extends(self, other: "Vocabulary") -> bool:
-        """Whether it gives every text the other one's ids, perhaps with more reserved ones."""
+        """Whether it encodes every text as `other` does, and has at least as many reserved ids."""
         if self.reserved < other.reserved or self._meaning() != other._meaning():
             return False
         return self.model_bytes() == other.model_bytes() or self._behaviour == other._behaviour
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32[size]; special and reserved ids have none.
+        """UTF-8 bytes of each id, int32[size]; 0 for special and reserved ids.
 
-        Summed over `encode(text)` they are the text's bytes; those of the normalized text where the
-        tokenizer normalizes, without unknown tokens.
+        Summed over `encode(text)` they are the bytes of the text as the tokenizer normalizes it,
+        without unknown tokens.
         """
         lengths_V = np.zeros(self.size, np.int32)
         lengths_V[: self.base_size] = self._byte_lengths()
@@ -97,19 +97,19 @@ class Vocabulary(abc.ABC):
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[int, str]:
-        """The names of special tokens by id, if they have any."""
+        """The names of special tokens by id."""
         return {}
 
     @abc.abstractmethod
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """The text's ids, without an end of document; an InputError if a part of it has none.
+        """The text's ids, without an end of document; InputError if a part of it has no id.
 
-        `parse_special` lets the name of a special token stand for that token, as in a prompt; in a
-        corpus it is text like any other.
+        With `parse_special` (prompts), a special token's name encodes to that token; without it
+        (corpora), to ordinary text.
         """
 
     def encode_many(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
-        """`encode` of each text; subclasses are faster than one by one where they can."""
+        """`encode` of each text; subclasses may batch it."""
         return [self.encode(text, parse_special) for text in texts]
 
     def lost_characters(self, text: str) -> int:
@@ -117,12 +117,12 @@ class Vocabulary(abc.ABC):
         return 0
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The ids' text; special and reserved ids give none, broken UTF-8 gives U+FFFD."""
+        """The ids' text; special and reserved ids are skipped, invalid UTF-8 becomes U+FFFD."""
         silent = {self.eos_id, self.pad_id, self.start_id}
         return self._decode([i for i in map(int, ids) if i not in silent and i < self.base_size])
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest records of it."""
+        """The entry for a manifest."""
         return {**self._identity(), "size": self.size, "fingerprint": self.fingerprint}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -137,12 +137,12 @@ class Vocabulary(abc.ABC):
             described["drop_unknown"] = True
         write_text(path / SETTINGS_FILE, json.dumps(described, indent=2) + "\n")
 
-    # The name of the model file, and the types of the keyword arguments that make it again.
+    # The name of the model file, and the types of the constructor's keyword arguments.
     _model_file = ""
     _settings_shape: Mapping[str, Shape] = types.MappingProxyType({"reserved": int})
 
     def model_bytes(self) -> bytes:
-        """The tokenizer's file; nothing where there is none."""
+        """The tokenizer file's content; empty if there is none."""
         return b""
 
     def _settings(self) -> dict[str, Any]:
@@ -156,11 +156,11 @@ class Vocabulary(abc.ABC):
 
     @functools.cached_property
     def _behaviour(self) -> Any:
-        """What the tokenizer does with a text, in a form that can be compared."""
+        """What the tokenizer does to a text, as a value that can be compared."""
         return self.model_bytes()
 
     def _meaning(self) -> dict[str, Any]:
-        """The identity without what affects neither a text's ids nor a model's input."""
+        """The identity without settings that affect neither a text's ids nor a model's input."""
         return {**self._identity(), "reserved": 0, "pad_id": 0}
 
     def _identity(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Vocabulary(abc.ABC):
 
 
 def checked_reserved(reserved: int) -> int:
-    """A number of ids to append; an InputError if it is below 0 or far too large."""
+    """`reserved`, or an InputError if it is negative or far too large."""
     if not 0 <= reserved <= MOST_IDS:
         raise InputError(
             f"reserved is {reserved}, expected 0 to {MOST_IDS:,} ids: change the vocabulary's "

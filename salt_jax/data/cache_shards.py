@@ -1,7 +1,7 @@
-"""Writes one shard of a packed cache, an ArrayRecord file of rows, whole or not at all.
+"""Writes one shard of a packed cache, an ArrayRecord file of rows, atomically.
 
-What was counted meanwhile goes into the manifest. Shards of one cache may be written by different
-processes; `split_info` adds up their counts.
+Shards of one cache may be written by different processes; `split_info` adds up their counts for the
+manifest.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from salt_jax.storage.manifests import file_digest
 # The names that `cache_shard` gives, and those of shards being written.
 SHARD_FILE = re.compile(r"rows-\d{5,}-of-\d{5,}\.array_record(\.tmp)?")
 
-# One record a group makes random reads cheap; without compression equal rows give equal bytes
-# whatever the version of a compressor, and 16-bit tokens are read about twice as fast.
+# One record per group makes random reads cheap. Without compression, bytes don't depend on a
+# compressor's version, and 16-bit tokens are read about twice as fast.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardCounts:
-    """A written shard; its digest is SHA-256 (hex)."""
+    """Counts of a written shard, and its SHA-256 digest (hex)."""
 
     rows: int
     bytes: int
@@ -42,12 +42,12 @@ class ShardCounts:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentCounts:
-    """Documents of one subset of one split."""
+    """Document counts of one subset of one split."""
 
-    documents: int = 0  # those the rows were made from
+    documents: int = 0  # packed into rows
     bytes: int = 0  # of their text in UTF-8, for bits per byte
     shared_documents: int = 0  # left out because another split has their text
-    # Those whose text an earlier document of the split has, left out where that was asked for.
+    # Left out, if deduplication was on: an earlier document of the split has the same text.
     duplicate_documents: int = 0
 
     def __add__(self, other: "DocumentCounts") -> "DocumentCounts":
@@ -67,14 +67,14 @@ def write_shard(
     subsets: Sequence[str],
     temporary: pathlib.Path | None = None,
 ) -> ShardCounts:
-    """Writes rows in the order given; the file appears under its name only when it is whole.
+    """Writes rows in the order given; the file appears under its name only when complete.
 
     Args:
-      file: Where; its folder is made.
+      file: The shard; its folder is made.
       rows: At least one row.
-      record_format: How a row becomes a record.
-      subsets: Names; a row's subset is an index in them.
-      temporary: Where it lies while it is written, on the same disk; beside `file` by default.
+      record_format: Encodes a row as a record.
+      subsets: Names; a row's subset is an index into them.
+      temporary: The file while it is being written, on the same disk; by default beside `file`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or file.with_name(file.name + ".tmp")
@@ -98,12 +98,8 @@ def write_shard(
 def split_info(
     shards: Mapping[str, ShardCounts], documents: Mapping[str, DocumentCounts]
 ) -> dict[str, Any]:
-    """A split's part of the manifest.
-
-    Args:
-      shards: The split's shards by their path in the cache, in the order of their rows.
-      documents: What they were made from, by the subset's name.
-    """
+    """A split's entry in the manifest, from its shards (by their path in the cache, in row order)
+    and its document counts by subset."""
     rows: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for shard in shards.values():

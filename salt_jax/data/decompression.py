@@ -1,7 +1,7 @@
-"""Decompresses files in blocks of at most 32 MB, whatever they expand to.
+"""Decompresses files in blocks of at most 32 MB, whatever their compression ratio.
 
-All streams or frames of a file are read. One that is cut short, or damaged in any of its streams,
-never passes for a whole one. zstandard, which comes with an extra, is imported when it is needed.
+All streams or frames of a file are read; a truncated or damaged one is always an error. zstandard,
+an optional dependency, is imported only when needed.
 """
 
 import bz2
@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 from salt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 20
-# 4 bytes of a zstandard frame may expand to 128 KB: so much gives 32 MB at most.
+# Compressed bytes a step: 4 bytes of a zstandard frame may expand to 128 KB, so 32 MB at most.
 _ZSTANDARD_BYTES = 1 << 10
-# As far as `zstd --long=31` goes. Memory of a frame's own window is taken, and no more.
+# The largest window of `zstd --long=31`; only as much memory as a frame's own window is used.
 _LONGEST_WINDOW = 1 << 31
 
-# What zstandard's errors mean where a file is whole, and what to decompress it with then.
+# For undamaged files: part of zstandard's error → what it means, and zstd's options to decompress.
 _UNREAD = {
     "memory": (
         "a longer window than can be read here, 2 GiB with enough memory",
@@ -33,15 +33,11 @@ _UNREAD = {
 def decompressed_blocks(
     path: str | os.PathLike[str], file: BinaryIO, compression: str
 ) -> Iterator[bytes]:
-    """The decompressed bytes of a file.
-
-    Args:
-      path: Its name, for messages.
-      file: The file.
-      compression: One of `file_kinds.COMPRESSIONS`' values, or "".
+    """The decompressed bytes of a file; `path` is for messages, `compression` is one of the values
+    of `file_kinds.COMPRESSIONS`, or "".
 
     Raises:
-      InputError: It is cut short or damaged, or needs a library or memory that isn't there.
+      InputError: It is truncated or damaged, or needs a missing library or more memory.
     """
     try:
         if compression == "zstandard":
@@ -66,8 +62,8 @@ def decompressed_blocks(
 
 
 def _stream_blocks(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompresses stream by stream: the libraries' own readers stop without an error at a damaged
-    stream, and at zeros between two."""
+    """Decompresses stream by stream, since the libraries' own readers stop silently at a damaged
+    stream and at zeros between streams."""
     stream, inside = make(), False
     while compressed := file.read(BLOCK_BYTES):
         while compressed := compressed if inside else compressed.lstrip(b"\0"):
@@ -87,7 +83,7 @@ def _stream_blocks(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
 
 
 def _zstandard_blocks(path: str | os.PathLike[str], file: BinaryIO) -> Iterator[bytes]:
-    """Decompresses frame by frame: the library's own reader takes a truncated frame for whole."""
+    """Decompresses frame by frame, since the library's own reader accepts a truncated frame."""
     try:
         import zstandard
     except ModuleNotFoundError as error:

@@ -1,35 +1,35 @@
 """UL2's objectives (arXiv 2205.05131), applied to packed rows.
 
-Each row read gets one objective at random: causal, prefix or span corruption. What it becomes is a
-function of (seed, row id, epoch): the same on any host and in any thread, and another one the next
-time the row is read. Evaluation and scoring don't use them.
+Each row read gets one objective at random: causal, prefix or span corruption. The result is a
+function of (seed, row id, epoch): the same on any host and in any thread, and different the next
+time the row is read. Evaluation and scoring don't use objectives.
 
 A row of one segment, L = 12, modes R 100, S 101 and X 102, sentinels from 103 on, padding 0:
 
     targets             5  6  7  8  9 10 11 12 13 14 15 16
     loss_weights        0  1  1  1  1  1  1  1  1  1  1  1
 
-Causal leaves it as it is. Prefix puts [S] before it, leaves out the last token so that the rest
-fits, and trains on what follows a place drawn uniformly, here after four tokens:
+Causal leaves it unchanged. Prefix prepends [S], drops the last token to make room, and trains on
+what follows a position drawn uniformly, here after four tokens:
 
     targets           101  5  6  7  8  9 10 11 12 13 14 15
     loss_weights        0  0  0  0  0  1  1  1  1  1  1  1
     context             1  1  1  1  1  1  0  0  0  0  0  0
 
 Span corruption replaces spans by sentinels and appends each span after its sentinel; the appended
-part is trained on. So that all of it fits, the row's tail is left out before spans are drawn. Of
-twelve tokens SpanDenoiser("R", mean_span=2, rate=0.4) takes
-seven, three of them in two spans, here [7] and [10 11]:
+part is trained on. To make room, the row's tail is dropped before spans are drawn. Of twelve tokens
+SpanDenoiser("R", mean_span=2, rate=0.4) keeps seven, three of them in two spans, here [7] and
+[10 11]:
 
     targets           100  5  6 103  8  9 104 103  7 104 10 11
     loss_weights        0  0  0   0  0  0   0   1  1   1  1  1
     context             1  1  1   1  1  1   1   1  0   0  0  0
 
-Up to two places that are left over become padding, segment 0. `context` marks the positions whose
-inputs belong to the part without loss: with Objectives.bidirectional_prefix they see one another.
+Up to two leftover positions become padding, segment 0. `context` marks the positions whose inputs
+belong to the part without loss: with Objectives.bidirectional_prefix they attend to one another.
 
-Each segment of a row is changed by itself and keeps its place and length; one too short to be split
-or corrupted stays as it is. A token that is trained on keeps its loss weight, a sentinel has 1.
+Each segment of a row is transformed by itself and keeps its place and length; one too short to be
+split or corrupted is unchanged. Tokens that are trained on keep their loss weight; sentinels get 1.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class SpanDenoiser:
     """One way to corrupt spans.
 
     Attributes:
-      mode: Of the mode token: "R" for short spans and a low rate, "X" for others.
+      mode: The mode token: "R" for short spans and a low rate, "X" for others.
       mean_span: µ, tokens; a row gets rate · tokens / µ spans, at least one, of random lengths.
       rate: The share of tokens corrupted, between 0 and 1.
     """
@@ -93,10 +93,10 @@ class Objectives:
       causal: Weight of next-token prediction, by default 60%.
       prefix: Weight of prefix language modelling (UL2's S denoiser), by default 20%.
       span: Weight of span corruption, by default 20%. Only the proportions of the three matter.
-      denoisers: Those of span corruption, each as likely as the others.
+      denoisers: The span denoisers, chosen with equal probability.
       mode_tokens: Whether a denoised segment begins with its mode's token. Causal ones never do.
-      bidirectional_prefix: Whether the part without loss (the prefix, the corrupted text) sees
-        itself in both directions; needs attention_backend "xla" (or "auto", which then is that).
+      bidirectional_prefix: Whether attention within the part without loss (the prefix, the
+        corrupted text) is bidirectional; needs attention_backend "xla" (or "auto", which picks it).
     """
 
     causal: float = 0.6
@@ -126,7 +126,7 @@ class Objectives:
 
 
 class DenoisedRow(NamedTuple):
-    """A row to be trained on."""
+    """A row to train on."""
 
     row: features.Row
     is_causal: bool  # whether next-token prediction was drawn for it
@@ -137,13 +137,13 @@ class Denoising:
     """Applies objectives to the rows of one run.
 
     Args:
-      objectives: What to do how often.
-      vocabulary: Whose reserved ids are modes and sentinels.
+      objectives: The objectives and their weights.
+      vocabulary: Its reserved ids are the mode tokens and sentinels.
       sequence_length: L, tokens of a row.
-      seed: Of what is drawn for each row.
-      teacher_objectives: "causal" for a teacher that knows nothing of modes and sentinels: batches
-        then say by `distill`, float32[B], which rows it teaches (1, the causal ones) and which not
-        (0). "all" lets it teach them all.
+      seed: The seed of the draws for each row.
+      teacher_objectives: "causal" for a teacher not trained on modes and sentinels: batches then
+        have `distill`, float32[B], 1 for rows it teaches (the causal ones) and 0 for others. "all"
+        lets it teach all rows.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Denoising:
         return {**settings, "teacher_objectives": self._teacher_objectives, "seed": self._seed}
 
     def __call__(self, row: features.Row, epoch: int) -> DenoisedRow:
-        """What is trained on when a row comes for the epoch-th time, counted from 0."""
+        """The row as trained on in an epoch, counted from 0."""
         rng = np.random.Generator(np.random.PCG64((self._seed, int(row["row_id"]), epoch)))
         drawn = int(np.searchsorted(self._bounds, rng.random() * self._bounds[-1], side="right"))
         context_L = np.zeros(len(row["targets"]), bool)
@@ -195,7 +195,7 @@ class Denoising:
             targets_L[begin:used], targets_L[used:end] = new_S, self._pad_id
             weights_L[begin:used], weights_L[used:end] = new_weights_S, 0.0
             segment_ids_L[used:end] = 0
-            # Inputs are targets shifted by one: the context's last token is read one further.
+            # Inputs are targets shifted by one: the context's last token is read one position on.
             context_L[begin : begin + context + 1] = True
         changed_row = features.make_row(
             targets_L, weights_L, segment_ids_L, int(row["subset"]), int(row["row_id"])
@@ -203,8 +203,8 @@ class Denoising:
         return DenoisedRow(changed_row, False, context_L)
 
     def batch_features(self, rows: Sequence[DenoisedRow]) -> features.Batch:
-        """What a batch of these rows holds beside `features.make_batch`'s: `distill`, float32[B],
-        and `bidirectional`, bool[B, L], each if it is in `features`."""
+        """The features that a batch has beside `features.make_batch`'s: `distill`, float32[B], and
+        `bidirectional`, bool[B, L], each if it is in `features`."""
         made = {
             "distill": np.array([row.is_causal for row in rows], np.float32),
             "bidirectional": np.stack([row.context for row in rows]),
@@ -214,7 +214,7 @@ class Denoising:
     def _prefix(
         self, tokens_S: np.ndarray, weights_S: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
-        """(tokens, loss weights, how many are context); None if there is nothing to split."""
+        """(tokens, loss weights, context length); None if the segment is too short to split."""
         mode = self._modes["S"]
         size = len(tokens_S) - len(mode)
         if size < 2:
@@ -231,12 +231,12 @@ class Denoising:
         denoiser: SpanDenoiser,
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
-        """As _prefix; None if there is no room for a span."""
+        """As `_prefix`, by span corruption; None if there is no room for a span."""
         mode = self._modes[denoiser.mode]
         plan = _plan(len(tokens_S) - len(mode), denoiser)
         if plan is None:
             return None
-        # Kept and corrupted runs take turns, a kept one first, as in T5's random_spans_noise_mask.
+        # Kept and corrupted runs alternate, a kept one first, as in T5's random_spans_noise_mask.
         kept_K = _random_parts(plan.size - plan.corrupted, plan.spans, rng)
         spans_K = _random_parts(plan.corrupted, plan.spans, rng)
         is_span_n = np.repeat(
@@ -254,7 +254,7 @@ class Denoising:
 
 
 def feature_names(objectives: Objectives, teacher_objectives: str) -> tuple[str, ...]:
-    """What batches hold beside `features.make_batch`'s; see Denoising."""
+    """The features that batches have beside `features.make_batch`'s; see Denoising."""
     if teacher_objectives not in TEACHER_OBJECTIVES:
         raise InputError(f"teacher_objectives is {teacher_objectives!r}: choose 'all' or 'causal'.")
     return (
@@ -264,7 +264,7 @@ def feature_names(objectives: Objectives, teacher_objectives: str) -> tuple[str,
 
 
 class _Plan(NamedTuple):
-    """How much of a segment is corrupted: tokens kept of it, of these corrupted, and spans."""
+    """How a segment is corrupted: `size` tokens of it are kept, `corrupted` of them in `spans`."""
 
     size: int
     corrupted: int
@@ -273,8 +273,9 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _plan(room: int, denoiser: SpanDenoiser) -> _Plan | None:
-    """The most of a segment that fits `room` places corrupted; None if not even two tokens do."""
-    low, high = 1, room  # the first always fits or nothing does, the second never
+    """The longest part of a segment that fits `room` positions once corrupted; None if not even two
+    tokens fit."""
+    low, high = 1, room  # bisection: `low` fits if anything does, `high` never
     while high - low > 1:
         middle = (low + high) // 2
         fits = middle + 2 * _spans(middle, denoiser).spans <= room
@@ -283,23 +284,23 @@ def _plan(room: int, denoiser: SpanDenoiser) -> _Plan | None:
 
 
 def _spans(size: int, denoiser: SpanDenoiser) -> _Plan:
-    """How many of `size` >= 2 tokens are corrupted, in how many spans."""
+    """The plan for `size` >= 2 tokens."""
     corrupted = min(max(round(size * denoiser.rate), 1), size - 1)
     spans = max(round(corrupted / denoiser.mean_span), 1)
     return _Plan(size, corrupted, min(spans, corrupted, size - corrupted))
 
 
 def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """`parts` positive lengths that sum to `total`, each way to cut as likely as any other."""
+    """`parts` positive lengths that sum to `total`, uniformly at random."""
     if parts == 1:
         return np.array([total])
-    # By doubles alone: of a generator's methods their stream is the one least likely to change.
+    # Uses only random(): its stream is the least likely to change between NumPy versions.
     cuts = np.sort(np.argpartition(rng.random(total - 1), parts - 2)[: parts - 1]) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
 def _segments(segment_ids_L: np.ndarray) -> list[tuple[int, int]]:
-    """Begin and end of each segment, padding left out."""
+    """Begin and end of each segment, without padding."""
     bounds = [0, *(np.flatnonzero(np.diff(segment_ids_L)) + 1).tolist(), len(segment_ids_L)]
     return [(begin, end) for begin, end in itertools.pairwise(bounds) if segment_ids_L[begin] > 0]
 

@@ -1,9 +1,8 @@
-"""What a packed row and a batch of rows hold, by name and type.
+"""The features of a packed row and of a batch of rows.
 
-No token id has a meaning of its own: padding is segment 0, and what is trained on has loss weight.
+No token id is special: padding is segment 0, and tokens that are trained on have loss weight.
 
-A row (L = sequence length), made from documents [7 8 1] and [9 1] packed whole, L = 6, EOS 1,
-padding 0:
+A row (L = sequence length) packed from the documents [7 8 1] and [9 1], L = 6, EOS 1, padding 0:
 
     targets       7  8  1  9  1  0    int32[L]
     loss_weights  1  1  1  1  1  0    float32[L], 0 or 1
@@ -12,7 +11,7 @@ padding 0:
     subset        0                   int32, index in the cache's subset names
     row_id        41                  int64, index of the row in its split
 
-A batch stacks B rows and adds what the model reads, here with start id 2:
+A batch stacks B rows and adds the model's inputs, here with start id 2:
 
     inputs        2  7  8  2  9  2    int32[B, L], targets shifted right inside each segment
 """
@@ -35,8 +34,8 @@ ROW_DTYPES: Mapping[str, type[np.generic]] = {
 
 
 def shift_right(targets_BxL: np.ndarray, segment_ids_BxL: np.ndarray, start_id: int) -> np.ndarray:
-    """The model's inputs: each target's predecessor, and `start_id` where a segment begins, so that
-    a position never sees its own target or another segment. Any number of leading dimensions."""
+    """The model's inputs: each target's predecessor, and `start_id` where a segment begins. Any
+    number of leading dimensions."""
     inputs_BxL = np.roll(targets_BxL, 1, axis=-1)
     inputs_BxL[np.diff(segment_ids_BxL, prepend=-1) != 0] = start_id
     return inputs_BxL
@@ -56,7 +55,7 @@ def make_row(
     subset: int = 0,
     row_id: int = 0,
 ) -> Row:
-    """A row with its positions, every part in its type (ROW_DTYPES)."""
+    """A row with its positions, cast to ROW_DTYPES."""
     return {
         "targets": np.asarray(targets_L, np.int32),
         "loss_weights": np.asarray(loss_weights_L, np.float32),

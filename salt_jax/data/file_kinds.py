@@ -1,6 +1,6 @@
-"""Tells what a file that should hold text is, by its name and by its first bytes.
+"""Detects the format of a text file by its name and its first bytes.
 
-It holds rows of JSON, a Parquet table or plain text, perhaps compressed; anything else is refused.
+JSON rows, Parquet tables and plain text are accepted, compressed or not; anything else is refused.
 """
 
 import codecs
@@ -14,12 +14,12 @@ from salt_jax.errors import InputError
 from salt_jax.storage.json_files import valid_unicode
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
-# Those that are read, by what they hold.
+# The suffixes that are read.
 COMPRESSIONS: Mapping[str, str] = {
     **{".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "xz"},
     **{".zst": "zstandard", ".zstd": "zstandard"},
 }
-# So many first bytes say what a file holds.
+# The first bytes of a file, enough to tell its format.
 HEAD_BYTES = 512
 
 _NOT_TEXT: Mapping[str, str] = {
@@ -39,14 +39,14 @@ _HELD: Mapping[str, re.Pattern[bytes]] = {
     "gzip": re.compile(rb"\x1f\x8b"),
     "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
     "xz": re.compile(rb"\xfd7zXZ\0"),
-    # The second is a frame to be skipped, with which files for random access begin.
+    # The second is a skippable frame, with which seekable files begin.
     "zstandard": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     "LZ4 or another compression": re.compile(rb"\x04\x22\x4d\x18|LZIP\x01|\x1f\x9d|\xff\x06\0\0sN"),
     "a ZIP archive (or a document kept in one)": re.compile(rb"PK(\x03\x04|\x05\x06)"),
     "an archive": re.compile(rb"7z\xbc\xaf\x27\x1c|Rar!\x1a|(?s:.{257})ustar"),
     "an Arrow table": re.compile(rb"ARROW1\0|FEA1\0|\xff\xff\xff\xff(?s:...)\0"),
     "a Parquet table": re.compile(rb"PAR1\x15"),
-    "an array of NumPy's": re.compile(rb"\x93NUMPY"),
+    "a NumPy array": re.compile(rb"\x93NUMPY"),
     "a PDF document": re.compile(rb"%PDF-[12]\."),
     "a pickle": re.compile(rb"\x80[\x02-\x05]"),
     "text in UTF-16 or UTF-32": re.compile(rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff"),
@@ -55,7 +55,7 @@ _HELD: Mapping[str, re.Pattern[bytes]] = {
 
 
 class FileKind(NamedTuple):
-    """What a file's name says."""
+    """A file's format by its name."""
 
     suffix: str  # once decompressed, in lower case (".jsonl"); "" without one
     compression: str  # of COMPRESSIONS' values; "" where it isn't compressed
@@ -67,14 +67,11 @@ class FileKind(NamedTuple):
 
 
 def kind_of(path: str | os.PathLike[str]) -> FileKind:
-    """What a file holds, by its name: x.jsonl.gz is (".jsonl", "gzip").
-
-    Raises:
-      InputError: A name of something else than text, or one that is not UTF-8.
-    """
+    """A file's format by its name: x.jsonl.gz is (".jsonl", "gzip"); InputError if the name is not
+    that of a text file, or not UTF-8."""
     name = pathlib.PurePath(path)
     if valid_unicode(str(name)) != str(name):
-        raise InputError(f"{path} is no name in UTF-8, as names in records must be: rename it.")
+        raise InputError(f"{path} is not a UTF-8 name, as names in records must be: rename it.")
     compression = COMPRESSIONS.get(name.suffix.lower(), "")
     suffix = (name.with_suffix("") if compression else name).suffix.lower()
     what = _NOT_TEXT.get(suffix)
@@ -91,12 +88,12 @@ def kind_of(path: str | os.PathLike[str]) -> FileKind:
 def refuse_other_content(
     path: str | os.PathLike[str], head: bytes, compression: str, decompressed: bool = False
 ) -> None:
-    """Refuses a file whose first bytes are of something else than its name says.
+    """Refuses a file whose content doesn't match its name.
 
     Args:
       path: The file.
       head: Its first HEAD_BYTES.
-      compression: What it should be compressed with; "" is not at all.
+      compression: The compression that its name says, or "".
       decompressed: Whether `head` has been decompressed.
     """
     held = next((what for what, pattern in _HELD.items() if pattern.match(head)), "")
@@ -105,7 +102,7 @@ def refuse_other_content(
             f"{path} is not compressed with {compression}, as its name says: drop "
             f"{pathlib.PurePath(path).suffix} from its name, or fetch the file again."
         )
-    # Whatever else a compressed file is, the library says that it cannot be decompressed.
+    # Other mismatches of compressed files are reported by the decompressor.
     if held in ("", compression) or (compression and held not in COMPRESSIONS.values()):
         return
     where = ", once decompressed," if decompressed else ""
@@ -130,5 +127,5 @@ def _is_text(head: bytes) -> bool:
 
 
 def without_mark(text: bytes) -> bytes:
-    """A text's beginning without the byte order mark that some editors write in front of it."""
+    """The beginning of a text without its byte order mark, if any."""
     return text.removeprefix(codecs.BOM_UTF8)

@@ -1,12 +1,12 @@
-"""Batches as a function of the step and of how many rows were read before.
+"""The input pipeline: batches as a pure function of the step and the rows read so far.
 
-A position counts rows, not steps: a run may be resumed with another batch size, other hosts or more
+A position counts rows, not steps, so a run may resume with another batch size, other hosts or more
 reader threads, and no row is read twice or skipped.
 
-Stage 2 reads the all-rows order at the number of rows consumed in all, and so does stage 1 unless
-it has selected rows of its own (SALT_DS), whose order it reads at the number of rows consumed in
-stage 1. With an unchanged batch size B that is position i·B at step i: all arms of a comparison
-read the same rows at the same step, except SALT_DS in stage 1.
+Both stages read the all-rows order at the total number of rows consumed, except that a stage 1 with
+selected rows (SALT_DS) reads their order at the number of rows consumed in stage 1. With a constant
+batch size B that is position i·B at step i, so all arms of a comparison read the same rows at the
+same step, except SALT_DS in stage 1.
 """
 
 import collections
@@ -23,16 +23,16 @@ from salt_jax.data.row_order import Draw, Order
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError, require_counts
 
-# What denoising adds to the epochs of selected rows: other rows never have so many.
+# Denoising's epoch offset for selected rows, more epochs than any order reaches.
 _SELECTED_EPOCHS = 1 << 31
 
-# The name of stage 1's own rows among epochs.
+# The name of stage 1's selected rows in `epochs`.
 SELECTED = "selected rows"
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a run has read: steps completed, and rows consumed in each stage by all processes."""
+    """Steps completed, and rows consumed in each stage by all processes."""
 
     step: int = 0
     stage1_rows: int = 0
@@ -49,22 +49,21 @@ class InputPipeline:
     """Batches for one process.
 
     Attributes:
-      sources: Rows by id (`PackedSplit`) of each cache by its name, in the order of the draws'
-        numbers.
+      sources: The split (`PackedSplit`) of each cache by name, in the order of `Draw.source`.
       batch_size: B, rows of the global batch.
-      start_id: What the model reads where a segment begins.
-      all_rows: The order that stage 2 reads, and stage 1 too unless it has its own.
+      start_id: The model's input where a segment begins.
+      all_rows: The order of stage 2, and of stage 1 without selected_rows.
       selected_rows: Stage 1's own order (SALT_DS), or None.
-      unused_rows: Stage 2's own order, read at the number of rows consumed in stage 2; None is
+      unused_rows: Stage 2's own order, read at the number of rows consumed in stage 2; None means
         all_rows.
-      stage1_steps: Steps that read stage 1's rows, and its soft labels.
-      start: Where the run stood when this pipeline was made; it gives no batch before that.
-      denoising: What changes rows between the cache and the batch, if anything.
-      soft_labels: What stands for a teacher: batches of stage 1 have it as well.
+      stage1_steps: Length of stage 1, which also reads the soft labels.
+      start: The position at which this pipeline starts; earlier batches are not available.
+      denoising: Transforms rows between the cache and the batch; None for no transform.
+      soft_labels: Stored labels to add to batches of stage 1, in place of a teacher.
       part: Which of the `parts` equal, contiguous parts of every batch to read.
-      parts: How many there are: one for each process, unless some hold the same rows.
+      parts: How many parts there are: one per process, unless some hold the same rows.
       read_threads: Threads that read ahead.
-      read_ahead: Batches to hold ready.
+      read_ahead: Batches to prefetch.
     """
 
     sources: Mapping[str, Any]
@@ -92,11 +91,11 @@ class InputPipeline:
 
     @property
     def extra_features(self) -> tuple[str, ...]:
-        """What batches hold beside `features.make_batch`'s."""
+        """The features of batches beside `features.make_batch`'s."""
         return self.denoising.features if self.denoising else ()
 
     def position(self, step: int) -> Position:
-        """How far all processes have read when `step` steps are completed."""
+        """The position after `step` completed steps."""
         assert step >= self.start.step, f"step {step} of a pipeline from step {self.start.step}"
         in_stage1 = max(0, min(step, self.stage1_steps) - self.start.step)
         in_stage2 = step - self.start.step - in_stage1
@@ -107,7 +106,7 @@ class InputPipeline:
         )
 
     def draws(self, step: int) -> list[Draw]:
-        """The rows that this process reads at a step, in order."""
+        """The draws of this process at a step, in order."""
         position = self.position(step)
         if step < self.stage1_steps and self.selected_rows is not None:
             order, first = self.selected_rows, position.stage1_rows
@@ -120,10 +119,10 @@ class InputPipeline:
         return [order[at] for at in range(first, first + count)]
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often the rows of each source were read when `step` steps are completed.
+        """Epochs completed of each source after `step` steps.
 
-        Of a source counts what all_rows reads, or unused_rows over the rows that are left there;
-        SELECTED is added where stage 1 has rows of its own.
+        Selected rows are counted separately, as SELECTED; with unused_rows, an epoch of a source is
+        one pass over its unused rows.
         """
         position = self.position(step)
         order, skipped, rows = self.all_rows, 0, position.rows
@@ -147,7 +146,7 @@ class InputPipeline:
         if self.denoising is None:
             batch = features.make_batch(rows, self.start_id)
             return batch | self._labels(step, batch)
-        # A row that stage 1 selected is denoised in another way when it comes among all rows.
+        # So that a selected row is denoised differently when it recurs among all rows.
         own = step < self.stage1_steps and self.selected_rows is not None
         first = _SELECTED_EPOCHS if own else 0
         denoised = [
@@ -174,7 +173,7 @@ class InputPipeline:
         return {f"soft_{name}": array for name, array in labels._asdict().items()}
 
     def _read(self, draws: Sequence[Draw]) -> list[features.Row]:
-        """The rows drawn, in order; one read a source."""
+        """The rows drawn, in order; each source is read once."""
         splits = list(self.sources.values())
         places: Mapping[int, list[int]] = collections.defaultdict(list)
         for place, draw in enumerate(draws):
@@ -194,10 +193,10 @@ def in_order(
     part: int = 0,
     parts: int = 1,
 ) -> Iterator[features.Batch]:
-    """The first `rows` rows of a split (all by default) once, in order, in equal batches.
+    """The first `rows` rows of a split (all by default) once, in order, in equal batches, of which
+    it yields one of `parts` equal, contiguous parts.
 
-    The last batch is filled up with copies of its last row that have no loss weight and row id −1.
-    Of every batch this is one of `parts` equal, contiguous parts.
+    The last batch is padded with copies of its last row, with loss weight 0 and row id −1.
     """
     total = len(split) if rows is None else min(rows, len(split))
     count = batch_size // parts

@@ -1,7 +1,7 @@
-"""A row's soft labels as bytes: the record format of stored soft labels (format version 2).
+"""The record format of stored soft labels (format version 2): a row's labels as bytes.
 
-A record of fixed size has for every position of a row the teacher's K most likely ids, best first,
-their log q, the log q of all other ids together, and the teacher's loss on the truth.
+A fixed-size record has for every position of a row the teacher's K most likely ids, best first,
+their log q, the log of the remaining probability, and the teacher's loss on the target.
 Little-endian, L positions, b = the bits that the vocabulary's ids need:
 
     ids           b bits each, [L · K]: a plane of the lowest 16, 8, 4, 2 or 1 bits, then of the
@@ -9,11 +9,11 @@ Little-endian, L positions, b = the bits that the vocabulary's ids need:
     log q         [L · K] float16, or uint8 by the square-root law below
     rest          [L] float16, log q of the rest
     teacher loss  [L] float16, nats
-    check         uint32, CRC-32 of all of it: rows are read in any order, so that comparing a
-                  shard's digest would read far more than is asked for
+    check         uint32, CRC-32 of the record: rows are read in any order, and comparing a shard's
+                  digest would read the whole shard
 
-The square-root law is fine where q is large and coarse where it matters little: code c stands for
-log q = -32 (c / 255)²; its step is 0.004 nats at q = 0.99, 0.044 at 0.37 and 0.14 at 5e-5.
+The square-root law has fine steps where q is large: code c stands for log q = -32 (c / 255)²; a
+step is 0.004 nats at q = 0.99, 0.044 at 0.37 and 0.14 at 5e-5.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from salt_jax.errors import InputError
 ENCODINGS = ("float16", "uint8")
 LEAST_K, MOST_K = 1, 1024
 
-_LOWEST_LOG_Q = -32.0  # uint8; what is less likely counts as this
+_LOWEST_LOG_Q = -32.0  # lower values are clipped to it in uint8
 _LOG_Q_OF_CODE = (_LOWEST_LOG_Q * (np.arange(256) / 255.0) ** 2).astype(np.float16)
 _CHECK_BYTES = 4
 
@@ -40,8 +40,8 @@ class Labels(NamedTuple):
     Attributes:
       ids: int32[N, L, K], best first.
       log_q: float16[N, L, K], nats, of the tempered probabilities over the whole vocabulary.
-      rest: float16[N, L], log of what all other ids have together.
-      teacher_loss: float16[N, L], -log p of the truth under the teacher at temperature 1, nats.
+      rest: float16[N, L], log of the total probability of all other ids.
+      teacher_loss: float16[N, L], -log p of the target under the teacher at temperature 1, nats.
     """
 
     ids: np.ndarray
@@ -50,21 +50,15 @@ class Labels(NamedTuple):
     teacher_loss: np.ndarray
 
     def are_broken(self) -> np.ndarray:
-        """bool[N]: which rows have a number that is not finite."""
+        """bool[N]: which rows have non-finite values."""
         floats = (self.log_q, self.rest, self.teacher_loss)
         return np.any([~np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in floats], axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelFormat:
-    """Turns soft labels into records and back.
-
-    Attributes:
-      sequence_length: L.
-      vocab_size: All ids.
-      k: K, ids a position.
-      encoding: Of log q: "float16" or "uint8".
-    """
+    """Encodes soft labels as records and back; L = sequence_length, K = k, and log q is stored as
+    `encoding`, "float16" or "uint8"."""
 
     sequence_length: int
     vocab_size: int
@@ -84,7 +78,7 @@ class LabelFormat:
 
     @functools.cached_property
     def record(self) -> np.dtype:
-        """A record as NumPy has it."""
+        """A record as a NumPy structured type."""
         length, values = self.sequence_length, self.sequence_length * self.k
         log_q = "<f2" if self.encoding == "float16" else "u1"
         return np.dtype(
@@ -107,7 +101,7 @@ class LabelFormat:
 
     @property
     def bytes_per_token(self) -> float:
-        """What a position costs on disk, its row's check aside."""
+        """Bytes per position, without the row's check."""
         return (self.record_bytes - _CHECK_BYTES) / self.sequence_length
 
     def encode(self, labels: Labels) -> np.ndarray:
@@ -131,7 +125,7 @@ class LabelFormat:
         return records.view(np.uint8).reshape(rows, self.record_bytes)
 
     def damaged(self, records: np.ndarray) -> np.ndarray:
-        """bool[N]: which of uint8[N, record_bytes] are not as `encode` made them."""
+        """bool[N]: which of uint8[N, record_bytes] fail their CRC."""
         found = np.ascontiguousarray(records).view(self.record)[:, 0]
         return found["check"] != _checks(found)
 
@@ -175,5 +169,5 @@ def _unpacked(packed: np.ndarray, width: int, count: int) -> np.ndarray:
 
 
 def _checks(records: np.ndarray) -> np.ndarray:
-    """uint32[N], CRC-32 of each record but for its check."""
+    """uint32[N], CRC-32 of each record without its check."""
     return np.array([zlib.crc32(one.tobytes()[:-_CHECK_BYTES]) for one in records], np.uint32)

@@ -1,4 +1,4 @@
-""".npy files of anyone's, mapped from disk after a check of their type and length."""
+"""Memory-maps untrusted .npy files after checking their type and length."""
 
 import pathlib
 import tokenize
@@ -9,20 +9,11 @@ from salt_jax.errors import InputError
 
 
 def map_npy(path: pathlib.Path, dtype: np.dtype, rows: int, again: str) -> np.memmap:
-    """An array of dtype[rows], mapped from disk.
-
-    Args:
-      path: The file.
-      dtype: What its elements must be.
-      rows: How many there must be.
-      again: What to do about another file: the end of the error's sentence.
-
-    Raises:
-      InputError: It is missing or malformed, or another array.
-    """
+    """A memory-mapped array of dtype[rows]; InputError, ending in `again` (what to do), if the file
+    is missing, malformed or of another type or length."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    # numpy reads the header as Python literals, with Python's tokenizer.
+    # numpy parses the header with Python's tokenizer, which raises errors of its own.
     except (OSError, ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:
         raise InputError(f"{path} cannot be read ({error}): {again}.") from error
     if array.dtype != dtype or array.shape != (rows,):

@@ -4,7 +4,7 @@ A cache is a folder, read without TensorFlow and JAX:
 
     train/rows-00000-of-00004.array_record …   one record a row (row_records.py), uncompressed
     validation/…  test/…
-    vocabulary/                                what load_vocabulary reads
+    vocabulary/                                for load_vocabulary
     manifest.json  COMPLETED                   counts, digests, tokenizer fingerprint, settings
 
 A row's id is its index in its split: row 0 is the first record of the first shard.
@@ -57,11 +57,11 @@ SPLITS = ("train", "validation", "test")
 
 
 class PackedSplit:
-    """The rows of one split by row id. A Grain RandomAccessDataSource; can be pickled.
+    """The rows of one split by row id: a picklable Grain RandomAccessDataSource.
 
     Attributes:
       name: "train", "validation" or "test".
-      info: The split's part of the manifest: rows, tokens, documents, bytes, shared_documents,
+      info: The split's entry in the manifest: rows, tokens, documents, bytes, shared_documents,
         duplicate_documents, by_subset, shards.
     """
 
@@ -89,14 +89,14 @@ class PackedSplit:
         return self.__getitems__([row_id])[0]
 
     def __getitems__(self, row_ids: Sequence[SupportsIndex]) -> list[Row]:
-        """Rows in the order asked for; reads several shards at once."""
+        """The rows in the order asked for; shards are read in parallel."""
         ids = [operator.index(row_id) for row_id in row_ids]
         for index in ids:
             if not 0 <= index < len(self):
                 raise IndexError(f"row {index} of {len(self)} rows of the {self.name} split")
         try:
             records = self._records.__getitems__(ids)
-        # What the library raises for bytes that it didn't write.
+        # The library's errors for a corrupt file.
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             what = f"The {self.name} split of the cache {self._folder} cannot be read ({error})"
             raise InputError(f"{what}: {_AGAIN}.") from error
@@ -112,8 +112,8 @@ class PackedCache:
 
     Attributes:
       path: Its folder.
-      manifest: As written.
-      digest: The manifest's, which holds the shards': scores and selections name a cache by it.
+      manifest: The manifest.
+      digest: The manifest's digest, by which scores and selections refer to the cache.
     """
 
     path: pathlib.Path
@@ -122,11 +122,11 @@ class PackedCache:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "PackedCache":
-        """Opens a cache; file sizes and row counts are checked, contents by `verify`.
+        """Opens a cache; checks file sizes and row counts (`verify` checks contents).
 
         Raises:
-          InputError: Not there, half-written, another kind or version, a shard missing, cut short
-            or outside of the folder.
+          InputError: The cache is missing, half-written or of another kind or version, or a shard
+            is missing, truncated or outside the folder.
         """
         folder = local_folder(path)
         manifest = read_manifest(folder, KIND)
@@ -143,12 +143,12 @@ class PackedCache:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens a row."""
+        """Tokens per row."""
         return self.manifest["sequence_length"]
 
     @property
     def subsets(self) -> tuple[str, ...]:
-        """The subsets' names; a row's `subset` is an index in it."""
+        """The subsets' names; a row's `subset` is an index into them."""
         return tuple(self.manifest["subsets"])
 
     @property
@@ -158,7 +158,7 @@ class PackedCache:
 
     @property
     def vocabulary_fingerprint(self) -> str:
-        """What two models must share to be teacher and student."""
+        """The vocabulary's fingerprint, which a teacher and its student share."""
         return self.manifest["vocabulary"]["fingerprint"]
 
     @property
@@ -187,7 +187,7 @@ class PackedCache:
         return PackedSplit(self.path, name, self.manifest["splits"][name], record_format)
 
     def verify(self) -> None:
-        """Compares the digests of vocabulary and shards, which are read, with the manifest's."""
+        """Reads the vocabulary and all shards, and compares their digests with the manifest's."""
         vocabulary = f"The vocabulary of {self.path} has the fingerprint"
         compared = [(vocabulary, self.vocabulary.fingerprint, self.vocabulary_fingerprint)]
         for shard in self._shards():
@@ -203,7 +203,7 @@ class PackedCache:
 
 
 class PackedCacheWriter:
-    """Writes a packed cache: each split once, then `finish`; before, no reader accepts the folder.
+    """Writes a packed cache: each split once, then `finish`; until then readers refuse the folder.
 
     writer = PackedCacheWriter(folder, vocabulary=ByteVocabulary(), sequence_length=128)
     writer.write_split("train", rows, num_rows=len(rows))
@@ -225,14 +225,14 @@ class PackedCacheWriter:
         """Begins a cache.
 
         Args:
-          folder: Where it will lie. A cache begun there before is removed, and no other file.
+          folder: The cache's folder. A cache begun there before is removed, other files are kept.
           vocabulary: Saved beside the rows.
-          sequence_length: L, tokens a row.
-          subsets: Names; a row's subset is an index in them.
-          shards: Files a split is cut into, where it has so many rows.
-          settings: What else the manifest records (packing, seed); part of the cache's digest.
+          sequence_length: L, tokens per row.
+          subsets: Names; a row's subset is an index into them.
+          shards: Files per split, fewer if it has fewer rows.
+          settings: Further entries of the manifest (packing, seed); part of the cache's digest.
           sources: The input files, each {"file", "bytes", "digest"}.
-          begun: Whether shards of this cache are there already, written by `write_shard` after
+          begun: Whether shards of this cache exist already, written by `write_shard` after
             `begin_cache`.
         """
         self._folder = pathlib.Path(folder)
@@ -260,14 +260,8 @@ class PackedCacheWriter:
         num_rows: int,
         documents: Mapping[str, DocumentCounts] | None = None,
     ) -> None:
-        """Writes a split's rows in the order given, which numbers them.
-
-        Args:
-          name: "train", "validation" or "test".
-          rows: Exactly `num_rows` rows; their row_id is ignored.
-          num_rows: Rows of the split, at least 1.
-          documents: What they were made from, by the subset's name.
-        """
+        """Writes a split of exactly `num_rows` rows, numbered in the order given (their row_id is
+        ignored); `documents` are its document counts by subset."""
         assert name in SPLITS, f"a split is one of {SPLITS}, got {name!r}"
         assert num_rows > 0, f"the {name} split has no rows"
         shards = min(self._shards, num_rows)
@@ -288,7 +282,7 @@ class PackedCacheWriter:
         shards: Mapping[str, ShardCounts],
         documents: Mapping[str, DocumentCounts],
     ) -> None:
-        """Adds a split whose shards are written; see `split_info`."""
+        """Adds a split whose shards are already written; see `split_info`."""
         self._splits[name] = split_info(shards, documents)
 
     def finish(self) -> dict[str, Any]:
@@ -299,11 +293,8 @@ class PackedCacheWriter:
 
 
 def begin_cache(folder: pathlib.Path) -> None:
-    """Begins a cache: one begun there before is removed, and no other file.
-
-    Raises:
-      InputError: A part of it is a link that leads out of the folder.
-    """
+    """Removes a cache begun in the folder before, and no other file; InputError if a part of it is
+    a link that leads out of the folder."""
     parts = (*SPLITS, VOCABULARY_FOLDER)
     for name in parts:
         no_link_out(folder, folder / name, "choose another --output_dir")
@@ -318,7 +309,7 @@ def begin_cache(folder: pathlib.Path) -> None:
 
 
 def _refuse_contradictions(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses counts that cannot all be right: reading would go wrong far from here."""
+    """Refuses inconsistent counts, which would cause obscure errors later."""
     for name in ("sequence_length", "subsets", "splits"):
         if not manifest[name]:
             raise InputError(f"{file}: {name} is {manifest[name]}: {_AGAIN}.")

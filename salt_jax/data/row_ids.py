@@ -1,4 +1,4 @@
-"""The ids of some rows of a split as a file: ROW_IDS_FILE, an .npy of int64[m], ascending."""
+"""Reads and writes row ids: ROW_IDS_FILE, an .npy of int64[m], ascending."""
 
 import pathlib
 from collections.abc import Iterable
@@ -18,12 +18,8 @@ _BLOCK_ROWS = 1 << 20
 
 
 def write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
-    """Writes ids as an .npy file without holding them all; returns how many.
-
-    Args:
-      path: The file.
-      blocks: Ascending ids, each once, at least one.
-    """
+    """Writes blocks of ascending, distinct ids (at least one) as an .npy file, without holding them
+    all in memory; returns how many."""
     rows, last = 0, -1
     with durable_files.whole_file(path) as file:
         _write_header(file, 0)
@@ -43,16 +39,17 @@ def write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
 
 
 def read_row_ids(folder: pathlib.Path, rows: int, digest: str, made_by: str) -> np.ndarray:
-    """int64[rows] of a folder's file, mapped from disk.
+    """Memory-maps a folder's ids, int64[rows].
 
     Args:
       folder: The folder of the file.
-      rows: How many ids there must be.
-      digest: The file's.
+      rows: The expected number of ids.
+      digest: The file's expected digest.
       made_by: The command that made it, for errors.
 
     Raises:
-      InputError: It is missing, damaged or another one, or its ids don't ascend from 0 or more.
+      InputError: The file is missing, damaged or another one, or its ids are negative or not
+        ascending.
     """
     path, again = folder / ROW_IDS_FILE, f"copy the folder again, or run its `{made_by}` again"
     no_link_out(folder, path, again)

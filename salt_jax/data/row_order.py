@@ -1,8 +1,8 @@
-"""Endless orders of rows: which row is read at a position.
+"""Endless shuffled orders of rows: which row is read at a position.
 
-An order is a function of the position alone, computed element by element, so that resuming costs
-nothing. Each row of a source comes exactly once in each of its epochs, and every epoch is shuffled
-anew. A mixture interleaves such orders: none of them skips a row or reads one twice.
+An order is a pure function of the position, so resuming costs nothing. Each row of a source comes
+exactly once per epoch, and every epoch is reshuffled. A mixture interleaves such orders without
+skipping or repeating rows of any.
 """
 
 import fractions
@@ -21,51 +21,47 @@ class Draw(NamedTuple):
 
     source: int  # the index of its cache
     row_id: int
-    epoch: int  # how often the order has been through all of the source's rows before
+    epoch: int  # how many epochs of the source came before
 
 
 class Order(Protocol):
-    """The order that an input pipeline reads rows in."""
+    """The order in which an input pipeline reads rows."""
 
     def __getitem__(self, position: int) -> Draw:
-        """The row at a position, from 0 on without end."""
+        """The row at a position, any integer from 0."""
 
     def rows_read(self, position: int) -> Mapping[int, int]:
-        """How many of the positions before this one are of each source."""
+        """How many rows of each source come before a position."""
 
     def sizes(self) -> Mapping[int, int]:
-        """Rows of an epoch of each source."""
+        """Rows per epoch of each source."""
 
 
 class UnusedRows:
-    """The ids 0 … rows − 1 without some, ascending, in the memory of those left out.
-
-    Args:
-      rows: All rows.
-      used_m: int64[m], the ids left out, ascending, each once.
-    """
+    """The ascending ids 0 … rows − 1 without `used_m` (int64[m], ascending, distinct), in O(m)
+    memory."""
 
     def __init__(self, rows: int, used_m: np.ndarray) -> None:
         self._size = rows - len(used_m)
-        # How many kept ids come before each one left out: ascending, so it can be searched.
+        # How many kept ids come before each used one: ascending, for binary search.
         self._kept_before_m = used_m - np.arange(len(used_m))
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> int:
-        """The index-th of the ids kept."""
+        """The index-th unused id."""
         return index + int(np.searchsorted(self._kept_before_m, index, side="right"))
 
 
 class RowOrder:
-    """Every row of a source once an epoch, each epoch a permutation of its own.
+    """Every row of a source once per epoch, in a new permutation each epoch.
 
     Args:
-      row_ids: The rows to draw from; None is all of 0 … rows − 1.
-      rows: How many there are when row_ids is None.
-      seed: Of the permutations.
-      source: Its number in draws.
+      row_ids: The rows to draw from; None means all of 0 … rows − 1.
+      rows: The number of rows if row_ids is None.
+      seed: The permutations' seed.
+      source: Its `Draw.source`.
     """
 
     def __init__(
@@ -74,7 +70,7 @@ class RowOrder:
         self._row_ids = row_ids
         self._size = rows if row_ids is None else len(row_ids)
         self._source = source
-        # Grain shuffles epoch e by seed + e: as given, seeds 0 and 1 would be one order, shifted.
+        # Grain shuffles epoch e by seed + e: unhashed, seeds 0 and 1 would be one order, shifted.
         mixed = int(np.random.SeedSequence((seed, source)).generate_state(1)[0])
         self._order = grain.MapDataset.range(self._size).shuffle(seed=mixed).repeat()
 
@@ -94,12 +90,11 @@ class MixedOrder:
     """Orders interleaved in fixed proportions.
 
     After k positions an order has given its weight's share of k rows, to within the number of
-    orders. The rule is that of Grain's MapDataset.mix, which rounds weights to hundredths of the
-    smallest; here they are exact.
+    orders. The rule is that of Grain's MapDataset.mix, but with exact weights, which Grain rounds.
 
     Args:
-      orders: At least two, each of a source of its own.
-      weights: One for each, positive; only their proportions matter.
+      orders: At least two, of different sources.
+      weights: One positive weight per order; only their proportions matter.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
@@ -114,8 +109,7 @@ class MixedOrder:
         self._parts = [int(weight * smallest) for weight in exact]
         if not all(self._parts):
             raise InputError(
-                f"weights is {tuple(weights)}: weights under a millionth are taken for 0; "
-                "scale them up."
+                f"weights is {tuple(weights)}: weights under a millionth count as 0; scale them up."
             )
 
     def __getitem__(self, position: int) -> Draw:
@@ -131,10 +125,10 @@ class MixedOrder:
         return {source: size for order in self._orders for source, size in order.sizes().items()}
 
     def _counts(self, position: int) -> list[int]:
-        """Rows from each order in the positions before this one.
+        """Rows from each order before a position.
 
-        The first order gets its share, rounded up, the next its share of what is left, and so on.
-        A position more adds one to what is left or nothing, and so one row to one order.
+        The first order gets its share, rounded up, the next its share of the rest, and so on, so
+        each further position adds one row to exactly one order.
         """
         counts, left, parts_left = [], position, sum(self._parts)
         for part in self._parts:

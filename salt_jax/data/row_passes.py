@@ -1,7 +1,7 @@
-"""Folders with something for each row of a split, made by a model's pass over the rows.
+"""Folders of per-row results of a model's pass over a split: `RowScores` and `StoredLabels`.
 
-Both `RowScores` and `StoredLabels` are of this kind: shards that a killed pass keeps, then
-manifest.json and COMPLETED. A folder names the cache that it belongs to by its digest.
+Shards are written first and kept if the pass is killed, then manifest.json and COMPLETED. The
+manifest names the cache by its digest.
 """
 
 import dataclasses
@@ -23,27 +23,23 @@ COST_FILE = "cost.json"
 
 
 class PassWriter:
-    """A pass in the making, by one worker of perhaps several.
-
-    Args:
-      shards: A folder that holds the same pass begun is continued.
-    """
+    """Writes a pass, as one of several workers perhaps; resumes the same pass in the folder."""
 
     def __init__(self, shards: RestartableShards) -> None:
         self.shards = shards
 
     def begin(self) -> None:
-        """Makes the folder if need be; an InputError if another pass was begun there meanwhile."""
+        """Makes the folder if needed; InputError if another pass was begun there meanwhile."""
         self.shards = self.shards.begin()
 
     def finish(self, kind: str, cost: Mapping[str, Any] | None, **parts: Any) -> None:
         """Writes manifest and COMPLETED once every shard is finished.
 
         Args:
-          kind: The manifest's.
-          cost: The pass's FLOPs and tokens; its seconds are those that the shards took, as if the
-            workers had shared them evenly and worked at the same time.
-          parts: Of the manifest.
+          kind: The manifest's kind.
+          cost: The pass's FLOPs and tokens. Seconds are added from the shards', as if the workers
+            had shared them evenly and in parallel.
+          parts: Further entries of the manifest.
         """
         if self.shards.completed:
             return
@@ -62,8 +58,8 @@ class RowPass:
 
     Attributes:
       path: The folder.
-      manifest: cache_digest, split, rows, shard_rows, shards, and what the kind adds.
-      digest: The manifest's, which holds the digests of the shards.
+      manifest: cache_digest, split, rows, shard_rows, shards, and the kind's own entries.
+      digest: The manifest's digest.
     """
 
     kind: ClassVar[str]
@@ -77,14 +73,15 @@ class RowPass:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None) -> Self:
-        """Opens a finished folder: sizes are checked now, contents when they are read.
+        """Opens a finished folder: checks sizes now, contents when they are read.
 
         Args:
-          folder: Where it lies.
-          cache_digest: The cache it must belong to; None takes any.
+          folder: The folder.
+          cache_digest: The cache it must belong to; None accepts any.
 
         Raises:
-          InputError: Not there, half-written, a shard missing or cut short, or of another cache.
+          InputError: It is missing, half-written or of another cache, or a shard is missing or
+            truncated.
         """
         path = local_folder(folder)
         manifest = read_manifest(path, cls.kind)
@@ -97,21 +94,21 @@ class RowPass:
                     f"a shard of {shard['rows']} rows has {shard['bytes']} bytes, expected "
                     f"{row_bytes} a row"
                 )
-        _ = opened.shards  # which looks at every file
+        _ = opened.shards  # checks every file
         return opened
 
     def checked_row_bytes(self) -> int:
-        """Bytes of a row in a shard, after a check of what the kind adds to manifest and folder."""
+        """Bytes per row in a shard, after checking the kind's own entries and files."""
         raise NotImplementedError
 
     @property
     def rows(self) -> int:
-        """Rows that the pass is of."""
+        """Rows that the pass covers."""
         return self.manifest["rows"]
 
     @property
     def cost(self) -> dict[str, Any] | None:
-        """What the pass took: flops, tokens, seconds; None where it is not known."""
+        """The pass's cost: flops, tokens, seconds; None if unknown."""
         path = self.path / COST_FILE
         if not path.exists():
             return None
@@ -126,18 +123,18 @@ class RowPass:
 
     @property
     def again(self) -> str:
-        """What to do about a damaged folder."""
+        """The remedy for a damaged folder, for messages."""
         return f"copy the folder again, or run its `{self.made_by}` again"
 
     def contradiction(self, what: str) -> InputError:
-        """The error that the manifest can't be right."""
+        """The error for an inconsistent manifest."""
         return InputError(f"{self.path / MANIFEST_FILE}: {what}: {self.again}.")
 
 
 def refuse_other_cache(
     path: pathlib.Path, called: str, manifest: Mapping[str, Any], cache_digest: str | None
 ) -> None:
-    """Refuses a folder that belongs to another cache than one with this digest; None takes any."""
+    """Refuses a folder that belongs to a cache with another digest; None accepts any."""
     if cache_digest is not None and manifest["cache_digest"] != cache_digest:
         raise InputError(
             f"The {called} in {path} belong to the cache {manifest['cache_digest'][:12]}…, "

@@ -1,12 +1,12 @@
-"""A packed row as bytes: the record format of the packed cache (format version 1).
+"""The record format of the packed cache (format version 1): a packed row as bytes.
 
 Little-endian, S segments, L tokens:
 
     u16 subset | u16 S | u32[S] segment lengths | u8[⌈L/8⌉] loss weights as bits | u16[L] targets
 
-Targets take 32 bits where the vocabulary has ids that need them. Segments follow one another from
-position 0; what they leave is padding. Segment ids and positions follow from the lengths, the row
-id from the record's place.
+Targets take 32 bits if the vocabulary's ids need them. Segments are contiguous from position 0; the
+rest is padding. Segment ids and positions follow from the lengths, the row id from the record's
+place.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ LARGEST_SUBSET = 2**16 - 1  # a row's subset is an index up to this
 
 @dataclasses.dataclass(frozen=True)
 class RecordFormat:
-    """Turns rows of L tokens into records and back; the vocabulary's size counts all ids."""
+    """Encodes rows of L tokens as records and back."""
 
     sequence_length: int
     vocabulary_size: int
@@ -56,7 +56,7 @@ class RecordFormat:
         )
 
     def decode(self, record: bytes, row_id: int) -> Row:
-        """The row of a record; an InputError if its bytes are not of this format."""
+        """The row of a record; InputError if it is malformed."""
         length, at = self.sequence_length, 4
         subset, num_segments = np.frombuffer(record.ljust(at, b"\0"), "<u2", count=2)
         other_bytes = -(-length // 8) + length * self.target_dtype.itemsize
@@ -67,7 +67,7 @@ class RecordFormat:
         bits = np.frombuffer(record, np.uint8, count=-(-length // 8), offset=at)
         at += bits.nbytes
         targets_L = np.frombuffer(record, self.target_dtype, count=length, offset=at)
-        # Lengths may say gigabytes, and an id outside a vocabulary reads another's embedding.
+        # Bad lengths could claim gigabytes, and a bad id would read a wrong embedding.
         if lengths_S.sum(dtype=np.int64) > length or targets_L.max() >= self.vocabulary_size:
             raise self._damage(row_id)
         segment_ids_L = np.zeros(length, np.int32)

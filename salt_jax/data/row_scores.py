@@ -1,7 +1,7 @@
-"""The scores of a split's rows, and the rows selected by them.
+"""The scores of a split's rows (`salt score`), and the rows selected by them (`salt select`).
 
-`salt score` leaves columns of N rows in shards, `salt select` row_ids.npy with the ids int64[m] of
-the rows selected; each with manifest.json and COMPLETED.
+Scores are columns of N rows in shards; a selection is row_ids.npy, the selected ids int64[m]. Both
+have manifest.json and COMPLETED.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from salt_jax.storage.restartable_shards import FinishedShards, RestartableShard
 
 AUDIT_FILE = "audit.json"
 
-# Columns beside the scorer's: the index of the row's subset, and a hash of its tokens.
+# Columns that don't come from the scorer: the row's subset index, and a hash of its tokens.
 SUBSET, TARGETS_HASH = "subset", "targets_hash"
 
 _TYPES = ("<u8", "<f4", "<u2")
@@ -40,24 +40,24 @@ _NO_COST = types.MappingProxyType({"flops": 0.0, "tokens": 0, "seconds": 0.0})
 
 
 def targets_hash(targets_L: np.ndarray, segment_ids_L: np.ndarray) -> int:
-    """64 bits of a row's tokens, padding left out: equal for exact duplicates, else different."""
+    """A 64-bit hash of a row's tokens without padding, to find exact duplicates."""
     tokens = np.ascontiguousarray(targets_L[segment_ids_L > 0], "<i4")
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
 
 
 class RowScoresWriter(PassWriter):
-    """Scores of a split's rows in the making.
+    """Writes the scores of a split's rows.
 
     Args:
-      folder: Where they will lie; an InputError if it was begun with something else.
+      folder: The output folder; InputError if another pass was begun there.
       cache_digest: PackedCache.digest of the cache scored.
       split: The split scored.
       rows: N, its rows.
       scorer: The scoring model: path, step, digest.
-      ks: Every k that there are columns for.
-      columns: Names of their columns, float32.
-      own_columns: Names of those beside them.
-      shard_rows: Rows of a shard.
+      ks: The values of k that have columns.
+      columns: Names of the scorer's columns, float32.
+      own_columns: Names of the other columns.
+      shard_rows: Rows per shard.
     """
 
     def __init__(
@@ -93,23 +93,17 @@ class RowScoresWriter(PassWriter):
     def write(
         self, shard: Shard, columns: Mapping[str, np.ndarray], measured: Mapping[str, Any]
     ) -> None:
-        """Writes a shard.
-
-        Args:
-          shard: Which.
-          columns: Its rows' part of every column.
-          measured: seconds; workers, among which the pass is divided.
-        """
+        """Writes a shard: its rows of every column, and the measured seconds and workers."""
         nan_n = np.zeros(len(shard.rows), bool)
         for values_n in columns.values():
             if values_n.dtype == np.float32:
-                nan_n |= ~(values_n < np.inf)  # −∞ is the score of a row without a learnable token
+                nan_n |= ~(values_n < np.inf)  # −∞ is valid: a row without a learnable token
         with self.shards.write(shard) as file:
             write_columns(file, columns, np.dtype(self._fields))
             file.finish({"nan_rows": int(nan_n.sum())}, measured)
 
     def complete(self, cost: Mapping[str, Any] | None = None) -> "RowScores":
-        """Completes the folder, every shard of which is finished, and opens it; see `finish`."""
+        """Completes the folder once every shard is finished, and opens it; see `finish`."""
         if not self.shards.completed:
             made_from = self.shards.made_from
             self.finish(
@@ -124,10 +118,10 @@ class RowScoresWriter(PassWriter):
 
 
 class RowScores(RowPass):
-    """What a scorer says of a split's rows; a shard is compared with its digest when it is read.
+    """The scores of a split's rows; a shard is compared with its digest when first read.
 
-    Its manifest adds scorer {path, step, digest}, k (all of them), columns (names and types) and
-    nan_rows (where the scorer was broken).
+    The manifest adds scorer {path, step, digest}, k (all values), columns (names and types) and
+    nan_rows (rows with non-finite scores).
     """
 
     kind, called, suffix, made_by = "row_scores", "scores", SUFFIX, "salt score"
@@ -151,28 +145,28 @@ class RowScores(RowPass):
         return [name for name in names if name not in (SUBSET, TARGETS_HASH)]
 
     def column(self, name: str) -> Column:
-        """One column of all rows, on disk until it is read."""
+        """One column of all rows, read from disk on access."""
         dtype = np.dtype([(each, kind) for each, kind in self.manifest["columns"]])
         return Column(self.shards, dtype, name, may_be_nan=self.manifest["nan_rows"] > 0)
 
     def scores(
         self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
     ) -> "ColumnScores":
-        """The score of every row: a column, with −inf where another, the share of learnable tokens,
-        is below a fraction."""
+        """A column of scores, with −inf where the share of learnable tokens (another column) is
+        below a fraction."""
         learnable = self.column(learnable_column) if min_learnable_fraction > 0 else None
         return ColumnScores(self.column(column), learnable, min_learnable_fraction)
 
     @functools.cached_property
     def shards(self) -> FinishedShards:
-        """The shards' files, which format version 2 laid down without .npy headers."""
+        """The shards' files, which have no .npy headers in format version 2."""
         suffix = SUFFIX if self.manifest["format_version"] > 2 else OLD_SUFFIX
         return FinishedShards(self.path, self.manifest, suffix, self.made_by)
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnScores:
-    """A column of scores, read as a Column is, with −inf where too few tokens are learnable."""
+    """A Column of scores, with −inf for rows with too few learnable tokens."""
 
     column: Column
     learnable: Column | None
@@ -195,11 +189,11 @@ class Selection:
 
     Attributes:
       path: The folder.
-      row_ids: int64[m], ascending, each once.
+      row_ids: int64[m], ascending, distinct.
       manifest: cache_digest, split, rows, scores_digest (None: selected at random), how (the rule
         and its settings), cut (the lowest selected score, or None), scorer and score (of the
-        scores), scoring_cost (nothing where no scores were needed, None where it is not known).
-      digest: The manifest's, without the cost.
+        scores), scoring_cost (empty if no scores were needed, None if unknown).
+      digest: The manifest's digest, without the cost.
     """
 
     path: pathlib.Path
@@ -220,16 +214,16 @@ class Selection:
         score: Mapping[str, Any] | None = None,
         cut: float | None = None,
     ) -> Self:
-        """Writes the selection and opens what was written.
+        """Writes the selection and opens it.
 
         Args:
-          folder: The folder; made if need be, other files in it are left alone.
-          row_ids_m: Ascending ids, each once, at least one; an array, or one after another.
+          folder: The folder; made if needed, other files in it are kept.
+          row_ids_m: Ascending, distinct ids, at least one; an array or blocks of arrays.
           cache_digest: PackedCache.digest of the cache they index.
           split: The split they index.
           how: The rule and its settings.
           scores: The scores it was made from; None for a random control.
-          score: Which of them: k, statistic, unlearnable, min_learnable_fraction.
+          score: Which score: k, statistic, unlearnable, min_learnable_fraction.
           cut: The lowest score selected.
         """
         path = pathlib.Path(folder)
@@ -254,7 +248,7 @@ class Selection:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, cache_digest: str | None = None) -> Self:
-        """Opens a finished selection, and reads its ids; see `RowPass.open`."""
+        """Opens a finished selection; see `RowPass.open`."""
         path = local_folder(folder)
         manifest = read_manifest(path, "selection")
         refuse_other_cache(path, "selection", manifest, cache_digest)
@@ -263,9 +257,9 @@ class Selection:
         return cls(path, row_ids_m, manifest, json_digest(selected))
 
     def require_within(self, rows: int) -> None:
-        """Refuses a selection with rows that a split of so many doesn't have."""
+        """Refuses a selection with ids beyond a split of `rows` rows."""
         if self.row_ids[-1] >= rows:
             raise InputError(
-                f"{self.path} selects the row {self.row_ids[-1]} of a split of {rows} rows: copy "
+                f"{self.path} selects row {self.row_ids[-1]} of a split of {rows} rows: copy "
                 "the folder again, or run its `salt select` again."
             )

@@ -1,7 +1,7 @@
 """Shows a packed row as text.
 
 ⟨end⟩ is an end of document, ⟨|im_start|⟩ the special token <|im_start|>, ⟦…⟧ tokens without loss
-weight, and ┃ the border between two segments. Padding is not shown.
+weight, and ┃ a segment boundary. Padding is not shown.
 """
 
 import itertools
@@ -16,7 +16,7 @@ SEGMENT_BORDER = "┃"
 
 
 def row_as_text(row: Row, vocabulary: Vocabulary) -> str:
-    """The row's text with its loss weights and segments made visible."""
+    """The row's text with loss weights and segments marked."""
     segments = [row["segment_ids"] == i + 1 for i in range(row["segment_ids"].max())]
     return SEGMENT_BORDER.join(
         _segment_as_text(row["targets"][inside_L], row["loss_weights"][inside_L], vocabulary)
@@ -25,8 +25,8 @@ def row_as_text(row: Row, vocabulary: Vocabulary) -> str:
 
 
 def _segment_as_text(targets_L: np.ndarray, weights_L: np.ndarray, vocabulary: Vocabulary) -> str:
-    # A stretch ends where the weight changes; between special tokens its ids are decoded together,
-    # since one character may be several ids.
+    # A stretch has one loss weight. Ids between special tokens are decoded together, since one
+    # character may take several ids.
     marks = {
         token_id: f"⟨{name.removeprefix('<').removesuffix('>')}⟩"
         for token_id, name in vocabulary.special_tokens.items()

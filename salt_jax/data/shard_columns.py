@@ -1,8 +1,8 @@
-"""Columns of one number a row, in shards: each is an .npy file of records, a field a column.
+"""Sharded columns of one number per row; a shard is an .npy file of records, one field per column.
 
     np.load("shards/00003-of-00007.npy", mmap_mode="r")["median_drop_k10"]
 
-A column of hundreds of millions of rows is never in memory whole unless it is asked for whole.
+Only the rows asked for are read into memory.
 """
 
 import io
@@ -15,18 +15,12 @@ from salt_jax.data.npy_files import map_npy
 from salt_jax.storage.restartable_shards import FinishedShards, ShardWriter
 
 SUFFIX = ".npy"
-# Of scores of format version 2: one column after another, without a header.
+# The suffix of scores of format version 2: one column after another, without a header.
 OLD_SUFFIX = ".columns"
 
 
 def write_columns(file: ShardWriter, columns: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
-    """Writes a shard.
-
-    Args:
-      file: The shard.
-      columns: An array of the shard's rows for each field.
-      dtype: Of a row.
-    """
+    """Writes a shard of structured `dtype`, from an array of the shard's rows for each field."""
     assert columns.keys() == set(dtype.names or ()), f"columns {set(columns)} of {dtype}"
     records_n = np.empty(len(next(iter(columns.values()))), dtype)
     for name, values_n in columns.items():
@@ -38,15 +32,14 @@ def write_columns(file: ShardWriter, columns: Mapping[str, np.ndarray], dtype: n
 
 
 class Column:
-    """One column of all rows, on disk: `column[a:b]` reads rows a … b − 1, `column[ids]` those.
+    """One column of all rows, on disk: `column[a:b]` and `column[ids]` read those rows.
 
     Args:
-      shards: The shards that hold it.
-      dtype: Of their rows.
+      shards: The shards.
+      dtype: The structured type of their rows.
       name: The field.
-      may_be_nan: Whether some rows are known to have no number; otherwise NaN and ∞ are refused
-        (−∞ is the score of a row without a learnable token).
-      verify: Whether a shard is compared with its digest when it is first read.
+      may_be_nan: Whether NaN and ∞ are allowed (−∞ always is: a row without a learnable token).
+      verify: Whether a shard is compared with its digest when first read.
     """
 
     def __init__(
@@ -66,11 +59,7 @@ class Column:
         return self._shards.rows
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """An array in memory of the rows asked for, in that order.
-
-        Raises:
-          InputError: A shard's bytes have changed, or hold NaN.
-        """
+        """The rows asked for, in that order; InputError if a shard has changed or holds NaN."""
         size = self._shards.shard_rows
         if isinstance(rows, slice):
             first, stop, step = rows.indices(len(self))
@@ -95,7 +84,7 @@ class Column:
         raise self._shards.damage(row // size, what)
 
     def _map(self, index: int) -> np.ndarray:
-        # Mapped anew each time: what stays mapped counts as this process's memory.
+        # Mapped anew each time, since pages that stay mapped count as this process's memory.
         path, rows = self._shards.path(index, self._verify), self._shards.rows_of(index)
         if path.suffix != SUFFIX:
             return _map_columns(path, self._rows_dtype, self._name, rows)
@@ -104,6 +93,6 @@ class Column:
 
 
 def _map_columns(path: pathlib.Path, dtype: np.dtype, name: str, rows: int) -> np.ndarray:
-    """A column of a file without a header, which holds one column after another."""
+    """A column of a format version 2 file, which holds one column after another."""
     assert dtype.fields is not None, f"{dtype} has no columns"
     return np.memmap(path, dtype[name], "r", offset=rows * dtype.fields[name][1], shape=rows)

@@ -1,8 +1,8 @@
-"""Stored soft labels: a teacher's output on the rows of a split, so that runs share one pass of it.
+"""Stored soft labels: a teacher's output on the rows of a split, computed once for many runs.
 
-A folder of records (`label_format`), of all rows of a split or of the rows of a selection, read by
-row id in any order without a model in memory. It names its teacher and its temperature; labels of
-another temperature are refused by what trains.
+A folder of records (`label_format`) for all rows of a split or for those of a selection, read by
+row id in any order without a teacher in memory. The manifest names the teacher and the temperature,
+which training compares with its own.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from salt_jax.storage.restartable_shards import RestartableShards, Shard
 
 
 class SoftLabelsWriter(PassWriter):
-    """Soft labels in the making.
+    """Writes soft labels.
 
     Args:
-      folder: Where they will lie; an InputError if it was begun with something else.
+      folder: The output folder; InputError if another pass was begun there.
       cache_digest: PackedCache.digest of the cache.
       split: The split.
       rows: Rows of the split.
-      row_ids: int64[m], ascending: the rows to label; None is all of them.
-      selection_digest: Selection.digest, where row_ids are a selection's.
+      row_ids: int64[m], ascending: the rows to label; None means all.
+      selection_digest: Selection.digest if row_ids are a selection's.
       teacher: The model: path, step, digest.
       temperature: τ.
-      form: The records.
-      shard_rows: Rows of a shard.
+      form: The record format.
+      shard_rows: Rows per shard.
     """
 
     def __init__(
@@ -79,25 +79,20 @@ class SoftLabelsWriter(PassWriter):
             write_row_ids(self.shards.folder / ROW_IDS_FILE, [self._row_ids])
 
     def row_ids(self, shard: Shard) -> Sequence[int]:
-        """The rows of the split that a shard is of."""
+        """The ids of a shard's rows."""
         if self._row_ids is None:
             return shard.rows
         return self._row_ids[shard.rows.start : shard.rows.stop].tolist()
 
     def write(self, shard: Shard, batches: Iterable[Labels], workers: int = 1) -> None:
-        """Writes a shard as its labels are made, and measures how long that takes.
-
-        Args:
-          shard: Which.
-          batches: The labels of its rows, in order. One that is not finite is an InputError.
-          workers: Among how many the pass is divided.
-        """
+        """Writes a shard from batches of labels of its rows, in order, and records the time taken
+        and the number of workers; InputError for non-finite labels."""
         start, row_ids, written = time.perf_counter(), self.row_ids(shard), 0
         with self.shards.write(shard) as file:
             for labels in batches:
                 if (broken_n := labels.are_broken()).any():
                     raise InputError(
-                        f"The teacher {self.shards.made_from['scorer']['path']} gives numbers that "
+                        f"The teacher {self.shards.made_from['scorer']['path']} gives values that "
                         f"are not finite for row {row_ids[written + int(broken_n.argmax())]} of "
                         f"{self.shards.made_from['split']}: name another --scorer_step."
                     )
@@ -106,7 +101,7 @@ class SoftLabelsWriter(PassWriter):
             file.finish({}, {"seconds": time.perf_counter() - start, "workers": workers})
 
     def complete(self, cost: Mapping[str, Any]) -> "StoredLabels":
-        """Completes the folder, every shard of which is finished, and opens it; see `finish`."""
+        """Completes the folder once every shard is finished, and opens it; see `finish`."""
         if not self.shards.completed:
             made_from, ids = self.shards.made_from, self.shards.folder / ROW_IDS_FILE
             self.finish(
@@ -122,9 +117,9 @@ class SoftLabelsWriter(PassWriter):
 
 
 class StoredLabels(RowPass):
-    """A finished folder of soft labels; what a row holds is checked whenever it is read.
+    """A finished folder of soft labels; each row is checked when read.
 
-    Its manifest adds selection_digest (None: of all rows), row_ids_digest, teacher {path, step,
+    The manifest adds selection_digest (None: all rows), row_ids_digest, teacher {path, step,
     digest}, temperature and format.
     """
 
@@ -134,25 +129,25 @@ class StoredLabels(RowPass):
     def checked_row_bytes(self) -> int:
         if not self.format.sequence_length:
             raise self.contradiction("sequence_length is 0")
-        _ = self._row_ids  # which reads the file
+        _ = self._row_ids  # reads and checks the file
         return self.format.record_bytes
 
     @property
     def cost(self) -> dict[str, Any]:
-        """What the teacher's pass took: flops, tokens, seconds."""
+        """The cost of the teacher's pass: flops, tokens, seconds."""
         if (cost := super().cost) is None:
             raise InputError(f"{self.path} has lost its {COST_FILE}: {self.again}.")
         return cost
 
     @property
     def format(self) -> LabelFormat:
-        """The records."""
+        """The record format."""
         fields = dataclasses.fields(LabelFormat)
         return LabelFormat(**{field.name: self.manifest["format"][field.name] for field in fields})
 
     def read(self, row_ids: Sequence[int] | np.ndarray) -> Labels:
-        """The labels of some rows of the split, in that order; an InputError if one has none or
-        damaged ones."""
+        """The labels of some rows of the split, in that order; InputError if a row's are missing or
+        damaged."""
         at_N = ids_N = np.asarray(row_ids, np.int64)
         have_N = ids_N < self.rows
         if self._row_ids is not None:
@@ -169,23 +164,22 @@ class StoredLabels(RowPass):
         if (damaged_N := self.format.damaged(records)).any():
             shard = int(at_N[damaged_N][0]) // self.shards.shard_rows
             row = ids_N[damaged_N][0]
-            raise self.shards.damage(shard, f"is damaged at row {row} (its check sum)")
+            raise self.shards.damage(shard, f"is damaged at row {row} (wrong checksum)")
         labels = self.format.decode(records)
         if (broken_N := labels.are_broken()).any():
             raise InputError(
-                f"The soft labels {self.path} have a number that is not finite for row "
+                f"The soft labels {self.path} have a value that is not finite for row "
                 f"{ids_N[broken_N][0]}: {self.again}."
             )
         return labels
 
     def require_fit(self, *, temperature: float, k: int, selection_digest: str | None) -> None:
-        """Refuses labels of another split, temperature or selection than stage 1 needs, and of too
-        few ids.
+        """Refuses labels whose split, temperature, selection or number of ids don't fit stage 1.
 
         Args:
           temperature: LossConfig.teacher_temperature.
           k: LossConfig.teacher_top_k.
-          selection_digest: Of the selection whose rows it reads; None for all rows.
+          selection_digest: The selection that stage 1 reads; None for all rows.
         """
         manifest = self.manifest
         if manifest["split"] != "train":
@@ -194,7 +188,7 @@ class StoredLabels(RowPass):
             )
         if manifest["temperature"] != temperature:
             raise InputError(
-                f"The soft labels {self.path} were made at the temperature "
+                f"The soft labels {self.path} were made at temperature "
                 f"{manifest['temperature']} and LossConfig.teacher_temperature is {temperature}: "
                 "set it to the labels'."
             )

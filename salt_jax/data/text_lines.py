@@ -1,7 +1,7 @@
-"""Reads text files, compressed or not: blocks, lines, or rows of JSON with their places.
+"""Reads text files, compressed or not, as blocks, lines, or JSON rows with their places.
 
-Memory holds a block and a line: a line too long is refused, and so is what is not text
-(`file_kinds`). A byte order mark in front is left out.
+Only a block and a line are held in memory; overlong lines and files that are not text
+(`file_kinds`) are refused. A leading byte order mark is dropped.
 """
 
 import codecs
@@ -24,26 +24,22 @@ _SPACE = re.compile(r"\s*")
 
 
 class Broken(NamedTuple):
-    """A line that is not JSON, and why, in the place of its row."""
+    """Stands for the row of a malformed line, with the reason."""
 
     reason: str
 
 
 def text_blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """A file's text in blocks, decompressed.
-
-    Args:
-      path: Its name, which says how it is compressed.
-      file: The file, at its beginning.
+    """A file's text in decompressed blocks; `path` is its name, which says the compression.
 
     Raises:
-      InputError: It is not text, is compressed otherwise than its name says, cut short or damaged.
+      InputError: It is not text, truncated or damaged, or its name doesn't match its compression.
     """
     kind = kind_of(path)
     reader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BLOCK_BYTES)  # type: ignore[type-var]
     packed = reader.peek(HEAD_BYTES)[:HEAD_BYTES]
     if kind.compression and not packed:
-        raise InputError(f"{path} is empty, as no compressed file is: fetch the file again.")
+        raise InputError(f"{path} is empty, which no compressed file is: fetch the file again.")
     refuse_other_content(path, packed, kind.compression)
     head, blocks = _head_of(decompressed_blocks(path, reader, kind.compression))
     if kind.compression:
@@ -53,26 +49,26 @@ def text_blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def text_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """A file's lines without their line feeds; see `text_blocks`. A line of more than 256 MiB is an
-    InputError."""
+    """A file's lines without their line feeds; InputError for a line over 256 MiB. See
+    `text_blocks`."""
     return _lines(path, text_blocks(path, file))
 
 
 def json_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tuple[str, Any]]:
-    """A file's rows of JSON: a line each, or in a .json file the elements of an array.
+    """A file's JSON rows: its lines, or the elements of a .json file's array.
 
     Args:
       path: See `text_blocks`.
       file: See `text_blocks`.
-      strict: Whether a line must be UTF-8; otherwise bytes that are not become U+FFFD.
+      strict: Whether invalid UTF-8 is an error; otherwise it becomes U+FFFD.
 
     Yields:
-      Each row's place ("FILE, line 3") and value, `Broken` where a line is not JSON. Blank lines
-      are left out.
+      Each row's place ("FILE, line 3") and value, `Broken` for a malformed line. Blank lines are
+      skipped.
 
     Raises:
-      InputError: See `text_lines`; a .json file that is one object over several lines, or an array
-        that is not JSON.
+      InputError: See `text_lines`; or a .json file is one object over several lines, or a malformed
+        array.
     """
     blocks = text_blocks(path, file)
     if kind_of(path).suffix == ".json":
@@ -120,7 +116,7 @@ def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class _Array:
-    """An array of rows in JSON, of which only so much is held as is looked at."""
+    """A JSON array of rows, parsed incrementally."""
 
     def __init__(self, path: Path, blocks: Iterator[bytes], strict: bool) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("strict" if strict else "replace")
@@ -141,7 +137,7 @@ class _Array:
             raise InputError(f"{self._path} has more after its array of rows: make it one array.")
 
     def _next(self) -> str:
-        """The next character that is no space, which stays; "" at the end."""
+        """Peeks at the next non-space character; "" at the end."""
         while True:
             self._at = _SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._held):
@@ -153,28 +149,28 @@ class _Array:
         if self._next() != expected:
             found = repr(self._next()) if self._next() else "the file's end"
             raise InputError(
-                f"{self._path} is no array of rows in JSON, {found} stands where {expected!r} was "
-                "expected: mend the file, or leave it out."
+                f"{self._path} is not a JSON array of rows, it has {found} where {expected!r} was "
+                "expected: correct the file, or leave it out."
             )
         self._at += 1
 
     def _parsed(self, place: str) -> Any:
-        """Takes the next value."""
+        """Parses and consumes the next value."""
         self._next()
         while True:
             try:
                 value, self._at = json.JSONDecoder().raw_decode(self._held, self._at)
                 return value
             except (ValueError, RecursionError) as error:
-                # Perhaps it goes on: twice as much is read, so that time grows with the text alone.
+                # Perhaps incomplete: reads twice as much, so that time stays linear in the text.
                 if not self._read(len(self._held) - self._at):
                     raise InputError(
-                        f"{place}: this is not JSON ({getattr(error, 'msg', error)}): mend the "
+                        f"{place}: this is not JSON ({getattr(error, 'msg', error)}): correct the "
                         "file, or leave it out."
                     ) from error
 
     def _read(self, characters: int) -> bool:
-        """Holds at least so many characters more, if there are any, and not those taken away."""
+        """Buffers at least so many more characters, if there are any, and drops consumed ones."""
         pieces, more = [self._held[self._at :]], 0
         while more < max(characters, 1) and len(pieces[0]) + more <= MOST_LINE_BYTES:
             try:

@@ -1,7 +1,7 @@
-"""Reads Hugging Face's tokenizer.json, compares two by what they do, and finds what one would lose.
+"""Reads tokenizer.json files, compares their behaviour, and finds characters they would drop.
 
-All files that give every text the same ids have one `behaviour`, whichever version of transformers
-or tokenizers wrote them. A BPE without an unknown token leaves out characters it has no piece for.
+Files that give every text the same ids have equal `behaviour`, whichever version of transformers or
+tokenizers wrote them. A BPE without an unknown token drops characters it has no piece for.
 """
 
 import json
@@ -15,24 +15,24 @@ from tokenizers import models, pre_tokenizers
 
 from salt_jax.errors import InputError
 
-# The piece that marks what is lost; no tokenizer has it.
+# The piece that stands for dropped characters; no tokenizer has it.
 _LOST = "\uffff lost \uffff"
 
 
 def load_tokenizer(model: bytes, path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json; `path` is its name for the InputError if it is none."""
+    """The tokenizer of a tokenizer.json; InputError, naming `path`, if it is malformed."""
     try:
         return tokenizers.Tokenizer.from_str(model.decode("utf-8-sig"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(
-            f"{os.fspath(path)} is no Hugging Face tokenizer ({error}): name a tokenizer.json."
+            f"{os.fspath(path)} is not a Hugging Face tokenizer ({error}): name a tokenizer.json."
         ) from error
 
 
 def renumbered_tokens(model: bytes, tokenizer: tokenizers.Tokenizer) -> dict[str, tuple[int, int]]:
-    """The added tokens that don't get the id that a tokenizer.json says, with both ids, its first.
+    """Added tokens whose id in the file differs from the library's: {token: (file's, library's)}.
 
-    The library numbers those that are no pieces in the file's order and without gaps.
+    The library numbers added tokens that are not pieces in the file's order, without gaps.
     """
     ids = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
     return {
@@ -43,10 +43,10 @@ def renumbered_tokens(model: bytes, tokenizer: tokenizers.Tokenizer) -> dict[str
 
 
 def behaviour(tokenizer: tokenizers.Tokenizer) -> str:
-    """What decides a text's ids, in one form whoever wrote the file.
+    """Everything that decides a text's ids, in a normal form.
 
-    Defaults are filled in; steps that do nothing, decoder, truncation and padding are left out; of
-    the post-processor only the special tokens count that it adds.
+    Defaults are filled in; no-op steps, decoder, truncation and padding are left out; of the
+    post-processor only the special tokens it adds count.
     """
     whole = json.loads(tokenizer.to_str())
     model = {name: value for name, value in whole["model"].items() if value not in (None, "")}
@@ -65,10 +65,10 @@ def behaviour(tokenizer: tokenizers.Tokenizer) -> str:
 
 
 def loss_marker(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-    """A tokenizer that marks what the given one leaves out; None where it leaves nothing out.
+    """A tokenizer that marks the characters that the given one drops; None if it drops none.
 
-    A BPE without an unknown token passes over characters that it has no piece for, unless its
-    pieces are bytes, or it falls back on bytes, and has all of them.
+    A BPE without an unknown token drops characters that it has no piece for, unless it works on
+    bytes, or falls back on bytes, and has a piece for each.
     """
     bpe = tokenizer.model
     if not isinstance(bpe, models.BPE) or bpe.unk_token is not None:
@@ -89,7 +89,7 @@ def loss_marker(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
 
 
 def lost_characters(marker: tokenizers.Tokenizer, text: str) -> list[str]:
-    """What a text would lose, by its `loss_marker`; a character may count once for each byte."""
+    """The characters of a text that would be dropped; one may count once for each of its bytes."""
     encoding = marker.encode(text, add_special_tokens=False)
     lost = marker.token_to_id(_LOST)
     places = zip(encoding.ids, encoding.offsets, strict=True)
@@ -97,16 +97,12 @@ def lost_characters(marker: tokenizers.Tokenizer, text: str) -> list[str]:
 
 
 def byte_lengths(tokenizer: tokenizers.Tokenizer, description: bytes, size: int) -> np.ndarray:
-    """UTF-8 bytes that each token of a tokenizer.json stands for, int32[size].
+    """UTF-8 bytes of each token, int32[size], where `description` is the tokenizer.json and `size`
+    one more than the largest id.
 
-    A byte-level one (GPT-2's, Pythia's) writes each byte as one character; the others write text,
-    a space as ▁ and, where they fall back on bytes, a byte as <0x0A>. Tokens that were added stand
-    for themselves; special ones among them, and gaps between ids, have no bytes.
-
-    Args:
-      tokenizer: What the file says.
-      description: The file.
-      size: One more than the largest id.
+    Byte-level tokenizers (GPT-2, Pythia) write each byte as one character; others write text, a
+    space as ▁ and, with byte fallback, a byte as <0x0A>. Added tokens stand for themselves; special
+    tokens and unused ids have 0 bytes.
     """
     settings = json.loads(description)
     byte_level = _mentions([settings.get("pre_tokenizer"), settings.get("decoder")], "ByteLevel")
@@ -125,19 +121,19 @@ def byte_lengths(tokenizer: tokenizers.Tokenizer, description: bytes, size: int)
 
 
 def piece_bytes(piece: str) -> int:
-    """UTF-8 bytes of a piece as SentencePiece writes it, ▁ for a space."""
+    """UTF-8 bytes of a SentencePiece piece, in which ▁ is a space."""
     return len(piece.replace("▁", " ").encode())
 
 
 def _mentions(part: Mapping[str, Any] | list[Any] | None, kind: str) -> bool:
-    """Whether a part of a tokenizer, or a part of that, is of a kind."""
+    """Whether a tokenizer's part, or anything nested in it, is of a kind."""
     if isinstance(part, Mapping):
         return part.get("type") == kind or _mentions(list(part.values()), kind)
     return isinstance(part, list) and any(_mentions(item, kind) for item in part)
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A part's steps one after another: a sequence of one is that one, and none is nothing."""
+    """A part's steps, with sequences flattened."""
     if part is None:
         return []
     if part["type"] == "Sequence":

@@ -1,9 +1,9 @@
 """The vocabularies: bytes, SentencePiece and Hugging Face's tokenizer.json, without TensorFlow.
 
-A vocabulary is kept as a folder (vocabulary.json and the tokenizer's file) and known by its
-fingerprint: a digest of the tokenizer's bytes and of every setting that changes an id. Two of
-different fingerprints are equal all the same if they give every text the same ids: versions of
-transformers write one tokenizer in different bytes.
+A vocabulary is saved as a folder (vocabulary.json and the tokenizer's file) and identified by its
+fingerprint: a digest of the tokenizer's bytes and of every setting that changes an id. Vocabularies
+with different fingerprints still compare equal if they give every text the same ids, since versions
+of transformers write the same tokenizer in different bytes.
 """
 
 import codecs
@@ -38,11 +38,11 @@ from salt_jax.storage.local_copies import local_file, local_folder
 
 VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
 
-_SHOWN = 40  # characters of a text, in an error
+_SHOWN = 40  # characters of a text to show in an error
 
 
 class ByteVocabulary(Vocabulary):
-    """UTF-8 bytes, numbered as by SeqIO: padding 0, end of document 1, start 2, byte b at 3 + b."""
+    """UTF-8 bytes, numbered as in SeqIO: padding 0, end of document 1, start 2, byte b at 3 + b."""
 
     _FIRST_BYTE = 3
 
@@ -64,8 +64,8 @@ class ByteVocabulary(Vocabulary):
 class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model with an end of document (</s>).
 
-    Where it defines no padding, the end of document fills rows; where it defines no <s>, models
-    start from the padding id, as T5's do.
+    Without a padding token of its own, the end of document fills rows; without <s>, models start
+    from the padding id, as T5 does.
     """
 
     _model_file = "sentencepiece.model"
@@ -93,7 +93,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @property
     def unknown_id(self) -> int:
-        """The id of what no piece covers."""
+        """The id of text that no piece covers."""
         return int(self._processor.unk_id())
 
     def token(self, token_id: int) -> str:
@@ -137,7 +137,7 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 class HuggingFaceVocabulary(Vocabulary):
-    """A Hugging Face tokenizer.json, which doesn't say which token ends a document: settings do."""
+    """A Hugging Face tokenizer.json; settings say which token ends a document."""
 
     _model_file = "tokenizer.json"
     _settings_shape = types.MappingProxyType(
@@ -159,12 +159,12 @@ class HuggingFaceVocabulary(Vocabulary):
         Args:
           path: A tokenizer.json.
           reserved: Ids to append.
-          eos_token: The token that ends a document, by default Pythia's and GPT-2's.
-          pad_token: The token that fills rows; None takes the end of document.
-          start_token: What models read before a first token; None takes the end of document.
-          drop_unknown: Leave out characters that a tokenizer without an unknown token has no piece
-            for, instead of refusing the text.
-          model: What to read in place of the file's content.
+          eos_token: The token that ends a document, by default that of Pythia and GPT-2.
+          pad_token: The token that fills rows; None means the end of document.
+          start_token: What models read before a first token; None means the end of document.
+          drop_unknown: Drop characters that a tokenizer without an unknown token has no piece for,
+            instead of refusing the text.
+          model: The content to use instead of the file's.
         """
         model = _read_model(path, "tokenizer.json") if model is None else model
         self._bytes = model.removeprefix(codecs.BOM_UTF8)  # which the library doesn't read
@@ -172,8 +172,8 @@ class HuggingFaceVocabulary(Vocabulary):
         if dropout := getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None
             self.notes += (
-                f"{os.fspath(path)} asks for BPE dropout {dropout:.3g}, by which no two runs would "
-                "have the same ids: it is switched off.",
+                f"{os.fspath(path)} asks for BPE dropout {dropout:.3g}, which makes ids differ "
+                "between runs: it is switched off.",
             )
         if moved := renumbered_tokens(self._bytes, self._tokenizer):
             token, (written, read) = next(iter(moved.items()))
@@ -186,7 +186,7 @@ class HuggingFaceVocabulary(Vocabulary):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokens = {"eos_token": eos_token, "pad_token": pad_token, "start_token": start_token}
-        # Some tokenizers leave gaps between their ids, so the largest id counts, not their number.
+        # The largest id counts, not the number of ids, since some tokenizers have gaps.
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.base_size = 1 + max(ids, default=-1)
         if not 0 < self.base_size <= MOST_IDS:
@@ -208,11 +208,11 @@ class HuggingFaceVocabulary(Vocabulary):
         return self.encode_many([text], parse_special)[0]
 
     def token(self, token_id: int) -> str | None:
-        """The token that has an id, if one does."""
+        """The token with an id, if any."""
         return self._tokenizer.id_to_token(token_id)
 
     def added_tokens_from(self, first: int) -> list[str]:
-        """The tokens that were added to the tokenizer and have this id or a larger one."""
+        """The added tokens with this id or a larger one."""
         added = self._tokenizer.get_added_tokens_decoder()
         return [token.content for token_id, token in sorted(added.items()) if token_id >= first]
 
@@ -283,10 +283,10 @@ VOCABULARY_FILES = {SETTINGS_FILE, *(kind._model_file for kind in _CLASSES.value
 
 
 def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary saved in a folder: its own, or that of a run or a cache that keeps one.
+    """The vocabulary saved in a folder: a vocabulary's, a run's or a cache's.
 
     Raises:
-      InputError: No vocabulary there, or one whose fingerprint is not the one saved with it.
+      InputError: There is no vocabulary, or its fingerprint is not the one saved with it.
     """
     path = local_folder(folder)
     if (path / VOCABULARY_FOLDER).is_dir():

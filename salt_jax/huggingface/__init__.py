@@ -1,1 +1,1 @@
-"""Models as Hugging Face stores them: configurations, tensors and tokenizers, both ways."""
+"""Import and export of Hugging Face models: configurations, tensors and tokenizers."""

@@ -1,7 +1,6 @@
-"""Renders a conversation as the prompt that a model was trained on, by its chat template.
+"""Renders a conversation with a model's chat template, as transformers' `apply_chat_template` does.
 
-The text is that of transformers' `apply_chat_template`. A template came with a model and is not
-trusted: it runs in Jinja's sandbox, and sees only plain JSON values.
+Templates come with models and are untrusted: they run in Jinja's sandbox on plain JSON values.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ from salt_jax.storage.local_copies import local_folder
 
 TEMPLATE_FILE = "chat_template.jinja"
 
-# What a template's code can raise beside Jinja's own errors.
+# Errors that a template's code can raise beside Jinja's own.
 _RAISED = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError),
     *(AttributeError, RecursionError),
@@ -40,22 +39,18 @@ _RAISED = (
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation is written for a model.
-
-    Attributes:
-      source: In Jinja.
-      tokens: The special tokens by the names it has for them, {"bos_token": "<s>"}.
-    """
+    """A chat template: its Jinja source, and the special tokens by their names in it
+    ({"bos_token": "<s>"})."""
 
     source: str
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, messages: Any, answer: bool = True) -> str:
-        """The conversation as text; an InputError if the template doesn't take the messages.
+        """The conversation as text; InputError if the template rejects the messages.
 
         Args:
-          messages: [{"role": "user", "content": "Hello"}], and what else the template reads.
-          answer: Whether the beginning of an answer follows (`add_generation_prompt`).
+          messages: [{"role": "user", "content": "Hello"}], with any other keys the template reads.
+          answer: Whether to append the beginning of an answer (`add_generation_prompt`).
         """
         roles = [
             each.get("role") if isinstance(each, dict) else None
@@ -65,7 +60,7 @@ class ChatTemplate:
             raise InputError(
                 'messages must be a list of objects like {"role": "user", "content": "TEXT"}.'
             )
-        # Some write null for what is missing, which templates would print.
+        # Some data has null for missing values, which templates would print.
         given = [{k: v for k, v in each.items() if v is not None} for each in messages]
         try:
             text = self._compiled.render(
@@ -76,7 +71,7 @@ class ChatTemplate:
                 **self.tokens,
             )
         except _RAISED as error:
-            raise InputError(f"the model's chat template doesn't take them ({error}).") from error
+            raise InputError(f"the model's chat template rejects them ({error}).") from error
         return valid_unicode(text)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,10 +90,10 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
-    """The template among a tokenizer's files; None where there is none.
+    """The template among a tokenizer's files, or None.
 
-    One in a file of its own goes before tokenizer_config.json's; of several the one named
-    "default" is taken.
+    A separate file takes precedence over tokenizer_config.json; of several templates there, the one
+    named "default" is used.
     """
     settings = tokenizer_settings(folder / SETTINGS_FILE)
     source = settings.get("chat_template")
@@ -124,11 +119,7 @@ def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
 
 
 def model_chat_template(model: str) -> ChatTemplate:
-    """The chat template of a converted model; an InputError if it has none.
-
-    Args:
-      model: Its run's folder.
-    """
+    """The chat template of an imported model, by its run's folder; InputError if it has none."""
     template = load_chat_template(local_folder(model) / TOKENIZER_FOLDER)
     if template is None:
         raise InputError(
@@ -139,7 +130,7 @@ def model_chat_template(model: str) -> ChatTemplate:
 
 
 class _Answers(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} around an answer, which marks it for training."""
+    """Jinja extension: {% generation %} … {% endgeneration %} marks answers to train on."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's)
 
@@ -164,7 +155,7 @@ def _to_json(
     separators: Sequence[str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own would escape < and the like for HTML."""
+    """JSON without Jinja's HTML escapes."""
     pair = None if separators is None else (separators[0], separators[1])
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys

@@ -1,9 +1,8 @@
 """Classifies the fields of a config.json that a family doesn't read.
 
-transformers keeps whatever config.json says: settings of training and generation, notes of the
-programs that wrote the file. None of them changes logits. A field that names a computation of
-another family (soft caps, multipliers, windows) may have changed them in whatever trained the
-model, even where transformers' class of this family doesn't read it.
+Many are harmless: settings of training and generation, or notes by the program that wrote the file.
+But a field that names a computation of another family (soft caps, multipliers, windows) may have
+changed logits in the code that trained the model, even if transformers' class ignores it.
 """
 
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 from salt_jax.models.decoder_config import DecoderConfig
 
-# What transformers writes into every config.json, or once read, and no forward pass needs.
+# Fields that transformers writes or once read, and that no forward pass needs.
 _WITHOUT_EFFECT = frozenset(
     (
         *("architectures", "model_type", "transformers_version", "vocab_size", "is_decoder"),
@@ -33,7 +32,7 @@ _WITHOUT_EFFECT = frozenset(
         *("begin_suppress_tokens", "exponential_decay_length_penalty", "cache_implementation"),
     )
 )
-# Ids of tokens; dropout; the choice of a kernel; how many devices.
+# Token ids, dropout, choice of kernel, number of devices.
 _WITHOUT_EFFECT_PATTERN = re.compile(
     r"_token_ids?$|dropout|pdrop|layerdrop|layer_drop|attn_implementation|flash_attn"
     r"|flash_attention|(model|tensor|pipeline|sequence)_parallel|vocab_size_multiple"
@@ -49,10 +48,10 @@ _OF_A_COMPUTATION = re.compile(
     r"|weight|text_config|auto_map|type_vocab|share|sink",
     re.IGNORECASE,
 )
-# Factors: 1 changes nothing, and 0 does.
+# Factors, for which 1 is neutral, not 0.
 _FACTORS = re.compile(r"scal|multipl|factor|pct|fraction", re.IGNORECASE)
 
-# The value by which a field leaves the computation as our decoder has it, where that isn't "off".
+# Neutral values that are not "off": with them a field agrees with our decoder.
 _NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("is_causal", "causal", "use_rope", "use_rotary", "rotary"), True),
     **dict.fromkeys(("scale_attn_weights", "rms_norm", "use_rms_norm", "pre_norm"), True),
@@ -65,15 +64,15 @@ _NEUTRAL: Mapping[str, Any] = {
 def other_computations(
     settings: Mapping[str, Any], read: Collection[str], config: DecoderConfig
 ) -> Iterator[str]:
-    """The fields that may change logits and that a conversion would ignore: of all in `settings`
-    those not in `read`, with another value than the model `config` implies."""
+    """The fields of `settings` that are not in `read` and may change logits: their value differs
+    from what `config` implies."""
     for field in _not_read(settings, read):
         if _OF_A_COMPUTATION.search(field) and not _is_neutral(field, settings, config):
             yield field
 
 
 def unknown_fields(settings: Mapping[str, Any], read: Collection[str]) -> list[str]:
-    """The fields that are set and neither read, known, nor named like a computation."""
+    """The fields that are set and are neither read, known, nor named like a computation."""
     return [
         field
         for field in _not_read(settings, read)
@@ -95,7 +94,7 @@ def _is_neutral(field: str, settings: Mapping[str, Any], config: DecoderConfig) 
         return value == ["full_attention"] * config.num_layers
     if field == "sliding_window" and settings.get("use_sliding_window") is False:
         return True
-    if (same := _said_twice(config).get(field)) is not None:
+    if (same := _implied_settings(config).get(field)) is not None:
         return _is_number(value) and abs(value - same) <= 1e-6 * abs(same)
     if field in _NEUTRAL:
         return bool(value == _NEUTRAL[field])
@@ -104,8 +103,8 @@ def _is_neutral(field: str, settings: Mapping[str, Any], config: DecoderConfig) 
     return _is_off(value)
 
 
-def _said_twice(config: DecoderConfig) -> dict[str, float]:
-    """What the model is already, by other families' names for it."""
+def _implied_settings(config: DecoderConfig) -> dict[str, float]:
+    """Settings that the model has already, under other families' names."""
     return {
         **dict.fromkeys(("num_layers", "n_layer", "n_layers"), config.num_layers),
         **dict.fromkeys(("num_heads", "n_head", "n_heads"), config.num_heads),

@@ -1,8 +1,8 @@
-"""What a family of Hugging Face models is to salt_jax, and what all families have in common.
+"""The interface of a Hugging Face model family, and the code shared by all families.
 
-A family is one file in `families/`, or anywhere else: its config.json and a DecoderConfig as one
-another, its tensors, and its tokenizer class. A setting that might change what a model computes is
-never passed over (`config_fields`).
+A family, one file in `families/` or elsewhere, maps config.json to a DecoderConfig and back, and
+tensors to parameters, and names its tokenizer class. A setting that might change what a model
+computes is never silently ignored (`config_fields`).
 """
 
 import dataclasses
@@ -48,18 +48,18 @@ class Family:
     Attributes:
         model_type: its name in config.json.
         class_name: transformers' class.
-        tensors: each module of the model, by its name there ("{layer}" stands for the layer's
-            number), and the parameters that it holds, by their path in the decoder's tree. Several
-            names are fused: one tensor holds them side by side, head by head.
-        fields: config.json's fields, the setting of DecoderConfig that each one is, and what
-            transformers takes where the field is left out; ... where it can't be.
-        activation: `hidden_act` where config.json has none.
-        fixed: what every DecoderConfig of this family has.
-        must_be: fields of which one value is supported.
-        theta_field: the base of the rotary wavelengths, as transformers before 5 names it.
-        fraction_field: likewise the share of a head that is rotated; None where it is all of it.
-        rope_fraction: that share where config.json has none.
-        norm_offset: what is subtracted from a norm's scale before it is stored.
+        tensors: from each module's name in the files ("{layer}" stands for the layer's number) to
+            the paths of its parameters in the decoder's tree. Several paths mean a fused tensor
+            that holds them side by side, head by head.
+        fields: from config.json's fields to settings of DecoderConfig, with transformers' default;
+            ... if the field is required.
+        activation: the default of `hidden_act`.
+        fixed: settings that every DecoderConfig of this family has.
+        must_be: fields of which only one value is supported.
+        theta_field: the name of the rotary base in transformers before 5.
+        fraction_field: the same for the rotated share of a head; None if all of it is rotated.
+        rope_fraction: the default of that share.
+        norm_offset: subtracted from a norm's scale before it is stored.
         tokenizer: its tokenizer class, if that has rules of its own.
         names_tokenizer: whether that class reads a tokenizer whose settings name no class.
     """
@@ -79,29 +79,29 @@ class Family:
     names_tokenizer: bool = True
 
     def rules(self, config: DecoderConfig) -> list[Rule]:
-        """How each tensor is made of parameters, and they of it."""
+        """The rules that convert tensors to parameters and back."""
         return rules_of(config, self.tensors, self.norm_offset)
 
     @property
     def head(self) -> str:
-        """The head's tensor, which a tied model may have as well."""
+        """The name of the head's tensor, which the files of a tied model may have too."""
         return next(name for name, path in self.tensors.items() if path == "head") + ".weight"
 
     def read(self, settings: Mapping[str, Any], num_ids: int, where: str) -> DecoderConfig:
         """The model that a config.json describes, in float32.
 
         Args:
-            settings: of the config.json.
-            num_ids: how many the tokenizer has; the embedding may have more rows.
+            settings: the config.json.
+            num_ids: the tokenizer's number of ids; the embedding may have more rows.
             where: the file, for errors.
 
         Raises:
-            InputError: A setting that the decoder doesn't have.
+            InputError: A setting is not supported by the decoder.
         """
         for field, needed in self.must_be.items():
             if settings.get(field, needed) not in (needed, None):
                 raise InputError(
-                    f"{where} sets {field} to {settings[field]!r}, and salt_jax has "
+                    f"{where} sets {field} to {settings[field]!r}, and salt_jax supports "
                     f"{self.model_type} with {needed!r} only: choose another model."
                 )
         found = {
@@ -121,7 +121,7 @@ class Family:
         try:
             config = _plain(DecoderConfig(**{**self.fixed, **found, **more}))
         except InputError as error:
-            raise InputError(f"{where} describes no model that salt_jax has: {error}") from error
+            raise InputError(f"{where} describes a model salt_jax doesn't have: {error}") from error
         for field in other_computations(settings, self._read_fields, config):
             raise InputError(
                 f"{where} sets {field} to {settings[field]!r}, which salt_jax doesn't have for "
@@ -131,17 +131,17 @@ class Family:
         return config
 
     def unread_fields(self, settings: Mapping[str, Any]) -> list[str]:
-        """The fields that a config.json sets and no forward pass reads, but for the usual ones
-        (token ids, dropout, generation settings)."""
+        """The fields of a config.json that are not read, except the usual harmless ones (token ids,
+        dropout, generation settings)."""
         fields = unknown_fields(settings, self._read_fields)
-        # transformers 5 reads hidden_act alone; older versions read this of a Gemma.
+        # transformers 5 reads only hidden_act; older versions read this field for Gemma.
         other = settings.get(_OTHER_ACTIVATION)
         if other is not None and _ACTIVATIONS.get(str(other)) != self._activation(settings, ""):
             fields.append(_OTHER_ACTIVATION)
         return fields
 
     def obstacles(self, config: DecoderConfig) -> list[str]:
-        """What a model would have to set to be of this family; nothing if it is."""
+        """The settings in which a model differs from this family; empty if it fits."""
         values = vars(_plain(config))
         return [
             f"{name} = {needed!r} and has {values[name]!r}"
@@ -162,7 +162,7 @@ class Family:
             **{field: values[setting] for field, (setting, _) in self.fields.items()},
             **{field: value for field, value in self.must_be.items() if value is not None},
             "hidden_act": activation,
-            # Under the names of transformers before 5, and under those of 5.
+            # Both the names of transformers 5 and the older ones.
             self.theta_field: config.rope_theta,
             "rope_parameters": rope,
             "vocab_size": rows,
@@ -175,7 +175,7 @@ class Family:
         return settings
 
     def activation_name(self, settings: Mapping[str, Any]) -> Any:
-        """The activation that transformers 5 takes a config.json to name."""
+        """The activation that transformers 5 would use for a config.json."""
         return settings.get("hidden_act") or self.activation
 
     @property
@@ -193,7 +193,7 @@ class Family:
         return _ACTIVATIONS[name]
 
     def _rotary(self, settings: Mapping[str, Any], where: str) -> tuple[float, float]:
-        """Base of the rotary wavelengths, and the share of a head that is rotated."""
+        """The rotary base, and the share of a head that is rotated."""
         for field in _ROPE_FIELDS:
             found = settings.get(field) or {}
             kind = None
@@ -227,13 +227,13 @@ class Family:
 
 
 def vocab_multiple(num_ids: int, rows: int) -> int:
-    """A multiple to which num_ids rounded up is `rows`: the largest power of two, or `rows`."""
+    """A multiple to which num_ids rounds up to `rows`: the largest power of two, or `rows`."""
     powers = (1 << exponent for exponent in reversed(range(rows.bit_length())))
     return next((power for power in powers if -(-num_ids // power) * power == rows), rows)
 
 
 def _plain(config: DecoderConfig) -> DecoderConfig:
-    """The same model without what follows from its other sizes, so that equal ones are equal."""
+    """The same model without settings derived from others, so that equal models compare equal."""
     if config.kv_heads == config.num_heads:
         config = dataclasses.replace(config, num_kv_heads=None)
     if config.head_width * config.num_heads == config.embed_dim:
@@ -242,7 +242,7 @@ def _plain(config: DecoderConfig) -> DecoderConfig:
 
 
 def _value(settings: Mapping[str, Any], field: str, default: Any, where: str) -> Any:
-    """A field that must be a number or a truth value, of the kind that its default is."""
+    """A field that must be a number or a boolean, like its default."""
     value = settings.get(field)
     if value is None and default is not ...:
         return default
@@ -250,11 +250,11 @@ def _value(settings: Mapping[str, Any], field: str, default: Any, where: str) ->
     if isinstance(default, bool):
         kinds = (bool,)
     is_kind = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
-    # Bases of rotary wavelengths are larger than any size, 3.6e9 for one.
+    # Rotary bases may be larger than any size (3.6e9, say).
     limit, called = (1e30, "a number") if float in kinds else (2**31, "a number below 2³¹")
     if not is_kind or value is None or not abs(value) < limit:
         raise InputError(
             f"{where} sets {field} to {value!r}, expected "
-            f"{'a truth value' if bool in kinds else called}: download the folder again."
+            f"{'true or false' if bool in kinds else called}: download the folder again."
         )
     return value

@@ -1,7 +1,7 @@
-"""Downloads a model of the Hugging Face Hub: its safetensors, tokenizer and configuration.
+"""Downloads a model from the Hugging Face Hub: its safetensors, tokenizer and configuration.
 
-`huggingface_hub` does the work: it resumes, keeps files in everyone's cache (HF_HOME), and reads
-the token, HF_ENDPOINT and HF_HUB_OFFLINE from their usual places.
+`huggingface_hub` resumes downloads, uses the shared cache (HF_HOME), and reads the token,
+HF_ENDPOINT and HF_HUB_OFFLINE as usual.
 """
 
 import hashlib
@@ -18,17 +18,14 @@ if TYPE_CHECKING:
 
 PREFIX = "hf:"
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-# Folders of other libraries' files, but for additional_chat_templates/NAME.jinja.
+# Subfolders hold other libraries' files, except additional_chat_templates/NAME.jinja.
 _NOT_FILES = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors")
 _READ_BYTES = 1 << 20
 
 
 def split_name(name: str) -> tuple[str, str | None] | None:
-    """Repository and revision of "hf:OWNER/NAME@REVISION", None for anything else.
-
-    Raises:
-      InputError: What follows "hf:" is not the name of a repository.
-    """
+    """Repository and revision of "hf:OWNER/NAME@REVISION", None without "hf:"; InputError if it is
+    malformed."""
     if not name.startswith(PREFIX):
         return None
     repository, _, revision = name.removeprefix(PREFIX).removeprefix("//").partition("@")
@@ -41,17 +38,17 @@ def split_name(name: str) -> tuple[str, str | None] | None:
 
 
 def download(repository: str, revision: str | None = None) -> pathlib.Path:
-    """Downloads what conversion reads of a model, as far as it is not in the cache.
+    """Downloads the files of a model that conversion reads, unless they are cached.
 
     Args:
       repository: "EleutherAI/pythia-1.4b".
       revision: A branch, tag or commit; "main" by default.
 
     Returns:
-      The folder of the snapshot in huggingface_hub's cache, which has the commit as its name.
+      The snapshot's folder in huggingface_hub's cache, named by the commit.
 
     Raises:
-      InputError: huggingface_hub is not installed, the Hub refuses or is out of reach, there is no
+      InputError: huggingface_hub is not installed, the Hub refuses or is unreachable, there is no
         such repository or revision, it has no safetensors, or a file's digest is wrong.
     """
     try:
@@ -81,7 +78,7 @@ def download(repository: str, revision: str | None = None) -> pathlib.Path:
         raise InputError(f"{repository} has no revision {revision}: change --revision.") from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{api.endpoint} has no model {repository} for you: correct the name, or, if it is "
+            f"{api.endpoint} shows you no model {repository}: correct the name, or, if it is "
             "private, log in with `hf auth login` (or set HF_TOKEN)."
         ) from error
     except errors.LocalEntryNotFoundError as error:
@@ -89,7 +86,7 @@ def download(repository: str, revision: str | None = None) -> pathlib.Path:
             f"{at} is not in the cache, and {api.endpoint} is out of reach or HF_HUB_OFFLINE is "
             "set: connect, or name a folder that exists."
         ) from error
-    except errors.HTTPError as error:  # what httpx raises, too
+    except errors.HTTPError as error:  # also the base of httpx's errors
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"answers {status}" if status else "ended the connection"
         raise InputError(
@@ -108,11 +105,11 @@ def _require_safetensors(api: "HfApi", repository: str, folder: pathlib.Path) ->
 
 
 def _require_digests(folder: pathlib.Path) -> None:
-    """Compares files with the digests that the cache names them by, SHA-256 or git's SHA-1."""
+    """Compares files with the digests that are their names in the cache, SHA-256 or git's SHA-1."""
     for file in sorted(folder.iterdir()):
         blob = file.resolve()
         if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-            continue  # a disk without links
+            continue  # a file system without links
         is_git = len(blob.name) == 40
         digest = hashlib.sha1(usedforsecurity=False) if is_git else hashlib.sha256()
         if is_git:
@@ -122,6 +119,6 @@ def _require_digests(folder: pathlib.Path) -> None:
                 digest.update(part)
         if digest.hexdigest() != blob.name:
             raise InputError(
-                f"{file} is damaged, its digest is not that of the Hub's: delete {blob} and run "
+                f"{file} is damaged, its digest is not the Hub's: delete {blob} and run "
                 "the same command again."
             )

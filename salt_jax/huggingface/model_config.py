@@ -1,4 +1,4 @@
-"""Finds the family of a model, by its config.json or by what its DecoderConfig needs."""
+"""Finds the family of a model, from its config.json or for its DecoderConfig."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,8 @@ from salt_jax.models.decoder_config import DecoderConfig
 def config_from_json(
     settings: Mapping[str, Any], num_ids: int, where: str, families: Sequence[Family] = FAMILIES
 ) -> tuple[Family, DecoderConfig]:
-    """The family and the model that a config.json describes; see `Family.read`.
-
-    Raises:
-        InputError: A family, or a setting, that salt_jax doesn't have.
-    """
+    """The family and the model that a config.json describes; InputError if the family or a setting
+    is not supported. See `Family.read`."""
     model_type = settings.get("model_type")
     for family in families:
         if family.model_type == model_type:
@@ -39,13 +36,13 @@ def config_to_json(
 
     Args:
         config: the model.
-        rows: of the embedding that is written.
-        dtype: of the tensors that are written.
-        tokens: ids by field, "eos_token_id" for one.
-        families: to choose from.
+        rows: rows of the exported embedding.
+        dtype: dtype of the exported tensors.
+        tokens: special token ids by field ("eos_token_id").
+        families: the candidates.
 
     Raises:
-        InputError: None can; with the nearest one, and what it would need.
+        InputError: No family can; names the nearest one, and what it would need.
     """
     obstacles = {family: family.obstacles(config) for family in families}
     family = min(obstacles, key=lambda one: len(obstacles[one]))

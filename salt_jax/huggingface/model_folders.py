@@ -1,4 +1,4 @@
-"""Refuses what is not a downloaded model in safetensors, and says what it is and what to do."""
+"""Refuses folders that are not a model in safetensors, and explains what they are instead."""
 
 import pathlib
 import re
@@ -38,8 +38,8 @@ def repository_id(name: str) -> str | None:
 
 
 def require_config(name: str, folder: pathlib.Path) -> None:
-    """Refuses a folder without config.json, or with adapters, which transformers would apply; with
-    what it is instead, as far as that can be told. `name` is the folder as it was typed."""
+    """Refuses a folder without config.json, or with adapters, which transformers would apply, and
+    says what it is instead if that can be told. `name` is the folder as typed."""
     is_model = (folder / CONFIG_FILE).is_file()
     if is_model and not (folder / "adapter_config.json").is_file():
         return
@@ -55,28 +55,29 @@ def require_config(name: str, folder: pathlib.Path) -> None:
             raise InputError(f"huggingface is {name!r}, with {advice}.")
         if (folder / "checkpoints").is_dir():
             raise InputError(
-                f"huggingface is {name!r}, a run of salt's: other verbs take it as it is, and "
+                f"huggingface is {name!r}, a run of `salt`: other verbs take it as it is, and "
                 f"--model={name} exports it."
             )
-        # As in the cache of huggingface_hub, and where something was unpacked.
+        # As in huggingface_hub's cache, or an unpacked archive.
         inner = sorted([*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"*/*/{CONFIG_FILE}")])
         if inner:
             raise InputError(
-                f"huggingface is {name!r}, where no {CONFIG_FILE} is, and there is one in "
+                f"huggingface is {name!r}, where there is no {CONFIG_FILE}, but there is one in "
                 f"{inner[0].parent}: name that folder, --huggingface={inner[0].parent}."
             )
         if advice:
             raise InputError(f"huggingface is {name!r}, with {advice}.")
     raise InputError(
-        f"huggingface is {name!r}, where no {CONFIG_FILE} is: name the folder of a downloaded "
-        "model, --huggingface=FOLDER."
+        f"huggingface is {name!r}, where there is no {CONFIG_FILE}: name the folder of a "
+        "downloaded model, --huggingface=FOLDER."
     )
 
 
 def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
-    """Says why a folder has no weights that can be read; `expected` names the files it lacks."""
+    """Raises InputError with the reason why a folder has no readable weights; `expected` names the
+    files it lacks."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: name that of a downloaded model.")
+        raise InputError(f"{folder} is not a folder: name that of a downloaded model.")
     files = sorted(folder.iterdir())
     if advice := other_formats(files):
         raise InputError(f"{folder} has {advice}.")
@@ -90,7 +91,7 @@ def refuse_without_safetensors(folder: pathlib.Path, expected: str) -> NoReturn:
 
 
 def other_formats(files: list[pathlib.Path]) -> str | None:
-    """A file that has weights in another format, and what to do about it; None where none has."""
+    """Advice about a file with weights in another format; None if there is no such file."""
     for file in files:
         if file.name.startswith("adapter_"):
             return (

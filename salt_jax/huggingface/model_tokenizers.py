@@ -38,12 +38,12 @@ from salt_jax.storage.durable_files import whole_file, write_text
 def model_vocabulary(
     folder: pathlib.Path, eos_token: str | None = None, families: Sequence[Family] = FAMILIES
 ) -> Vocabulary:
-    """The vocabulary of a model's folder; an InputError if it has none that salt_jax reads.
+    """The vocabulary of a model's folder; InputError if it has none that salt_jax reads.
 
     Args:
       folder: The folder.
-      eos_token: The token that ends a document; by default what the folder's files say.
-      families: Whose tokenizer classes are known.
+      eos_token: The token that ends a document; by default the one the folder's files name.
+      families: The families whose tokenizer classes are supported.
     """
     if (folder / TOKENIZER_FILE).is_file():
         return _hugging_face(folder, eos_token, families)
@@ -62,9 +62,9 @@ def model_vocabulary(
 
 
 def require_rows(vocabulary: Vocabulary, rows: Any, folder: pathlib.Path) -> None:
-    """Refuses a tokenizer whose added tokens alone lie beyond the rows of the model's embedding.
+    """Refuses a tokenizer with added tokens beyond the rows of the model's embedding.
 
-    Where others do as well it is another model's tokenizer, which reading config.json finds.
+    If other tokens are beyond it too, it is another model's tokenizer, which `Family.read` reports.
     """
     if not isinstance(rows, int) or not isinstance(vocabulary, HuggingFaceVocabulary):
         return
@@ -81,8 +81,8 @@ def require_rows(vocabulary: Vocabulary, rows: Any, folder: pathlib.Path) -> Non
 
 
 def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
-    """Writes a vocabulary as transformers reads it; returns the files' names, none for a vocabulary
-    that transformers has no tokenizer for."""
+    """Writes a vocabulary in transformers' files; returns their names, none if transformers has no
+    such tokenizer."""
     if not isinstance(vocabulary, HuggingFaceVocabulary | SentencePieceVocabulary):
         return []
     settings: dict[str, Any] = {
@@ -95,7 +95,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
     name = TOKENIZER_FILE
     if isinstance(vocabulary, SentencePieceVocabulary):
         name = SENTENCEPIECE_FILE
-        # By the model's own class transformers would add special tokens of that class.
+        # The model's own class would make transformers add that class's special tokens.
         settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
         settings["unk_token"] = vocabulary.token(vocabulary.unknown_id)
         settings["add_prefix_space"] = _adds_space(vocabulary)
@@ -106,7 +106,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: pathlib.Path) -> list[str]:
 
 
 def _sentencepiece(folder: pathlib.Path, families: Sequence[Family]) -> Vocabulary:
-    """A SentencePiece model, as transformers reads it where it would give other ids."""
+    """A SentencePiece model, or the tokenizer transformers makes of it if its ids differ."""
     path = folder / SENTENCEPIECE_FILE
     by, settings = _class_of(folder, families)
     vocabulary = SentencePieceVocabulary(path)
@@ -123,15 +123,15 @@ def _sentencepiece(folder: pathlib.Path, families: Sequence[Family]) -> Vocabula
 
 
 def _adds_space(vocabulary: SentencePieceVocabulary) -> bool:
-    """Whether a text is read with a space before it."""
+    """Whether a space is prepended to a text."""
     return vocabulary.token(vocabulary.encode("a")[0]).startswith("▁")
 
 
 def _class_of(
     folder: pathlib.Path, families: Sequence[Family]
 ) -> tuple[TokenizerClass | None, dict[str, Any]]:
-    """The class that transformers reads a tokenizer by, None where it has no steps of its own, and
-    the settings that it gets."""
+    """The tokenizer class that transformers would use, None if it has no steps of its own, and its
+    settings."""
     config = tokenizer_settings(folder / "config.json")
     settings = {"tokenizer_class": config.get("tokenizer_class")}
     settings |= tokenizer_settings(folder / SETTINGS_FILE)
@@ -150,7 +150,7 @@ def _hugging_face(
     path = folder / TOKENIZER_FILE
     model = path.read_bytes()
     tokenizer = load_tokenizer(model, path)
-    # The model knows its tokens by the ids in the file.
+    # The model was trained with the ids in the file.
     for token, (written, read) in renumbered_tokens(model, tokenizer).items():
         raise InputError(
             f"{path} gives the added token {token!r} the id {written}, and tokenizers reads it as "
@@ -180,7 +180,7 @@ def _hugging_face(
 
 
 def _special_token(folder: pathlib.Path, kind: str, ids: Mapping[str, int]) -> str | None:
-    """The eos, bos or pad token, by name where a file has it, else by its id."""
+    """The eos, bos or pad token, from a file that has its name, else from its id."""
     for name in (SETTINGS_FILE, SPECIAL_TOKENS_FILE):
         token = token_text(tokenizer_settings(folder / name).get(f"{kind}_token"))
         if token is not None and (token in ids or kind == "eos"):

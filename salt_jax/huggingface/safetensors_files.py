@@ -1,14 +1,14 @@
-"""Reads safetensors files of a model part by part, and writes them one tensor at a time.
+"""Reads a model's safetensors files in parts, and writes them one tensor at a time.
 
-A folder has model.safetensors, or shards and their model.safetensors.index.json; never a pickle. A
-file is an 8-byte little-endian length, a JSON header of so many bytes that gives each tensor's
-dtype, shape and place, and the tensors.
+A folder has model.safetensors, or shards and model.safetensors.index.json; pickles are never read.
+A file is an 8-byte little-endian header length, a JSON header with each tensor's dtype, shape and
+offsets, and the tensors.
 
-The library checks headers: that places are in the file, cover it without gap or overlap, and are as
-long as dtype and shape say. Values are read and written here. The library's slices take twice their
-size in memory, since it maps files, and six times as long (100 MB: 0.05 s, not 0.008 s); a file
-that is cut meanwhile ends the process; it takes a header with a name twice; and it writes shards
-that it holds whole.
+The safetensors library validates headers: offsets are in the file, without gap or overlap, and fit
+dtype and shape. Values are read and written here instead, because the library maps files: its
+slices take twice their size in memory and six times as long (100 MB: 0.05 s, not 0.008 s), and a
+file truncated meanwhile kills the process. It also accepts duplicate names in a header, and writes
+only shards held in memory whole.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = types.MappingProxyType(
     }
 )
 _CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# What to do about a file of a model that isn't as it should be.
+# The remedy for a bad file of a model.
 DOWNLOAD = "name the folder of a downloaded model, or download it again"
 _GIT_LFS = b"version https://git-lfs"
 _READ_BYTES = 4 << 20
@@ -52,10 +52,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file, or one that is to be written."""
+    """A tensor in a file, or one to be written."""
 
     name: str
-    dtype: str  # one of DTYPES, or what the file calls a dtype that is none of them
+    dtype: str  # one of DTYPES, or the file's name of an unsupported dtype
     shape: tuple[int, ...]
 
     @property
@@ -73,15 +73,11 @@ class _Place:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's safetensors files, by name; none is read before it is asked for.
-
-    Attributes:
-      path: The folder.
-    """
+    """The tensors of a folder's safetensors files by name, read lazily."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Reads the headers; an InputError if there are no safetensors files, pickles instead of
-        them, or files that are damaged or don't hold what their index says."""
+        """Reads the headers; InputError if there are no safetensors files (only pickles, say), or
+        they are damaged or contradict their index."""
         self.path = pathlib.Path(path)
         self._places: dict[str, _Place] = {}
         index = _index(self.path)
@@ -98,8 +94,8 @@ class SafetensorsFolder:
         for name, file_name in index.items():
             if name not in self._places or self._places[name].path.name != file_name:
                 raise InputError(
-                    f"{self.path / INDEX_FILE} has the tensor {name} in {file_name}, where it is "
-                    "not: download the folder again."
+                    f"{self.path / INDEX_FILE} has the tensor {name} in {file_name}, which lacks "
+                    "it: download the folder again."
                 )
 
     @property
@@ -109,26 +105,19 @@ class SafetensorsFolder:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the files' names and bytes; all of them are read for it."""
+        """SHA-256 (hex) of the files' names and bytes; reads all of them."""
         return self.inspect(lambda name, values: None)
 
     def inspect(self, look: Callable[[str, Array], None]) -> str:
-        """Reads all files once and shows each tensor's values, a part of it at a time.
-
-        Args:
-          look: Gets a tensor's name and some of its values, flat, in the file's dtype. Tensors of
-            other dtypes than DTYPES are not shown.
-
-        Returns:
-          The digest.
-        """
+        """Reads all files once, calls `look` with each tensor's name and a flat part of its values
+        at a time (tensors of unsupported dtypes are skipped), and returns the digest."""
         digest = hashlib.sha256()
         places = sorted(self._places.values(), key=lambda place: place.offset)
         for path in self._paths:
             of_file = hashlib.sha256()
             with path.open("rb") as file:
                 for place in (place for place in places if place.path == path):
-                    # Places follow one another without a gap; what is before them is the header.
+                    # Tensors are contiguous after the header.
                     of_file.update(file.read(place.offset - file.tell()))
                     while size := min(_READ_BYTES, place.end - file.tell()):
                         part = file.read(size)
@@ -142,7 +131,7 @@ class SafetensorsFolder:
         return digest.hexdigest()
 
     def read(self, name: str, rows: slice = slice(None)) -> Array:
-        """A tensor in the file's dtype, or some rows of its first axis (without a step)."""
+        """A tensor in the file's dtype, or a slice (without a step) of its first axis."""
         place = self._places[name]
         shape, dtype = place.info.shape, DTYPES[place.info.dtype]
         start, stop, _ = rows.indices(shape[0])
@@ -161,13 +150,13 @@ def write_shards(
     arrays: Iterator[Array],
     max_shard_bytes: int,
 ) -> list[str]:
-    """Writes tensors into as few files as possible, and an index if that is more than one.
+    """Writes tensors into as few files as possible, with an index if there are several.
 
     Args:
-      folder: Where to; it must exist.
-      tensors: What is to be written.
-      arrays: Their values in the same order, each asked for when the one before is written.
-      max_shard_bytes: Of the values in a file; a larger tensor has one of its own.
+      folder: An existing folder.
+      tensors: The tensors.
+      arrays: Their values in the same order, requested one at a time.
+      max_shard_bytes: The most bytes of values in a file; a larger tensor gets its own file.
 
     Returns:
       The names of the files, the index included.
@@ -193,7 +182,7 @@ def write_shards(
 
 
 def _index(folder: pathlib.Path) -> dict[str, str]:
-    """Each tensor's file as the index has it; nothing where there is a single file, or none."""
+    """Each tensor's file by the index; empty if there is no index."""
     file = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file() or not file.is_file():
         return {}
@@ -225,7 +214,7 @@ def _read_header(file: pathlib.Path) -> list[_Place]:
                 "folder, or download it again."
             ) from error
         raise InputError(
-            f"{file} is no whole safetensors file ({error}): download it again."
+            f"{file} is not a complete safetensors file ({error}): download it again."
         ) from error
     header.pop("__metadata__", None)
     return [
@@ -239,7 +228,7 @@ def _read_header(file: pathlib.Path) -> list[_Place]:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that names something twice means different things to different readers."""
+    """A JSON object; refuses duplicate names, which readers interpret differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("its header names something twice")
@@ -248,7 +237,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _write_file(path: pathlib.Path, tensors: Sequence[TensorInfo], arrays: Iterator[Array]) -> None:
     codes = {dtype: code for code, dtype in _CODES.items()}
-    # transformers reads only files that name a framework.
+    # transformers requires the framework's name.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -259,7 +248,7 @@ def _write_file(path: pathlib.Path, tensors: Sequence[TensorInfo], arrays: Itera
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for values at multiples of 8
+    text += b" " * (-len(text) % 8)  # the format aligns values to 8 bytes
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -267,5 +256,5 @@ def _write_file(path: pathlib.Path, tensors: Sequence[TensorInfo], arrays: Itera
             array = next(arrays)
             assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not as announced"
             assert array.dtype == DTYPES[tensor.dtype], f"{tensor.name} is {array.dtype}"
-            # numpy doesn't give the bytes of bfloat16 by themselves.
+            # NumPy's buffer protocol doesn't support bfloat16.
             file.write(np.ascontiguousarray(array).view(np.uint8).data)

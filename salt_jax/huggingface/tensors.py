@@ -1,8 +1,7 @@
-"""Tensors of Hugging Face models as parameters of the decoder, and the other way.
+"""Converts tensors of Hugging Face models to parameters of the decoder, and back.
 
-Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. Fused tensors, such as GPT-NeoX's of
-query, key and value, are [H, 3, K, D] flattened to two axes. Arrays in, arrays out: nothing is read
-here.
+Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. Fused tensors, such as GPT-NeoX's
+query, key and value, are [H, 3, K, D] flattened to two axes. Arrays in, arrays out: no files.
 """
 
 import dataclasses
@@ -23,23 +22,22 @@ from salt_jax.models.decoder_config import DecoderConfig
 Path = tuple[str, ...]
 Array = np.ndarray[Any, Any]
 
-# Tensors that hold no parameter, which old versions of transformers saved: causal masks and rotary
-# frequencies.
+# Buffers that old versions of transformers saved: causal masks and rotary frequencies.
 _BUFFERS = re.compile(
     r"\.(attention\.(bias|masked_bias|rotary_emb\.inv_freq)|self_attn\.rotary_emb\.inv_freq)$"
 )
-_COMPARED = 1 << 16  # values that are looked at at once, which a processor's cache holds
+_COMPARED = 1 << 16  # values checked at a time, which fit a CPU's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a tensor and some parameters make one another.
+    """The correspondence between a tensor and the parameters in it.
 
     Attributes:
         tensor: its name; "{layer}" stands for a layer's number.
-        leaves: the parameters in it, each by its path in the tree, or in its layer if there is one.
-        inputs: how many leading axes of each parameter are summed over; 0 for all but kernels.
-        offset: what is subtracted from the parameter.
+        leaves: the paths of the parameters in it, in the tree or in their layer.
+        inputs: how many leading axes of each parameter are contracted; 0 for all but kernels.
+        offset: subtracted from the parameter.
     """
 
     tensor: str
@@ -49,11 +47,11 @@ class Rule:
 
     @property
     def in_layers(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has such a tensor."""
         return "{layer}" in self.tensor
 
     def tensor_shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
-        """The tensor's shape, from that of any of its parameters (of one layer)."""
+        """The tensor's shape, given that of any of its parameters (of one layer)."""
         if not self.in_layers:
             return tuple(leaf_shape)
         if not self.inputs:
@@ -90,13 +88,8 @@ class Rule:
 def rules_of(
     config: DecoderConfig, tensors: Mapping[str, str], norm_offset: float = 0.0
 ) -> list[Rule]:
-    """A rule for each tensor: MODULE.weight and, where the model has biases, MODULE.bias.
-
-    Args:
-        config: the model.
-        tensors: see `Family.tensors`.
-        norm_offset: see `Family.norm_offset`.
-    """
+    """A rule for each tensor: MODULE.weight and, if the model has biases, MODULE.bias; see Family
+    for `tensors` and `norm_offset`."""
     shapes = leaf_shapes(dataclasses.replace(config, scan_layers=True))
     rules = []
     for module, paths in tensors.items():
@@ -105,7 +98,7 @@ def rules_of(
         for kind in ((), ("kernel",), ("scale",), ("bias",)):
             leaves = tuple(part + kind for part in parts)
             if stack + leaves[0] in shapes:
-                # An output's inputs are heads and their width.
+                # The output projection contracts heads and head width.
                 inputs = (2 if parts == [("attention", "out")] else 1) if "kernel" in kind else 0
                 offset = norm_offset if "scale" in kind else 0.0
                 tensor = f"{module}.{'bias' if 'bias' in kind else 'weight'}"
@@ -120,12 +113,12 @@ def refuse_other_tensors(
     head: str,
     where: str,
 ) -> None:
-    """Refuses files in which a tensor is missing, has another shape, or is one too many.
+    """Refuses files in which a tensor is missing, has a wrong shape, or is unexpected.
 
     Args:
         config: the model.
-        rules: its tensors.
-        shapes: the shape of every tensor there is, by name.
+        rules: its rules.
+        shapes: the shape of every tensor in the files, by name.
         head: the head's tensor, of which a tied model may have a copy.
         where: the folder, for the error.
     """
@@ -159,7 +152,7 @@ def refuse_other_tensors(
 def tensor_shapes(
     config: DecoderConfig, rules: Sequence[Rule]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's name and shape; a rule's tensors of all layers follow one another."""
+    """Every tensor's name and shape, rule by rule."""
     shapes = leaf_shapes(dataclasses.replace(config, scan_layers=True))
     for rule in rules:
         if not rule.in_layers:
@@ -172,16 +165,16 @@ def tensor_shapes(
 
 @functools.lru_cache
 def leaf_shapes(config: DecoderConfig) -> Mapping[Path, tuple[int, ...]]:
-    """The shape of every parameter by its path; those of scanned layers begin with the layers."""
+    """The shape of every parameter by its path; scanned layers have a leading layer axis."""
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract_params(config)))
     return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
 def require_representable(values: Array, dtype: np.dtype[Any], tensor: str, where: str) -> None:
-    """Refuses a tensor, or a part of it, with values that are NaN or infinite, or would be in
-    `dtype`; the values are of float32, bfloat16 or float16."""
-    # Floats without their sign are ordered as whole numbers with the same bits are, NaN above the
-    # infinities. Compared as such, numbers of 16 bits take a tenth of the time.
+    """Refuses values (float32, bfloat16 or float16) that are NaN or infinite, or would be in
+    `dtype`."""
+    # Absolute values of floats order like their bits as integers, NaN above infinity; comparing
+    # integers takes a tenth of the time for 16-bit types.
     bits = np.dtype(f"u{values.dtype.itemsize}")
     flat = values.reshape(-1).view(bits)
     mask = bits.type(np.iinfo(bits).max >> 1)

@@ -1,9 +1,9 @@
-"""Tokenizers as transformers' classes read them, which decide more than the file says.
+"""Reproduces transformers' tokenizer classes, some of which override what tokenizer.json says.
 
-Some classes take only the vocabulary, merges and added tokens from tokenizer.json, or from a
-SentencePiece model, and bring steps of their own, which settings of tokenizer_config.json change.
-What is made here is a tokenizer.json that gives the ids of `AutoTokenizer` (transformers 5) by
-itself. Any other class reads tokenizer.json as it stands.
+Such classes take only the vocabulary, merges and added tokens from tokenizer.json, or from a
+SentencePiece model, and add steps of their own, controlled by tokenizer_config.json. This module
+makes a self-contained tokenizer.json that gives the ids of `AutoTokenizer` (transformers 5). Other
+classes read tokenizer.json unchanged.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 from salt_jax.data.tokenizer_json import behaviour, load_tokenizer
 
-Settings = Mapping[str, Any]  # of tokenizer_config.json, with model_type of config.json
+Settings = Mapping[str, Any]  # tokenizer_config.json, with model_type from config.json
 
 BYTE_FALLBACK = {"byte_fallback": True, "fuse_unk": True}
 TO_TEXT: list[dict[str, Any]] = [
@@ -27,14 +27,14 @@ _CONTROL, _USER_DEFINED = 3, 4  # types of SentencePiece's pieces
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerClass:
-    """A class that brings steps of its own.
+    """A tokenizer class of transformers with steps of its own.
 
     Attributes:
-      name: As tokenizer_config.json names it, without "Fast".
-      steps: The parts of tokenizer.json that it brings, by its settings.
+      name: Its name in tokenizer_config.json, without "Fast".
+      steps: From its settings to the parts of tokenizer.json that it overrides.
       special: The pieces of a SentencePiece model that are special tokens whatever their type; a
         class without any doesn't read such models.
-      reads_bytes: Whether its steps count for a tokenizer of bytes, too.
+      reads_bytes: Whether its steps apply to byte-level tokenizers too.
     """
 
     name: str
@@ -44,7 +44,7 @@ class TokenizerClass:
 
 
 def byte_level(settings: Settings) -> dict[str, Any]:
-    """The steps of a tokenizer whose pieces are bytes, GPT-2's."""
+    """The steps of a byte-level tokenizer such as GPT-2's."""
     step = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     first = {**step, "add_prefix_space": bool(settings.get("add_prefix_space"))}
     decoder = {**step, "add_prefix_space": True}
@@ -57,13 +57,13 @@ GPT2 = TokenizerClass("GPT2Tokenizer", byte_level)
 def as_transformers_reads(
     model: bytes, path: pathlib.Path, by: TokenizerClass | None, settings: Settings
 ) -> bytes:
-    """A tokenizer.json that does by itself what transformers makes of it.
+    """A tokenizer.json that by itself gives the ids that transformers does.
 
     Args:
-      model: The file; it is returned as it is where its class changes nothing.
+      model: The file; returned unchanged if its class changes nothing.
       path: Its name, for errors.
       by: Its class; None for one without steps of its own.
-      settings: Of the tokenizer.
+      settings: The tokenizer's settings.
     """
     tokenizer = load_tokenizer(model, path)
     whole = json.loads(tokenizer.to_str())
@@ -77,8 +77,8 @@ def as_transformers_reads(
 
 
 def from_sentencepiece(model: bytes, by: TokenizerClass, settings: Settings) -> bytes:
-    """The tokenizer.json that transformers makes of a SentencePiece model: any two pieces that make
-    a third one are merged, the third's with the lowest id first."""
+    """The tokenizer.json that transformers makes of a SentencePiece model: a BPE in which any two
+    pieces that make a third merge, in the order of the third's id."""
     pieces = list(_pieces(model))
     vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
     merges = [
@@ -104,7 +104,7 @@ def from_sentencepiece(model: bytes, by: TokenizerClass, settings: Settings) -> 
 
 
 def token_text(token: Any) -> str | None:
-    """A token of tokenizer_config.json, which may be an object; None where there is none."""
+    """The text of a token of tokenizer_config.json, which may be an object or missing (None)."""
     token = token.get("content") if isinstance(token, Mapping) else token
     return token if isinstance(token, str) else None
 
@@ -118,10 +118,10 @@ def _made(
 
 
 def _pieces(model: bytes) -> Iterator[tuple[str, int]]:
-    """The pieces of a SentencePiece model and their types: its field 1, in protobuf's format.
+    """The pieces of a SentencePiece model and their types: protobuf field 1.
 
-    The library's processor doesn't tell which pieces are user-defined, and its protobuf module
-    doesn't import beside the versions of protobuf that apache-beam needs.
+    The sentencepiece library doesn't expose which pieces are user-defined, and its protobuf module
+    conflicts with the versions of protobuf that apache-beam needs.
     """
     for field, value in _fields(model):
         if field == 1:
@@ -130,7 +130,7 @@ def _pieces(model: bytes) -> Iterator[tuple[str, int]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """A message's fields by number: bytes, or a whole number."""
+    """A protobuf message's (field number, value), the value being bytes or an integer."""
     at = 0
 
     def number() -> int:

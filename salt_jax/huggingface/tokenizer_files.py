@@ -1,4 +1,4 @@
-"""The files of a model's tokenizer, and what they say of the tokens that end a text."""
+"""The files of a model's tokenizer, and the end tokens they name."""
 
 import json
 import pathlib
@@ -16,19 +16,19 @@ SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 
-# All that belongs to a tokenizer, and what generation starts and stops with.
+# A tokenizer's files, and generation_config.json with the start and end tokens.
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, SPECIAL_TOKENS_FILE),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", GENERATION_FILE),
 )
-_TEMPLATES = "additional_chat_templates"  # a folder of more templates, each by its name
+_TEMPLATES = "additional_chat_templates"  # a folder of further templates by name
 
-# In a run whose model was converted, or that started from one: these files as they came.
+# The folder for these files in the run of an imported model, or of one that started from it.
 TOKENIZER_FOLDER = "tokenizer"
 
 
 def tokenizer_settings(file: pathlib.Path) -> dict[str, Any]:
-    """A file of a tokenizer's settings; nothing where there is none."""
+    """The settings in a tokenizer's file; empty if there is no such file."""
     return read_json_object(file, DOWNLOAD) if file.is_file() else {}
 
 
@@ -40,9 +40,9 @@ def tokenizer_files(folder: pathlib.Path) -> list[str]:
 
 
 def end_ids(folder: pathlib.Path) -> tuple[int, ...]:
-    """The ids that end a model's answer, by what generation stops with; none where nothing says.
+    """The ids that end a model's answer, by its generation settings; empty if they name none.
 
-    A chat ends with another token than a document (Llama 3's <|eot_id|>).
+    A chat may end with another token than a document (Llama 3's <|eot_id|>).
     """
     for name in (GENERATION_FILE, "config.json"):
         found = tokenizer_settings(folder / name).get("eos_token_id")
@@ -54,7 +54,7 @@ def end_ids(folder: pathlib.Path) -> tuple[int, ...]:
 
 
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
-    """Copies a tokenizer's files as they are; returns their names, none where there are none."""
+    """Copies a tokenizer's files unchanged; returns their names."""
     names = tokenizer_files(source)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
 
 
 def settle_generation(folder: pathlib.Path, tokens: Mapping[str, int]) -> int | list[int]:
-    """Makes a folder's generation_config.json, if there is one, agree with a model's "eos_token_id"
-    and "bos_token_id"; returns the ids that end a text, the file's if the model's is among them."""
+    """Updates a folder's generation_config.json, if any, to a model's "eos_token_id" and
+    "bos_token_id"; returns the ids that end a text, the file's if the model's is among them."""
     eos = tokens["eos_token_id"]
     if not (settings := tokenizer_settings(folder / GENERATION_FILE)):
         return eos

@@ -1,1 +1,1 @@
-"""From text to a packed cache. The only part, with tasks/, that imports TensorFlow and SeqIO."""
+"""Prepares text into a packed cache, on this machine or through Apache Beam."""

@@ -1,9 +1,8 @@
-"""Jobs on Apache Beam: Dataflow, Flink, Spark, or Beam on this machine.
+"""Runs jobs on Apache Beam: Dataflow, Flink, Spark, or Beam on this machine.
 
-The machines must have salt_jax installed and see the input files and the output folder under the
-same paths (a shared disk, a mounted bucket). An error that retrying cannot mend is written to a
-file in the work folder and raised once the pipeline has ended: a runner's own report of it would
-not be one sentence.
+The workers must have salt_jax installed and see the input files and the output folder under the
+same paths (a shared disk, a mounted bucket). A permanent error is written to a file in the work
+folder and raised once the pipeline has ended, since a runner would report it by a long traceback.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ _FAILURES = "failure-*.json"
 
 @dataclasses.dataclass(frozen=True)
 class _Guarded:
-    """The function, its errors written to files."""
+    """A function whose permanent errors are written to files."""
 
     function: Callable[[Any], Progress]
     work: JobJournal
@@ -53,12 +52,12 @@ def run_on_beam(
     """Calls the function with each job, in one pipeline.
 
     Args:
-      function: Of a module that the workers have.
+      function: An importable function.
       jobs: Its arguments.
-      title: What they are.
-      work: The folder of errors.
+      title: What the jobs are, for the terminal.
+      work: The folder for error files.
       runner: Beam's name of a runner.
-      options: Beam's own, each "--name=value".
+      options: Beam's own options, each "--name=value".
 
     Raises:
       InputError, OSError: What the function raised; or Beam cannot start the runner.
@@ -79,7 +78,7 @@ def run_on_beam(
     _ = (
         pipeline
         | apache_beam.Create(list(jobs), reshuffle=False)
-        # So that no two jobs are fused into one piece of work.
+        # Prevents Beam from fusing jobs into one bundle.
         | apache_beam.Reshuffle()
         | apache_beam.Map(_Guarded(function, work))
     )
@@ -99,4 +98,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _failed(why: str) -> RunFailed:
-    return RunFailed(f"Beam's pipeline failed ({why}): run the same command again to go on.")
+    return RunFailed(f"Beam's pipeline failed ({why}): run the same command again to resume.")

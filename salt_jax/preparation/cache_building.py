@@ -1,13 +1,12 @@
-"""Builds a packed cache from a corpus, in two rounds of jobs that any runner can do.
+"""Builds a packed cache from a corpus, in two rounds of jobs that any runner can execute.
 
 Map: each unit's documents are tokenized and grouped by bucket (mapping.py). Merge: each bucket
 becomes one shard of rows (merging.py). A document's bucket is a hash of its text and the order
-inside a bucket depends on the seed, so the same text, settings and seed give the same bytes
-whatever runs the jobs. Finished parts stay in FOLDER/work until the cache is complete, and a
-preparation that was stopped resumes from them.
+inside a bucket depends on the seed, so the same text, settings and seed give the same bytes with
+any runner. Finished parts stay in FOLDER/work until the cache is complete, and a preparation that
+was stopped resumes from them.
 
-Splits are kept disjoint: a text that is in several stays in the test split, else in validation, and
-is left out of the others.
+Splits are disjoint: a text in several splits is kept in test, else in validation, only.
 """
 
 import dataclasses
@@ -39,24 +38,19 @@ from salt_jax.storage.json_files import no_link_out, require_shape
 from salt_jax.storage.manifests import json_digest
 from salt_jax.terminal import say
 
-# Overhead of an ArrayRecord file, and of a row in it.
+# Overhead of an ArrayRecord file, and of a row in it, in bytes.
 _SHARD_BYTES = 128 * 1024
 _ROW_BYTES = 64
-# How much text to estimate tokens from.
+# How much text to estimate the number of tokens from.
 _SAMPLE_BYTES = 64 * 1024
 
 _PLAN_FILE = "plan.json"
-_RECORDS = 2  # what records of units and buckets hold; another number makes them again
+_RECORDS = 2  # format version of the records of units and buckets; others are discarded
 
 
 class WorkPlan(NamedTuple):
-    """Digests of what intermediate files depend on.
-
-    Attributes:
-      units: Of everything that units depend on.
-      buckets: Of everything else that buckets depend on.
-      trained: Of what the vocabulary was trained on, if it was.
-    """
+    """Digests of the inputs of intermediate files: those of units, the further ones of buckets, and
+    those of the vocabulary's training, if it was trained."""
 
     units: str
     buckets: str
@@ -64,7 +58,7 @@ class WorkPlan(NamedTuple):
 
     @classmethod
     def of(cls, work: JobJournal) -> "WorkPlan | None":
-        """The plan of a folder's intermediate files, None if there are none."""
+        """The plan of a folder's intermediate files, or None."""
         plan = work.read(_PLAN_FILE)
         if plan is None:
             return None
@@ -74,14 +68,14 @@ class WorkPlan(NamedTuple):
 
 
 def work_of(folder: pathlib.Path) -> JobJournal:
-    """The intermediate files of a cache in the making:
+    """The folder of a cache's intermediate files:
 
     plan.json           a WorkPlan
-    vocabulary/         what the units are tokenized with
+    vocabulary/         the vocabulary that tokenizes the units
     train-00000.part    a unit's documents by bucket (part_files.py), with a record
     shared-train.npy    digests of texts that other splits keep
     rows-train-0.json   the record of a merged bucket, whose file is a shard of the cache
-    failure-*.json      an error of a job that Beam ran
+    failure-*.json      an error of a Beam job
     """
     work = folder / "work"
     return JobJournal(work, f"delete {work}, which is made again")
@@ -93,20 +87,13 @@ def discard_work(folder: pathlib.Path) -> None:
 
 
 class EmptySplit(InputError):  # noqa: N818 (says what was found)
-    """A split has no documents: nothing that is finished helps another start with the same text."""
+    """A split has no documents, so finished parts are of no use: the text must change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Building:
-    """A cache that is being built.
-
-    Attributes:
-      folder: The cache's.
-      corpus: What is prepared.
-      vocabulary: Its vocabulary.
-      packing: How to pack.
-      trained: Digest of what the vocabulary was trained on, if it was.
-    """
+    """A cache that is being built in `folder`; `trained` is the digest of the vocabulary's training
+    inputs, if it was trained."""
 
     folder: pathlib.Path
     corpus: Corpus
@@ -121,12 +108,12 @@ class Building:
 
     @property
     def buckets(self) -> dict[str, int]:
-        """Buckets of each split."""
+        """The number of buckets of each split."""
         return self.corpus.buckets(self.packing.shards)
 
     @functools.cached_property
     def work_plan(self) -> WorkPlan:
-        """What the intermediate files depend on."""
+        """The digests of the intermediate files' inputs."""
         units = json_digest(
             {
                 "version": __version__,
@@ -150,7 +137,7 @@ class Building:
 
     def estimated_bytes(self) -> int:
         """Rough size of the remaining part files and of the rows, extrapolated from the first
-        unit's first documents; 0 if the corpus's size isn't known or nothing is left to map."""
+        unit's first documents; 0 if the corpus's size is unknown or nothing is left to map."""
         unit, units = self.corpus.units[0], len(self.corpus.units)
         resumes = WorkPlan.of(self.work) == self.work_plan
         left = units - len(self.finished_units()) if resumes else units
@@ -168,18 +155,14 @@ class Building:
         return part_bytes * left // units + self._rows_bytes(expected, sum(self.buckets.values()))
 
     def begin(self) -> None:
-        """Makes the work folder ready: removes what belongs to other settings or to files that
-        have changed since, and names those.
-
-        Raises:
-          InputError: The folder is a link that leads elsewhere, where nothing is to be removed.
-        """
+        """Prepares the work folder: removes the results of other settings, and those of files that
+        have changed, which it names. InputError if the folder is a link that leads elsewhere."""
         work, plan = self.work, self.work_plan
         no_link_out(self.folder, work.path, "choose another --output_dir")
         before = WorkPlan.of(work)
         if before is None or before.units != plan.units:
             if before:
-                say(f"{work.path} is of other settings or another version: it is made again.")
+                say(f"{work.path} is from other settings or another version: it is made again.")
             work.discard(_PLAN_FILE)
         elif before.buckets != plan.buckets:
             self._discard_buckets()
@@ -203,7 +186,7 @@ class Building:
             record.unlink()
 
     def build(self, runner: JobRunner, require_space: Callable[[int, str], None]) -> None:
-        """Does the remaining work; `begin` comes first.
+        """Does the remaining work; call `begin` first.
 
         Args:
           runner: Runs the jobs.
@@ -286,8 +269,8 @@ class Building:
         return tokens // length * row + shards * _SHARD_BYTES
 
     def _write_shared_texts(self, settings: MergeSettings) -> None:
-        """For each split, the texts that later splits keep. A held-out fraction is chosen by text
-        and shares none with the split that it is held out of."""
+        """Writes for each split the texts that other splits keep. A held-out fraction is chosen by
+        text, so it shares none with the split that it is held out of."""
         for split in self.buckets:
             later = [name for name in self.buckets if SPLITS.index(name) > SPLITS.index(split)]
             units = [

@@ -1,10 +1,10 @@
-"""A corpus divided into units of work.
+"""Divides a corpus into units of work.
 
-A unit is a text file, several small ones, or a shard of a SeqIO source, and does not depend on who
-maps it. Where the text is limited (max_documents, max_bytes), a split's files are one unit.
+A unit is a text file, several small ones, or a shard of a SeqIO source, independent of the worker
+that maps it. With a limit on the text (max_documents, max_bytes), a split's files are one unit.
 
-SeqIO is the definition of what a document's ids are; a unit of text files gives the same ids
-without it, so that preparing text needs no TensorFlow.
+SeqIO defines a document's ids; a unit of text files gives the same ids without SeqIO, so that
+preparing text needs no TensorFlow.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from salt_jax.preparation.reading_log import ReadingLog, SourceFile
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.storage.buckets import path_of, state_of
 
-# Files are put together up to about so much text.
+# Small files are grouped up to about this much text.
 _UNIT_TEXT_BYTES = 8_000_000
-# Bytes of text in a byte of a file, roughly.
+# Bytes of text per byte of a file, roughly.
 _EXPANSION = {"zstandard": 4.0, "xz": 4.0, "bzip2": 4.0, "gzip": 3.0}
 _PARQUET_EXPANSION = 3.0
 
@@ -34,8 +34,8 @@ class Unit(Protocol):
     """A part of a corpus that is tokenized on its own.
 
     Attributes:
-      name: Names its part file.
-      split: The split that it is read from.
+      name: The name of its part file.
+      split: The split whose files it is read from.
       splits: The splits that its documents may belong to.
     """
 
@@ -47,21 +47,13 @@ class Unit(Protocol):
     def splits(self) -> tuple[str, ...]: ...
 
     def identity(self) -> dict[str, Any]:
-        """The settings that its documents depend on, as JSON."""
+        """The settings that its documents depend on, as JSON values."""
 
     def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
-        """Its documents, tokenized.
-
-        Raises:
-          InputError: Malformed text, with its file and line.
-        """
+        """Its documents, tokenized; InputError, with file and line, for malformed text."""
 
     def sources(self, log: ReadingLog) -> list[SourceFile]:
-        """The files that were read, as `log` noted them.
-
-        Raises:
-          InputError: A file changed while it was read.
-        """
+        """The files read, as recorded in `log`; InputError if one changed while it was read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +61,8 @@ class TextUnit:
     """Some text files of one split; a `Unit`.
 
     Attributes:
-      name: Names its part file.
-      split: The split whose own files these are: held-out documents are read from train's.
+      name: The name of its part file.
+      split: The split whose files these are; held-out documents come from train's files.
       text: The corpus.
       paths: The files, in order.
     """
@@ -90,7 +82,7 @@ class TextUnit:
         return list(map(path_of, self.paths))
 
     def identity(self) -> dict[str, Any]:
-        """See Unit. A file without malformed lines gives the same whether they are skipped."""
+        """See Unit. Doesn't depend on skip_broken_lines."""
         identity = dataclasses.asdict(self)
         del identity["text"]["skip_broken_lines"]
         return identity
@@ -104,7 +96,7 @@ class TextUnit:
             if vocabulary.drop_unknown:
                 texts = (document.prompt, document.text)
                 log.lost_characters += sum(map(vocabulary.lost_characters, texts))
-            # Tokenized apart: at inference a model is given the prompt alone.
+            # Tokenized separately, since at inference a model gets the prompt alone.
             prompt_P = vocabulary.encode(document.prompt, special) if document.prompt else []
             text_T = vocabulary.encode(document.text, special)
             yield TokenizedDocument(
@@ -126,10 +118,10 @@ class Corpus:
     """A corpus as units.
 
     Attributes:
-      units: In the corpus's order.
+      units: The units, in the corpus's order.
       sizes: Size of each split relative to the others, in bytes or shards.
       subsets: The subsets' names if they are known beforehand.
-      text_bytes: Bytes of text, roughly; 0 if that isn't known.
+      text_bytes: Bytes of text, roughly; 0 if unknown.
       has_prompts: Whether documents begin with a prompt, which is masked out of the loss.
     """
 
@@ -140,18 +132,14 @@ class Corpus:
     has_prompts: bool = False
 
     def buckets(self, shards: int) -> dict[str, int]:
-        """Shards of each split: `shards` for train, others in proportion to their size."""
+        """The number of shards of each split: `shards` for train, others in proportion to size."""
         train = self.sizes["train"] if "train" in self.sizes else max(self.sizes.values())
         share = {split: round(shards * size / max(train, 1)) for split, size in self.sizes.items()}
         return {split: max(1, share[split]) for split in SPLITS if split in share}
 
 
 def text_corpus(text: TextFiles) -> Corpus:
-    """The corpus of text files.
-
-    Raises:
-      InputError: See `TextFiles.files`.
-    """
+    """The corpus of text files; InputError as `TextFiles.files`."""
     text = text.settled()
     units: list[Unit] = []
     sizes: dict[str, float] = {}
@@ -175,7 +163,7 @@ def text_corpus(text: TextFiles) -> Corpus:
 
 
 def _grouped(files: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
-    """Neighbours put together until they hold enough text for a unit."""
+    """Groups neighbouring files until they hold enough text for a unit."""
     groups: list[list[pathlib.Path]] = []
     held = 0.0
     for file in files:

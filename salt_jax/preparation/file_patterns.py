@@ -1,8 +1,8 @@
-"""Expands patterns to the files they match, on the disk or in a bucket, each file once.
+"""Expands patterns to the files they match, on disk or in a bucket, each file once.
 
-Patterns are the shell's, with ** for all folders below. Links are followed, but a folder is entered
-once: a link into its own folder would otherwise give a file forty names. A pattern that is a file's
-name means that file alone, and brackets that are part of a name stand for themselves.
+Patterns are the shell's, with ** for any folders. Links are followed, but each folder is entered
+once, so that a link cycle gives no duplicates. A pattern that is a file's name, brackets included,
+matches that file alone.
 """
 
 import fnmatch
@@ -16,12 +16,8 @@ from salt_jax.storage.buckets import is_remote, matching
 
 
 def names_of(pattern: str, left_out: dict[str, str]) -> list[str]:
-    """The names of the files that a pattern matches.
-
-    Args:
-      pattern: On the disk, or a bucket's URL.
-      left_out: Receives the links to folders that were entered by another name, with that name.
-    """
+    """The names of the files that a pattern, a path or a bucket's URL, matches; adds to `left_out`
+    the links to folders that were entered by another name, with that name."""
     if is_remote(pattern):
         return matching(pattern)
     path = os.path.expanduser(pattern)
@@ -34,12 +30,8 @@ def names_of(pattern: str, left_out: dict[str, str]) -> list[str]:
 
 
 def once(files: Iterable[pathlib.Path], left_out: dict[str, str]) -> dict[pathlib.Path, str]:
-    """Each file once, with its real path.
-
-    Args:
-      files: By any names. Of several names of one file, one that is not a link is kept.
-      left_out: Receives the other names, with the one that is kept.
-    """
+    """Each file once, with its real path. Of a file's several names one that is not a link is kept;
+    the others are added to `left_out` with the name kept."""
     names: dict[str, list[pathlib.Path]] = {}
     for file, real in real_paths(files).items():
         names.setdefault(real, []).append(file)
@@ -52,7 +44,7 @@ def once(files: Iterable[pathlib.Path], left_out: dict[str, str]) -> dict[pathli
 
 
 def real_paths(files: Iterable[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Files with their real paths; a bucket has no links."""
+    """Files with their real paths; buckets have no links."""
     folder = functools.cache(os.path.realpath)
     paths = {}
     for file in files:
@@ -86,8 +78,7 @@ def _below(folder: str, parts: list[str], left_out: dict[str, str]) -> Iterator[
 
 
 def _folders(folder: str, left_out: dict[str, str]) -> Iterator[str]:
-    """A folder and those below, each once by its real path; links last, so that a folder goes by
-    its own name."""
+    """A folder and those below it, each once; links last, so that a folder's own name is used."""
     seen: dict[str, str] = {}
     links = [folder]
     for link in links:  # which grows

@@ -1,4 +1,4 @@
-"""Jobs on this machine, in this process or in several others, which end with this one."""
+"""Runs jobs on this machine, in this process or in worker processes that end with it."""
 
 import concurrent.futures
 import contextlib
@@ -15,12 +15,12 @@ from salt_jax.runtime import output_streams
 from salt_jax.runtime.stop_signals import stop_signals, stop_signals_handled_by
 from salt_jax.terminal import ProgressBar
 
-_MOST_WORKERS = 64  # more would wait for the disk
+_MOST_WORKERS = 64  # by default; the disk limits more
 _POLL_SECONDS = 0.2
 
 
 class Progress(NamedTuple):
-    """What a finished job has read: documents, and their tokens."""
+    """The documents and tokens that a finished job has read."""
 
     documents: int
     tokens: int
@@ -36,16 +36,16 @@ def run_locally(
     """Calls the function with each job.
 
     Args:
-      function: Of a module, so that other processes find it.
+      function: An importable function.
       jobs: Its arguments.
-      title: What they are.
+      title: What the jobs are, for the terminal.
       done: How many were finished before.
-      workers: Processes; 1 runs the jobs in this one, None takes one for each usable core.
+      workers: Processes; 1 runs the jobs in this process, None means one per usable core.
 
     Raises:
-      Interrupted: A signal to stop came while other processes worked.
+      Interrupted: A stop signal arrived while worker processes ran.
       RunFailed: A process was killed.
-      Whatever the function raises.
+      Any error of the function.
     """
     workers = min(workers or _usable_cores(), len(jobs))
     with ProgressBar(title, done + len(jobs), done) as display:
@@ -81,8 +81,8 @@ def _run_in_processes(
     context = multiprocessing.get_context("spawn")
     pending: set[concurrent.futures.Future[Progress]] = set()
     with _stop_requests() as requests:
-        # Processes start with the signals blocked, until they ignore them: multiprocessing's
-        # resource tracker, which starts with the first of them, would heed SIGHUP.
+        # Workers start with stop signals blocked, then set their own handlers. Also keeps SIGHUP
+        # from multiprocessing's resource tracker, which starts with the first worker.
         with _signals_blocked():
             pool = concurrent.futures.ProcessPoolExecutor(
                 workers, mp_context=context, initializer=_end_with_parent
@@ -102,23 +102,23 @@ def _run_in_processes(
                 "keeps what is finished, or raise --shards, which starts over."
             ) from error
         finally:
-            # After a failure the other jobs are not waited for.
+            # After a failure, don't wait for the other jobs.
             if pending:
                 for process in set(multiprocessing.active_children()) - others:
                     process.kill()
             pool.shutdown(cancel_futures=True)
     if requests:
-        raise Interrupted(f"stopped by {requests[0]}: run the same command again to go on.")
+        raise Interrupted(f"stopped by {requests[0]}: run the same command again to resume.")
 
 
 def _end_with_parent() -> None:
-    """Ends this process as soon as its parent is gone; only the parent heeds a terminal."""
+    """Ends this worker when its parent ends; terminal signals are left to the parent."""
     output_streams.install()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-    # The library's own threads would compete with the other processes.
+    # The library's threads would compete with the other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker process has a parent"
@@ -141,7 +141,7 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[Sequence[str]]:
-    """Collects the names of signals to stop, so that the processes are ended before this one."""
+    """Collects the names of stop signals, so that workers are ended before this process."""
     received: list[str] = []
     with stop_signals_handled_by(lambda number, _: received.append(signal.Signals(number).name)):
         yield received

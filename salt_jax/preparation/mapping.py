@@ -1,7 +1,7 @@
-"""The first round of a preparation: a unit's documents are tokenized into its part file.
+"""The map round of a preparation: tokenizes a unit's documents into its part file.
 
-Jobs share nothing and may run anywhere that sees the input files and the work folder, and more than
-once; each holds a block of a file and a block of tokens in memory.
+Jobs are independent and idempotent, and run anywhere that sees the input files and the work folder;
+each holds a block of a file and a block of tokens in memory.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class MapJob:
     Attributes:
       unit: The unit.
       work: The folder of its part file and of the vocabulary.
-      buckets: Buckets of each split.
-      fingerprint: The vocabulary's.
-      plan: Digest of all that units depend on. Beam may still run a job of an abandoned plan,
-        whose record must not count for this one.
+      buckets: The number of buckets of each split.
+      fingerprint: The vocabulary's fingerprint.
+      plan: Digest of all inputs of units. Beam may still run a job of an abandoned plan, whose
+        record must not count for this one.
       drop_unknown: Whether the vocabulary drops characters that it has no id for.
     """
 
@@ -50,10 +50,10 @@ class MappedUnit:
     Attributes:
       plan: See MapJob.
       bytes: Size of its part file.
-      subsets: Subsets' names, in order of appearance.
+      subsets: Subset names, in order of appearance.
       documents: Documents by split.
       tokens: Tokens by split.
-      sources: Its input files as they were read.
+      sources: Its input files as read.
       lost_characters: Characters that the vocabulary dropped.
     """
 
@@ -69,13 +69,11 @@ class MappedUnit:
 def map_unit(job: MapJob) -> Progress:
     """Tokenizes a unit's documents into its part file, then writes its record.
 
-    A document's bucket is given by the digest of its text, so that equal texts of a split share
-    one.
+    A document's bucket is a hash of its text, so equal texts of a split share one.
 
     Raises:
-      InputError: Malformed text, with its file and line; a library that the file's format needs is
-        missing; a file that changed while it was read.
-      OSError: The disk is full.
+      InputError: Malformed text, with its file and line; a missing library for the file's format;
+        or a file that changed while it was read.
     """
     vocabulary = _vocabulary(job.work.path / VOCABULARY_FOLDER, job.fingerprint)
     vocabulary.drop_unknown = job.drop_unknown
@@ -114,7 +112,7 @@ def part_file(work: JobJournal, unit: str) -> pathlib.Path:
 
 
 def mapped_unit(work: JobJournal, unit: Unit, plan: str) -> MappedUnit | None:
-    """The record of a unit, None if it isn't finished for this plan."""
+    """The record of a unit, None if it is not finished for this plan."""
     record = work.finished(unit.name, plan, part_file(work, unit.name))
     if record is None:
         return None
@@ -126,14 +124,14 @@ def mapped_unit(work: JobJournal, unit: Unit, plan: str) -> MappedUnit | None:
 
 
 def first_buckets(buckets: Mapping[str, int]) -> dict[str, int]:
-    """The index of each split's first bucket among those of all splits."""
+    """The index of each split's first bucket among the buckets of all splits."""
     names = list(buckets)
     return {name: sum(buckets[other] for other in names[:at]) for at, name in enumerate(names)}
 
 
 @functools.lru_cache(maxsize=1)
 def _vocabulary(folder: pathlib.Path, fingerprint: str) -> Vocabulary:
-    """Kept between the jobs of a process."""
+    """The vocabulary, cached between the jobs of a process."""
     vocabulary = load_vocabulary(folder)
     assert vocabulary.fingerprint == fingerprint, f"{folder} holds another vocabulary"
     return vocabulary
@@ -141,11 +139,7 @@ def _vocabulary(folder: pathlib.Path, fingerprint: str) -> Vocabulary:
 
 @contextlib.contextmanager
 def needed_libraries(what: str = "This text") -> Iterator[None]:
-    """Turns a missing library of the extra `prepare` into a sentence.
-
-    Raises:
-      InputError: The library that `what` needs isn't installed.
-    """
+    """Turns the ImportError of a missing library that `what` needs into an InputError."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,9 +1,8 @@
-"""The second round of a preparation: a bucket's documents of all units become one shard of rows.
+"""The merge round of a preparation: packs a bucket's documents of all units into a shard of rows.
 
-Texts that another split keeps are left out, and exact duplicates where that is asked for: equal
-texts of a split are always in one bucket. The remaining documents stand in the corpus's order,
-which `packing.pack` shuffles. Like those of mapping.py, jobs share nothing; each holds one bucket
-in memory.
+Texts that another split keeps are left out, and optionally exact duplicates: equal texts of a split
+are always in one bucket. The remaining documents are in the corpus's order until `packing.pack`
+shuffles them. Jobs are independent; each holds one bucket in memory.
 """
 
 import dataclasses
@@ -26,18 +25,18 @@ from salt_jax.storage.job_journal import JobJournal
 
 @dataclasses.dataclass(frozen=True)
 class MergeSettings:
-    """What all buckets share.
+    """The settings of all merge jobs.
 
     Attributes:
-      folder: The cache's.
+      folder: The cache's folder.
       work: The folder of the part files.
-      units: Names of each unit's subsets, by the unit's name, in the corpus's order.
+      units: Each unit's subset names, by the unit's name, in the corpus's order.
       subsets: The cache's subset names.
-      buckets: Buckets of each split.
+      buckets: The number of buckets of each split.
       packing: How to pack.
       vocabulary_size: All ids.
-      pad_id: Fills rows up.
-      plan: Digest of all that buckets depend on; see MapJob.
+      pad_id: Fills rows.
+      plan: Digest of all inputs of buckets; see MapJob.
     """
 
     folder: pathlib.Path
@@ -53,7 +52,7 @@ class MergeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MergeJob:
-    """A bucket to merge: the settings that all share, its split, and its index in the split."""
+    """A bucket to merge: the common settings, its split, and its index in the split."""
 
     settings: MergeSettings
     split: str
@@ -67,7 +66,7 @@ class MergeJob:
 
     @property
     def record(self) -> str:
-        """The name of its record."""
+        """The record's name."""
         return f"rows-{self.split}-{self.index}"
 
 
@@ -75,9 +74,9 @@ class MergedBucket(NamedTuple):
     """The record of a merged bucket.
 
     Attributes:
-      shard: What was written; None if the bucket has no document.
-      documents: By the subset's name.
-      long_documents: Dropped or cut because they are longer than a row.
+      shard: The shard's counts; None if the bucket has no documents.
+      documents: Document counts by subset.
+      long_documents: Documents dropped or cut because they are longer than a row.
     """
 
     shard: ShardCounts | None
@@ -94,11 +93,7 @@ class _Documents(NamedTuple):
 
 
 def merge_bucket(job: MergeJob) -> Progress:
-    """Packs and shuffles a bucket's documents into its shard, then writes its record.
-
-    Raises:
-      OSError: The disk is full.
-    """
+    """Packs and shuffles a bucket's documents into its shard, then writes its record."""
     settings, packing = job.settings, job.settings.packing
     documents = _read(job)
     digest_D, text_bytes_D = documents.records["digest"], documents.records["text_bytes"]
@@ -133,7 +128,7 @@ def merge_bucket(job: MergeJob) -> Progress:
 
 
 def merged_bucket(job: MergeJob) -> MergedBucket | None:
-    """The record of a bucket, None if it isn't finished for this plan."""
+    """The record of a bucket, None if it is not finished for this plan."""
     record = job.settings.work.finished(job.record, job.settings.plan, job.file)
     if record is None:
         return None
@@ -145,13 +140,13 @@ def merged_bucket(job: MergeJob) -> MergedBucket | None:
 def write_shared_texts(
     settings: MergeSettings, split: str, keepers: Iterable[str], units: Sequence[str]
 ) -> None:
-    """Writes the sorted digests of the texts that other splits have.
+    """Writes the sorted digests of the texts that other splits keep.
 
     Args:
-      settings: Those of all buckets.
-      split: The split that leaves these texts to the others.
+      settings: The common settings.
+      split: The split that leaves these texts out.
       keepers: The splits that keep them.
-      units: Names of the units that hold documents of those.
+      units: Names of the units with documents of the keepers.
     """
     first, total = first_buckets(settings.buckets), sum(settings.buckets.values())
     dtype = token_dtype(settings.vocabulary_size)
@@ -211,7 +206,7 @@ def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCou
         prompt_tokens_K,
         settings.packing,
         pad_id=settings.pad_id,
-        # The first bucket's order is that of a split in one shard.
+        # The first bucket has the random key of a split in one shard.
         split=f"{job.split} {job.index}" if job.index else job.split,
     )
     record_format = RecordFormat(length, settings.vocabulary_size)

@@ -1,7 +1,7 @@
 """Text that every machine has: the Python standard library's sources and documentation.
 
-The environment variable SALT_TEXT, a pattern of files, names one's own instead. A file's subset is
-its suffix.
+The environment variable SALT_TEXT, a file pattern, names other text instead. A file's subset is its
+suffix.
 """
 
 import glob
@@ -31,8 +31,8 @@ def own_text(
       max_bytes: See TextFiles.
       validation_fraction: See TextFiles.
       test_fraction: See TextFiles.
-      piece_bytes: See TextFiles. By default a two-hundredth of the text, 200 to 20,000 bytes, so
-        that a few long files can be held out in part.
+      piece_bytes: See TextFiles. By default 1/200 of the text, 200 to 20,000 bytes, so that parts
+        of a few long files can be held out.
       skip_broken_lines: See TextFiles.
     """
     library = sysconfig.get_path("stdlib")

@@ -1,7 +1,7 @@
-"""Packing: documents into rows of one length, in NumPy.
+"""Packs documents into rows of one length, in NumPy.
 
 `concatenate_and_split` concatenates the documents in shuffled order and cuts the stream every L
-tokens, as the paper does: only the last row is padded; a row is one segment, so attention crosses
+tokens, as in the paper: only the last row is padded; a row is one segment, so attention crosses
 documents. A row's first token has no context and is masked out of the loss. L = 4, documents
 [5 6 7 1] and [8 9 1]:
 
@@ -9,15 +9,15 @@ documents. A row's first token has no context and is masked out of the loss. L =
     loss_weights  0 1 1 1 | 0 1 1 0
     segment_ids   1 1 1 1 | 1 1 1 0
 
-`whole_documents` puts whole documents into rows by best-fit decreasing (arXiv 2404.10830), each as
-a segment of its own. Only a document longer than L is split, and the first token of its later
-pieces is masked out. Documents [5 6 1] and [8 1], L = 6:
+`whole_documents` packs whole documents by best-fit decreasing (arXiv 2404.10830), each as its own
+segment. Only a document longer than L is split, and the first token of its later pieces is masked
+out. Documents [5 6 1] and [8 1], L = 6:
 
     targets       5 6 1 8 1 0
     loss_weights  1 1 1 1 1 0
     segment_ids   1 1 1 2 2 0
 
-A document may begin with a prompt, which is masked out. The same, 5 and 8 being prompts:
+A document may begin with a prompt, which is masked out. The same with prompts [5] and [8]:
 
     loss_weights  0 1 1 0 1 0
 """
@@ -39,15 +39,15 @@ class Packing:
     """How documents become the rows of a cache.
 
     Attributes:
-      sequence_length: L, tokens a row.
+      sequence_length: L, tokens per row.
       packing: "concatenate_and_split" or "whole_documents".
-      long_documents: With whole_documents, what becomes of a document longer than a row: "split"
-        cuts it into pieces, each a segment; "drop" leaves it out; "cut" shortens it to a row,
-        first its prompt from the front, then its end. Dropped and cut documents are counted.
-        Prompts and responses need one of these two.
-      shards: Files of the train split; the other splits get a share by their text, at least 1. A
-        worker holds one of them in memory while it packs it.
-      seed: Of the order of documents and of rows.
+      long_documents: With whole_documents, how to treat a document longer than a row: "split" cuts
+        it into pieces, each a segment; "drop" leaves it out; "cut" truncates it to a row, first
+        its prompt from the front, then its end. Dropped and cut documents are counted. Prompts and
+        responses need "drop" or "cut".
+      shards: Files of the train split; other splits get a share by their text, at least 1. A
+        worker holds one shard in memory while packing it.
+      seed: Seed of the order of documents and of rows.
       drop_duplicates: Keep only the first of a split's documents with equal texts. Duplicates are
         counted in either case.
     """
@@ -75,11 +75,7 @@ class Packing:
             )
 
     def require_for_prompts(self) -> None:
-        """Refuses packing that would separate responses from their prompts.
-
-        Raises:
-          InputError: Documents are split.
-        """
+        """Raises InputError if documents are split, which would separate responses from prompts."""
         if self.long_documents == "split":
             raise InputError(
                 f"packing is {self.packing!r} and long_documents 'split', which can separate a "
@@ -97,14 +93,14 @@ def pack(
     pad_id: int,
     split: str,
 ) -> Iterator[Row]:
-    """Rows made of documents, in an order shuffled by the seed.
+    """Packs documents into rows, shuffled by the seed.
 
     Args:
       documents: Token ids of each document, its end of document included.
       subset_D: Index of each document's subset.
       prompt_tokens_D: Tokens at the start of each document that are masked out of the loss.
-      packing: How to pack. No document is dropped or cut here: see `cut_document`.
-      pad_id: Fills rows up.
+      packing: How to pack. Documents must already be dropped or cut: see `cut_document`.
+      pad_id: Fills rows.
       split: Part of the random key, so that splits are ordered differently.
     """
     length = packing.sequence_length
@@ -151,12 +147,8 @@ class Pieces(NamedTuple):
 
 
 def concatenate_and_split(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
-    """One piece a row: the stream cut every `sequence_length` tokens.
-
-    Args:
-      offsets_E: The offset of each document in the stream, and the stream's end (E = D + 1).
-      sequence_length: L, tokens a row.
-    """
+    """One piece per row: the stream cut every `sequence_length` tokens. `offsets_E` are the
+    documents' offsets in the stream, and its end (E = D + 1)."""
     tokens = int(offsets_E[-1])
     start_P = np.arange(0, tokens, sequence_length)
     length_P = np.minimum(sequence_length, tokens - start_P)
@@ -165,9 +157,7 @@ def concatenate_and_split(offsets_E: np.ndarray, sequence_length: int) -> Pieces
 
 def whole_documents(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
     """Best-fit decreasing: each piece, longest first, goes to the fullest row with room for it.
-
-    Args: see `concatenate_and_split`.
-    """
+    Arguments as for `concatenate_and_split`."""
     lengths_D = np.diff(offsets_E)
     pieces_D = -(-lengths_D // sequence_length)
     document_P = np.repeat(np.arange(len(lengths_D)), pieces_D)
@@ -175,7 +165,7 @@ def whole_documents(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
     start_P = offsets_E[document_P] + index_P * sequence_length
     length_P = np.minimum(sequence_length, offsets_E[document_P + 1] - start_P)
     row_P = np.empty(len(start_P), np.int64)
-    rooms: list[int] = []  # the room left in open rows, ascending, each size once
+    rooms: list[int] = []  # the distinct sizes of free room in open rows, ascending
     rows_with_room: dict[int, list[int]] = {}
     rows = 0
     for piece in np.argsort(-length_P, kind="stable"):
@@ -201,16 +191,8 @@ def whole_documents(offsets_E: np.ndarray, sequence_length: int) -> Pieces:
 def cut_document(
     tokens_T: np.ndarray, prompt_tokens: int, sequence_length: int
 ) -> tuple[np.ndarray, int]:
-    """A document shortened to a row: first its prompt from the front, then its end.
-
-    Args:
-      tokens_T: Its tokens.
-      prompt_tokens: How many of them are the prompt.
-      sequence_length: L, the most to keep.
-
-    Returns:
-      The tokens kept, and how many of them are the prompt.
-    """
+    """A document truncated to a row, first its prompt from the front, then its end; returns its
+    tokens and how many of them are the prompt."""
     from_prompt = min(max(len(tokens_T) - sequence_length, 0), prompt_tokens)
     return tokens_T[from_prompt:][:sequence_length], prompt_tokens - from_prompt
 
@@ -224,10 +206,10 @@ PACKINGS: Mapping[str, Callable[[np.ndarray, int], Pieces]] = {
 
 
 def shuffled_order(size: int, seed: int, purpose: str) -> np.ndarray:
-    """A permutation int64[size] that depends on its arguments only, not on a library's version.
+    """A permutation int64[size] that depends only on its arguments, not on a library's version.
 
-    Element i's key is a 64-bit mix (splitmix64's finalizer) of i and a hash of seed and purpose;
-    the permutation sorts by key.
+    It sorts elements by a 64-bit mix (splitmix64's finalizer) of their index and a hash of seed and
+    purpose.
     """
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     mixed_N = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -238,10 +220,10 @@ def shuffled_order(size: int, seed: int, purpose: str) -> np.ndarray:
 
 
 def _subset_of_rows(pieces: Pieces, offsets_E: np.ndarray, subset_D: np.ndarray) -> np.ndarray:
-    """int64[N]: the subset with the most tokens in each row, the lowest index of equals.
+    """int64[N]: the subset with the most tokens in each row, the lowest index if tied.
 
-    The stream is cut where a piece or a document begins, so that a stretch is of one row and one
-    subset, and tokens are summed by pair: a table of rows by subsets could take gigabytes.
+    The stream is cut where a piece or a document begins, so that a stretch has one row and one
+    subset, and tokens are summed by that pair: a dense table could take gigabytes.
     """
     by_start = np.argsort(pieces.starts, kind="stable")
     start_S = np.union1d(pieces.starts, offsets_E[:-1])

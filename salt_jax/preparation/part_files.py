@@ -1,8 +1,8 @@
 """Part files: a unit's tokenized documents, grouped by bucket.
 
-Documents are collected into blocks. In a block those of a bucket lie together as a *slice*: D
+Documents are written in blocks. A block's documents of one bucket are contiguous, a *slice*: D
 records (36 bytes each), then their tokens. The file ends with an index of all slices by bucket, so
-that reading a bucket takes one look-up and one read for each block. Little-endian:
+that reading a bucket takes one look-up and one read per block. Little-endian:
 
     slice …                      D × RECORD | T × token (u16, or u32)
     index of slices, by bucket   _RUN each
@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-# A block is large enough for slices of about this many bytes.
+# The target size of a slice in bytes, which determines that of a block.
 _SLICE_BYTES = 64 * 1024
 _LEAST_BLOCK_BYTES = 4 * 1024 * 1024
 
@@ -55,18 +55,12 @@ class TokenizedDocument(NamedTuple):
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
-    """The type of a token in a part file."""
+    """The dtype of tokens in a part file."""
     return np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
 
 
 class PartWriter:
-    """Writes a part file.
-
-    Args:
-      file: Open for writing, empty.
-      buckets: How many buckets there are.
-      dtype: Of a token.
-    """
+    """Writes a part file to an empty, open `file`; `dtype` is that of tokens."""
 
     def __init__(self, file: BinaryIO, buckets: int, dtype: np.dtype):
         self._file = file
@@ -77,13 +71,7 @@ class PartWriter:
         self._clear()
 
     def add(self, bucket: int, document: TokenizedDocument, subset: int) -> None:
-        """Adds a document to a bucket.
-
-        Args:
-          bucket: Index of the bucket.
-          document: The document.
-          subset: Index of its subset's name.
-        """
+        """Adds a document to a bucket; `subset` is the index of its subset's name."""
         records, tokens = self._block.setdefault(bucket, ([], []))
         tokens.append(document.tokens.astype(self._dtype))
         size, prompt = len(document.tokens), document.prompt_tokens
@@ -122,13 +110,13 @@ def read_bucket(
     Args:
       file: A part file.
       bucket: Index of the bucket.
-      buckets: How many buckets the file was written with.
-      dtype: Of a token.
+      buckets: The number of buckets that the file was written with.
+      dtype: The dtype of tokens.
       tokens: Whether to read tokens.
 
     Yields:
-      RECORD[D], one a document, with `subset` an index in the unit's names; and int[T], their
-      tokens concatenated, none where they are not read.
+      RECORD[D], one per document, with `subset` an index into the unit's names; and int[T], their
+      concatenated tokens, empty if not read.
     """
     with open(file, "rb") as part:
         part.seek(-8 * (buckets + 1), os.SEEK_END)

@@ -1,6 +1,6 @@
 """The Pile: the layout of its release, the names of its 22 subsets and their weights.
 
-The released train files are taken to hold the upsampled text already.
+The released train files are assumed to be upsampled already.
 """
 
 import glob
@@ -37,7 +37,7 @@ _TABLE: Mapping[str, tuple[float, float]] = {
 }
 PILE_SUBSETS = tuple(_TABLE)
 
-# The same shares as rates of documents, for a mixture that draws documents.
+# The same shares as document rates, for a mixture that draws documents.
 PILE_DOCUMENT_RATES: Mapping[str, float] = {
     subset: percent / 100 / size for subset, (percent, size) in _TABLE.items()
 }
@@ -74,5 +74,5 @@ def pile_files(
 
 
 def pile_slug(subset: str) -> str:
-    """A subset's name in lower case and without signs: "Gutenberg (PG-19)" is gutenberg_pg_19."""
+    """A subset's name in snake case: "Gutenberg (PG-19)" is gutenberg_pg_19."""
     return re.sub(r"[^a-z0-9]+", "_", subset.lower()).strip("_")

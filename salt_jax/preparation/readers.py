@@ -1,10 +1,10 @@
 """Reads the documents of one file.
 
-The file holds rows of JSON (.jsonl, .ndjson, .json) or is a .parquet, with a `text` a row (or the
+The file has JSON rows (.jsonl, .ndjson, .json) or is a .parquet, each row with `text` (or the
 fields that a template names) and perhaps a subset name; any other file is one document of plain
-text. All but Parquet may be compressed: .gz, .bz2, .xz, .zst. What is not text, by its name or its
-first bytes, is refused (`data/file_kinds.py`). Memory holds one block of a file and one line: a
-line too long is refused.
+text. All but Parquet may be compressed: .gz, .bz2, .xz, .zst. Files that are not text, by their
+name or their first bytes, are refused (`data/file_kinds.py`), and so are overlong lines: memory
+holds one block and one line.
 
 A row's subset name is `meta.pile_set_name` (the Pile's), else `subset`; a plain file's is its
 suffix ("py").
@@ -26,7 +26,7 @@ from salt_jax.storage.buckets import open_file
 from salt_jax.storage.json_files import valid_unicode
 
 _PLAIN = Template()
-# Before the first row of JSON, perhaps of an array.
+# What may precede the first JSON row, or the first of an array.
 _ROW = re.compile(rb"\s*(\[?)\s*(?=\{)")
 _MOST_ROW_BYTES = 16 << 20
 
@@ -37,7 +37,7 @@ class Document(NamedTuple):
     Attributes:
       text: Valid Unicode (lone surrogates are replaced by U+FFFD).
       subset: The subset's name, "" if the row has none.
-      place: The file, and the line if it has lines, for messages.
+      place: The file, and the line if any, for messages.
       prompt: Precedes the text and is masked out of the loss; "" in plain documents.
     """
 
@@ -48,7 +48,7 @@ class Document(NamedTuple):
 
     @property
     def whole(self) -> str:
-        """Prompt and text, by which documents are compared."""
+        """Prompt and text, the key by which documents are compared."""
         return self.prompt + self.text
 
 
@@ -64,14 +64,14 @@ def read_documents(
 
     Args:
       path: The file; its suffix gives its format.
-      skip_broken_lines: Whether to skip lines that are not JSON, or lack what the template needs.
+      skip_broken_lines: Whether to skip lines that are not JSON, or lack the template's fields.
       log: Records the file's digest and the lines skipped.
       piece_bytes: Plain text is cut at line ends into documents of about this size; 0 doesn't cut.
-      template: How a row becomes a document.
+      template: Turns a row into a document.
 
     Raises:
-      InputError: The file cannot be read, is not text, is cut short, or has a malformed line, which
-        is named; or it is plain text, and the template needs fields.
+      InputError: The file cannot be read, is not text, is truncated, or has a malformed line; or it
+        is plain text, and the template needs fields.
     """
     kind = kind_of(path)
     log = log or ReadingLog()
@@ -99,16 +99,12 @@ def read_documents(
                     "skip_broken_lines=True."
                 ) from error
             skipped += 1
-            # Now, since the reader may stop at any document; a second reading counts anew.
+            # Recorded at once, since the caller may stop at any document; a second read resets it.
             log.broken_lines[str(path)] = max(log.broken_lines[str(path)], skipped)
 
 
 def _document(row: Any, place: str, template: Template) -> Document:
-    """A row's document.
-
-    Raises:
-      Unfit: It is not JSON, or lacks what the template needs.
-    """
+    """A row's document; Unfit if it is not JSON, or lacks the template's fields."""
     if isinstance(row, Broken):
         raise Unfit(f"this is not JSON ({row.reason})")
     if not isinstance(row, Mapping):
@@ -119,7 +115,7 @@ def _document(row: Any, place: str, template: Template) -> Document:
     subset = meta.get("pile_set_name") if isinstance(meta, Mapping) else None
     subset = row.get("subset") if subset is None else subset
     if not isinstance(subset, str | int | float | None):
-        raise Unfit(f"the subset's name is a {type(subset).__name__}, expected a text")
+        raise Unfit(f"the subset's name is a {type(subset).__name__}, expected a string")
     name = "" if subset is None else valid_unicode(str(subset))
     return Document(valid_unicode(text), name, place, valid_unicode(prompt))
 
@@ -157,19 +153,19 @@ def _parquet_rows(
         except (pyarrow.ArrowException, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
-            if "UTF8" in str(error):  # of a dictionary whose indices Arrow converts, say
+            if "UTF8" in str(error):  # e.g. in a dictionary column that Arrow converts
                 raise InputError(
-                    f"{path} has text that is not UTF-8 after row {number}, in a column of which "
-                    "Arrow does not read such text: write it as a column of strings."
+                    f"{path} has text that is not UTF-8 after row {number}, in a column whose type "
+                    "Arrow can't read without UTF-8: write it as a column of strings."
                 ) from error
             raise InputError(
-                f"{path} is not a whole Parquet file ({error}): fetch the file again."
+                f"{path} is not a complete Parquet file ({error}): fetch the file again."
             ) from error
 
 
 def _values(column: Any) -> list[Any]:
-    """A column's values. Text may be of any of Arrow's types for it, or bytes; invalid UTF-8, which
-    a writer may have let pass, becomes U+FFFD."""
+    """A column's values. Text may have any of Arrow's string or binary types; invalid UTF-8 becomes
+    U+FFFD."""
     import pyarrow
     import pyarrow.compute
     from pyarrow import types
@@ -189,7 +185,7 @@ def _values(column: Any) -> list[Any]:
         sizes = pyarrow.compute.list_value_length(column).to_pylist()
         return [None if size is None else list(itertools.islice(inner, size)) for size in sizes]
     if types.is_nested(kind):
-        return [[]] * len(column)  # a map or a union, which is no text
+        return [[]] * len(column)  # a map or a union: not text
     strings = (types.is_string, types.is_large_string, types.is_string_view)
     binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
     if any(is_text(kind) for is_text in (*strings, *binaries)):
@@ -201,7 +197,7 @@ def _values(column: Any) -> list[Any]:
 def _plain_documents(
     path: pathlib.Path, kind: FileKind, piece_bytes: int, log: ReadingLog
 ) -> Iterator[Document]:
-    """The file as one document, or as pieces; invalid UTF-8 becomes U+FFFD."""
+    """The file as one document or in pieces; invalid UTF-8 becomes U+FFFD."""
     subset = kind.suffix.removeprefix(".") or "text"
     with _opened(path, log) as file:
         blocks = text_blocks(path, file)
@@ -219,7 +215,7 @@ def _plain_documents(
 def _pieces(
     path: pathlib.Path, blocks: Iterator[bytes], piece_bytes: int, compression: str
 ) -> Iterator[bytearray]:
-    """A text cut after the first line end that follows every `piece_bytes`; 0 doesn't cut."""
+    """The text, cut at the first line end after every `piece_bytes`; 0 doesn't cut."""
     held, searched = bytearray(), 0
     for block in blocks:
         held += block
@@ -242,7 +238,7 @@ def _pieces(
 
 
 def _refuse_rows(path: pathlib.Path, text: bytearray) -> None:
-    """Refuses rows of JSON in a file that is named as plain text."""
+    """Refuses JSON rows in a file whose name says plain text."""
     start = _ROW.match(text)
     if start is None:
         return

@@ -1,7 +1,7 @@
-"""Records of input files while they are read: digests, sizes and malformed lines.
+"""Records digests, sizes and malformed lines of input files while they are read.
 
-A file that the log opens is digested as it is read, without a second reading. Its time of change
-tells this process and a later one whether it is still the same file.
+A file opened through the log is digested as it is read. Its change time tells this and later
+processes whether it is still the same file.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class SourceFile:
     Attributes:
       path: Its name.
       bytes: Its size.
-      changed_ns: Its time of change in nanoseconds, or what `state_of` gives instead.
+      changed_ns: Its mtime in nanoseconds, or `state_of`'s substitute.
       digest: SHA-256 (hex).
       broken_lines: Malformed lines that were skipped.
     """
@@ -39,15 +39,15 @@ class SourceFile:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the file still has the size and the time of change that it was read with."""
+        """Whether the file still has the size and change time that it was read with."""
         try:
             return state_of(self.path) == (self.bytes, self.changed_ns)
         except (OSError, BucketError):
             return False
 
     def as_source(self) -> dict[str, Any]:
-        """What a manifest records: the name without its folder, bytes, digest, and malformed lines
-        if there were any."""
+        """The entry for a manifest: the name without its folder, bytes, digest, and malformed lines
+        if any."""
         broken = {"broken_lines": self.broken_lines} if self.broken_lines else {}
         name = os.path.basename(self.path)
         return {"file": name, "bytes": self.bytes, "digest": self.digest, **broken}
@@ -58,7 +58,7 @@ class ReadingLog:
 
     Attributes:
       broken_lines: Malformed lines that were skipped, by file.
-      lost_characters: Characters that the vocabulary dropped, of all files.
+      lost_characters: Characters that the vocabulary dropped, in all files.
     """
 
     def __init__(self) -> None:
@@ -68,20 +68,17 @@ class ReadingLog:
         self._noted: dict[str, tuple[int, int]] = {}
 
     def open(self, path: pathlib.Path) -> BinaryIO:
-        """Opens a file to be read sequentially."""
+        """Opens a file for sequential reading."""
         self._files[str(path)] = _DigestedFile(path)
         return io.BufferedReader(self._files[str(path)], _BUFFER_BYTES)
 
     def note(self, path: pathlib.Path) -> None:
-        """Records the state of a file that is about to be read otherwise than through `open`."""
+        """Records the state of a file that is about to be read without `open`."""
         self._noted[str(path)] = state_of(path)
 
     def sources(self, paths: Iterable[pathlib.Path]) -> list[SourceFile]:
-        """The files as they were read; those not read to their end are digested now.
-
-        Raises:
-          InputError: A file changed while it was read.
-        """
+        """The files as read; those not read to their end are digested now. InputError if a file
+        changed while it was read."""
         return [self._source(path) for path in paths]
 
     def _source(self, path: pathlib.Path) -> SourceFile:
@@ -108,12 +105,8 @@ def source_digest(path: pathlib.Path) -> str:
 
 
 class _DigestedFile(io.RawIOBase):
-    """A file that is digested as it is read.
-
-    Attributes:
-      state: Size and time of change when it was opened.
-      digest: SHA-256 (hex) once it was read to its end.
-    """
+    """A file that is digested as it is read; `state` is its size and change time when opened, and
+    `digest` is set once it was read to its end."""
 
     def __init__(self, path: pathlib.Path):
         self._file, self.state = open_file(path)

@@ -1,4 +1,4 @@
-"""A task of SeqIO's registry, by name: TensorFlow is imported only when it is read."""
+"""The name of a task in SeqIO's registry; TensorFlow is imported only when it is read."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ class RegisteredTask:
     `subset`, rows carry it; the tasks of salt_jax.tasks have one.
 
     Attributes:
-      name: For example "pile".
-      module: The module that registers it, "salt_jax.tasks.pile" or one's own; "" if it is
+      name: The task's name, "pile" for example.
+      module: The module that registers it, "salt_jax.tasks.pile" or your own; "" if it is
         registered already.
     """
 

@@ -1,4 +1,4 @@
-"""Where the jobs of a preparation run: on this machine or through Apache Beam."""
+"""Runs the jobs of a preparation, on this machine or through Apache Beam."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ class JobRunner:
     Attributes:
       runner: "local", one of Beam's ("DirectRunner", "PrismRunner", "DataflowRunner",
         "FlinkRunner", "SparkRunner"), or the full name of another Beam runner's class.
-      workers: Processes on this machine; one for each core by default.
+      workers: Processes on this machine; one per core by default.
       beam_options: Beam's own options, each "--name=value".
     """
 
@@ -60,18 +60,18 @@ class JobRunner:
         done: int,
         work: JobJournal,
     ) -> None:
-        """Calls a function with each of its jobs, in any order and perhaps more than once.
+        """Calls a function with each job, in any order and perhaps more than once.
 
         Args:
-          function: Of a module, so that other processes find it.
-          jobs: Its arguments; they can be pickled.
-          title: What they are.
+          function: An importable function.
+          jobs: Its arguments, picklable.
+          title: What the jobs are, for the terminal.
           done: How many were finished before.
           work: The folder that they work in.
 
         Raises:
-          InputError, OSError: What the function raised; or Beam cannot start the runner.
-          Interrupted: A signal to stop came while several processes worked.
+          InputError, OSError: The function raised it; or Beam cannot start the runner.
+          Interrupted: A stop signal arrived while several processes ran.
           RunFailed: A process was killed, or Beam's pipeline failed.
         """
         if self.runner == LOCAL:

@@ -1,4 +1,4 @@
-"""Templates that turn rows with fields into prompts and responses.
+"""Templates that turn a row's fields into a prompt and a response.
 
 With the prompt "Question: {question}\\nAnswer:" and the response " {answer}":
 
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from salt_jax.errors import InputError, nearest
 from salt_jax.huggingface.chat_templates import ChatTemplate
 
-_MOST_NAMED = 8  # fields of a row, in an error
-_LONGEST_SHOWN = 40  # characters of a value
+_MOST_NAMED = 8  # fields of a row to list in an error
+_LONGEST_SHOWN = 40  # characters of a value to show in an error
 
 
 class Unfit(ValueError):  # noqa: N818 (says what the row is)
@@ -30,12 +30,7 @@ class NoResponse(Unfit):
 
 
 class Filled(NamedTuple):
-    """What a template makes of a row.
-
-    Attributes:
-      prompt: What a model is given; "" for a plain document.
-      response: What it should respond.
-    """
+    """A filled template: a prompt, "" for a plain document, and the expected response."""
 
     prompt: str
     response: str
@@ -43,19 +38,19 @@ class Filled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a row becomes a prompt and a response.
+    """Turns a row into a prompt and a response.
 
-    A field stands in braces and must hold a string; "{document:.2000}" takes its first 2,000
+    A field is named in braces and must hold a string; "{document:.2000}" takes its first 2,000
     characters, "{{" is a brace.
 
     Attributes:
       prompt: For example "Question: {question}\\nAnswer:"; "" makes plain documents.
       response: For example " {answer}".
-      words: What a field's values are replaced by: {"label": {"0": "true", "1": "false"}}. Such a
-        field may hold numbers, but no other values than these.
-      chat: How a model writes conversations. A row's `messages` but for the last are then the
-        prompt, and the last one, the assistant's, is the response, up to the token that ends a
-        document. `prompt` and `response` both name the field of the messages, "{messages}".
+      words: Replacements of a field's values: {"label": {"0": "true", "1": "false"}}. Such a field
+        may hold numbers, but only these values.
+      chat: A model's chat template. All of a row's `messages` but the last are then the prompt, and
+        the last one, the assistant's, is the response, up to the token that ends a document.
+        `prompt` and `response` both name the field of the messages, "{messages}".
       parse_special: Whether the name of a special token in a prompt and its response
         ("<|im_start|>") stands for that token; in plain documents it never does.
     """
@@ -81,7 +76,7 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that it names, each once, those of the prompt first."""
+        """The fields it names, without duplicates, those of the prompt first."""
         return tuple(dict.fromkeys([*self._fields_of("prompt"), *self._fields_of("response")]))
 
     def fill(self, row: Mapping[str, Any]) -> Filled:
@@ -120,7 +115,7 @@ class Template:
             held = ", ".join(f"`{name}`" for name in names[:_MOST_NAMED]) or "no fields"
             raise Unfit(f"this row has no `{field}`{nearest(field, names)}, it has {held}")
         if not isinstance(value, str):
-            raise Unfit(f"the `{field}` of this row is {_shown(value)}, expected a text")
+            raise Unfit(f"the `{field}` of this row is {_shown(value)}, expected a string")
         return value
 
     def _fields_of(self, name: str) -> list[str]:
@@ -133,7 +128,7 @@ class Template:
 
 
 def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
-    """The messages before the last as a model is prompted with them, and the last one."""
+    """The prompt made of all messages but the last, and the last as the response."""
     try:
         whole = chat(messages, answer=False)
         prompt = chat(messages[:-1]) if messages[-1]["role"] == "assistant" else ""
@@ -153,7 +148,7 @@ def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
 
 
 def _shown(value: Any) -> str:
-    """A value, or its type where it is long."""
+    """A value for a message, or its type if it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__}"
 

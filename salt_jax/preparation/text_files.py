@@ -1,9 +1,9 @@
 """Text files as the splits of a corpus.
 
-A split has patterns of its own, or is a fraction held out of the train files. Held-out documents
-are chosen by a hash of their text: equal texts are always in one split, and a split depends neither
-on the order of the files nor on their number. Only if a split would have no document at all, in a
-corpus of a handful of documents, does it get one that the hash assigns to another split.
+A split has its own patterns, or is a fraction held out of the train files. Held-out documents are
+chosen by a hash of their text, so equal texts are always in one split, whatever the order and
+number of files. If a split of a tiny corpus would be empty, it gets a document that the hash
+assigns to another split.
 """
 
 import dataclasses
@@ -36,22 +36,21 @@ class TextFiles:
       validation: Patterns of the validation split.
       test: Patterns of the test split.
       validation_fraction: Instead of `validation`: the fraction of the train files' documents to
-        hold out, by a hash of the text.
+        hold out, chosen by a hash of the text.
       test_fraction: The same for the test split.
       exclude: Patterns of paths to leave out ("*/site-packages/*").
-      subsets: The subset names allowed; by default any, for which the files are read once more
-        beforehand.
+      subsets: The allowed subset names; by default any, which takes an extra pass over the files.
       default_subset: The name for rows without one.
       max_documents: The most documents to read from each split's files; 0 reads all.
       max_bytes: The most text (UTF-8 bytes) to read from each split's files; 0 reads all. With
-        either limit files are taken in the order of a hash of their path, so that what is read is
-        a sample, not the beginning of the alphabet.
+        either limit, files are read in the order of a hash of their path, to get a sample rather
+        than the alphabetically first.
       piece_bytes: Plain text files are cut at line ends into documents of about this size; 0
         doesn't cut.
       skip_broken_lines: Whether to skip and count malformed lines instead of refusing them.
       train_shards: How many numbered shards (00.jsonl.zst, 01.jsonl.zst, …) the train files must
-        be, 0 for any number; none may be missing or there twice. By default they are no shards.
-      template: How a row becomes a document: its `text`, or a prompt and a response of other
+        be, 0 for any number; none may be missing or duplicated. By default they are not shards.
+      template: Turns a row into a document: its `text`, or a prompt and a response from other
         fields.
     """
 
@@ -100,13 +99,13 @@ class TextFiles:
                 raise InputError(f"{field} is {getattr(self, field)}, expected 0 or more.")
 
     def as_plain_text(self) -> "TextFiles":
-        """The same, but names of special tokens in prompts and responses are plain text."""
+        """A copy that treats names of special tokens in prompts and responses as plain text."""
         template = dataclasses.replace(self.template, parse_special=False)
         return dataclasses.replace(self, template=template) if self.template.prompt else self
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits it has, train first."""
+        """Its splits, train first."""
         return tuple(
             split
             for split in SPLITS
@@ -115,21 +114,17 @@ class TextFiles:
 
     @property
     def splits_with_files(self) -> tuple[str, ...]:
-        """The splits that have files of their own, train first."""
+        """The splits with their own files, train first."""
         return tuple(split for split in SPLITS if getattr(self, split))
 
     def splits_from(self, split: str) -> tuple[str, ...]:
-        """The splits whose documents are in a split's own files."""
+        """The splits whose documents come from a split's files."""
         held_out = [other for other in self.splits if not getattr(self, other)]
         return ("train", *held_out) if split == "train" else (split,)
 
     def files(self, split: str) -> list[pathlib.Path]:
-        """The files a split is read from, in reading order.
-
-        Raises:
-          InputError: A pattern that matches no file, a file that is in another split too, or a
-            missing shard.
-        """
+        """The files of a split, in reading order; InputError if a pattern matches no file, a file
+        is in another split too, or a shard is missing."""
         found = self._found(split)
         files = sorted(found)
         if self.train_shards is not None and (split == "train" or not getattr(self, split)):
@@ -149,7 +144,7 @@ class TextFiles:
         return files
 
     def all_files(self) -> list[pathlib.Path]:
-        """The files of all splits, sorted, each once."""
+        """The files of all splits, sorted, without duplicates."""
         return sorted({file for split in self.splits for file in self.files(split)})
 
     def sources(self) -> list[dict[str, Any]]:
@@ -157,14 +152,11 @@ class TextFiles:
         return [source.as_source() for source in ReadingLog().sources(self.all_files())]
 
     def documents(self, split: str, log: ReadingLog | None = None) -> Iterator[Document]:
-        """The split's documents that are not empty, in a fixed order.
-
-        Args:
-          split: One of `splits`.
-          log: Records the files' digests and the lines skipped.
+        """The split's non-empty documents, in a fixed order; `log` records the files' digests and
+        the lines skipped.
 
         Raises:
-          InputError: See `files` and `read_documents`; or a subset name that is not allowed.
+          InputError: See `files` and `read_documents`; or a subset name is not allowed.
         """
         for document in self.read(self.files(split), log):
             if self.split_of(document.whole, split) == split:
@@ -173,10 +165,7 @@ class TextFiles:
     def read(
         self, files: Iterable[pathlib.Path], log: ReadingLog | None = None
     ) -> Iterator[Document]:
-        """The documents of some of the files that are not empty, as many as the limits allow.
-
-        Args and errors: see `documents`.
-        """
+        """The non-empty documents of some of the files, up to the limits; see `documents`."""
         documents, text_bytes = 0, 0
         for file in files:
             for document in read_documents(
@@ -197,7 +186,7 @@ class TextFiles:
                 yield self._named(document)
 
     def split_of(self, text: str, asked: str) -> str:
-        """The split that a text in the asked split's files belongs to."""
+        """The split of a text in the files of the split `asked`."""
         if getattr(self, asked) and asked != "train":
             return asked
         if not self.validation_fraction and not self.test_fraction:
@@ -206,13 +195,13 @@ class TextFiles:
         return self._moved.get(place) or self._split_at(place)
 
     def settled(self) -> "TextFiles":
-        """The same, having read what `split_of` needs: copies in other processes needn't."""
+        """Returns itself, with the data of `split_of` precomputed for pickled copies."""
         if self.validation_fraction or self.test_fraction:
             _ = self._moved  # cached in the object, and pickled with it
         return self
 
     def subset_names(self) -> tuple[str, ...]:
-        """The subsets' names, sorted: those allowed, or those found in the files of any split."""
+        """The subset names, sorted: those allowed, or those found in the files of all splits."""
         if self.subsets:
             return tuple(self.subsets)
         names = {
@@ -223,11 +212,8 @@ class TextFiles:
         return tuple(sorted(names))
 
     def refuse_equal_shards(self) -> None:
-        """Refuses shards of equal content, if the train files are shards.
-
-        Raises:
-          InputError: Two equal files, named. Only files of equal size are read.
-        """
+        """If the train files are shards, refuses two of equal content; only files of equal size are
+        read."""
         by_size: dict[int, list[pathlib.Path]] = {}
         for file in () if self.train_shards is None else self.all_files():
             by_size.setdefault(state_of(file)[0], []).append(file)
@@ -242,14 +228,14 @@ class TextFiles:
                     )
 
     def listed(self, **changes: Any) -> "TextFiles":
-        """A copy, with changes, for which each pattern is looked up only once: in a bucket a
-        look-up takes a call for every thousand files."""
+        """A copy, with changes, that caches the expansion of each pattern: in a bucket that takes a
+        request per thousand files."""
         files = dataclasses.replace(self, **changes)
         object.__setattr__(files, "_known", dict(getattr(self, "_known", {})))
         return files
 
     def __getstate__(self) -> dict[str, Any]:
-        # Other processes are told which files to read.
+        # Other processes are told which files to read, and needn't expand patterns.
         return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
     def _found(self, split: str) -> dict[pathlib.Path, str]:
@@ -273,11 +259,11 @@ class TextFiles:
                 )
             found.update(map(path_of, names))
         for file in found:
-            kind_of(file)  # refuses what is not text before anything is read
+            kind_of(file)  # refuses files that are not text before anything is read
         if self.train_shards is not None:
             return real_paths(found)  # a shard that is a link to another is refused later
         files = once(found, left_out)
-        _tell_left_out(files, left_out)
+        _report_left_out(files, left_out)
         return files
 
     def _excludes(self, name: str) -> bool:
@@ -304,10 +290,10 @@ class TextFiles:
 
     @functools.cached_property
     def _moved(self) -> Mapping[float, str]:
-        """The places of texts that are moved to a split which would otherwise be empty.
+        """The hashes of texts that are moved to splits that would otherwise be empty.
 
-        It gets the lowest place of the largest split. The train files are read until each split
-        has a text: to their end only if they hold hardly any.
+        Such a split gets the text with the lowest hash of the largest split. The train files are
+        read only until each split has a text.
         """
         places: dict[str, set[float]] = {
             split: set() for split in self.splits if split == "train" or not getattr(self, split)
@@ -328,8 +314,8 @@ class TextFiles:
         return moved
 
 
-def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -> None:
-    """Says which names of files, and of folders that hold some, were left out."""
+def _report_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -> None:
+    """Prints which duplicate names of files and folders were left out."""
     places = {str(place) for file in files for place in (file, *file.parents)} if left_out else ()
     names = sorted(name for name, kept in left_out.items() if kept in places)
     if names:
@@ -340,10 +326,8 @@ def _tell_left_out(files: Iterable[pathlib.Path], left_out: Mapping[str, str]) -
 
 
 def _refuse_missing_shard(files: Sequence[pathlib.Path], expected: int) -> None:
-    """Refuses a gap in the shards' numbers, a number used twice, and fewer shards than expected.
-
-    Files whose names are not numbers don't count.
-    """
+    """Refuses a missing or duplicate shard number, and fewer shards than expected; files whose
+    names are not numbers don't count."""
     folder = files[0].parent
     numbers: dict[int, str] = {}
     for stem in (file.name.partition(".")[0] for file in files):
@@ -370,5 +354,5 @@ def _refuse_missing_shard(files: Sequence[pathlib.Path], expected: int) -> None:
 
 
 def _place(text: str) -> float:
-    """A text's hash, as a number between 0 and 1."""
+    """A text's hash as a number between 0 and 1."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64

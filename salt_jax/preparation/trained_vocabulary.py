@@ -1,9 +1,8 @@
 """Trains a SentencePiece vocabulary on the corpus itself.
 
-The vocabulary decodes any text to exactly the same text: no normalisation, unknown characters as
-bytes, line feeds and tabs as tokens of their own, runs of spaces learned like any other piece, so
-that code keeps its indentation. The one exception is U+2581, SentencePiece's sign for a space,
-which becomes a space.
+The vocabulary round-trips any text: no normalisation, unknown characters as bytes, line feeds and
+tabs as tokens of their own, runs of spaces learned like any other piece, so that code keeps its
+indentation. The one exception is U+2581, SentencePiece's sign for a space, which becomes a space.
 
 The same texts and settings give the same model: texts are sampled by a hash, whatever their order.
 """
@@ -21,7 +20,7 @@ from salt_jax.data.vocabularies import SentencePieceVocabulary
 from salt_jax.errors import InputError, require_counts
 
 _KEPT_WHOLE = ("\n", "\n\n", "\t")
-# SentencePiece leaves out longer training sentences, so documents are cut at line ends.
+# SentencePiece skips longer training sentences, so documents are cut at line ends.
 _SENTENCE_BYTES = 4000
 
 
@@ -30,8 +29,8 @@ class TrainedVocabulary:
     """How to train a vocabulary.
 
     Attributes:
-      size: Ids, including the four special ones (padding 0, end of document 1, unknown 2, start 3)
-        and the 256 bytes, excluding `reserved` ones.
+      size: The number of ids, including the four special ones (padding 0, end of document 1,
+        unknown 2, start 3) and the 256 bytes, excluding `reserved` ones.
       model_type: "bpe", or "unigram" (more natural pieces; some 20 times slower to train).
       reserved: Ids to append for denoising sentinels and mode tokens.
       sample_bytes: Train on a sample of about this much text.
@@ -57,11 +56,7 @@ class TrainedVocabulary:
         require_counts(sample_bytes=self.sample_bytes)
 
     def train(self, texts: Iterable[str]) -> SentencePieceVocabulary:
-        """Trains on a sample of the texts.
-
-        Raises:
-          InputError: No text, or too little for so many pieces.
-        """
+        """Trains on a sample of the texts; InputError if there is too little text for the size."""
         sample = sample_texts(texts, self.sample_bytes)
         if not sample:
             raise InputError(
@@ -87,7 +82,7 @@ class TrainedVocabulary:
                 unk_id=2,
                 bos_id=3,
                 max_sentence_length=2 * _SENTENCE_BYTES,
-                num_threads=4,  # changes the result: unigram sums by thread
+                num_threads=4,  # fixed because it changes the result: unigram sums by thread
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -103,8 +98,8 @@ class TrainedVocabulary:
 
 
 def sample_texts(texts: Iterable[str], sample_bytes: int) -> list[str]:
-    """About `sample_bytes` of the texts, those with the lowest hashes, whatever their order. Memory
-    holds only the sample."""
+    """About `sample_bytes` of the texts, those with the lowest hashes, whatever their order. Only
+    the sample is held in memory."""
     kept: list[tuple[int, str]] = []
     kept_bytes = 0
     for text in texts:

@@ -1,1 +1,1 @@
-"""The process itself: other processes of the run, output streams, signals."""
+"""Process-level runtime: multi-process setup, output streams, signals."""

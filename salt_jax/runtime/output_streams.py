@@ -1,8 +1,7 @@
-"""stdout and stderr that never fail: lost output is no reason to stop.
+"""Replacements for stdout and stderr whose writes never fail, so that lost output stops no run.
 
-They replace the process's own streams. Characters that the encoding lacks become `?`; output that
-can't be delivered (a closed pipe or terminal, a full disk) is dropped. The first loss on stdout is
-reported on stderr.
+Characters that the encoding lacks become `?`; output that can't be delivered (a closed pipe or
+terminal, a full disk) is dropped. The first loss on stdout is reported on stderr.
 """
 
 import contextlib
@@ -14,43 +13,43 @@ import sys
 from typing import Any, TextIO
 
 STDOUT, STDERR = 1, 2
-# Set in the environment once a loss was reported, so that child processes don't repeat it.
+# Environment variable set once a loss was reported, so that child processes don't repeat it.
 _TOLD = "SALT_OUTPUT_LOST"
 # After these errors later writes may succeed.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def install() -> None:
-    """Replaces sys.stdout and sys.stderr; to be called before anything else opens a file."""
+    """Replaces sys.stdout and sys.stderr; call it before anything else opens a file."""
     _Descriptor.untold = ()
     for descriptor in (0, STDOUT, STDERR):
-        _hold(descriptor)
+        _reopen_if_closed(descriptor)
     sys.stdout = sys.__stdout__ = _stream(sys.stdout, STDOUT)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _stream(sys.stderr, STDERR)  # type: ignore[misc]
 
 
 def print_only() -> None:
-    """For a command that only prints: a closed pipe (`| head`) is not worth a report."""
+    """Turns off the report of a closed pipe, for commands that only print (to `| head`)."""
     _Descriptor.untold = (errno.EPIPE,)
 
 
 def tell_at_once(sentence: str) -> None:
-    """Prints a sentence on stderr; safe in a signal handler and just before the process exits."""
+    """Prints a sentence to stderr; safe in a signal handler and just before the process exits."""
     with contextlib.suppress(OSError):
         os.write(STDERR, f"salt: {sentence}\n".encode(errors="replace"))
 
 
-def _hold(descriptor: int) -> None:
-    """Opens a closed descriptor, so that no file gets its number and writes to it are noticed."""
+def _reopen_if_closed(descriptor: int) -> None:
+    """Reopens a closed descriptor read-only: no other file gets its number, and writes fail."""
     try:
         os.fstat(descriptor)
     except OSError:
-        # The lowest free number is given, so this one; child processes inherit it.
+        # open() takes the lowest free number, which is this one; child processes inherit it.
         os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
 
 
 def _stream(replaced: TextIO | None, descriptor: int) -> io.TextIOWrapper:
-    """A stream to a descriptor; `replaced` is Python's own, None if the descriptor was closed."""
+    """A stream on a descriptor; `replaced` is Python's own, None if the descriptor was closed."""
     return io.TextIOWrapper(
         _Descriptor(descriptor, "w", closefd=False),
         encoding=replaced.encoding if replaced else "utf-8",
@@ -70,7 +69,7 @@ class _Descriptor(io.FileIO):
         try:
             while left:
                 written = super().write(left)
-                if written is None:  # non-blocking, and its reader is slow
+                if written is None:  # non-blocking, and its buffer is full
                     select.select([], [self], [])
                 else:
                     left = left[written:]
@@ -87,6 +86,6 @@ class _Descriptor(io.FileIO):
             return
         os.environ[_TOLD] = "1"
         tell_at_once(
-            f"stdout takes nothing more ({error.strerror}): what is printed there is lost, and the "
-            "command goes on."
+            f"stdout takes nothing more ({error.strerror}): further output is lost, and the "
+            "command continues."
         )

@@ -1,8 +1,8 @@
-"""Several processes that run one command over the devices of all.
+"""Joins the processes that run one command over all their devices.
 
-They meet by a coordinator's address, their number and this one's index, from flags, from the
-environment or as JAX finds them out. Only the first process prints and writes files of the run, in
-a folder that all share.
+The coordinator's address, the process count and this process's index come from flags, from the
+environment or from JAX's cluster detection. Only process 0 prints and writes the run's files, in a
+folder that all share.
 """
 
 import collections
@@ -15,8 +15,8 @@ from salt_jax.errors import InputError, RunFailed
 from salt_jax.runtime.key_value_store import KeyValueStore
 from salt_jax.runtime.pulse import Pulse, patience_seconds
 
-# The environment variable by which a process knows that another one waits for it (`run_guarded`):
-# the file descriptor that takes the name of the coordinator's host.
+# Environment variable set by a parent process (`run_guarded`): the file descriptor to which the
+# child writes the coordinator's host.
 GUARDED = "SALT_GUARDED"
 FLAGS = ("coordinator_address", "process_count", "process_index", "multi_process")
 
@@ -24,12 +24,7 @@ _TRUE, _FALSE = ("True", "true", "1"), ("False", "false", "0")
 
 
 class Processes:
-    """The processes that run this command.
-
-    Args:
-      index: This process, from 0 on.
-      count: How many there are.
-    """
+    """The processes that run this command: `count` of them, of which this is number `index`."""
 
     def __init__(self, index: int = 0, count: int = 1) -> None:
         self.index, self.count = index, count
@@ -41,21 +36,15 @@ class Processes:
         return self.index == 0
 
     def wait(self, name: str) -> None:
-        """Returns when all processes have called it with this name."""
+        """A barrier: returns when all processes have called it with this name."""
         if self.count > 1:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices(name)
 
     def require_same(self, **texts: str) -> None:
-        """Refuses, in every process, texts that differ between processes.
-
-        Args:
-          **texts: By their names in the error's sentence.
-
-        Raises:
-          InputError: With the first process that differs from process 0.
-        """
+        """Raises InputError in every process if a text (by its name in the message) differs between
+        processes; names the first that differs from process 0."""
         if self.count == 1:
             return
         import numpy as np
@@ -73,7 +62,7 @@ class Processes:
                     )
 
     def watch(self) -> None:
-        """From here on ends this process with a sentence when another one is gone."""
+        """Starts ending this process, with a message, when another one goes missing."""
         if self.count > 1 and self._pulse is None:
             self._pulse = Pulse(KeyValueStore(), self.index, self.count, patience_seconds())
             self.wait("pulse")
@@ -82,13 +71,13 @@ class Processes:
                 os.write(int(guarded), self._pulse.host_of(0).encode())
 
     def end(self, reason: str = "") -> None:
-        """Tells the others that this process ends, and why if it has not finished."""
+        """Tells the others that this process ends, and why if it did not finish."""
         if self._pulse is not None:
             self._pulse.stop(reason)
 
     def wait_for_missing(self) -> None:
-        """After an error that a missing process may have caused: waits until that is known, and
-        then ends this process."""
+        """After an error that a missing process may have caused: waits long enough to detect that,
+        which ends this process."""
         if self._pulse is not None:
             self._pulse.wait()
 
@@ -100,17 +89,17 @@ def are_several(settings: Mapping[str, str]) -> bool:
 
 
 def join(settings: Mapping[str, str], saves_on_request: bool = False) -> Processes:
-    """Meets the other processes; must be called before anything asks JAX for devices.
+    """Joins the other processes; call it before anything asks JAX for devices.
 
     Args:
-      settings: Those of FLAGS that were typed. SALT_COORDINATOR_ADDRESS, … stand in for the others.
-        Without any this process is alone; with multi_process=True JAX finds the others out where it
-        can (TPU VMs, GKE, SLURM, Open MPI).
+      settings: The FLAGS that were typed; SALT_COORDINATOR_ADDRESS, … replace missing ones.
+        Without any, this is the only process; with multi_process=True JAX detects the others (TPU
+        VMs, GKE, SLURM, Open MPI).
       saves_on_request: Whether the verb calls `multihost_utils.reached_preemption_sync_point`.
 
     Raises:
-      InputError: Some of the three are missing, not numbers or out of range; or some processes have
-        more devices than others.
+      InputError: Some of the three flags are missing or invalid, or the processes have different
+        numbers of devices.
       RunFailed: The others did not arrive.
     """
     given = _given(settings)
@@ -124,7 +113,7 @@ def join(settings: Mapping[str, str], saves_on_request: bool = False) -> Process
         missing = [name for name in FLAGS[:3] if not given[name]]
         raise InputError(
             f"Of {', '.join(FLAGS[:3])} only {', '.join(by_hand)} is set: add "
-            f"--{missing[0]}=VALUE, or --multi_process=True alone where JAX finds them out."
+            f"--{missing[0]}=VALUE, or --multi_process=True alone where JAX can detect them."
         )
     known: dict[str, Any] = {}
     if by_hand:
@@ -136,7 +125,7 @@ def join(settings: Mapping[str, str], saves_on_request: bool = False) -> Process
         }
         if known["process_id"] >= known["num_processes"]:
             raise InputError(
-                f"process_index is {index} of {count} processes, which count from 0: change "
+                f"process_index is {index} of {count} processes, numbered from 0: change "
                 "--process_index."
             )
         if ":" not in address:
@@ -151,9 +140,9 @@ def join(settings: Mapping[str, str], saves_on_request: bool = False) -> Process
 def _initialize(known: Mapping[str, Any], saves_on_request: bool) -> Processes:
     import jax
 
-    # The service handles SIGTERM, and only `salt train` asks it whether there was one.
+    # jax's service would handle SIGTERM, but only `salt train` polls it for one.
     jax.config.update("jax_enable_preemption_service", saves_on_request)
-    # Longer than the pulse's patience, which names who is missing where jax only aborts.
+    # Longer than the pulse's patience, so that the missing process is named before jax aborts.
     heartbeat = max(100, round(2 * patience_seconds()))
     try:
         jax.distributed.initialize(
@@ -161,17 +150,17 @@ def _initialize(known: Mapping[str, Any], saves_on_request: bool) -> Processes:
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise RunFailed(  # launchers try again: a host may only be slow
+        raise RunFailed(  # so that launchers retry: a host may only be slow
             f"The processes did not meet ({reason}): start as many as --process_count says, each "
             "with its own --process_index and the address of process 0 as --coordinator_address."
         ) from error
-    # No program over all devices could be made, not even one that tells the others.
+    # With unequal device counts no collective would work, not even one to report the error.
     devices = collections.Counter(device.process_index for device in jax.devices())
     fewest, most = (choose(devices, key=lambda index: devices[index]) for choose in (min, max))
     if devices[fewest] != devices[most]:
         raise InputError(
             f"Process {fewest} has {devices[fewest]} devices and process {most} has "
-            f"{devices[most]}: show each process as many (CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS, "
+            f"{devices[most]}: give each process as many (CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS, "
             "JAX_NUM_CPU_DEVICES), or start none on that host."
         )
     return Processes(jax.process_index(), jax.process_count())

@@ -1,6 +1,6 @@
-"""The pulses of a run's processes: a process that is gone is named to the others.
+"""Heartbeats of a run's processes: detects a missing process and names it to the others.
 
-Each process counts up a number in the key-value store. Process 0, which holds the store, watches
+Each process increments a number in the key-value store. Process 0, which holds the store, watches
 all; the others watch process 0, which tells them who is missing. Clocks are never compared.
 """
 
@@ -18,7 +18,7 @@ from salt_jax.runtime.output_streams import tell_at_once
 MISSING_SECONDS = "SALT_MISSING_SECONDS"
 
 _REASON_CHARACTERS = 300
-_BEATS = 15  # in the time after which a process is missing
+_BEATS = 15  # sent in the time after which a process counts as missing
 
 
 class Store(Protocol):
@@ -30,11 +30,8 @@ class Store(Protocol):
 
 
 def patience_seconds() -> float:
-    """Seconds without a beat after which a process is missing: SALT_MISSING_SECONDS, or 30.
-
-    Raises:
-      InputError: It is not a positive number.
-    """
+    """Seconds without a beat after which a process counts as missing: SALT_MISSING_SECONDS, or
+    30."""
     given = os.environ.get(MISSING_SECONDS) or "30"
     try:
         seconds = float(given)
@@ -46,13 +43,13 @@ def patience_seconds() -> float:
 
 
 class Pulse:
-    """Tells the other processes that this one lives, and ends this one when another doesn't.
+    """Sends this process's heartbeat, and ends this process when another one goes missing.
 
     Args:
-      store: The store that all share.
+      store: The store that all processes share.
       index: This process.
-      count: All processes.
-      patience: Seconds without a beat after which a process is missing.
+      count: The number of processes.
+      patience: Seconds without a beat after which a process counts as missing.
     """
 
     def __init__(self, store: Store, index: int, count: int, patience: float) -> None:
@@ -64,7 +61,7 @@ class Pulse:
         self._writing = threading.Lock()
         self._stopped = threading.Event()
         self._parent = os.getppid()
-        # Two threads, since a write blocks while process 0 stands still.
+        # Two threads, since a write blocks while process 0 is unresponsive.
         self._threads = [
             threading.Thread(target=run, daemon=True, name=run.__name__.strip("_"))
             for run in (self._beat_on, self._watch)
@@ -72,21 +69,21 @@ class Pulse:
         self._write()
 
     def start(self) -> None:
-        """Begins to beat and to watch; all processes have a pulse already."""
+        """Starts beating and watching; every process must have constructed its Pulse."""
         for thread in self._threads:
             thread.start()
 
     def stop(self, reason: str = "") -> None:
-        """Ends, and tells the others why if this process has not finished its work."""
+        """Stops, and tells the others why if this process has not finished its work."""
         self._write(ended=reason[:_REASON_CHARACTERS])
         self._stopped.set()
 
     def wait(self) -> None:
-        """Waits as long as it takes to find out that a process is missing, which ends this one."""
+        """Waits long enough to detect a missing process, which ends this one."""
         self._threads[1].join(2 * self._patience)
 
     def beat(self) -> None:
-        """Counts on by one."""
+        """Sends one beat."""
         self._write(beat=self._own["beat"] + 1)
 
     def host_of(self, index: int) -> str:
@@ -94,7 +91,7 @@ class Pulse:
         return str(self._state(index).get("host", "an unknown host"))
 
     def lost(self) -> str:
-        """Which process is gone, "" while none is."""
+        """Which process has ended or gone missing; "" if none has."""
         for index in range(1, self._count) if self._index == 0 else (0,):
             state, now = self._state(index), time.monotonic()
             if state.get("lost"):
@@ -112,7 +109,7 @@ class Pulse:
 
     def _beat_on(self) -> None:
         while not self._stopped.wait(self._beat_seconds):
-            if os.getppid() != self._parent:  # what started this process was killed
+            if os.getppid() != self._parent:  # the parent process was killed
                 os._exit(INTERRUPTED)
             self.beat()
 
@@ -124,10 +121,10 @@ class Pulse:
                 if self._index == 0:  # the store ends with this process, and jax aborts the others
                     self._write(lost=lost[:_REASON_CHARACTERS])
                     time.sleep(3 * self._beat_seconds)
-                os._exit(INTERRUPTED)  # the main thread may wait forever
+                os._exit(INTERRUPTED)  # the main thread may be blocked forever
 
     def _state(self, index: int) -> dict[str, Any]:
-        """What a process has last told; no answer is no news, and no beat."""
+        """The state a process last wrote; its last known state if there is no answer."""
         text = self._store.get(str(index), self._beat_seconds)
         if text is not None:
             self._states[index] = json.loads(text)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM, SIGINT, and SIGHUP unless nohup has it ignored."""
+    """SIGTERM, SIGINT, and SIGHUP unless nohup ignores it."""
     always = (signal.SIGTERM, signal.SIGINT)
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return always if ignored else (*always, signal.SIGHUP)
@@ -17,7 +17,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 def stop_signals_handled_by(
     handler: Callable[[int, types.FrameType | None], None],
 ) -> Iterator[None]:
-    """Installs a handler for the signals that ask to stop while the context lasts."""
+    """A context that installs a handler for the stop signals."""
     previous = {number: signal.signal(number, handler) for number in stop_signals()}
     try:
         yield

@@ -1,1 +1,1 @@
-"""Files on disk and in buckets: run folders, locks, manifests, journals of finished work."""
+"""Files on disk and in buckets: run folders, locks, manifests, job journals."""

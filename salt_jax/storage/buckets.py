@@ -1,7 +1,6 @@
 """Folders and files in buckets, gs://BUCKET/PATH and s3://BUCKET/PATH, through fsspec.
 
-gcsfs and s3fs find the credentials as Google's and Amazon's own tools do; this package never sees
-them.
+gcsfs and s3fs find credentials as Google's and Amazon's own tools do; this package never sees them.
 """
 
 import contextlib
@@ -21,13 +20,13 @@ from salt_jax.storage.manifests import COMPLETED_FILE, DIGESTS_FILE
 
 # Scheme → the extra that installs its library.
 _EXTRAS = {"gs": "gcs", "s3": "s3"}
-# Fields of fsspec's file information that change with a file's content, best first.
+# fsspec's file info fields that change with a file's content, best first.
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
-# fsspec's default is an eighth of the limit on open files, with 50 MB and more of each in memory.
+# Concurrent transfers; fsspec's default can be hundreds, at 50 MB or more of memory each.
 _FILES_AT_ONCE = 16
 _PART_BYTES = 8 * 2**20
 _MOST_PARTS, _PART_UNIT = 10_000, 2**18  # S3's limit for a file; the unit of GCS's part sizes
-# Options for one file. s3fs survives a lost connection only where it reads a file in one part.
+# Options for one file. s3fs survives a lost connection only if it reads a file in one part.
 _PUT: dict[str, dict[str, int]] = {"gs": {}, "s3": {"max_concurrency": 2}}
 _GET: dict[str, dict[str, int]] = {
     "gs": {"concurrency": 2, "chunk_size": _PART_BYTES, "max_prefetch_size": 2 * _PART_BYTES},
@@ -35,7 +34,7 @@ _GET: dict[str, dict[str, int]] = {
 }
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
-# It logs the stack of errors that it also raises.
+# It logs the traceback of errors that it also raises.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
@@ -44,7 +43,7 @@ class BucketError(InputError):
 
 
 class RemoteFile(NamedTuple):
-    """A file's size in bytes, and a version that changes with its content."""
+    """A file's size in bytes, and a version string that changes with its content."""
 
     bytes: int
     version: str
@@ -56,14 +55,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 class RemoteFolder:
-    """A folder in a bucket.
-
-    Args:
-      url: gs://BUCKET/PATH or s3://BUCKET/PATH.
+    """A folder in a bucket, gs://BUCKET/PATH or s3://BUCKET/PATH.
 
     Raises:
-      InputError: An unknown scheme, no folder, credentials in the URL, or the scheme's library is
-        not installed.
+      InputError: The scheme is unknown or its library not installed, or the URL names no folder or
+        has credentials.
     """
 
     def __init__(self, url: str) -> None:
@@ -76,13 +72,9 @@ class RemoteFolder:
         self._files, _ = _opened(url)
 
     def files(self) -> dict[str, RemoteFile]:
-        """The files in it now, by name relative to it.
-
-        Raises:
-          BucketError: It cannot be listed.
-          InputError: A name leads out of the folder, or cannot be a file's name on disk.
-        """
-        with _told(self.url, "read"):
+        """Lists its files by relative name; InputError if a name leads out of the folder or can't
+        be a file's name on disk."""
+        with _as_bucket_errors(self.url, "read"):
             self._files.invalidate_cache()
             try:
                 found = self._files.find(self._root, detail=True)
@@ -93,7 +85,7 @@ class RemoteFolder:
             for name, info in sorted(found.items())
             if info["type"] == "file" and name.startswith(f"{self._root}/")
         }
-        # Objects that stand for folders have no content.
+        # Empty objects may stand for folders.
         files = {name: file for name, file in files.items() if name and not name.endswith("/")}
         for name in files:
             require_inside(self.url, name, "rename or remove that object")
@@ -101,16 +93,12 @@ class RemoteFolder:
         return files
 
     def fetch(self, folder: pathlib.Path, names: Sequence[str]) -> None:
-        """Downloads files into a folder, each whole or not at all.
-
-        Raises:
-          BucketError: One cannot be read.
-        """
+        """Downloads files into a folder, each atomically."""
         temporary = {name: folder / f"{name}.fetched.tmp" for name in names}
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _told(self.url, "read"):
+            with _as_bucket_errors(self.url, "read"):
                 local = list(map(str, temporary.values()))
                 there = [self._at(name) for name in names]
                 self._files.get(there, local, batch_size=_FILES_AT_ONCE, **_GET[self.parts[0]])
@@ -121,14 +109,10 @@ class RemoteFolder:
                 path.unlink(missing_ok=True)
 
     def put(self, folder: pathlib.Path, names: Sequence[str]) -> None:
-        """Uploads files of a folder, those that mark others as complete last.
-
-        Raises:
-          BucketError: One cannot be written.
-        """
+        """Uploads files of a folder, those that mark others as complete last."""
         for _, group in itertools.groupby(sorted(names, key=completes), key=completes):
             own = list(group)
-            with _told(self.url, "written"):
+            with _as_bucket_errors(self.url, "written"):
                 local = [str(folder / name) for name in own]
                 self._files.put(
                     local,
@@ -139,13 +123,9 @@ class RemoteFolder:
                 )
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes files, those that mark others as complete first.
-
-        Raises:
-          BucketError: One cannot be removed.
-        """
+        """Removes files, those that mark others as complete first."""
         for name in sorted(names, key=completes, reverse=True):
-            with _told(self.url, "written"), contextlib.suppress(FileNotFoundError):
+            with _as_bucket_errors(self.url, "written"), contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._at(name))
 
     def _at(self, name: str) -> str:
@@ -153,7 +133,7 @@ class RemoteFolder:
 
 
 def path_of(file: str) -> pathlib.Path:
-    """A path on disk or in a bucket, which `open_file` and `state_of` read."""
+    """A path on disk or in a bucket, for `open_file` and `state_of`."""
     if not is_remote(file):
         return pathlib.Path(file)
     from etils import epath
@@ -162,14 +142,10 @@ def path_of(file: str) -> pathlib.Path:
 
 
 def matching(pattern: str) -> list[str]:
-    """The URLs of a bucket's files that match a pattern; ** crosses folders. Brackets that are part
-    of a name stand for themselves, and a pattern that is a file's name matches that file alone.
-
-    Raises:
-      InputError: See RemoteFolder.
-    """
+    """The URLs of a bucket's files that match a pattern; ** crosses folders. A pattern that is a
+    file's name, brackets included, matches that file alone."""
     files, place = _opened(pattern)
-    with _told(pattern, "read"):
+    with _as_bucket_errors(pattern, "read"):
         files.invalidate_cache()
         readings = (files.glob(reading, detail=True) for reading in _readings(place))
         found: dict[str, Any] = next(filter(None, readings), {})
@@ -179,51 +155,38 @@ def matching(pattern: str) -> list[str]:
 
 
 def _readings(place: str) -> Iterator[str]:
-    """The pattern with its brackets as parts of names, then as character classes."""
+    """The pattern with its brackets taken literally, then as character classes."""
     parts = ((part.replace("[", "[[]"), part) for part in place.split("/"))
     return map("/".join, itertools.product(*map(dict.fromkeys, parts)))
 
 
 def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
-    """A file to read, unbuffered if on disk, and its `state_of` when it was opened.
-
-    Raises:
-      OSError: It cannot be read.
-      BucketError: It cannot be read, in a bucket.
-    """
+    """Opens a file for reading (unbuffered if on disk), and returns its `state_of` at that time;
+    OSError, or BucketError in a bucket, if it cannot be read."""
     if not is_remote(path):
         file = cast(BinaryIO, open(path, "rb", buffering=0))  # noqa: SIM115 (the caller's)
         status = os.fstat(file.fileno())
         return file, (status.st_size, status.st_mtime_ns)
     files, place = _opened(os.fspath(path))
-    with _told(os.fspath(path), "read"):
+    with _as_bucket_errors(os.fspath(path), "read"):
         return files.open(place, "rb"), state_of(path)
 
 
 def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """A file's size in bytes and a number that changes with its content: the time of modification
-    in nanoseconds, or a hash of the bucket's version.
-
-    Raises:
-      OSError: It cannot be read.
-      BucketError: It cannot be read, in a bucket.
-    """
+    """A file's size in bytes and a number that changes with its content: its mtime in nanoseconds,
+    or a hash of the bucket's version. Errors as in `open_file`."""
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
     files, place = _opened(os.fspath(path))
-    with _told(os.fspath(path), "read"):
+    with _as_bucket_errors(os.fspath(path), "read"):
         info = files.info(place)
     digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
     return int(info["size"]), int.from_bytes(digest)
 
 
 def _place(url: str) -> str:
-    """A URL's path: BUCKET/FOLDER/FILE.
-
-    Raises:
-      InputError: An unknown scheme, or credentials in the URL.
-    """
+    """A URL's path, BUCKET/FOLDER/FILE; InputError for an unknown scheme or credentials."""
     scheme, _, rest = url.partition("://")
     if scheme not in _EXTRAS:
         raise InputError(
@@ -239,17 +202,14 @@ def _place(url: str) -> str:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and its path there.
-
-    Raises:
-      InputError: See `_place`; or the library is not installed.
-    """
+    """The file system of a URL, and its path there; InputError as `_place`, or if the library is
+    not installed."""
     import fsspec
 
-    # Otherwise gcsfs asks for the kind of bucket before each call, and warns if it may not.
+    # Otherwise gcsfs queries the kind of bucket before each call, and warns if it lacks permission.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     place, scheme = _place(url), url.partition("://")[0]
-    with _told(f"{scheme}://{place}", "read"):
+    with _as_bucket_errors(f"{scheme}://{place}", "read"):
         try:
             return fsspec.filesystem(scheme), place
         except ImportError as error:
@@ -260,7 +220,7 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _told(url: str, what: str) -> Iterator[None]:
+def _as_bucket_errors(url: str, what: str) -> Iterator[None]:
     """Turns any error of the library or the network into a BucketError."""
     try:
         yield
@@ -268,13 +228,13 @@ def _told(url: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library has classes of its own
         raise BucketError(
-            f"{url} cannot be {what} ({_reason(error)}): check the name, your rights to it and the "
+            f"{url} cannot be {what} ({_reason(error)}): check the name, your permissions and the "
             "network."
         ) from error
 
 
 def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
-    """Refuses names that can't all be files in one folder on disk."""
+    """Refuses names that can't coexist in one folder on disk."""
     for name in files:
         parts = name.split("/")
         folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
@@ -286,7 +246,7 @@ def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:
 
 
 def completes(name: str) -> bool:
-    """Whether a file marks others as complete: it is sent last and removed first."""
+    """Whether a file marks others as complete, and so is sent last and removed first."""
     return name.rpartition("/")[2] in (COMPLETED_FILE, DIGESTS_FILE)
 
 
@@ -301,10 +261,10 @@ def _version(info: Mapping[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in one line, without credentials."""
+    """An error in one line, without credentials."""
     text = " ".join(str(error).split())
     secrets = {os.environ.get(name, "") for name in _SECRETS} - {""}
-    for secret in sorted(secrets, key=len, reverse=True):  # one may begin like another
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be another's prefix
         text = text.replace(secret, "…").replace(urllib.parse.quote(secret, safe=""), "…")
-    text = text[:200].rstrip(".")  # after the secrets: half of one would not be found
+    text = text[:200].rstrip(".")  # after removing secrets, so that none is cut in half and missed
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

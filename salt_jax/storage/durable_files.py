@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever stops the process that writes them.
+"""Atomic file writes: a file is complete or absent, even if the writing process is killed.
 
 Several processes may write the same file at once; the last one to finish wins.
 """
@@ -10,17 +10,14 @@ import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# What a killed writer may leave behind, after the file's name: FILE.0123abcd.tmp.
+# The suffix of a killed writer's leftovers: FILE.0123abcd.tmp.
 LEFTOVERS = ".*.tmp"
 
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file to write to, which appears as `path` when the block ends without an error.
-
-    Raises:
-      OSError: The disk is full, say; nothing is left behind.
-    """
+    """A file to write to, which appears as `path` when the block ends without an error; after one,
+    nothing is left behind."""
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
@@ -36,7 +33,7 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def write_new_text(path: pathlib.Path, text: str) -> None:
-    """Writes a whole text file unless there is one already, perhaps another process's."""
+    """Writes a text file atomically unless it exists already, perhaps by another process."""
     temporary = _temporary(path)
     try:
         write_text(temporary, text)
@@ -47,7 +44,7 @@ def write_new_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a whole text file."""
+    """Writes a text file atomically."""
     with whole_file(path) as file:
         file.write(text.encode())
 

@@ -1,7 +1,6 @@
-"""The statements of gin files and bindings, read by gin's own parser and not executed.
+"""Parses the statements of gin files and bindings with gin's own parser, without executing them.
 
-Imports and bindings come in the order in which they take effect, whether a setting is written on a
-line of its own or in a block. Nothing is imported and nothing is bound.
+Imports and bindings are yielded in the order in which they take effect, those in blocks too.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from salt_jax.errors import InputError
 
 # gin's BindingStatement, BlockDeclaration or ImportStatement, which are not typed.
 Statement = Any
-# Finds the path of a gin file by its name; the second argument says what to correct if it fails.
+# Finds a gin file's path by its name; the second argument is what to correct if there is none.
 Finder = Callable[[str, str], str]
 
 COMMAND_LINE = "the command line"
@@ -24,7 +23,7 @@ COMMAND_LINE = "the command line"
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A reference as it is written: "%STEPS", "@decoder.DecoderConfig()"."""
+    """A reference as written: "%STEPS", "@decoder.DecoderConfig()"."""
 
     text: str
 
@@ -38,7 +37,7 @@ class Reference:
 
     @property
     def configurable(self) -> str:
-        """The function's or class's name without scopes and parentheses, "" for a macro."""
+        """The configurable's name without scopes and parentheses, "" for a macro."""
         return self.text[1:].removesuffix("()").rpartition("/")[2] if self.text[0] == "@" else ""
 
 
@@ -46,7 +45,7 @@ REQUIRED = Reference("%gin.REQUIRED")
 
 
 class _References(config_parser.ParserDelegate):
-    """Keeps references and macros unresolved."""
+    """A parser delegate that leaves references and macros unresolved."""
 
     def configurable_reference(self, name: str, evaluate: bool) -> Reference:
         return Reference(f"@{name}{'()' if evaluate else ''}")
@@ -56,7 +55,7 @@ class _References(config_parser.ParserDelegate):
 
 
 class _NamedText(io.StringIO):
-    """Text whose statements know the file that it comes from."""
+    """Text with a file name, which its statements record."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text, newline=None)
@@ -64,11 +63,8 @@ class _NamedText(io.StringIO):
 
 
 def open_text(path: str) -> io.StringIO:
-    """A gin file's text: UTF-8 in any locale, without a byte order mark.
-
-    Raises:
-      InputError: It is not such a text.
-    """
+    """A gin file's text, UTF-8 in any locale, without a byte order mark; InputError if it is not
+    text."""
     reason = "it has NUL bytes"
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
@@ -76,23 +72,20 @@ def open_text(path: str) -> io.StringIO:
         text, reason = "\0", str(error)
     if "\0" in text:
         raise InputError(
-            f"{path} is no gin file: it is not UTF-8 text ({reason}): name another file, or save "
-            "it as UTF-8."
+            f"{path} is not a gin file: it is not UTF-8 text ({reason}): name another file, or "
+            "save it as UTF-8."
         )
     return _NamedText(text, path)
 
 
 def statements_in(text: str) -> Iterator[Statement]:
-    """The statements of a text, including includes.
-
-    Raises:
-      InputError: gin cannot parse it; with the line.
-    """
+    """The statements of a text, includes unexpanded; InputError, with the line, if gin cannot parse
+    it."""
     return _parsed(io.StringIO(text), "")
 
 
 def statements_of(file: str, find: Finder, above: tuple[str, ...] = ()) -> Iterator[Statement]:
-    """The statements of a file, with each include replaced by those of the file that it names.
+    """The statements of a file, with includes expanded.
 
     Args:
       file: Its path.
@@ -104,7 +97,7 @@ def statements_of(file: str, find: Finder, above: tuple[str, ...] = ()) -> Itera
         itself.
     """
     if file in above:
-        raise InputError(f"{file} includes itself: take that include out.")
+        raise InputError(f"{file} includes itself: remove that include.")
     for statement in _parsed(open_text(file), file):
         if isinstance(statement, config_parser.IncludeStatement):
             included = find(statement.filename, place_of(statement))
@@ -125,7 +118,7 @@ def references_in(value: Any) -> Iterator[Reference]:
 
 
 def bindings_in(statements: Iterable[Statement]) -> Iterator[tuple[str, Statement]]:
-    """The bindings among statements with the names that they set: "config.Data.seed", "STEPS",
+    """The bindings among statements, each with the name it sets: "config.Data.seed", "STEPS",
     "big/decoder.DecoderConfig.num_layers"."""
     for one in statements:
         if isinstance(one, config_parser.BindingStatement):
@@ -145,13 +138,13 @@ def _parsed(lines: io.StringIO, file: str) -> Iterator[Statement]:
     except SyntaxError as error:
         where = f"{file}, line {error.lineno}" if file else COMMAND_LINE
         raise InputError(
-            f"{where}: {str(error.text).strip()!r} cannot be read: a line is an import, an include "
-            "or a setting, NAME = VALUE, alone or indented below NAME:, and a text has quotes of "
-            "its own, NAME = 'text'."
+            f"{where}: {str(error.text).strip()!r} cannot be parsed: a line is an import, an "
+            "include or a setting, NAME = VALUE, alone or indented below NAME:, and a string has "
+            "its own quotes, NAME = 'text'."
         ) from error
     except tokenize.TokenError as error:
         message, (line, _) = error.args
         where = f"{file}, line {line}" if file else COMMAND_LINE
-        raise InputError(f"{where}: a bracket or a text is left open ({message}).") from error
+        raise InputError(f"{where}: a bracket or a string is left open ({message}).") from error
     except RecursionError as error:
         raise InputError(f"{file or COMMAND_LINE}: its brackets are nested too deeply.") from error

@@ -1,9 +1,9 @@
-"""A journal of long work: what is finished in a folder is not made again.
+"""A journal of finished jobs in a folder, so that a killed command resumes where it was.
 
-A job leaves a file and then NAME.json, its record: the plan (a digest of everything that the result
-depends on), the file's size in bytes, and facts about it. A record of another plan, or of a file
-that is gone or cut short, does not count. So a killed command resumes where it was, workers can
-share a folder, and a late worker of an abandoned plan does no harm.
+A job writes a file and then NAME.json, its record: the plan (a digest of everything that the result
+depends on), the file's size in bytes, and facts about it. A record of another plan, or of a missing
+or truncated file, is ignored; so workers can share a folder, and a late worker of an abandoned plan
+does no harm.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from salt_jax.storage.json_files import Shape, read_json_object, require_shape
 
 @dataclasses.dataclass(frozen=True)
 class JobJournal:
-    """The records in a folder; can be sent to other processes.
+    """The records in a folder; picklable.
 
     Attributes:
       path: The folder.
-      remedy: What to do about a malformed record: the end of the error's sentence.
+      remedy: What to do about a malformed record, for messages.
     """
 
     path: pathlib.Path
@@ -34,11 +34,7 @@ class JobJournal:
         write_text(self.path / name, json.dumps(value, indent=2) + "\n")
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON object in the folder, None if there is no such file.
-
-        Raises:
-          InputError: It is malformed.
-        """
+        """A JSON object in the folder, None if there is no such file; InputError if malformed."""
         file = self.path / name
         return read_json_object(file, self.remedy) if file.exists() else None
 
@@ -49,12 +45,8 @@ class JobJournal:
     def finished(
         self, name: str, plan: str, file: pathlib.Path, shape: Shape = None
     ) -> dict[str, Any] | None:
-        """A job's record, None if the job is not finished for this plan. Its file may be missing if
-        it has 0 bytes; `shape` is that of the record's other members.
-
-        Raises:
-          InputError: The record is malformed.
-        """
+        """A job's record, None if the job is not finished for this plan; InputError if malformed.
+        Its file may be missing if it has 0 bytes; `shape` is that of the record's other members."""
         record = self.read(f"{name}.json")
         if record is None or record.get("plan") != plan:
             return None
@@ -70,8 +62,8 @@ class JobJournal:
             left.unlink(missing_ok=True)
 
     def discard(self, first: str) -> None:
-        """Removes the folder, the file `first` before everything else: half of what is left must
-        not be taken up again without it."""
+        """Removes the folder, starting with the file `first`, so that a half-removed folder is not
+        resumed."""
         (self.path / first).unlink(missing_ok=True)
         if self.path.exists():
             shutil.rmtree(self.path)

@@ -1,6 +1,6 @@
 """Local copies of folders and files in buckets.
 
-Only what has changed in the bucket is fetched again. Copies are kept below SALT_LOCAL_COPIES, by
+Only files that changed in the bucket are fetched again. Copies are kept below SALT_LOCAL_COPIES, by
 default ~/.cache/salt_jax, or a temporary folder if that can't be written.
 """
 
@@ -28,28 +28,21 @@ COPIES = "SALT_LOCAL_COPIES"
 
 _LONGEST_NAME = 200
 
-# A file's size, time of modification in nanoseconds and inode; () if there is no file.
+# A file's size, mtime in nanoseconds and inode; () if there is no file.
 FileState = tuple[int, ...]
 
 
 class Copied(NamedTuple):
-    """The bucket's file when it and its copy were last the same (None while one is being made the
-    other), and the copy's `state_on_disk` then."""
+    """The bucket's file when it and its copy were last in sync (None during a transfer), and the
+    copy's `state_on_disk` then."""
 
     there: RemoteFile | None
     here: FileState
 
 
 class Copy:
-    """A local copy of a bucket's folder, and a record of which files are the same.
-
-    Args:
-      folder: The bucket's folder.
-      path: The copy.
-
-    Attributes:
-      control: A folder beside it for the record and for locks.
-    """
+    """A local copy (`path`) of a bucket's folder; `control`, a folder beside it, holds locks and
+    the record of files in sync."""
 
     def __init__(self, folder: RemoteFolder, path: pathlib.Path) -> None:
         self.folder, self.path = folder, path
@@ -58,7 +51,7 @@ class Copy:
         self._record = self.control / "copied.json"
 
     def known(self) -> dict[str, Copied]:
-        """The files that were copied, in either direction, by name."""
+        """The files copied in either direction, by name."""
         try:
             known = json.loads(self._record.read_text(encoding="utf-8"))
             return {
@@ -69,17 +62,12 @@ class Copy:
             return {}
 
     def note(self, files: Mapping[str, Copied]) -> None:
-        """Records them."""
+        """Records files as copied."""
         write_text(self._record, json.dumps(files, indent=0))
 
     def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Brings the copy to what the bucket holds now; files that are not wanted are kept if they
-        were copied before and the bucket still has them.
-
-        Raises:
-          InputError: The disk has too little space.
-          BucketError: The bucket cannot be read.
-        """
+        """Updates the copy from the bucket; unwanted files are not fetched, but kept if they were
+        copied before and the bucket still has them. InputError if the disk has too little space."""
         there, known = self.folder.files(), self.known()
         current = {
             name: copied
@@ -103,7 +91,7 @@ class Copy:
             self.note(current | new)
 
     def drop(self, name: str) -> None:
-        """Removes a file from the copy, and the folders that are empty then."""
+        """Removes a file from the copy, and folders that become empty."""
         file = self.path / name
         file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -124,11 +112,8 @@ class Copy:
 def local_folder(
     path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
 ) -> pathlib.Path:
-    """A folder on this machine: the path itself, or a copy of wanted files of a bucket's folder.
-
-    Raises:
-      InputError: The bucket's folder cannot be read, or is empty.
-    """
+    """A local folder: the path itself, or a copy of the wanted files of a bucket's folder;
+    InputError if that cannot be read or is empty."""
     if not os.fspath(path):
         raise InputError("A folder has an empty name: name the one that is meant.")
     if not is_remote(path):
@@ -143,11 +128,8 @@ def local_folder(
 
 
 def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A file on this machine: the path itself, or a copy of a bucket's file.
-
-    Raises:
-      InputError: The bucket's file cannot be read, or isn't there.
-    """
+    """A local file: the path itself, or a copy of a bucket's file; InputError if that cannot be
+    read or doesn't exist."""
     if not is_remote(path):
         return pathlib.Path(path)
     folder, _, name = os.fspath(path).rpartition("/")
@@ -158,11 +140,8 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def local_run(url: str, step: int | None) -> pathlib.Path:
-    """A copy of a run's folder in a bucket, with one of its checkpoints (None: the newest).
-
-    Raises:
-      InputError: It cannot be read, is empty, or has no such checkpoint.
-    """
+    """A copy of a run's folder in a bucket, with one of its checkpoints (None: the newest);
+    InputError if it cannot be read, is empty, or has no such checkpoint."""
     steps = remote_steps(RemoteFolder(url).files())
     if step is not None and step not in steps:
         listed = f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
@@ -177,13 +156,13 @@ def local_run(url: str, step: int | None) -> pathlib.Path:
 
 
 def remote_steps(files: Collection[str]) -> list[int]:
-    """The steps of complete checkpoints among the names of a run's files, ascending."""
+    """The steps of complete checkpoints among a run's file names, ascending."""
     found = (re.fullmatch(rf"checkpoints/(\d+)/{DIGESTS_FILE}", name) for name in files)
     return sorted(int(match[1]) for match in found if match)
 
 
 def state_on_disk(path: pathlib.Path) -> FileState:
-    """What changes whenever a file's content does."""
+    """A file's state, which changes whenever its content does."""
     try:
         status = path.stat()
     except OSError:
@@ -192,10 +171,8 @@ def state_on_disk(path: pathlib.Path) -> FileState:
 
 
 def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
-    """The path of a folder's copy, for reading ("input") or writing ("output").
-
-    It has the folder's own name, and no copy is inside another.
-    """
+    """The path of a folder's copy, for reading ("input") or writing ("output"); it keeps the
+    folder's name, and no copy is inside another."""
     below = _copies_folder()
     place = urllib.parse.quote(folder.url, safe="")
     if len(place) > _LONGEST_NAME:

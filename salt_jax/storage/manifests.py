@@ -1,7 +1,7 @@
-"""Manifests: what a folder of data holds, and whether it is complete.
+"""Manifests, which describe a data folder and whether it is complete.
 
 FOLDER/manifest.json holds counts, digests and settings; FOLDER/COMPLETED, written last, holds the
-manifest's digest. Readers refuse a folder without it, of another kind or of another version.
+manifest's digest. Readers refuse a folder without it, or of another kind or version.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from salt_jax.storage.json_files import Shape, no_link_out, read_json_object, re
 
 MANIFEST_FILE = "manifest.json"
 COMPLETED_FILE = "COMPLETED"
-DIGESTS_FILE = "digests.json"  # what COMPLETED is to a folder, in a checkpoint
+DIGESTS_FILE = "digests.json"  # a checkpoint's counterpart of COMPLETED
 
 # The version of each kind's layout on disk, raised whenever an older reader would misread a newer
-# folder; and the oldest that is still read.
+# folder; and the oldest version still read.
 FORMAT_VERSIONS = {"packed_cache": 1, "row_scores": 3, "selection": 1, "soft_labels": 2}
 _OLDEST_VERSIONS = {**FORMAT_VERSIONS, "row_scores": 2}
 
@@ -33,7 +33,7 @@ _OF_ROWS = {"cache_digest": str, "split": str, "rows": int}
 _DOCUMENTS = ("documents", "bytes", "shared_documents", "duplicate_documents")
 _COUNTS = dict.fromkeys(("rows", "tokens", *_DOCUMENTS), int)
 
-# What readers rely on in each kind.
+# The entries that readers rely on, by kind.
 _SHAPES: Mapping[str, Shape] = {
     "packed_cache": {
         "sequence_length": int,
@@ -75,7 +75,7 @@ _SHAPES: Mapping[str, Shape] = {
     },
 }
 
-# Kind → what a user calls it, and what makes it.
+# Kind → its name in messages, and the command that makes it.
 _NAMES = {
     "packed_cache": ("a packed cache", "salt prepare"),
     "row_scores": ("scores", "salt score"),
@@ -85,16 +85,16 @@ _NAMES = {
 
 
 def begin_writing(folder: pathlib.Path) -> None:
-    """Makes the folder if need be and removes COMPLETED, so that readers refuse it."""
+    """Makes the folder if needed and removes COMPLETED, so that readers refuse it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMPLETED_FILE).unlink(missing_ok=True)
 
 
 def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Writes manifest.json, then COMPLETED. Everything the manifest names must be on disk already.
+    """Writes manifest.json, then COMPLETED, once everything the manifest names is on disk.
 
-    Two processes may write the same manifest at once. COMPLETED names its manifest by digest, so a
-    stale one completes nothing.
+    Two processes may write the same manifest at once. COMPLETED has the manifest's digest, so a
+    stale one is ineffective.
     """
     assert manifest.get("format_version") == FORMAT_VERSIONS.get(manifest.get("kind", "")), (
         f"a manifest needs its kind and format version, got {dict(manifest)}"
@@ -106,7 +106,7 @@ def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 
 
 def new_manifest(kind: str, **parts: Any) -> dict[str, Any]:
-    """A manifest of this kind in its newest format version."""
+    """A manifest of this kind in the newest format version."""
     return {"kind": kind, "format_version": FORMAT_VERSIONS[kind], **parts}
 
 
@@ -114,8 +114,8 @@ def read_manifest(path: pathlib.Path, kind: str) -> dict[str, Any]:
     """The manifest of a finished folder of this kind.
 
     Raises:
-      InputError: No such folder, no manifest, half-written, another kind or another format version,
-        or a manifest that lacks something.
+      InputError: The folder is missing, half-written, or of another kind or format version, or its
+        manifest is missing or malformed.
     """
     what, made_by = _NAMES[kind]
     if not path.is_dir():

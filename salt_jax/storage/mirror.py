@@ -1,9 +1,9 @@
-"""An output folder in a bucket: written on local disk, and sent to the bucket as it grows.
+"""Mirrors an output folder to a bucket: it is written on local disk, and uploaded as it grows.
 
-The local folder begins as what the bucket holds, so that a run resumes where one on another machine
-has ended. Changes are sent every half minute and at the end, a checkpoint or a shard once it is
-complete, and removed files are removed there. While the bucket can't be reached the run goes on,
-with a warning, and sending is tried again.
+The local folder starts as a copy of the bucket's, so that a run on another machine can be resumed.
+Changes are uploaded every half minute and at the end, checkpoints and shards once complete, and
+removed files are removed there. While the bucket is unreachable the run continues, with a warning,
+and the upload is retried.
 """
 
 import contextlib
@@ -27,19 +27,13 @@ from salt_jax.terminal import say, warn
 SEND_SECONDS = "SALT_SEND_SECONDS"
 
 _TRIES = 5
-# Of a run: what its processes told each other (in older versions), parts of an unfinished cache.
+# Not mirrored: messages between a run's processes (older versions), parts of an unfinished cache.
 _OWN_FOLDERS = ("processes", "work")
 
 
 class Mirror:
-    """Used as a context, which ends when everything has been sent.
-
-    Args:
-      url: gs://BUCKET/PATH or s3://BUCKET/PATH.
-      verb: The verb that writes it; other processes of this machine are kept out.
-
-    Attributes:
-      path: The folder to write into.
+    """A context that mirrors the local folder `path` to a bucket's folder, and ends when everything
+    has been uploaded; other processes of this machine are locked out.
 
     Raises:
       InputError: See RemoteFolder.
@@ -59,10 +53,10 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, daemon=True, name="mirror")
 
     def __enter__(self) -> "Mirror":
-        """Brings the local folder to what the bucket holds, if anything else wrote there.
+        """Updates the local folder from the bucket, if another machine wrote there.
 
         Raises:
-          InputError: Another process writes it, or the bucket has lost what was sent before.
+          InputError: Another process is writing it, or the bucket has lost uploaded files.
           BucketError: The bucket cannot be read.
         """
         self._lock.acquire(self.path, self._verb, at=self._copy.control)
@@ -91,13 +85,13 @@ class Mirror:
             self._take()
 
     def _take(self) -> None:
-        """Brings the local folder to what the bucket holds, without incomplete checkpoints."""
+        """Updates the local folder from the bucket, without incomplete checkpoints."""
         if unsent := self._unsent(self._states()):
             kept = self._copy.control / f"unsent-{time.time_ns()}"
             os.replace(self.path, kept)
             self._copy.note({})
             warn(
-                f"{self._folder.url} was written to from elsewhere, which counts: "
+                f"{self._folder.url} was written to from elsewhere and takes precedence: "
                 f"{len(unsent)} files that were not sent are in {kept}"
             )
         self._copy.fetch(lambda name: name not in self._left_out)
@@ -138,7 +132,7 @@ class Mirror:
             say(f"All of it is in {self._folder.url}")
 
     def _is_there(self) -> bool:
-        """Whether the bucket holds what was sent; what is missing will be sent again."""
+        """Whether the bucket holds what was sent; missing files will be sent again."""
         there = self._folder.files() if self._known else {}
         lost = [
             name
@@ -159,12 +153,7 @@ class Mirror:
                 self._failing = True
 
     def send(self) -> None:
-        """Brings the bucket to what the local folder holds.
-
-        Raises:
-          BucketError: It cannot be written.
-          OSError: The disk is full.
-        """
+        """Updates the bucket from the local folder; BucketError if it cannot be written."""
         with self._sending:
             self._send(self._states())
 
@@ -175,7 +164,7 @@ class Mirror:
         if not changed and not gone:
             return
         with self._held(changed) as (folder, changed):
-            # No file may stay of a checkpoint that was sent in part before.
+            # First remove leftovers of a partial upload of the checkpoint.
             anew = {_checkpoint_of(name) for name in changed}
             stale = {name for name in self._left_out - now.keys() if _checkpoint_of(name) in anew}
             marks = [name for name in changed if completes(name) and name in known]
@@ -193,7 +182,7 @@ class Mirror:
         self._copy.note(known)
 
     def _unsent(self, now: Mapping[str, FileState]) -> list[str]:
-        """The files that the bucket doesn't have in their current state."""
+        """The files whose current state is not in the bucket."""
         known = self._known
         return [
             name
@@ -203,8 +192,8 @@ class Mirror:
 
     @contextlib.contextmanager
     def _held(self, names: Sequence[str]) -> Iterator[tuple[pathlib.Path, list[str]]]:
-        """A folder that holds files while they are sent, whatever the run removes meanwhile, and
-        those that it holds: of a checkpoint all or none."""
+        """A temporary folder of links that protects files from removal by the run while they are
+        sent, and the files in it (all or none of a checkpoint's)."""
         folder, removed = self._copy.control / "sending", set()
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -219,7 +208,7 @@ class Mirror:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _states(self) -> dict[str, FileState]:
-        """The state of every complete file, by name."""
+        """The state of every file that is complete, by name."""
         states = {}
         for folder, folders, files in os.walk(self.path):
             own = _OWN_FOLDERS if RUN_FILE in files else ()

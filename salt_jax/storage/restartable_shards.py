@@ -1,14 +1,14 @@
-"""A long pass over the rows of a split, in shards that are finished one by one.
+"""A resumable pass over the rows of a split, written in shards.
 
-    pass.json                    what the pass was begun with: anything else is refused by name
-    shards/00003-of-00007.npy    rows 3·shard_rows … of the split, whole or absent
+    pass.json                    the pass's inputs; a pass with other inputs is refused
+    shards/00003-of-00007.npy    rows 3·shard_rows … of the split, complete or absent
     shards/00003-of-00007.json   its record (job_journal.py): rows, bytes, digest, measurements
-    manifest.json  COMPLETED     once every shard is there
+    manifest.json  COMPLETED     written once every shard is there
 
-A killed pass resumes at the shards that are missing. Workers share a folder without knowing of each
-other: worker w of W makes the shards whose index is w modulo W, and whoever finds all of them
-finished completes the folder. Measurements (seconds) stay out of the manifest, so that equal input
-gives equal bytes.
+A killed pass resumes at the missing shards. Workers share a folder without communicating: worker w
+of W writes the shards whose index is w modulo W, and any worker that finds all shards finished
+completes the folder. Measurements (seconds) stay out of the manifest, so that equal input gives
+equal bytes.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _OTHER = "choose another --output_dir"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A part of the pass: its index, and the ids of its rows."""
+    """A shard of the pass: its index and the ids of its rows."""
 
     index: int
     rows: range
@@ -58,8 +58,8 @@ class RestartableShards:
       rows: N, rows of the split.
       shard_rows: Rows of every shard but the last, which has the remainder.
       suffix: The suffix of the shards' files (".npy").
-      made_from: What must not change during the pass, by the name that the user knows ("cache"), as
-        JSON values. Of a value with a "digest" only the digest must stay the same.
+      made_from: The inputs that must not change during the pass, as JSON values by user-facing name
+        ("cache"). Values with a "digest" are compared by it.
     """
 
     folder: pathlib.Path
@@ -78,10 +78,10 @@ class RestartableShards:
         suffix: str,
         made_from: Mapping[str, Any],
     ) -> "RestartableShards":
-        """A new pass, or the one begun in the folder, with its shard_rows; writes nothing yet.
+        """A new pass, or the one begun in the folder, with its shard_rows; writes nothing.
 
         Raises:
-          InputError: The folder was begun with something else, or shard_rows is below 1.
+          InputError: Another pass was begun in the folder, or shard_rows is below 1.
         """
         if shard_rows < 1:
             raise InputError(f"shard_rows is {shard_rows} and must be at least 1.")
@@ -90,18 +90,12 @@ class RestartableShards:
         return shards if begun is None else shards._as_begun(begun)
 
     def begin(self) -> "RestartableShards":
-        """Makes the folder if need be; readers refuse it while a shard is missing.
-
-        Returns:
-          The pass as the folder has it.
-
-        Raises:
-          InputError: Another pass was begun here in the meantime.
-        """
+        """Makes the folder if needed, and returns the pass as recorded there; readers refuse it
+        while a shard is missing. InputError if another pass was begun here meanwhile."""
         path = self.folder / PASS_FILE
         if not path.exists():
             begin_writing(self.folder)
-            # Several workers may begin it at the same time: the first one's plan stays.
+            # If several workers begin at the same time, the first one's plan wins.
             durable_files.write_new_text(path, json.dumps(self._plan, indent=2) + "\n")
         shards = self._as_begun(self._begun() or self._plan)
         no_link_out(self.folder, self._journal.path, _OTHER).mkdir(exist_ok=True)
@@ -110,13 +104,13 @@ class RestartableShards:
         return shards
 
     def unfinished(self, worker: int = 0, workers: int = 1) -> list[Shard]:
-        """The shards that worker `worker` of `workers` has still to make, in order."""
+        """The shards that worker `worker` of `workers` still has to write, in order."""
         mine = range(worker, _shard_count(self.rows, self.shard_rows), workers)
         return [self._shard(index) for index in mine if self._facts(index) is None]
 
     @contextlib.contextmanager
     def write(self, shard: Shard) -> Iterator["ShardWriter"]:
-        """A writer of a shard, which counts once the block has ended; after an error nothing is
+        """A writer of a shard, which is recorded when the block ends; after an error nothing is
         left of it.
 
         with shards.write(shard) as file:
@@ -131,7 +125,7 @@ class RestartableShards:
         self._journal.finish(name, self._plan_digest, {**writer.facts, "rows": len(shard.rows)})
 
     def measured(self) -> list[Mapping[str, Any]]:
-        """What was measured while each shard was made; for finished passes."""
+        """The measurements of each shard of a finished pass."""
         return [facts["measured"] for facts in self._all_facts()]
 
     def total(self, fact: str) -> int:
@@ -144,8 +138,8 @@ class RestartableShards:
         return (self.folder / COMPLETED_FILE).exists()
 
     def complete(self, kind: str, **parts: Any) -> None:
-        """Writes COMPLETED and the manifest, with `parts` beside rows, shard_rows and shards; every
-        shard must be finished."""
+        """Writes the manifest, with `parts` beside rows, shard_rows and shards, and COMPLETED, once
+        every shard is finished."""
         shards = [
             {name: value for name, value in facts.items() if name not in ("plan", "measured")}
             for facts in self._all_facts()
@@ -160,7 +154,7 @@ class RestartableShards:
 
     @property
     def _plan(self) -> dict[str, Any]:
-        """What pass.json holds."""
+        """The content of pass.json."""
         sizes = {"rows": self.rows, "shard_rows": self.shard_rows, "suffix": self.suffix}
         return {**sizes, **self.made_from}
 
@@ -169,14 +163,14 @@ class RestartableShards:
         return json_digest({name: _identity(value) for name, value in self._plan.items()})
 
     def _begun(self) -> dict[str, Any] | None:
-        """The plan in the folder, None if there is none."""
+        """The plan in the folder, or None."""
         return JobJournal(self.folder, f"delete it, or {_OTHER}").read(PASS_FILE)
 
     def _as_begun(self, begun: Mapping[str, Any]) -> "RestartableShards":
-        """This pass as the folder names it; refuses another."""
+        """This pass with the folder's shard_rows; refuses a pass with other inputs."""
         for name in [*self._plan, *(name for name in begun if name not in self._plan)]:
             if name == "shard_rows":
-                continue  # it changes no value: the folder keeps the shards that it has
+                continue  # it affects no values, so the folder's own is kept
             before, now = (_identity(each.get(name)) for each in (begun, self._plan))
             if before != now and name == "suffix":
                 raise InputError(
@@ -215,7 +209,7 @@ class RestartableShards:
 
 
 class ShardWriter:
-    """Takes the bytes of one shard, and what is to be recorded of it."""
+    """Receives the bytes of one shard, and the facts for its record."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
@@ -228,23 +222,23 @@ class ShardWriter:
         self._bytes += len(data)
 
     def finish(self, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-        """Says that everything is written. `facts` go into the manifest and depend on the input
-        alone; `measured` may differ (seconds)."""
+        """Ends the shard. `facts` go into the manifest and depend only on the input; `measured`
+        (seconds, say) may vary."""
         own = {"bytes": self._bytes, "digest": self._digest.hexdigest(), "measured": dict(measured)}
         self.facts = {**facts, **own}
 
 
 class FinishedShards:
-    """The files of a completed pass, each compared with its digest when it is first asked for.
+    """The files of a completed pass, each compared with its digest on first access.
 
     Args:
-      folder: The pass's.
+      folder: The pass's folder.
       manifest: Its manifest: rows, shard_rows and shards.
       suffix: The suffix of the shards' files.
       made_by: The command that made it, for errors.
 
     Raises:
-      InputError: A shard is missing or cut short, or what the manifest says of them can't be.
+      InputError: A shard is missing or truncated, or the manifest is inconsistent.
     """
 
     def __init__(
@@ -279,11 +273,7 @@ class FinishedShards:
         return self._infos[index]["rows"]
 
     def path(self, index: int, verify: bool = True) -> pathlib.Path:
-        """The file of a shard; `verify` compares its digest, for which all of it is read.
-
-        Raises:
-          InputError: Its bytes have changed.
-        """
+        """The file of a shard; with `verify` it is read and compared with its digest."""
         path = self._paths[index]
         if verify and index not in self._verified:
             digest, expected = file_digest(path), self._infos[index]["digest"]
@@ -295,7 +285,7 @@ class FinishedShards:
         return path
 
     def damage(self, index: int, what: str) -> InputError:
-        """The error that says what is wrong with a shard, and what to do."""
+        """The error for a damaged shard, with what to do about it."""
         return InputError(
             f"The shard {self._paths[index]} {what}: copy the folder again, or delete that file "
             f"and run its `{self._made_by}` again, which makes what is missing."
@@ -316,6 +306,6 @@ def _identity(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value for a sentence, digests by their first digits."""
+    """A value for a message, digests abbreviated."""
     text = str(value)
     return f"{text[:12]}…" if isinstance(value, str) and len(text) == 64 else text

@@ -1,8 +1,8 @@
 """A verb's output folder: its configuration (config.gin), origin (run.json) and results
 (summary.json).
 
-A folder that holds a run with another configuration is refused, and so is one that another process
-is writing.
+A folder that holds a run with another configuration, or that another process is writing, is
+refused.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
-# Follows the step in Orbax's name of an incomplete checkpoint.
+# The suffix after the step in Orbax's name of an incomplete checkpoint.
 UNFINISHED_CHECKPOINT = ".orbax-checkpoint-tmp"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -40,23 +40,23 @@ _LIBRARIES = [
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy"),
     *("gin-config", "sentencepiece", "tokenizers", "seqio", "tensorflow"),
 ]
-# Before the settings of these verbs were grouped each was one of the verb's own.
+# Verbs whose settings were not grouped in older versions.
 _OLD_FORM = re.compile(r"train\.train\.(?!config$)|evaluate\.evaluate\.(cache|tasks)$")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """An output folder and what is to be recorded in it.
+    """An output folder and the records in it.
 
     Attributes:
       path: The folder; made by `begin`.
       verb: The verb that writes it ("train").
-      config: Returns the operative configuration as text, one setting a line.
-      command_line: What was typed.
-      lock: Keeps other processes out from `begin` on; None doesn't.
-      processes: The processes of the run; the first of them writes.
+      config: Returns the operative configuration as text, one setting per line.
+      command_line: The command line as typed.
+      lock: Locks the folder from `begin` on; None for no lock.
+      processes: The processes of the run; only the first writes.
       url: The folder's URL if it is mirrored to a bucket, or "".
-      send: Sends what is in the folder to the bucket.
+      send: Uploads the folder to the bucket.
     """
 
     path: pathlib.Path
@@ -84,24 +84,23 @@ class RunFolder:
 
         Args:
           replace: Whether another configuration of the same verb may be overwritten.
-          may_change: The settings that may differ from the folder's, each by the last parts of its
-            name: "train.batch_size" for one, "MeshConfig" for all of a class.
-          part: The part of the work that this process does, where several share the folder.
-          upgrade: Gives the folder's settings, which an older version may have recorded, the names
-            of today.
+          may_change: The settings that may differ from the folder's, by a suffix of their name:
+            "train.batch_size" for one, "MeshConfig" for all of a class.
+          part: This process's part of the work, if several share the folder.
+          upgrade: Renames settings recorded by older versions to today's names.
 
         Returns:
-          What changed, a phrase for each setting ("batch_size was 8 and is now 16"); nothing with
+          The changes, a phrase for each setting ("batch_size was 8 and is now 16"); none with
           `replace`.
 
         Raises:
-          InputError: The folder holds another run, another process writes it, or it cannot be
-            written, here or in the bucket; or several workers were to share a bucket.
+          InputError: The folder holds another run, is being written by another process, or cannot
+            be written, here or in the bucket; or several workers would share a bucket.
         """
         if part and self.url:
             raise InputError(
-                f"--output_dir={self.url} is no folder that several workers share: mount the "
-                "bucket (gcsfuse, s3fs) and name the mounted folder."
+                f"--output_dir={self.url} is not a folder that several workers can share: mount "
+                "the bucket (gcsfuse, s3fs) and name the mounted folder."
             )
         config, begun = self.config(), self.begun
         changes = self._changes(config, replace, may_change, upgrade)
@@ -141,7 +140,7 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether the folder holds a run already."""
+        """Whether the folder already holds a run."""
         return (self.path / RUN_FILE).exists()
 
     def withdraw(self) -> None:
@@ -154,7 +153,7 @@ class RunFolder:
             self.path.rmdir()
 
     def withdraw_beginning(self) -> None:
-        """`withdraw`, if this process has begun the run and written nothing else."""
+        """Calls `withdraw` if this process began the run and has written nothing else."""
         if self.lock is None or not self.lock.is_held or self.url or self.processes.count > 1:
             return
         if {path.name for path in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
@@ -199,7 +198,7 @@ class RunFolder:
         if any(_OLD_FORM.match(name) for name in before):
             raise InputError(
                 f"The output folder {self.path} holds a run whose {CONFIG_FILE} is of an older "
-                "version of salt_jax, with other names of settings: finish it with that version, "
+                "version of salt_jax, with other setting names: finish it with that version, "
                 "or choose another --output_dir; --initial, --teacher and the other verbs take it."
             )
         now, own = _settings(config), f"{self.verb}.{self.verb}."
@@ -233,7 +232,7 @@ class RunFolder:
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of Python, this package and the libraries that its results depend on."""
+    """The versions of Python, this package and the libraries that results depend on."""
     from salt_jax import __version__
 
     versions = {"python": platform.python_version(), "salt_jax": __version__}
@@ -267,7 +266,7 @@ def _settings(config: str) -> dict[str, Any]:
 
 
 def _may(name: str, settings: Sequence[tuple[str, Any]], may_change: Collection[str]) -> bool:
-    """Whether a setting may change; a macro may if every setting that uses it may."""
+    """Whether a setting may change; a macro may if all settings that use it may."""
     if "." in name:
         return any(f".{allowed}." in f".{name}." for allowed in may_change)
     users = [
@@ -279,7 +278,7 @@ def _may(name: str, settings: Sequence[tuple[str, Any]], may_change: Collection[
 
 
 def to_json(value: Mapping[str, Any], indent: int | None = None) -> str:
-    """JSON text in which NaN and the infinities are null."""
+    """JSON text with NaN and infinities as null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
 
 

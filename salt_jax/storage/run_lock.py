@@ -1,7 +1,7 @@
-"""One process at a time in an output folder.
+"""A lock that allows one process at a time in an output folder.
 
-The lock is the kernel's (flock) and ends with the process, however that ends. On a file system
-without locks nobody is kept out.
+It is a kernel lock (flock), released whenever the process ends. On a file system without locks it
+has no effect.
 """
 
 import errno
@@ -17,11 +17,11 @@ from salt_jax.errors import InputError
 LOCK_FILE = ".lock"
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-_PATIENCE_SECONDS = 0.5  # for a process that is just ending
+_PATIENCE_SECONDS = 0.5  # to wait for a process that is just ending
 
 
 class RunLock:
-    """Used as a context, at whose end the folder is free again."""
+    """A context that releases the lock, if acquired, when it ends."""
 
     def __init__(self) -> None:
         self._path: pathlib.Path | None = None
@@ -30,17 +30,16 @@ class RunLock:
     def acquire(
         self, folder: pathlib.Path, verb: str, part: str = "", at: pathlib.Path | None = None
     ) -> None:
-        """Keeps other processes out; does nothing if this one has done so already.
+        """Locks a folder; does nothing if this object already holds the lock.
 
         Args:
           folder: The output folder, which exists.
-          verb: The verb that writes it, for those who are kept out.
-          part: The part of the work that this process does, where several share a folder; each part
-            has a lock of its own.
-          at: The folder of the lock, if it isn't the output folder itself.
+          verb: The verb that writes it, for other processes' messages.
+          part: This process's part of the work; each part has its own lock.
+          at: The folder of the lock file, if it isn't the output folder.
 
         Raises:
-          InputError: Another process has it; its verb, pid and host are named.
+          InputError: Another process holds it; its verb, pid and host are named.
         """
         path = (at or folder) / (f"{LOCK_FILE}-{part}" if part else LOCK_FILE)
         if self._path == path:
@@ -66,7 +65,7 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process has it."""
+        """Whether the lock is held."""
         return self._path is not None
 
     def __enter__(self) -> "RunLock":
@@ -76,9 +75,9 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Lets others in, and leaves no file."""
+        """Releases the lock and removes its file."""
         if self._path is not None and self._lock is not None:
-            self._path.unlink(missing_ok=True)  # before the lock goes: then it is another's
+            self._path.unlink(missing_ok=True)  # before releasing: afterwards it may be another's
             self._lock.release()
         self._path = self._lock = None
 
@@ -87,7 +86,7 @@ def _refusal(folder: pathlib.Path, path: pathlib.Path) -> str:
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
         who = f"`salt {owner['verb']}` (process {owner['pid']} on {owner['host']})"
-    except (OSError, ValueError):  # it has just begun, or ended
+    except (OSError, ValueError):  # the owner has just started or ended
         who = "`salt` process"
     return (
         f"The output folder {folder} is being written by another {who}: wait until it has ended, "

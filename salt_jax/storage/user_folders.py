@@ -11,11 +11,8 @@ from salt_jax.terminal import warn
 
 
 def writable(folder: str) -> pathlib.Path:
-    """The folder's absolute path; it is made if need be, and ~ is expanded.
-
-    Raises:
-      OSError: It cannot be written, or this user has no home folder.
-    """
+    """The folder's absolute path, with ~ expanded; made if needed. OSError if it cannot be written,
+    or this user has no home folder."""
     try:
         path = pathlib.Path(folder).expanduser().absolute()
     except RuntimeError as error:
@@ -28,12 +25,9 @@ def writable(folder: str) -> pathlib.Path:
 
 @functools.cache
 def cache_folder(name: str, setting: str) -> pathlib.Path:
-    """~/.cache/NAME, or with a warning a temporary folder of this user's if that can't be written;
-    `setting` is the environment variable that names another.
-
-    Raises:
-      InputError: The temporary folder is another user's.
-    """
+    """~/.cache/NAME or, with a warning, a temporary folder if that can't be written; `setting` is
+    the environment variable that overrides it. InputError if the temporary folder is another
+    user's."""
     home = f"~/.cache/{name}"
     try:
         return writable(home)

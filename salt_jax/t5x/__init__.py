@@ -1,1 +1,1 @@
-"""SALT's data and model for SeqIO and T5X: only this folder and tasks/ import TensorFlow."""
+"""SALT's data and model for SeqIO and T5X; only this folder and tasks/ import TensorFlow."""

@@ -1,8 +1,8 @@
-"""The rows of a packed cache as T5X trains on them: a SeqIO task of rows that are packed already.
+"""A SeqIO task over the already packed rows of a cache, for training with T5X.
 
-The train split is what `salt train` reads, step by step and endlessly, from any step on, with
-stored soft labels and a selection for stage 1; the other splits are their rows once, in order. One
-example a row, with the names of SeqIO's own converters (L tokens, K ids):
+The train split yields the rows of `salt train`, endlessly, from any step on, with stored soft
+labels and a selection for stage 1; the other splits yield their rows once, in order. One example
+per row, with the feature names of SeqIO's own converters (L tokens, K ids):
 
     decoder_target_tokens   int32[L]
     decoder_input_tokens    int32[L]     targets shifted right inside each document
@@ -14,7 +14,7 @@ example a row, with the names of SeqIO's own converters (L tokens, K ids):
     soft_rest               float16[L]
     soft_teacher_loss       float16[L]
 
-Nothing is left to convert: use seqio.PassThroughFeatureConverter.
+Use seqio.PassThroughFeatureConverter, since no conversion is needed.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from salt_jax.t5x.seqio_adapters import SeqIOVocabulary
 
 
 class _Feature(NamedTuple):
-    """A feature of the task: its name in a batch of salt_jax, its type and its rank."""
+    """A feature of the task: its name in a batch of salt_jax, its dtype and its rank."""
 
     ours: str
     dtype: tf.DType
@@ -66,12 +66,12 @@ class PackedRows:
 
     Attributes:
       cache: Folder of `salt prepare`.
-      batch_size: Rows a step, equal to T5X's: it determines which rows a step reads.
-      seed: Of the order, `data.seed` of `salt train`.
-      first_step: The step of the first row: stage 1's last step, for stage 2.
+      batch_size: Rows per step, equal to T5X's: it determines which rows a step reads.
+      seed: The order's seed, `data.seed` of `salt train`.
+      first_step: The step of the first row; for stage 2, the number of steps of stage 1.
       soft_labels: Folder of `salt score --soft_labels=K`, for stage 1; None for none.
       selection: Folder of `salt select`, whose rows stage 1 reads (SALT_DS); None reads all rows.
-      loss: What the soft labels are for.
+      loss: The loss that uses the soft labels.
     """
 
     cache: str
@@ -83,7 +83,7 @@ class PackedRows:
     loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        # gin under T5X checks no types.
+        # Under T5X, gin doesn't check types.
         for name, least in (("batch_size", 1), ("first_step", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -96,9 +96,8 @@ class PackedRows:
         """The cache, and stage 1's selection and soft labels.
 
         Raises:
-          InputError: One of them is missing, incomplete, or of another cache; T5X cannot
-            distinguish the cache's padding from its tokens; the labels are not of these rows, or
-            not for this loss.
+          InputError: One of them is missing, incomplete, or of another cache; T5X can't distinguish
+            the cache's padding from its tokens; or the labels don't fit the rows or the loss.
         """
         cache = PackedCache.open(self.cache)
         if cache.vocabulary.pad_id != 0 or cache.vocabulary.eos_id == 0:
@@ -121,11 +120,8 @@ class PackedRows:
         return cache, selection, labels
 
     def dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        """The rows of a split, in their own order: SeqIO's shuffling is ignored.
-
-        Raises:
-          InputError: See `opened`; or the cache has no such split.
-        """
+        """The rows of a split in salt_jax's order, ignoring SeqIO's shuffling; InputError as
+        `opened`, or if the cache has no such split."""
         del shuffle_files, seed
         cache, _, labels = self.opened
         split_rows, features, sizes = cache.split(split), _ROW, [cache.sequence_length]
@@ -166,28 +162,14 @@ class PackedRows:
 
 
 def register(name: str, rows: PackedRows) -> str:
-    """Registers rows as a SeqIO task; registering the same rows again gives the same task.
-
-    Args:
-      name: The task's name.
-      rows: The rows; they are opened at once.
-
-    Returns:
-      The name, for T5X's mixture_or_task_name.
-
-    Raises:
-      InputError: See `PackedRows.opened`.
-    """
+    """Opens rows and registers them as a SeqIO task, idempotently; returns its name, for T5X's
+    mixture_or_task_name. InputError as `PackedRows.opened`."""
     rows.opened  # noqa: B018 (before T5X makes a model)
     return _registered(name, rows).name
 
 
 def vocabulary(cache: str) -> SeqIOVocabulary:
-    """The vocabulary for T5X's model.
-
-    Args:
-      cache: Folder of `salt prepare`.
-    """
+    """The vocabulary of a cache, for T5X's model."""
     return SeqIOVocabulary(PackedCache.open(cache).vocabulary)
 
 

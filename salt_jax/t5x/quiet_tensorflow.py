@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def _silent_standard_error() -> Iterator[None]:
-    """TensorFlow's native code writes there directly and heeds no level before it is imported."""
+    """Silences stderr, to which TensorFlow's native code writes directly during import."""
     standard_error = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -24,6 +24,6 @@ with _silent_standard_error():
     import seqio
     import tensorflow as tf
 
-    tf.config.set_visible_devices([], "GPU")  # reading text needs none, and must not claim any
+    tf.config.set_visible_devices([], "GPU")  # reading text must not claim GPU memory
 
 __all__ = ["seqio", "tf"]

@@ -1,15 +1,14 @@
 """SeqIO tasks over the rows of a packed cache: all rows with their scores, or selected ones
 (SALT_DS).
 
-One example a row:
+One example per row:
 
     targets      int32[…]   the row's tokens without padding (feature converters pad as they need)
     slm_score    float32    the score, in nats; −inf or NaN for none
     row_id       int64      the row's index in its split
     subset       int64      index of its subset's name
 
-SeqIO has no place for a row's own loss weights: every token is trained on, the row's first one
-included.
+SeqIO has no feature for a row's loss weights: every token is trained on, the row's first included.
 """
 
 import dataclasses
@@ -32,14 +31,8 @@ _LARGEST_ROW_ID = 2**31 - 1
 
 
 class _Opened(NamedTuple):
-    """What a task's folders hold.
-
-    Attributes:
-      cache: The cache.
-      split: The split that the rows are of.
-      row_ids: The rows, ascending.
-      scores: The score of every row of the split; None for none.
-    """
+    """A task's opened cache, the split and ascending ids of its rows, and the scores of all rows of
+    the split, if any."""
 
     cache: PackedCache
     split: str
@@ -49,14 +42,14 @@ class _Opened(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CacheRows:
-    """Rows of a packed cache; nothing is read until it is asked for.
+    """Rows of a packed cache, opened lazily.
 
     Attributes:
       cache: Folder of the packed cache.
       selection: Folder of the selection; "" for all rows.
-      scores: Folder of the scores: those that the selection was made from, any of the cache for a
-        random control or all rows; "" leaves `slm_score` out.
-      score: Which of the scores; a selection by score has its own.
+      scores: Folder of the scores: those that the selection was made from, or for a random control
+        or all rows any of the cache; "" leaves `slm_score` out.
+      score: Which score to read, for rows that were not selected by score.
     """
 
     cache: str
@@ -69,8 +62,8 @@ class CacheRows:
         """The folders, opened.
 
         Raises:
-          InputError: One of them is missing, incomplete, or of another cache than `cache`; the
-            selection was made from other scores; or the scores hold several k and none is chosen.
+          InputError: One is missing, incomplete, or of another cache; the selection was made from
+            other scores; or the scores have several k and none is chosen.
         """
         cache, score = PackedCache.open(self.cache), self.score
         scores = RowScores.open(self.scores, cache_digest=cache.digest) if self.scores else None
@@ -108,11 +101,8 @@ class CacheRows:
             )
 
     def dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        """The rows, by ascending row id or in an order shuffled globally by `seed`.
-
-        Raises:
-          InputError: See `opened`; or another split than the one scored or selected from.
-        """
+        """The rows, by ascending row id or globally shuffled by `seed`; InputError as `opened`, or
+        for a split other than the one scored or selected from."""
         cache, own_split, row_ids, scores_N = self.opened
         if split != own_split:
             what = "selection" if self.selection else "scores"
@@ -123,7 +113,7 @@ class CacheRows:
         rows = cache.split(split)
         order: Any = range(len(row_ids))
         if shuffle_files:
-            # An order computed index by index: all ids of the Pile would take gigabytes.
+            # The order is computed element by element: all ids of the Pile would take gigabytes.
             seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
             order = grain.MapDataset.range(len(row_ids)).shuffle(seed=seed)
 
@@ -151,31 +141,19 @@ class CacheRows:
 
 
 def register_scored_rows(name: str, cache: str, scores: str, **score: Any) -> seqio.Task:
-    """Registers all rows of a split with their scores; the folders are read when it is used.
-
-    Args:
-      name: The task's name.
-      cache: Folder of the packed cache (`salt prepare`).
-      scores: Folder of the scores (`salt score`).
-      score: Settings of ScoreConfig: which of the scores.
-    """
+    """Registers a task of all rows of a split with their scores, from the folders of `salt prepare`
+    and `salt score`; `score` are settings of ScoreConfig. Folders are read when the task is."""
     return register_rows(name, lambda: CacheRows(cache, "", scores, ScoreConfig(**score)))
 
 
 def register_salt_ds(name: str, cache: str, selection: str, scores: str = "") -> seqio.Task:
-    """Registers the selected rows as a SeqIO task; the folders are read when it is used.
-
-    Args:
-      name: The task's name.
-      cache: Folder of the packed cache (`salt prepare`).
-      selection: Folder of the selection (`salt select`).
-      scores: Folder of the scores (`salt score`); "" leaves `slm_score` out.
-    """
+    """Registers a task of selected rows, from the folders of `salt prepare`, `salt select` and
+    `salt score` ("" leaves `slm_score` out). Folders are read when the task is."""
     return register_rows(name, lambda: CacheRows(cache, selection, scores))
 
 
 def register_rows(name: str, find: Callable[[], CacheRows]) -> seqio.Task:
-    """Registers the rows that `find` gives when the task is first used."""
+    """Registers a task of the rows that `find` returns when the task is first used."""
     found = functools.cache(find)
     passed_on = {"add_eos": False, "dtype": tf.int64, "rank": 0}
     vocabulary = SeqIOVocabulary(lambda: found().opened.cache.vocabulary)

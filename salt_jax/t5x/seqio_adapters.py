@@ -1,6 +1,6 @@
-"""Adapters between the vocabularies of salt_jax and those of SeqIO, which give the same ids.
+"""Adapters between the vocabularies of salt_jax and those of SeqIO, with equal ids.
 
-They also take a function in place of a vocabulary, so that registering a task reads no file.
+They also accept a function that makes the vocabulary, so that registering a task reads no file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -95,11 +95,8 @@ class SeqIOVocabulary(seqio.Vocabulary):
 
 
 class SubsetVocabulary(seqio.PassThroughVocabulary):
-    """Subset ids, passed through, and their names.
-
-    Args:
-      names: The subsets' names by id, or a function that gives them when they are first used.
-    """
+    """A pass-through vocabulary of subset ids, with the subsets' names by id, or a function that
+    returns them when first used."""
 
     def __init__(self, names: Sequence[str] | Callable[[], Sequence[str]]):
         super().__init__(size=0)
@@ -126,11 +123,7 @@ class SubsetVocabulary(seqio.PassThroughVocabulary):
 
 
 def vocabulary_of(vocabulary: seqio.Vocabulary, task: str) -> Vocabulary:
-    """The vocabulary of salt_jax for one of SeqIO.
-
-    Raises:
-      InputError: A kind of vocabulary that has no counterpart.
-    """
+    """The vocabulary of salt_jax for one of SeqIO; InputError if it has no counterpart."""
     if isinstance(vocabulary, SeqIOVocabulary):
         return vocabulary.wrapped
     if isinstance(vocabulary, seqio.ByteVocabulary):

@@ -1,7 +1,7 @@
 """The documents of a registered SeqIO task, shard by shard, for `salt prepare`.
 
-A document has a task's `targets`, preceded by its `inputs`, if any, as a prompt. Documents keep the
-task's unshuffled order. Memory holds what SeqIO holds of a shard.
+A document is a task's `targets`, preceded by its `inputs`, if any, as a prompt. Documents are in
+the task's unshuffled order.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class TaskUnit:
     """A shard of a SeqIO task's source; a `corpora.Unit`.
 
     Attributes:
-      name: Names its part file.
-      split: The split it is of.
+      name: The name of its part file.
+      split: The split.
       task: The task.
       shard: Index of the shard.
       shards: Shards of the split.
@@ -49,15 +49,11 @@ class TaskUnit:
         return (self.split,)
 
     def identity(self) -> dict[str, Any]:
-        """See Unit; what the task itself does is not part of it."""
+        """See Unit; the task's preprocessing is not included."""
         return dataclasses.asdict(self)
 
     def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
-        """See Unit; documents without any token are left out.
-
-        Raises:
-          InputError: What the task's readers raise, or no such task.
-        """
+        """See Unit; documents without tokens are skipped."""
         task = find_task(self.task)
         for file in self._files(task):
             log.note(file)
@@ -96,23 +92,19 @@ class TaskUnit:
         return log.sources(self._files(task))
 
     def _files(self, task: seqio.Task) -> list[pathlib.Path]:
-        """The files on this machine that the shard is read from; a source that is a function
-        (seqio.FunctionDataSource) or lies behind a URL has none."""
+        """The local files of the shard; none for a function (seqio.FunctionDataSource) or a URL."""
         if isinstance(task.source, TextFilesSource):
             return task.source.files.files(self.split)
         if isinstance(task.source, seqio.FunctionDataSource):
             return []
-        # SeqIO gives every shards-th file to a shard.
+        # SeqIO assigns every `shards`-th file to a shard.
         names = list(task.source.list_shards(self.split))[self.shard :: self.shards]
         return [pathlib.Path(name) for name in names if os.path.isfile(name)]
 
 
 def find_task(task: RegisteredTask) -> seqio.Task:
-    """The task of that name in SeqIO's registry.
-
-    Raises:
-      InputError: The module cannot be found, or no such task is registered.
-    """
+    """The task in SeqIO's registry; InputError if its module cannot be imported, or it is not
+    registered."""
     if task.module:
         try:
             importlib.import_module(task.module)
@@ -131,15 +123,8 @@ def find_task(task: RegisteredTask) -> seqio.Task:
 
 
 def task_vocabulary(task: RegisteredTask, given: Vocabulary | None) -> Vocabulary:
-    """The vocabulary of a task's targets.
-
-    Args:
-      task: The task.
-      given: None, or one that must equal it.
-
-    Raises:
-      InputError: No such task, a vocabulary of an unknown kind, or another one given.
-    """
+    """The vocabulary of a task's targets; InputError if it is of an unknown kind or differs from
+    `given`."""
     own = vocabulary_of(find_task(task).output_features["targets"].vocabulary, task.name)
     if given is not None and given != own:
         raise InputError(
@@ -150,14 +135,11 @@ def task_vocabulary(task: RegisteredTask, given: Vocabulary | None) -> Vocabular
 
 
 def task_corpus(task: RegisteredTask) -> Corpus:
-    """The task's splits, divided into the shards of its source.
-
-    Raises:
-      InputError: No such task, or none of the splits that a cache has.
-    """
+    """The task's splits, divided into the shards of its source; InputError if it has none of the
+    splits of a cache."""
     registered = find_task(task)
     units, sizes = [], {}
-    # The source's splits: the task raises an error of SeqIO's if there are none.
+    # The source's splits, since the task's raise an error of SeqIO if there are none.
     for split in [split for split in SPLITS if split in registered.source.splits]:
         shards = len(registered.source.list_shards(split))
         sizes[split] = float(shards)
@@ -174,7 +156,7 @@ def task_corpus(task: RegisteredTask) -> Corpus:
 
 
 def subset_names(task: seqio.Task) -> tuple[str, ...]:
-    """The names that the task's `subset` indexes; the task's own name if it has none."""
+    """The subset names of the task's feature `subset`; the task's own name if it has none."""
     feature = task.output_features.get("subset")
     if feature is None:
         return (task.name,)
@@ -184,11 +166,7 @@ def subset_names(task: seqio.Task) -> tuple[str, ...]:
 
 
 def task_sources(task: RegisteredTask) -> list[dict[str, Any]]:
-    """Name, bytes and digest of every file of a task's splits, as in a manifest.
-
-    Raises:
-      InputError: No such task.
-    """
+    """Name, bytes and digest of every file of a task's splits, as in a manifest."""
     registered = find_task(task)
     splits = [split for split in SPLITS if split in registered.source.splits]
     files = {file for split in splits for file in TaskUnit("", split, task)._files(registered)}
@@ -198,7 +176,7 @@ def task_sources(task: RegisteredTask) -> list[dict[str, Any]]:
 def _ids_and_text(
     example: Mapping[str, Any], feature: str, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, bytes]:
-    """A feature's ids and the text that they encode; both empty if there is no such feature."""
+    """A feature's ids and the text they encode; both empty if there is no such feature."""
     ids_T = np.asarray(example.get(feature, ()), np.int32)
     if f"{feature}_pretokenized" in example:
         return ids_T, example[f"{feature}_pretokenized"]

@@ -1,11 +1,11 @@
-"""SALT's loss in T5X: a model class for stage 1, taught by soft labels in the batch.
+"""A T5X model class with SALT's loss, for stage 1 with soft labels in the batch.
 
 T5X's own `train.py` runs it (gin/t5x, docs/t5x.md) on the batches of t5x/packed_rows.py. Nothing
 else in salt_jax imports this file, since T5X is not a requirement.
 
-A T5X model does not know the step, and its state is part of every checkpoint. So ω is a constant,
-the stages are two launches, and no teacher is loaded: stage 2 is T5X's own class, which resumes
-from stage 1's checkpoint. Both have the same parameters.
+A T5X model does not know the step, and its state is part of every checkpoint. So ω is constant, the
+stages are two launches, and no teacher is loaded: stage 2 uses T5X's own class, which resumes from
+stage 1's checkpoint. Both have the same parameters.
 """
 
 import numbers
@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-# T5X's names for the metrics of token_losses.
+# The names in T5X of token_losses' metrics.
 _METRICS = {
     "hard": "hard_loss_per_nonpadding_target_token",
     "soft": "soft_loss_per_nonpadding_target_token",
@@ -43,19 +43,19 @@ class SaltDecoderOnlyModel(models.DecoderOnlyModel):
     """T5X's decoder-only model, with SALT's loss for batches with soft labels.
 
     Weights, z-loss and the loss's divisor are T5X's: Σ w · ((1 − ω) · hard + ω · soft + z_loss ·
-    log² Σ exp z), over `loss_normalizing_factor`, 1 by T5X's default, which makes it a sum. As in
-    T5X's own loss all logits are ids, those beyond the vocabulary too. With ω = 0, or without soft
-    labels, it is T5X's own loss.
+    log² Σ exp z), over `loss_normalizing_factor`, by T5X's default 1, so a sum. As in T5X's own
+    loss, the softmax includes logits beyond the vocabulary. With ω = 0, or without soft labels, it
+    is T5X's own loss.
 
     Args:
-        args: T5X's: module, vocabulary, optimizer_def.
-        omega: ω, at every step of the launch.
-        loss: temperatures and divergence. `PackedRows.loss` has checked that the labels have its
-            temperature; z_loss is T5X's setting, and chunk_tokens is unused.
+        args: T5X's module, vocabulary and optimizer_def.
+        omega: ω, constant during the launch.
+        loss: temperatures and divergence. `PackedRows.loss` has checked the labels' temperature;
+            z_loss is set on the model, and chunk_tokens is unused.
         kwargs: T5X's own settings.
 
     Raises:
-        InputError: ω outside [0, 1], or settings that exclude each other.
+        InputError: ω is outside [0, 1], or settings are incompatible.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class SaltDecoderOnlyModel(models.DecoderOnlyModel):
         """T5X's loss function.
 
         Args:
-            params: the network's.
+            params: the network's parameters.
             batch: the features of `packed_rows.py`, each with a leading dimension B.
             dropout_rng: None for no dropout.
 
         Returns:
             (loss, clu metrics by name: T5X's, and per token the hard and soft loss, the teacher's
-            loss, and how often both models have the same most likely id).
+            loss, and how often both models agree on the most likely id).
 
         Raises:
-            InputError: fewer logits than ids, or fewer labels than the loss asks for.
+            InputError: There are fewer logits than ids, or fewer labels than the loss needs.
         """
         if "soft_ids" not in batch:
             return super().loss_fn(params, batch, dropout_rng)

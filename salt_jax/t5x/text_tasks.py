@@ -1,13 +1,13 @@
 """SeqIO tasks over text files or a TFDS dataset.
 
-An example is one document, tokenized: `targets` (int32 ids, the end of document last) and `subset`
-(int64, index of the subset's name). Before and after, with ByteVocabulary:
+An example is a tokenized document: `targets` (int32 ids, ending with the end of document) and
+`subset` (int64, index of the subset's name). Before and after, with ByteVocabulary:
 
     {"targets": "ab", "subset": 3}
     {"targets": [100, 101, 1], "subset": 3}
 
-A task of prompts and responses has `inputs` instead of the subset, without an end of document. With
-the templates "{question}" and "{answer}":
+A task of prompts and responses has `inputs`, without an end of document, instead of the subset.
+With the templates "{question}" and "{answer}":
 
     {"question": "a", "answer": "b"}
     {"inputs": [100], "targets": [101, 1]}
@@ -31,11 +31,11 @@ class TextFilesSource(seqio.FunctionDataSource):
     """Documents of text files as a SeqIO data source.
 
     Args:
-      files: The files, or a function that gives them when they are first read.
+      files: The files, or a function that returns them when first read.
 
     Attributes:
-      failure: The error that ended the last reading: TensorFlow only reports its text.
-      log: The files as they were read.
+      failure: The error that ended the last read, of which TensorFlow reports only the text.
+      log: Records the files read.
     """
 
     def __init__(self, files: TextFiles | Callable[[], TextFiles]):
@@ -53,7 +53,7 @@ class TextFilesSource(seqio.FunctionDataSource):
         return self._given
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        # The task's buffer shuffles: files have a fixed order, see TextFiles.
+        # Shuffling is left to the task's buffer: files have a fixed order, see TextFiles.
         del shuffle_files, seed
         index = {name: number for number, name in enumerate(self.files.subset_names())}
 
@@ -77,13 +77,8 @@ def register_text_task(
     files: TextFiles | Callable[[], TextFiles],
     vocabulary: Vocabulary | Callable[[], Vocabulary],
 ) -> seqio.Task:
-    """Registers a task over text files.
-
-    Args:
-      name: The task's name.
-      files: The files, or a function that gives them when the task is first used.
-      vocabulary: The vocabulary, or a function that gives it.
-    """
+    """Registers a task over text files; files and vocabulary may be functions that return them when
+    the task is first used."""
     source = TextFilesSource(files)
     return seqio.TaskRegistry.add(
         name,
@@ -103,9 +98,9 @@ def register_dataset_task(
 
     Args:
       name: The task's name.
-      dataset: Its name with configuration and version, "the_pile/all:1.0.0".
-      subsets: The names that `subset` indexes.
-      vocabulary: The vocabulary, or a function that gives it.
+      dataset: The dataset's name with configuration and version, "the_pile/all:1.0.0".
+      subsets: The subset names by index.
+      vocabulary: The vocabulary, or a function that returns it.
     """
     rekey = functools.partial(
         seqio.preprocessors.rekey, key_map={"targets": "text", "subset": "subset"}
@@ -127,13 +122,13 @@ def register_response_task(
 ) -> seqio.Task:
     """Registers a task of prompts and responses from a TFDS dataset, found in TFDS_DATA_DIR.
 
-    Rows without a response are left out.
+    Rows without a response are skipped.
 
     Args:
       name: The task's name.
-      dataset: Its name with configuration and version, "anli/r1:0.1.0".
-      template: How its rows become prompts and responses.
-      vocabulary: The vocabulary, or a function that gives it.
+      dataset: The dataset's name with configuration and version, "anli/r1:0.1.0".
+      template: Turns its rows into prompts and responses.
+      vocabulary: The vocabulary, or a function that returns it.
       splits: TFDS's name of each split, {"validation": "train[:2%]"}; by default the same names.
     """
     adapted = SeqIOVocabulary(vocabulary, template.parse_special)

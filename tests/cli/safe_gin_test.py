@@ -138,7 +138,7 @@ def test_nor_by_a_binding(
 ) -> None:
     said = refusal("", bad_module.parent, capsys, *typed)
     # What is no single value, or a verb as one, is refused before that, or is a text.
-    assert re.search(r"--safe_gin|cannot be read|is not set|expected a whole number", said)
+    assert re.search(r"--safe_gin|cannot be parsed|is not set|expected a whole number", said)
     assert not bad_module.exists()
     with pytest.raises(InputError, match="the command line: --safe_gin keeps gin from importing"):
         safe_gin.require_safe_bindings(f"{OURS}config.TrainConfig.seed = 3\nimport not_ours")

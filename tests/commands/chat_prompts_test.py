@@ -181,5 +181,5 @@ def test_a_chat_that_the_template_does_not_take_is_named(
     assert f"{prompts}, line 2: messages must be a list of objects" in capsys.readouterr().err
     prompts.write_text('{"messages": [{"role": "user"}]}\n')
     assert main(["generate", *flags]) == 2
-    assert "line 1: the model's chat template doesn't take them (" in capsys.readouterr().err
+    assert "line 1: the model's chat template rejects them (" in capsys.readouterr().err
     assert not out.exists()

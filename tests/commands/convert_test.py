@@ -253,7 +253,7 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(
         ({"hidden_act": "quick_gelu"}, "sets hidden_act to 'quick_gelu'"),
         ({"hidden_size": "wide"}, "sets hidden_size to 'wide', expected a number"),
         ({"hidden_size": 10**30}, "expected a number below"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings to 1, expected a truth value"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings to 1, expected true or false"),
         ({"hidden_size": 32}, "has the shape [320, 16], expected [320, 32]"),
         ({"num_hidden_layers": 3}, "has no tensor gpt_neox.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "has a tensor gpt_neox.layers.1."),

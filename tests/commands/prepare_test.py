@@ -612,4 +612,4 @@ def test_flags_alone_say_all(corpus, tmp_path, capsys):
 def test_a_template_of_an_older_version_is_recognised(tmp_path):
     """Prompts whose special tokens were to be text, by a flag that was the verb's own."""
     recorded = {"prepare.prepare.parse_special": False, "templates.Template.parse_special": True}
-    assert prepare_verb._as_recorded_now(recorded) == {"templates.Template.parse_special": False}
+    assert prepare_verb._with_current_names(recorded) == {"templates.Template.parse_special": False}

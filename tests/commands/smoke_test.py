@@ -70,7 +70,7 @@ def test_steps_must_fit(tmp_path: pathlib.Path, steps: dict[str, int]) -> None:
 
 def test_another_folder_is_not_taken_over(tmp_path: pathlib.Path) -> None:
     (tmp_path / "cache").mkdir()
-    with pytest.raises(InputError, match="no folder of `salt smoke`"):
+    with pytest.raises(InputError, match="not a folder of `salt smoke`"):
         smoke.smoke(RunFolder(tmp_path, "smoke"))
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 

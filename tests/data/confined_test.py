@@ -104,5 +104,5 @@ def test_ids_beyond_the_split(tmp_path: pathlib.Path) -> None:
     common = {"cache_digest": "c" * 64, "split": "train", "how": {}}
     selection = Selection.write(tmp_path, np.array([1, 8]), **common)
     selection.require_within(9)
-    with pytest.raises(InputError, match="selects the row 8 of a split of 8 rows"):
+    with pytest.raises(InputError, match="selects row 8 of a split of 8 rows"):
         selection.require_within(8)

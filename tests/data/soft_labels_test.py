@@ -147,5 +147,5 @@ def test_stored_labels_that_are_not_finite_are_named(
         careless.setattr(Labels, "are_broken", lambda self: np.zeros(len(self.ids), bool))
         stored = write_all(writer(tmp_path / "labels"), labels)
     stored.read([2, 4])
-    with pytest.raises(InputError, match="have a number that is not finite for row 3"):
+    with pytest.raises(InputError, match="have a value that is not finite for row 3"):
         stored.read([4, 3])

@@ -91,9 +91,9 @@ def _single_bytes(path: pathlib.Path, file: Any, compression: str) -> Iterator[b
     [
         (ARRAY[:-4], "row 300: this is not JSON"),
         (b'[{"text": "a"}, {"text": }]', "row 2: this is not JSON .Expecting value"),
-        (b'[{"text": "a"} {"text": "b"}]', "'{' stands where ',' was expected"),
+        (b'[{"text": "a"} {"text": "b"}]', "'{' where ',' was expected"),
         (b'[{"text": "a"},', "row 2: this is not JSON"),
-        (b'[{"text": "a"}', "the file's end stands where ',' was expected"),
+        (b'[{"text": "a"}', "the file's end where ',' was expected"),
         (b'[{"text": "a"}]\n[]', "has more after its array"),
         (b"[" * 9000, "row 1: this is not JSON"),
         (b'{\n  "text": "a"\n}\n', "is a JSON object over several lines"),

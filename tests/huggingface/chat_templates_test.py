@@ -113,7 +113,7 @@ def test_messages_are_written_as_transformers_writes_them(
     except (jinja2.TemplateError, TypeError) as error:
         reason = str(error)
     if reason:
-        with pytest.raises(InputError, match=re.escape(f"doesn't take them ({reason}).")):
+        with pytest.raises(InputError, match=re.escape(f"rejects them ({reason}).")):
             ours(CHATS[chat], answer)
     else:
         assert ours(CHATS[chat], answer) == text
@@ -161,7 +161,7 @@ def test_no_template(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_what_a_template_may_not_do_is_one_sentence(source: str) -> None:
-    with pytest.raises(InputError, match="the model's chat template doesn't take them") as error:
+    with pytest.raises(InputError, match="the model's chat template rejects them") as error:
         ChatTemplate(source)(CHATS["one"])
     assert "\n" not in str(error.value)
 

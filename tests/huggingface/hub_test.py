@@ -84,7 +84,7 @@ def test_a_gated_repository_wants_a_token_which_is_not_shown(
 @pytest.mark.parametrize(
     ("name", "revision", "said"),
     [
-        ("owner/other", None, "no model owner/other for you: correct the name"),
+        ("owner/other", None, "shows you no model owner/other: correct the name"),
         ("owner/small", "v9", "owner/small has no revision v9: change --revision"),
     ],
 )

@@ -12,15 +12,15 @@ from salt_jax.huggingface.safetensors_files import SafetensorsFolder
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ([], "where no config.json is: name the folder of a downloaded model"),
-        (["README.md"], "where no config.json is: name the folder of a downloaded model"),
+        ([], "where there is no config.json: name the folder of a downloaded model"),
+        (["README.md"], "where there is no config.json: name the folder of a downloaded model"),
         (["tiny.Q4_1.gguf"], r"with tiny.Q4_1.gguf, a GGUF file .* config.json and safetensors"),
         (["adapter_config.json", "adapter_model.safetensors"], r"LoRA.*merge_and_unload\(\)"),
         (["adapter_config.json", "adapter_model.bin"], r"LoRA.*merge_and_unload\(\)"),
         (["adapter_config.json", "config.json", "model.safetensors"], "with adapter_config.json"),
         (["consolidated.00.pth", "params.json"], "with consolidated.00.pth, a pickle"),
         (["pytorch_model.bin"], r"a pickle.*save_pretrained\(NEW_FOLDER\)"),
-        (["checkpoints/0/digests.json"], "a run of salt's: .*--model="),
+        (["checkpoints/0/digests.json"], "a run of `salt`: .*--model="),
         (["snapshots/0f/config.json"], "--huggingface=.*/snapshots/0f.$"),
         (["gemma/config.json"], "--huggingface=.*/gemma.$"),
     ],

@@ -151,7 +151,7 @@ def test_a_damaged_tokenizer_is_refused(folder: pathlib.Path) -> None:
     whole = (folder / "tokenizer.json").read_text()
     for text in (whole[:-9], '{"model": 3}', "[]", ""):
         (folder / "tokenizer.json").write_text(text)
-        with pytest.raises(InputError, match="is no Hugging Face tokenizer"):
+        with pytest.raises(InputError, match="is not a Hugging Face tokenizer"):
             model_vocabulary(folder, "<s>")
     (folder / "tokenizer.json").write_text(whole)
     (folder / "tokenizer_config.json").write_text("[1]")

@@ -122,14 +122,14 @@ def test_a_damaged_or_hostile_file_is_refused(
     text: bytes, values: bytes, tmp_path: pathlib.Path
 ) -> None:
     write(tmp_path, text, values)
-    with pytest.raises(InputError, match=r"no whole safetensors file \(.*download it again"):
+    with pytest.raises(InputError, match=r"not a complete safetensors file \(.*download it again"):
         SafetensorsFolder(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**20, 2**40, 2**63, 2**64 - 1])
 def test_a_header_of_another_length_is_refused(length: int, tmp_path: pathlib.Path) -> None:
     write(tmp_path, header(a=A), b"12345678", length)
-    with pytest.raises(InputError, match="no whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         SafetensorsFolder(tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_a_truncated_file_is_refused(
         write_shards(folder, described, iter(random_values(described).values()), 1 << 20)
         whole = (folder / SINGLE_FILE).read_bytes()
         (folder / SINGLE_FILE).write_bytes(whole[: int(kept * len(whole))])
-        with pytest.raises(InputError, match="no whole safetensors file"):
+        with pytest.raises(InputError, match="not a complete safetensors file"):
             SafetensorsFolder(folder)
 
 
@@ -243,7 +243,7 @@ def test_a_digest_is_of_all_the_bytes(tmp_path: pathlib.Path) -> None:
         ({"a": "/etc/passwd"}, "expected the plain name"),
         ({"a": 3}, "expected the plain name"),
         ({"a": "model-3.safetensors"}, r"model-3\.safetensors is missing"),
-        ({"a": "model-00002-of-00002.safetensors"}, "where it is not"),
+        ({"a": "model-00002-of-00002.safetensors"}, "which lacks it"),
         ({"c": "model-00001-of-00002.safetensors"}, "the tensor c in"),
         ({}, "has no weight_map"),
         (["a"], "has no weight_map"),
@@ -280,7 +280,7 @@ def test_a_pickle_is_never_read(name: str, tmp_path: pathlib.Path) -> None:
 def test_a_folder_without_a_model(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="holds neither"):
         SafetensorsFolder(tmp_path)
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         SafetensorsFolder(tmp_path / "none")
 
 

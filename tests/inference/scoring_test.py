@@ -318,7 +318,7 @@ def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
         ({"gin_file": tmp_path / "entropy.gin", "soft_labels": 3}, "scores has 1 and soft_labels"),
         ({"split": "test"}, "was begun with the rows"),
         ({"worker": 1}, "worker is 1 and workers is None: set both"),
-        ({"worker": 2, "workers": 2}, "worker is 2 of 2 workers, which count from 0"),
+        ({"worker": 2, "workers": 2}, "worker is 2 of 2 workers, numbered from 0"),
         ({"k": "()"}, "k is an empty list"),
     ):
         assert main(argv(alone, **flags)) == 2

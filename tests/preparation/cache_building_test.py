@@ -252,7 +252,7 @@ def test_work_of_another_version_is_made_again_with_a_sentence(
     (folder / "work" / "plan.json").write_text(json.dumps({**plan, "units": "d" * 64}))
     capsys.readouterr()
     cache = _prepare(folder, _files(corpus))
-    assert f"{folder / 'work'} is of other settings or another version" in capsys.readouterr().out
+    assert f"{folder / 'work'} is from other settings or another version" in capsys.readouterr().out
     assert files_of(cache.path) == files_of(_prepare(tmp_path / "fresh", _files(corpus)).path)
 
 

@@ -132,7 +132,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
 BAD_LINES = {
     "not JSON": b'{"text": "a',
     "no `text`": b'{"content": "a"}',
-    "is 3, expected a text": b'{"text": 3}',
+    "is 3, expected a string": b'{"text": 3}',
     "is a list, expected an object": b"[1]",
     "this is not JSON": b'{"text": "\x01"}',
 }
@@ -184,7 +184,7 @@ def test_a_damaged_page_of_parquet(tmp_path):
     content = bytearray(path.read_bytes())
     content[40:400] = bytes(360)
     path.write_bytes(content)
-    with pytest.raises(InputError, match="is not a whole Parquet file"):
+    with pytest.raises(InputError, match="is not a complete Parquet file"):
         list(read_documents(path))
 
 
@@ -308,7 +308,7 @@ def test_columns_that_are_no_text(tmp_path):
     bad = _not_utf_8(pyarrow.string())
     for column in (pyarrow.ListArray.from_arrays([0, 1, 2], bad), pyarrow.array([1, 2])):
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-        with pytest.raises(InputError, match=r"row 1: .*expected a text"):
+        with pytest.raises(InputError, match=r"row 1: .*expected a string"):
             list(read_documents(tmp_path / "a.parquet"))
     meta = pyarrow.array([None, {"n": 1}])
     pyarrow.parquet.write_table(

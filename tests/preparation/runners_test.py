@@ -89,4 +89,4 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number):
     else:
         assert process.returncode == 75
         name = signal.Signals(number).name
-        assert error == f"stopped by {name}: run the same command again to go on.\n"
+        assert error == f"stopped by {name}: run the same command again to resume.\n"

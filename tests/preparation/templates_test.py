@@ -42,7 +42,7 @@ def test_a_row_without_a_field_of_text_is_unfit(row):
     said = (
         r"this row has no `question` \(nearest: qestion\), it has `qestion`, `answer`$"
         if "qestion" in row
-        else "the `question` of this row is 3, expected a text$"
+        else "the `question` of this row is 3, expected a string$"
     )
     with pytest.raises(Unfit, match=said):
         GSM8K.fill(row)

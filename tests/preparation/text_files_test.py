@@ -232,5 +232,5 @@ def test_a_shard_that_is_there_twice_is_named(tmp_path):
 
 def test_a_name_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "caf\udce9.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(InputError, match=r"is no name in UTF-8, .*: rename it"):
+    with pytest.raises(InputError, match=r"is not a UTF-8 name, .*: rename it"):
         TextFiles(train=f"{tmp_path}/*.jsonl").files("train")

@@ -27,10 +27,7 @@ with open(sys.argv[1], "w", encoding="utf-8") as file:
     print("left for the end", end="")
     file.write("mine alone")
 """
-LOST = (
-    "salt: stdout takes nothing more ({}): what is printed there is lost, and the command goes "
-    "on.\n"
-)
+LOST = "salt: stdout takes nothing more ({}): further output is lost, and the command continues.\n"
 
 
 def run(

@@ -18,7 +18,7 @@ def test_uneven_devices_are_refused_where_processes_meet(monkeypatch: pytest.Mon
     of_process = [0, 1, 1, 2]
     devices = [types.SimpleNamespace(process_index=index) for index in of_process]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    with pytest.raises(InputError, match="Process 0 has 1 devices and process 1 has 2: show each"):
+    with pytest.raises(InputError, match="Process 0 has 1 devices and process 1 has 2: give each"):
         processes.join({"multi_process": "True"})
     del devices[1]
     assert processes.join({"multi_process": "True"}).count == jax.process_count()

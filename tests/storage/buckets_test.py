@@ -271,7 +271,7 @@ def test_a_copy_that_fails_half_way_is_finished_later(url, bucket):
     for name in ("COMPLETED", "x"):
         bucket.store(f"bucket/a/b/{name}", name.encode())
     bucket.failing = {"read"}
-    with pytest.raises(BucketError, match=f"{url} cannot be read.*rights"):
+    with pytest.raises(BucketError, match=f"{url} cannot be read.*permissions"):
         local_folder(url)
     bucket.failing = set()
     assert (local_folder(url) / "x").read_text() == "x"

@@ -126,7 +126,7 @@ def test_an_unsafe_line_of_a_block_is_named(
     (mine / "bad.gin").write_text(f"{IMPORTS}{text}  steps = @train.train()\n")
     assert main(["train", "--safe_gin", "--gin_file=bad.gin", "--output_dir=out"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("salt: bad.gin, line 7: train.train is none of the names that --safe_")
+    assert said.startswith("salt: bad.gin, line 7: train.train is not among the names that --safe_")
 
 
 def test_with_a_schedule_of_ones_own_nothing_uses_what_files_set_or_leave_open(
@@ -262,7 +262,7 @@ def test_a_class_without_its_brackets_is_refused(
 def test_an_object_of_another_kind_is_refused(mine: pathlib.Path, name: str, made: str) -> None:
     typed = ["train", *PRETRAIN, "--gin_file=methods/salt.gin", "--gin.N_KD=3", "--teacher=base"]
     settings(typed)
-    with pytest.raises(InputError, match=rf"{name} is what @{made.partition('.')[2]}\(\) makes, "):
+    with pytest.raises(InputError, match=rf"{name} is set to @{made.partition('.')[2]}\(\), "):
         settings([*typed, f"--{name}=@{made}()"])
 
 

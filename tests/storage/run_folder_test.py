@@ -80,13 +80,17 @@ def test_a_run_of_an_older_version_says_so(tmp_path: pathlib.Path) -> None:
 
     begin("train.train.seed = 3\noptimizers.LearningRate.peak = 0.1\n")
     now = "config.TrainConfig.seed = 3\n"
-    with pytest.raises(InputError, match=r"of an older version of salt_jax, with other names of"):
+    with pytest.raises(
+        InputError, match=r"of an older version of salt_jax, with other setting names"
+    ):
         begin(now)
     begin(now, replace=True)
     with pytest.raises(InputError, match="another configuration"):
         begin("config.TrainConfig.seed = 4\n")
     begin("evaluate.evaluate.cache = 'a'\n", verb="evaluate")
-    with pytest.raises(InputError, match=r"of an older version of salt_jax, with other names of"):
+    with pytest.raises(
+        InputError, match=r"of an older version of salt_jax, with other setting names"
+    ):
         begin("held_out.HeldOut.cache = 'a'\n", verb="evaluate")
 
 
@@ -169,6 +173,8 @@ def test_a_bucket_that_takes_nothing_is_told_of_before_the_run(tmp_path):
 
 
 def test_workers_share_no_folder_in_a_bucket(tmp_path):
-    with pytest.raises(InputError, match="s3://bucket/run is no folder that several workers share"):
+    with pytest.raises(
+        InputError, match="s3://bucket/run is not a folder that several workers can share"
+    ):
         RunFolder(tmp_path / "run", "score", url="s3://bucket/run").begin(part="0-of-2")
     assert not (tmp_path / "run").exists()

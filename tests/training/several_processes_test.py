@@ -237,7 +237,7 @@ def test_two_processes_score_and_evaluate_as_one(
 @pytest.mark.parametrize(
     ("more", "own", "expected"),
     [
-        (1, (), "Process 0 has 1 devices and process 1 has 2: show each process as many"),
+        (1, (), "Process 0 has 1 devices and process 1 has 2: give each process as many"),
         (0, ("--seed=5",), "Process 1 of 2 has other settings than process 0: give all of them"),
     ],
 )

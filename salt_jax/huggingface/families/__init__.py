@@ -1,4 +1,4 @@
-"""The families of models that are known, one file each."""
+"""The supported model families, one file each."""
 
 from salt_jax.huggingface.families import gemma, gpt_neox, llama
 from salt_jax.huggingface.family import Family

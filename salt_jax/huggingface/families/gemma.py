@@ -1,4 +1,4 @@
-"""Gemma, the first (arXiv 2403.08295): Llama with scaled embeddings and norms stored less 1."""
+"""Gemma 1 (arXiv 2403.08295): Llama with scaled embeddings, and norm scales stored minus 1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from salt_jax.models.decoder_config import DecoderConfig
 
 
 class Gemma(Family):
-    """Gemma, of which transformers takes "gelu" to mean its approximation, "gelu_pytorch_tanh"."""
+    """Gemma, for which transformers reads "gelu" as its approximation, "gelu_pytorch_tanh"."""
 
     def activation_name(self, settings: Mapping[str, Any]) -> Any:
         name = super().activation_name(settings)

@@ -1,4 +1,4 @@
-"""GPT-NeoX (arXiv 2204.06745) and Pythia: LayerNorm, biases, a part of each head rotated."""
+"""GPT-NeoX (arXiv 2204.06745) and Pythia: LayerNorm, biases, partial rotary embedding."""
 
 from salt_jax.huggingface import tokenizer_classes
 from salt_jax.huggingface.family import SIZES, Family

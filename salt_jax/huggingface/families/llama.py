@@ -1,4 +1,4 @@
-"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288), without the rotary scaling of 3.1, and SmolLM."""
+"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288) and SmolLM, without the rotary scaling of 3.1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +39,7 @@ FIXED: Mapping[str, Any] = {
 
 
 class Llama(Family):
-    """Llama, whose widths transformers checks."""
+    """Llama; transformers requires embed_dim to be a multiple of num_heads."""
 
     def obstacles(self, config: DecoderConfig) -> list[str]:
         needs = super().obstacles(config)
@@ -71,7 +71,7 @@ FAMILY = Llama(
     activation="silu",
     fixed=FIXED,
     must_be={"attention_bias": False, "mlp_bias": False},
-    # Llama 3's tokenizer has the same class, works on bytes, and is read as it stands.
+    # Llama 3's tokenizer has the same class, but is byte-level and read unchanged.
     tokenizer=tokenizer_classes.TokenizerClass(
         "LlamaTokenizer", _tokenizer_steps, ("<unk>", "<s>", "</s>"), reads_bytes=False
     ),

@@ -11,7 +11,7 @@ reads one file after another. With Apache Beam, files are read in parallel:
     tfds build … --beam_pipeline_options="runner=DirectRunner,direct_running_mode=multi_processing,\
 direct_num_workers=16"
 
-The train files are taken to hold the release's upsampled text; so does this dataset.
+The train files are assumed to hold the release's upsampled text, and so does this dataset.
 """
 
 import dataclasses
@@ -74,8 +74,8 @@ class ThePile(tfds.core.ShardBasedBuilder):
         dl_manager: tfds.download.DownloadManager,
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
-        """Takes the runner out of Beam's options: TFDS uses Beam for a ShardBasedBuilder only if
-        it is given a runner by itself."""
+        """Extracts the runner from Beam's options: TFDS uses Beam for a ShardBasedBuilder only if
+        the runner is given separately."""
         config = download_config or tfds.download.DownloadConfig()
         if config.beam_options is not None and config.beam_runner is None:
             from apache_beam.options.pipeline_options import StandardOptions
@@ -101,7 +101,7 @@ class ThePile(tfds.core.ShardBasedBuilder):
 def _examples(
     files: TextFiles, path: pathlib.Path, only: str | None
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """One file's documents with their keys; those of the subset `only`, if given."""
+    """One file's documents with their keys; only those of the subset `only`, if given."""
     for number, document in enumerate(files.read([path])):
         if only is None or document.subset == only:
             yield f"{path.name}-{number}", {"text": document.text, "subset": document.subset}
