@@ -20,8 +20,10 @@ def map_npy(path: pathlib.Path, dtype: np.dtype, rows: int, again: str) -> np.me
     Raises:
       InputError: It is missing or malformed, or another array.
     """
+    # numpy's own limit is 10,000, which some hundred columns exceed.
+    longest = max(10_000, 2 * len(repr(dtype)))
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="r", max_header_size=longest)
     # numpy reads the header as Python literals, with Python's tokenizer.
     except (OSError, ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:
         raise InputError(f"{path} cannot be read ({error}): {again}.") from error
