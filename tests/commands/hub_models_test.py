@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+from salt_jax.commands import _hub_models
+from salt_jax.huggingface import hub
 from salt_jax.main import main
+from salt_jax.runtime import processes
 from tests.commands.convert_test import write_model
 from tests.hub_server import COMMIT, Hub, serving
 
 
 @pytest.fixture
-def hub(
+def served(
     random_models: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Hub]:
     write_model(tmp_path / "repository", random_models)
@@ -23,7 +26,7 @@ def hub(
 
 
 def test_convert_downloads_a_revision(
-    hub: Hub, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    served: Hub, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = ["--huggingface=owner/tiny", "--revision=step3", f"--output_dir={tmp_path / 'run'}"]
     assert main(["convert", *named]) == 0
@@ -37,7 +40,7 @@ def test_convert_downloads_a_revision(
 
 @pytest.mark.slow
 def test_a_verb_takes_a_model_in_once(
-    hub: Hub, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    served: Hub, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     generate = ["generate", "--prompt=a", "--max_new_tokens=2", "--compilation_cache="]
     for name in ("one", "two"):
@@ -45,6 +48,26 @@ def test_a_verb_takes_a_model_in_once(
         assert main([*generate, model, f"--output_dir={tmp_path / name}"]) == 0
     assert capfd.readouterr().out.count("$ salt convert") == 1
     assert (tmp_path / f"models/owner--tiny@{COMMIT[:12]}/summary.json").is_file()
+
+
+def test_a_model_is_converted_by_one_process_and_without_devices(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the command is that reads it."""
+    monkeypatch.setenv("SALT_MODELS", str(tmp_path))
+    for name, value in (("COUNT", "2"), ("INDEX", "1")):
+        monkeypatch.setenv(f"SALT_PROCESS_{name}", value)
+    monkeypatch.setenv("SALT_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setattr(hub, "download", lambda *named: tmp_path / COMMIT)
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        _hub_models, "run_verb", lambda verb, flags, run, changed: environments.append(changed)
+    )
+    _hub_models.local_model("hf:owner/tiny")
+    assert environments[0]["JAX_PLATFORMS"] == "cpu"
+    for name, value in environments[0].items():
+        monkeypatch.setenv(name, value)
+    assert not processes.are_several({})
 
 
 def test_without_the_library_a_sentence_says_so(
