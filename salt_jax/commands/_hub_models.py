@@ -30,8 +30,10 @@ def local_model(name: str) -> str:
         return name
     snapshot = hub.download(*named)
     folder = pathlib.Path(os.environ.get(FOLDER) or cache_folder("salt_models", FOLDER))
-    folder.mkdir(parents=True, exist_ok=True)
     run = folder / f"{named[0].replace('/', '--')}@{snapshot.name[:12]}"
+    if (run / SUMMARY_FILE).exists():
+        return str(run)  # perhaps in a folder that cannot be written
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{run}.lock"):  # several processes of one machine may want it
         if not (run / SUMMARY_FILE).exists():
             # It runs in one process, and without the devices that this one may have taken.

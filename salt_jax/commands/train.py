@@ -72,7 +72,6 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     require_path(run.path)
     if data.cache is None:
         raise InputError("cache is not set: add --cache=FOLDER, made by `salt prepare`.")
-    run.resume(may_change=MAY_CHANGE)
     caches = Caches.open(data.cache, data.weights)
     packed = caches.first
     initial = _find_initial(config.initial, packed)
@@ -94,7 +93,10 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     kept = config.checkpoints.keep_last + len(config.checkpoints.keep_steps) + 1
     run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
     compilation.use_compilation_cache(devices.compilation_cache)
+    run.resume(may_change=MAY_CHANGE)
     run.processes.watch()
+    if _position(run) != start:
+        raise Interrupted(f"{run.path} has gone on by another process: run the same command again.")
     # Models are loaded before the folder is begun, so that a bad one leaves nothing there.
     watch, stop = HangWatch(config.hang_seconds, warn), StopRequests(run.processes.count > 1)
     with watch, watch.waiting_for("the models to load"), stop:

@@ -1,5 +1,6 @@
 """Models of the Hub by name, taken in by `salt convert` and by the verbs that read a model."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,13 @@ def test_a_model_is_converted_by_one_process_and_without_devices(
     )
     _hub_models.local_model("hf:owner/tiny")
     assert environments[0]["JAX_PLATFORMS"] == "cpu"
+    run = tmp_path / f"owner--tiny@{COMMIT[:12]}"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    run.with_name(f"{run.name}.lock").unlink()
+    assert _hub_models.local_model("hf:owner/tiny") == str(run)
+    assert os.listdir(tmp_path) == [run.name]
+    assert len(environments) == 1, "converted once"
     for name, value in environments[0].items():
         monkeypatch.setenv(name, value)
     assert not processes.are_several({})
