@@ -14,6 +14,7 @@ from salt_jax.data import denoisers
 from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.errors import InputError, Interrupted
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer
@@ -81,12 +82,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     start = _position(run)
     selected = _selection(config)
     refuse_unused(config)
-    # A run that is resumed in stage 2 doesn't need its teacher, which may be gone.
-    teacher, labels = None, None
-    if start.step < config.stage1_steps and method.soft_labels is not None:
-        labels = find_labels(config, caches, selected)
-    elif start.step < config.stage1_steps:
-        teacher = find_teacher(_with_local_teacher(config), packed)
+    teacher, labels = _find_teaching(config, start, caches, selected)
     denoising = _denoising(config, packed, student)
     optimizer = make_transformation(config.optimizer, config.steps, student)
     layout = make_layout(student, optimizer, mesh, devices.rules)
@@ -138,6 +134,18 @@ def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCac
     if initial is not None and not cache.vocabulary.reserved:
         # The same vocabulary, so that the model's chat template and the like still hold.
         copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
+
+
+def _find_teaching(
+    config: TrainConfig, start: Position, caches: Caches, selected: Selection | None
+) -> tuple[SavedModel | None, StoredLabels | None]:
+    """The teacher, or the soft labels that stand for it. A run that is resumed in stage 2 needs
+    neither: they may be gone."""
+    if start.step >= config.stage1_steps:
+        return None, None
+    if config.method.soft_labels is not None:
+        return None, find_labels(config, caches, selected)
+    return find_teacher(_with_local_teacher(config), caches.first), None
 
 
 def _with_local_teacher(config: TrainConfig) -> TrainConfig:
