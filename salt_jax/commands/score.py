@@ -124,14 +124,17 @@ def score(
         )
     mesh = own_mesh(devices.mesh)
     missing, params = writer.shards.unfinished(worker, workers), None
-    # Loading a model is collective over jax's processes, so those with nothing to score load it
-    # too.
+    part = f"{worker}-of-{workers}" if workers > 1 else ""
+    run.resume(replace=True, part=part)
+    run.processes.watch()
+    # Processes that know of each other wait for one another when they load a model, so those that
+    # have nothing to score load it too.
     if missing or (jax.process_count() > 1 and writer.shards.unfinished()):
         compilation.use_compilation_cache(devices.compilation_cache)
         # Before the folder is begun, so that a model that can't be loaded leaves nothing there.
         params = model.load_params(mesh, devices.rules)
-    # pass.json has the settings that must stay the same; workers share the folder.
-    run.begin(replace=True, part=f"{worker}-of-{workers}" if workers > 1 else "")
+    # What must stay the same is in pass.json; workers share the folder.
+    run.begin(replace=True, part=part)
     writer.begin()
     if params is not None:
         left = sum(len(shard.rows) for shard in missing)

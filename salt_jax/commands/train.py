@@ -14,8 +14,9 @@ from salt_jax.data import denoisers
 from salt_jax.data.input_pipeline import SELECTED, Position
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
+from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, Interrupted
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig
@@ -37,6 +38,7 @@ from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.loop import Loop
 from salt_jax.training.optimizers import make_transformation
 from salt_jax.training.origin import origin_of, scoring_cost
+from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.teacher import LoadedTeacher, find_labels, find_teacher, refuse_unused
 from salt_jax.training.train_state import StateLayout, TrainState, make_layout
 
@@ -80,20 +82,20 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     start = _position(run)
     selected = _selection(config)
     refuse_unused(config)
-    # A run resumed in stage 2 doesn't need its teacher, which may no longer exist.
-    teacher, labels = None, None
-    if start.step < config.stage1_steps and method.soft_labels is not None:
-        labels = find_labels(config, caches, selected)
-    elif start.step < config.stage1_steps:
-        teacher = find_teacher(_with_local_teacher(config), packed)
+    teacher, labels = _find_teaching(config, start, caches, selected)
     denoising = _denoising(config, packed, student)
     optimizer = make_transformation(config.optimizer, config.steps, student)
     layout = make_layout(student, optimizer, mesh, devices.rules)
     kept = config.checkpoints.keep_last + len(config.checkpoints.keep_steps) + 1
     run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
     compilation.use_compilation_cache(devices.compilation_cache)
+    run.resume(may_change=MAY_CHANGE)
+    run.processes.watch()
+    if _position(run) != start:
+        raise Interrupted(f"{run.path} has gone on by another process: run the same command again.")
     # Models are loaded before the folder is begun, so that a bad one leaves nothing there.
-    with HangWatch(config.hang_seconds, warn) as watch, watch.waiting_for("the models to load"):
+    watch, stop = HangWatch(config.hang_seconds, warn), StopRequests(run.processes.count > 1)
+    with watch, watch.waiting_for("the models to load"), stop:
         loop = Loop(
             folder=run,
             config=config,
@@ -115,15 +117,35 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
             teacher=_load_teacher(method.teacher, teacher, layout),
             initial=_load_initial(None if start.step else initial, layout),
         )
+    if run.processes.count == 1 and (signal := stop.asked_by(start.step)):
+        raise Interrupted(
+            f"stopped by {signal} while models were loaded: run the same command again."
+        )
     for change in run.begin(may_change=MAY_CHANGE):
         say(f"[{method.arm}] {change}")
     if run.processes.is_first:
-        packed.vocabulary.save(run.path / VOCABULARY_FOLDER)
-        if initial is not None and not packed.vocabulary.reserved:
-            # The same vocabulary, so that the model's chat template and the like still hold.
-            copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
+        _keep_tokenizer(run, initial, packed)
     _describe(loop)
     run.write_summary(loop.run())
+
+
+def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCache) -> None:
+    cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
+    if initial is not None and not cache.vocabulary.reserved:
+        # The same vocabulary, so that the model's chat template and the like still hold.
+        copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
+
+
+def _find_teaching(
+    config: TrainConfig, start: Position, caches: Caches, selected: Selection | None
+) -> tuple[SavedModel | None, StoredLabels | None]:
+    """The teacher, or the soft labels that stand for it. A run that is resumed in stage 2 needs
+    neither: they may be gone."""
+    if start.step >= config.stage1_steps:
+        return None, None
+    if config.method.soft_labels is not None:
+        return None, find_labels(config, caches, selected)
+    return find_teacher(_with_local_teacher(config), caches.first), None
 
 
 def _with_local_teacher(config: TrainConfig) -> TrainConfig:

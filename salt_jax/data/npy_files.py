@@ -9,11 +9,22 @@ from salt_jax.errors import InputError
 
 
 def map_npy(path: pathlib.Path, dtype: np.dtype, rows: int, again: str) -> np.memmap:
-    """A memory-mapped array of dtype[rows]; InputError, ending in `again` (what to do), if the file
-    is missing, malformed or of another type or length."""
+    """An array of dtype[rows], mapped from disk.
+
+    Args:
+      path: The file.
+      dtype: What its elements must be.
+      rows: How many there must be.
+      again: What to do about another file: the end of the error's sentence.
+
+    Raises:
+      InputError: It is missing or malformed, or another array.
+    """
+    # numpy's own limit is 10,000, which some hundred columns exceed.
+    longest = max(10_000, 2 * len(repr(dtype)))
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    # numpy parses the header with Python's tokenizer, which raises errors of its own.
+        array = np.lib.format.open_memmap(path, mode="r", max_header_size=longest)
+    # numpy reads the header as Python literals, with Python's tokenizer.
     except (OSError, ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:
         raise InputError(f"{path} cannot be read ({error}): {again}.") from error
     if array.dtype != dtype or array.shape != (rows,):

@@ -129,8 +129,11 @@ class StoredLabels(RowPass):
     def checked_row_bytes(self) -> int:
         if not self.format.sequence_length:
             raise self.contradiction("sequence_length is 0")
-        _ = self._row_ids  # reads and checks the file
-        return self.format.record_bytes
+        _ = self._row_ids  # which reads the file
+        try:
+            return self.format.record_bytes
+        except ValueError as error:
+            raise self.contradiction(f"its records are too large ({error})") from error
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -209,4 +212,6 @@ class StoredLabels(RowPass):
     @functools.cached_property
     def _row_ids(self) -> np.ndarray | None:
         digest = self.manifest["row_ids_digest"]
-        return digest and read_row_ids(self.path, self.rows, digest, self.made_by)
+        if digest is None:
+            return None
+        return read_row_ids(self.path, self.rows, digest, self.made_by)

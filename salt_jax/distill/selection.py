@@ -149,7 +149,9 @@ class Threshold:
 
     def select(self, candidates: Candidates) -> RowChoice:
         highest = _Highest(candidates, _scores(candidates), self.stratified)
-        rows = highest.rows_from(np.float32(self.threshold))
+        # Clipped, since -inf is the key of rows without a score.
+        limits = np.finfo(np.float32)
+        rows = highest.rows_from(np.float32(np.clip(self.threshold, limits.min, limits.max)))
         if not rows:
             raise InputError(
                 f"Threshold.threshold is {self.threshold}, above every score "

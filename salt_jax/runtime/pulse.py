@@ -77,10 +77,14 @@ class Pulse:
         """Stops, and tells the others why if this process has not finished its work."""
         self._write(ended=reason[:_REASON_CHARACTERS])
         self._stopped.set()
+        for thread in self._threads:  # none may be in jax's code when Python ends
+            if thread.ident is not None:
+                thread.join(self._beat_seconds)
 
     def wait(self) -> None:
-        """Waits long enough to detect a missing process, which ends this one."""
-        self._threads[1].join(2 * self._patience)
+        """Waits as long as it takes to find out that a process is missing, which ends this one."""
+        if self._threads[1].ident is not None:  # else another process failed before all had begun
+            self._threads[1].join(2 * self._patience)
 
     def beat(self) -> None:
         """Sends one beat."""

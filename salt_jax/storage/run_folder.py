@@ -117,8 +117,23 @@ class RunFolder:
         self.processes.watch()
         return changes
 
+    def resume(
+        self, replace: bool = False, may_change: Collection[str] = (), part: str = ""
+    ) -> None:
+        """Takes the lock of a folder that holds a run already, before long work comes before
+        `begin`, and refuses what that refuses; does nothing in other folders.
+
+        Raises:
+          InputError: See `begin`.
+        """
+        if self.begun:
+            self._changes(self.config(), replace, may_change, dict)
+            if self.processes.is_first and self.lock is not None:
+                with self._refusing_to_write():
+                    self.lock.acquire(self.path, self.verb, part)
+
     def _write_origin(self, config: str, part: str) -> None:
-        try:
+        with self._refusing_to_write():
             self.path.mkdir(parents=True, exist_ok=True)
             if self.lock is not None:
                 self.lock.acquire(self.path, self.verb, part)
@@ -132,6 +147,11 @@ class RunFolder:
                 "started": started,
             }
             write_text(self.path / RUN_FILE, to_json(origin, indent=2))
+
+    @contextlib.contextmanager
+    def _refusing_to_write(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 f"The output folder {self.path} cannot be written ({error.strerror}): "

@@ -1,5 +1,6 @@
 """Models of the Hub by name, taken in by `salt convert` and by the verbs that read a model."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -7,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from salt_jax.commands import _hub_models
+from salt_jax.huggingface import hub
 from salt_jax.main import main
+from salt_jax.runtime import processes
 from tests.commands.convert_test import write_model
 from tests.hub_server import COMMIT, Hub, serving
 
 
 @pytest.fixture
-def hub(
+def served(
     random_models: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Hub]:
     write_model(tmp_path / "repository", random_models)
@@ -23,7 +27,7 @@ def hub(
 
 
 def test_convert_downloads_a_revision(
-    hub: Hub, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    served: Hub, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = ["--huggingface=owner/tiny", "--revision=step3", f"--output_dir={tmp_path / 'run'}"]
     assert main(["convert", *named]) == 0
@@ -37,7 +41,7 @@ def test_convert_downloads_a_revision(
 
 @pytest.mark.slow
 def test_a_verb_takes_a_model_in_once(
-    hub: Hub, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    served: Hub, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     generate = ["generate", "--prompt=a", "--max_new_tokens=2", "--compilation_cache="]
     for name in ("one", "two"):
@@ -45,6 +49,33 @@ def test_a_verb_takes_a_model_in_once(
         assert main([*generate, model, f"--output_dir={tmp_path / name}"]) == 0
     assert capfd.readouterr().out.count("$ salt convert") == 1
     assert (tmp_path / f"models/owner--tiny@{COMMIT[:12]}/summary.json").is_file()
+
+
+def test_a_model_is_converted_by_one_process_and_without_devices(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the command is that reads it."""
+    monkeypatch.setenv("SALT_MODELS", str(tmp_path))
+    for name, value in (("COUNT", "2"), ("INDEX", "1")):
+        monkeypatch.setenv(f"SALT_PROCESS_{name}", value)
+    monkeypatch.setenv("SALT_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setattr(hub, "download", lambda *named: tmp_path / COMMIT)
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        _hub_models, "run_verb", lambda verb, flags, run, changed: environments.append(changed)
+    )
+    _hub_models.local_model("hf:owner/tiny")
+    assert environments[0]["JAX_PLATFORMS"] == "cpu"
+    run = tmp_path / f"owner--tiny@{COMMIT[:12]}"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    run.with_name(f"{run.name}.lock").unlink()
+    assert _hub_models.local_model("hf:owner/tiny") == str(run)
+    assert os.listdir(tmp_path) == [run.name]
+    assert len(environments) == 1, "converted once"
+    for name, value in environments[0].items():
+        monkeypatch.setenv(name, value)
+    assert not processes.are_several({})
 
 
 def test_without_the_library_a_sentence_says_so(

@@ -87,6 +87,11 @@ def test_a_shard_opens_as_its_documentation_says(scores):
     np.testing.assert_array_equal(shard["mean_k10"], written.column("mean_k10")[2:4])
 
 
+def test_hundreds_of_columns_are_read(scores):
+    written = scores(ks=tuple(range(1, 151)))
+    assert written.column("median_drop_k150")[0:1] == SCORES[0]
+
+
 def test_scores_of_format_version_2_are_read(scores):
     written = scores()
     values = {name: written.column(name)[:] for name, _ in written.manifest["columns"]}

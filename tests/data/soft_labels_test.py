@@ -10,6 +10,7 @@ import pytest
 from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.errors import InputError
+from salt_jax.storage.manifests import write_manifest
 
 FORM = LabelFormat(sequence_length=6, vocab_size=300, k=3)
 ROWS = 11
@@ -149,3 +150,21 @@ def test_stored_labels_that_are_not_finite_are_named(
     stored.read([2, 4])
     with pytest.raises(InputError, match="have a value that is not finite for row 3"):
         stored.read([4, 3])
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ({"row_ids_digest": ""}, r"row_ids.npy"),
+        ({"format": {"sequence_length": 1 << 40}}, "its records are too large"),
+    ],
+)
+def test_a_manifest_that_cannot_be_right_is_refused(
+    part: dict[str, Any], error: str, tmp_path: pathlib.Path
+) -> None:
+    stored = write_all(writer(tmp_path), make_labels(ROWS))
+    manifest = {**stored.manifest, **part}
+    manifest["format"] = {**stored.manifest["format"], **part.get("format", {})}
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(InputError, match=error):
+        StoredLabels.open(tmp_path)

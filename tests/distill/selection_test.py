@@ -96,6 +96,13 @@ def test_threshold(scores: list[float], threshold: float) -> None:
             chosen(Threshold(threshold), scores_N)
 
 
+def test_a_threshold_below_all_numbers_takes_the_rows_with_a_score() -> None:
+    scores_N = np.array([1.0, -np.inf, -2.0, np.nan], np.float32)
+    assert chosen(Threshold(-1e300), scores_N) == [0, 2]
+    with pytest.raises(InputError, match=r"above every score \(the highest is 1.0\)"):
+        chosen(Threshold(1e300), scores_N)
+
+
 @given(
     scores=SCORES.filter(lambda scores: len(best_first(np.array(scores, np.float32))) > 0),
     seed=st.integers(0, 2**32 - 1),

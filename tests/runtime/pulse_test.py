@@ -95,6 +95,11 @@ def test_a_slow_store_makes_nobody_missing(store: FakeStore, beats: Beats) -> No
     assert "process 0 of 2 on" in beats(20, second)[-1]
 
 
+def test_an_error_before_all_have_begun_is_not_waited_on(store: FakeStore) -> None:
+    first, _ = pulses(store, 2)
+    first.wait()
+
+
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "inf", "nan"])
 def test_bad_patience_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SALT_MISSING_SECONDS", given)

@@ -91,3 +91,26 @@ def test_a_run_that_is_withdrawn_leaves_nothing(tmp_path: pathlib.Path) -> None:
         run.begin()
         run.withdraw()
         assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_resumed_is_locked_before_it_begins(tmp_path: pathlib.Path) -> None:
+    """Models are loaded in between."""
+
+    def resume(name: str, config: str = "", part: str = "") -> list[str]:
+        with RunLock() as lock:
+            run = RunFolder(tmp_path / name, "prepare", config=lambda: config, lock=lock)
+            run.resume(part=part)
+            if (tmp_path / name).exists():
+                assert lock.is_held
+                run.begin(part=part)
+        return sorted(os.listdir(tmp_path))
+
+    assert resume("new") == [], "nothing is written"
+    process = start(tmp_path / "out")
+    with pytest.raises(InputError, match="is being written by another"):
+        resume("out")
+    process.communicate()
+    resume("out")
+    with pytest.raises(InputError, match=r"seed was unset and is now 3; choose another"):
+        resume("out", "prepare.prepare.seed = 3")
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.gin", "run.json"]

@@ -43,7 +43,7 @@ WAITS = (
     (Loop, "_compile", 1, "the steps' programs to compile"),
     (Loop, "_compile_the_rest", 1, "the evaluation's program to compile"),
     (InputPipeline, "batch", 4, "the input pipeline at step 4"),
-    (StopRequests, "asked_by", 5, "the processes to agree after step 5"),
+    (StopRequests, "asked_by", 6, "the processes to agree after step 5"),  # the first is of loading
     (Checkpointer, "save", 1, "the checkpoint of step 6"),
     (Evaluator, "__call__", 2, "the evaluation after step 6"),
     (Checkpointer, "wait", 2, "the checkpoint of step 6 to be on the disk"),

@@ -1,7 +1,9 @@
 """The teacher's parameters lie by rules of their own; the steps don't notice."""
 
 import json
+import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from salt_jax.commands import train
+from salt_jax.data.input_pipeline import Position
 from salt_jax.distill import schedules
+from salt_jax.errors import Interrupted
+from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training import loop
-from salt_jax.training.checkpoints import find_model
+from salt_jax.training.checkpoints import SavedModel, find_model
 from salt_jax.training.partitioning import DEFAULT_RULES, MeshConfig
 from salt_jax.training.teacher import LoadedTeacher
 
@@ -80,3 +86,30 @@ def test_freeing_gives_the_memory_back(slm: pathlib.Path) -> None:
     teacher.free()
     assert teacher.params is None
     assert all(array.is_deleted() for array in arrays)
+
+
+def test_a_run_that_is_stopped_while_its_teacher_is_loaded_can_be_started_again(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = SavedModel.load_params
+
+    def stopped(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*arguments)
+
+    monkeypatch.setattr(SavedModel, "load_params", stopped)
+    with pytest.raises(Interrupted, match="SIGTERM while models were loaded: run the same"):
+        run_train(tmp_path / "run", schedule=schedules.Step(0.5, 3), teacher=str(slm))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_another_process_has_continued_can_be_started_again(
+    run_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for its newest checkpoint and the lock."""
+    run = run_train(steps=2)
+    position = train._position
+    seen = iter([Position(), position(RunFolder(run, "train"))])
+    monkeypatch.setattr(train, "_position", lambda _: next(seen))
+    with pytest.raises(Interrupted, match="by another process: run the same command again"):
+        run_train(run, steps=2)
