@@ -82,7 +82,7 @@ output_dir_of() {
 # The same command among several processes, which JAX finds, on hosts that share a folder.
 among_several() {
   local verb=${command[1]}
-  grep --quiet '^SEVERAL_PROCESSES = ' "$root/salt_jax/commands/$verb.py" ||
+  grep --quiet 'several_processes=True' "$root/salt_jax/commands/$verb.py" ||
     refuse "salt $verb runs in one process, and this starts several: run it on one machine, without a launcher."
   [[ $output_dir == /* ]] ||
     refuse "--output_dir is '$output_dir', expected the whole path of a folder that all hosts share: mount a bucket, and write --output_dir=/FOLDER."

@@ -19,11 +19,10 @@ class Interrupted(RuntimeError):  # noqa: N818
     """The run was asked to stop and has saved its state: exit code 75, start it again."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (nearest: …)" if a known name is close to `name`, else "". Of a mapping, the keys are
-    compared and the values shown."""
+def nearest(name: str, known: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
+    """ " (nearest: …)" if a known name is close to `name`, else ""; `shown` says how it is shown."""
     for match in difflib.get_close_matches(name, list(known), n=1, cutoff=0.5):
-        return f" (nearest: {known[match] if isinstance(known, Mapping) else match})"
+        return f" (nearest: {match if shown is None else shown[match]})"
     return ""
 
 

@@ -81,7 +81,7 @@ def _gin_sentence(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
         names = {name: name for name in _parameters_of(match[1])} | _settings_by_spelling(match[1])
-        close = nearest(match[2], names)
+        close = nearest(match[2], names, names)
         return f"{where}: {match[1]} has no setting {match[2]}{close}: correct the name."
     if match := re.match(r"No bindings specified for '(.*)/(?:gin\.)?macro'", message):
         return f"%{match[1]} has no value: correct the name, or add {flag_of(match[1], flags)}."
@@ -94,7 +94,7 @@ def _gin_sentence(
         # A module that moves to another folder keeps its file name.
         files = [file.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py")]
         modules = {file.stem: ".".join(file.with_suffix("").parts) for file in files}
-        close = nearest(match[1].rpartition(".")[2], modules)
+        close = nearest(match[1].rpartition(".")[2], modules, modules)
         return f"{where}: there is no module {match[1]}{close}: correct its name."
     if message.startswith("not enough values to unpack"):  # a name without its module
         return f"{where}: write the setting's full name, such as config.TrainConfig.steps."

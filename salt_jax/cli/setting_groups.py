@@ -223,7 +223,7 @@ def _find(name: str, every: dict[str, Setting], macros: Iterable[str], verb: str
         for spelling, one in spellings(every.values()).items()
     }
     known |= {macro.lower(): f"--gin.{macro}" for macro in macros}
-    close = nearest(name.replace(".", "_").lower(), known)
+    close = nearest(name.replace(".", "_").lower(), known, known)
     raise InputError(f"There is no setting --{name}{close}: `salt {verb} --help` lists them.")
 
 

@@ -107,7 +107,7 @@ def _manager(settings: FewShot) -> lm_eval.tasks.TaskManager:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Its bootstrap would fork this process with its threads and devices.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    os.environ["LOCAL_RANK"] = "0"  # no other process gets lm-eval's results
+    os.environ.pop("LOCAL_RANK", None)  # lm-eval gives results to rank 0 alone
     os.environ["HF_ALLOW_CODE_EVAL"] = "1" if settings.allow_code_execution else "0"
     folders = [str(OWN_TASKS), *([settings.task_folder] if settings.task_folder else [])]
     return lm_eval.tasks.TaskManager(include_path=folders)

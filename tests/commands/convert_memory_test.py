@@ -18,12 +18,8 @@ from salt_jax.huggingface.model_config import config_to_json
 from salt_jax.huggingface.safetensors_files import DTYPES, TensorInfo, write_shards
 from salt_jax.huggingface.tensors import leaf_shapes, tensor_shapes
 from salt_jax.models.decoder_config import DecoderConfig
-from salt_jax.training.checkpoints import (
-    CheckpointConfig,
-    Checkpointer,
-    find_model,
-    read_progress,
-)
+from salt_jax.training.checkpointer import Checkpointer
+from salt_jax.training.checkpoints import CheckpointConfig, find_model, read_progress
 from salt_jax.training.partitioning import MeshConfig
 from salt_jax.training.train_state import TrainState
 

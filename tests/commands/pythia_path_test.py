@@ -72,7 +72,11 @@ def test_a_pythia_teaches_a_student_that_transformers_loads(
         "--gin_file=data/pythia_pile.gin",
         f"--gin.PILE='{tmp_path / 'pile'}'",
         f"--gin.VOCABULARY='{pythia / 'vocabulary'}'",
-        *("--gin.pile.pile_files.shards=1", "--gin.SHARDS=1", f"--gin.SEQUENCE_LENGTH={LENGTH}"),
+        *(
+            "--gin.pile.pile_files.train_shards=1",
+            "--gin.SHARDS=1",
+            f"--gin.SEQUENCE_LENGTH={LENGTH}",
+        ),
         "--workers=1",
         to="cache",
     )
@@ -131,7 +135,11 @@ def test_a_student_goes_on_from_a_converted_model(
         "--gin_file=data/pythia_pile.gin",
         f"--gin.PILE='{tmp_path / 'pile'}'",
         f"--gin.VOCABULARY='{pythia / 'vocabulary'}'",
-        *("--gin.pile.pile_files.shards=1", "--gin.SHARDS=1", f"--gin.SEQUENCE_LENGTH={LENGTH}"),
+        *(
+            "--gin.pile.pile_files.train_shards=1",
+            "--gin.SHARDS=1",
+            f"--gin.SEQUENCE_LENGTH={LENGTH}",
+        ),
         *("--workers=1", f"--output_dir={cache}"),
     ]
     assert main(prepare) == 0
