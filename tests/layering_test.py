@@ -14,7 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"main", "runtime"},
     "main": {"cli", "storage", "runtime"},
     "commands": {"cli", "evaluation", "planning", "reporting", "inference", "training"}
-    | {"preparation", "huggingface", "distill", "models", "data", "storage"},
+    | {"preparation", "huggingface", "distill", "models", "data", "storage", "runtime"},
     "cli": {"storage", "runtime"},
     "evaluation": {"inference", "training", "preparation", "distill", "models", "data", "storage"},
     "planning": {"training", "distill", "models", "data"},
