@@ -20,7 +20,7 @@ class Interrupted(RuntimeError):  # noqa: N818
 
 
 def nearest(name: str, known: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
-    """ " (nearest: …)" if a known name is close to `name`, else ""; `shown` has other words for it."""
+    """ " (nearest: …)" if a known name is like `name`, else ""; `shown` maps it to what to show."""
     for match in difflib.get_close_matches(name, list(known), n=1, cutoff=0.5):
         return f" (nearest: {match if shown is None else shown[match]})"
     return ""
