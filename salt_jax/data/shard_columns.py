@@ -25,10 +25,9 @@ def write_columns(file: ShardWriter, columns: Mapping[str, np.ndarray], dtype: n
     records_n = np.empty(len(next(iter(columns.values()))), dtype)
     for name, values_n in columns.items():
         records_n[name] = values_n
-    header, head = io.BytesIO(), np.lib.format.header_data_from_array_1_0(records_n)
-    np.lib.format.write_array_header_1_0(header, head)
-    file.write(header.getvalue())
-    file.write(records_n.view(np.uint8).data)
+    whole = io.BytesIO()
+    np.lib.format.write_array(whole, records_n, version=(3, 0), allow_pickle=False)
+    file.write(whole.getbuffer())
 
 
 class Column:

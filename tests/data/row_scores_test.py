@@ -3,13 +3,21 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salt_jax.data.row_scores import RowScores, Selection, targets_hash
+from salt_jax.data.row_scores import (
+    SUBSET,
+    TARGETS_HASH,
+    RowScores,
+    RowScoresWriter,
+    Selection,
+    targets_hash,
+)
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.storage.durable_files import write_text
@@ -90,6 +98,27 @@ def test_a_shard_opens_as_its_documentation_says(scores):
 def test_hundreds_of_columns_are_read(scores):
     written = scores(ks=tuple(range(1, 151)))
     assert written.column("median_drop_k150")[0:1] == SCORES[0]
+
+
+def test_a_score_may_have_any_name(tmp_path):
+    writer = RowScoresWriter(
+        tmp_path / "scores",
+        cache_digest="a" * 64,
+        split="train",
+        rows=1,
+        scorer=SCORER,
+        ks=(),
+        columns=(),
+        own_columns=("ω",),
+        shard_rows=1,
+    )
+    writer.begin()
+    [shard] = writer.shards.unfinished()
+    values = {"ω": np.float32([2]), SUBSET: np.uint16([0]), TARGETS_HASH: np.uint64([7])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        writer.write(shard, values, {"seconds": 1.0, "workers": 1})
+    assert writer.complete().column("ω")[0:1] == [2]
 
 
 def test_scores_of_format_version_2_are_read(scores):
