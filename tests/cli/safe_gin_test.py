@@ -227,7 +227,7 @@ def test_compiled_programs_are_ones_own(tmp_path: pathlib.Path) -> None:
         file.write_text(f"{text} = {value!r}\n")
         safe_gin.require_safe_file(str(file), find_gin_file)
     file.write_text(f"{text} = 'theirs'\n")
-    with pytest.raises(InputError, match=r"allows compilation_cache of Devices to be '~.* or ''"):
+    with pytest.raises(InputError, match=r"allows compilation_cache of Devices to be only '~.* or ''"):
         safe_gin.require_safe_file(str(file), find_gin_file)
 
 
@@ -266,7 +266,7 @@ def test_the_flag_of_a_setting_that_runs_code(
 ) -> None:
     typed = ["evaluate", "--safe_gin", "--task_folder=mine", f"--output_dir={tmp_path / 'out'}"]
     assert main(typed) == 2
-    assert "--safe_gin allows task_folder of FewShot to be None only" in (capsys.readouterr().err)
+    assert "--safe_gin allows task_folder of FewShot to be only None" in (capsys.readouterr().err)
 
 
 def test_commands_that_a_command_starts_are_asked_for_the_same(
