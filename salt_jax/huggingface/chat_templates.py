@@ -39,8 +39,12 @@ _RAISED = (
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template: its Jinja source, and the special tokens by their names in it
-    ({"bos_token": "<s>"})."""
+    """A model's chat template.
+
+    Attributes:
+      source: Its Jinja source.
+      tokens: The special tokens by their names in it, {"bos_token": "<s>"}.
+    """
 
     source: str
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)

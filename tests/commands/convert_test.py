@@ -301,7 +301,7 @@ def test_what_is_off_or_without_effect_is_taken(random_models: Any, tmp_path: pa
         ([], "neither is set"),
         (["--huggingface=x", "--model=y"], "both are set"),
         (["--huggingface=x", "--dtype=int8"], "dtype is 'int8'"),
-        (["--huggingface=x"], "huggingface is 'x', where no config.json is"),
+        (["--huggingface=x"], "huggingface is 'x', where there is no config.json"),
         (["--huggingface=hf:x"], "write hf:OWNER/NAME"),
         (["--huggingface=hf:x/y@a", "--revision=b"], "name one of them"),
         (["--model=y", "--revision=b"], "are for --huggingface"),

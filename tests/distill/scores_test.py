@@ -231,7 +231,7 @@ def test_what_is_no_score_is_named() -> None:
     for bad in ("median", Own, lambda tokens: tokens):
         with pytest.raises(InputError, match=r"set it to a list of scores, such as .@scores.Mean"):
             require_scores([bad])  # type: ignore[list-item]
-    with pytest.raises(InputError, match=r"highest needs depth; .* is loss, rank, entropy"):
+    with pytest.raises(InputError, match=r"highest needs depth; .* has loss, rank, entropy"):
         require_scores([Own(needs=("loss", "depth"))])
     with pytest.raises(InputError, match=r"highest is of shape \(\) for 3 rows; expected one"):
         row_scores({"loss": jnp.ones((3, 4))}, jnp.ones((3, 4)), [Own(axis=None)])
