@@ -227,7 +227,9 @@ def test_compiled_programs_are_ones_own(tmp_path: pathlib.Path) -> None:
         file.write_text(f"{text} = {value!r}\n")
         safe_gin.require_safe_file(str(file), find_gin_file)
     file.write_text(f"{text} = 'theirs'\n")
-    with pytest.raises(InputError, match=r"allows compilation_cache of Devices to be only '~.* or ''"):
+    with pytest.raises(
+        InputError, match=r"allows compilation_cache of Devices to be only '~.* or ''"
+    ):
         safe_gin.require_safe_file(str(file), find_gin_file)
 
 
