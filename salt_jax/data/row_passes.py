@@ -4,6 +4,7 @@ Shards are written first and kept if the pass is killed, then manifest.json and 
 manifest names the cache by its digest.
 """
 
+import abc
 import dataclasses
 import functools
 import json
@@ -53,7 +54,7 @@ class PassWriter:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowPass:
+class RowPass(abc.ABC):
     """A finished pass; make one with `open`.
 
     Attributes:
@@ -97,9 +98,9 @@ class RowPass:
         _ = opened.shards  # checks every file
         return opened
 
+    @abc.abstractmethod
     def checked_row_bytes(self) -> int:
         """Bytes per row in a shard, after checking the kind's own entries and files."""
-        raise NotImplementedError
 
     @property
     def rows(self) -> int:

@@ -12,11 +12,9 @@ import jax
 import numpy as np
 
 from salt_jax.data.features import Batch
-from salt_jax.distill import chunked_loss
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.inference.generation import padded_length
-from salt_jax.models import decoder
-from salt_jax.training import in_order, partitioning
+from salt_jax.training import in_order
 from salt_jax.training.finite import NotFiniteError
 
 _SHORTEST = 64  # the shortest padded length, tokens
@@ -101,13 +99,5 @@ def _ranks(
     examinee: Examinee, params: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, ...]:
     """−log p of each target and the number of more likely ids, [B, L] each."""
-    config = examinee.saved.config
-    return chunked_loss.target_ranks(
-        decoder.hidden_states(config, params, batch),
-        decoder.head_kernel(params, config),
-        batch["targets"],
-        batch["loss_weights"],
-        config.vocab_size or 0,
-        chunk_tokens=examinee.chunk_tokens,
-        sharding=partitioning.head_sharding(examinee.mesh, examinee.rules),
-    )
+    rows = examinee.mesh, examinee.rules, examinee.chunk_tokens
+    return in_order.ranks_of_batch(examinee.saved.config, params, batch, *rows)

@@ -12,7 +12,8 @@ import threading
 import time
 from typing import Any, Protocol
 
-from salt_jax.errors import INTERRUPTED, InputError
+from salt_jax.errors import INTERRUPTED
+from salt_jax.runtime import environment
 from salt_jax.runtime.output_streams import tell_at_once
 
 MISSING_SECONDS = "SALT_MISSING_SECONDS"
@@ -32,14 +33,7 @@ class Store(Protocol):
 def patience_seconds() -> float:
     """Seconds without a beat after which a process counts as missing: SALT_MISSING_SECONDS, or
     30."""
-    given = os.environ.get(MISSING_SECONDS) or "30"
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"{MISSING_SECONDS} is {given!r}, expected seconds above 0: correct it.")
-    return seconds
+    return environment.seconds(MISSING_SECONDS, "30")
 
 
 class Pulse:

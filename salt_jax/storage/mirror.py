@@ -17,6 +17,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 
 from salt_jax.errors import InputError, RunFailed
+from salt_jax.runtime import environment
 from salt_jax.storage.buckets import BucketError, RemoteFile, RemoteFolder, completes
 from salt_jax.storage.local_copies import Copied, Copy, FileState, copy_below, state_on_disk
 from salt_jax.storage.manifests import COMPLETED_FILE, DIGESTS_FILE
@@ -46,7 +47,7 @@ class Mirror:
         self._copy = Copy(self._folder, self.path)
         self._known: dict[str, Copied] = {}
         self._left_out: set[str] = set()
-        self._seconds = _seconds()
+        self._seconds = environment.seconds(SEND_SECONDS, "30")
         self._ended = threading.Event()
         self._sending = threading.Lock()
         self._failing = False
@@ -237,14 +238,3 @@ def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
         raise
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
-
-
-def _seconds() -> float:
-    given = os.environ.get(SEND_SECONDS) or "30"
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"{SEND_SECONDS} is {given!r}, expected seconds above 0: correct it.")
-    return seconds
