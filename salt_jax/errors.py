@@ -1,7 +1,8 @@
 """The exceptions that main.py turns into a message and an exit code, and helpers for messages."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 # Exit code: run the same command again.
 INTERRUPTED = 75
@@ -24,6 +25,20 @@ def nearest(name: str, known: Iterable[str], shown: Mapping[str, str] | None = N
     for match in difflib.get_close_matches(name, list(known), n=1, cutoff=0.5):
         return f" (nearest: {match if shown is None else shown[match]})"
     return ""
+
+
+@contextlib.contextmanager
+def needed_libraries(user: str, extra: str) -> Iterator[None]:
+    """Turns the ImportError of a library of an extra, which `user` needs, into an InputError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("salt_jax"):
+            raise
+        raise InputError(
+            f"{user} needs the library {error.name}, which is not installed: "
+            f"pip install 'salt_jax[{extra}]'."
+        ) from error
 
 
 def visible(text: str, kept: str = "") -> str:

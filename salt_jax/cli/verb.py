@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from salt_jax.errors import InputError
+from salt_jax.errors import needed_libraries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,6 @@ class Verb:
 
 def load_verb(name: str) -> Verb:
     """The verb of that name; InputError if a library that it needs is not installed."""
-    try:
+    with needed_libraries(f"`salt {name}`", "prepare"):
         verb: Verb = importlib.import_module(f"salt_jax.commands.{name}").VERB
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("salt_jax"):
-            raise
-        raise InputError(
-            f"`salt {name}` needs the library {error.name}, which is not installed: "
-            "pip install 'salt_jax[prepare]'."
-        ) from error
     return verb

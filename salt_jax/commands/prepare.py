@@ -18,7 +18,7 @@ from salt_jax.cli.verb import Verb
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
-from salt_jax.errors import InputError, require_counts
+from salt_jax.errors import InputError, needed_libraries, require_counts
 from salt_jax.preparation.cache_building import (
     Building,
     EmptySplit,
@@ -27,7 +27,6 @@ from salt_jax.preparation.cache_building import (
     work_of,
 )
 from salt_jax.preparation.corpora import Corpus, text_corpus
-from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.packing import Packing
 from salt_jax.preparation.registered_task import RegisteredTask
 from salt_jax.preparation.runners import LOCAL, JobRunner
@@ -166,7 +165,7 @@ def _corpus_and_vocabulary(
         return documents.task_corpus(task), documents.task_vocabulary(task, vocabulary), None
     assert vocabulary is not None, "refused before"
     task.refuse_equal_shards()
-    with needed_libraries():
+    with needed_libraries("This text", "prepare"):
         corpus = text_corpus(task)
         if isinstance(vocabulary, Vocabulary):
             return corpus, vocabulary, None
@@ -187,7 +186,7 @@ def _corpus_and_vocabulary(
 
 def _seqio_documents() -> types.ModuleType:
     """The module that reads registered tasks, imported late because it imports TensorFlow."""
-    with needed_libraries("A registered task"):
+    with needed_libraries("A registered task", "prepare"):
         return importlib.import_module("salt_jax.t5x.seqio_documents")
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, needed_libraries
 
 Scores = dict[str, float]
 
@@ -74,11 +74,6 @@ def _label(text: str) -> str:
 
 @functools.cache
 def _rouge_scorer() -> Any:
-    try:
+    with needed_libraries("The metric 'rouge'", "eval"):
         from rouge_score import rouge_scorer
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"The metric 'rouge' needs the library {error.name}, which is not installed: "
-            "pip install 'salt_jax[eval]'."
-        ) from error
     return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)

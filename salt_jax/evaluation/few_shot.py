@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salt_jax.errors import InputError, require_counts
+from salt_jax.errors import InputError, needed_libraries, require_counts
 from salt_jax.evaluation.answers import logged_answers
 from salt_jax.evaluation.examination import Examine, Examinee
 from salt_jax.inference.generation import Sampling
@@ -112,15 +112,8 @@ def _lm_eval_module(name: str) -> Any:
     """A module of this folder that needs lm-eval, which may not be installed."""
     if not os.environ.keys() & {"HF_HOME", "XDG_CACHE_HOME"}:  # read when it is imported
         os.environ["HF_HOME"] = str(cache_folder("huggingface", "HF_HOME"))
-    try:
+    with needed_libraries("--tasks", "eval"):
         return importlib.import_module(f"salt_jax.evaluation.{name}")
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("salt_jax"):
-            raise
-        raise InputError(
-            f"--tasks needs the library {error.name}, which is not installed: "
-            "pip install 'salt_jax[eval]'."
-        ) from error
 
 
 def _table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:

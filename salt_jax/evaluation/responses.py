@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.errors import InputError, nearest
+from salt_jax.errors import InputError, nearest, needed_libraries
 from salt_jax.evaluation.answer_metrics import METRICS
 from salt_jax.evaluation.answers import Decoding, logged_answers
 from salt_jax.evaluation.examination import Examine, Examinee
 from salt_jax.inference.generation import Sampling
-from salt_jax.preparation.mapping import needed_libraries
 from salt_jax.preparation.readers import Document
 from salt_jax.preparation.text_files import TextFiles
 from salt_jax.storage.durable_files import write_text
@@ -78,7 +77,7 @@ class Responses:
                 f"takes {max_length} tokens, prompt included: lower Responses.max_new_tokens."
             )
         files = self.examples if examinee.parse_special else self.examples.as_plain_text()
-        with needed_libraries():
+        with needed_libraries("This text", "prepare"):
             examples = list(files.documents("train"))
         if not examples:
             raise InputError(

@@ -4,15 +4,14 @@ Jobs are independent and idempotent, and run anywhere that sees the input files 
 each holds a block of a file and a block of tokens in memory.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
-from salt_jax.errors import InputError
+from salt_jax.errors import needed_libraries
 from salt_jax.preparation.corpora import TextUnit, Unit
 from salt_jax.preparation.local_runner import Progress
 from salt_jax.preparation.part_files import PartWriter, token_dtype
@@ -82,7 +81,10 @@ def map_unit(job: MapJob) -> Progress:
     subsets: dict[str, int] = {}
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
-    with whole_file(part_file(job.work, job.unit.name)) as file, needed_libraries():
+    with (
+        whole_file(part_file(job.work, job.unit.name)) as file,
+        needed_libraries("This text", "prepare"),
+    ):
         part = PartWriter(file, sum(job.buckets.values()), token_dtype(vocabulary.size))
         for document in job.unit.documents(vocabulary, log):
             split = document.split
@@ -135,15 +137,3 @@ def _vocabulary(folder: pathlib.Path, fingerprint: str) -> Vocabulary:
     vocabulary = load_vocabulary(folder)
     assert vocabulary.fingerprint == fingerprint, f"{folder} holds another vocabulary"
     return vocabulary
-
-
-@contextlib.contextmanager
-def needed_libraries(what: str = "This text") -> Iterator[None]:
-    """Turns the ImportError of a missing library that `what` needs into an InputError."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"{what} needs the library {error.name}, which is not installed: "
-            "pip install 'salt_jax[prepare]'."
-        ) from error
