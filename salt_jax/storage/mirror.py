@@ -167,7 +167,12 @@ class Mirror:
         with self._held(changed) as (folder, changed):
             # First remove leftovers of a partial upload of the checkpoint.
             anew = {_checkpoint_of(name) for name in changed}
-            stale = {name for name in self._left_out - now.keys() if _checkpoint_of(name) in anew}
+            left = self._left_out - now.keys()
+            stale = {name for name in left if _checkpoint_of(name) in anew}
+            # A run that has a new checkpoint has no other writer: what another left half-sent or
+            # half-removed goes too.
+            runs = {step.rpartition("/")[0] for step in anew - {""}}
+            half = {name for name in left if _checkpoint_of(name).rpartition("/")[0] in runs}
             marks = [name for name in changed if completes(name) and name in known]
             marks += [name for name in gone if name.rpartition("/")[2] == COMPLETED_FILE]
             known |= {name: Copied(None, now.get(name, ())) for name in (*changed, *gone)}
@@ -176,10 +181,10 @@ class Mirror:
             self._folder.put(folder, changed)
         there = self._folder.files()
         known |= {name: Copied(there.get(name), now[name]) for name in changed}
-        self._folder.remove(gone)  # after a checkpoint that replaces them
+        self._folder.remove({*gone, *(half - stale)})  # after a checkpoint that replaces them
         for name in gone:
             del known[name]
-        self._left_out -= stale
+        self._left_out -= half
         self._copy.note(known)
 
     def _unsent(self, now: Mapping[str, FileState]) -> list[str]:

@@ -186,6 +186,23 @@ def test_a_checkpoint_that_was_sent_in_part_is_passed_over_until_it_is_sent_anew
     assert bucket.names(f"{PLACE}/checkpoints/20") == {"params/p", "digests.json"}
 
 
+def test_a_checkpoint_that_a_kill_left_half_removed_goes_with_the_next(bucket):
+    for name in ("10/params/half", "20/params/p", "20/digests.json"):
+        bucket.objects[f"{PLACE}/checkpoints/{name}"] = b"old"
+    bucket.objects[f"{PLACE}/other/checkpoints/5/params/half"] = b"of another run"
+    with mirrored() as path:
+        write(path / "metrics.jsonl", "1")
+    assert "checkpoints/10/params/half" in held(bucket)  # perhaps its writer's, still
+    with mirrored() as path:
+        for name in ("params/p", "digests.json"):
+            write(path / "checkpoints/30" / name, "new")
+    assert held(bucket).keys() == {
+        *("checkpoints/20/params/p", "checkpoints/20/digests.json", "metrics.jsonl"),
+        *("checkpoints/30/params/p", "checkpoints/30/digests.json"),
+        "other/checkpoints/5/params/half",
+    }
+
+
 def test_an_empty_bucket_where_much_was_sent_is_another_one(bucket):
     with mirrored() as path:
         write(path / "metrics.jsonl", "1")
