@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"storage", "runtime"},
     "evaluation": {"inference", "training", "preparation", "distill", "models", "data", "storage"},
     "planning": {"training", "distill", "models", "data"},
-    "reporting": {"distill", "data", "storage"},
+    "reporting": {"evaluation", "distill", "data", "storage"},
     "inference": {"training", "distill", "models", "data", "storage"},
     "training": {"huggingface", "distill", "models", "data", "storage", "runtime"},
     "tasks": {"t5x", "preparation", "distill", "data"},

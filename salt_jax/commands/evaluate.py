@@ -1,18 +1,22 @@
 """`salt evaluate`: held-out rows, few-shot tasks of lm-eval, and a model's responses to prompts.
 
     salt evaluate --model=out/salt --cache=out/cache --output_dir=out/test
+    salt evaluate --model=out/salt --compare=out/baseline --cache=out/cache --output_dir=out/paired
     salt evaluate --model=out/salt --tasks=gsm8k --tasks=ai2_arc --shots=5 --output_dir=out/few_shot
     salt evaluate --model=out/salt --tasks=salt_suite --output_dir=out/suite
     salt evaluate --model=out/tuned --gin_file=data/responses.gin … --output_dir=out/answers
     salt evaluate --list_tasks=True
 
 There are three kinds of evaluation, which can be combined in one run. Held-out rows (--cache) give
-log-perplexity, bits per byte and next-token accuracy, in total and by subset. Tasks (--tasks) are
+log-perplexity, bits per byte and next-token accuracy, in total and by subset; --compare=RUN adds
+the difference to another model on the same tokens, with 95% intervals by bootstrap over documents,
+by subset and by position in the row, and --slm=RUN by how hard that model finds a token. Tasks are
 those of lm-evaluation-harness or of a folder of YAML files in its format; salt_suite are those of
 the SALT paper. Responses (data/responses.gin) are generated and compared with a file's. A killed
 evaluation resumes: no task's answer and no response is computed twice.
 """
 
+import dataclasses
 from typing import Any
 
 from salt_jax.cli.verb import Verb
@@ -74,6 +78,10 @@ def evaluate(
         return
     if model is None:
         raise InputError("model is not set: add --model=VALUE.")
+    if held_out.compare is not None:
+        held_out = dataclasses.replace(held_out, compare=local_model(held_out.compare))
+    if held_out.slm is not None:
+        held_out = dataclasses.replace(held_out, slm=local_model(held_out.slm))
     asked: list[Examination] = [held_out] if held_out.cache is not None else []
     asked += [responses] if responses is not None else []
     asked += [few_shot] if few_shot.is_asked else []

@@ -1,7 +1,8 @@
 """`salt report RUN…`: one self-contained page of plots and tables from any runs.
 
-It reads output folders of `salt train`, `salt score` and `salt select`, finished or still going,
-and writes index.html, its plots as PNG files, and summary.json with the same results as numbers.
+It reads output folders of `salt train`, `salt score`, `salt select` and `salt evaluate --compare`,
+finished or still going, and writes index.html, its plots as PNG files, and summary.json with the
+same results as numbers.
 """
 
 import datetime
@@ -33,11 +34,12 @@ def report(
 
     Arms of one model size are compared; a run of another size, such as the SLM, is drawn faintly
     for reference. A folder of scores adds their distribution, a folder of selected rows the cut in
-    it. A report may be made again into the same folder.
+    it, a paired comparison its differences. A report may be made again into the same folder.
 
     Args:
       run: The folder the page is written to.
-      runs: Output folders of `salt train`, `salt score` and `salt select`, in any order.
+      runs: Output folders of `salt train`, `salt score`, `salt select` and
+        `salt evaluate --compare`, in any order.
       title: The page's title.
       charge_teacher_training: Count the cost of training an arm's teacher as the arm's own; by
         default it is shown beside the arms and not charged.
@@ -77,6 +79,7 @@ def _origins(material: Material) -> list[tuple[str, Origin]]:
         *((one.label, one.origin) for one in material.runs),
         *((f"scores: {one.name}", one.origin) for one in material.scores),
         *((f"selection: {one.name}", one.origin) for one in material.selections),
+        *((f"comparison: {one.name}", one.origin) for one in material.comparisons),
     ]
 
 

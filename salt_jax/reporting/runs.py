@@ -18,6 +18,7 @@ import pandas as pd
 from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, visible
+from salt_jax.evaluation.paired_comparison import Difference, differences_from_json
 from salt_jax.storage.json_files import parse_json, read_json_object, require_shape
 from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.manifests import MANIFEST_FILE
@@ -200,6 +201,19 @@ class SelectionFolder:
         return bool(self.selection.manifest["how"].get("stratified"))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ComparisonFolder:
+    """A folder of `salt evaluate --compare`: which models, and differences by kind and group."""
+
+    origin: Origin
+    title: str
+    differences: Mapping[str, Mapping[str, Difference]]
+
+    @property
+    def name(self) -> str:
+        return self.origin.name
+
+
 @dataclasses.dataclass(frozen=True)
 class Material:
     """Everything that a report is made from."""
@@ -207,10 +221,11 @@ class Material:
     runs: tuple[TrainRun, ...]
     scores: tuple[ScoreFolder, ...]
     selections: tuple[SelectionFolder, ...]
+    comparisons: tuple[ComparisonFolder, ...] = ()
 
 
 def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
-    """Reads folders of `salt train`, `salt score` and `salt select`, in any order.
+    """Reads folders of `salt train`, `score`, `select` and `evaluate --compare`, in any order.
 
     Raises:
       InputError: No folder, the same folder twice, or one that is none of these.
@@ -229,14 +244,17 @@ def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
         runs=_labelled([found for found in read if isinstance(found, TrainRun)]),
         scores=tuple(found for found in read if isinstance(found, ScoreFolder)),
         selections=tuple(found for found in read if isinstance(found, SelectionFolder)),
+        comparisons=tuple(found for found in read if isinstance(found, ComparisonFolder)),
     )
 
 
-def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
+def read_folder(
+    path: pathlib.Path,
+) -> TrainRun | ScoreFolder | SelectionFolder | ComparisonFolder:
     """Reads one folder.
 
     Raises:
-      InputError: No such folder, not one of these three verbs', or malformed files.
+      InputError: No such folder, not one of these verbs', or malformed files.
     """
     if not path.is_dir():
         raise InputError(f"There is no folder {path}: name the output folder of a run.")
@@ -252,12 +270,16 @@ def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
         audit = path / AUDIT_FILE
         found = read_json_object(audit, _WHOLE) if audit.exists() else None
         return SelectionFolder(origin, Selection.open(path), found)
+    if origin.verb == "evaluate" and (path / SUMMARY_FILE).exists():
+        comparison = read_json_object(path / SUMMARY_FILE, _WHOLE).get("comparison")
+        if isinstance(comparison, dict):
+            return _comparison(origin, comparison)
     what = f"a run of `salt {origin.verb}`" if origin.verb else "no run"
     below = sorted(found.parent.name for found in path.glob(f"*/{RUN_FILE}"))
     hint = f" (it has folders of runs in it, give those: {', '.join(below[:8])})" if below else ""
     raise InputError(
         f"The folder {path} holds {what}: `salt report` takes output folders of `salt train`, "
-        f"`salt score` and `salt select`{hint}."
+        f"`salt score`, `salt select` and `salt evaluate --compare`{hint}."
     )
 
 
@@ -315,6 +337,17 @@ def _train_run(origin: Origin) -> TrainRun:
         teacher=_teacher(facts),
         skipped_lines=skipped_lines,
     )
+
+
+def _comparison(origin: Origin, comparison: Mapping[str, Any]) -> ComparisonFolder:
+    try:
+        found = differences_from_json(comparison)
+    except ValueError as error:
+        raise InputError(
+            f"The comparison in {origin.path / SUMMARY_FILE} is malformed ({error}): evaluate "
+            "again."
+        ) from error
+    return ComparisonFolder(origin, str(comparison.get("title", origin.name)), found)
 
 
 def _frame(rows: Mapping[float, Mapping[str, float]], columns: Sequence[str]) -> pd.DataFrame:

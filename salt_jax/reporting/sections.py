@@ -11,7 +11,8 @@ import pandas as pd
 
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, nearest
-from salt_jax.reporting import costs, plots, seeds, selection_audit, stability, tables
+from salt_jax.evaluation import paired_comparison
+from salt_jax.reporting import costs, paired, plots, seeds, selection_audit, stability, tables
 from salt_jax.reporting.comparison import (
     AXES,
     Axis,
@@ -137,6 +138,14 @@ def compose(
         sections += _curve_sections({run.label: [run] for run in alone}, [], looks, {}, "")
     if runs:
         sections += _run_sections(runs, charge_teacher_training)
+    sections += [
+        Section(
+            f"Paired comparison: {pair.name}",
+            tables=[paired_comparison.difference_table(pair.differences, pair.title)],
+            plots=[paired.comparison_plot(pair)],
+        )
+        for pair in material.comparisons
+    ]
     if material.scores or material.selections:
         sections.append(_score_section(material.scores, material.selections))
     for selected in material.selections:

@@ -1,5 +1,6 @@
 """The page: self-contained, escaped, and shown by a real browser where there is one."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from salt_jax.errors import InputError
+from salt_jax.evaluation.paired_comparison import Tokens, differences, differences_to_json
 from salt_jax.reporting import page
 from salt_jax.reporting.runs import read_folders
 from salt_jax.reporting.sections import compose
@@ -101,6 +104,24 @@ def test_folders_whose_names_are_no_unicode_make_a_page(tmp_path, folders):
 def test_scores_alone_make_a_page(tmp_path, folders):
     folders.scores(tmp_path / "scores", rows=100)
     assert "Scores of rows" in rendered([tmp_path / "scores"])
+
+
+def test_a_paired_comparison_is_drawn(tmp_path, folders):
+    tokens = Tokens(
+        np.random.default_rng(0).gamma(2.0, size=(2, 80)).astype(np.float32),
+        *(np.repeat(np.arange(10), 8), np.repeat([0, 1], 40), np.tile(np.arange(8), 10)),
+    )
+    masks = {"all": {"all": tokens.pieces >= 0}, "by_subset": {"prose": tokens.subsets == 0}}
+    found = differences_to_json(differences(tokens, masks))
+    (tmp_path / "run.json").write_text('{"verb": "evaluate"}')
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({"comparison": {"title": "a compared with b", **found}}))
+    page = rendered([tmp_path])
+    for shown in ("a compared with b", "subset: prose", f"{found['all']['all']['mean']:+.4f}"):
+        assert shown in page
+    summary.write_text(json.dumps({"comparison": {"all": {"all": {"mean": "x"}}}}))
+    with pytest.raises(InputError, match="malformed"):
+        read_folders([tmp_path])
 
 
 def test_a_selection_is_drawn_in_its_own_scores_only(tmp_path, folders):

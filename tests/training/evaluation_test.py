@@ -22,6 +22,7 @@ from salt_jax.errors import InputError
 from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.models import decoder
 from salt_jax.storage.run_folder import RunFolder
+from salt_jax.training import checkpoints
 from salt_jax.training.bigram import bigram_log_perplexity
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices
@@ -78,6 +79,53 @@ def test_evaluation_equals_numpy(
     cost = Cost.of(find_model(slm, None, "model").config, 10, cache.sequence_length)
     assert (summary["flops"], summary["tokens"]) == (cost.flops, cost.tokens)
     assert summary["seconds"] > 0
+
+
+def test_a_comparison_with_an_earlier_checkpoint_equals_numpy(
+    slm: pathlib.Path, cache: PackedCache, tmp_path: pathlib.Path
+) -> None:
+    early = min(checkpoints.complete_steps(slm))
+    evaluate(
+        RunFolder(tmp_path, "evaluate"),
+        model=str(slm),
+        held_out=HeldOut(
+            str(cache.path),
+            "validation",
+            compare=str(slm),
+            compare_step=early,
+            slm=str(slm),
+            slm_step=early,
+        ),
+        batch_size=8,
+        devices=Devices(compilation_cache=""),
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    found = summary["comparison"]
+    losses = []
+    for step in (None, early):
+        batch, log_p_BxLxV = log_p(slm, cache, "validation", step)
+        losses.append(-np.take_along_axis(log_p_BxLxV, batch["targets"][..., None], -1)[..., 0])
+    d_BxL, counts_BxL = losses[0] - losses[1], batch["loss_weights"] > 0
+    whole = found["all"]["all"]
+    assert whole["mean"] == pytest.approx(d_BxL[counts_BxL].mean(), rel=1e-4)
+    assert whole["low"] < whole["mean"] < whole["high"] < 0
+    segments = batch["row_id"][:, None] * 1000 + batch["segment_ids"]
+    assert whole["pieces"] == len(np.unique(segments[counts_BxL]))
+    for index, name in enumerate(cache.subsets):
+        mask_BxL = counts_BxL & (batch["subset"] == index)[:, None]
+        assert found["by_subset"][name]["mean"] == pytest.approx(d_BxL[mask_BxL].mean(), rel=1e-4)
+    eighth_L = np.arange(cache.sequence_length) * 8 // cache.sequence_length
+    last_BxL = counts_BxL & (eighth_L == 7)
+    assert found["by_position"]["8 of 8"]["mean"] == pytest.approx(d_BxL[last_BxL].mean(), rel=1e-4)
+    easy, hard = (
+        losses[1][counts_BxL][np.argsort(losses[1][counts_BxL])[part]].mean()
+        for part in (slice(20), slice(-20, None))
+    )
+    assert easy < hard
+    assert len(found["by_decile"]) == 10
+    tokens = [each["tokens"] for each in found["by_decile"].values()]
+    assert sum(tokens) == whole["tokens"]
+    assert max(tokens) - min(tokens) <= 6  # equal losses share a decile
 
 
 def _bytes(cache: PackedCache, targets_BxL: np.ndarray, weights_BxL: np.ndarray) -> int:
