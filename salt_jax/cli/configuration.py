@@ -41,11 +41,8 @@ _OWN_TO_A_PROCESS = ("compilation_cache", "read_threads", "hang_seconds", "worke
 
 def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
     """Reads a command line's gin files, bindings and flags; returns the verb, ready to call.
-
-    Raises:
-      InputError: An unknown name, a missing setting or file, a value of the wrong type, or invalid
-        gin syntax.
-    """
+    InputError for an unknown name, a missing setting or file, a wrong type, or invalid gin
+    syntax."""
     gin.clear_config()
     # gin has no public call to clear these lists. Its default second reader searches Python
     # packages, and takes a folder in the working directory for one.

@@ -181,17 +181,9 @@ def _link(setting: Setting, instead_of_none: bool = False) -> Iterator[str]:
 def bindings_of(
     function: Callable[..., Any], name: str, values: Sequence[str], macros: Collection[str] = ()
 ) -> Iterator[str]:
-    """gin source for a flag --name=VALUE, which may be repeated.
-
-    Args:
-      function: The verb's function.
-      name: "cache", or "teacher.step".
-      values: The flag's values as typed.
-      macros: Macros that gin files set, to suggest for a misspelt name.
-
-    Raises:
-      InputError: The name is unknown or ambiguous, or the value is missing.
-    """
+    """gin source for a flag --name=VALUE ("cache", "teacher.step"), which may be repeated;
+    `macros`, set by gin files, are suggested for a misspelt name. InputError if the name is unknown
+    or ambiguous, or the value is missing."""
     every = {setting.path: setting for setting in settings_of(function) if setting.path}
     setting = every[_find(name, every, macros, function.__name__)]
     is_plain = values[-1] != "None" and not _REFERENCE.fullmatch(values[-1])

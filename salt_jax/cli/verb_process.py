@@ -51,11 +51,8 @@ def run_verb(
 
 
 def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
-    """Checks the flags, gin files and settings of commands, in one child process, without running
-    them.
-
-    Args:
-      commands: VERB and its flags, by the name to use in messages.
+    """Checks flags, gin files and settings of commands (VERB and its flags, by a name for messages)
+    in a child process, without running them.
 
     Raises:
       InputError: The first wrong command's name and error.
@@ -84,12 +81,9 @@ def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
 
 
 def run_guarded(argv: Sequence[str]) -> tuple[int, str]:
-    """Runs `salt ARGV` in a child process, which jax may abort when the coordinator dies.
-
-    Returns:
-      Its exit code, negative for the signal that ended it; and the coordinator's host, "" if the
-      child never learned it.
-    """
+    """Runs `salt ARGV` in a child process, which jax may abort when the coordinator dies; returns
+    its exit code, negative for the signal that ended it, and the coordinator's host, "" if it is
+    unknown."""
     command = [sys.executable, "-P", "-m", "salt_jax", *argv]
     read, write = os.pipe()
     with open(read, "rb", buffering=0) as told, open(write, "wb", buffering=0):

@@ -177,13 +177,8 @@ class StoredLabels(RowPass):
         return labels
 
     def require_fit(self, *, temperature: float, k: int, selection_digest: str | None) -> None:
-        """Refuses labels whose split, temperature, selection or number of ids don't fit stage 1.
-
-        Args:
-          temperature: LossConfig.teacher_temperature.
-          k: LossConfig.teacher_top_k.
-          selection_digest: The selection that stage 1 reads; None for all rows.
-        """
+        """Refuses labels whose split, temperature (LossConfig.teacher_temperature), number of ids
+        (teacher_top_k) or selection (None for all rows) don't fit stage 1."""
         manifest = self.manifest
         if manifest["split"] != "train":
             raise InputError(

@@ -28,13 +28,8 @@ class Decoding:
 
 
 class Answers:
-    """The answers of one model.
-
-    Args:
-      examinee: The model.
-      log: The request log of this model and `prepend_start`, already entered.
-      prepend_start: Whether the vocabulary's start comes before every prompt that is continued.
-    """
+    """The answers of one model, kept in its request log, already entered; `prepend_start` says
+    whether the vocabulary's start comes before every prompt that is continued."""
 
     def __init__(self, examinee: Examinee, log: RequestLog, prepend_start: bool = True) -> None:
         self._log, self._params, self._prepend_start = log, examinee.params, prepend_start

@@ -68,8 +68,5 @@ class Examination(Protocol):
     """A way to evaluate a model: a group of settings of `salt evaluate`."""
 
     def prepare(self, examinee: Examinee) -> Examine:
-        """Checks settings and input without writing anything; returns the function to run.
-
-        Raises:
-          InputError: Bad settings or bad input.
-        """
+        """Checks settings and input (InputError) without writing anything; returns the function to
+        run."""

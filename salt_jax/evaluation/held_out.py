@@ -32,11 +32,7 @@ class HeldOut:
         require_counts(rows=self.rows)
 
     def prepare(self, examinee: Examinee) -> Examine:
-        """See `Examination`.
-
-        Raises:
-          InputError: No such cache or split, or another vocabulary.
-        """
+        """See `Examination`; InputError for no such cache or split, or another vocabulary."""
         cache = PackedCache.open(self.cache or "")
         require_fit(examinee.saved, cache, "model")
         whole = len(cache.split(self.split))

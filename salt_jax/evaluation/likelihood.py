@@ -39,10 +39,7 @@ class Scorer:
 
         Yields:
           A batch's results by index: the log-likelihood of the scored tokens, in nats, and whether
-          each of them is a most likely one.
-
-        Raises:
-          InputError: A log-likelihood is not finite.
+          each of them is a most likely one. InputError if a log-likelihood is not finite.
         """
         by_length: dict[int, list[int]] = {}
         for index, (ids, _) in enumerate(sequences):

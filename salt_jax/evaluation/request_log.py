@@ -12,12 +12,11 @@ from typing import Any
 
 
 class RequestLog:
-    """Answers by key, on disk as soon as they are added; a context manager.
-
-    Truncated and malformed lines are dropped.
+    """Answers by key, on disk as soon as they are added; a context manager. Truncated and malformed
+    lines are dropped.
 
     Args:
-      path: The file; `__enter__` makes it, in a folder that exists.
+      path: The file, in a folder that exists.
       context: What every answer depends on, such as the model's digest.
     """
 

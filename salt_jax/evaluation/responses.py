@@ -64,11 +64,8 @@ class Responses:
             raise InputError("One of Responses.stop_texts is empty: leave it out.")
 
     def prepare(self, examinee: Examinee) -> Examine:
-        """See `Examination`.
-
-        Raises:
-          InputError: Bad examples, a model without its vocabulary, or one too short for a response.
-        """
+        """See `Examination`; InputError for bad examples, a model without its vocabulary, or one
+        too short for a response."""
         max_length = examinee.saved.config.max_length
         room = max_length - 1 - self.max_new_tokens  # 1 for the start
         if room < 1:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from salt_jax import __version__
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts
-from salt_jax.data.packed_cache import SPLITS, PackedCacheWriter, begin_cache
+from salt_jax.data.packed_cache import SPLITS, begin_cache, finish_cache
 from salt_jax.data.row_records import LARGEST_SUBSET
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
 from salt_jax.errors import InputError
@@ -186,15 +186,11 @@ class Building:
             record.unlink()
 
     def build(self, runner: JobRunner, require_space: Callable[[int, str], None]) -> None:
-        """Does the remaining work; call `begin` first.
-
-        Args:
-          runner: Runs the jobs.
-          require_space: Called with the bytes about to be written and their purpose.
+        """Does the remaining work; call `begin` first. `require_space` is called with the bytes
+        about to be written and their purpose.
 
         Raises:
-          InputError: Malformed text; a split without documents; too many subsets; a file that
-            changed.
+          InputError: Malformed text; an empty split; too many subsets; a file that changed.
         """
         units = self._map(runner)
         settings = self._merge_settings(units)
@@ -309,18 +305,15 @@ class Building:
             recorded["long_documents"] = {"handling": handling, "by_split": too_long}
         if lost := sum(unit.lost_characters for unit in units.values()):
             recorded["lost_characters"] = lost
-        writer = PackedCacheWriter(
+        finish_cache(
             self.folder,
+            {split: (written, documents[split]) for split, written in shards.items()},
             vocabulary=self.vocabulary,
             sequence_length=self.packing.sequence_length,
             subsets=settings.subsets,
-            settings=recorded,
             sources=[sources[path].as_source() for path in sorted(sources)],
-            begun=True,
+            **recorded,
         )
-        for split, written in shards.items():
-            writer.add_split(split, written, documents[split])
-        writer.finish()
         discard_work(self.folder)
 
     def _nothing_left(self, split: str, too_long: int) -> str:

@@ -58,14 +58,8 @@ class Unit(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TextUnit:
-    """Some text files of one split; a `Unit`.
-
-    Attributes:
-      name: The name of its part file.
-      split: The split whose files these are; held-out documents come from train's files.
-      text: The corpus.
-      paths: The files, in order.
-    """
+    """Some text files of one split, in order; a `Unit`. Held-out documents come from train's
+    files."""
 
     name: str
     split: str

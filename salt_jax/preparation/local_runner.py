@@ -33,20 +33,8 @@ def run_locally(
     done: int,
     workers: int | None = None,
 ) -> None:
-    """Calls the function with each job.
-
-    Args:
-      function: An importable function.
-      jobs: Its arguments.
-      title: What the jobs are, for the terminal.
-      done: How many were finished before.
-      workers: Processes; 1 runs the jobs in this process, None means one per usable core.
-
-    Raises:
-      Interrupted: A stop signal arrived while worker processes ran.
-      RunFailed: A process was killed.
-      Any error of the function.
-    """
+    """Calls the function with each job, in `workers` processes (1: in this one; None: one per
+    usable core); see `JobRunner.run`."""
     workers = min(workers or _usable_cores(), len(jobs))
     with ProgressBar(title, done + len(jobs), done) as display:
         if done and jobs:

@@ -71,13 +71,8 @@ class MergeJob:
 
 
 class MergedBucket(NamedTuple):
-    """The record of a merged bucket.
-
-    Attributes:
-      shard: The shard's counts; None if the bucket has no documents.
-      documents: Document counts by subset.
-      long_documents: Documents dropped or cut because they are longer than a row.
-    """
+    """The record of a merged bucket: its shard (None without documents), document counts by subset,
+    and how many documents were dropped or cut because they are longer than a row."""
 
     shard: ShardCounts | None
     documents: Mapping[str, DocumentCounts]
@@ -140,14 +135,8 @@ def merged_bucket(job: MergeJob) -> MergedBucket | None:
 def write_shared_texts(
     settings: MergeSettings, split: str, keepers: Iterable[str], units: Sequence[str]
 ) -> None:
-    """Writes the sorted digests of the texts that other splits keep.
-
-    Args:
-      settings: The common settings.
-      split: The split that leaves these texts out.
-      keepers: The splits that keep them.
-      units: Names of the units with documents of the keepers.
-    """
+    """Writes the sorted digests of the texts of a split that the splits `keepers` keep, from the
+    units that have documents of those."""
     first, total = first_buckets(settings.buckets), sum(settings.buckets.values())
     dtype = token_dtype(settings.vocabulary_size)
     digests = [

@@ -25,15 +25,10 @@ def own_text(
     piece_bytes: int | None = None,
     skip_broken_lines: bool = False,
 ) -> TextFiles:
-    """This machine's own text, or the files that SALT_TEXT names.
+    """This machine's own text, or the files that SALT_TEXT names; settings as of TextFiles.
 
-    Args:
-      max_bytes: See TextFiles.
-      validation_fraction: See TextFiles.
-      test_fraction: See TextFiles.
-      piece_bytes: See TextFiles. By default 1/200 of the text, 200 to 20,000 bytes, so that parts
-        of a few long files can be held out.
-      skip_broken_lines: See TextFiles.
+    By default piece_bytes is 1/200 of the text, 200 to 20,000 bytes, so that parts of a few long
+    files can be held out.
     """
     library = sysconfig.get_path("stdlib")
     given = os.environ.get(TEXT_VARIABLE)

@@ -83,8 +83,8 @@ class Template:
         """The row's prompt and response.
 
         Raises:
-          Unfit: A field is missing, not a string, or not among its `words`.
-          NoResponse: There is a prompt and the response is empty.
+          Unfit: A field is missing, not a string, or not among its `words`; or NoResponse: the
+            response is empty.
         """
         if self.chat is not None:
             return _conversation(self.chat, row.get(self.fields[0]))

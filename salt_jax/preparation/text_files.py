@@ -153,11 +153,8 @@ class TextFiles:
 
     def documents(self, split: str, log: ReadingLog | None = None) -> Iterator[Document]:
         """The split's non-empty documents, in a fixed order; `log` records the files' digests and
-        the lines skipped.
-
-        Raises:
-          InputError: See `files` and `read_documents`; or a subset name is not allowed.
-        """
+        the lines skipped. InputError as `files` and `read_documents`, or if a subset name is not
+        allowed."""
         for document in self.read(self.files(split), log):
             if self.split_of(document.whole, split) == split:
                 yield document

@@ -210,11 +210,8 @@ class Material:
 
 
 def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
-    """Reads folders of `salt train`, `salt score` and `salt select`, in any order.
-
-    Raises:
-      InputError: No folder, the same folder twice, or one that is none of these.
-    """
+    """Reads folders of `salt train`, `salt score` and `salt select`, in any order; InputError for
+    none, the same one twice, or another kind."""
     folders = [
         local_folder(path, lambda name: not name.startswith("checkpoints/")) for path in paths
     ]
@@ -233,11 +230,8 @@ def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
 
 
 def read_folder(path: pathlib.Path) -> TrainRun | ScoreFolder | SelectionFolder:
-    """Reads one folder.
-
-    Raises:
-      InputError: No such folder, not one of these three verbs', or malformed files.
-    """
+    """Reads one folder; InputError if it doesn't exist, is not of these three verbs, or has
+    malformed files."""
     if not path.is_dir():
         raise InputError(f"There is no folder {path}: name the output folder of a run.")
     origin = _origin(path)

@@ -88,12 +88,8 @@ def common_values(runs: Sequence[TrainRun]) -> dict[Axis, float]:
 
 
 def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[ArmOverSeeds, ...]:
-    """Every arm of a group over its seeds, in the order given.
-
-    Args:
-      runs: The runs of one group; unfinished ones are skipped.
-      reference: The arm to compare with; if it is missing there are no differences.
-    """
+    """Every arm of a group over its seeds, in the order given; unfinished runs are skipped, and
+    without the reference there are no differences."""
     arms = by_arm(runs)
     ends = {arm: {seed: run.final for seed, run in own.items()} for arm, own in arms.items()}
     readings = {

@@ -28,15 +28,7 @@ from salt_jax.t5x.text_tasks import TextFilesSource
 
 @dataclasses.dataclass(frozen=True)
 class TaskUnit:
-    """A shard of a SeqIO task's source; a `corpora.Unit`.
-
-    Attributes:
-      name: The name of its part file.
-      split: The split.
-      task: The task.
-      shard: Index of the shard.
-      shards: Shards of the split.
-    """
+    """The shard of a split of a SeqIO task's source; a `corpora.Unit`."""
 
     name: str
     split: str
