@@ -21,15 +21,18 @@ import measurement
 import numpy as np
 
 from salt_jax.data import denoisers, features
+from salt_jax.data.cache_shards import cache_shard, write_shard
 from salt_jax.data.input_pipeline import InputPipeline
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.packed_cache import PackedCache, begin_cache, finish_cache
 from salt_jax.data.row_order import RowOrder
+from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import flops
 
 LENGTH, BATCH = 1280, 64
 LATE_STEP = 1_000_000
+SHARDS = 8
 # 1.0B parameters with 32,000 ids.
 STUDENT = DecoderConfig(
     embed_dim=2048, num_layers=18, num_heads=16, mlp_dim=5632, vocab_size=32_000, max_length=LENGTH
@@ -39,9 +42,9 @@ STUDENT = DecoderConfig(
 def write_cache(folder: pathlib.Path, rows: int) -> None:
     """Writes rows of random bytes, two documents each."""
     # 32,000 ids, so that a token takes two bytes as with a real vocabulary.
-    writer = PackedCacheWriter(
-        folder, vocabulary=ByteVocabulary(reserved=31_000), sequence_length=LENGTH, shards=8
-    )
+    vocabulary = ByteVocabulary(reserved=31_000)
+    begin_cache(folder)
+    form, written = RecordFormat(LENGTH, vocabulary.size), {}
     rng = np.random.default_rng(0)
     segments = np.where(np.arange(LENGTH) < LENGTH // 3, 1, 2)
 
@@ -49,8 +52,12 @@ def write_cache(folder: pathlib.Path, rows: int) -> None:
         targets = rng.integers(3, 31_000, size=LENGTH).astype(np.int32)
         return features.make_row(targets, np.ones(LENGTH, np.float32), segments, 0)
 
-    writer.write_split("train", (row() for _ in range(rows)), num_rows=rows)
-    writer.finish()
+    for shard in range(SHARDS):
+        file = cache_shard(folder, "train", shard, SHARDS)
+        own = (row() for _ in range(rows * shard // SHARDS, rows * (shard + 1) // SHARDS))
+        counts = write_shard(file, own, form, ("text",), folder / "rows.tmp")
+        written[f"train/{file.name}"] = counts
+    finish_cache(folder, {"train": (written, {})}, vocabulary=vocabulary, sequence_length=LENGTH)
 
 
 OBJECTIVES = {

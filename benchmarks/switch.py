@@ -31,7 +31,9 @@ import numpy as np
 
 from salt_jax.commands.train import train
 from salt_jax.data import features
-from salt_jax.data.packed_cache import PackedCacheWriter
+from salt_jax.data.cache_shards import cache_shard, write_shard
+from salt_jax.data.packed_cache import begin_cache, finish_cache
+from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.models.decoder import DecoderConfig
@@ -47,9 +49,8 @@ EVALUATED_ROWS = 16
 def write_cache(folder: pathlib.Path, rows: int, length: int) -> None:
     """Writes a packed cache of random bytes, one document per row."""
     vocabulary = ByteVocabulary()
-    writer = PackedCacheWriter(
-        folder, vocabulary=vocabulary, sequence_length=length, subsets=("bytes",), shards=1
-    )
+    begin_cache(folder)
+    form, splits = RecordFormat(length, vocabulary.size), {}
     random = np.random.default_rng(0)
     ones = np.ones(length)
     for split, count in (("train", rows), ("validation", EVALUATED_ROWS), ("test", EVALUATED_ROWS)):
@@ -62,8 +63,11 @@ def write_cache(folder: pathlib.Path, rows: int, length: int) -> None:
             )
             for _ in range(count)
         ]
-        writer.write_split(split, made, num_rows=count)
-    writer.finish()
+        file = cache_shard(folder, split, 0, 1)
+        counts = write_shard(file, made, form, ("bytes",), folder / "rows.tmp")
+        splits[split] = {f"{split}/{file.name}": counts}, {}
+    about = {"vocabulary": vocabulary, "sequence_length": length, "subsets": ("bytes",)}
+    finish_cache(folder, splits, **about)
 
 
 @contextlib.contextmanager

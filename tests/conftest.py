@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 
 from salt_jax.data import features
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import SUBSET, TARGETS_HASH, RowScores, RowScoresWriter
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill.scores import column_names
 from salt_jax.training.compilation import use_compilation_cache
 from tests.bucket_emulator import BucketEmulator
+from tests.written_cache import write_rows
 
 # Below nohup, or in a shell's background, they are ignored, and so in all that tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -153,9 +154,6 @@ def write_cache(
     folder: pathlib.Path, rows: int, length: int, reserved: int, seed: int
 ) -> PackedCache:
     vocabulary = ByteVocabulary(reserved=reserved)
-    writer = PackedCacheWriter(
-        folder, vocabulary=vocabulary, sequence_length=length, subsets=("prose", "code"), shards=2
-    )
     rng = np.random.default_rng(seed)
     words = [vocabulary.encode(word) for word in ("salt ", "teaches ", "small ", "models ")]
 
@@ -167,9 +165,10 @@ def write_cache(
         segments = np.where(np.arange(length) < cut, 1, 2)
         return features.make_row(stream[:length], weights, segments, int(rng.integers(2)))
 
-    for split, count in (("train", rows), ("validation", 10), ("test", 6)):
-        writer.write_split(split, [row() for _ in range(count)], num_rows=count)
-    writer.finish()
+    counts = {"train": rows, "validation": 10, "test": 6}
+    made = {split: [row() for _ in range(count)] for split, count in counts.items()}
+    fields = {"sequence_length": length, "subsets": ("prose", "code"), "shards": 2}
+    write_rows(folder, made, vocabulary=vocabulary, **fields)
     return PackedCache.open(folder)
 
 

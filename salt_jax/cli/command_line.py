@@ -64,11 +64,8 @@ def verbs() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Parses a command line.
-
-    Raises:
-      InputError: A flag without its value, or bytes that are not UTF-8.
-    """
+    """Parses a command line; InputError for a flag without its value, or bytes that are not
+    UTF-8."""
     for argument in argv:
         try:
             argument.encode()

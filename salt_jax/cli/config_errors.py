@@ -31,14 +31,9 @@ def explained(
     statements: Sequence[gin_files.Statement] = (),
     flags: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Any:
-    """Calls `parse(*arguments)` and turns gin's errors into an InputError of one sentence.
-
-    Args:
-      parse: A gin function.
-      *arguments: Its arguments.
-      statements: The statements of all gin files, to locate a name.
-      flags: Flag names by setting; see `display_name`.
-    """
+    """Calls `parse(*arguments)`, a gin function, and turns gin's errors into an InputError of one
+    sentence, which locates names in `statements`, those of all gin files, and has `flags` for
+    `display_name`."""
     logging.disable(logging.ERROR)  # gin logs each path at which it doesn't find a file
     try:
         return parse(*arguments)
@@ -135,12 +130,8 @@ def _settings_by_spelling(selector: str) -> dict[str, str]:
 
 
 def flag_of(name: str, flags: Mapping[str, str]) -> str:
-    """The flag that sets a name: --SETTING if there is one, else --gin.NAME.
-
-    Args:
-      name: "config.Data.cache".
-      flags: "Data.cache" → "cache", for all settings of the verb.
-    """
+    """The flag that sets a name ("config.Data.cache"): --SETTING if `flags` ("Data.cache" →
+    "cache") has one, else --gin.NAME."""
     flag = flags.get(".".join(name.rpartition("/")[2].split(".")[-2:]), f"gin.{name}")
     return f"--{flag}=VALUE"
 

@@ -17,12 +17,8 @@ FOLDER = "SALT_MODELS"
 
 def local_model(name: str) -> str:
     """The run folder of a model. One of the Hub ("hf:HuggingFaceTB/SmolLM2-135M") is imported once
-    per commit; any other name is returned unchanged.
-
-    Raises:
-      InputError: `hub.download` or `salt convert` refuses it.
-      Interrupted: The import was asked to stop.
-    """
+    per commit; any other name is returned unchanged. InputError as `hub.download` or `salt
+    convert`."""
     named = hub.split_name(name)
     if named is None:
         return name

@@ -65,19 +65,12 @@ def write_shard(
     rows: Iterable[Row],
     record_format: RecordFormat,
     subsets: Sequence[str],
-    temporary: pathlib.Path | None = None,
+    temporary: pathlib.Path,
 ) -> ShardCounts:
-    """Writes rows in the order given; the file appears under its name only when complete.
-
-    Args:
-      file: The shard; its folder is made.
-      rows: At least one row.
-      record_format: Encodes a row as a record.
-      subsets: Names; a row's subset is an index into them.
-      temporary: The file while it is being written, on the same disk; by default beside `file`.
-    """
+    """Writes rows (at least one, whose subsets are indices into `subsets`) in the order given; the
+    file appears under its name only when complete, and is `temporary`, on the same disk, until
+    then."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary or file.with_name(file.name + ".tmp")
     row_count: Counter[str] = Counter()
     token_count: Counter[str] = Counter()
     with _array_record(temporary) as writer:

@@ -34,11 +34,8 @@ def decompressed_blocks(
     path: str | os.PathLike[str], file: BinaryIO, compression: str
 ) -> Iterator[bytes]:
     """The decompressed bytes of a file; `path` is for messages, `compression` is one of the values
-    of `file_kinds.COMPRESSIONS`, or "".
-
-    Raises:
-      InputError: It is truncated or damaged, or needs a missing library or more memory.
-    """
+    of `file_kinds.COMPRESSIONS`, or "". InputError if it is truncated or damaged, or needs a
+    missing library or more memory."""
     try:
         if compression == "zstandard":
             yield from _zstandard_blocks(path, file)

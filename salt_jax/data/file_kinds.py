@@ -88,14 +88,8 @@ def kind_of(path: str | os.PathLike[str]) -> FileKind:
 def refuse_other_content(
     path: str | os.PathLike[str], head: bytes, compression: str, decompressed: bool = False
 ) -> None:
-    """Refuses a file whose content doesn't match its name.
-
-    Args:
-      path: The file.
-      head: Its first HEAD_BYTES.
-      compression: The compression that its name says, or "".
-      decompressed: Whether `head` has been decompressed.
-    """
+    """Refuses a file whose content, by its first HEAD_BYTES, doesn't match the compression that its
+    name says ("" for none); `decompressed` says whether `head` is."""
     held = next((what for what, pattern in _HELD.items() if pattern.match(head)), "")
     if compression and not held and _is_text(head):
         raise InputError(

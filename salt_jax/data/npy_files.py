@@ -9,17 +9,8 @@ from salt_jax.errors import InputError
 
 
 def map_npy(path: pathlib.Path, dtype: np.dtype, rows: int, again: str) -> np.memmap:
-    """An array of dtype[rows], mapped from disk.
-
-    Args:
-      path: The file.
-      dtype: What its elements must be.
-      rows: How many there must be.
-      again: What to do about another file: the end of the error's sentence.
-
-    Raises:
-      InputError: It is missing or malformed, or another array.
-    """
+    """An array of dtype[rows], mapped from disk; InputError, ending with what to do `again`, if it
+    is missing, malformed or another array."""
     # numpy's own limit is 10,000, which some hundred columns exceed.
     longest = max(10_000, 2 * len(repr(dtype)))
     try:

@@ -12,24 +12,16 @@ A row's id is its index in its split: row 0 is the first record of the first sha
 
 import dataclasses
 import functools
-import itertools
 import operator
 import os
 import pathlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from array_record.python import array_record_data_source
 
-from salt_jax.data.cache_shards import (
-    SHARD_FILE,
-    DocumentCounts,
-    ShardCounts,
-    cache_shard,
-    split_info,
-    write_shard,
-)
+from salt_jax.data.cache_shards import SHARD_FILE, DocumentCounts, ShardCounts, split_info
 from salt_jax.data.features import Row
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.vocabularies import (
@@ -57,13 +49,8 @@ SPLITS = ("train", "validation", "test")
 
 
 class PackedSplit:
-    """The rows of one split by row id: a picklable Grain RandomAccessDataSource.
-
-    Attributes:
-      name: "train", "validation" or "test".
-      info: The split's entry in the manifest: rows, tokens, documents, bytes, shared_documents,
-        duplicate_documents, by_subset, shards.
-    """
+    """The rows of one split by row id: a picklable Grain RandomAccessDataSource; `info` is the
+    split's entry in the manifest."""
 
     def __init__(
         self, folder: pathlib.Path, name: str, info: Mapping[str, Any], record_format: RecordFormat
@@ -108,13 +95,8 @@ class PackedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class PackedCache:
-    """A finished packed cache; make one with `PackedCache.open`.
-
-    Attributes:
-      path: Its folder.
-      manifest: The manifest.
-      digest: The manifest's digest, by which scores and selections refer to the cache.
-    """
+    """A finished packed cache; make one with `PackedCache.open`. Scores and selections refer to it
+    by its manifest's digest."""
 
     path: pathlib.Path
     manifest: Mapping[str, Any]
@@ -122,12 +104,9 @@ class PackedCache:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "PackedCache":
-        """Opens a cache; checks file sizes and row counts (`verify` checks contents).
-
-        Raises:
-          InputError: The cache is missing, half-written or of another kind or version, or a shard
-            is missing, truncated or outside the folder.
-        """
+        """Opens a cache; checks file sizes and row counts (`verify` checks contents). InputError if
+        it is missing, half-written, or of another kind or version, or a shard is missing, truncated
+        or outside the folder."""
         folder = local_folder(path)
         manifest = read_manifest(folder, KIND)
         cache = cls(folder, manifest, json_digest(manifest))
@@ -202,96 +181,6 @@ class PackedCache:
         return [shard for info in self.manifest["splits"].values() for shard in info["shards"]]
 
 
-class PackedCacheWriter:
-    """Writes a packed cache: each split once, then `finish`; until then readers refuse the folder.
-
-    writer = PackedCacheWriter(folder, vocabulary=ByteVocabulary(), sequence_length=128)
-    writer.write_split("train", rows, num_rows=len(rows))
-    manifest = writer.finish()
-    """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        vocabulary: Vocabulary,
-        sequence_length: int,
-        subsets: Sequence[str] = ("text",),
-        shards: int = 1,
-        settings: Mapping[str, Any] | None = None,
-        sources: Sequence[Mapping[str, Any]] = (),
-        begun: bool = False,
-    ):
-        """Begins a cache.
-
-        Args:
-          folder: The cache's folder. A cache begun there before is removed, other files are kept.
-          vocabulary: Saved beside the rows.
-          sequence_length: L, tokens per row.
-          subsets: Names; a row's subset is an index into them.
-          shards: Files per split, fewer if it has fewer rows.
-          settings: Further entries of the manifest (packing, seed); part of the cache's digest.
-          sources: The input files, each {"file", "bytes", "digest"}.
-          begun: Whether shards of this cache exist already, written by `write_shard` after
-            `begin_cache`.
-        """
-        self._folder = pathlib.Path(folder)
-        self._format = RecordFormat(sequence_length, vocabulary.size)
-        self._subsets = tuple(subsets)
-        self._shards = shards
-        self._splits: dict[str, Any] = {}
-        self._manifest = new_manifest(
-            KIND,
-            **{"packing": None, "seed": None, **(settings or {})},
-            sequence_length=sequence_length,
-            subsets=list(self._subsets),
-            vocabulary=vocabulary.describe(),
-            sources=list(sources),
-        )
-        if not begun:
-            begin_cache(self._folder)
-        vocabulary.save(self._folder / VOCABULARY_FOLDER)
-
-    def write_split(
-        self,
-        name: str,
-        rows: Iterable[Row],
-        *,
-        num_rows: int,
-        documents: Mapping[str, DocumentCounts] | None = None,
-    ) -> None:
-        """Writes a split of exactly `num_rows` rows, numbered in the order given (their row_id is
-        ignored); `documents` are its document counts by subset."""
-        assert name in SPLITS, f"a split is one of {SPLITS}, got {name!r}"
-        assert num_rows > 0, f"the {name} split has no rows"
-        shards = min(self._shards, num_rows)
-        bounds = [num_rows * shard // shards for shard in range(shards + 1)]
-        iterator = iter(rows)
-        written = {}
-        for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
-            file = cache_shard(self._folder, name, shard, shards)
-            own = itertools.islice(iterator, end - start)
-            written[f"{name}/{file.name}"] = write_shard(file, own, self._format, self._subsets)
-        assert next(iterator, None) is None, f"more than {num_rows} rows for the {name} split"
-        assert sum(shard.rows for shard in written.values()) == num_rows, f"too few rows for {name}"
-        self.add_split(name, written, documents or {})
-
-    def add_split(
-        self,
-        name: str,
-        shards: Mapping[str, ShardCounts],
-        documents: Mapping[str, DocumentCounts],
-    ) -> None:
-        """Adds a split whose shards are already written; see `split_info`."""
-        self._splits[name] = split_info(shards, documents)
-
-    def finish(self) -> dict[str, Any]:
-        """Writes the manifest and COMPLETED; returns the manifest."""
-        manifest = {**self._manifest, "splits": self._splits}
-        write_manifest(self._folder, manifest)
-        return manifest
-
-
 def begin_cache(folder: pathlib.Path) -> None:
     """Removes a cache begun in the folder before, and no other file; InputError if a part of it is
     a link that leads out of the folder."""
@@ -306,6 +195,41 @@ def begin_cache(folder: pathlib.Path) -> None:
                 file.unlink()
         if not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
+
+
+def finish_cache(
+    folder: pathlib.Path,
+    splits: Mapping[str, tuple[Mapping[str, ShardCounts], Mapping[str, DocumentCounts]]],
+    *,
+    vocabulary: Vocabulary,
+    sequence_length: int,
+    subsets: Sequence[str] = ("text",),
+    sources: Sequence[Mapping[str, Any]] = (),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Writes the vocabulary, the manifest and COMPLETED; returns the manifest.
+
+    Args:
+      folder: The cache's folder, prepared by `begin_cache`.
+      splits: Each split's shards and documents, as `split_info` takes them.
+      vocabulary: Saved beside the rows.
+      sequence_length: L, tokens per row.
+      subsets: Names; a row's subset is an index into them.
+      sources: The input files, each {"file", "bytes", "digest"}.
+      **settings: Further entries of the manifest (packing, seed); part of the cache's digest.
+    """
+    vocabulary.save(folder / VOCABULARY_FOLDER)
+    manifest = new_manifest(
+        KIND,
+        **{"packing": None, "seed": None, **settings},
+        sequence_length=sequence_length,
+        subsets=list(subsets),
+        vocabulary=vocabulary.describe(),
+        sources=list(sources),
+        splits={name: split_info(*written) for name, written in splits.items()},
+    )
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _refuse_contradictions(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:

@@ -39,18 +39,8 @@ def write_row_ids(path: pathlib.Path, blocks: Iterable[np.ndarray]) -> int:
 
 
 def read_row_ids(folder: pathlib.Path, rows: int, digest: str, made_by: str) -> np.ndarray:
-    """Memory-maps a folder's ids, int64[rows].
-
-    Args:
-      folder: The folder of the file.
-      rows: The expected number of ids.
-      digest: The file's expected digest.
-      made_by: The command that made it, for errors.
-
-    Raises:
-      InputError: The file is missing, damaged or another one, or its ids are negative or not
-        ascending.
-    """
+    """Memory-maps a folder's ids, int64[rows]; InputError, which names the command that made it, if
+    the file is missing, not that of the digest, or its ids are negative or not ascending."""
     path, again = folder / ROW_IDS_FILE, f"copy the folder again, or run its `{made_by}` again"
     no_link_out(folder, path, again)
     ids_m = map_npy(path, np.dtype(np.int64), rows, again)

@@ -31,10 +31,8 @@ class Broken(NamedTuple):
 
 def text_blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """A file's text in decompressed blocks; `path` is its name, which says the compression.
-
-    Raises:
-      InputError: It is not text, truncated or damaged, or its name doesn't match its compression.
-    """
+    InputError if it is not text, truncated or damaged, or its name doesn't match its
+    compression."""
     kind = kind_of(path)
     reader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BLOCK_BYTES)  # type: ignore[type-var]
     packed = reader.peek(HEAD_BYTES)[:HEAD_BYTES]
@@ -55,20 +53,11 @@ def text_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def json_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tuple[str, Any]]:
-    """A file's JSON rows: its lines, or the elements of a .json file's array.
+    """A file's JSON rows: its lines, or the elements of a .json file's array; blank lines are
+    skipped. Yields each row's place ("FILE, line 3") and value, `Broken` for a malformed line.
 
-    Args:
-      path: See `text_blocks`.
-      file: See `text_blocks`.
-      strict: Whether invalid UTF-8 is an error; otherwise it becomes U+FFFD.
-
-    Yields:
-      Each row's place ("FILE, line 3") and value, `Broken` for a malformed line. Blank lines are
-      skipped.
-
-    Raises:
-      InputError: See `text_lines`; or a .json file is one object over several lines, or a malformed
-        array.
+    With `strict`, invalid UTF-8 is an error; otherwise it becomes U+FFFD. InputError as
+    `text_lines`, or if a .json file is one object over several lines, or a malformed array.
     """
     blocks = text_blocks(path, file)
     if kind_of(path).suffix == ".json":

@@ -283,11 +283,8 @@ VOCABULARY_FILES = {SETTINGS_FILE, *(kind._model_file for kind in _CLASSES.value
 
 
 def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary saved in a folder: a vocabulary's, a run's or a cache's.
-
-    Raises:
-      InputError: There is no vocabulary, or its fingerprint is not the one saved with it.
-    """
+    """The vocabulary saved in a folder: a vocabulary's, a run's or a cache's. InputError if there
+    is none, or its fingerprint is not the one saved with it."""
     path = local_folder(folder)
     if (path / VOCABULARY_FOLDER).is_dir():
         path = path / VOCABULARY_FOLDER

@@ -22,11 +22,8 @@ _NUMBER = re.compile(r"####\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def number_scores(generated: str, reference: str) -> Scores:
-    """Scores of the first number after "####", compared by value (1,000 equals 1000.0).
-
-    Raises:
-      InputError: The reference has no such number.
-    """
+    """Scores of the first number after "####", compared by value (1,000 equals 1000.0); InputError
+    if the reference has none."""
     expected = final_number(reference)
     if expected is None:
         shown = reference if len(reference) <= 80 else reference[:77] + "…"
@@ -45,11 +42,8 @@ def final_number(text: str) -> decimal.Decimal | None:
 
 
 def rouge_scores(generated: str, reference: str) -> Scores:
-    """ROUGE's F-measures (Lin, 2004), by the rouge_score package.
-
-    Raises:
-      InputError: The package isn't installed.
-    """
+    """ROUGE's F-measures (Lin, 2004), by the rouge_score package; InputError if it isn't
+    installed."""
     return {
         name: float(score.fmeasure)
         for name, score in _rouge_scorer().score(reference, generated).items()

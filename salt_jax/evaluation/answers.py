@@ -6,12 +6,15 @@ Every answer is written to the request log as soon as it is known, and read from
 import collections
 import contextlib
 import dataclasses
+import hashlib
+import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.likelihood import Scorer
-from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.inference.generation import Generator, Sampling
 from salt_jax.terminal import ProgressBar
 
@@ -27,14 +30,57 @@ class Decoding:
     sampling: Sampling = Sampling()
 
 
-class Answers:
-    """The answers of one model.
+class RequestLog:
+    """Answers by key, on disk as soon as they are added; a context manager. Truncated and malformed
+    lines are dropped. `context` is what every answer depends on, such as the model's digest."""
 
-    Args:
-      examinee: The model.
-      log: The request log of this model and `prepend_start`, already entered.
-      prepend_start: Whether the vocabulary's start comes before every prompt that is continued.
-    """
+    def __init__(self, path: pathlib.Path, context: Any) -> None:
+        self._path, self._context = path, context
+        self._answers: dict[str, Any] = {}
+        self._file: Any = None
+
+    def __enter__(self) -> "RequestLog":
+        self._file = open(self._path, "a+b")
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                record = json.loads(line)
+                self._answers[record["key"]] = record["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        self._file.truncate(whole)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def key(self, request: Any) -> str:
+        """The key of a request, which is a JSON value."""
+        text = json.dumps([self._context, request], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def add(self, answers: dict[str, Any]) -> None:
+        """Writes answers by key."""
+        self._answers |= answers
+        lines = [json.dumps({"key": key, "answer": answer}) for key, answer in answers.items()]
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class Answers:
+    """The answers of one model, kept in its request log, already entered; `prepend_start` says
+    whether the vocabulary's start comes before every prompt that is continued."""
 
     def __init__(self, examinee: Examinee, log: RequestLog, prepend_start: bool = True) -> None:
         self._log, self._params, self._prepend_start = log, examinee.params, prepend_start

@@ -69,12 +69,8 @@ class FewShot:
         return bool(self.tasks)
 
     def prepare(self, examinee: Examinee) -> Examine:
-        """See `Examination`.
-
-        Raises:
-          InputError: An unknown name, a missing data set, a model without its vocabulary, or a task
-            that generates more than fits the model.
-        """
+        """See `Examination`; InputError for an unknown name, a missing data set, a model without
+        its vocabulary, or a task that generates more than fits the model."""
         tasks, harness = _lm_eval_module("harness_tasks"), _lm_eval_module("harness")
         examinee.vocabulary  # noqa: B018 (refuses a model without one)
         loaded = tasks.load(self)
@@ -98,10 +94,7 @@ class FewShot:
 
     def print_tasks(self) -> None:
         """Prints the tasks, by default those of salt_suite, with their data sets; loads none.
-
-        Raises:
-          InputError: An unknown name, or no such folder.
-        """
+        InputError for an unknown name, or no such folder."""
         names = self.tasks or [SUITE]
         rows = _lm_eval_module("harness_tasks").data_sets(self, names)
         columns = ("task", "data set", "part", "kind")

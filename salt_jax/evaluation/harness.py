@@ -35,13 +35,8 @@ _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 def decoding_of(
     task: str, generation_kwargs: Mapping[str, Any], settings: FewShot, max_length: int
 ) -> Decoding:
-    """How prompts of a task are continued.
-
-    `settings` caps its tokens and has the seed; `max_length` is the model's.
-
-    Raises:
-      InputError: An unsupported setting, or more tokens than fit the model.
-    """
+    """How prompts of a task are continued, with at most `settings.max_new_tokens`; InputError for
+    an unsupported setting, or more tokens than fit `max_length`, the model's."""
     asked: dict[str, Any] = dict(lm_eval.models.utils.normalize_gen_kwargs(dict(generation_kwargs)))
     if unknown := sorted(asked.keys() - set(_KNOWN)):
         raise InputError(
@@ -146,12 +141,8 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
 def evaluate(
     model: HarnessModel, loaded: Loaded, settings: FewShot
 ) -> tuple[Results, dict[str, list[dict[str, Any]]]]:
-    """Runs the tasks on the model.
-
-    Returns:
-      The results by task and group, and samples by task: of all tasks with save_samples, else of
-      those that are not scored.
-    """
+    """Runs the tasks on the model. Returns the results by task and group, and samples by task: of
+    all with save_samples, else of those that are not scored."""
     results, samples = Results(), {}
     for task in leaves(loaded):
         if _is_unscored(task, settings):

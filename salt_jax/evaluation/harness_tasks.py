@@ -82,10 +82,7 @@ def leaves(loaded: Loaded) -> list[Task]:
 
 def data_sets(settings: FewShot, names: Sequence[str]) -> list[tuple[str, str, str, str]]:
     """(name, data set, part of it, kind) of each task that the names expand to; loads none.
-
-    Raises:
-      InputError: An unknown name, or no such folder.
-    """
+    InputError for an unknown name, or no such folder."""
     manager = _manager(settings)
     return [
         (task, cfg.get("dataset_path") or "", cfg.get("dataset_name") or "", kind)

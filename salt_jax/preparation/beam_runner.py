@@ -49,20 +49,8 @@ def run_on_beam(
     runner: str,
     options: Sequence[str],
 ) -> None:
-    """Calls the function with each job, in one pipeline.
-
-    Args:
-      function: An importable function.
-      jobs: Its arguments.
-      title: What the jobs are, for the terminal.
-      work: The folder for error files.
-      runner: Beam's name of a runner.
-      options: Beam's own options, each "--name=value".
-
-    Raises:
-      InputError, OSError: What the function raised; or Beam cannot start the runner.
-      RunFailed: The pipeline failed.
-    """
+    """Calls the function with each job, in one pipeline, as `JobRunner.run`; error files are kept
+    in the work folder."""
     say(f"[{runner}] {title}")
     if not jobs:
         return

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from salt_jax import __version__
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts
-from salt_jax.data.packed_cache import SPLITS, PackedCacheWriter, begin_cache
+from salt_jax.data.packed_cache import begin_cache, finish_cache
 from salt_jax.data.row_records import LARGEST_SUBSET
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
 from salt_jax.errors import InputError
@@ -186,15 +186,11 @@ class Building:
             record.unlink()
 
     def build(self, runner: JobRunner, require_space: Callable[[int, str], None]) -> None:
-        """Does the remaining work; call `begin` first.
-
-        Args:
-          runner: Runs the jobs.
-          require_space: Called with the bytes about to be written and their purpose.
+        """Does the remaining work; call `begin` first. `require_space` is called with the bytes
+        about to be written and their purpose.
 
         Raises:
-          InputError: Malformed text; a split without documents; too many subsets; a file that
-            changed.
+          InputError: Malformed text; an empty split; too many subsets; a file that changed.
         """
         units = self._map(runner)
         settings = self._merge_settings(units)
@@ -211,7 +207,7 @@ class Building:
             tokens = sum(sum(unit.tokens.values()) for unit in units.values())
             require_space(self._rows_bytes(tokens, len(jobs)), "the rows of the packed cache")
             begin_cache(self.folder)
-            self._write_shared_texts(settings)
+            write_shared_texts(settings, self.corpus.units)
         runner.run(merge_bucket, left, "shards", len(jobs) - len(left), self.work)
         self._finish(units, settings, jobs)
 
@@ -233,9 +229,10 @@ class Building:
         finished = self.finished_units()
         for unit in self.corpus.units:
             if unit.name not in finished:
+                named = ", ".join(map(str, getattr(unit, "paths", ())[:3]))
                 raise InputError(
-                    f"The files of {_described(unit)} changed while others were read: run the same "
-                    "command again."
+                    f"The files of {unit.name} ({named}) changed while others were read: run the "
+                    "same command again."
                 )
         return finished
 
@@ -268,18 +265,6 @@ class Building:
         row = length * token_dtype(self.vocabulary.size).itemsize + length // 8 + _ROW_BYTES
         return tokens // length * row + shards * _SHARD_BYTES
 
-    def _write_shared_texts(self, settings: MergeSettings) -> None:
-        """Writes for each split the texts that other splits keep. A held-out fraction is chosen by
-        text, so it shares none with the split that it is held out of."""
-        for split in self.buckets:
-            later = [name for name in self.buckets if SPLITS.index(name) > SPLITS.index(split)]
-            units = [
-                unit.name
-                for unit in self.corpus.units
-                if split not in unit.splits and not set(later).isdisjoint(unit.splits)
-            ]
-            write_shared_texts(settings, split, later, units)
-
     def _finish(
         self,
         units: Mapping[str, MappedUnit],
@@ -309,18 +294,15 @@ class Building:
             recorded["long_documents"] = {"handling": handling, "by_split": too_long}
         if lost := sum(unit.lost_characters for unit in units.values()):
             recorded["lost_characters"] = lost
-        writer = PackedCacheWriter(
+        finish_cache(
             self.folder,
+            {split: (written, documents[split]) for split, written in shards.items()},
             vocabulary=self.vocabulary,
             sequence_length=self.packing.sequence_length,
             subsets=settings.subsets,
-            settings=recorded,
             sources=[sources[path].as_source() for path in sorted(sources)],
-            begun=True,
+            **recorded,
         )
-        for split, written in shards.items():
-            writer.add_split(split, written, documents[split])
-        writer.finish()
         discard_work(self.folder)
 
     def _nothing_left(self, split: str, too_long: int) -> str:
@@ -346,7 +328,3 @@ def _empty(split: str) -> str:
         f"The {split} split of the text is empty: set TextFiles.{split}_fraction higher or "
         f"TextFiles.{split} to more text, or cut plain text into smaller pieces (piece_bytes)."
     )
-
-
-def _described(unit: Unit) -> str:
-    return f"{unit.name} ({', '.join(map(str, getattr(unit, 'paths', ())[:3]))})"

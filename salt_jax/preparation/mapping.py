@@ -24,14 +24,9 @@ from salt_jax.storage.job_journal import JobJournal
 class MapJob:
     """A unit to map.
 
-    Attributes:
-      unit: The unit.
-      work: The folder of its part file and of the vocabulary.
-      buckets: The number of buckets of each split.
-      fingerprint: The vocabulary's fingerprint.
-      plan: Digest of all inputs of units. Beam may still run a job of an abandoned plan, whose
-        record must not count for this one.
-      drop_unknown: Whether the vocabulary drops characters that it has no id for.
+    `work` has the vocabulary, of this fingerprint; `buckets` are counts by split. `plan` is a
+    digest of all inputs of units: Beam may still run a job of an abandoned plan, whose record must
+    not count for this one.
     """
 
     unit: Unit
@@ -44,17 +39,8 @@ class MapJob:
 
 @dataclasses.dataclass(frozen=True)
 class MappedUnit:
-    """The record of a finished unit.
-
-    Attributes:
-      plan: See MapJob.
-      bytes: Size of its part file.
-      subsets: Subset names, in order of appearance.
-      documents: Documents by split.
-      tokens: Tokens by split.
-      sources: Its input files as read.
-      lost_characters: Characters that the vocabulary dropped.
-    """
+    """The record of a finished unit; `bytes` is the size of its part file, and `subsets` are in
+    order of appearance."""
 
     plan: str
     bytes: int
@@ -66,13 +52,10 @@ class MappedUnit:
 
 
 def map_unit(job: MapJob) -> Progress:
-    """Tokenizes a unit's documents into its part file, then writes its record.
+    """Tokenizes a unit's documents into its part file, then writes its record; InputError as
+    `Unit.documents` and `Unit.sources`.
 
     A document's bucket is a hash of its text, so equal texts of a split share one.
-
-    Raises:
-      InputError: Malformed text, with its file and line; a missing library for the file's format;
-        or a file that changed while it was read.
     """
     vocabulary = _vocabulary(job.work.path / VOCABULARY_FOLDER, job.fingerprint)
     vocabulary.drop_unknown = job.drop_unknown

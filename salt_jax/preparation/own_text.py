@@ -4,6 +4,7 @@ The environment variable SALT_TEXT, a file pattern, names other text instead. A 
 suffix.
 """
 
+import dataclasses
 import glob
 import os
 import sysconfig
@@ -25,15 +26,10 @@ def own_text(
     piece_bytes: int | None = None,
     skip_broken_lines: bool = False,
 ) -> TextFiles:
-    """This machine's own text, or the files that SALT_TEXT names.
+    """This machine's own text, or the files that SALT_TEXT names; settings as of TextFiles.
 
-    Args:
-      max_bytes: See TextFiles.
-      validation_fraction: See TextFiles.
-      test_fraction: See TextFiles.
-      piece_bytes: See TextFiles. By default 1/200 of the text, 200 to 20,000 bytes, so that parts
-        of a few long files can be held out.
-      skip_broken_lines: See TextFiles.
+    By default piece_bytes is 1/200 of the text, 200 to 20,000 bytes, so that parts of a few long
+    files can be held out.
     """
     library = sysconfig.get_path("stdlib")
     given = os.environ.get(TEXT_VARIABLE)
@@ -47,9 +43,9 @@ def own_text(
         test_fraction=test_fraction,
         piece_bytes=piece_bytes or 0,
         skip_broken_lines=skip_broken_lines,
-    ).listed()
+    )
     if piece_bytes is not None:
         return files
     text_bytes = sum(state_of(file)[0] for file in files.files("train"))
     piece_bytes = min(max(min(text_bytes, max_bytes or text_bytes) // 200, 200), 20_000)
-    return files.listed(piece_bytes=piece_bytes)
+    return dataclasses.replace(files, piece_bytes=piece_bytes)

@@ -96,10 +96,10 @@ def pack(
     """Packs documents into rows, shuffled by the seed.
 
     Args:
-      documents: Token ids of each document, its end of document included.
+      documents: Token ids of each document, its end included; too long ones already dropped or cut.
       subset_D: Index of each document's subset.
       prompt_tokens_D: Tokens at the start of each document that are masked out of the loss.
-      packing: How to pack. Documents must already be dropped or cut: see `cut_document`.
+      packing: How to pack.
       pad_id: Fills rows.
       split: Part of the random key, so that splits are ordered differently.
     """

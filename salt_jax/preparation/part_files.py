@@ -39,8 +39,7 @@ class TokenizedDocument(NamedTuple):
 
     Attributes:
       tokens: int[T], its token ids, the end of document included.
-      split: The split it belongs to.
-      subset: Its subset's name.
+      split, subset: Their names.
       digest: 16 bytes that identify its text, the prompt included.
       text_bytes: UTF-8 bytes of its text, the prompt excluded.
       prompt_tokens: How many tokens at its start are a prompt, which is masked out of the loss.
@@ -105,18 +104,12 @@ class PartWriter:
 def read_bucket(
     file: pathlib.Path, bucket: int, buckets: int, dtype: np.dtype, *, tokens: bool = True
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A bucket's documents slice by slice, in the unit's order.
-
-    Args:
-      file: A part file.
-      bucket: Index of the bucket.
-      buckets: The number of buckets that the file was written with.
-      dtype: The dtype of tokens.
-      tokens: Whether to read tokens.
+    """A bucket's documents slice by slice, in the unit's order; `buckets` and `dtype` are those
+    that the file was written with.
 
     Yields:
       RECORD[D], one per document, with `subset` an index into the unit's names; and int[T], their
-      concatenated tokens, empty if not read.
+      concatenated tokens, empty unless `tokens`.
     """
     with open(file, "rb") as part:
         part.seek(-8 * (buckets + 1), os.SEEK_END)

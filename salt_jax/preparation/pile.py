@@ -51,14 +51,11 @@ def pile_files(
     max_bytes: int = 0,
     skip_broken_lines: bool = False,
 ) -> TextFiles:
-    """The files of the Pile's release.
+    """The files of the Pile's release; other settings as of TextFiles.
 
     Args:
       folder: Holds train/*.jsonl.zst, val.jsonl.zst and test.jsonl.zst.
       train_shards: How many train files there must be, 30 in the release; 0 for any number.
-      max_documents: See TextFiles.
-      max_bytes: See TextFiles.
-      skip_broken_lines: See TextFiles.
     """
     folder = glob.escape(folder)
     return TextFiles(

@@ -60,7 +60,8 @@ def read_documents(
     piece_bytes: int = 0,
     template: Template = _PLAIN,
 ) -> Iterator[Document]:
-    """The documents of a file, empty ones included.
+    """The documents of a file, empty ones included; InputError if it can't be read, is not text, is
+    truncated, has a malformed line, or is plain text and the template needs fields.
 
     Args:
       path: The file; its suffix gives its format.
@@ -68,10 +69,6 @@ def read_documents(
       log: Records the file's digest and the lines skipped.
       piece_bytes: Plain text is cut at line ends into documents of about this size; 0 doesn't cut.
       template: Turns a row into a document.
-
-    Raises:
-      InputError: The file cannot be read, is not text, is truncated, or has a malformed line; or it
-        is plain text, and the template needs fields.
     """
     kind = kind_of(path)
     log = log or ReadingLog()

@@ -21,15 +21,8 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """An input file as it was read.
-
-    Attributes:
-      path: Its name.
-      bytes: Its size.
-      changed_ns: Its mtime in nanoseconds, or `state_of`'s substitute.
-      digest: SHA-256 (hex).
-      broken_lines: Malformed lines that were skipped.
-    """
+    """An input file as it was read: its size, change time (mtime in nanoseconds, or `state_of`'s
+    substitute), SHA-256 (hex), and the malformed lines that were skipped."""
 
     path: str
     bytes: int

@@ -153,11 +153,8 @@ class TextFiles:
 
     def documents(self, split: str, log: ReadingLog | None = None) -> Iterator[Document]:
         """The split's non-empty documents, in a fixed order; `log` records the files' digests and
-        the lines skipped.
-
-        Raises:
-          InputError: See `files` and `read_documents`; or a subset name is not allowed.
-        """
+        the lines skipped. InputError as `files` and `read_documents`, or if a subset name is not
+        allowed."""
         for document in self.read(self.files(split), log):
             if self.split_of(document.whole, split) == split:
                 yield document
@@ -227,13 +224,6 @@ class TextFiles:
                         "that its name says: fetch it again."
                     )
 
-    def listed(self, **changes: Any) -> "TextFiles":
-        """A copy, with changes, that caches the expansion of each pattern: in a bucket that takes a
-        request per thousand files."""
-        files = dataclasses.replace(self, **changes)
-        object.__setattr__(files, "_known", dict(getattr(self, "_known", {})))
-        return files
-
     def __getstate__(self) -> dict[str, Any]:
         # Other processes are told which files to read, and needn't expand patterns.
         return {name: value for name, value in self.__dict__.items() if name != "_known"}
@@ -241,11 +231,14 @@ class TextFiles:
     def _found(self, split: str) -> dict[pathlib.Path, str]:
         """The files of a split, with their real paths."""
         patterns = getattr(self, split) or self.train
-        known: dict[Any, dict[pathlib.Path, str]] = getattr(self, "_known", {})
-        key = (patterns, self.exclude)
-        if key not in known:
-            known[key] = self._expand(patterns)
-        return known[key]
+        if patterns not in self._known:
+            self._known[patterns] = self._expand(patterns)
+        return self._known[patterns]
+
+    @functools.cached_property
+    def _known(self) -> dict[Any, dict[pathlib.Path, str]]:
+        """The files of each pattern expanded so far: a bucket takes a request per thousand."""
+        return {}
 
     def _expand(self, patterns: Sequence[str]) -> dict[pathlib.Path, str]:
         found: set[pathlib.Path] = set()

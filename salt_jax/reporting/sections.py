@@ -12,7 +12,7 @@ import pandas as pd
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, nearest
 from salt_jax.evaluation import paired_comparison
-from salt_jax.reporting import costs, paired, plots, seeds, selection_audit, stability, tables
+from salt_jax.reporting import paired, plots, seeds, selection_audit, stability, tables
 from salt_jax.reporting.comparison import (
     AXES,
     Axis,
@@ -52,14 +52,8 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The contents of a page, and the numbers behind it.
-
-    Attributes:
-      material: The runs, scores and selections.
-      sections: The sections, in reading order.
-      looks: The style of each run, by label.
-      numbers: The numbers for summary.json.
-    """
+    """The contents of a page: its sections in reading order, the style of each run by label, and
+    the numbers for summary.json."""
 
     material: Material
     sections: Sequence[Section]
@@ -93,16 +87,8 @@ class Report:
 def compose(
     material: Material, charge_teacher_training: bool = False, reference: str = seeds.REFERENCE
 ) -> Report:
-    """Makes the whole report.
-
-    Args:
-      material: The runs, scores and selections.
-      charge_teacher_training: Whether an arm's costs include those of training its teacher.
-      reference: The arm that others are compared with over seeds.
-
-    Raises:
-      InputError: The reference is neither the default nor an arm.
-    """
+    """Makes the whole report; the arms are charged for training their teachers on request, and over
+    seeds compared with `reference`. InputError if that is neither the default nor an arm."""
     if charge_teacher_training:
         charged = tuple(map(charged_for_teacher, material.runs))
         material = dataclasses.replace(material, runs=charged)
@@ -218,7 +204,7 @@ def _curve_sections(
 
 def _run_sections(runs: Sequence[TrainRun], charged: bool) -> Iterator[Section]:
     """What the runs cost, how stable they were, and their results by subset."""
-    by_part = costs.cost_tables(runs, charged)
+    by_part = tables.cost_tables(runs, charged)
     yield Section("What the runs cost", "costs", {"charged": charged}, by_part)
     spikes = stability.spikes_table(runs)
     steadiness = [table for table in (stability.switch_table(runs), spikes) if table]

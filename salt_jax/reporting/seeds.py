@@ -38,10 +38,10 @@ class ArmOverSeeds:
     """An arm over its seeds, as in summary.json.
 
     `final` is at the end of each run, and `at_equal`, by axis name, at the largest steps, train
-    FLOPs and time that every run of the group reached. Both have, by metric of QUALITY, the level
-    and the difference to the reference over common seeds (None for the reference itself).
-    `steps_to_reference` is the share of the reference's steps after which the arm has the
-    reference's final log-perplexity, over the seeds that reach it.
+    FLOPs and time that every run reached. Both have, by metric of QUALITY, the level and the
+    difference to the reference over common seeds (None for itself). `steps_to_reference` is the
+    share of the reference's steps after which the arm has its final log-perplexity, over the seeds
+    that reach it.
     """
 
     arm: str
@@ -88,12 +88,8 @@ def common_values(runs: Sequence[TrainRun]) -> dict[Axis, float]:
 
 
 def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[ArmOverSeeds, ...]:
-    """Every arm of a group over its seeds, in the order given.
-
-    Args:
-      runs: The runs of one group; unfinished ones are skipped.
-      reference: The arm to compare with; if it is missing there are no differences.
-    """
+    """Every arm of a group over its seeds, in the order given; unfinished runs are skipped, and
+    without the reference there are no differences."""
     arms = by_arm(runs)
     ends = {arm: {seed: run.final for seed, run in own.items()} for arm, own in arms.items()}
     readings = {

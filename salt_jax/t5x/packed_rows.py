@@ -96,8 +96,8 @@ class PackedRows:
         """The cache, and stage 1's selection and soft labels.
 
         Raises:
-          InputError: One of them is missing, incomplete, or of another cache; T5X can't distinguish
-            the cache's padding from its tokens; or the labels don't fit the rows or the loss.
+          InputError: One is missing, incomplete or of another cache; the cache's id 0 is not
+            padding only; or the labels don't fit the rows or the loss.
         """
         cache = PackedCache.open(self.cache)
         if cache.vocabulary.pad_id != 0 or cache.vocabulary.eos_id == 0:

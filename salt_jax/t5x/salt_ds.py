@@ -59,12 +59,8 @@ class CacheRows:
 
     @functools.cached_property
     def opened(self) -> _Opened:
-        """The folders, opened.
-
-        Raises:
-          InputError: One is missing, incomplete, or of another cache; the selection was made from
-            other scores; or the scores have several k and none is chosen.
-        """
+        """The folders, opened; InputError if one is missing, incomplete or of another cache, the
+        selection was made from other scores, or the scores have several k and none is chosen."""
         cache, score = PackedCache.open(self.cache), self.score
         scores = RowScores.open(self.scores, cache_digest=cache.digest) if self.scores else None
         if not self.selection:

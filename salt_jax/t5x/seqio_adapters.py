@@ -14,12 +14,8 @@ from salt_jax.t5x.quiet_tensorflow import seqio, tf
 
 
 class SeqIOVocabulary(seqio.Vocabulary):
-    """A vocabulary of salt_jax as a SeqIO vocabulary; reserved ids are SeqIO's extra ids.
-
-    Args:
-      vocabulary: The vocabulary, or a function that makes it when it is first used.
-      parse_special: See `Vocabulary.encode`.
-    """
+    """A vocabulary of salt_jax, or a function that makes it when first used, as a SeqIO vocabulary;
+    reserved ids are SeqIO's extra ids. `parse_special` is that of `Vocabulary.encode`."""
 
     def __init__(
         self, vocabulary: Vocabulary | Callable[[], Vocabulary], parse_special: bool = False

@@ -81,19 +81,13 @@ class SaltDecoderOnlyModel(models.DecoderOnlyModel):
     def loss_fn(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """T5X's loss function.
-
-        Args:
-            params: the network's parameters.
-            batch: the features of `packed_rows.py`, each with a leading dimension B.
-            dropout_rng: None for no dropout.
+        """T5X's loss function of the parameters, the features of `packed_rows.py` (each with a
+        leading dimension B) and a dropout key or None.
 
         Returns:
             (loss, clu metrics by name: T5X's, and per token the hard and soft loss, the teacher's
-            loss, and how often both models agree on the most likely id).
-
-        Raises:
-            InputError: There are fewer logits than ids, or fewer labels than the loss needs.
+            loss, and how often both models agree on the most likely id). InputError if there are
+            fewer logits than ids, or fewer labels than the loss needs.
         """
         if "soft_ids" not in batch:
             return super().loss_fn(params, batch, dropout_rng)

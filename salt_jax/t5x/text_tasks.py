@@ -28,10 +28,8 @@ from salt_jax.t5x.seqio_adapters import SeqIOVocabulary, SubsetVocabulary
 
 
 class TextFilesSource(seqio.FunctionDataSource):
-    """Documents of text files as a SeqIO data source.
-
-    Args:
-      files: The files, or a function that returns them when first read.
+    """Documents of text files, or of those that a function returns when first read, as a SeqIO data
+    source.
 
     Attributes:
       failure: The error that ended the last read, of which TensorFlow reports only the text.
@@ -96,11 +94,8 @@ def register_dataset_task(
 ) -> seqio.Task:
     """Registers a task over a TFDS dataset of {"text", "subset"}, found in TFDS_DATA_DIR.
 
-    Args:
-      name: The task's name.
-      dataset: The dataset's name with configuration and version, "the_pile/all:1.0.0".
-      subsets: The subset names by index.
-      vocabulary: The vocabulary, or a function that returns it.
+    `dataset` has its configuration and version, "the_pile/all:1.0.0"; `subsets` are names by index;
+    the vocabulary may be a function that returns it.
     """
     rekey = functools.partial(
         seqio.preprocessors.rekey, key_map={"targets": "text", "subset": "subset"}
@@ -120,9 +115,8 @@ def register_response_task(
     vocabulary: Vocabulary | Callable[[], Vocabulary],
     splits: Mapping[str, str] | None = None,
 ) -> seqio.Task:
-    """Registers a task of prompts and responses from a TFDS dataset, found in TFDS_DATA_DIR.
-
-    Rows without a response are skipped.
+    """Registers a task of prompts and responses from a TFDS dataset, found in TFDS_DATA_DIR; rows
+    without a response are skipped.
 
     Args:
       name: The task's name.

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salt_jax.data.cache_shards import DocumentCounts
+from salt_jax.data.cache_shards import DocumentCounts, write_shard
 from salt_jax.data.features import make_row
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
-from salt_jax.storage.manifests import COMPLETED_FILE
+from tests.written_cache import write_rows
 
 LENGTH = 12
 
@@ -40,22 +40,17 @@ def _rows(count, seed=0):
     return rows
 
 
-def _writer(folder, **settings):
-    return PackedCacheWriter(
+def _write(folder, rows, **settings):
+    documents = {"code": DocumentCounts(4, 40, 1), "prose": DocumentCounts(3, 30, 0, 2)}
+    return write_rows(
         folder,
+        {"train": rows, "validation": rows[:3]},
         vocabulary=ByteVocabulary(),
         sequence_length=LENGTH,
         subsets=("code", "prose"),
+        documents={"train": documents},
         **settings,
     )
-
-
-def _write(folder, rows, **settings):
-    writer = _writer(folder, **settings)
-    documents = {"code": DocumentCounts(4, 40, 1), "prose": DocumentCounts(3, 30, 0, 2)}
-    writer.write_split("train", rows, num_rows=len(rows), documents=documents)
-    writer.write_split("validation", rows[:3], num_rows=3)
-    return writer.finish()
 
 
 def _same(row, expected):
@@ -88,7 +83,7 @@ def test_it_is_a_source_for_grain(tmp_path):
 
 def test_the_manifest_counts(tmp_path):
     rows = _rows(10)
-    manifest = _write(tmp_path, rows, shards=3, settings={"packing": "whole_documents", "seed": 5})
+    manifest = _write(tmp_path, rows, shards=3, packing="whole_documents", seed=5)
     train = manifest["splits"]["train"]
     assert (train["rows"], train["documents"], train["bytes"]) == (10, 7, 70)
     assert train["tokens"] == sum(int(row["loss_weights"].sum()) for row in rows)
@@ -139,11 +134,11 @@ def _digest(path: pathlib.Path) -> str:
 
 def test_a_cache_that_was_never_finished_is_refused(tmp_path):
     _write(tmp_path, _rows(4))
-    writer = _writer(tmp_path)
+    begin_cache(tmp_path)
     with pytest.raises(InputError, match="half-written"):
         PackedCache.open(tmp_path)
-    writer.write_split("train", _rows(2), num_rows=2)
-    writer.finish()
+    fields = {"vocabulary": ByteVocabulary(), "sequence_length": LENGTH}
+    write_rows(tmp_path, {"train": _rows(2)}, subsets=("code", "prose"), **fields)
     assert PackedCache.open(tmp_path).split_names == ("train",)
     assert not (tmp_path / "validation").exists()
 
@@ -160,24 +155,21 @@ def test_files_that_are_not_the_writers_are_left_alone(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_text(file.name)
     (tmp_path / "train" / "rows-00000-of-00002.array_record.tmp").write_text("cut short")
-    _writer(tmp_path)
+    begin_cache(tmp_path)
     left = {file for file in tmp_path.rglob("*") if file.is_file()}
-    written = {tmp_path / "manifest.json", tmp_path / "vocabulary" / "vocabulary.json"}
-    assert left == {*strangers, *written}
+    assert left == {*strangers, tmp_path / "manifest.json"}
     assert [file.read_text() for file in strangers] == [file.name for file in strangers]
 
 
 def test_a_failed_shard_leaves_no_file(tmp_path):
-    writer = _writer(tmp_path)
-
     def failing():
         yield from _rows(2)
         raise OSError("no space left")
 
+    form = RecordFormat(LENGTH, ByteVocabulary().size)
     with pytest.raises(OSError, match="no space"):
-        writer.write_split("train", failing(), num_rows=5)
-    assert list((tmp_path / "train").iterdir()) == []
-    assert not (tmp_path / COMPLETED_FILE).exists()
+        write_shard(tmp_path / "shard", failing(), form, ("code", "prose"), tmp_path / "temporary")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "changed"])

@@ -12,7 +12,7 @@ import seqio
 from salt_jax.data.features import ROW_DTYPES, make_row
 from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.data.label_format import LabelFormat, Labels
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import RowOrder
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
@@ -21,6 +21,7 @@ from salt_jax.distill.losses import LossConfig
 from salt_jax.errors import InputError
 from salt_jax.t5x import packed_rows
 from salt_jax.t5x.packed_rows import PackedRows, register
+from tests.written_cache import write_rows
 
 BATCH, K, TEMPERATURE = 5, 3, 0.5
 SELECTED = [1, 4, 7, 8, 20, 33, 47]
@@ -223,11 +224,9 @@ def test_refusals(
 def test_id_0_must_be_padding_alone(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     """T5X's networks see no target of id 0."""
     vocabulary = ByteVocabulary()
-    writer = PackedCacheWriter(tmp_path, vocabulary=vocabulary, sequence_length=4)
     row = make_row(np.arange(4), np.ones(4), np.ones(4, int))
     assert row.keys() == ROW_DTYPES.keys()
-    writer.write_split("train", [row], num_rows=1)
-    writer.finish()
+    write_rows(tmp_path, {"train": [row]}, vocabulary=vocabulary, sequence_length=4)
     for name, value in (("eos_id", 0), ("pad_id", 7)):
         with monkeypatch.context() as patch:
             opened = PackedCache.open(tmp_path)

@@ -7,12 +7,13 @@ import pytest
 import seqio
 
 from salt_jax.data.features import make_row
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.t5x.salt_ds import register_salt_ds, register_scored_rows
+from tests.written_cache import write_rows
 
 LENGTH, ROWS = 8, 100
 SELECTED = [3, 10, 64, 99]
@@ -31,11 +32,13 @@ def folders(tmp_path_factory, write_scores):
         )
         for number in range(ROWS)
     ]
-    writer = PackedCacheWriter(
-        folder / "cache", vocabulary=VOCABULARY, sequence_length=LENGTH, subsets=("even", "odd")
+    write_rows(
+        folder / "cache",
+        {"train": rows},
+        vocabulary=VOCABULARY,
+        sequence_length=LENGTH,
+        subsets=("even", "odd"),
     )
-    writer.write_split("train", rows, num_rows=ROWS)
-    writer.finish()
     digest = PackedCache.open(folder / "cache").digest
     common = {"cache_digest": digest, "split": "train"}
     # What the selection was made by is in a column of its own.

@@ -10,7 +10,7 @@ import pytest
 
 from salt_jax.commands.prepare import prepare
 from salt_jax.data.features import make_row
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
@@ -23,6 +23,7 @@ from salt_jax.training.checkpoints import find_model
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.partitioning import MeshConfig
 from tests.run_settings import prepare_settings
+from tests.written_cache import write_rows
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64)
 TEACHER = DecoderConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32, max_length=64)
@@ -115,7 +116,6 @@ def test_packed_and_unpacked_examples_have_the_same_loss(
     trained: pathlib.Path, examples: PackedCache, tmp_path: pathlib.Path
 ) -> None:
     packed = examples.split("train")
-    writer = PackedCacheWriter(tmp_path, vocabulary=ByteVocabulary(), sequence_length=64)
     rows = []
     for row in packed:
         for segment in range(1, int(row["segment_ids"].max()) + 1):
@@ -125,8 +125,7 @@ def test_packed_and_unpacked_examples_have_the_same_loss(
                 np.pad(row[name][inside_L], padding) for name in ("targets", "loss_weights")
             )
             rows.append(make_row(targets, weights, np.pad(inside_L[inside_L], padding)))
-    writer.write_split("train", rows, num_rows=len(rows))
-    writer.finish()
+    write_rows(tmp_path, {"train": rows}, vocabulary=ByteVocabulary(), sequence_length=64)
     assert len(rows) > len(packed)
     alone = _quality(trained, PackedCache.open(tmp_path), "train")
     assert alone == pytest.approx(_quality(trained, examples, "train"), rel=1e-5)
