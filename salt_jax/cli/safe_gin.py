@@ -22,6 +22,7 @@ _NAMES = {
     "data.vocabularies": "ByteVocabulary HuggingFaceVocabulary "
     "SentencePieceVocabulary load_vocabulary",
     "distill.divergences": "ForwardKL JensenShannon ReverseKL",
+    "distill.gates": "Confidence TeacherAhead TruthInTop",
     "distill.losses": "LossConfig",
     "distill.schedules": "Constant LinearDecay LinearRatioDecay NoDistillation Step",
     "distill.scores": "LearnableFraction Mean Median",

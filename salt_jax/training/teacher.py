@@ -14,6 +14,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.distill import losses
+from salt_jax.distill.gates import require_gate_of_labels
 from salt_jax.errors import InputError
 from salt_jax.training import partitioning
 from salt_jax.training.caches import Caches
@@ -119,4 +120,5 @@ def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None)
         k=method.loss.teacher_top_k,
         selection_digest=selected.digest if selected else None,
     )
+    require_gate_of_labels(method.loss.gate, method.loss.teacher_top_k or labels.format.k)
     return labels

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.distill.divergences import ForwardKL, JensenShannon, ReverseKL
+from salt_jax.distill.gates import Confidence, TeacherAhead, TruthInTop
 from salt_jax.distill.losses import LossConfig
 from salt_jax.distill.token_losses import token_losses
 from salt_jax.errors import InputError
@@ -27,6 +28,9 @@ CONFIGS = [
     LossConfig(divergence=ReverseKL(), student_temperature=0.5, teacher_top_k=3),
     LossConfig(teacher_temperature=1.0, divergence=JensenShannon()),
     LossConfig(divergence=JensenShannon(0.1), teacher_top_k=3),
+    LossConfig(gate=TeacherAhead()),
+    LossConfig(teacher_temperature=1.0, gate=TruthInTop(4), teacher_top_k=2),
+    LossConfig(gate=Confidence(0.5), divergence=JensenShannon()),
 ]
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 
@@ -70,15 +74,24 @@ def oracle_token(
         soft = beta * expect(q, log_q - log_m) + (1 - beta) * expect(p, log_p - log_m)
     if config.scale_by_temperature_squared:
         soft *= config.teacher_temperature**2
-    hard = -log_softmax(z_s)[y]
+    hard, teacher_hard = -log_softmax(z_s)[y], -log_softmax(z_t)[y]
+    gate: dict[str, float] = {}
+    if isinstance(config.gate, TeacherAhead):
+        gate = {"gate": float(teacher_hard < hard)}
+    elif isinstance(config.gate, TruthInTop):
+        gate = {"gate": float((z_t > z_t[y]).sum() < config.gate.k)}
+    elif isinstance(config.gate, Confidence):
+        gate = {"gate": np.exp(log_softmax(z_t)[y]) ** config.gate.gamma}
+    omega *= gate.get("gate", 1.0)
     loss = (1 - omega) * hard + omega * soft + config.z_loss * log_sum(z_s) ** 2
     return {
         "loss": loss,
         "hard": hard,
         "soft": soft,
         "correct": float(z_s[y] >= z_s.max()),
-        "teacher_hard": -log_softmax(z_t)[y],
+        "teacher_hard": teacher_hard,
         "agreement": float(((z_s >= z_s.max()) & (z_t >= z_t.max())).any()),
+        **gate,
     }
 
 

@@ -16,7 +16,7 @@ from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import RowOrder
 from salt_jax.data.row_scores import RowScores, Selection
-from salt_jax.distill import losses, schedules
+from salt_jax.distill import gates, losses, schedules
 from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage.run_folder import RunFolder
@@ -25,13 +25,14 @@ from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.learning_rates import WarmupConstant, WarmupStableDecay
 from salt_jax.training.ledger import Cost, Counters
-from salt_jax.training.optimizers import AdamW, Muon, Optimizer
+from salt_jax.training.optimizers import AdamW, Muon
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
 SALT = schedules.Step(omega=0.6, n_kd=3)
 ADAMW = AdamW(WarmupConstant(5e-3, warmup_steps=2), weight_decay=0.1)
 MUON = Muon(WarmupStableDecay(5e-3, 2, decay_fraction=0.4), weight_decay=0.1)
+GATED = losses.LossConfig(teacher_temperature=1.0, gate=gates.TeacherAhead())
 # All of a run's costs that are the same on every machine, and however often it was killed.
 COUNTED = [name for name in Counters().to_json() if "seconds" not in name]
 
@@ -82,7 +83,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("killed_step", "optimizer"), [(3, ADAMW), (5, ADAMW), (5, MUON)], ids=["3", "5", "muon"]
+    ("killed_step", "more"),
+    [(3, {}), (5, {}), (5, {"optimizer": MUON}), (3, {"loss": GATED})],
+    ids=["3", "5", "muon", "gate"],
 )
 def test_resumed_equals_straight(
     run_train: Run,
@@ -90,10 +93,10 @@ def test_resumed_equals_straight(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     killed_step: int,
-    optimizer: Optimizer,
+    more: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings: dict[str, Any] = {"schedule": SALT, "teacher": str(slm), "optimizer": optimizer}
+    settings = {"schedule": SALT, "teacher": str(slm), "optimizer": ADAMW, **more}
     straight = run_train(**settings)
     with monkeypatch.context() as patch:
         kill_at(patch, killed_step)
@@ -138,6 +141,18 @@ def test_the_schedule_weighs_every_step(run_train: Run, slm: pathlib.Path) -> No
         expected = (1 - omega) * line["log_perplexity"] + omega * soft
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert ["soft_loss" in line for line in history] == [True] * 5 + [False]
+
+
+def test_a_gate_gives_each_token_its_share_of_omega(run_train: Run, slm: pathlib.Path) -> None:
+    gated = losses.LossConfig(teacher_temperature=1.0, z_loss=1e-4, gate=gates.Confidence())
+    history, without = (
+        metrics_of(run_train(schedule=SALT, teacher=str(slm), **loss))
+        for loss in ({"loss": gated}, {})
+    )
+    assert ["gate" in line for line in history] == [True] * 3 + [False] * 3
+    assert 0 < history[0]["gate"] < 1
+    assert history[0]["soft_loss"] == without[0]["soft_loss"]
+    assert history[0]["loss"] != without[0]["loss"]
 
 
 def test_teacher_memory_is_freed_at_the_switch(
