@@ -21,6 +21,7 @@ _NAMES = {
     "data.denoisers": "Objectives SpanDenoiser",
     "data.vocabularies": "ByteVocabulary HuggingFaceVocabulary "
     "SentencePieceVocabulary load_vocabulary",
+    "distill.alignment": "Alignment",
     "distill.divergences": "ForwardKL JensenShannon ReverseKL",
     "distill.gates": "Confidence TeacherAhead TruthInTop",
     "distill.losses": "LossConfig",

@@ -39,7 +39,13 @@ from salt_jax.training.loop import Loop
 from salt_jax.training.optimizers import make_transformation
 from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.stop_requests import StopRequests
-from salt_jax.training.teacher import LoadedTeacher, find_labels, find_teacher, refuse_unused
+from salt_jax.training.teacher import (
+    LoadedTeacher,
+    find_labels,
+    find_teacher,
+    projection_of,
+    refuse_unused,
+)
 from salt_jax.training.train_state import StateLayout, TrainState, make_layout
 
 # Settings that change a run's result by rounding at most.
@@ -85,7 +91,8 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     teacher, labels = _find_teaching(config, start, caches, selected)
     denoising = _denoising(config, packed, student)
     optimizer = make_transformation(config.optimizer, config.steps, student)
-    layout = make_layout(student, optimizer, mesh, devices.rules)
+    projection = projection_of(config, student, teacher.config if teacher else None)
+    layout = make_layout(student, optimizer, mesh, devices.rules, projection)
     kept = config.checkpoints.keep_last + len(config.checkpoints.keep_steps) + 1
     run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
     compilation.use_compilation_cache(devices.compilation_cache)
@@ -115,7 +122,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
             origin=origin_of(config, student, caches, selected, teacher, labels, denoising),
             scoring=scoring_cost(selected, labels, method.arm),
             teacher=_load_teacher(method.teacher, teacher, layout),
-            initial=_load_initial(None if start.step else initial, layout),
+            initial=_load_initial(None if start.step else initial, layout, config.seed),
         )
     if run.processes.count == 1 and (signal := stop.asked_by(start.step)):
         raise Interrupted(
@@ -275,12 +282,12 @@ def _load_teacher(
     return LoadedTeacher(model, layout.mesh, config.rules or layout.rules, config.dtype)
 
 
-def _load_initial(model: SavedModel | None, layout: StateLayout) -> TrainState | None:
+def _load_initial(model: SavedModel | None, layout: StateLayout, seed: int) -> TrainState | None:
     """A fresh state with the model's parameters."""
     if model is None:
         return None
     dtype = layout.config.param_dtype
-    return layout.around(model.load_params(layout.mesh, layout.rules, dtype))
+    return layout.around(model.load_params(layout.mesh, layout.rules, dtype), seed)
 
 
 def _describe(loop: Loop) -> None:

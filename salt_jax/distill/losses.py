@@ -23,7 +23,7 @@ from salt_jax.distill.gates import Gate
 from salt_jax.errors import InputError
 
 # Metrics that exist only with a teacher.
-TEACHER_VALUES = ("soft", "teacher_hard", "agreement", "gate")
+TEACHER_VALUES = ("soft", "teacher_hard", "agreement", "gate", "cosine")
 
 
 class SoftLabels(NamedTuple):

@@ -230,8 +230,12 @@ def complete_steps(path: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
+def require_fit(
+    model: SavedModel, cache: PackedCache, role: str, *, more_ids: bool = False
+) -> None:
     """Refuses a cache whose rows a model cannot read.
+
+    With `more_ids` the model's vocabulary, too, may have more reserved ids than the cache's.
 
     Raises:
       InputError: Rows longer than the model takes, or another vocabulary.
@@ -244,7 +248,8 @@ def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
     if model.vocabulary_fingerprint != cache.vocabulary_fingerprint:
         # Rows on disk have no reserved ids, so a Pythia can read those of a UL2 run's cache.
         kept = (model.path / VOCABULARY_FOLDER).exists()
-        if kept and cache.vocabulary.extends(model.load_vocabulary()):
+        own = model.load_vocabulary() if kept else None
+        if own and (cache.vocabulary.extends(own) or (more_ids and own.extends(cache.vocabulary))):
             return
         raise InputError(
             f"The {role} {model.path} was trained with the vocabulary "

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from salt_jax.data.denoisers import TEACHER_OBJECTIVES, Objectives
+from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.losses import LossConfig
 from salt_jax.distill.schedules import Schedule
 from salt_jax.errors import InputError, require_counts
@@ -114,6 +115,8 @@ class Method:
       loss: Temperatures, divergence, z-loss.
       teacher: The model that teaches in stage 1.
       soft_labels: A folder made by `salt score --soft_labels=K`, used instead of a teacher.
+      alignment: LET: an early layer of the student learns the teacher's last hidden states. Stage 1
+        lasts until both ω and λ are 0.
     """
 
     arm: str
@@ -121,8 +124,14 @@ class Method:
     loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
     teacher: Teacher | None = None
     soft_labels: str | None = None
+    alignment: Alignment | None = None
 
     def __post_init__(self) -> None:
+        if self.alignment is not None and self.soft_labels is not None:
+            raise InputError(
+                f"soft_labels is {self.soft_labels} and alignment needs the teacher's hidden "
+                "states: leave one unset, or set a teacher instead of soft_labels."
+            )
         if not self.arm.strip() or not self.arm.isprintable():
             raise InputError(f"arm is {self.arm!r}, expected a name for reports: change --arm.")
 
@@ -236,4 +245,11 @@ class TrainConfig:
     @property
     def stage1_steps(self) -> int:
         """Steps with a teacher."""
-        return self.method.schedule.distill_steps(self.steps)
+        alignment = self.method.alignment
+        aligned = min(alignment.stop, self.steps) if alignment else 0
+        return max(self.method.schedule.distill_steps(self.steps), aligned)
+
+    @property
+    def has_soft_term(self) -> bool:
+        """Whether any step has ω over 0."""
+        return self.method.schedule.distill_steps(self.steps) > 0

@@ -28,7 +28,7 @@ from salt_jax.training.ledger import Cost, Counters, Ledger
 from salt_jax.training.metrics import MetricWriter, recorded, status_of
 from salt_jax.training.origin import require_same_origin
 from salt_jax.training.stop_requests import StopRequests
-from salt_jax.training.teacher import LoadedTeacher
+from salt_jax.training.teacher import LoadedTeacher, teaching_flops_per_token
 from salt_jax.training.train_state import StateLayout, TrainState
 from salt_jax.training.train_step import (
     BATCH_FEATURES,
@@ -76,10 +76,12 @@ class Loop:
         self._learning_rates = np.zeros(0)
         student, teacher = self.layout.config, self.teacher and self.teacher.model.config
         rows, length = self.pipeline.batch_size, self.sequence_length
+        taught = rows * length if teacher else 0
+        teaching = teacher and teaching_flops_per_token(self.config, student, teacher, length)
         peak = device_peak_flops(jax.devices()[0].device_kind)
         self._ledger = Ledger(
             student=Cost.of_training(student, rows, length),
-            teacher=Cost.of(teacher, rows, length) if teacher else Cost(),
+            teacher=Cost(taught * (teaching or 0.0), taught),
             evaluation=Cost.of(student, self.evaluator.rows, length),
             scoring=self.scoring,
             peak_flops=peak * jax.device_count() if peak else None,
@@ -193,6 +195,8 @@ class Loop:
             teacher_params=teacher.params if teacher else None,
             extra_features=self.pipeline.extra_features,
             soft_labels=labels.format.k if labels else 0,
+            alignment=self.config.method.alignment,
+            soft_term=self.config.has_soft_term,
         )
 
     def _compile_the_rest(self, state: TrainState) -> None:
@@ -217,11 +221,19 @@ class Loop:
         if self._stage_of(step) == 2:
             if self.teacher is not None:
                 self.teacher.free()
-            return programs.plain(state, on_device)
+            return programs.plain(state._replace(projection=None), on_device)
         assert programs.distill is not None, "stage 1 has its program"
-        omega = np.float32(self.config.method.schedule.omega_at(step))
+        weights = [np.float32(weight) for weight in self._weights(step).values()]
         teacher_params = self.teacher.params if self.teacher else None
-        return programs.distill(state, on_device, teacher_params, omega)
+        return programs.distill(state, on_device, teacher_params, *weights)
+
+    def _weights(self, step: int) -> dict[str, float]:
+        """ω, and λ if there is an alignment."""
+        method = self.config.method
+        omega = {"omega": method.schedule.omega_at(step)}
+        if method.alignment is None:
+            return omega
+        return {**omega, "alignment_weight": method.alignment.weight_at(step)}
 
     def _note(self, pending: Pending | None) -> None:
         """Waits for a step's metrics, counts its cost, and writes a record if it is due."""
@@ -248,7 +260,7 @@ class Loop:
                 "step": done,
                 "stage": stage,
                 **self._ledger.close_window(),
-                "omega": config.method.schedule.omega_at(done - 1),
+                **self._weights(done - 1),
                 "learning_rate": float(self._learning_rates[rate_step]),
                 "epochs": self.pipeline.epochs(done),
             }
@@ -287,6 +299,8 @@ class Loop:
             "rows_consumed": self._rows_consumed(done),
             "counters": dataclasses.asdict(self._ledger.counters),
         }
+        if self._stage_of(done) == 2:
+            state = state._replace(projection=None)
         with self._watch.waiting_for(f"the checkpoint of step {done}"):
             self._checkpointer.save(done, state, progress, must)
 

@@ -17,10 +17,11 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import RowOrder
 from salt_jax.data.row_scores import RowScores, Selection
 from salt_jax.distill import gates, losses, schedules
+from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage.run_folder import RunFolder
-from salt_jax.training import loop
+from salt_jax.training import flops, loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.learning_rates import WarmupConstant, WarmupStableDecay
@@ -32,6 +33,8 @@ Run = Callable[..., pathlib.Path]
 SALT = schedules.Step(omega=0.6, n_kd=3)
 ADAMW = AdamW(WarmupConstant(5e-3, warmup_steps=2), weight_decay=0.1)
 MUON = Muon(WarmupStableDecay(5e-3, 2, decay_fraction=0.4), weight_decay=0.1)
+NONE = schedules.NoDistillation()
+LET = Alignment(stop=4, layer=1)  # of a wider student: it has a projection
 GATED = losses.LossConfig(teacher_temperature=1.0, gate=gates.TeacherAhead())
 # All of a run's costs that are the same on every machine, and however often it was killed.
 COUNTED = [name for name in Counters().to_json() if "seconds" not in name]
@@ -84,8 +87,15 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
 
 @pytest.mark.parametrize(
     ("killed_step", "more"),
-    [(3, {}), (5, {}), (5, {"optimizer": MUON}), (3, {"loss": GATED})],
-    ids=["3", "5", "muon", "gate"],
+    [
+        (3, {}),
+        (5, {}),
+        (5, {"optimizer": MUON}),
+        (3, {"loss": GATED}),
+        (3, {"schedule": NONE, "alignment": LET}),
+        (5, {"alignment": LET, "optimizer": MUON}),
+    ],
+    ids=["3", "5", "muon", "gate", "let", "salt and let"],
 )
 def test_resumed_equals_straight(
     run_train: Run,
@@ -141,6 +151,55 @@ def test_the_schedule_weighs_every_step(run_train: Run, slm: pathlib.Path) -> No
         expected = (1 - omega) * line["log_perplexity"] + omega * soft
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert ["soft_loss" in line for line in history] == [True] * 5 + [False]
+
+
+def test_let_leaves_nothing_behind(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """No later checkpoint has its projection; stage 2 is a plain run; the student is like any."""
+    checkpoints = CheckpointConfig(save_every=0, keep_steps=(3, 4, 5, 6))
+    settings: dict[str, Any] = {"checkpoints": checkpoints, "schedule": NONE}
+    let = run_train(teacher=str(slm), alignment=LET, **settings)
+    has = [
+        "projection" in (let / f"checkpoints/{step}/optimizer/_METADATA").read_text()
+        for step in range(3, 7)
+    ]
+    assert has == [True, False, False, False]
+    copy = tmp_path / "checkpoints"
+    copy.mkdir()
+    (let / "checkpoints" / "4").rename(copy / "4")
+    run_train(tmp_path, **settings)
+    assert_same(let, tmp_path)
+    history, plain = metrics_of(let), run_train(**settings)
+    assert [m["stage"] for m in history] == [1, 1, 1, 1, 2, 2]
+    assert [m.get("alignment_weight") for m in history] == pytest.approx(
+        [0.1, 0.075, 0.05, 0.025, 0.0, 0.0]
+    )
+    assert "soft_loss" not in history[0]
+    for line in history[:4]:
+        expected = line["log_perplexity"] - line["alignment_weight"] * line["cosine"]
+        assert line["loss"] == pytest.approx(expected, abs=0.1)  # but for the z-loss
+    assert history[3]["cosine"] > history[0]["cosine"]
+    shapes = [[x.shape for x in params_of(run)] for run in (let, plain)]
+    assert shapes[0] == shapes[1]
+    summary = json.loads((let / "summary.json").read_text())
+    teacher = find_model(slm, None, "teacher").config
+    head, projection = 2 * 16 * teacher.padded_vocab_size, 6 * 32 * 16
+    per_token = flops.forward_flops_per_token(teacher, 16) - head + projection
+    assert summary["teacher_flops"] == 4 * 8 * 16 * per_token
+    assert summary["distill_steps"] == 4
+
+
+def test_lets_teacher_may_have_more_ids(
+    run_train: Run, cache: PackedCache, make_cache: Callable[..., PackedCache]
+) -> None:
+    wider = run_train(cache=str(make_cache(reserved=200).path), steps=1)
+    assert find_model(wider, None, "teacher").config.vocab_size == cache.vocabulary_size + 200
+    settings: dict[str, Any] = {"teacher": str(wider), "alignment": Alignment(stop=2, layer=2)}
+    run = run_train(schedule=NONE, steps=2, **settings)
+    assert all("cosine" in line for line in metrics_of(run))
+    with pytest.raises(InputError, match=r"The teacher .* was trained with the vocabulary"):
+        run_train(schedule=SALT, steps=2, **settings)
 
 
 def test_a_gate_gives_each_token_its_share_of_omega(run_train: Run, slm: pathlib.Path) -> None:
