@@ -25,7 +25,7 @@ _NAMES = {
     "distill.divergences": "ForwardKL JensenShannon ReverseKL",
     "distill.gates": "Confidence TeacherAhead TruthInTop",
     "distill.losses": "LossConfig",
-    "distill.schedules": "Constant LinearDecay LinearRatioDecay NoDistillation Step",
+    "distill.schedules": "Adaptive Constant LinearDecay LinearRatioDecay NoDistillation Step",
     "distill.scores": "LearnableFraction Mean Median",
     "distill.selection": "RandomRows Threshold TopFraction TopRows",
     "evaluation.few_shot": "FewShot",

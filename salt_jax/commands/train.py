@@ -31,6 +31,7 @@ from salt_jax.training.checkpoints import (
     find_model,
     read_progress,
     state_bytes,
+    watched_in,
 )
 from salt_jax.training.config import FROM_FILES, Devices, Initial, Teacher, TrainConfig
 from salt_jax.training.evaluation import Evaluator
@@ -85,10 +86,10 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     student = _student(config.model, initial, packed)
     mesh = devices.mesh.make()
     microbatches = _most_microbatches(data.batch_size, devices, mesh)
-    start = _position(run)
+    start, n_kd = _position(run), _decided(run)
     selected = _selection(config)
     refuse_unused(config)
-    teacher, labels = _find_teaching(config, start, caches, selected)
+    teacher, labels = _find_teaching(config, start, n_kd, caches, selected)
     denoising = _denoising(config, packed, student)
     optimizer = make_transformation(config.optimizer, config.steps, student)
     projection = projection_of(config, student, teacher.config if teacher else None)
@@ -144,11 +145,15 @@ def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCac
 
 
 def _find_teaching(
-    config: TrainConfig, start: Position, caches: Caches, selected: Selection | None
+    config: TrainConfig,
+    start: Position,
+    n_kd: int | None,
+    caches: Caches,
+    selected: Selection | None,
 ) -> tuple[SavedModel | None, StoredLabels | None]:
     """The teacher, or the soft labels that stand for it. A run that is resumed in stage 2 needs
     neither: they may be gone."""
-    if start.step >= config.stage1_steps:
+    if start.step >= config.stage1_steps_after(n_kd):
         return None, None
     if config.method.soft_labels is not None:
         return None, find_labels(config, caches, selected)
@@ -235,6 +240,12 @@ def _position(run: RunFolder) -> Position:
         return Position()
     rows = read_progress(run.path, steps[-1])["rows_consumed"]
     return Position(steps[-1], rows["stage1"], rows["stage2"])
+
+
+def _decided(run: RunFolder) -> int | None:
+    """n_kd, if an adaptive schedule has decided on it by the run's newest checkpoint."""
+    steps = complete_steps(run.path)
+    return watched_in(read_progress(run.path, steps[-1])).n_kd if steps else None
 
 
 def _selection(config: TrainConfig) -> Selection | None:

@@ -23,7 +23,7 @@ from salt_jax.distill.gates import Gate
 from salt_jax.errors import InputError
 
 # Metrics that exist only with a teacher.
-TEACHER_VALUES = ("soft", "teacher_hard", "agreement", "gate", "cosine")
+TEACHER_VALUES = ("soft", "teacher_hard", "agreement", "gate", "cosine", "gradient_cosine")
 
 
 class SoftLabels(NamedTuple):
@@ -59,6 +59,8 @@ class LossConfig:
         the whole vocabulary, or all ids of stored soft labels.
       gate: Each token's share of ω: TeacherAhead, TruthInTop or Confidence of `gates.py`, or your
         own; None for 1.
+      gradient_cosine: Also give the cosine of the gradients of soft and hard in the logits, p - q
+        and p - onehot(y), as a metric; needs a teacher's logits.
       z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
       chunk_tokens: Tokens whose logits a device holds at once (`chunked_loss.py`), in 4 ·
         chunk_tokens · V bytes for each model. Several hundred are efficient on a GPU or TPU, 128 on
@@ -71,6 +73,7 @@ class LossConfig:
     divergence: Divergence = ForwardKL()  # noqa: RUF009 (frozen)
     teacher_top_k: int = 0
     gate: Gate | None = None
+    gradient_cosine: bool = False
     z_loss: float = 0.0
     chunk_tokens: int = 512
 

@@ -95,6 +95,8 @@ class TokenLosses:
         else:
             most_C = vocabulary.max(taught)
             soft_C, norms = self._soft(z_CxV, taught, most_C, norms)
+            if config.gradient_cosine:
+                values["gradient_cosine"] = self._gradient_cosine(z_CxV, taught, targets_C, norms)
             teacher_hard_C = vocabulary.log_sum_exp(taught, most_C)
             teacher_hard_C -= vocabulary.at(taught, targets_C)
             # Only an id that is the largest of both reaches the sum of the two maxima (up to
@@ -173,6 +175,21 @@ class TokenLosses:
         norms = norms._replace(h=jnp.sum(h_CxO, axis=-1), outcomes=(labels.ids, h_CxO, rest_C))
         return self._scale * jnp.sum(value_CxO, axis=-1), norms
 
+    def _gradient_cosine(
+        self, z_CxV: jax.Array, t_CxV: jax.Array, targets_C: jax.Array, norms: LogSums
+    ) -> jax.Array:
+        """cos(p - q, p - onehot(y)) with p at temperature 1 and q at τ, [C]."""
+        vocabulary = self.vocabulary
+        p_CxV = jnp.exp(z_CxV - norms.log_z[:, None])
+        q_CxV = jnp.exp(self._log_q(t_CxV, norms))
+        is_truth_CxV = vocabulary.is_id(targets_C).astype(p_CxV.dtype)
+        soft_CxV, hard_CxV = p_CxV - q_CxV, p_CxV - is_truth_CxV
+        both_C = vocabulary.sum(soft_CxV * hard_CxV)
+        squares_C = [vocabulary.sum(jnp.square(x)) for x in (soft_CxV, hard_CxV)]
+        tiny = jnp.finfo(p_CxV.dtype).tiny
+        cosine_C = both_C / jnp.sqrt(jnp.maximum(squares_C[0] * squares_C[1], tiny))
+        return lax.stop_gradient(cosine_C)
+
     def _truth_in_top(
         self, taught: jax.Array | SoftLabels, targets_C: jax.Array, k: int
     ) -> jax.Array:
@@ -225,7 +242,7 @@ def token_losses(
       [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else 0);
       with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1),
       agreement (1 where a most likely id of the student is one of the teacher's) and, if the loss
-      has one, gate (its share of ω).
+      has them, gate (its share of ω) and gradient_cosine.
 
     Raises:
       InputError: See `check_vocab_size`; or more top ids than the soft labels have.

@@ -151,7 +151,7 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
         with cudnn_assumed(topology.devices):
             lowered = lower_step(
                 layout,
-                job.config.method.loss,
+                job.config.method.loss_of_steps,
                 (job.config.data.batch_size, job.sequence_length),
                 job.microbatches_of(stage),
                 job.teacher_of(stage),

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
+from salt_jax.distill.schedules import Watched
 from salt_jax.errors import InputError
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, end_ids
 from salt_jax.models.decoder import DecoderConfig
@@ -221,6 +222,11 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
     with reading(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         progress: dict[str, Any] = checkpointer.restore((folder / "progress").absolute())
     return progress
+
+
+def watched_in(progress: Mapping[str, Any]) -> Watched:
+    """What an adaptive schedule had seen when a checkpoint was saved."""
+    return Watched(**progress.get("watched", {}))
 
 
 def complete_steps(path: pathlib.Path) -> list[int]:

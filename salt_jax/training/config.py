@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from salt_jax.data.denoisers import TEACHER_OBJECTIVES, Objectives
 from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.losses import LossConfig
-from salt_jax.distill.schedules import Schedule
+from salt_jax.distill.schedules import Adaptive, Schedule
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import compilation, partitioning
@@ -132,8 +132,24 @@ class Method:
                 f"soft_labels is {self.soft_labels} and alignment needs the teacher's hidden "
                 "states: leave one unset, or set a teacher instead of soft_labels."
             )
+        if self.by_cosine and self.soft_labels is not None:
+            raise InputError(
+                f"soft_labels is {self.soft_labels}, and the cosine of the gradients needs a "
+                "teacher's logits: set Adaptive.signal to 'gap', or a teacher."
+            )
         if not self.arm.strip() or not self.arm.isprintable():
             raise InputError(f"arm is {self.arm!r}, expected a name for reports: change --arm.")
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether steps give the cosine of the gradients as a metric."""
+        asked = isinstance(self.schedule, Adaptive) and self.schedule.signal == "cosine"
+        return asked or self.loss.gradient_cosine
+
+    @property
+    def loss_of_steps(self) -> LossConfig:
+        """The loss with the metrics that the schedule watches."""
+        return dataclasses.replace(self.loss, gradient_cosine=self.by_cosine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +251,12 @@ class TrainConfig:
                 f"hang_seconds is {self.hang_seconds}, expected seconds, or 0 for never: change "
                 "--hang_seconds."
             )
+        selected, adaptive = self.data.selection, isinstance(self.method.schedule, Adaptive)
+        if adaptive and selected is not None and self.data.selection_steps is None:
+            raise InputError(
+                f"selection is {selected} and the schedule is Adaptive, which decides after rows "
+                "are read ahead: set selection_steps to the steps that read the selection."
+            )
         keep_steps = tuple(self.checkpoints.keep_steps)
         if any(not 0 < step <= self.steps for step in keep_steps):
             raise InputError(
@@ -244,10 +266,15 @@ class TrainConfig:
 
     @property
     def stage1_steps(self) -> int:
-        """Steps with a teacher."""
+        """Steps with a teacher; with an adaptive schedule the most."""
+        return self.stage1_steps_after(None)
+
+    def stage1_steps_after(self, n_kd: int | None) -> int:
+        """Steps with a teacher, once an adaptive schedule has decided on n_kd."""
         alignment = self.method.alignment
         aligned = min(alignment.stop, self.steps) if alignment else 0
-        return max(self.method.schedule.distill_steps(self.steps), aligned)
+        taught = self.method.schedule.distill_steps(self.steps)
+        return max(taught if n_kd is None else min(taught, n_kd), aligned)
 
     @property
     def has_soft_term(self) -> bool:

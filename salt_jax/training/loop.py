@@ -14,11 +14,13 @@ import jax
 import numpy as np
 
 from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.distill.schedules import Adaptive, Watched
 from salt_jax.errors import Interrupted, RunFailed
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
 from salt_jax.training.checkpointer import Checkpointer
+from salt_jax.training.checkpoints import watched_in
 from salt_jax.training.config import TrainConfig
 from salt_jax.training.evaluation import EvaluationResult, Evaluator
 from salt_jax.training.finite import NotFiniteError
@@ -73,6 +75,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._watch = HangWatch(self.config.hang_seconds, self._report)
         self._skipped = 0
+        self._watched = Watched()
         self._learning_rates = np.zeros(0)
         student, teacher = self.layout.config, self.teacher and self.teacher.model.config
         rows, length = self.pipeline.batch_size, self.sequence_length
@@ -180,6 +183,7 @@ class Loop:
             counters, **{name: later[name] for name in names if later}
         )
         self._skipped = int(state.skipped_updates)
+        self._watched = watched_in(progress)
         return step, state
 
     def _compile(self) -> Programs:
@@ -187,7 +191,7 @@ class Loop:
         teacher, labels = self.teacher, self.pipeline.soft_labels
         return compile_programs(
             self.layout,
-            self.config.method.loss,
+            self.config.method.loss_of_steps,
             (self.pipeline.batch_size, self.sequence_length),
             microbatches=self.config.devices.microbatches,
             stage1_microbatches=self.config.devices.stage1_microbatches,
@@ -209,14 +213,15 @@ class Loop:
 
     def _stage_of(self, step: int) -> int:
         """The stage of a step: 1 with the teacher, then 2."""
-        return 1 if step < self.config.stage1_steps else 2
+        return 1 if step < self.config.stage1_steps_after(self._watched.n_kd) else 2
 
     def _step(
         self, step: int, state: TrainState, batch: Batch, programs: Programs
     ) -> tuple[TrainState, Any]:
         """Dispatches one step."""
         names = [*BATCH_FEATURES, *self.pipeline.extra_features]
-        names += [name for name in LABEL_FEATURES if name in batch]
+        if self._stage_of(step) == 1:
+            names += [name for name in LABEL_FEATURES if name in batch]
         on_device = partitioning.to_device({name: batch[name] for name in names}, self.layout.mesh)
         if self._stage_of(step) == 2:
             if self.teacher is not None:
@@ -230,7 +235,8 @@ class Loop:
     def _weights(self, step: int) -> dict[str, float]:
         """ω, and λ if there is an alignment."""
         method = self.config.method
-        omega = {"omega": method.schedule.omega_at(step)}
+        over = self._watched.n_kd is not None and step >= self._watched.n_kd
+        omega = {"omega": 0.0 if over else method.schedule.omega_at(step)}
         if method.alignment is None:
             return omega
         return {**omega, "alignment_weight": method.alignment.weight_at(step)}
@@ -244,6 +250,9 @@ class Loop:
             metrics = jax.device_get(metrics)
         config, stage = self.config, self._stage_of(done - 1)
         self._ledger.add(metrics, stage)
+        schedule = config.method.schedule
+        if isinstance(schedule, Adaptive) and self._weights(done - 1)["omega"] > 0:
+            self._decide(schedule.after(self._watched, done, metrics), done)
         # The learning rate counts applied updates, as the optimizer does.
         rate_step = done - 1 - self._skipped
         self._skipped = int(metrics["skipped_updates"])
@@ -261,11 +270,21 @@ class Loop:
                 "stage": stage,
                 **self._ledger.close_window(),
                 **self._weights(done - 1),
+                **self._decision(),
                 "learning_rate": float(self._learning_rates[rate_step]),
                 "epochs": self.pipeline.epochs(done),
             }
             self._writer.write(record)
             self._bar.update(done, status_of(record))
+
+    def _decide(self, watched: Watched, done: int) -> None:
+        """Keeps what an adaptive schedule has seen, and says when it has decided."""
+        self._watched, before = watched, self._watched
+        if watched.n_kd is not None and before.n_kd is None:
+            self._bar.say(
+                f"step {done}: the running mean {watched.mean:.4f} was below the margin for "
+                f"{watched.below} steps: ω is 0 from step {watched.n_kd} on"
+            )
 
     def _evaluate(self, done: int, state: TrainState) -> EvaluationResult:
         waiting = self._watch.waiting_for(f"the evaluation after step {done}")
@@ -298,11 +317,16 @@ class Loop:
             "step": done,
             "rows_consumed": self._rows_consumed(done),
             "counters": dataclasses.asdict(self._ledger.counters),
+            **self._decision(),
         }
         if self._stage_of(done) == 2:
             state = state._replace(projection=None)
         with self._watch.waiting_for(f"the checkpoint of step {done}"):
             self._checkpointer.save(done, state, progress, must)
+
+    def _decision(self) -> dict[str, Any]:
+        adaptive = isinstance(self.config.method.schedule, Adaptive)
+        return {"watched": self._watched._asdict()} if adaptive else {}
 
     def _require_saved(self, step: int) -> None:
         """Waits for a checkpoint, and fails the run if it was not written."""
@@ -328,7 +352,8 @@ class Loop:
         return {
             "arm": config.method.arm,
             "steps": config.steps,
-            "distill_steps": config.stage1_steps,
+            "distill_steps": config.stage1_steps_after(self._watched.n_kd),
+            **self._decision(),
             "parameters": self.layout.config.num_parameters,
             **evaluation.to_json(),
             **self._ledger.counters.to_json(),

@@ -257,6 +257,12 @@ def assert_equal_on_a_mesh(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
 
 
+def test_the_cosine_of_the_two_gradients() -> None:
+    config = LossConfig(teacher_temperature=1.0, gradient_cosine=True)
+    assert_equal_in_float64(config, 7, case())
+    assert_equal_on_a_mesh(config, (1, 2, 2, 2), ("fsdp",), case())
+
+
 SHARES_B = np.array([1.0, 0.0, 0.5, 0.0, 1.0, 0.0, 1.0, 0.25])
 SOME_CONFIGS = pytest.mark.parametrize(
     "config",

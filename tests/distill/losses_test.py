@@ -282,3 +282,17 @@ def test_a_teacher_of_other_ids_is_refused(
         token_losses(
             student, teacher, targets, 0.5, config, VOCAB, teacher_vocab_size=teacher_vocab_size
         )
+
+
+def test_the_cosine_of_the_two_gradients_equals_numpy() -> None:
+    student, teacher, targets = random_case(3, 1.0, VOCAB + 2, VOCAB + 5)
+    config = LossConfig(teacher_temperature=0.5, gradient_cosine=True, z_loss=1e-2)
+    with jax.enable_x64(True):
+        arrays = (jnp.asarray(x, jnp.float64) for x in (student, teacher))
+        got = token_losses(*arrays, jnp.asarray(targets), 0.4, config, VOCAB)["gradient_cosine"]
+    for at in np.ndindex(targets.shape):
+        z, t = student[at][:VOCAB].astype(np.float64), teacher[at][:VOCAB].astype(np.float64)
+        p, q = np.exp(log_softmax(z)), np.exp(log_softmax(t / 0.5))
+        soft, hard = p - q, p - np.eye(VOCAB)[targets[at]]
+        expected = soft @ hard / np.linalg.norm(soft) / np.linalg.norm(hard)
+        assert got[at] == pytest.approx(expected, rel=1e-10)

@@ -1,8 +1,10 @@
 """Whole runs: resumed equals straight, the switch changes nothing but the teacher, rows as
 promised."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +37,8 @@ ADAMW = AdamW(WarmupConstant(5e-3, warmup_steps=2), weight_decay=0.1)
 MUON = Muon(WarmupStableDecay(5e-3, 2, decay_fraction=0.4), weight_decay=0.1)
 NONE = schedules.NoDistillation()
 LET = Alignment(stop=4, layer=1)  # of a wider student: it has a projection
+# It decides after 2 steps, with any signal.
+ADAPTIVE = schedules.Adaptive(omega=0.6, most=5, margin=1e9, window=4, patience=2)
 GATED = losses.LossConfig(teacher_temperature=1.0, gate=gates.TeacherAhead())
 # All of a run's costs that are the same on every machine, and however often it was killed.
 COUNTED = [name for name in Counters().to_json() if "seconds" not in name]
@@ -94,8 +98,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
         (3, {"loss": GATED}),
         (3, {"schedule": NONE, "alignment": LET}),
         (5, {"alignment": LET, "optimizer": MUON}),
+        (3, {"schedule": ADAPTIVE}),
+        (5, {"schedule": ADAPTIVE}),
     ],
-    ids=["3", "5", "muon", "gate", "let", "salt and let"],
+    ids=["3", "5", "muon", "gate", "let", "salt and let", "adaptive 3", "adaptive 5"],
 )
 def test_resumed_equals_straight(
     run_train: Run,
@@ -120,6 +126,8 @@ def test_resumed_equals_straight(
     expected = json.loads((straight / "summary.json").read_text())
     for name in ("log_perplexity", "next_token_accuracy", "by_subset", *COUNTED):
         assert last[name] == expected[name], name
+    for name in ("distill_steps", "watched"):
+        assert last.get(name) == expected.get(name), name
 
 
 def test_stage_2_equals_a_teacherless_run_from_the_same_checkpoint(
@@ -151,6 +159,44 @@ def test_the_schedule_weighs_every_step(run_train: Run, slm: pathlib.Path) -> No
         expected = (1 - omega) * line["log_perplexity"] + omega * soft
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert ["soft_loss" in line for line in history] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("signal", schedules.SIGNALS)
+def test_adaptive_is_salt_with_the_n_kd_that_it_decides_on(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path, signal: str
+) -> None:
+    settings: dict[str, Any] = {"teacher": str(slm), "optimizer": ADAMW}
+    salt = run_train(schedule=SALT, **settings)
+    schedule = dataclasses.replace(ADAPTIVE, signal=signal)
+    run = run_train(schedule=schedule, **settings)
+    assert_same(salt, run)
+    history = metrics_of(run)
+    assert [m["watched"]["n_kd"] for m in history] == [None, 3, 3, 3, 3, 3]
+    assert [m["stage"] for m in history] == [1, 1, 1, 2, 2, 2]
+    assert [m["omega"] for m in history] == [0.6] * 3 + [0.0] * 3
+    summary, of_salt = (json.loads((x / "summary.json").read_text()) for x in (run, salt))
+    assert summary["distill_steps"] == 3
+    assert {name: summary[name] for name in COUNTED} == {name: of_salt[name] for name in COUNTED}
+    first, second = (
+        m["gradient_cosine"] if signal == "cosine" else m["log_perplexity"] - m["teacher_hard"]
+        for m in history[:2]
+    )
+    mean = summary["watched"]["mean"]
+    assert mean == pytest.approx((first + second) / 2, rel=1e-5)
+    # A run that is resumed in stage 2 needs no teacher, and never gives up its decision.
+    shutil.copytree(run, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "6")
+    run_train(tmp_path / "moved", schedule=schedule, teacher=str(tmp_path), optimizer=ADAMW)
+    assert_same(salt, tmp_path / "moved")
+
+
+def test_an_adaptive_schedule_that_never_decides_ends_at_its_most(
+    run_train: Run, slm: pathlib.Path
+) -> None:
+    schedule = dataclasses.replace(ADAPTIVE, margin=-1e9)
+    run = run_train(schedule=schedule, teacher=str(slm))
+    assert [m["stage"] for m in metrics_of(run)] == [1] * 5 + [2]
+    assert json.loads((run / "summary.json").read_text())["watched"]["n_kd"] is None
 
 
 def test_let_leaves_nothing_behind(
