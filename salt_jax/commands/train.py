@@ -19,7 +19,7 @@ from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.errors import InputError, Interrupted
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.models.attention import require_bidirectional
-from salt_jax.models.decoder import DecoderConfig
+from salt_jax.models.decoder import DecoderConfig, stacked_params
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say, warn
 from salt_jax.training import compilation, partitioning
@@ -83,7 +83,8 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     caches = Caches.open(data.cache, data.weights)
     packed = caches.first
     initial = _find_initial(config.initial, packed)
-    student = _student(config.model, initial, packed)
+    stacked = config.initial is not None and config.initial.stacked
+    student = _student(config.model, initial, packed, stacked)
     mesh = devices.mesh.make()
     microbatches = _most_microbatches(data.batch_size, devices, mesh)
     start, n_kd = _position(run), _decided(run)
@@ -178,7 +179,7 @@ def _find_initial(initial: Initial | None, cache: PackedCache) -> SavedModel | N
 
 
 def _student(
-    model: DecoderConfig | None, initial: SavedModel | None, cache: PackedCache
+    model: DecoderConfig | None, initial: SavedModel | None, cache: PackedCache, stacked: bool
 ) -> DecoderConfig:
     if model is None:
         if initial is None:
@@ -207,15 +208,18 @@ def _student(
         )
     if initial is not None and initial.config.shape != model.shape:
         theirs, ours = vars(initial.config.shape), vars(model.shape)
+        if stacked and initial.config.num_layers < model.num_layers:
+            theirs = {**theirs, "num_layers": model.num_layers}
         differing = [
             f"{name} {value!r} (the student has {ours[name]!r})"
             for name, value in theirs.items()
             if value != ours[name]
         ]
-        raise InputError(
-            f"initial is {initial.path}, a model with {', '.join(differing)}: give the student the "
-            "same shape, or leave model unset."
-        )
+        if differing:
+            raise InputError(
+                f"initial is {initial.path}, a model with {', '.join(differing)}: give the student "
+                "the same shape, or leave model unset."
+            )
     return model
 
 
@@ -298,7 +302,11 @@ def _load_initial(model: SavedModel | None, layout: StateLayout, seed: int) -> T
     if model is None:
         return None
     dtype = layout.config.param_dtype
-    return layout.around(model.load_params(layout.mesh, layout.rules, dtype), seed)
+    params = model.load_params(layout.mesh, layout.rules, dtype)
+    layers = layout.config.num_layers
+    if layers != model.config.num_layers:
+        params = stacked_params(params, model.config, layers)
+    return layout.around(params, seed)
 
 
 def _describe(loop: Loop) -> None:

@@ -294,6 +294,16 @@ def early_and_last_states(
     return early_BxLxD, apply(layer, config.num_layers, early_BxLxD)
 
 
+def stacked_params(params: Any, config: DecoderConfig, num_layers: int) -> Any:
+    """The parameters of a deeper model: its layer i is layer i mod m of the m of `config`."""
+    order = [layer % config.num_layers for layer in range(num_layers)]
+    if config.scan_layers:
+        stack = jax.tree.map(lambda leaf: leaf[jnp.array(order)], params["layers"])
+        return {**params, "layers": stack}
+    own = {f"layers_{layer}": params[f"layers_{of}"] for layer, of in enumerate(order)}
+    return {**params, **own}
+
+
 def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:
     """The head's kernel, [V, D], in param_dtype; the embedding itself if the two are tied."""
     head_VxD: jax.Array = nn.unbox(params)["embedding" if config.tied_embeddings else "head"]

@@ -159,10 +159,13 @@ class Initial:
     Attributes:
       path: The folder of its run.
       step: Its checkpoint; the newest by default.
+      stacked: The student may have more layers, the model's repeated: layer i is its layer i mod m
+        of m (arXiv 2405.15319).
     """
 
     path: str | None
     step: int | None = None
+    stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

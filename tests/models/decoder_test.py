@@ -268,6 +268,19 @@ def test_an_early_layers_states(config: DecoderConfig, layer: int) -> None:
         np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-5)
 
 
+@SHAPES
+def test_a_stacked_model_repeats_its_layers(config: DecoderConfig) -> None:
+    params = make_params(config)
+    deep = decoder.stacked_params(params, config, 5)
+    for got, leaf in zip(
+        jax.tree.leaves(deep["layers"]), jax.tree.leaves(params["layers"]), strict=True
+    ):
+        np.testing.assert_array_equal(got, np.stack([leaf[i] for i in (0, 1, 0, 1, 0)]))
+    apart = dataclasses.replace(config, scan_layers=False)
+    other = decoder.stacked_params(unstacked(params, 2), apart, 5)
+    jax.tree.map(np.testing.assert_array_equal, other, unstacked(deep, 5))
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_layers_states_are_kept_for_an_early_one(remat: str) -> None:
     config = dataclasses.replace(SMALL, num_layers=12, remat=remat)

@@ -458,6 +458,20 @@ def test_starts_from_a_checkpoint_when_asked(run_train: Run) -> None:
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_starts_from_the_layers_of_a_shallower_model(run_train: Run, slm: pathlib.Path) -> None:
+    deep = dataclasses.replace(find_model(slm, None, "model").config, num_layers=5, vocab_size=None)
+    still = AdamW(WarmupConstant(1e-9), weight_decay=0)
+    start = {"initial": str(slm), "steps": 1, "optimizer": still}
+    with pytest.raises(InputError, match=r"num_layers 2 \(the student has 5\)"):
+        run_train(model=deep, **start)
+    run = run_train(model=deep, stacked=True, **start)
+    for a, b in zip(params_of(run), params_of(slm), strict=True):
+        np.testing.assert_allclose(a, b[[0, 1, 0, 1, 0]] if len(a) == 5 else b, atol=1e-6)
+    wide = dataclasses.replace(deep, embed_dim=32)
+    with pytest.raises(InputError, match=r"a model with embed_dim 16 \(the student has 32\)"):
+        run_train(model=wide, stacked=True, **start)
+
+
 def test_learns(slm: pathlib.Path) -> None:
     history = metrics_of(slm)
     assert history[-1]["log_perplexity"] < history[0]["log_perplexity"] - 0.7
