@@ -1,6 +1,7 @@
 """The train step: tokens/s and MFU, stage 1 over stage 2, stage 2 over a plain run.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --gates TeacherAhead TruthInTop Confidence
     python benchmarks/train_step.py --embed_dim 2048 --layers 20 --mlp_dim 6144 --heads 16 \\
         --batch 16 --length 1280 --dtype bfloat16 --remat full --optimizer adamw
 
@@ -8,10 +9,12 @@ The defaults are the fixed small shape: width 256, 4 layers, 4 heads of 64, gate
 32,000 ids tied, 8 × 512 tokens, float32, Adafactor; the teacher is half as wide, SALT's loss with
 ω 2/3 and τ 1/4. The programs are those that `salt train` compiles, and each step continues from the
 state of the previous one. Stage 1 should cost what its FLOPs say ("arithmetic", for model FLOPs and
-for hardware FLOPs with rematerialisation), stage 2 the same as a run without a teacher.
+for hardware FLOPs with rematerialisation), stage 2 the same as a run without a teacher, and stage 1
+with a gate the same as without.
 """
 
 import argparse
+import dataclasses
 import itertools
 from typing import Any
 
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import measurement
 
-from salt_jax.distill import losses
+from salt_jax.distill import gates, losses
 from salt_jax.models import decoder
 from salt_jax.training import flops, partitioning
 from salt_jax.training.learning_rates import WarmupConstant
@@ -27,6 +30,7 @@ from salt_jax.training.optimizers import Adafactor, AdamW, Muon
 from salt_jax.training.train_state import make_layout
 from salt_jax.training.train_step import compile_programs
 
+GATES = ("TeacherAhead", "TruthInTop", "Confidence")
 OPTIMIZERS = {"adafactor": Adafactor, "adamw": AdamW, "muon": Muon}
 
 
@@ -93,6 +97,17 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     )
     plain = compile_programs(layout, loss, shape, microbatches=flags.microbatches)
     assert salt.distill is not None, "a teacher was given"
+    gated = {
+        gate: compile_programs(
+            layout,
+            dataclasses.replace(loss, gate=getattr(gates, gate)()),
+            shape,
+            teacher_config=teacher,
+            teacher_params=teacher_params,
+            microbatches=flags.microbatches,
+        ).distill
+        for gate in flags.gates
+    }
     batch, omega = make_batch(shape, flags.vocab, mesh), jnp.float32(2 / 3)
     state = layout.create(seed=0)
 
@@ -108,6 +123,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         "stage1": step(salt.distill, teacher_params, omega),
         "stage2": step(salt.plain),
         "plain": step(plain.plain),
+        **{gate: step(program, teacher_params, omega) for gate, program in gated.items()},
     }
     if flags.only:
         sides = {name: sides[name] for name in flags.only}
@@ -126,10 +142,16 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         "temporary_gib": {
             "stage1": salt.distill.memory_analysis().temp_size_in_bytes / 2**30,
             "stage2": salt.plain.memory_analysis().temp_size_in_bytes / 2**30,
+            **{
+                gate: program.memory_analysis().temp_size_in_bytes / 2**30
+                for gate, program in gated.items()
+            },
         },
         "peak_gib": peak_gib(),
     }
-    for first, last in itertools.pairwise(sides):
+    compared = [(gate, "stage1") for gate in gated if {gate, "stage1"} <= sides.keys()]
+    compared += itertools.pairwise(name for name in sides if name not in gated)
+    for first, last in compared:
         results[f"{first}_over_{last}"] = measurement.ratio(seconds[first], seconds[last])
     results["arithmetic"] = arithmetic(student, teacher, flags.length)
     return results
@@ -160,7 +182,7 @@ def mfu(
     plain = flops.train_flops_per_token(student, flags.length)
     taught = plain + flops.forward_flops_per_token(teacher, flags.length)
     return {
-        name: tokens * (taught if name == "stage1" else plain) / median / peak
+        name: tokens * (plain if name in ("stage2", "plain") else taught) / median / peak
         for name, median in seconds.items()
     }
 
@@ -186,7 +208,8 @@ def main() -> None:
     parser.add_argument("--attention", default="xla")
     parser.add_argument("--optimizer", default="adafactor", choices=OPTIMIZERS)
     parser.add_argument("--unroll", action="store_true", help="no scan over layers")
-    parser.add_argument("--only", nargs="+", choices=("stage1", "stage2", "plain"))
+    parser.add_argument("--only", nargs="+", choices=("stage1", "stage2", "plain", *GATES))
+    parser.add_argument("--gates", nargs="+", choices=GATES, default=[], help="over stage 1")
     flags = parser.parse_args()
     measurement.report("train_step", {"settings": vars(flags), **measure(flags)})
 

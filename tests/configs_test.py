@@ -14,7 +14,8 @@ from salt_jax.cli.config_files import CONFIGS
 from salt_jax.cli.configuration import configure
 from salt_jax.data.denoisers import Denoising, Objectives
 from salt_jax.data.vocabularies import ByteVocabulary
-from salt_jax.distill import schedules
+from salt_jax.distill import gates, schedules
+from salt_jax.distill.alignment import Alignment
 from salt_jax.errors import InputError
 from salt_jax.huggingface.model_config import config_from_json
 from salt_jax.models.decoder import DecoderConfig
@@ -356,6 +357,29 @@ def test_fine_tuning_takes_the_initial_models_shape() -> None:
     own = ("--gin_file=models/llm_mini.gin", "--model=@decoder.DecoderConfig()")
     seen = settings("train", *files, "--cache=CACHE", "--initial=RUN", *own)
     assert seen["model"].embed_dim == 160
+
+
+def test_methods_beside_salt() -> None:
+    files = [*MINI, "--teacher=SLM"]
+
+    def of(name: str, *more: str) -> dict[str, Any]:
+        return settings(*files, *more[:1], f"--gin_file=methods/{name}.gin", *more[1:])
+
+    gated = of("gate", "--gin_file=methods/salt.gin", "--gin.N_KD=5")
+    assert (gated["arm"], gated["loss"].gate) == ("salt", gates.TeacherAhead())
+    line = "--gin.GATE=@gates.Confidence()"
+    assert of("gate", "--gin_file=methods/rkd.gin", line)["loss"].gate == gates.Confidence(1.0)
+    let = of("let", "--gin.STOP=5")
+    assert isinstance(let["schedule"], schedules.NoDistillation)
+    assert (let["arm"], let["alignment"]) == ("let", Alignment(5, layer=3, weight=0.1))
+    both = of("salt_let", "--gin.N_KD=5")
+    assert (both["schedule"].n_kd, both["alignment"].stop, both["arm"]) == (5, 5, "salt_let")
+    adaptive = of("salt_adaptive", "--gin.MOST=5", "--gin.MARGIN=0.1")
+    assert adaptive["schedule"] == schedules.Adaptive(2 / 3, most=5, margin=0.1)
+    assert of("salt_top_k", "--gin.N_KD=5", "--gin.TOP_K=7")["loss"].teacher_top_k == 7
+    assert of("self_distillation", "--gin.N_KD=5")["schedule"].n_kd == 5
+    stacking = settings(*MINI, "--gin_file=methods/stacking.gin", "--initial=SLM")
+    assert (stacking["arm"], stacking["initial"]) == ("stacking", "SLM")
 
 
 def test_caches_are_named_by_repeated_flags() -> None:

@@ -16,6 +16,7 @@ _PLACES = {
     "teacher_objectives": ("teacher", "objectives"),
     "initial": ("initial", "path"),
     "initial_step": ("initial", "step"),
+    "stacked": ("initial", "stacked"),
     "data_seed": ("data", "seed"),
     "cache_weights": ("data", "weights"),
     "evaluate_every": ("evaluation", "every"),

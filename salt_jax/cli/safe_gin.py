@@ -21,9 +21,11 @@ _NAMES = {
     "data.denoisers": "Objectives SpanDenoiser",
     "data.vocabularies": "ByteVocabulary HuggingFaceVocabulary "
     "SentencePieceVocabulary load_vocabulary",
+    "distill.alignment": "Alignment",
     "distill.divergences": "ForwardKL JensenShannon ReverseKL",
+    "distill.gates": "Confidence TeacherAhead TruthInTop",
     "distill.losses": "LossConfig",
-    "distill.schedules": "Constant LinearDecay LinearRatioDecay NoDistillation Step",
+    "distill.schedules": "Adaptive Constant LinearDecay LinearRatioDecay NoDistillation Step",
     "distill.scores": "LearnableFraction Mean Median",
     "distill.selection": "RandomRows Threshold TopFraction TopRows",
     "evaluation.few_shot": "FewShot",

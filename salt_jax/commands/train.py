@@ -19,7 +19,7 @@ from salt_jax.data.vocabularies import VOCABULARY_FOLDER
 from salt_jax.errors import InputError, Interrupted
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.models.attention import require_bidirectional
-from salt_jax.models.decoder import DecoderConfig
+from salt_jax.models.decoder import DecoderConfig, stacked_params
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say, warn
 from salt_jax.training import compilation, partitioning
@@ -31,6 +31,7 @@ from salt_jax.training.checkpoints import (
     find_model,
     read_progress,
     state_bytes,
+    watched_in,
 )
 from salt_jax.training.config import FROM_FILES, Devices, Initial, Teacher, TrainConfig
 from salt_jax.training.evaluation import Evaluator
@@ -39,7 +40,13 @@ from salt_jax.training.loop import Loop
 from salt_jax.training.optimizers import make_transformation
 from salt_jax.training.origin import origin_of, scoring_cost
 from salt_jax.training.stop_requests import StopRequests
-from salt_jax.training.teacher import LoadedTeacher, find_labels, find_teacher, refuse_unused
+from salt_jax.training.teacher import (
+    LoadedTeacher,
+    find_labels,
+    find_teacher,
+    projection_of,
+    refuse_unused,
+)
 from salt_jax.training.train_state import StateLayout, TrainState, make_layout
 
 # Settings that change a run's result by rounding at most.
@@ -76,16 +83,18 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     caches = Caches.open(data.cache, data.weights)
     packed = caches.first
     initial = _find_initial(config.initial, packed)
-    student = _student(config.model, initial, packed)
+    stacked = config.initial is not None and config.initial.stacked
+    student = _student(config.model, initial, packed, stacked)
     mesh = devices.mesh.make()
     microbatches = _most_microbatches(data.batch_size, devices, mesh)
-    start = _position(run)
+    start, n_kd = _position(run), _decided(run)
     selected = _selection(config)
     refuse_unused(config)
-    teacher, labels = _find_teaching(config, start, caches, selected)
+    teacher, labels = _find_teaching(config, start, n_kd, caches, selected)
     denoising = _denoising(config, packed, student)
     optimizer = make_transformation(config.optimizer, config.steps, student)
-    layout = make_layout(student, optimizer, mesh, devices.rules)
+    projection = projection_of(config, student, teacher.config if teacher else None)
+    layout = make_layout(student, optimizer, mesh, devices.rules, projection)
     kept = config.checkpoints.keep_last + len(config.checkpoints.keep_steps) + 1
     run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
     compilation.use_compilation_cache(devices.compilation_cache)
@@ -115,7 +124,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
             origin=origin_of(config, student, caches, selected, teacher, labels, denoising),
             scoring=scoring_cost(selected, labels, method.arm),
             teacher=_load_teacher(method.teacher, teacher, layout),
-            initial=_load_initial(None if start.step else initial, layout),
+            initial=_load_initial(None if start.step else initial, layout, config.seed),
         )
     if run.processes.count == 1 and (signal := stop.asked_by(start.step)):
         raise Interrupted(
@@ -137,11 +146,15 @@ def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCac
 
 
 def _find_teaching(
-    config: TrainConfig, start: Position, caches: Caches, selected: Selection | None
+    config: TrainConfig,
+    start: Position,
+    n_kd: int | None,
+    caches: Caches,
+    selected: Selection | None,
 ) -> tuple[SavedModel | None, StoredLabels | None]:
     """The teacher, or the soft labels that stand for it. A run that is resumed in stage 2 needs
     neither: they may be gone."""
-    if start.step >= config.stage1_steps:
+    if start.step >= config.stage1_steps_after(n_kd):
         return None, None
     if config.method.soft_labels is not None:
         return None, find_labels(config, caches, selected)
@@ -166,7 +179,7 @@ def _find_initial(initial: Initial | None, cache: PackedCache) -> SavedModel | N
 
 
 def _student(
-    model: DecoderConfig | None, initial: SavedModel | None, cache: PackedCache
+    model: DecoderConfig | None, initial: SavedModel | None, cache: PackedCache, stacked: bool
 ) -> DecoderConfig:
     if model is None:
         if initial is None:
@@ -195,15 +208,18 @@ def _student(
         )
     if initial is not None and initial.config.shape != model.shape:
         theirs, ours = vars(initial.config.shape), vars(model.shape)
+        if stacked and initial.config.num_layers < model.num_layers:
+            theirs = {**theirs, "num_layers": model.num_layers}
         differing = [
             f"{name} {value!r} (the student has {ours[name]!r})"
             for name, value in theirs.items()
             if value != ours[name]
         ]
-        raise InputError(
-            f"initial is {initial.path}, a model with {', '.join(differing)}: give the student the "
-            "same shape, or leave model unset."
-        )
+        if differing:
+            raise InputError(
+                f"initial is {initial.path}, a model with {', '.join(differing)}: give the student "
+                "the same shape, or leave model unset."
+            )
     return model
 
 
@@ -228,6 +244,12 @@ def _position(run: RunFolder) -> Position:
         return Position()
     rows = read_progress(run.path, steps[-1])["rows_consumed"]
     return Position(steps[-1], rows["stage1"], rows["stage2"])
+
+
+def _decided(run: RunFolder) -> int | None:
+    """n_kd, if an adaptive schedule has decided on it by the run's newest checkpoint."""
+    steps = complete_steps(run.path)
+    return watched_in(read_progress(run.path, steps[-1])).n_kd if steps else None
 
 
 def _selection(config: TrainConfig) -> Selection | None:
@@ -275,12 +297,16 @@ def _load_teacher(
     return LoadedTeacher(model, layout.mesh, config.rules or layout.rules, config.dtype)
 
 
-def _load_initial(model: SavedModel | None, layout: StateLayout) -> TrainState | None:
+def _load_initial(model: SavedModel | None, layout: StateLayout, seed: int) -> TrainState | None:
     """A fresh state with the model's parameters."""
     if model is None:
         return None
     dtype = layout.config.param_dtype
-    return layout.around(model.load_params(layout.mesh, layout.rules, dtype))
+    params = model.load_params(layout.mesh, layout.rules, dtype)
+    layers = layout.config.num_layers
+    if layers != model.config.num_layers:
+        params = stacked_params(params, model.config, layers)
+    return layout.around(params, seed)
 
 
 def _describe(loop: Loop) -> None:

@@ -287,7 +287,7 @@ def _local_sums(
         loss = TokenLosses(static.config, omega_C, vocabulary, teachers)
         values, norms = loss.values(z_CxV, taught, targets_C)
         if distill_C is not None:
-            values |= {name: distill_C * values[name] for name in TEACHER_VALUES}
+            values |= {name: distill_C * values[name] for name in TEACHER_VALUES if name in values}
             values["distilled"] = distill_C
         sums = {name: jnp.sum(weights_C * value_C) for name, value_C in values.items()}
         if not gradients:

@@ -6,6 +6,8 @@
     soft = a divergence of p from q  by default -Σ q log p, KL(q ‖ p) plus a constant
     loss = (1 - ω) · hard + ω · soft + z_loss · log² Σ exp z_s
 
+where a gate (`gates.py`) may give each token a share of ω.
+
 `token_losses.py` computes it.
 """
 
@@ -17,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from salt_jax.distill.divergences import Divergence, ForwardKL, needs_every_id
+from salt_jax.distill.gates import Gate
 from salt_jax.errors import InputError
 
 # Metrics that exist only with a teacher.
-TEACHER_VALUES = ("soft", "teacher_hard", "agreement")
+TEACHER_VALUES = ("soft", "teacher_hard", "agreement", "gate", "cosine", "gradient_cosine")
 
 
 class SoftLabels(NamedTuple):
@@ -54,6 +57,10 @@ class LossConfig:
         equal ones the lower id first), and all others as one. Nothing is renormalised: with
         ForwardKL, for example, soft = -Σ_{top k} q log p - q_rest · log(1 - Σ_{top k} p). 0 uses
         the whole vocabulary, or all ids of stored soft labels.
+      gate: Each token's share of ω: TeacherAhead, TruthInTop or Confidence of `gates.py`, or your
+        own; None for 1.
+      gradient_cosine: Also give the cosine of the gradients of soft and hard in the logits, p - q
+        and p - onehot(y), as a metric; needs a teacher's logits.
       z_loss: λ of λ · log² Σ exp z_s, which keeps logits from drifting (T5X uses 1e-4).
       chunk_tokens: Tokens whose logits a device holds at once (`chunked_loss.py`), in 4 ·
         chunk_tokens · V bytes for each model. Several hundred are efficient on a GPU or TPU, 128 on
@@ -65,19 +72,25 @@ class LossConfig:
     scale_by_temperature_squared: bool = False
     divergence: Divergence = ForwardKL()  # noqa: RUF009 (frozen)
     teacher_top_k: int = 0
+    gate: Gate | None = None
+    gradient_cosine: bool = False
     z_loss: float = 0.0
     chunk_tokens: int = 512
 
     def __post_init__(self) -> None:
         positive, count = "a number above 0", "a whole number"
-        is_divergence = callable(self.divergence) and not isinstance(self.divergence, type)
+        is_made = lambda part: callable(part) and not isinstance(part, type)  # noqa: E731
         whole = isinstance(self.teacher_top_k, int), isinstance(self.chunk_tokens, int)
         for name, valid, expected in (
             ("teacher_temperature", 0.0 < self.teacher_temperature < math.inf, positive),
             ("student_temperature", 0.0 < self.student_temperature < math.inf, positive),
             (
-                *("divergence", is_divergence),
+                *("divergence", is_made(self.divergence)),
                 "a divergence, such as @divergences.ForwardKL() in a gin file",
+            ),
+            (
+                *("gate", self.gate is None or is_made(self.gate)),
+                "a gate, such as @gates.TeacherAhead() in a gin file, or None",
             ),
             ("teacher_top_k", whole[0] and self.teacher_top_k >= 0, f"{count}, 0 for all ids"),
             ("z_loss", 0.0 <= self.z_loss < math.inf, "0 or more"),

@@ -18,6 +18,7 @@ model's most likely one if no other has a greater logit, so there may be several
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from salt_jax.distill.divergences import Divergence
+from salt_jax.distill.gates import TaughtTokens, truth_in_labels
 from salt_jax.distill.head_sharding import VocabularyPart
 from salt_jax.distill.losses import LossConfig, SoftLabels, check_vocab_size, kept_labels
 
@@ -38,6 +40,7 @@ class LogSums(NamedTuple):
       h: Σ h over all outcomes.
       teacher: log Σ exp (t / τ), if soft is over the whole vocabulary.
       outcomes: If soft is over K + 1 outcomes, the ids [C, K], h [C, K + 1], log p of the rest [C].
+      omega: ω of each token, if the loss has a gate.
     """
 
     log_z: jax.Array
@@ -45,6 +48,7 @@ class LogSums(NamedTuple):
     h: jax.Array | None = None
     teacher: jax.Array | None = None
     outcomes: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    omega: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +95,22 @@ class TokenLosses:
         else:
             most_C = vocabulary.max(taught)
             soft_C, norms = self._soft(z_CxV, taught, most_C, norms)
+            if config.gradient_cosine:
+                values["gradient_cosine"] = self._gradient_cosine(z_CxV, taught, targets_C, norms)
             teacher_hard_C = vocabulary.log_sum_exp(taught, most_C)
             teacher_hard_C -= vocabulary.at(taught, targets_C)
             # Only an id that is the largest of both reaches the sum of the two maxima (up to
             # rounding): cheaper than comparing ids.
             rounding_C = 4 * jnp.finfo(z_CxV.dtype).eps * (jnp.abs(largest_C) + jnp.abs(most_C))
             agreement_C = vocabulary.max(z_CxV + taught) >= largest_C + most_C - rounding_C
-        loss_C = (1.0 - omega) * hard_C + omega * soft_C + z_loss_C
         by_teacher = {"soft": soft_C, "teacher_hard": teacher_hard_C, "agreement": agreement_C}
+        if config.gate is not None:
+            in_top = functools.partial(self._truth_in_top, taught, targets_C)
+            gate_C = config.gate(TaughtTokens(hard_C, teacher_hard_C, in_top))
+            by_teacher["gate"] = lax.stop_gradient(gate_C.astype(hard_C.dtype))
+            omega = omega * by_teacher["gate"]
+            norms = norms._replace(omega=omega)
+        loss_C = (1.0 - omega) * hard_C + omega * soft_C + z_loss_C
         return {**values, **by_teacher, "loss": loss_C}, norms
 
     def gradient(
@@ -114,7 +126,8 @@ class TokenLosses:
         and read [C, V] arrays, which is slower.
         """
         norms = lax.optimization_barrier(norms)
-        omega = self.omega[:, None] if self.omega.ndim else self.omega
+        omega = self.omega if norms.omega is None else norms.omega
+        omega = omega[:, None] if omega.ndim else omega
         hard_share = 1.0 if taught is None else 1.0 - omega
         p_CxV = jnp.exp(z_CxV - norms.log_z[:, None])
         d_z_CxV = (hard_share + 2.0 * self.config.z_loss * norms.log_z[:, None]) * p_CxV
@@ -162,6 +175,29 @@ class TokenLosses:
         norms = norms._replace(h=jnp.sum(h_CxO, axis=-1), outcomes=(labels.ids, h_CxO, rest_C))
         return self._scale * jnp.sum(value_CxO, axis=-1), norms
 
+    def _gradient_cosine(
+        self, z_CxV: jax.Array, t_CxV: jax.Array, targets_C: jax.Array, norms: LogSums
+    ) -> jax.Array:
+        """cos(p - q, p - onehot(y)) with p at temperature 1 and q at τ, [C]."""
+        vocabulary = self.vocabulary
+        p_CxV = jnp.exp(z_CxV - norms.log_z[:, None])
+        q_CxV = jnp.exp(self._log_q(t_CxV, norms))
+        is_truth_CxV = vocabulary.is_id(targets_C).astype(p_CxV.dtype)
+        soft_CxV, hard_CxV = p_CxV - q_CxV, p_CxV - is_truth_CxV
+        both_C = vocabulary.sum(soft_CxV * hard_CxV)
+        squares_C = [vocabulary.sum(jnp.square(x)) for x in (soft_CxV, hard_CxV)]
+        tiny = jnp.finfo(p_CxV.dtype).tiny
+        cosine_C = both_C / jnp.sqrt(jnp.maximum(squares_C[0] * squares_C[1], tiny))
+        return lax.stop_gradient(cosine_C)
+
+    def _truth_in_top(
+        self, taught: jax.Array | SoftLabels, targets_C: jax.Array, k: int
+    ) -> jax.Array:
+        if isinstance(taught, SoftLabels):
+            return truth_in_labels(taught.ids, targets_C, k)
+        more_likely_CxV = taught > self.vocabulary.at(taught, targets_C)[:, None]
+        return self.vocabulary.sum(more_likely_CxV.astype(jnp.float32)) < k
+
     @property
     def _scale(self) -> float:
         config = self.config
@@ -204,8 +240,9 @@ def token_losses(
 
     Returns:
       [B, L] each: loss, hard, correct (1 where the target is the student's most likely id, else 0);
-      with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1) and
-      agreement (1 where a most likely id of the student is one of the teacher's).
+      with a teacher also soft, teacher_hard (the teacher's -log q[y] at temperature 1),
+      agreement (1 where a most likely id of the student is one of the teacher's) and, if the loss
+      has them, gate (its share of ω) and gradient_cosine.
 
     Raises:
       InputError: See `check_vocab_size`; or more top ids than the soft labels have.

@@ -58,9 +58,13 @@ class Decoder(nn.Module):
     For decoding (inference/decoding.py) there are two collections. If "cache" is given, positions
     also attend to the cached ones. If "new_keys_and_values" is mutable, each attention stores its
     key and value [B, L, G, K] there.
+
+    `part` is the first block to apply and the one to stop before; None is all. A part from 0 leaves
+    out the final norm, any other goes on from its hidden states x.
     """
 
     config: DecoderConfig
+    part: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(
@@ -69,6 +73,7 @@ class Decoder(nn.Module):
         segment_ids_BxL: jax.Array,
         positions_BxL: jax.Array,
         bidirectional_BxL: jax.Array | None = None,
+        x_BxLxD: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm.
 
@@ -79,6 +84,7 @@ class Decoder(nn.Module):
           positions_BxL: int32, from 0 in each segment.
           bidirectional_BxL: bool; where True, the positions of a segment attend to each other in
             both directions. None is causal everywhere.
+          x_BxLxD: Hidden states after the blocks before `part`.
 
         Returns:
           [B, L, D] in config.dtype.
@@ -96,10 +102,12 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             # Declares the parameter, which head_kernel reads.
             self._table("head")
-        x_BxLxD = jnp.take(embedding_VxD, inputs_BxL, axis=0).astype(config.dtype)
-        if config.scale_embeddings:
-            x_BxLxD *= math.sqrt(config.embed_dim)
-        x_BxLxD = _constrain(x_BxLxD, "activation_embed")
+        first, stop = self.part or (0, config.num_layers)
+        if x_BxLxD is None:
+            x_BxLxD = jnp.take(embedding_VxD, inputs_BxL, axis=0).astype(config.dtype)
+            if config.scale_embeddings:
+                x_BxLxD *= math.sqrt(config.embed_dim)
+            x_BxLxD = _constrain(x_BxLxD, "activation_embed")
         rotation = layers.rotary_angles(positions_BxL, config.rotary_dim, config.rope_theta)
         cached_segment_ids_BxS: Any = self.get_variable(CACHE, "segment_ids")
         visibility = Visibility(segment_ids_BxL, bidirectional_BxL, cached_segment_ids_BxS)
@@ -115,14 +123,16 @@ class Decoder(nn.Module):
                 variable_axes={"params": 0, CACHE: 0, NEW_KEYS_AND_VALUES: 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
-                length=config.num_layers,
+                length=stop - first,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x_BxLxD, _ = blocks(config, name="layers")(x_BxLxD, visibility, rotation)
         else:
-            for layer in range(config.num_layers):
+            for layer in range(first, stop):
                 apply_block = block(config, name=f"layers_{layer}")
                 x_BxLxD, _ = apply_block(x_BxLxD, visibility, rotation)
+        if self.part is not None and first == 0:
+            return x_BxLxD
         return _norm(config, "final_norm")(x_BxLxD)
 
     def _table(self, name: str) -> jax.Array:
@@ -262,6 +272,36 @@ def hidden_states(config: DecoderConfig, params: Any, batch: Mapping[str, jax.Ar
     tokens = (batch["inputs"], batch["segment_ids"], batch["positions"], batch.get("bidirectional"))
     hidden_BxLxD: jax.Array = Decoder(config).apply({"params": params}, *tokens)  # type: ignore[assignment]
     return hidden_BxLxD
+
+
+def early_and_last_states(
+    config: DecoderConfig, params: Any, batch: Mapping[str, jax.Array], layer: int
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states after the first `layer` blocks, without a norm, and those of hidden_states.
+
+    The scan is in two parts, so that no other layer's states are kept.
+    """
+    tokens = (batch["inputs"], batch["segment_ids"], batch["positions"], batch.get("bidirectional"))
+
+    def apply(first: int, stop: int, x_BxLxD: jax.Array | None) -> jax.Array:
+        own = dict(params)
+        if config.scan_layers:
+            own["layers"] = jax.tree.map(lambda leaf: leaf[first:stop], params["layers"])
+        y_BxLxD: jax.Array = Decoder(config, (first, stop)).apply({"params": own}, *tokens, x_BxLxD)  # type: ignore[assignment]
+        return y_BxLxD
+
+    early_BxLxD = apply(0, layer, None)
+    return early_BxLxD, apply(layer, config.num_layers, early_BxLxD)
+
+
+def stacked_params(params: Any, config: DecoderConfig, num_layers: int) -> Any:
+    """The parameters of a deeper model: its layer i is layer i mod m of the m of `config`."""
+    order = [layer % config.num_layers for layer in range(num_layers)]
+    if config.scan_layers:
+        stack = jax.tree.map(lambda leaf: leaf[jnp.array(order)], params["layers"])
+        return {**params, "layers": stack}
+    own = {f"layers_{layer}": params[f"layers_{of}"] for layer, of in enumerate(order)}
+    return {**params, **own}
 
 
 def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:

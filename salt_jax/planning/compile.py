@@ -30,6 +30,7 @@ from salt_jax.planning.topologies import GIB, Topology
 from salt_jax.training import partitioning
 from salt_jax.training.config import TrainConfig
 from salt_jax.training.optimizers import make_transformation
+from salt_jax.training.teacher import projection_of
 from salt_jax.training.train_state import StateLayout, abstract_sharded_params, make_layout
 from salt_jax.training.train_step import abstract_batch, lower_step
 
@@ -150,13 +151,15 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
         with cudnn_assumed(topology.devices):
             lowered = lower_step(
                 layout,
-                job.config.method.loss,
+                job.config.method.loss_of_steps,
                 (job.config.data.batch_size, job.sequence_length),
                 job.microbatches_of(stage),
                 job.teacher_of(stage),
                 teacher_params,
                 job.extra_features,
                 job.labels_of(stage),
+                job.config.method.alignment if stage == 1 else None,
+                job.config.has_soft_term,
             )
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -251,8 +254,10 @@ def _cudnn_workspace(job: Job, stage: int, mesh: jax.sharding.Mesh) -> int:
 def _lay_out(job: Job, topology: Topology, stage: int) -> tuple[StateLayout, Any]:
     mesh, config = job.mesh(topology), job.config
     optimizer = make_transformation(config.optimizer, config.steps, job.student)
-    layout = make_layout(job.student, optimizer, mesh, config.devices.rules)
-    if (teacher := job.teacher_of(stage)) is None:
+    teacher = job.teacher_of(stage)
+    projection = projection_of(config, job.student, teacher)
+    layout = make_layout(job.student, optimizer, mesh, config.devices.rules, projection)
+    if teacher is None:
         return layout, None
     held = config.method.teacher
     rules = held.rules if held and held.rules else config.devices.rules
@@ -273,7 +278,7 @@ def _parts(
     batch = abstract_batch(shape, layout, job.extra_features, job.labels_of(stage))
     parts: dict[str, float] = {
         "student": _shard_bytes(layout.abstract.params),
-        "optimizer": _shard_bytes(layout.abstract.opt_state),
+        "optimizer": _shard_bytes((layout.abstract.opt_state, layout.abstract.projection)),
         "teacher": _shard_bytes(teacher_params),
         "batch": _shard_bytes(batch),
     }

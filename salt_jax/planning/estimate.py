@@ -18,6 +18,7 @@ from salt_jax.planning import collectives, hlo, traffic
 from salt_jax.planning.compile import Job
 from salt_jax.planning.topologies import Chip
 from salt_jax.training import flops
+from salt_jax.training.teacher import teaching_flops_per_token
 
 COMPUTE_FRACTION = 0.6  # by matrix products and what lies between them
 MEMORY_FRACTION = 0.8
@@ -120,4 +121,6 @@ def estimate_run(
 
 def _teacher_flops(job: Job, stage: int) -> float:
     teacher = job.teacher_of(stage)
-    return flops.forward_flops_per_token(teacher, job.sequence_length) if teacher else 0.0
+    if teacher is None:
+        return 0.0
+    return teaching_flops_per_token(job.config, job.student, teacher, job.sequence_length)

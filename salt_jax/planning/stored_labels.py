@@ -15,7 +15,8 @@ from salt_jax.training import flops
 def labels_in_place_of_teacher(
     job: Job, k: int, chips: int, stage1_seconds: float | None, stage2_seconds: float | None
 ) -> dict[str, Any] | None:
-    """summary.json's "stored_labels": labels that would replace a job's teacher; None without one.
+    """summary.json's "stored_labels": labels that would replace a job's teacher; None without one,
+    and with LET, which needs its hidden states.
 
     Args:
       job: The run.
@@ -30,7 +31,7 @@ def labels_in_place_of_teacher(
       sentence of advice.
     """
     steps = job.config.stage1_steps
-    if job.teacher is None or not steps:
+    if job.teacher is None or not steps or job.config.method.alignment is not None:
         return None
     hours = None
     if stage1_seconds is not None and stage2_seconds is not None:

@@ -294,9 +294,12 @@ def _mark_switch(
 
 
 def _switch_sentence(runs: Sequence[TrainRun]) -> str:
-    switches = [
-        f"{run.label} after step {run.switch_step:,}" for run in runs if run.switch_step is not None
-    ]
+    switches = []
+    for run in runs:
+        if run.switch_step is not None:
+            watched = run.facts.get("watched", {"n_kd": None})
+            decided = f" (at a running mean of {watched['mean']:.3g})" if watched["n_kd"] else ""
+            switches.append(f"{run.label} after step {run.switch_step:,}{decided}")
     return f" Switch to stage 2: {', '.join(switches)}." if switches else ""
 
 

@@ -47,6 +47,7 @@ TRAINING = (*_TRAINED, "grad_norm", "update_norm", *PARTS)
 _FACTS = {
     **{"arm": str, "seed": (None, int), "parameters": (None, int), "distill_steps": int},
     **{"skipped_updates": int, "cache_digest": (None, str), "teacher": (None, {})},
+    "watched": {"mean": float, "n_kd": (None, int)},
 }
 
 

@@ -293,6 +293,7 @@ def _run_numbers(run: TrainRun) -> dict[str, Any]:
         "seed": run.seed,
         "parameters": run.parameters,
         "switch_step": run.switch_step,
+        "switch_decision": run.facts.get("watched"),
         "steps": run.last_step,
         "skipped_updates": run.skipped_updates,
         **(dict.fromkeys(results) if run.final is None else run.final[results].to_dict()),

@@ -170,7 +170,8 @@ class Checkpointer:
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     """A state's fields without its parameters."""
-    return {name: value for name, value in state._asdict().items() if name != "params"}
+    fields = {**state._asdict(), "params": None}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _chunks(leaf: jax.Array) -> ocp.SaveArgs:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
+from salt_jax.distill.schedules import Watched
 from salt_jax.errors import InputError
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, end_ids
 from salt_jax.models.decoder import DecoderConfig
@@ -223,6 +224,11 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
     return progress
 
 
+def watched_in(progress: Mapping[str, Any]) -> Watched:
+    """What an adaptive schedule had seen when a checkpoint was saved."""
+    return Watched(**progress.get("watched", {}))
+
+
 def complete_steps(path: pathlib.Path) -> list[int]:
     """The steps of a run's complete checkpoints, ascending."""
     folder = path / CHECKPOINTS_FOLDER
@@ -230,8 +236,12 @@ def complete_steps(path: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
+def require_fit(
+    model: SavedModel, cache: PackedCache, role: str, *, more_ids: bool = False
+) -> None:
     """Refuses a cache whose rows a model cannot read.
+
+    With `more_ids` the model's vocabulary, too, may have more reserved ids than the cache's.
 
     Raises:
       InputError: Rows longer than the model takes, or another vocabulary.
@@ -244,7 +254,8 @@ def require_fit(model: SavedModel, cache: PackedCache, role: str) -> None:
     if model.vocabulary_fingerprint != cache.vocabulary_fingerprint:
         # Rows on disk have no reserved ids, so a Pythia can read those of a UL2 run's cache.
         kept = (model.path / VOCABULARY_FOLDER).exists()
-        if kept and cache.vocabulary.extends(model.load_vocabulary()):
+        own = model.load_vocabulary() if kept else None
+        if own and (cache.vocabulary.extends(own) or (more_ids and own.extends(cache.vocabulary))):
             return
         raise InputError(
             f"The {role} {model.path} was trained with the vocabulary "

@@ -14,8 +14,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from salt_jax.data.denoisers import TEACHER_OBJECTIVES, Objectives
+from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.losses import LossConfig
-from salt_jax.distill.schedules import Schedule
+from salt_jax.distill.schedules import Adaptive, Schedule
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import compilation, partitioning
@@ -114,6 +115,8 @@ class Method:
       loss: Temperatures, divergence, z-loss.
       teacher: The model that teaches in stage 1.
       soft_labels: A folder made by `salt score --soft_labels=K`, used instead of a teacher.
+      alignment: LET: an early layer of the student learns the teacher's last hidden states. Stage 1
+        lasts until both ω and λ are 0.
     """
 
     arm: str
@@ -121,10 +124,32 @@ class Method:
     loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
     teacher: Teacher | None = None
     soft_labels: str | None = None
+    alignment: Alignment | None = None
 
     def __post_init__(self) -> None:
+        if self.alignment is not None and self.soft_labels is not None:
+            raise InputError(
+                f"soft_labels is {self.soft_labels} and alignment needs the teacher's hidden "
+                "states: leave one unset, or set a teacher instead of soft_labels."
+            )
+        if self.by_cosine and self.soft_labels is not None:
+            raise InputError(
+                f"soft_labels is {self.soft_labels}, and the cosine of the gradients needs a "
+                "teacher's logits: set Adaptive.signal to 'gap', or a teacher."
+            )
         if not self.arm.strip() or not self.arm.isprintable():
             raise InputError(f"arm is {self.arm!r}, expected a name for reports: change --arm.")
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether steps give the cosine of the gradients as a metric."""
+        asked = isinstance(self.schedule, Adaptive) and self.schedule.signal == "cosine"
+        return asked or self.loss.gradient_cosine
+
+    @property
+    def loss_of_steps(self) -> LossConfig:
+        """The loss with the metrics that the schedule watches."""
+        return dataclasses.replace(self.loss, gradient_cosine=self.by_cosine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +159,13 @@ class Initial:
     Attributes:
       path: The folder of its run.
       step: Its checkpoint; the newest by default.
+      stacked: The student may have more layers, the model's repeated: layer i is its layer i mod m
+        of m (arXiv 2405.15319).
     """
 
     path: str | None
     step: int | None = None
+    stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +254,12 @@ class TrainConfig:
                 f"hang_seconds is {self.hang_seconds}, expected seconds, or 0 for never: change "
                 "--hang_seconds."
             )
+        selected, adaptive = self.data.selection, isinstance(self.method.schedule, Adaptive)
+        if adaptive and selected is not None and self.data.selection_steps is None:
+            raise InputError(
+                f"selection is {selected} and the schedule is Adaptive, which decides after rows "
+                "are read ahead: set selection_steps to the steps that read the selection."
+            )
         keep_steps = tuple(self.checkpoints.keep_steps)
         if any(not 0 < step <= self.steps for step in keep_steps):
             raise InputError(
@@ -235,5 +269,17 @@ class TrainConfig:
 
     @property
     def stage1_steps(self) -> int:
-        """Steps with a teacher."""
-        return self.method.schedule.distill_steps(self.steps)
+        """Steps with a teacher; with an adaptive schedule the most."""
+        return self.stage1_steps_after(None)
+
+    def stage1_steps_after(self, n_kd: int | None) -> int:
+        """Steps with a teacher, once an adaptive schedule has decided on n_kd."""
+        alignment = self.method.alignment
+        aligned = min(alignment.stop, self.steps) if alignment else 0
+        taught = self.method.schedule.distill_steps(self.steps)
+        return max(taught if n_kd is None else min(taught, n_kd), aligned)
+
+    @property
+    def has_soft_term(self) -> bool:
+        """Whether any step has ω over 0."""
+        return self.method.schedule.distill_steps(self.steps) > 0

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 
 from salt_jax.data.input_pipeline import InputPipeline
+from salt_jax.distill.schedules import Adaptive, Watched
 from salt_jax.errors import Interrupted, RunFailed
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
 from salt_jax.training.checkpointer import Checkpointer
+from salt_jax.training.checkpoints import watched_in
 from salt_jax.training.config import TrainConfig
 from salt_jax.training.evaluation import EvaluationResult, Evaluator
 from salt_jax.training.finite import NotFiniteError
@@ -28,7 +30,7 @@ from salt_jax.training.ledger import Cost, Counters, Ledger
 from salt_jax.training.metrics import MetricWriter, recorded, status_of
 from salt_jax.training.origin import require_same_origin
 from salt_jax.training.stop_requests import StopRequests
-from salt_jax.training.teacher import LoadedTeacher
+from salt_jax.training.teacher import LoadedTeacher, teaching_flops_per_token
 from salt_jax.training.train_state import StateLayout, TrainState
 from salt_jax.training.train_step import (
     BATCH_FEATURES,
@@ -73,13 +75,16 @@ class Loop:
     def __post_init__(self) -> None:
         self._watch = HangWatch(self.config.hang_seconds, self._report)
         self._skipped = 0
+        self._watched = Watched()
         self._learning_rates = np.zeros(0)
         student, teacher = self.layout.config, self.teacher and self.teacher.model.config
         rows, length = self.pipeline.batch_size, self.sequence_length
+        taught = rows * length if teacher else 0
+        teaching = teacher and teaching_flops_per_token(self.config, student, teacher, length)
         peak = device_peak_flops(jax.devices()[0].device_kind)
         self._ledger = Ledger(
             student=Cost.of_training(student, rows, length),
-            teacher=Cost.of(teacher, rows, length) if teacher else Cost(),
+            teacher=Cost(taught * (teaching or 0.0), taught),
             evaluation=Cost.of(student, self.evaluator.rows, length),
             scoring=self.scoring,
             peak_flops=peak * jax.device_count() if peak else None,
@@ -178,6 +183,7 @@ class Loop:
             counters, **{name: later[name] for name in names if later}
         )
         self._skipped = int(state.skipped_updates)
+        self._watched = watched_in(progress)
         return step, state
 
     def _compile(self) -> Programs:
@@ -185,7 +191,7 @@ class Loop:
         teacher, labels = self.teacher, self.pipeline.soft_labels
         return compile_programs(
             self.layout,
-            self.config.method.loss,
+            self.config.method.loss_of_steps,
             (self.pipeline.batch_size, self.sequence_length),
             microbatches=self.config.devices.microbatches,
             stage1_microbatches=self.config.devices.stage1_microbatches,
@@ -193,6 +199,8 @@ class Loop:
             teacher_params=teacher.params if teacher else None,
             extra_features=self.pipeline.extra_features,
             soft_labels=labels.format.k if labels else 0,
+            alignment=self.config.method.alignment,
+            soft_term=self.config.has_soft_term,
         )
 
     def _compile_the_rest(self, state: TrainState) -> None:
@@ -205,23 +213,33 @@ class Loop:
 
     def _stage_of(self, step: int) -> int:
         """The stage of a step: 1 with the teacher, then 2."""
-        return 1 if step < self.config.stage1_steps else 2
+        return 1 if step < self.config.stage1_steps_after(self._watched.n_kd) else 2
 
     def _step(
         self, step: int, state: TrainState, batch: Batch, programs: Programs
     ) -> tuple[TrainState, Any]:
         """Dispatches one step."""
         names = [*BATCH_FEATURES, *self.pipeline.extra_features]
-        names += [name for name in LABEL_FEATURES if name in batch]
+        if self._stage_of(step) == 1:
+            names += [name for name in LABEL_FEATURES if name in batch]
         on_device = partitioning.to_device({name: batch[name] for name in names}, self.layout.mesh)
         if self._stage_of(step) == 2:
             if self.teacher is not None:
                 self.teacher.free()
-            return programs.plain(state, on_device)
+            return programs.plain(state._replace(projection=None), on_device)
         assert programs.distill is not None, "stage 1 has its program"
-        omega = np.float32(self.config.method.schedule.omega_at(step))
+        weights = [np.float32(weight) for weight in self._weights(step).values()]
         teacher_params = self.teacher.params if self.teacher else None
-        return programs.distill(state, on_device, teacher_params, omega)
+        return programs.distill(state, on_device, teacher_params, *weights)
+
+    def _weights(self, step: int) -> dict[str, float]:
+        """ω, and λ if there is an alignment."""
+        method = self.config.method
+        over = self._watched.n_kd is not None and step >= self._watched.n_kd
+        omega = {"omega": 0.0 if over else method.schedule.omega_at(step)}
+        if method.alignment is None:
+            return omega
+        return {**omega, "alignment_weight": method.alignment.weight_at(step)}
 
     def _note(self, pending: Pending | None) -> None:
         """Waits for a step's metrics, counts its cost, and writes a record if it is due."""
@@ -232,6 +250,9 @@ class Loop:
             metrics = jax.device_get(metrics)
         config, stage = self.config, self._stage_of(done - 1)
         self._ledger.add(metrics, stage)
+        schedule = config.method.schedule
+        if isinstance(schedule, Adaptive) and self._weights(done - 1)["omega"] > 0:
+            self._decide(schedule.after(self._watched, done, metrics), done)
         # The learning rate counts applied updates, as the optimizer does.
         rate_step = done - 1 - self._skipped
         self._skipped = int(metrics["skipped_updates"])
@@ -248,12 +269,22 @@ class Loop:
                 "step": done,
                 "stage": stage,
                 **self._ledger.close_window(),
-                "omega": config.method.schedule.omega_at(done - 1),
+                **self._weights(done - 1),
+                **self._decision(),
                 "learning_rate": float(self._learning_rates[rate_step]),
                 "epochs": self.pipeline.epochs(done),
             }
             self._writer.write(record)
             self._bar.update(done, status_of(record))
+
+    def _decide(self, watched: Watched, done: int) -> None:
+        """Keeps what an adaptive schedule has seen, and says when it has decided."""
+        self._watched, before = watched, self._watched
+        if watched.n_kd is not None and before.n_kd is None:
+            self._bar.say(
+                f"step {done}: the running mean {watched.mean:.4f} was below the margin for "
+                f"{watched.below} steps: ω is 0 from step {watched.n_kd} on"
+            )
 
     def _evaluate(self, done: int, state: TrainState) -> EvaluationResult:
         waiting = self._watch.waiting_for(f"the evaluation after step {done}")
@@ -286,9 +317,16 @@ class Loop:
             "step": done,
             "rows_consumed": self._rows_consumed(done),
             "counters": dataclasses.asdict(self._ledger.counters),
+            **self._decision(),
         }
+        if self._stage_of(done) == 2:
+            state = state._replace(projection=None)
         with self._watch.waiting_for(f"the checkpoint of step {done}"):
             self._checkpointer.save(done, state, progress, must)
+
+    def _decision(self) -> dict[str, Any]:
+        adaptive = isinstance(self.config.method.schedule, Adaptive)
+        return {"watched": self._watched._asdict()} if adaptive else {}
 
     def _require_saved(self, step: int) -> None:
         """Waits for a checkpoint, and fails the run if it was not written."""
@@ -314,7 +352,8 @@ class Loop:
         return {
             "arm": config.method.arm,
             "steps": config.steps,
-            "distill_steps": config.stage1_steps,
+            "distill_steps": config.stage1_steps_after(self._watched.n_kd),
+            **self._decision(),
             "parameters": self.layout.config.num_parameters,
             **evaluation.to_json(),
             **self._ledger.counters.to_json(),

@@ -14,11 +14,14 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.distill import losses
+from salt_jax.distill.gates import require_gate_of_labels
 from salt_jax.errors import InputError
-from salt_jax.training import partitioning
+from salt_jax.models.decoder import DecoderConfig
+from salt_jax.training import flops, partitioning
 from salt_jax.training.caches import Caches
-from salt_jax.training.checkpoints import SavedModel, find_model
+from salt_jax.training.checkpoints import SavedModel, find_model, require_fit
 from salt_jax.training.config import TrainConfig
+from salt_jax.training.projection import ProjectionTrainer
 
 
 class LoadedTeacher:
@@ -77,7 +80,8 @@ def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
             f"The schedule {type(method.schedule).__name__} needs a teacher and none is set: add "
             "--teacher=FOLDER, the output of a `salt train` run, or --soft_labels=FOLDER."
         )
-    model = find_model(teacher.path, teacher.step, "teacher", cache)
+    model = find_model(teacher.path, teacher.step, "teacher")
+    require_fit(model, cache, "teacher", more_ids=not config.has_soft_term)
     ids, lacks = cache.vocabulary_size, cache.vocabulary_size - (model.config.vocab_size or 0)
     objectives = config.data.objectives if teacher.objectives == "all" else None
     if lacks and objectives is not None and objectives.uses_reserved_ids:
@@ -86,8 +90,41 @@ def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
             "tokens and sentinels of objectives: add --teacher.objectives=causal, which makes ω 0 "
             "on denoised rows, or choose a teacher that has them."
         )
-    losses.check_vocab_size(method.loss, ids, ids, ids - lacks, None)
+    if config.has_soft_term:
+        losses.check_vocab_size(method.loss, ids, ids, ids - lacks, None)
     return model
+
+
+def projection_of(
+    config: TrainConfig, student: DecoderConfig, teacher: DecoderConfig | None
+) -> ProjectionTrainer | None:
+    """The projection between student and teacher; None if there is none.
+
+    Raises:
+      InputError: See `Alignment.is_projected`.
+    """
+    alignment = config.method.alignment
+    if alignment is None or teacher is None:
+        return None
+    widths = student.embed_dim, teacher.embed_dim
+    if not alignment.is_projected(student.num_layers, *widths):
+        return None
+    return ProjectionTrainer(*widths, config.optimizer.learning_rate.schedule(config.steps))
+
+
+def teaching_flops_per_token(
+    config: TrainConfig, student: DecoderConfig, teacher: DecoderConfig, sequence_length: int
+) -> float:
+    """Model FLOPs that stage 1 adds: the teacher's forward pass, and the training of a projection.
+
+    Without a soft term the teacher's head isn't used.
+    """
+    total = flops.forward_flops_per_token(teacher, sequence_length)
+    if not config.has_soft_term:
+        total -= 2 * teacher.embed_dim * teacher.padded_vocab_size
+    if projection_of(config, student, teacher) is not None:
+        total += 6 * student.embed_dim * teacher.embed_dim
+    return total
 
 
 def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None) -> StoredLabels:
@@ -119,4 +156,5 @@ def find_labels(config: TrainConfig, caches: Caches, selected: Selection | None)
         k=method.loss.teacher_top_k,
         selection_digest=selected.digest if selected else None,
     )
+    require_gate_of_labels(method.loss.gate, method.loss.teacher_top_k or labels.format.k)
     return labels

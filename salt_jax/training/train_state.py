@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
+from salt_jax.training.projection import ProjectionState, ProjectionTrainer
 
 
 class TrainState(NamedTuple):
@@ -21,19 +22,22 @@ class TrainState(NamedTuple):
       params: The student's parameters, in param_dtype.
       opt_state: The optimizer's state.
       skipped_updates: int32 scalar; steps whose update was skipped because it wasn't finite.
+      projection: That of LET in stage 1, replicated; None without one.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     skipped_updates: jax.Array
+    projection: ProjectionState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
     """Shapes and shardings of a TrainState that is not allocated yet.
 
-    `abstract` is a TrainState of ShapeDtypeStructs with shardings.
+    `abstract` is a TrainState of ShapeDtypeStructs with shardings; `projection` trains its
+    projection, if it has one.
     """
 
     config: decoder.DecoderConfig
@@ -41,6 +45,13 @@ class StateLayout:
     abstract: TrainState
     mesh: Mesh
     rules: partitioning.Rules
+    projection: ProjectionTrainer | None = None
+
+    @property
+    def of_stage2(self) -> "StateLayout":
+        """The layout without the projection."""
+        abstract = self.abstract._replace(projection=None)
+        return dataclasses.replace(self, abstract=abstract, projection=None)
 
     @property
     def shardings(self) -> TrainState:
@@ -51,19 +62,24 @@ class StateLayout:
         """A state with parameters initialized from `seed`, each shard on its own device."""
 
         def make(key: jax.Array) -> TrainState:
-            return self._around(nn.unbox(decoder.init_params(self.config, key)))
+            return self._around(nn.unbox(decoder.init_params(self.config, key)), seed)
 
         with partitioning.partitioned(self.mesh, self.rules):
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
 
-    def around(self, params: Any) -> TrainState:
-        """A state at step 0 with the given parameters, sharded by `shardings.params`."""
-        with partitioning.partitioned(self.mesh, self.rules):
-            return jax.jit(self._around, out_shardings=self.shardings)(params)
+    def around(self, params: Any, seed: int) -> TrainState:
+        """A state at step 0 with the given parameters, sharded by `shardings.params`.
 
-    def _around(self, params: Any) -> TrainState:
+        `seed` is that of the projection's initialization.
+        """
+        with partitioning.partitioned(self.mesh, self.rules):
+            make = jax.jit(self._around, static_argnums=1, out_shardings=self.shardings)
+            return make(params, seed)
+
+    def _around(self, params: Any, seed: int) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, self.optimizer.init(params), zero)
+        projection = self.projection.create(seed) if self.projection else None
+        return TrainState(zero, params, self.optimizer.init(params), zero, projection)
 
 
 def abstract_sharded_params(
@@ -91,6 +107,7 @@ def make_layout(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     rules: partitioning.Rules = partitioning.DEFAULT_RULES,
+    projection: ProjectionTrainer | None = None,
 ) -> StateLayout:
     """The layout of a TrainState over the mesh."""
     params = abstract_sharded_params(config, mesh, rules)
@@ -100,6 +117,11 @@ def make_layout(
         opt_state,
         partitioning.optimizer_shardings(opt_state, params, mesh),
     )
-    counter: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
-    abstract = TrainState(counter, params, opt_state, counter)
-    return StateLayout(config, optimizer, abstract, mesh, rules)
+    replicated = partitioning.replicated(mesh)
+    counter: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    projected = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(lambda: projection.create(0)) if projection else None,
+    )
+    abstract = TrainState(counter, params, opt_state, counter, projected)
+    return StateLayout(config, optimizer, abstract, mesh, rules, projection)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from salt_jax.distill import chunked_loss, losses
+from salt_jax.distill.alignment import Alignment, cosine_sum
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -50,7 +51,7 @@ class Programs(NamedTuple):
 
     Attributes:
       plain: (state, batch) → (state, metrics).
-      distill: (state, batch, teacher parameters, ω) → (state, metrics); None without a teacher.
+      distill: (state, batch, teacher parameters, ω, λ) → (state, metrics); None without a teacher.
         With stored soft labels the parameters are None, and the batch has LABEL_FEATURES.
     """
 
@@ -69,22 +70,27 @@ def compile_programs(
     teacher_params: Any = None,
     extra_features: Sequence[str] = (),
     soft_labels: int = 0,
+    alignment: Alignment | None = None,
+    soft_term: bool = True,
 ) -> Programs:
     """Compiles both steps; see `lower_step` for the arguments.
 
     `stage1_microbatches`, those of the distilling step, are by default the plain step's.
     """
-    settings = (layout, loss_config, batch_shape)
-    plain = lower_step(*settings, microbatches, extra_features=extra_features)
+    settings = (loss_config, batch_shape)
+    plain = lower_step(layout.of_stage2, *settings, microbatches, extra_features=extra_features)
     if teacher_config is None and not soft_labels:
         return Programs(plain.compile(), None)
     distill = lower_step(
+        layout,
         *settings,
         stage1_microbatches or microbatches,
         teacher_config,
         teacher_params,
         extra_features,
         soft_labels,
+        alignment,
+        soft_term,
     )
     return Programs(plain.compile(), distill.compile())
 
@@ -98,6 +104,8 @@ def lower_step(
     teacher_params: Any = None,
     extra_features: Sequence[str] = (),
     soft_labels: int = 0,
+    alignment: Alignment | None = None,
+    soft_term: bool = True,
 ) -> jax.stages.Lowered:
     """Traces one step for the layout's mesh, without compiling it; see Programs.
 
@@ -110,10 +118,12 @@ def lower_step(
       teacher_params: Its parameters, or ShapeDtypeStructs with shardings.
       extra_features: Which of EXTRA_FEATURES batches have.
       soft_labels: K of the soft labels that replace the teacher in the distilling step, 0 for none.
+      alignment: The term of LET in the distilling step, weighted by λ; None for none.
+      soft_term: Whether the distilling step has a soft term, weighted by ω.
     """
     replicated = partitioning.replicated(layout.mesh)
     step = jax.jit(
-        make_step(layout, loss_config, microbatches, teacher_config),
+        make_step(layout, loss_config, microbatches, teacher_config, alignment, soft_term),
         donate_argnums=0,
         out_shardings=(layout.shardings, replicated),
     )
@@ -121,8 +131,9 @@ def lower_step(
     with partitioning.partitioned(layout.mesh, layout.rules):
         if teacher_config is None and not soft_labels:
             return step.lower(layout.abstract, batch)
-        omega = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
-        return step.lower(layout.abstract, batch, teacher_params, omega)
+        weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+        weights = (weight, weight) if alignment else (weight,)
+        return step.lower(layout.abstract, batch, teacher_params, *weights)
 
 
 def abstract_batch(
@@ -148,16 +159,21 @@ def make_step(
     loss_config: losses.LossConfig,
     microbatches: int,
     teacher_config: decoder.DecoderConfig | None = None,
+    alignment: Alignment | None = None,
+    soft_term: bool = True,
 ) -> Step:
     """The step, not jitted; see Programs for its arguments."""
-    loss_sums = _loss_sums(layout, loss_config, teacher_config)
+    loss_sums = _loss_sums(layout, loss_config, teacher_config, alignment, soft_term)
     gradients_of = jax.value_and_grad(loss_sums, has_aux=True)
 
     def step(
-        state: TrainState, batch: Batch, teacher_params: Any = None, omega: jax.Array | None = None
+        state: TrainState, batch: Batch, teacher_params: Any = None, *weights: jax.Array
     ) -> tuple[TrainState, Metrics]:
+        kernel_DxE = state.projection.kernel if state.projection else None
+
         def sums_of(part: Batch) -> tuple[Metrics, Any]:
-            (_, sums), gradients = gradients_of(state.params, part, teacher_params, omega)
+            trained = state.params, kernel_DxE
+            (_, sums), gradients = gradients_of(trained, part, teacher_params, *weights)
             return sums, gradients
 
         def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
@@ -175,7 +191,7 @@ def make_step(
         weight = jnp.maximum(sums.pop("weight"), 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         metrics = _means(sums, weight)
-        new_state, update_metrics = _update(layout.optimizer, state, gradients, metrics["loss"])
+        new_state, update_metrics = _update(layout, state, gradients, metrics["loss"])
         return new_state, {**metrics, "weight": weight, **update_metrics}
 
     return step
@@ -185,20 +201,29 @@ def _loss_sums(
     layout: StateLayout,
     loss_config: losses.LossConfig,
     teacher_config: decoder.DecoderConfig | None,
+    alignment: Alignment | None,
+    soft_term: bool,
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """A function (params, batch, teacher_params, ω) → (loss sum, every sum by name)."""
+    """A function ((params, projection), batch, teacher_params, ω, λ) → (loss sum, sums by name)."""
     config, sharding = layout.config, partitioning.head_sharding(layout.mesh, layout.rules)
     assert config.vocab_size is not None, "a model has its vocabulary before it is compiled"
     vocab_size = config.vocab_size
 
     def sums(
-        params: Any, batch: Batch, teacher_params: Any, omega: jax.Array | None
+        trained: tuple[Any, jax.Array | None],
+        batch: Batch,
+        teacher_params: Any,
+        omega: jax.Array | float = 0.0,
+        align: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, Metrics]:
+        (params, kernel_DxE), early_BxLxD = trained, None
         teacher: dict[str, Any] = {}
         if teacher_config is not None:
             frozen = jax.lax.stop_gradient(teacher_params)
+            taught_BxLxE = decoder.hidden_states(teacher_config, frozen, batch)
+        if teacher_config is not None and soft_term:
             teacher = {
-                "teacher_hidden_BxLxD": decoder.hidden_states(teacher_config, frozen, batch),
+                "teacher_hidden_BxLxD": taught_BxLxE,
                 "teacher_head_VxD": decoder.head_kernel(frozen, teacher_config),
                 "teacher_vocab_size": teacher_config.vocab_size,
                 "distill_B": batch.get("distill"),
@@ -206,17 +231,29 @@ def _loss_sums(
         elif "soft_ids" in batch:
             labels = losses.SoftLabels(*(batch[name] for name in LABEL_FEATURES))
             teacher = {"soft_labels": labels}
+        if alignment is None:
+            hidden_BxLxD = decoder.hidden_states(config, params, batch)
+        else:
+            states = decoder.early_and_last_states(config, params, batch, alignment.layer)
+            early_BxLxD, hidden_BxLxD = states
         loss, weight, metrics = chunked_loss.loss_sums(
-            decoder.hidden_states(config, params, batch),
+            hidden_BxLxD,
             decoder.head_kernel(params, config),
             batch["targets"],
             batch["loss_weights"],
-            omega if omega is not None else jnp.float32(0.0),
+            jnp.asarray(omega, jnp.float32),
             loss_config,
             vocab_size,
             sharding=sharding,
             **teacher,
         )
+        if early_BxLxD is not None:
+            weights_BxL = batch["loss_weights"]
+            if "distill" in batch:
+                weights_BxL *= batch["distill"][:, None]
+                metrics["distilled"] = jnp.sum(weights_BxL)
+            cosine = cosine_sum(early_BxLxD, taught_BxLxE, weights_BxL, kernel_DxE)
+            loss, metrics["cosine"] = loss - align * cosine, cosine
         return loss, {"loss": loss, "weight": weight, **metrics}
 
     return sums
@@ -243,20 +280,26 @@ def _split(batch: Batch, microbatches: int) -> Batch:
 
 
 def _update(
-    optimizer: optax.GradientTransformation, state: TrainState, gradients: Any, loss: jax.Array
+    layout: StateLayout, state: TrainState, gradients: Any, loss: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """Applies the update if it is finite; otherwise parameters and optimizer stay as they are."""
+    gradients, d_kernel_DxE = gradients
     gradient_norm = optax.global_norm(gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    updates, opt_state = layout.optimizer.update(gradients, state.opt_state, state.params)
     update_norm = optax.global_norm(updates)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+    projection = state.projection
+    if layout.projection is not None and projection is not None:
+        finite &= jnp.all(jnp.isfinite(d_kernel_DxE))
+        projection = layout.projection.update(projection, d_kernel_DxE)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     new_state = TrainState(
         step=state.step + 1,
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         skipped_updates=state.skipped_updates + jnp.where(finite, 0, 1),
+        projection=jax.tree.map(keep, projection, state.projection),
     )
     return new_state, {
         "grad_norm": gradient_norm,

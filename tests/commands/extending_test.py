@@ -81,6 +81,19 @@ def test_a_divergence(
     assert 0 < soft["own"] < soft["salt"]  # a KL, and a cross-entropy
 
 
+def test_a_gate(
+    folder: pathlib.Path, slm: pathlib.Path, cache: PackedCache, refuse: Callable[..., None]
+) -> None:
+    own = [*TRAIN, f"--cache={cache.path}", "--gin_file=methods/salt.gin", "--gin.N_KD=1"]
+    own += [f"--teacher={slm}", "--gin_file=my_gate.gin"]
+    refuse(*own, module="my_gates")
+    assert main([*own, "--output_dir=own"]) == 0
+    line = json.loads((folder / "own" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["gate"] < 1
+    omega, hard = line["omega"] * line["gate"], line["log_perplexity"]
+    assert abs(line["loss"] - hard) < abs(omega * (line["soft_loss"] - hard)) * 1.5
+
+
 def test_a_score(
     folder: pathlib.Path, slm: pathlib.Path, cache: PackedCache, refuse: Callable[..., None]
 ) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from salt_jax.distill.chunked_loss import loss_sums, target_ranks
 from salt_jax.distill.divergences import JensenShannon, ReverseKL
+from salt_jax.distill.gates import Confidence, TeacherAhead, TruthInTop
 from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.distill.losses import TEACHER_VALUES, LossConfig
 from salt_jax.distill.token_losses import token_losses
@@ -33,6 +34,9 @@ CONFIGS = [
     LossConfig(divergence=ReverseKL(), student_temperature=0.5, teacher_top_k=3),
     LossConfig(teacher_temperature=1.0, divergence=JensenShannon()),
     LossConfig(divergence=JensenShannon(0.1), teacher_top_k=3),
+    LossConfig(gate=TeacherAhead()),
+    LossConfig(teacher_temperature=1.0, gate=TruthInTop(3), teacher_top_k=4),
+    LossConfig(gate=Confidence(0.5), divergence=JensenShannon()),
 ]
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 # Slice, data, fsdp and tensor axes, and the axes that split D of the head.
@@ -107,7 +111,8 @@ def whole_sums(config: LossConfig, teacher_vocab_size: int | None = None, **argu
         teacher_vocab_size=teacher_vocab_size,
     )
     if distill_B is not None:
-        tokens |= {name: distill_B[:, None] * tokens[name] for name in TEACHER_VALUES}
+        taught = tokens.keys() & {*TEACHER_VALUES}
+        tokens |= {name: distill_B[:, None] * tokens[name] for name in taught}
         tokens["distilled"] = jnp.broadcast_to(distill_B[:, None], targets_BxL.shape)
     sums = {name: jnp.sum(weights_BxL * value) for name, value in tokens.items()}
     return sums.pop("loss"), jnp.sum(weights_BxL), sums
@@ -212,7 +217,11 @@ def test_gradients_equal_finite_differences() -> None:
 
 
 @pytest.mark.parametrize(("sizes", "embed"), MESHES, ids=str)
-@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[4], CONFIGS[9]], ids=("kl", "top4", "jsd"))
+@pytest.mark.parametrize(
+    "config",
+    [CONFIGS[1], CONFIGS[4], CONFIGS[9], CONFIGS[11]],
+    ids=("kl", "top4", "jsd", "gate"),
+)
 def test_equal_on_one_device_and_on_eight(
     config: LossConfig, sizes: tuple[int, ...], embed: tuple[str, ...]
 ) -> None:
@@ -248,9 +257,17 @@ def assert_equal_on_a_mesh(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
 
 
+def test_the_cosine_of_the_two_gradients() -> None:
+    config = LossConfig(teacher_temperature=1.0, gradient_cosine=True)
+    assert_equal_in_float64(config, 7, case())
+    assert_equal_on_a_mesh(config, (1, 2, 2, 2), ("fsdp",), case())
+
+
 SHARES_B = np.array([1.0, 0.0, 0.5, 0.0, 1.0, 0.0, 1.0, 0.25])
 SOME_CONFIGS = pytest.mark.parametrize(
-    "config", [CONFIGS[1], CONFIGS[2], CONFIGS[7], CONFIGS[8]], ids=("kl", "squared", "rkl", "jsd")
+    "config",
+    [CONFIGS[1], CONFIGS[2], CONFIGS[7], CONFIGS[8], CONFIGS[10]],
+    ids=("kl", "squared", "rkl", "jsd", "gate"),
 )
 
 

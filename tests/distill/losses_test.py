@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.distill.divergences import ForwardKL, JensenShannon, ReverseKL
+from salt_jax.distill.gates import Confidence, TeacherAhead, TruthInTop
 from salt_jax.distill.losses import LossConfig
 from salt_jax.distill.token_losses import token_losses
 from salt_jax.errors import InputError
@@ -27,6 +28,9 @@ CONFIGS = [
     LossConfig(divergence=ReverseKL(), student_temperature=0.5, teacher_top_k=3),
     LossConfig(teacher_temperature=1.0, divergence=JensenShannon()),
     LossConfig(divergence=JensenShannon(0.1), teacher_top_k=3),
+    LossConfig(gate=TeacherAhead()),
+    LossConfig(teacher_temperature=1.0, gate=TruthInTop(4), teacher_top_k=2),
+    LossConfig(gate=Confidence(0.5), divergence=JensenShannon()),
 ]
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 
@@ -70,15 +74,24 @@ def oracle_token(
         soft = beta * expect(q, log_q - log_m) + (1 - beta) * expect(p, log_p - log_m)
     if config.scale_by_temperature_squared:
         soft *= config.teacher_temperature**2
-    hard = -log_softmax(z_s)[y]
+    hard, teacher_hard = -log_softmax(z_s)[y], -log_softmax(z_t)[y]
+    gate: dict[str, float] = {}
+    if isinstance(config.gate, TeacherAhead):
+        gate = {"gate": float(teacher_hard < hard)}
+    elif isinstance(config.gate, TruthInTop):
+        gate = {"gate": float((z_t > z_t[y]).sum() < config.gate.k)}
+    elif isinstance(config.gate, Confidence):
+        gate = {"gate": np.exp(log_softmax(z_t)[y]) ** config.gate.gamma}
+    omega *= gate.get("gate", 1.0)
     loss = (1 - omega) * hard + omega * soft + config.z_loss * log_sum(z_s) ** 2
     return {
         "loss": loss,
         "hard": hard,
         "soft": soft,
         "correct": float(z_s[y] >= z_s.max()),
-        "teacher_hard": -log_softmax(z_t)[y],
+        "teacher_hard": teacher_hard,
         "agreement": float(((z_s >= z_s.max()) & (z_t >= z_t.max())).any()),
+        **gate,
     }
 
 
@@ -269,3 +282,17 @@ def test_a_teacher_of_other_ids_is_refused(
         token_losses(
             student, teacher, targets, 0.5, config, VOCAB, teacher_vocab_size=teacher_vocab_size
         )
+
+
+def test_the_cosine_of_the_two_gradients_equals_numpy() -> None:
+    student, teacher, targets = random_case(3, 1.0, VOCAB + 2, VOCAB + 5)
+    config = LossConfig(teacher_temperature=0.5, gradient_cosine=True, z_loss=1e-2)
+    with jax.enable_x64(True):
+        arrays = (jnp.asarray(x, jnp.float64) for x in (student, teacher))
+        got = token_losses(*arrays, jnp.asarray(targets), 0.4, config, VOCAB)["gradient_cosine"]
+    for at in np.ndindex(targets.shape):
+        z, t = student[at][:VOCAB].astype(np.float64), teacher[at][:VOCAB].astype(np.float64)
+        p, q = np.exp(log_softmax(z)), np.exp(log_softmax(t / 0.5))
+        soft, hard = p - q, p - np.eye(VOCAB)[targets[at]]
+        expected = soft @ hard / np.linalg.norm(soft) / np.linalg.norm(hard)
+        assert got[at] == pytest.approx(expected, rel=1e-10)

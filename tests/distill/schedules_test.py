@@ -1,5 +1,6 @@
 """Schedules of ω against their definitions."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,52 @@ def test_linear_ratio_decay(omega: float, n_kd: int) -> None:
     ratios = got / (1.0 - got)
     want = np.interp(np.arange(310), [0, n_kd], [omega / (1.0 - omega), 0.0])
     np.testing.assert_allclose(ratios, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("signal", schedules.SIGNALS)
+def test_adaptive_ends_by_a_running_mean(signal: str) -> None:
+    """The rule written as loops over the whole history; the state after each step is JSON."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values = np.linspace(1, -1, 60) + rng.normal(size=60)
+        values[7] = np.nan
+        window, patience, least = (int(x) for x in rng.integers(1, [12, 6, 40]))
+        schedule = schedules.Adaptive(
+            0.5, 50, least, signal, margin=0.2, window=window, patience=patience
+        )
+        mean, below, expected = 0.0, [], None
+        for done, value in enumerate(values, start=1):
+            if np.isnan(value):
+                continue
+            rate = 1 / done if done < window else 1 / window
+            mean = (1 - rate) * mean + rate * value
+            below.append(mean < 0.2)
+            if len(below) >= patience and all(below[-patience:]) and done + 1 >= least:
+                expected = done + 1
+                break
+        seen = schedules.Watched()
+        for done, value in enumerate(values, start=1):
+            hard = {"hard": value + 3.0, "teacher_hard": 3.0, "gradient_cosine": 9.0}
+            cosine = {"hard": 9.0, "teacher_hard": 0.0, "gradient_cosine": value}
+            before = json.loads(json.dumps(seen._asdict()))
+            metrics = hard if signal == "gap" else cosine
+            seen = schedule.after(schedules.Watched(**before), done, metrics)
+        assert seen.n_kd == expected
+
+
+def test_adaptive_is_bounded() -> None:
+    schedule = schedules.Adaptive(0.5, most=30)
+    np.testing.assert_array_equal(omegas(schedule, 40), [0.5] * 30 + [0.0] * 10)
+    assert [schedule.distill_steps(total) for total in (20, 40)] == [20, 30]
+    for settings, words in (
+        ({}, "most is None, and the rule may never end stage 1"),
+        ({"most": 3, "least": 4}, "least is 4, more than most, 3"),
+        ({"most": 3, "signal": "loss"}, "signal is 'loss'; set it to one of gap, cosine"),
+        ({"most": 3, "patience": 0}, "patience is 0"),
+        ({"most": -3}, "most is -3"),
+    ):
+        with pytest.raises(InputError, match=words):
+            schedules.Adaptive(0.5, **settings)  # type: ignore[arg-type]
 
 
 SCHEDULES = st.one_of(

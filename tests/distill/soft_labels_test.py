@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.distill.chunked_loss import loss_sums, top_labels
+from salt_jax.distill.gates import TruthInTop
 from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.distill.losses import LossConfig, SoftLabels
 from salt_jax.distill.token_losses import token_losses
@@ -167,5 +168,8 @@ def test_refusals() -> None:
     labels = labels_of(arguments, LossConfig(), k=3)
     with pytest.raises(InputError, match="teacher_top_k is 4 and the soft labels have 3 ids"):
         chunked(LossConfig(teacher_top_k=4), 7)(**without_teacher(arguments), soft_labels=labels)
+    gated = LossConfig(gate=TruthInTop(4))
+    with pytest.raises(InputError, match=r"teacher's 4 most likely ids .* the loss 3 a token"):
+        chunked(gated, 7)(**without_teacher(arguments), soft_labels=labels)
     with pytest.raises(ValueError, match="replace a teacher"):
         loss_sums(**arguments, config=LossConfig(), vocab_size=VOCAB, soft_labels=labels)

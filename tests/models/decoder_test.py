@@ -241,6 +241,67 @@ def test_kernels_say_which_axes_are_inputs(config: DecoderConfig) -> None:
         assert of_layers == tuple(tuple(axis + 1 for axis in side) for side in axes)
 
 
+@SHAPES
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_an_early_layers_states(config: DecoderConfig, layer: int) -> None:
+    """They are those of a model that ends there, but for the norm, and nothing else changes."""
+    config = dataclasses.replace(config, num_layers=3)
+    params, row = make_params(config), one_segment(8)
+    names = ("inputs", "segment_ids", "positions")
+    batch = dict(zip(names, row, strict=True))
+    of_early = {**params, "layers": jax.tree.map(lambda x: x[:layer], params["layers"])}
+    short = dataclasses.replace(config, num_layers=layer)
+    norm = layers.Norm(config.norm, config.norm_epsilon, config.use_bias, "float32", "float32")
+    apart = unstacked(params, 3)
+    for scanned, own in ((True, params), (False, apart)):
+        form = dataclasses.replace(config, scan_layers=scanned)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def states(form: DecoderConfig, own: Any) -> Any:
+            return decoder.early_and_last_states(form, own, batch, layer)
+
+        early, last = states(form, own)
+        normed = norm.apply({"params": params["final_norm"]}, early)
+        expected = decoder.hidden_states(short, of_early, batch)
+        np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-5)
+        expected = decoder.hidden_states(form, own, batch)
+        np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-5)
+
+
+@SHAPES
+def test_a_stacked_model_repeats_its_layers(config: DecoderConfig) -> None:
+    params = make_params(config)
+    deep = decoder.stacked_params(params, config, 5)
+    for got, leaf in zip(
+        jax.tree.leaves(deep["layers"]), jax.tree.leaves(params["layers"]), strict=True
+    ):
+        np.testing.assert_array_equal(got, np.stack([leaf[i] for i in (0, 1, 0, 1, 0)]))
+    apart = dataclasses.replace(config, scan_layers=False)
+    other = decoder.stacked_params(unstacked(params, 2), apart, 5)
+    jax.tree.map(np.testing.assert_array_equal, other, unstacked(deep, 5))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_layers_states_are_kept_for_an_early_one(remat: str) -> None:
+    config = dataclasses.replace(SMALL, num_layers=12, remat=remat)
+    params, row = decoder.abstract_params(config), one_segment(256, batch=2)
+    batch = dict(zip(("inputs", "segment_ids", "positions"), row, strict=True))
+
+    def last(params: Any) -> jax.Array:
+        return jnp.sum(decoder.hidden_states(config, params, batch) ** 2)
+
+    def both(params: Any) -> jax.Array:
+        early, last = decoder.early_and_last_states(config, params, batch, 3)
+        return jnp.sum(early**2) + jnp.sum(last**2)
+
+    temporary = []
+    for loss in (last, both):
+        compiled = jax.jit(jax.grad(loss)).lower(nn.unbox(params)).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    states, parameters = 4 * 2 * 256 * 16, 4 * config.num_parameters
+    assert temporary[1] < temporary[0] + 3 * states + 3 * parameters
+
+
 def test_bfloat16_computes_over_float32_parameters() -> None:
     config = dataclasses.replace(GPT_NEOX, dtype="bfloat16")
     params, row = make_params(config), one_segment(8)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import pytest
 
+from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.losses import LossConfig
 from salt_jax.errors import InputError
 from salt_jax.planning import hlo, topologies
@@ -23,6 +24,7 @@ from salt_jax.planning.stage_plan import plan_stage
 from salt_jax.training import partitioning
 from salt_jax.training.learning_rates import WarmupStableDecay
 from salt_jax.training.optimizers import Muon
+from salt_jax.training.teacher import projection_of
 from salt_jax.training.train_state import abstract_sharded_params, make_layout
 from salt_jax.training.train_step import lower_step
 
@@ -35,15 +37,27 @@ def memory(result: CompiledStage) -> Memory:
     return result.memory
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_memory_is_that_of_the_step_that_trains(make_job: Callable[..., Job], stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "alignment"),
+    [(1, None), (2, None), (1, Alignment(25, layer=1)), (2, Alignment(25, layer=1))],
+    ids=["1", "2", "1 of LET", "2 of LET"],
+)
+def test_memory_is_that_of_the_step_that_trains(
+    make_job: Callable[..., Job], stage: int, alignment: Alignment | None
+) -> None:
     job = make_job(devices={"stage1_microbatches": 2})
+    method = dataclasses.replace(job.config.method, alignment=alignment)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, method=method))
     mesh, config = partitioning.MeshConfig().make(), job.config
-    layout = make_layout(job.student, config.optimizer.make(100, job.student), mesh)
+    projection = projection_of(config, job.student, job.teacher if stage == 1 else None)
+    assert (projection is None) == (alignment is None or stage == 2)
+    optimizer = config.optimizer.make(100, job.student)
+    layout = make_layout(job.student, optimizer, mesh, projection=projection)
     assert job.teacher is not None
     teacher = abstract_sharded_params(job.teacher, mesh, config.devices.rules, "bfloat16")
     arguments = (2, job.teacher, teacher) if stage == 1 else (1,)
-    program = lower_step(layout, config.method.loss, (32, 16), *arguments).compile()
+    given = {"alignment": alignment} if stage == 1 else {}
+    program = lower_step(layout, config.method.loss, (32, 16), *arguments, **given).compile()
     expected = program.memory_analysis()
     result = compile_stage(job, LOCAL, stage)
     assert memory(result).arguments == expected.argument_size_in_bytes

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
+from salt_jax.distill.alignment import Alignment
+from salt_jax.distill.schedules import NoDistillation
 from salt_jax.planning import estimate, hlo
 from salt_jax.planning.compile import Job
 from salt_jax.planning.topologies import Chip
@@ -52,6 +54,18 @@ def test_flops_are_the_formula(make_job: Callable[..., Job]) -> None:
     assert estimate.hardware_flops_per_step(full, 2) == again > plain
     assert estimate.hardware_flops_per_step(full, 1) == again + teacher
     assert estimate.flops_per_step(full, 1) == plain + teacher
+
+
+def test_lets_teacher_has_no_head_and_trains_a_projection(make_job: Callable[..., Job]) -> None:
+    taught = dataclasses.replace(
+        make_job().config.method, schedule=NoDistillation(), alignment=Alignment(25, layer=1)
+    )
+    job = make_job(method=taught)
+    assert job.teacher is not None
+    assert job.config.stage1_steps == 25
+    forward = flops.forward_flops_per_token(job.teacher, 16) - 2 * 32 * 1024
+    added = estimate.flops_per_step(job, 1) - estimate.flops_per_step(job, 2)
+    assert added == (forward + 6 * 64 * 32) * 32 * 16
 
 
 def test_roofline(make_job: Callable[..., Job]) -> None:

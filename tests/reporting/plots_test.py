@@ -47,6 +47,15 @@ def test_every_arm_is_in_the_evaluation_plot(material, looks, axis, metric):
     assert "salt after step 187" in plot.caption
 
 
+def test_a_switch_that_the_run_decided_on_is_said_with_its_number(tmp_path, folders):
+    watched = {"mean": 0.0123, "below": 20, "n_kd": 187}
+    folders.arm(tmp_path, "salt_adaptive", floor=3.6, distill_steps=187, watched=watched)
+    (run,) = read_folders([tmp_path]).runs
+    looks = plots.styles({run.label: run.arm})
+    plot = plots.evaluation_plot(each(run), [], looks, STEPS, plots.LOG_PERPLEXITY)
+    assert "salt_adaptive after step 187 (at a running mean of 0.0123)" in plot.caption
+
+
 def test_the_switch_is_marked_on_the_curve_and_the_axis(material, looks):
     salt = material.runs[3]
     plot = plots.evaluation_plot(each(salt), [], looks, FLOPS, plots.LOG_PERPLEXITY)

@@ -1,8 +1,10 @@
 """Whole runs: resumed equals straight, the switch changes nothing but the teacher, rows as
 promised."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,22 +18,28 @@ from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import RowOrder
 from salt_jax.data.row_scores import RowScores, Selection
-from salt_jax.distill import losses, schedules
+from salt_jax.distill import gates, losses, schedules
+from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.selection import RandomRows, TopRows
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage.run_folder import RunFolder
-from salt_jax.training import loop
+from salt_jax.training import flops, loop
 from salt_jax.training.checkpoints import CheckpointConfig, find_model
 from salt_jax.training.config import Devices
 from salt_jax.training.learning_rates import WarmupConstant, WarmupStableDecay
 from salt_jax.training.ledger import Cost, Counters
-from salt_jax.training.optimizers import AdamW, Muon, Optimizer
+from salt_jax.training.optimizers import AdamW, Muon
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
 SALT = schedules.Step(omega=0.6, n_kd=3)
 ADAMW = AdamW(WarmupConstant(5e-3, warmup_steps=2), weight_decay=0.1)
 MUON = Muon(WarmupStableDecay(5e-3, 2, decay_fraction=0.4), weight_decay=0.1)
+NONE = schedules.NoDistillation()
+LET = Alignment(stop=4, layer=1)  # of a wider student: it has a projection
+# It decides after 2 steps, with any signal.
+ADAPTIVE = schedules.Adaptive(omega=0.6, most=5, margin=1e9, window=4, patience=2)
+GATED = losses.LossConfig(teacher_temperature=1.0, gate=gates.TeacherAhead())
 # All of a run's costs that are the same on every machine, and however often it was killed.
 COUNTED = [name for name in Counters().to_json() if "seconds" not in name]
 
@@ -82,7 +90,18 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("killed_step", "optimizer"), [(3, ADAMW), (5, ADAMW), (5, MUON)], ids=["3", "5", "muon"]
+    ("killed_step", "more"),
+    [
+        (3, {}),
+        (5, {}),
+        (5, {"optimizer": MUON}),
+        (3, {"loss": GATED}),
+        (3, {"schedule": NONE, "alignment": LET}),
+        (5, {"alignment": LET, "optimizer": MUON}),
+        (3, {"schedule": ADAPTIVE}),
+        (5, {"schedule": ADAPTIVE}),
+    ],
+    ids=["3", "5", "muon", "gate", "let", "salt and let", "adaptive 3", "adaptive 5"],
 )
 def test_resumed_equals_straight(
     run_train: Run,
@@ -90,10 +109,10 @@ def test_resumed_equals_straight(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     killed_step: int,
-    optimizer: Optimizer,
+    more: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings: dict[str, Any] = {"schedule": SALT, "teacher": str(slm), "optimizer": optimizer}
+    settings = {"schedule": SALT, "teacher": str(slm), "optimizer": ADAMW, **more}
     straight = run_train(**settings)
     with monkeypatch.context() as patch:
         kill_at(patch, killed_step)
@@ -107,6 +126,8 @@ def test_resumed_equals_straight(
     expected = json.loads((straight / "summary.json").read_text())
     for name in ("log_perplexity", "next_token_accuracy", "by_subset", *COUNTED):
         assert last[name] == expected[name], name
+    for name in ("distill_steps", "watched"):
+        assert last.get(name) == expected.get(name), name
 
 
 def test_stage_2_equals_a_teacherless_run_from_the_same_checkpoint(
@@ -138,6 +159,105 @@ def test_the_schedule_weighs_every_step(run_train: Run, slm: pathlib.Path) -> No
         expected = (1 - omega) * line["log_perplexity"] + omega * soft
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert ["soft_loss" in line for line in history] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("signal", schedules.SIGNALS)
+def test_adaptive_is_salt_with_the_n_kd_that_it_decides_on(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path, signal: str
+) -> None:
+    settings: dict[str, Any] = {"teacher": str(slm), "optimizer": ADAMW}
+    salt = run_train(schedule=SALT, **settings)
+    schedule = dataclasses.replace(ADAPTIVE, signal=signal)
+    run = run_train(schedule=schedule, **settings)
+    assert_same(salt, run)
+    history = metrics_of(run)
+    assert [m["watched"]["n_kd"] for m in history] == [None, 3, 3, 3, 3, 3]
+    assert [m["stage"] for m in history] == [1, 1, 1, 2, 2, 2]
+    assert [m["omega"] for m in history] == [0.6] * 3 + [0.0] * 3
+    summary, of_salt = (json.loads((x / "summary.json").read_text()) for x in (run, salt))
+    assert summary["distill_steps"] == 3
+    assert {name: summary[name] for name in COUNTED} == {name: of_salt[name] for name in COUNTED}
+    first, second = (
+        m["gradient_cosine"] if signal == "cosine" else m["log_perplexity"] - m["teacher_hard"]
+        for m in history[:2]
+    )
+    mean = summary["watched"]["mean"]
+    assert mean == pytest.approx((first + second) / 2, rel=1e-5)
+    # A run that is resumed in stage 2 needs no teacher, and never gives up its decision.
+    shutil.copytree(run, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "6")
+    run_train(tmp_path / "moved", schedule=schedule, teacher=str(tmp_path), optimizer=ADAMW)
+    assert_same(salt, tmp_path / "moved")
+
+
+def test_an_adaptive_schedule_that_never_decides_ends_at_its_most(
+    run_train: Run, slm: pathlib.Path
+) -> None:
+    schedule = dataclasses.replace(ADAPTIVE, margin=-1e9)
+    run = run_train(schedule=schedule, teacher=str(slm))
+    assert [m["stage"] for m in metrics_of(run)] == [1] * 5 + [2]
+    assert json.loads((run / "summary.json").read_text())["watched"]["n_kd"] is None
+
+
+def test_let_leaves_nothing_behind(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """No later checkpoint has its projection; stage 2 is a plain run; the student is like any."""
+    checkpoints = CheckpointConfig(save_every=0, keep_steps=(3, 4, 5, 6))
+    settings: dict[str, Any] = {"checkpoints": checkpoints, "schedule": NONE}
+    let = run_train(teacher=str(slm), alignment=LET, **settings)
+    has = [
+        "projection" in (let / f"checkpoints/{step}/optimizer/_METADATA").read_text()
+        for step in range(3, 7)
+    ]
+    assert has == [True, False, False, False]
+    copy = tmp_path / "checkpoints"
+    copy.mkdir()
+    (let / "checkpoints" / "4").rename(copy / "4")
+    run_train(tmp_path, **settings)
+    assert_same(let, tmp_path)
+    history, plain = metrics_of(let), run_train(**settings)
+    assert [m["stage"] for m in history] == [1, 1, 1, 1, 2, 2]
+    assert [m.get("alignment_weight") for m in history] == pytest.approx(
+        [0.1, 0.075, 0.05, 0.025, 0.0, 0.0]
+    )
+    assert "soft_loss" not in history[0]
+    for line in history[:4]:
+        expected = line["log_perplexity"] - line["alignment_weight"] * line["cosine"]
+        assert line["loss"] == pytest.approx(expected, abs=0.1)  # but for the z-loss
+    assert history[3]["cosine"] > history[0]["cosine"]
+    shapes = [[x.shape for x in params_of(run)] for run in (let, plain)]
+    assert shapes[0] == shapes[1]
+    summary = json.loads((let / "summary.json").read_text())
+    teacher = find_model(slm, None, "teacher").config
+    head, projection = 2 * 16 * teacher.padded_vocab_size, 6 * 32 * 16
+    per_token = flops.forward_flops_per_token(teacher, 16) - head + projection
+    assert summary["teacher_flops"] == 4 * 8 * 16 * per_token
+    assert summary["distill_steps"] == 4
+
+
+def test_lets_teacher_may_have_more_ids(
+    run_train: Run, cache: PackedCache, make_cache: Callable[..., PackedCache]
+) -> None:
+    wider = run_train(cache=str(make_cache(reserved=200).path), steps=1)
+    assert find_model(wider, None, "teacher").config.vocab_size == cache.vocabulary_size + 200
+    settings: dict[str, Any] = {"teacher": str(wider), "alignment": Alignment(stop=2, layer=2)}
+    run = run_train(schedule=NONE, steps=2, **settings)
+    assert all("cosine" in line for line in metrics_of(run))
+    with pytest.raises(InputError, match=r"The teacher .* was trained with the vocabulary"):
+        run_train(schedule=SALT, steps=2, **settings)
+
+
+def test_a_gate_gives_each_token_its_share_of_omega(run_train: Run, slm: pathlib.Path) -> None:
+    gated = losses.LossConfig(teacher_temperature=1.0, z_loss=1e-4, gate=gates.Confidence())
+    history, without = (
+        metrics_of(run_train(schedule=SALT, teacher=str(slm), **loss))
+        for loss in ({"loss": gated}, {})
+    )
+    assert ["gate" in line for line in history] == [True] * 3 + [False] * 3
+    assert 0 < history[0]["gate"] < 1
+    assert history[0]["soft_loss"] == without[0]["soft_loss"]
+    assert history[0]["loss"] != without[0]["loss"]
 
 
 def test_teacher_memory_is_freed_at_the_switch(
@@ -336,6 +456,20 @@ def test_starts_from_a_checkpoint_when_asked(run_train: Run) -> None:
     )
     for a, b in zip(params_of(first), params_of(second), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_starts_from_the_layers_of_a_shallower_model(run_train: Run, slm: pathlib.Path) -> None:
+    deep = dataclasses.replace(find_model(slm, None, "model").config, num_layers=5, vocab_size=None)
+    still = AdamW(WarmupConstant(1e-9), weight_decay=0)
+    start = {"initial": str(slm), "steps": 1, "optimizer": still}
+    with pytest.raises(InputError, match=r"num_layers 2 \(the student has 5\)"):
+        run_train(model=deep, **start)
+    run = run_train(model=deep, stacked=True, **start)
+    for a, b in zip(params_of(run), params_of(slm), strict=True):
+        np.testing.assert_allclose(a, b[[0, 1, 0, 1, 0]] if len(a) == 5 else b, atol=1e-6)
+    wide = dataclasses.replace(deep, embed_dim=32)
+    with pytest.raises(InputError, match=r"a model with embed_dim 16 \(the student has 32\)"):
+        run_train(model=wide, stacked=True, **start)
 
 
 def test_learns(slm: pathlib.Path) -> None:

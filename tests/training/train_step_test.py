@@ -8,17 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_order import RowOrder
+from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.losses import LossConfig
+from salt_jax.models import decoder
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning import hlo
 from salt_jax.training import partitioning
 from salt_jax.training.learning_rates import WarmupConstant, WarmupCosine
 from salt_jax.training.optimizers import Adafactor, AdamW, Muon, Optimizer
+from salt_jax.training.projection import ProjectionTrainer
 from salt_jax.training.train_state import (
     StateLayout,
     TrainState,
@@ -212,6 +216,68 @@ def test_plain_program_has_no_trace_of_a_teacher(cache: PackedCache) -> None:
     temporary = [p.memory_analysis().temp_size_in_bytes for p in (both.plain, alone)]  # type: ignore[attr-defined]
     assert temporary[0] == temporary[1]
     assert both.distill.cost_analysis()["flops"] > alone.cost_analysis()["flops"]  # type: ignore[union-attr, attr-defined]
+
+
+@pytest.mark.parametrize("soft_term", [True, False], ids=["salt and let", "let"])
+def test_let_is_its_formula(cache: PackedCache, soft_term: bool) -> None:
+    """Loss and gradients are those of separate models and autodiff; microbatches and a mesh are as
+    one batch on one device; with half of the rows untaught, too."""
+    alignment, loss = Alignment(stop=10, layer=1), dataclasses.replace(LOSS, z_loss=0.0)
+    split, extra = cache.split("train"), ("distill",)
+    batch = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), 0)).batch(0)
+    batch["loss_weights"][:3, 4:] = 0.0
+    batch["distill"] = np.array([1, 0, 1, 0, 1, 1, 0, 0], np.float32)
+    trainer = ProjectionTrainer(32, 16, ADAMW.learning_rate.schedule(1))
+    results = []
+    for devices, microbatches in ((1, 1), (1, 2), (8, 1)):
+        mesh = partitioning.MeshConfig().make(jax.devices()[:devices])
+        layout = make_layout(STUDENT, ADAMW.make(1, STUDENT), mesh, projection=trainer)
+        teacher = make_layout(TEACHER, ADAMW.make(1, TEACHER), mesh).create(7).params
+        of_step = (layout, loss, (8, LENGTH), microbatches, TEACHER, teacher, extra, 0)
+        step = lower_step(*of_step, alignment, soft_term).compile()
+        names = (*BATCH_FEATURES, *extra)
+        on_device = partitioning.to_device({n: batch[n] for n in names}, mesh)
+        weights = [np.float32(weight) for weight in (0.4, 0.3)]
+        state, metrics = step(layout.create(0), on_device, teacher, *weights)
+        results.append(jax.device_get((state, metrics)))
+    for state, metrics in results[1:]:
+        assert_close(state, results[0][0])
+        assert metrics["grad_norm"] == pytest.approx(results[0][1]["grad_norm"], rel=1e-4)
+
+    mesh = partitioning.MeshConfig().make(jax.devices()[:1])
+    start = make_layout(STUDENT, ADAMW.make(1, STUDENT), mesh, projection=trainer).create(0)
+    frozen = make_layout(TEACHER, ADAMW.make(1, TEACHER), mesh).create(7).params
+    assert start.projection is not None
+    kernel = start.projection.kernel
+    one_block = dataclasses.replace(STUDENT, num_layers=1)
+
+    def logits(config: DecoderConfig, params: Any) -> jax.Array:
+        hidden = decoder.hidden_states(config, params, batch)
+        return decoder.logits(hidden, decoder.head_kernel(params, config), config)[..., :259]
+
+    def by_hand(params: Any, kernel: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(logits(STUDENT, params))
+        hard = -jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+        q = jax.nn.softmax(logits(TEACHER, frozen) / 0.5)
+        omega = 0.4 * batch["distill"][:, None] if soft_term else 0.0
+        loss = (1 - omega) * hard - omega * jnp.sum(q * log_p, axis=-1)
+        first = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+        # RMSNorm with a scale of 1 changes no direction.
+        h = decoder.hidden_states(one_block, first, batch) @ kernel
+        t = decoder.hidden_states(TEACHER, frozen, batch)
+        norms = jnp.linalg.norm(h, axis=-1) * jnp.linalg.norm(t, axis=-1)
+        loss -= 0.3 * batch["distill"][:, None] * jnp.sum(h * t, axis=-1) / norms
+        return jnp.sum(batch["loss_weights"] * loss) / batch["loss_weights"].sum()
+
+    expected, gradients = jax.value_and_grad(by_hand, argnums=(0, 1))(start.params, kernel)
+    state, metrics = results[0]
+    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(gradients[0])), rel=1e-4)
+    # Adam's first step.
+    step_DxE = gradients[1] / (np.abs(gradients[1]) + 1e-8)
+    moved = np.asarray(state.projection.kernel) - np.asarray(kernel)
+    np.testing.assert_allclose(moved, -1e-2 * step_DxE, rtol=1e-2, atol=1e-6)
+    assert -1 < metrics["cosine"] < 1
 
 
 def test_weights_are_divided_out_once(cache: PackedCache) -> None:
