@@ -29,8 +29,8 @@ PLAN_GPU = ["jax[cuda13-local]; sys_platform == 'linux'"]
 EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2"]
 # Folders in buckets, through fsspec: gs:// and s3://.
 GCS, S3 = ["gcsfs>=2026.10"], ["s3fs>=2025.3"]
-# Models of the Hugging Face Hub by name.
-HUB = ["huggingface_hub>=1.0"]
+# Models of the Hugging Face Hub by name, and GGUF files.
+HUB, GGUF = ["huggingface_hub>=1.0"], ["gguf>=0.19"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -103,12 +103,13 @@ setuptools.setup(
         "beam": BEAM,
         "eval": EVAL,
         "gcs": GCS,
+        "gguf": GGUF,
         "hub": HUB,
         "plan": PLAN,
         "plan_gpu": PLAN_GPU,
         "prepare": PREPARE,
         "s3": S3,
-        "test": TEST + EVAL + GCS + HUB + PLAN + PREPARE + S3,
+        "test": TEST + EVAL + GCS + GGUF + HUB + PLAN + PREPARE + S3,
     },
     entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},
 )

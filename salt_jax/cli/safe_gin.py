@@ -18,6 +18,7 @@ from salt_jax.storage import gin_files
 
 # Names that files may bind and refer to; verbs may only be bound.
 _NAMES = {
+    "commands.prepare": "model_vocabulary",
     "data.denoisers": "Objectives SpanDenoiser",
     "data.vocabularies": "ByteVocabulary HuggingFaceVocabulary "
     "SentencePieceVocabulary load_vocabulary",

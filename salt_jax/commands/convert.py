@@ -2,13 +2,15 @@
 
 --huggingface=FOLDER imports a downloaded model as a run's folder, for --teacher, --scorer,
 --initial and --model. Its steps can be imported one by one into one folder. --model=RUN exports a
-folder that transformers loads. Only safetensors are read and written, one tensor at a time. The
-families are GPT-NeoX with Pythia, Llama, Gemma, and your own.
+folder that transformers loads. Tensors of safetensors, or of a GGUF file, are converted one at a
+time. The families are GPT-NeoX with Pythia, Llama, Gemma, and your own.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from salt_jax.errors import InputError, require_counts, visible
 from salt_jax.huggingface import hub, model_tokenizers, tokenizer_files
 from salt_jax.huggingface.families import FAMILIES
 from salt_jax.huggingface.family import Family, vocab_multiple
+from salt_jax.huggingface.gguf_files import SUFFIX, GGUFFile, TensorFiles
 from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.model_folders import CONFIG_FILE, repository_id, require_config
 from salt_jax.huggingface.safetensors_files import (
@@ -33,7 +36,7 @@ from salt_jax.huggingface.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLD
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object
-from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.local_copies import local_file, local_folder
 from salt_jax.storage.run_folder import (
     CHECKPOINTS_FOLDER,
     RUN_FILE,
@@ -82,7 +85,7 @@ def convert(
       run: The folder for the run, or for the files.
       huggingface: A model to import: a folder with config.json, safetensors, tokenizer.json or
         tokenizer.model, or the name of a repository on the Hugging Face Hub
-        ("EleutherAI/pythia-1.4b"), which is downloaded.
+        ("EleutherAI/pythia-1.4b"), which is downloaded, or a GGUF file of a Llama.
       revision: The repository's branch, tag or commit; "main" by default.
       model: The run folder of a model to export.
       step: The imported checkpoint's step, 0 by default; or the step to export, the newest by
@@ -126,10 +129,10 @@ def convert(
     if huggingface is not None:
         if drop_padding is not None:
             raise InputError("drop_padding is for --model=RUN: leave it unset.")
-        source = _source(huggingface, revision)
-        require_config(huggingface, source)
-        require_path(run.path)
-        _import(run, source, step or 0, dtype, compute_dtype, eos_token, known_families)
+        with _opened(huggingface, revision) as (source, files):
+            require_path(run.path)
+            more = dtype, compute_dtype, eos_token, known_families
+            _import(run, source, files, step or 0, *more)
     else:
         if not compute_dtype == eos_token == revision is None:
             raise InputError(
@@ -141,8 +144,31 @@ def convert(
         _export(run, saved, dtype, max_shard_bytes, drop_padding, known_families)
 
 
+@contextlib.contextmanager
+def _opened(name: str, revision: str | None) -> Iterator[tuple[pathlib.Path, TensorFiles]]:
+    """A model's folder and its tensors; for a GGUF file, the folder is made of its metadata."""
+    source = _source(name, revision)
+    if source.suffix != SUFFIX:
+        require_config(name, source)
+        yield source, SafetensorsFolder(source)
+        return
+    file = GGUFFile(source)
+    if file.quantized:
+        say(
+            f"{source} is quantized ({', '.join(file.quantized)}): what it holds is an "
+            "approximation of the model that it was made of."
+        )
+    with tempfile.TemporaryDirectory() as parent:
+        folder = pathlib.Path(parent, source.name)  # as errors name it
+        folder.mkdir()
+        file.describe(folder)
+        yield folder, file
+
+
 def _source(name: str, revision: str | None) -> pathlib.Path:
-    """The folder of a model, given as a folder or as a repository on the Hub."""
+    """The folder of a model, given as a folder or as a repository on the Hub, or a GGUF file."""
+    if name.endswith(SUFFIX) and revision is None:
+        return local_file(name)
     named = hub.split_name(name)
     if named is None and not pathlib.Path(name).exists() and (repository := repository_id(name)):
         named = repository, None
@@ -161,26 +187,25 @@ def _source(name: str, revision: str | None) -> pathlib.Path:
 def _import(
     run: RunFolder,
     source: pathlib.Path,
+    files: TensorFiles,
     step: int,
     dtype: str | None,
     compute_dtype: str | None,
     eos_token: str | None,
     families: Sequence[Family],
 ) -> None:
-    settings = read_json_object(source / CONFIG_FILE, DOWNLOAD)
-    files = SafetensorsFolder(source)
+    """Imports tensors, and what the other files of the folder `source` say about them."""
+    settings, where = read_json_object(source / CONFIG_FILE, DOWNLOAD), files.path / CONFIG_FILE
     vocabulary = model_tokenizers.model_vocabulary(source, eos_token, families)
     model_tokenizers.require_rows(vocabulary, settings.get("vocab_size"), source)
     if complete_steps(run.path) and (run.path / VOCABULARY_FOLDER).is_dir():
         # If equal, the existing vocabulary stays, since the steps there name it.
         kept = load_vocabulary(run.path / VOCABULARY_FOLDER)
         vocabulary = kept if kept == vocabulary else vocabulary
-    family, config = config_from_json(
-        settings, vocabulary.base_size, str(source / CONFIG_FILE), families
-    )
+    family, config = config_from_json(settings, vocabulary.base_size, str(where), families)
     rules = family.rules(config)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    refuse_other_tensors(config, rules, shapes, family.head, str(source))
+    refuse_other_tensors(config, rules, shapes, family.head, str(files.path))
     if config.tied_embeddings and family.head in shapes:
         _refuse_another_head(files, tables_of(config, rules)[0], family.head)
     of_files = _dtype_of(files, config, rules)
@@ -191,12 +216,12 @@ def _import(
     for other in complete_steps(run.path):
         _require_same_model(run.path, other, config, vocabulary)
     if _is_there(run.path, step, files):
-        say(f"{run.path} has step {step} of {source} already: nothing was converted.")
+        say(f"{run.path} has step {step} of {files.path} already: nothing was converted.")
         return
     run.require_space(config.num_parameters * DTYPES[dtype].itemsize, "the parameters")
     if unread := family.unread_fields(settings):
         say(
-            f"{source / CONFIG_FILE} sets {visible(', '.join(unread))}, which no forward pass of "
+            f"{where} sets {visible(', '.join(unread))}, which no forward pass of "
             f"{family.model_type} reads: ignored."
         )
     digest = inspected_digest(files, config, rules)
@@ -213,7 +238,7 @@ def _import(
         "model": config.to_json(),
         "vocabulary_fingerprint": vocabulary.fingerprint,
         "counters": {},
-        "converted_from": str(source.resolve()),
+        "converted_from": str(files.path.resolve()),
         "source_digest": digest,
     }
     save_streamed(run.path, step, parameters_of(files, config, rules), progress)
@@ -221,7 +246,7 @@ def _import(
     _summarize(run, family, config, {"model": saved.identity}, f"step {step}:")
 
 
-def _refuse_another_head(files: SafetensorsFolder, embedding: str, head: str) -> None:
+def _refuse_another_head(files: TensorFiles, embedding: str, head: str) -> None:
     """Refuses a head tensor that differs from the tied embedding: then config.json is wrong."""
     size, same = files.tensors[embedding].shape, files.tensors[head].shape
     for first in range(0, size[0] if size == same else 0, _COMPARED_ROWS):
@@ -237,7 +262,7 @@ def _refuse_another_head(files: SafetensorsFolder, embedding: str, head: str) ->
         )
 
 
-def _dtype_of(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
+def _dtype_of(files: TensorFiles, config: DecoderConfig, rules: list[Rule]) -> str:
     """The tensors' dtype; float32 if they have several, since it represents the others exactly."""
     found = set()
     for name, _ in tensor_shapes(config, rules):
@@ -283,7 +308,7 @@ def _require_same_model(
         raise InputError(f"{path} holds step {step} of {other}: choose another --output_dir.")
 
 
-def _is_there(path: pathlib.Path, step: int, files: SafetensorsFolder) -> bool:
+def _is_there(path: pathlib.Path, step: int, files: TensorFiles) -> bool:
     """Whether a run's folder already has this step of these weights; refuses other weights."""
     if (path / CONFIG_FILE).exists():
         raise InputError(

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.cli.verb import Verb
+from salt_jax.commands._hub_models import local_model
 from salt_jax.data.packed_cache import PackedCache, begin_cache
 from salt_jax.data.row_text import row_as_text
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary, load_vocabulary
@@ -114,6 +115,11 @@ def prepare(
     run.write_summary(_summary(cache, seconds))
     _print_counts(cache, seconds)
     _print_rows(cache, show)
+
+
+def model_vocabulary(model: str) -> Vocabulary:
+    """The vocabulary of a model: of a run's folder, or of one of the Hub, "hf:OWNER/NAME"."""
+    return load_vocabulary(local_model(model))
 
 
 def _make(

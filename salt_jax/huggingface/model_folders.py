@@ -22,10 +22,7 @@ _OTHER_FRAMEWORK = (
 )
 # Weights in other formats, by suffix.
 _ADVICE = {
-    ".gguf": (
-        "a GGUF file of llama.cpp's, mostly with quantized weights: download the repository that "
-        "it was made of, with config.json and safetensors"
-    ),
+    ".gguf": "a GGUF file of llama.cpp's: name that file, --huggingface=FILE",
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _PICKLE),
     **dict.fromkeys((".h5", ".msgpack"), _OTHER_FRAMEWORK),
 }

@@ -9,7 +9,7 @@ classes read tokenizer.json unchanged.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from salt_jax.data.tokenizer_json import behaviour, load_tokenizer
@@ -77,20 +77,38 @@ def as_transformers_reads(
 
 
 def from_sentencepiece(model: bytes, by: TokenizerClass, settings: Settings) -> bytes:
-    """The tokenizer.json that transformers makes of a SentencePiece model: a BPE in which any two
-    pieces that make a third merge, in the order of the third's id."""
-    pieces = list(_pieces(model))
+    """The tokenizer.json that transformers makes of a SentencePiece model."""
+    return from_pieces(list(_pieces(model)), by, settings)
+
+
+def from_pieces(
+    pieces: Sequence[tuple[str, int]],
+    by: TokenizerClass,
+    settings: Settings,
+    scores: Sequence[float] | None = None,
+) -> bytes:
+    """The tokenizer.json of SentencePiece's pieces and their types: a BPE in which any two pieces
+    that make a third merge, in the order of the third's score, or else of its id."""
     vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
     merges = [
-        (i, len(piece[:at]), (piece[:at], piece[at:]))
+        (-scores[i] if scores else i, len(piece[:at]), (piece[:at], piece[at:]))
         for piece, i in vocab.items()
         for at in range(1, len(piece))
         if piece[:at] in vocab and piece[at:] in vocab
     ]
     merges.sort(key=lambda merge: merge[:2])
     named = {token_text(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")}
-    named |= {*by.special}
-    added = [
+    added = added_tokens(pieces, named | {*by.special})
+    whole = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+    bpe = {"vocab": vocab, "merges": [list(pair) for _, _, pair in merges]}
+    return json.dumps(_made(by, settings, {**whole, "added_tokens": added}, bpe)).encode()
+
+
+def added_tokens(
+    pieces: Sequence[tuple[str, int]], named: Collection[str | None] = ()
+) -> list[dict[str, Any]]:
+    """The added_tokens of a tokenizer.json: control and user-defined pieces, and those named."""
+    return [
         {
             **{"id": i, "content": piece, "special": kind != _USER_DEFINED},
             **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
@@ -98,9 +116,6 @@ def from_sentencepiece(model: bytes, by: TokenizerClass, settings: Settings) -> 
         for i, (piece, kind) in enumerate(pieces)
         if kind in (_CONTROL, _USER_DEFINED) or piece in named
     ]
-    whole = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
-    bpe = {"vocab": vocab, "merges": [list(pair) for _, _, pair in merges]}
-    return json.dumps(_made(by, settings, {**whole, "added_tokens": added}, bpe)).encode()
 
 
 def token_text(token: Any) -> str | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.huggingface.safetensors_files import DTYPES, SafetensorsFolder
+from salt_jax.huggingface.gguf_files import TensorFiles
+from salt_jax.huggingface.safetensors_files import DTYPES
 from salt_jax.huggingface.tensors import (
     Path,
     Rule,
@@ -22,7 +23,7 @@ from salt_jax.training.checkpoints import SavedModel
 from salt_jax.training.converted_checkpoints import StreamedParameter, open_parameters
 
 
-def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]) -> str:
+def inspected_digest(files: TensorFiles, config: DecoderConfig, rules: list[Rule]) -> str:
     """Reads and checks a model's files, and returns their digest.
 
     Raises:
@@ -42,7 +43,7 @@ def inspected_digest(files: SafetensorsFolder, config: DecoderConfig, rules: lis
 class _Parameter:
     """A parameter read from a model's files, each layer's part from that layer's tensor."""
 
-    files: SafetensorsFolder
+    files: TensorFiles
     rule: Rule
     leaf: Path
     shape: tuple[int, ...]
@@ -67,7 +68,7 @@ class _Parameter:
 
 
 def parameters_of(
-    files: SafetensorsFolder, config: DecoderConfig, rules: list[Rule]
+    files: TensorFiles, config: DecoderConfig, rules: list[Rule]
 ) -> dict[Path, StreamedParameter]:
     """Every parameter by its path in the tree, read from the files on demand."""
     parameters: dict[Path, StreamedParameter] = {}

@@ -62,6 +62,7 @@ _TEXTS: dict[str, bytes] = {
     "cut.jsonl.zst": b"\x28\xb5\x2f\xfd\x04",
     "cut.jsonl.gz": b"\x1f\x8b\x08",
     "cut.parquet": b"PAR1",
+    "cut.gguf": b"GGUF\x03",
     "packed.jsonl": b"\x1f\x8b\x08",
     "part-00000": b'{"text": "salt"}\n',
     "pretty.json": b'{\n  "text": "salt"\n}\n',

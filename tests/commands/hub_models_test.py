@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from salt_jax.commands import _hub_models
+from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.vocabularies import load_vocabulary
 from salt_jax.huggingface import hub
 from salt_jax.main import main
 from salt_jax.runtime import processes
+from salt_jax.training.checkpoints import find_model
 from tests.commands.convert_test import write_model
 from tests.hub_server import COMMIT, Hub, serving
 
@@ -43,11 +46,18 @@ def test_convert_downloads_a_revision(
 def test_a_verb_takes_a_model_in_once(
     served: Hub, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    name = f"hf:owner/tiny@{COMMIT}"
+    (tmp_path / "text.md").write_text("".join(f"{n} grains of salt.\n" for n in range(900)))
+    text = [f"--gin.TEXT='{tmp_path}/*.md'", "--gin.PIECE_BYTES=200", "--gin.SEQUENCE_LENGTH=32"]
+    prepare = ["prepare", "--gin_file=data/model_text.gin", f"--gin.MODEL='{name}'", *text]
+    assert main([*prepare, f"--output_dir={tmp_path / 'rows'}"]) == 0
     generate = ["generate", "--prompt=a", "--max_new_tokens=2", "--compilation_cache="]
-    for name in ("one", "two"):
-        model = f"--model=hf:owner/tiny@{COMMIT}"
-        assert main([*generate, model, f"--output_dir={tmp_path / name}"]) == 0
+    assert main([*generate, f"--model={name}", f"--output_dir={tmp_path / 'texts'}"]) == 0
     assert capfd.readouterr().out.count("$ salt convert") == 1
+    run = tmp_path / f"models/owner--tiny@{COMMIT[:12]}"
+    cache = PackedCache.open(tmp_path / "rows")
+    assert cache.vocabulary == load_vocabulary(run)
+    find_model(run, None, "teacher", cache)  # which refuses another vocabulary
     assert (tmp_path / f"models/owner--tiny@{COMMIT[:12]}/summary.json").is_file()
 
 

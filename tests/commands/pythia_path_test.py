@@ -181,7 +181,13 @@ def test_a_student_goes_on_from_a_converted_model(
     ("file", "start", "end", "verbs"),
     [
         ("docs/pythia_as_slm.md", "## 2.", "## Starting", [*VERBS, "evaluate", "convert"]),
-        ("README.md", "## With a public SLM", "\n## ", [*VERBS, "convert"]),
+        (
+            "README.md",
+            "## With a public SLM",
+            "\n## On the Pile",
+            [*VERBS[2:4], "train", "convert"],
+        ),
+        ("README.md", "## On the Pile", "\n## ", [*VERBS, "convert"]),
     ],
 )
 def test_the_commands_in_the_docs_are_understood(

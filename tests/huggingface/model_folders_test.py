@@ -14,7 +14,10 @@ from salt_jax.huggingface.safetensors_files import SafetensorsFolder
     [
         ([], "where there is no config.json: name the folder of a downloaded model"),
         (["README.md"], "where there is no config.json: name the folder of a downloaded model"),
-        (["tiny.Q4_1.gguf"], r"with tiny.Q4_1.gguf, a GGUF file .* config.json and safetensors"),
+        (
+            ["tiny.Q4_1.gguf"],
+            r"with tiny.Q4_1.gguf, a GGUF file .*: name that file, --huggingface=FILE",
+        ),
         (["adapter_config.json", "adapter_model.safetensors"], r"LoRA.*merge_and_unload\(\)"),
         (["adapter_config.json", "adapter_model.bin"], r"LoRA.*merge_and_unload\(\)"),
         (["adapter_config.json", "config.json", "model.safetensors"], "with adapter_config.json"),
@@ -57,7 +60,6 @@ def test_folders_without_safetensors(
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("tiny.gguf", "is '.*', tiny.gguf, a GGUF file"),
         ("model.safetensors", "is '.*', a file: name the folder that it is in"),
         ("pytorch_model.bin", "is '.*', pytorch_model.bin, a pickle"),
     ],
