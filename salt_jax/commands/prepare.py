@@ -226,6 +226,7 @@ def _checked(
             "No vocabulary was given: set --size (4096, say) to train one, or vocabulary by a gin "
             "file of data/ or your own."
         )
+    task = task.listed()
     for split in task.splits:
         task.files(split)
     return task

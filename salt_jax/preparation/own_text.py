@@ -4,7 +4,6 @@ The environment variable SALT_TEXT, a file pattern, names other text instead. A 
 suffix.
 """
 
-import dataclasses
 import glob
 import os
 import sysconfig
@@ -43,9 +42,9 @@ def own_text(
         test_fraction=test_fraction,
         piece_bytes=piece_bytes or 0,
         skip_broken_lines=skip_broken_lines,
-    )
+    ).listed()
     if piece_bytes is not None:
         return files
     text_bytes = sum(state_of(file)[0] for file in files.files("train"))
     piece_bytes = min(max(min(text_bytes, max_bytes or text_bytes) // 200, 200), 20_000)
-    return dataclasses.replace(files, piece_bytes=piece_bytes)
+    return files.listed(piece_bytes=piece_bytes)
