@@ -6,12 +6,15 @@ Every answer is written to the request log as soon as it is known, and read from
 import collections
 import contextlib
 import dataclasses
+import hashlib
+import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.likelihood import Scorer
-from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.inference.generation import Generator, Sampling
 from salt_jax.terminal import ProgressBar
 
@@ -25,6 +28,59 @@ class Decoding:
     max_new_tokens: int
     stop_texts: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
+
+
+class RequestLog:
+    """Answers by key, on disk as soon as they are added; a context manager. Truncated and malformed
+    lines are dropped.
+
+    Args:
+      path: The file, in a folder that exists.
+      context: What every answer depends on, such as the model's digest.
+    """
+
+    def __init__(self, path: pathlib.Path, context: Any) -> None:
+        self._path, self._context = path, context
+        self._answers: dict[str, Any] = {}
+        self._file: Any = None
+
+    def __enter__(self) -> "RequestLog":
+        self._file = open(self._path, "a+b")
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                record = json.loads(line)
+                self._answers[record["key"]] = record["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        self._file.truncate(whole)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def key(self, request: Any) -> str:
+        """The key of a request, which is a JSON value."""
+        text = json.dumps([self._context, request], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def add(self, answers: dict[str, Any]) -> None:
+        """Writes answers by key."""
+        self._answers |= answers
+        lines = [json.dumps({"key": key, "answer": answer}) for key, answer in answers.items()]
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 class Answers:

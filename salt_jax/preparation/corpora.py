@@ -7,11 +7,12 @@ SeqIO defines a document's ids; a unit of text files gives the same ids without 
 preparing text needs no TensorFlow.
 """
 
+import abc
 import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,39 +31,36 @@ _EXPANSION = {"zstandard": 4.0, "xz": 4.0, "bzip2": 4.0, "gzip": 3.0}
 _PARQUET_EXPANSION = 3.0
 
 
-class Unit(Protocol):
-    """A part of a corpus that is tokenized on its own.
+@dataclasses.dataclass(frozen=True)
+class Unit(abc.ABC):
+    """A part of a corpus that is tokenized on its own: the name of its part file, and the split
+    whose files it is read from."""
 
-    Attributes:
-      name: The name of its part file.
-      split: The split whose files it is read from.
-      splits: The splits that its documents may belong to.
-    """
+    name: str
+    split: str
 
     @property
-    def name(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def splits(self) -> tuple[str, ...]: ...
+    def splits(self) -> tuple[str, ...]:
+        """The splits that its documents may belong to."""
+        return (self.split,)
 
     def identity(self) -> dict[str, Any]:
         """The settings that its documents depend on, as JSON values."""
+        return dataclasses.asdict(self)
 
+    @abc.abstractmethod
     def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
         """Its documents, tokenized; InputError, with file and line, for malformed text."""
 
+    @abc.abstractmethod
     def sources(self, log: ReadingLog) -> list[SourceFile]:
         """The files read, as recorded in `log`; InputError if one changed while it was read."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TextUnit:
-    """Some text files of one split, in order; a `Unit`. Held-out documents come from train's
-    files."""
+class TextUnit(Unit):
+    """Some text files of one split, in order; held-out documents come from train's files."""
 
-    name: str
-    split: str
     text: TextFiles
     paths: tuple[str, ...]
 
@@ -77,7 +75,7 @@ class TextUnit:
 
     def identity(self) -> dict[str, Any]:
         """See Unit. Doesn't depend on skip_broken_lines."""
-        identity = dataclasses.asdict(self)
+        identity = super().identity()
         del identity["text"]["skip_broken_lines"]
         return identity
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, nearest
-from salt_jax.reporting import costs, plots, seeds, selection_audit, stability, tables
+from salt_jax.reporting import plots, seeds, selection_audit, stability, tables
 from salt_jax.reporting.comparison import (
     AXES,
     Axis,
@@ -195,7 +195,7 @@ def _curve_sections(
 
 def _run_sections(runs: Sequence[TrainRun], charged: bool) -> Iterator[Section]:
     """What the runs cost, how stable they were, and their results by subset."""
-    by_part = costs.cost_tables(runs, charged)
+    by_part = tables.cost_tables(runs, charged)
     yield Section("What the runs cost", "costs", {"charged": charged}, by_part)
     spikes = stability.spikes_table(runs)
     steadiness = [table for table in (stability.switch_table(runs), spikes) if table]

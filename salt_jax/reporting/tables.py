@@ -7,7 +7,14 @@ import numpy as np
 import pandas as pd
 
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, Matched
-from salt_jax.reporting.runs import FLOPS_PARTS, QUALITY, ScoreFolder, SelectionFolder, TrainRun
+from salt_jax.reporting.runs import (
+    FLOPS_PARTS,
+    QUALITY,
+    SECONDS_PARTS,
+    ScoreFolder,
+    SelectionFolder,
+    TrainRun,
+)
 from salt_jax.terminal import Table
 
 NOTHING = "–"
@@ -196,3 +203,55 @@ def selections_table(selections: Sequence[SelectionFolder]) -> Table:
             }
         )
     return table("Selections", rows)
+
+
+# The columns of each table, by their names in `TrainRun.costs`, and their headings.
+_SPENT_BEFORE = ("scoring", "training the teacher")
+_FLOPS = {
+    **dict(zip(FLOPS_PARTS, ("student", "teacher", *_SPENT_BEFORE), strict=True)),
+    "train_flops": "train FLOPs, their sum",
+    "evaluation_flops": "evaluation, not charged",
+}
+_TIME = {
+    **dict(zip(SECONDS_PARTS, ("stage 1", "stage 2", *_SPENT_BEFORE), strict=True)),
+    "seconds": "time, their sum",
+    "evaluation_seconds": "evaluation, not charged",
+    "compile_seconds": "compiling, not charged",
+}
+_TOKENS = {
+    "stage1_tokens": "stage 1",
+    "stage2_tokens": "stage 2",
+    "tokens": "trained on, their sum",
+    "scoring_tokens": "scored",
+}
+
+
+def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
+    """FLOPs, time and tokens by what they were spent on, of every run and of every teacher once.
+
+    `charged` says whether the runs are charged for training their teachers.
+    """
+    costs = [(run.label, run.costs) for run in runs]
+    notes = []
+    for teacher in {run.teacher.digest: run.teacher for run in runs if run.teacher}.values():
+        name, how = f"teacher: {teacher.name}", "charged" if charged else "not charged"
+        taught = [r.label for r in runs if r.teacher and r.teacher.digest == teacher.digest]
+        costs.append((name, teacher.costs))
+        notes.append(
+            f"{name} is the cost of training the teacher of {', '.join(taught)}: "
+            f"{how if teacher.cost_is_known else 'not known, and not charged'}."
+        )
+    measured = "As measured on each run's own machine; scoring includes compiling."
+    found = []
+    for title, columns, form, note in (
+        ("Model FLOPs by what they were spent on", _FLOPS, format_power, " ".join(notes)),
+        ("Time by what it was spent on", _TIME, format_seconds, measured),
+        ("Tokens", _TOKENS, format_count, ""),
+    ):
+        shown = {c: head for c, head in columns.items() if charged or head != _SPENT_BEFORE[-1]}
+        rows = [
+            {"arm": name, **{head: form(or_none(cost[column])) for column, head in shown.items()}}
+            for name, cost in costs
+        ]
+        found.append(table(title, rows, note))
+    return found

@@ -17,7 +17,7 @@ import numpy as np
 from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.vocabularies import Vocabulary
 from salt_jax.errors import InputError
-from salt_jax.preparation.corpora import Corpus
+from salt_jax.preparation.corpora import Corpus, Unit
 from salt_jax.preparation.part_files import TokenizedDocument
 from salt_jax.preparation.reading_log import ReadingLog, SourceFile
 from salt_jax.preparation.registered_task import RegisteredTask
@@ -27,22 +27,13 @@ from salt_jax.t5x.text_tasks import TextFilesSource
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskUnit:
-    """The shard of a split of a SeqIO task's source; a `corpora.Unit`."""
+class TaskUnit(Unit):
+    """The shard of a split of a SeqIO task's source; the task's preprocessing is not part of its
+    identity."""
 
-    name: str
-    split: str
     task: RegisteredTask
     shard: int = 0
     shards: int = 1
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return (self.split,)
-
-    def identity(self) -> dict[str, Any]:
-        """See Unit; the task's preprocessing is not included."""
-        return dataclasses.asdict(self)
 
     def documents(self, vocabulary: Vocabulary, log: ReadingLog) -> Iterator[TokenizedDocument]:
         """See Unit; documents without tokens are skipped."""

@@ -11,7 +11,7 @@ import pytest
 from salt_jax.commands.train import train
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import losses, schedules
-from salt_jax.evaluation.request_log import RequestLog
+from salt_jax.evaluation.answers import RequestLog
 from salt_jax.main import main
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder

@@ -20,11 +20,10 @@ import pytest
 from lm_eval.tasks._index import TaskIndex
 
 from salt_jax.data.vocabularies import ByteVocabulary, Vocabulary
-from salt_jax.evaluation.answers import Answers
+from salt_jax.evaluation.answers import Answers, RequestLog
 from salt_jax.evaluation.examination import Examinee
 from salt_jax.evaluation.few_shot import FewShot
 from salt_jax.evaluation.harness import HarnessModel
-from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.models import decoder
 from salt_jax.training.partitioning import MeshConfig, param_shardings
 

@@ -13,10 +13,9 @@ from lm_eval.api.instance import Instance
 
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
-from salt_jax.evaluation.answers import Decoding
+from salt_jax.evaluation.answers import Decoding, RequestLog
 from salt_jax.evaluation.few_shot import FewShot
 from salt_jax.evaluation.harness import HarnessModel, decoding_of
-from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.inference.sampling import Sampling
 from salt_jax.models import decoder
 from salt_jax.training.partitioning import MeshConfig

@@ -12,8 +12,8 @@ from salt_jax.commands.train import train
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.distill import losses, schedules
 from salt_jax.errors import InputError
+from salt_jax.evaluation.answers import RequestLog
 from salt_jax.evaluation.held_out import HeldOut
-from salt_jax.evaluation.request_log import RequestLog
 from salt_jax.evaluation.responses import Responses
 from salt_jax.inference.generation import Sampling
 from salt_jax.models.decoder import DecoderConfig

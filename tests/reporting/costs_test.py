@@ -7,10 +7,9 @@ import pytest
 
 from salt_jax.reporting import page
 from salt_jax.reporting.comparison import FLOPS, SECONDS, charged_for_teacher, matched
-from salt_jax.reporting.costs import cost_tables
 from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, read_folder, read_folders
 from salt_jax.reporting.sections import compose
-from salt_jax.reporting.tables import NOTHING, format_power, format_seconds
+from salt_jax.reporting.tables import NOTHING, cost_tables, format_power, format_seconds
 
 
 def assert_parts_add_up(points):
