@@ -77,7 +77,10 @@ def configure(arguments: Arguments) -> Callable[[RunFolder], None]:
             bind(binding)
     _make_groups(function)
     read_model_files(function, arguments.safe_gin)
-    _fill_unneeded_settings(verb)
+    for setting in settings_of(function):
+        key = f"{setting.owner.__qualname__}.{setting.name}"
+        if key in verb.not_needed and is_required(bound_value(setting)):
+            explained(gin.parse_config, gin_text([], setting.bind(repr(verb.not_needed[key]))))
     close_unused_settings(function)
     flags, used = flags_of(function), uses(function)
     require_types(used, flags)
@@ -129,14 +132,6 @@ def _make_groups(function: Callable[..., None]) -> None:
     """Binds setting groups that are still unbound, so that their defaults apply."""
     for text in default_groups(function):
         explained(gin.parse_config, gin_text([], text))
-
-
-def _fill_unneeded_settings(verb: Verb) -> None:
-    """Gives a value to settings that gin files leave REQUIRED and this verb does not need."""
-    for setting in settings_of(verb.function):
-        key = f"{setting.owner.__qualname__}.{setting.name}"
-        if key in verb.not_needed and is_required(bound_value(setting)):
-            explained(gin.parse_config, gin_text([], setting.bind(repr(verb.not_needed[key]))))
 
 
 def settings_of_all() -> str:

@@ -30,11 +30,8 @@ class Setting:
 
     Attributes:
       path: "method.teacher.step".
-      owner: The function or class whose parameter it is.
-      scope: The owner's gin scope; "" for none.
-      name: The parameter's name.
-      hint: Its type hint.
-      default: Its default, or inspect.Parameter.empty.
+      owner, scope: The function or class whose parameter it is, and its gin scope or "".
+      name, hint, default: The parameter's; the default may be inspect.Parameter.empty.
       group: The class or function that constructs it, if it is a group of settings.
     """
 
@@ -116,7 +113,8 @@ def _group(value: Any, hint: Any) -> tuple[Callable[..., Any] | None, str]:
         is_made = value.evaluate and not value.configurable.selector.startswith("gin.")
         is_group = is_made and isinstance(made, type | types.FunctionType)
         return (made, "/".join(value.scopes)) if is_group else (None, "")
-    return (None, "") if value is not None else (_dataclass_of(hint), "")
+    classes = filter(inspect.isclass, alternatives(hint) if value is None else ())
+    return next((part for part in classes if dataclasses.is_dataclass(part)), None), ""
 
 
 def _refuse_class(value: Any, setting: Setting) -> None:
@@ -128,12 +126,6 @@ def _refuse_class(value: Any, setting: Setting) -> None:
                 f"{setting.selector} is the class @{name}, expected an instance: add the "
                 f"brackets, @{name}()."
             )
-
-
-def _dataclass_of(hint: Any) -> type | None:
-    """The first dataclass in a type hint, if any."""
-    classes = filter(inspect.isclass, alternatives(hint))
-    return next((part for part in classes if dataclasses.is_dataclass(part)), None)
 
 
 def alternatives(hint: Any) -> Sequence[Any]:

@@ -22,14 +22,9 @@ from salt_jax.storage.run_folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A function or class that gin would call or pass as a value, or a macro it would read.
-
-    Attributes:
-      name: "decoder.DecoderConfig", prefixed by its gin scope; "%STEPS" for a macro.
-      target: The function or class; gin's own for a macro.
-      bindings: The values bound to its parameters; a macro has one, "value".
-      is_call: Whether gin would call it.
-    """
+    """A function or class that gin would call (`is_call`) or pass as a value, by its name with its
+    gin scope ("decoder.DecoderConfig"); or a macro that it would read ("%STEPS", which has one
+    binding, "value")."""
 
     name: str
     target: Callable[..., Any]

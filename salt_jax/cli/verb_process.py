@@ -1,6 +1,5 @@
 """Runs `salt` commands as child processes, for `salt smoke` and `salt study`."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -9,7 +8,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed
@@ -35,12 +34,7 @@ def run_verb(
     say("", f"$ salt {shlex.join(typed)}")
     # -P: don't import a file of the working directory in place of a library.
     command = [sys.executable, "-P", "-m", "salt_jax", *typed]
-    with _stop_signals_forwarded() as (received, children):
-        child = subprocess.Popen(command, env={**os.environ, **(environment or {})})
-        children.append(child)
-        if received:
-            child.terminate()
-        code = child.wait()
+    code, _, received = _run(command, environment or {})
     if code == 2:
         raise InputError(f"`salt {verb}` refused its input, as it says above.")
     # The request may have come too late to stop it.
@@ -60,23 +54,19 @@ def check_verbs(commands: Mapping[str, Sequence[str]]) -> None:
       RunFailed: They could not be checked.
     """
     code = "import sys; from salt_jax.main import check; sys.exit(check(sys.stdin))"
-    with _stop_signals_forwarded() as (received, children):
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-c", code],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONIOENCODING": "utf-8:replace"},
-        )
-        children.append(child)
-        _, error = child.communicate(
-            json.dumps({name: [*typed] for name, typed in commands.items()})
-        )
+    returned, error, received = _run(
+        [sys.executable, "-P", "-c", code],
+        {"PYTHONIOENCODING": "utf-8:replace"},
+        json.dumps({name: [*typed] for name, typed in commands.items()}),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
     if received:
         raise Interrupted("stopped before the first command: run the same command again.")
-    if child.returncode == 2:
+    if returned == 2:
         raise InputError(error.strip().rpartition("\n")[2])
-    if child.returncode != 0:
+    if returned != 0:
         raise RunFailed(f"the commands could not be checked: {error.strip()}")
 
 
@@ -88,32 +78,29 @@ def run_guarded(argv: Sequence[str]) -> tuple[int, str]:
     read, write = os.pipe()
     with open(read, "rb", buffering=0) as told, open(write, "wb", buffering=0):
         os.set_blocking(read, False)
-        with _stop_signals_forwarded() as (received, children):
-            environment = {**os.environ, GUARDED: str(write)}
-            child = subprocess.Popen(command, env=environment, pass_fds=[write])
-            children.append(child)
-            if received:
-                child.terminate()
-            code = child.wait()
+        code, _, _ = _run(command, {GUARDED: str(write)}, pass_fds=[write])
         return code, (told.read(1024) or b"").decode()
 
 
-@contextlib.contextmanager
-def _stop_signals_forwarded() -> Iterator[tuple[list[int], list["subprocess.Popen[Any]"]]]:
-    """Forwards stop signals to child processes, so that they save before this process ends.
-
-    Yields:
-      The signals received, and the list to append children to.
-    """
+def _run(
+    command: Sequence[str], environment: Mapping[str, str], given: str | None = None, **options: Any
+) -> tuple[int, str, list[int]]:
+    """Runs a child process, `given` to its stdin, and forwards stop signals to it, so that it saves
+    before this process ends. Returns its exit code, its stderr and the signals."""
     received: list[int] = []
     children: list[subprocess.Popen[Any]] = []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         del frame
-        # A closing terminal may signal several times, and signal the children too.
+        # A closing terminal may signal several times, and signal the child too.
         for child in () if received and number == signal.SIGHUP else children:
             child.terminate()
         received.append(number)
 
     with stop_signals_handled_by(stop):
-        yield received, children
+        child = subprocess.Popen(command, env={**os.environ, **environment}, **options)
+        children.append(child)
+        if received:
+            child.terminate()
+        _, error = child.communicate(given)
+    return child.returncode, error or "", received

@@ -93,8 +93,11 @@ def select(
                 f"this one is of {split}: leave it out."
             )
         other.require_within(len(packed.split(split)))
-    choice = _with_rows_like_another(rule, packed).select(candidates)
-    by_score = not isinstance(rule, selection.RandomRows)
+    by_score, sized = not isinstance(rule, selection.RandomRows), rule
+    if isinstance(rule, selection.RandomRows) and rule.like:
+        like = Selection.open(rule.like, cache_digest=packed.digest)
+        sized = dataclasses.replace(rule, m=like.manifest["rows"], like="")
+    choice = sized.select(candidates)
     run.begin(may_change=CHANGES_NO_RESULT)
     chosen = Selection.write(
         run.path,
@@ -145,16 +148,6 @@ def _facts(cache: PackedCache, scores: RowScores, config: ScoreConfig) -> RowFac
         learnable=scores.column(config.learnable_column),
         hashes=scores.column(TARGETS_HASH),
     )
-
-
-def _with_rows_like_another(
-    rule: selection.SelectionRule, cache: PackedCache
-) -> selection.SelectionRule:
-    """The rule with RandomRows.like replaced by a number of rows."""
-    if not isinstance(rule, selection.RandomRows) or not rule.like:
-        return rule
-    like = Selection.open(rule.like, cache_digest=cache.digest)
-    return dataclasses.replace(rule, m=like.manifest["rows"], like="")
 
 
 def _how(rule: selection.SelectionRule) -> dict[str, Any]:

@@ -49,13 +49,8 @@ SPLITS = ("train", "validation", "test")
 
 
 class PackedSplit:
-    """The rows of one split by row id: a picklable Grain RandomAccessDataSource.
-
-    Attributes:
-      name: "train", "validation" or "test".
-      info: The split's entry in the manifest: rows, tokens, documents, bytes, shared_documents,
-        duplicate_documents, by_subset, shards.
-    """
+    """The rows of one split by row id: a picklable Grain RandomAccessDataSource; `info` is the
+    split's entry in the manifest."""
 
     def __init__(
         self, folder: pathlib.Path, name: str, info: Mapping[str, Any], record_format: RecordFormat
@@ -100,13 +95,8 @@ class PackedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class PackedCache:
-    """A finished packed cache; make one with `PackedCache.open`.
-
-    Attributes:
-      path: Its folder.
-      manifest: The manifest.
-      digest: The manifest's digest, by which scores and selections refer to the cache.
-    """
+    """A finished packed cache; make one with `PackedCache.open`. Scores and selections refer to it
+    by its manifest's digest."""
 
     path: pathlib.Path
     manifest: Mapping[str, Any]

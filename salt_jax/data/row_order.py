@@ -55,14 +55,8 @@ class UnusedRows:
 
 
 class RowOrder:
-    """Every row of a source once per epoch, in a new permutation each epoch.
-
-    Args:
-      row_ids: The rows to draw from; None means all of 0 … rows − 1.
-      rows: The number of rows if row_ids is None.
-      seed: The permutations' seed.
-      source: Its `Draw.source`.
-    """
+    """Every row of a source once per epoch, in a new permutation each epoch: `row_ids`, or all of 0
+    … rows − 1 if None."""
 
     def __init__(
         self, row_ids: np.ndarray | UnusedRows | None, rows: int, seed: int, source: int = 0

@@ -6,7 +6,6 @@ Only the rows asked for are read into memory.
 """
 
 import io
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -86,12 +85,8 @@ class Column:
         # Mapped anew each time, since pages that stay mapped count as this process's memory.
         path, rows = self._shards.path(index, self._verify), self._shards.rows_of(index)
         if path.suffix != SUFFIX:
-            return _map_columns(path, self._rows_dtype, self._name, rows)
+            # Format version 2: one column after another.
+            offset = rows * self._rows_dtype.fields[self._name][1]  # type: ignore[index]
+            return np.memmap(path, self.dtype, "r", offset=offset, shape=rows)
         again = "copy the folder again, or delete that file and run its `salt score` again"
         return map_npy(path, self._rows_dtype, rows, again)[self._name]
-
-
-def _map_columns(path: pathlib.Path, dtype: np.dtype, name: str, rows: int) -> np.ndarray:
-    """A column of a format version 2 file, which holds one column after another."""
-    assert dtype.fields is not None, f"{dtype} has no columns"
-    return np.memmap(path, dtype[name], "r", offset=rows * dtype.fields[name][1], shape=rows)

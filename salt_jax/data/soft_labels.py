@@ -24,19 +24,14 @@ from salt_jax.storage.restartable_shards import RestartableShards, Shard
 
 
 class SoftLabelsWriter(PassWriter):
-    """Writes soft labels.
+    """Writes soft labels of a split of `rows` rows; InputError if another pass was begun in the
+    folder.
 
     Args:
-      folder: The output folder; InputError if another pass was begun there.
-      cache_digest: PackedCache.digest of the cache.
-      split: The split.
-      rows: Rows of the split.
       row_ids: int64[m], ascending: the rows to label; None means all.
       selection_digest: Selection.digest if row_ids are a selection's.
       teacher: The model: path, step, digest.
       temperature: τ.
-      form: The record format.
-      shard_rows: Rows per shard.
     """
 
     def __init__(

@@ -32,12 +32,7 @@ class Decoding:
 
 class RequestLog:
     """Answers by key, on disk as soon as they are added; a context manager. Truncated and malformed
-    lines are dropped.
-
-    Args:
-      path: The file, in a folder that exists.
-      context: What every answer depends on, such as the model's digest.
-    """
+    lines are dropped. `context` is what every answer depends on, such as the model's digest."""
 
     def __init__(self, path: pathlib.Path, context: Any) -> None:
         self._path, self._context = path, context

@@ -24,18 +24,12 @@ Examine = Callable[[pathlib.Path], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Examinee:
-    """A saved model and how to compute with it.
+    """A saved model and how to compute with it; InputError for a count below 1.
 
     Attributes:
-      saved: The model.
-      mesh: The mesh to compute on.
-      rules: Logical-axis rules.
       batch_size: Rows, sequences or prompts at once.
       chunk_tokens: Tokens whose logits a device holds at once.
       parse_special: Whether the name of a special token in a text is read as that token.
-
-    Raises:
-      InputError: A count below 1.
     """
 
     saved: SavedModel

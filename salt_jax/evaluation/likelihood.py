@@ -5,8 +5,7 @@ over the mesh. Logits are computed in chunks (`distill/chunked_loss.py`).
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -26,7 +25,15 @@ class Scorer:
     def __init__(self, examinee: Examinee) -> None:
         self._examinee = examinee
         self._batch_size = in_order.rounded_up(examinee.batch_size, examinee.mesh)
-        self._program = jax.jit(functools.partial(_ranks, examinee))
+        self._program = jax.jit(
+            functools.partial(
+                in_order.ranks_of_batch,
+                examinee.saved.config,
+                mesh=examinee.mesh,
+                rules=examinee.rules,
+                chunk_tokens=examinee.chunk_tokens,
+            )
+        )
 
     def __call__(
         self, sequences: Sequence[tuple[Sequence[int], int]]
@@ -90,11 +97,3 @@ class Scorer:
             batch["segment_ids"][row, :end] = 1
             batch["loss_weights"][row, end - scored : end] = 1.0
         return batch
-
-
-def _ranks(
-    examinee: Examinee, params: Any, batch: Mapping[str, jax.Array]
-) -> tuple[jax.Array, ...]:
-    """−log p of each target and the number of more likely ids, [B, L] each."""
-    rows = examinee.mesh, examinee.rules, examinee.chunk_tokens
-    return in_order.ranks_of_batch(examinee.saved.config, params, batch, *rows)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.errors import InputError, nearest, needed_libraries
+from salt_jax.errors import InputError, nearest, needed_libraries, require_counts
 from salt_jax.evaluation.answer_metrics import METRICS
 from salt_jax.evaluation.answers import Decoding, logged_answers
 from salt_jax.evaluation.examination import Examine, Examinee
@@ -58,8 +58,7 @@ class Responses:
                 "The examples have no prompt: set Template.prompt (--gin.PROMPT, or a file of "
                 "templates/)."
             )
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens} and must be at least 1.")
+        require_counts(max_new_tokens=self.max_new_tokens)
         if "" in self.stop_texts:
             raise InputError("One of Responses.stop_texts is empty: leave it out.")
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from salt_jax import __version__
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts
-from salt_jax.data.packed_cache import SPLITS, begin_cache, finish_cache
+from salt_jax.data.packed_cache import begin_cache, finish_cache
 from salt_jax.data.row_records import LARGEST_SUBSET
 from salt_jax.data.vocabularies import VOCABULARY_FOLDER, Vocabulary
 from salt_jax.errors import InputError
@@ -207,7 +207,7 @@ class Building:
             tokens = sum(sum(unit.tokens.values()) for unit in units.values())
             require_space(self._rows_bytes(tokens, len(jobs)), "the rows of the packed cache")
             begin_cache(self.folder)
-            self._write_shared_texts(settings)
+            write_shared_texts(settings, self.corpus.units)
         runner.run(merge_bucket, left, "shards", len(jobs) - len(left), self.work)
         self._finish(units, settings, jobs)
 
@@ -229,9 +229,10 @@ class Building:
         finished = self.finished_units()
         for unit in self.corpus.units:
             if unit.name not in finished:
+                named = ", ".join(map(str, getattr(unit, "paths", ())[:3]))
                 raise InputError(
-                    f"The files of {_described(unit)} changed while others were read: run the same "
-                    "command again."
+                    f"The files of {unit.name} ({named}) changed while others were read: run the "
+                    "same command again."
                 )
         return finished
 
@@ -263,18 +264,6 @@ class Building:
         length = self.packing.sequence_length
         row = length * token_dtype(self.vocabulary.size).itemsize + length // 8 + _ROW_BYTES
         return tokens // length * row + shards * _SHARD_BYTES
-
-    def _write_shared_texts(self, settings: MergeSettings) -> None:
-        """Writes for each split the texts that other splits keep. A held-out fraction is chosen by
-        text, so it shares none with the split that it is held out of."""
-        for split in self.buckets:
-            later = [name for name in self.buckets if SPLITS.index(name) > SPLITS.index(split)]
-            units = [
-                unit.name
-                for unit in self.corpus.units
-                if split not in unit.splits and not set(later).isdisjoint(unit.splits)
-            ]
-            write_shared_texts(settings, split, later, units)
 
     def _finish(
         self,
@@ -339,7 +328,3 @@ def _empty(split: str) -> str:
         f"The {split} split of the text is empty: set TextFiles.{split}_fraction higher or "
         f"TextFiles.{split} to more text, or cut plain text into smaller pieces (piece_bytes)."
     )
-
-
-def _described(unit: Unit) -> str:
-    return f"{unit.name} ({', '.join(map(str, getattr(unit, 'paths', ())[:3]))})"

@@ -107,10 +107,9 @@ class TextUnit(Unit):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A corpus as units.
+    """A corpus as units, in its order.
 
     Attributes:
-      units: The units, in the corpus's order.
       sizes: Size of each split relative to the others, in bytes or shards.
       subsets: The subsets' names if they are known beforehand.
       text_bytes: Bytes of text, roughly; 0 if unknown.

@@ -68,7 +68,8 @@ def _run_in_processes(
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pending: set[concurrent.futures.Future[Progress]] = set()
-    with _stop_requests() as requests:
+    requests: list[str] = []  # names of stop signals, so that workers are ended before this process
+    with stop_signals_handled_by(lambda number, _: requests.append(signal.Signals(number).name)):
         # Workers start with stop signals blocked, then set their own handlers. Also keeps SIGHUP
         # from multiprocessing's resource tracker, which starts with the first worker.
         with _signals_blocked():
@@ -125,11 +126,3 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Sequence[str]]:
-    """Collects the names of stop signals, so that workers are ended before this process."""
-    received: list[str] = []
-    with stop_signals_handled_by(lambda number, _: received.append(signal.Signals(number).name)):
-        yield received

@@ -24,14 +24,9 @@ from salt_jax.storage.job_journal import JobJournal
 class MapJob:
     """A unit to map.
 
-    Attributes:
-      unit: The unit.
-      work: The folder of its part file and of the vocabulary.
-      buckets: The number of buckets of each split.
-      fingerprint: The vocabulary's fingerprint.
-      plan: Digest of all inputs of units. Beam may still run a job of an abandoned plan, whose
-        record must not count for this one.
-      drop_unknown: Whether the vocabulary drops characters that it has no id for.
+    `work` has the vocabulary, of this fingerprint; `buckets` are counts by split. `plan` is a
+    digest of all inputs of units: Beam may still run a job of an abandoned plan, whose record must
+    not count for this one.
     """
 
     unit: Unit

@@ -8,13 +8,15 @@ shuffles them. Jobs are independent; each holds one bucket in memory.
 import dataclasses
 import pathlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from salt_jax.data.cache_shards import DocumentCounts, ShardCounts, cache_shard, write_shard
+from salt_jax.data.packed_cache import SPLITS
 from salt_jax.data.row_records import RecordFormat
+from salt_jax.preparation.corpora import Unit
 from salt_jax.preparation.local_runner import Progress
 from salt_jax.preparation.mapping import first_buckets, part_file
 from salt_jax.preparation.packing import Packing, cut_document, pack
@@ -25,19 +27,9 @@ from salt_jax.storage.job_journal import JobJournal
 
 @dataclasses.dataclass(frozen=True)
 class MergeSettings:
-    """The settings of all merge jobs.
-
-    Attributes:
-      folder: The cache's folder.
-      work: The folder of the part files.
-      units: Each unit's subset names, by the unit's name, in the corpus's order.
-      subsets: The cache's subset names.
-      buckets: The number of buckets of each split.
-      packing: How to pack.
-      vocabulary_size: All ids.
-      pad_id: Fills rows.
-      plan: Digest of all inputs of buckets; see MapJob.
-    """
+    """The settings of all merge jobs: `units` are each unit's subset names, by the unit's name, in
+    the corpus's order; `buckets` counts by split; `plan` is a digest of all inputs of buckets, see
+    MapJob."""
 
     folder: pathlib.Path
     work: JobJournal
@@ -94,7 +86,8 @@ def merge_bucket(job: MergeJob) -> Progress:
     digest_D, text_bytes_D = documents.records["digest"], documents.records["text_bytes"]
     shared_T = np.load(_shared_texts(settings.work, job.split), mmap_mode="r")  # sorted
     shared_D = np.searchsorted(shared_T, digest_D, "right") > np.searchsorted(shared_T, digest_D)
-    repeated_D = ~shared_D & _repeated(digest_D)
+    repeated_D = ~shared_D
+    repeated_D[np.unique(digest_D, return_index=True)[1]] = False  # the first with each text
     kept_D = ~shared_D & ~repeated_D if packing.drop_duplicates else ~shared_D
     long_documents = 0
     if packing.long_documents != "split":
@@ -132,24 +125,24 @@ def merged_bucket(job: MergeJob) -> MergedBucket | None:
     return MergedBucket(shard, documents, record["long_documents"])
 
 
-def write_shared_texts(
-    settings: MergeSettings, split: str, keepers: Iterable[str], units: Sequence[str]
-) -> None:
-    """Writes the sorted digests of the texts of a split that the splits `keepers` keep, from the
-    units that have documents of those."""
+def write_shared_texts(settings: MergeSettings, units: Sequence[Unit]) -> None:
+    """Writes for each split the sorted digests of the texts that later splits keep. A held-out
+    fraction is chosen by text, so it shares none with the split that it is held out of."""
     first, total = first_buckets(settings.buckets), sum(settings.buckets.values())
     dtype = token_dtype(settings.vocabulary_size)
-    digests = [
-        np.unique(records_D["digest"])
-        for unit in units
-        for keeper in keepers
-        for bucket in range(first[keeper], first[keeper] + settings.buckets[keeper])
-        for records_D, _ in read_bucket(
-            part_file(settings.work, unit), bucket, total, dtype, tokens=False
-        )
-    ]
-    with whole_file(_shared_texts(settings.work, split)) as file:
-        np.save(file, np.unique(np.concatenate([np.array([], "S16"), *digests])))
+    for split in settings.buckets:
+        digests = [
+            np.unique(records_D["digest"])
+            for unit in units
+            for keeper in SPLITS[SPLITS.index(split) + 1 :]
+            if keeper in unit.splits and split not in unit.splits
+            for bucket in range(first[keeper], first[keeper] + settings.buckets[keeper])
+            for records_D, _ in read_bucket(
+                part_file(settings.work, unit.name), bucket, total, dtype, tokens=False
+            )
+        ]
+        with whole_file(_shared_texts(settings.work, split)) as file:
+            np.save(file, np.unique(np.concatenate([np.array([], "S16"), *digests])))
 
 
 def _shared_texts(work: JobJournal, split: str) -> pathlib.Path:
@@ -173,13 +166,6 @@ def _read(job: MergeJob) -> _Documents:
             subsets.append(subset_of_unit[records_D["subset"]])
             tokens += np.split(tokens_T, np.cumsum(records_D["tokens"])[:-1])
     return _Documents(np.concatenate(records), np.concatenate(subsets), tokens)
-
-
-def _repeated(digest_D: np.ndarray) -> np.ndarray:
-    """bool[D]: whether an earlier document has the same text."""
-    repeated_D = np.ones(len(digest_D), bool)
-    repeated_D[np.unique(digest_D, return_index=True)[1]] = False
-    return repeated_D
 
 
 def _write(job: MergeJob, documents: _Documents, kept_K: np.ndarray) -> ShardCounts:

@@ -115,7 +115,9 @@ class Template:
             held = ", ".join(f"`{name}`" for name in names[:_MOST_NAMED]) or "no fields"
             raise Unfit(f"this row has no `{field}`{nearest(field, names)}, it has {held}")
         if not isinstance(value, str):
-            raise Unfit(f"the `{field}` of this row is {_shown(value)}, expected a string")
+            text = repr(value)
+            shown = text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__}"
+            raise Unfit(f"the `{field}` of this row is {shown}, expected a string")
         return value
 
     def _fields_of(self, name: str) -> list[str]:
@@ -145,12 +147,6 @@ def _conversation(chat: ChatTemplate, messages: Any) -> Filled:
     if not response.strip():
         raise NoResponse("the last of these messages is empty")
     return Filled(prompt, response)
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, or its type if it is long."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__}"
 
 
 def _parsed(name: str, template: str) -> Iterator[tuple[str, str | None, str]]:

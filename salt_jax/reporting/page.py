@@ -30,13 +30,9 @@ def render(title: str, report: Report, origins: Sequence[tuple[str, Origin]], ma
         undefined=jinja2.StrictUndefined,
         finalize=_shown,
     )
-    environment.filters["base64"] = _base64
+    environment.filters["base64"] = lambda data: markupsafe.Markup(base64.b64encode(data).decode())
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, report=report, origins=origins, made=made)
-
-
-def _base64(data: bytes) -> markupsafe.Markup:
-    return markupsafe.Markup(base64.b64encode(data).decode("ascii"))
 
 
 def _shown(value: Any) -> Any:

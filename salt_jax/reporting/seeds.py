@@ -38,10 +38,10 @@ class ArmOverSeeds:
     """An arm over its seeds, as in summary.json.
 
     `final` is at the end of each run, and `at_equal`, by axis name, at the largest steps, train
-    FLOPs and time that every run of the group reached. Both have, by metric of QUALITY, the level
-    and the difference to the reference over common seeds (None for the reference itself).
-    `steps_to_reference` is the share of the reference's steps after which the arm has the
-    reference's final log-perplexity, over the seeds that reach it.
+    FLOPs and time that every run reached. Both have, by metric of QUALITY, the level and the
+    difference to the reference over common seeds (None for itself). `steps_to_reference` is the
+    share of the reference's steps after which the arm has its final log-perplexity, over the seeds
+    that reach it.
     """
 
     arm: str
