@@ -10,6 +10,7 @@ Each test prints its line of the table in docs/RESULTS.md.
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -165,10 +166,13 @@ def test_few_shot(run: pathlib.Path, theirs: Any, folder: pathlib.Path) -> None:
     asked = FewShot(["sums"], task_folder=str(tasks), prepend_start=False, save_samples=True)
     out = salt("convert", f"--model={run}", to=folder / "out")
     peer = HFLM(pretrained=theirs, tokenizer=transformers.AutoTokenizer.from_pretrained(out))
+    start = time.perf_counter()
     expected, their_samples = harness.evaluate(peer, harness_tasks.load(asked), asked)
+    middle = time.perf_counter()
     mesh = MeshConfig().make(jax.devices())
     examine = asked.prepare(Examinee(find_model(run, 0, "model"), mesh, batch_size=8))
     found = examine(folder)["few_shot"]["sums"]["metrics"]
+    seconds = time.perf_counter() - middle, middle - start
     lines = (folder / "samples_sums.jsonl").read_text().splitlines()
     differences = [
         abs(one - other)
@@ -178,6 +182,7 @@ def test_few_shot(run: pathlib.Path, theirs: Any, folder: pathlib.Path) -> None:
         )
     ]
     print(f"\nfew-shot, {len(lines)} documents: largest difference {max(differences):.1e} nats")
+    print(f"  {seconds[0]:.1f} s, lm-eval's backend {seconds[1]:.1f} s")
     for metric, their in expected["sums"]["metrics"].items():
         print(f"  {metric}: {found[metric]['value']:.4f}, lm-eval's backend {their['value']:.4f}")
         assert found[metric]["value"] == pytest.approx(their["value"])

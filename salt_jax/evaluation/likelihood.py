@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations, and whether greedy decoding would give the same tokens.
 
 Sequences are padded to a few lengths, so that few programs are compiled, and each batch is split
-over the mesh. Logits are computed in chunks (`distill/chunked_loss.py`).
+over the mesh. Sequences that differ in their last token share a row, as most choices of one token
+do. Logits are computed of scored tokens alone, in chunks (`distill/chunked_loss.py`).
 """
 
 import functools
@@ -17,6 +18,8 @@ from salt_jax.training import in_order
 from salt_jax.training.finite import NotFiniteError
 
 _SHORTEST = 64  # the shortest padded length, tokens
+_FEWEST_PLACES = 8  # the same of the scored tokens of a row
+_OF_INPUTS, _OF_TARGETS = ("inputs", "segment_ids"), ("targets", in_order.SCORED_PLACES)
 
 
 class Scorer:
@@ -48,17 +51,21 @@ class Scorer:
           A batch's results by index: the log-likelihood of the scored tokens, in nats, and whether
           each of them is a most likely one. InputError if a log-likelihood is not finite.
         """
-        by_length: dict[int, list[int]] = {}
+        same_inputs: dict[tuple[int, ...], list[int]] = {}
         for index, (ids, _) in enumerate(sequences):
-            length = padded_length(len(ids) - 1, _SHORTEST, self._examinee.saved.config.max_length)
-            by_length.setdefault(length, []).append(index)
+            same_inputs.setdefault(tuple(ids[:-1]), []).append(index)
+        by_length: dict[int, list[list[int]]] = {}
+        for inputs, indices in same_inputs.items():
+            length = padded_length(len(inputs), _SHORTEST, self._examinee.saved.config.max_length)
+            by_length.setdefault(length, []).append(indices)
         chunks = [
-            (length, by_length[length][first : first + self._batch_size])
-            for length in sorted(by_length, reverse=True)
-            for first in range(0, len(by_length[length]), self._batch_size)
+            (length, _most_scored(sequences, rows), rows[first : first + self._batch_size])
+            for length, rows in sorted(by_length.items(), reverse=True)
+            for first in range(0, len(rows), self._batch_size)
         ]
         batches = (
-            self._batch([sequences[index] for index in chunk], length) for length, chunk in chunks
+            self._batch([[sequences[index] for index in row] for row in chunk], length, places)
+            for length, places, chunk in chunks
         )
         results = in_order.over_batches(
             self._program,
@@ -67,33 +74,47 @@ class Scorer:
             self._examinee.mesh,
             self._examinee.rules,
         )
-        for (_, chunk), (batch, (loss_BxL, greater_BxL)) in zip(chunks, results, strict=True):
-            counted_BxL = batch["loss_weights"] > 0
-            nats_B = np.where(counted_BxL, loss_BxL, 0).sum(axis=1, dtype=np.float64)
-            greedy_B = ((greater_BxL == 0) | ~counted_BxL).all(axis=1)
-            if not np.isfinite(nats_B).all():
-                broken = chunk[int(np.argmin(np.isfinite(nats_B)))]
-                raise NotFiniteError(
-                    f"The model's log-likelihood of request {broken} is not finite: use another "
-                    "checkpoint."
-                )
-            yield {
-                index: (-float(nats_B[row]), bool(greedy_B[row])) for row, index in enumerate(chunk)
-            }
+        for (_, _, chunk), (_, (loss_BxT, greater_BxT)) in zip(chunks, results, strict=True):
+            answers: dict[int, tuple[float, bool]] = {}
+            for row, indices in enumerate(chunk):
+                end = 0
+                for index in indices:
+                    start, end = end, end + sequences[index][1]
+                    nats = loss_BxT[row, start:end].sum(dtype=np.float64)
+                    if not np.isfinite(nats):
+                        raise NotFiniteError(
+                            f"The model's log-likelihood of request {index} is not finite: use "
+                            "another checkpoint."
+                        )
+                    answers[index] = -float(nats), not greater_BxT[row, start:end].any()
+            yield answers
 
-    def _batch(self, sequences: Sequence[tuple[Sequence[int], int]], length: int) -> Batch:
-        shape = (self._batch_size, length)
-        batch: Batch = {
-            name: np.zeros(shape, np.int32) for name in ("inputs", "targets", "segment_ids")
-        }
-        batch["loss_weights"] = np.zeros(shape, np.float32)
-        batch["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-        batch["subset"] = np.zeros(self._batch_size, np.int32)
-        for row, (ids, scored) in enumerate(sequences):
-            end = len(ids) - 1
-            assert 0 < scored <= end, f"{scored} of {len(ids)} ids to be scored"
-            batch["inputs"][row, :end] = ids[:-1]
-            batch["targets"][row, :end] = ids[1:]
-            batch["segment_ids"][row, :end] = 1
-            batch["loss_weights"][row, end - scored : end] = 1.0
+    def _batch(
+        self, rows: Sequence[Sequence[tuple[Sequence[int], int]]], length: int, places: int
+    ) -> Batch:
+        """A row for the sequences of the same inputs, with the scored tokens of all of them."""
+        size = self._batch_size
+        batch: Batch = {name: np.zeros((size, length), np.int32) for name in _OF_INPUTS}
+        batch |= {name: np.zeros((size, places), np.int32) for name in _OF_TARGETS}
+        batch["loss_weights"] = np.zeros((size, places), np.float32)
+        batch["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), (size, length))
+        batch["subset"] = np.zeros(size, np.int32)
+        for row, sequences in enumerate(rows):
+            last = 0
+            for ids, scored in sequences:
+                end = len(ids) - 1
+                assert 0 < scored <= end, f"{scored} of {len(ids)} ids to be scored"
+                batch["inputs"][row, :end], batch["segment_ids"][row, :end] = ids[:-1], 1
+                first, last = last, last + scored
+                batch["targets"][row, first:last] = ids[-scored:]
+                batch[in_order.SCORED_PLACES][row, first:last] = range(end - scored, end)
+                batch["loss_weights"][row, first:last] = 1.0
         return batch
+
+
+def _most_scored(
+    sequences: Sequence[tuple[Sequence[int], int]], rows: Sequence[Sequence[int]]
+) -> int:
+    """The most scored tokens of a row, padded so that few programs are compiled."""
+    most = max(sum(sequences[index][1] for index in row) for row in rows)
+    return padded_length(most, _FEWEST_PLACES, 1 << 30)

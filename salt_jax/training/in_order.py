@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,6 +14,8 @@ from salt_jax.models import decoder
 from salt_jax.training import partitioning
 
 _FEATURES = ("inputs", "targets", "loss_weights", "segment_ids", "positions", "subset")
+# Optional feature, int32 [B, T]: the places in a row that `targets`, then [B, T] too, come after.
+SCORED_PLACES = "scored_places"
 
 
 def over_batches(
@@ -29,7 +32,8 @@ def over_batches(
     pending: tuple[Batch, Any] | None = None
     for batch in batches:
         with partitioning.partitioned(mesh, rules):
-            on_device = partitioning.to_device({name: batch[name] for name in _FEATURES}, mesh)
+            names = (*_FEATURES, *([SCORED_PLACES] if SCORED_PLACES in batch else []))
+            on_device = partitioning.to_device({name: batch[name] for name in names}, mesh)
             dispatched = program(params, on_device)
         if pending is not None:
             yield pending[0], jax.tree.map(np.asarray, pending[1])
@@ -48,8 +52,11 @@ def ranks_of_batch(
     entropy: bool = False,
 ) -> tuple[jax.Array, ...]:
     """`chunked_loss.target_ranks` of a model on a batch, inside a jitted program."""
+    hidden_BxLxD = decoder.hidden_states(config, params, batch)
+    if (places_BxT := batch.get(SCORED_PLACES)) is not None:
+        hidden_BxLxD = jnp.take_along_axis(hidden_BxLxD, places_BxT[..., None], axis=1)
     return chunked_loss.target_ranks(
-        decoder.hidden_states(config, params, batch),
+        hidden_BxLxD,
         decoder.head_kernel(params, config),
         batch["targets"],
         batch["loss_weights"],
