@@ -5,6 +5,7 @@ whole run (gin/runs). The same command resumes a run that was stopped.
 """
 
 import dataclasses
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -34,6 +35,7 @@ from salt_jax.training.checkpoints import (
     watched_in,
 )
 from salt_jax.training.config import FROM_FILES, Devices, Initial, Teacher, TrainConfig
+from salt_jax.training.equal_cost import with_equal_cost
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.loop import Loop
@@ -62,6 +64,7 @@ MAY_CHANGE = (
     *("Data.batch_size", "TrainConfig.max_skipped_updates"),
     *("TrainConfig.checkpoints", "CheckpointConfig", "TrainConfig.evaluation", "Evaluation.every"),
     # Folders may be moved, since their contents are compared by digest.
+    "TrainConfig.flops_of",  # its steps are in the checkpoint
     *("Data.cache", "Teacher.path", "Teacher.step", "Data.selection", "Method.soft_labels"),
 )
 
@@ -83,18 +86,22 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     caches = Caches.open(data.cache, data.weights)
     packed = caches.first
     initial = _find_initial(config.initial, packed)
-    stacked = config.initial is not None and config.initial.stacked
-    student = _student(config.model, initial, packed, stacked)
+    student = _student(config, initial, packed)
     mesh = devices.mesh.make()
     microbatches = _most_microbatches(data.batch_size, devices, mesh)
-    start, n_kd = _position(run), _decided(run)
+    start, saved = _position(run), _newest_progress(run)
+    config = dataclasses.replace(config, steps=saved.get("total_steps", config.steps))
     selected = _selection(config)
     refuse_unused(config)
-    teacher, labels = _find_teaching(config, start, n_kd, caches, selected)
+    teacher, labels = _find_teaching(config, start, watched_in(saved).n_kd, caches, selected)
+    scoring = scoring_cost(selected, labels, method.arm)
+    taught = teacher.config if teacher else None
+    if not saved:
+        config = with_equal_cost(config, student, taught, packed.sequence_length, scoring)
     denoising = _denoising(config, packed, student)
     optimizer = make_transformation(config.optimizer, config.steps, student)
-    projection = projection_of(config, student, teacher.config if teacher else None)
-    layout = make_layout(student, optimizer, mesh, devices.rules, projection)
+    projected = projection_of(config, student, taught)
+    layout = make_layout(student, optimizer, mesh, devices.rules, projected)
     kept = config.checkpoints.keep_last + len(config.checkpoints.keep_steps) + 1
     run.require_space(kept * state_bytes(layout), f"{kept} checkpoints")
     compilation.use_compilation_cache(devices.compilation_cache)
@@ -122,7 +129,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
                 method.loss.chunk_tokens,
             ),
             origin=origin_of(config, student, caches, selected, teacher, labels, denoising),
-            scoring=scoring_cost(selected, labels, method.arm),
+            scoring=scoring,
             teacher=_load_teacher(method.teacher, teacher, layout),
             initial=_load_initial(None if start.step else initial, layout, config.seed),
         )
@@ -178,9 +185,8 @@ def _find_initial(initial: Initial | None, cache: PackedCache) -> SavedModel | N
     return find_model(local_model(initial.path), initial.step, "initial", cache)
 
 
-def _student(
-    model: DecoderConfig | None, initial: SavedModel | None, cache: PackedCache, stacked: bool
-) -> DecoderConfig:
+def _student(config: TrainConfig, initial: SavedModel | None, cache: PackedCache) -> DecoderConfig:
+    model, stacked = config.model, config.initial is not None and config.initial.stacked
     if model is None:
         if initial is None:
             raise InputError(
@@ -246,10 +252,9 @@ def _position(run: RunFolder) -> Position:
     return Position(steps[-1], rows["stage1"], rows["stage2"])
 
 
-def _decided(run: RunFolder) -> int | None:
-    """n_kd, if an adaptive schedule has decided on it by the run's newest checkpoint."""
+def _newest_progress(run: RunFolder) -> dict[str, Any]:
     steps = complete_steps(run.path)
-    return watched_in(read_progress(run.path, steps[-1])).n_kd if steps else None
+    return read_progress(run.path, steps[-1]) if steps else {}
 
 
 def _selection(config: TrainConfig) -> Selection | None:

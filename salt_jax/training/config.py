@@ -220,6 +220,8 @@ class TrainConfig:
       method: The arm: schedule, loss, teacher.
       optimizer: The optimizer and its learning rate.
       steps: Updates of the whole run.
+      flops_of: The output folder of a finished run: take as many steps as cost what that one did,
+        its teacher and its scoring included, in the place of `steps`.
       model: The student; the initial model's shape by default. An unset vocab_size is the cache's.
       initial: A model to start from.
       devices: The mesh, microbatches and the compilation cache.
@@ -245,6 +247,7 @@ class TrainConfig:
     log_every: int = 10
     max_skipped_updates: int = 10
     hang_seconds: float = 600.0
+    flops_of: str | None = None
 
     def __post_init__(self) -> None:
         require_counts(steps=self.steps, log_every=self.log_every)
@@ -253,6 +256,11 @@ class TrainConfig:
             raise InputError(
                 f"hang_seconds is {self.hang_seconds}, expected seconds, or 0 for never: change "
                 "--hang_seconds."
+            )
+        if self.flops_of is not None and isinstance(self.method.schedule, Adaptive):
+            raise InputError(
+                f"flops_of is {self.flops_of} and the schedule is Adaptive, whose cost is not "
+                "known before it has decided: leave flops_of unset, and compare by the report."
             )
         selected, adaptive = self.data.selection, isinstance(self.method.schedule, Adaptive)
         if adaptive and selected is not None and self.data.selection_steps is None:
@@ -274,9 +282,13 @@ class TrainConfig:
 
     def stage1_steps_after(self, n_kd: int | None) -> int:
         """Steps with a teacher, once an adaptive schedule has decided on n_kd."""
+        return self.stage1_steps_of(self.steps, n_kd)
+
+    def stage1_steps_of(self, steps: int, n_kd: int | None = None) -> int:
+        """Steps with a teacher of a run of `steps` steps."""
         alignment = self.method.alignment
-        aligned = min(alignment.stop, self.steps) if alignment else 0
-        taught = self.method.schedule.distill_steps(self.steps)
+        aligned = min(alignment.stop, steps) if alignment else 0
+        taught = self.method.schedule.distill_steps(steps)
         return max(taught if n_kd is None else min(taught, n_kd), aligned)
 
     @property

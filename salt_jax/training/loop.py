@@ -318,6 +318,7 @@ class Loop:
             "rows_consumed": self._rows_consumed(done),
             "counters": dataclasses.asdict(self._ledger.counters),
             **self._decision(),
+            **({"total_steps": self.config.steps} if self.config.flops_of else {}),
         }
         if self._stage_of(done) == 2:
             state = state._replace(projection=None)

@@ -51,6 +51,7 @@ def test_arms_by_seed_with_their_own_flags_last() -> None:
         ({"arms": {"baseline": ("--seed=3",)}}, "sets --seed=3, which the study sets itself"),
         ({"arms": {"baseline": ("--cache={cahce}",)}}, r"needs \{cahce\}.*nearest: cache"),
         ({"arms": {"baseline": ("--flops_of={salt}",), "salt": ()}}, r"needs \{salt\}"),
+        ({"arms": {"baseline": ("--flops_of={baseline}",)}}, r"needs \{baseline\}"),
         ({"common": ("--arm=x",)}, "common sets --arm=x"),
         ({"arms": {"baseline": 3}}, "must be a list of flags"),
         ({"given": {"cache": "nowhere"}}, r"given\['cache'\] is 'nowhere', which does not exist"),
