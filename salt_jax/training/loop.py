@@ -287,6 +287,7 @@ class Loop:
             "rows_consumed": self._rows_consumed(done),
             "counters": dataclasses.asdict(self._ledger.counters),
         }
+        self._writer.send()
         with self._watch.waiting_for(f"the checkpoint of step {done}"):
             self._checkpointer.save(done, state, progress, must)
 
