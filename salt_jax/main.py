@@ -8,7 +8,6 @@ import contextlib
 import errno
 import json
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from salt_jax.cli.verb import load_verb
 from salt_jax.cli.verb_process import run_guarded
 from salt_jax.errors import INTERRUPTED, InputError, Interrupted, RunFailed, visible
 from salt_jax.runtime import output_streams, processes
-from salt_jax.storage.buckets import is_remote
+from salt_jax.storage.buckets import is_remote, path_of
 from salt_jax.storage.mirror import Mirror
 from salt_jax.storage.run_folder import RunFolder, library_versions
 from salt_jax.storage.run_lock import RunLock
@@ -82,16 +81,16 @@ def _run(argv: list[str]) -> int:
     if not arguments.output_dir and not _prints_only(arguments):
         raise InputError("No output folder was given: add --output_dir=FOLDER.")
     several = processes.are_several(arguments.processes)
-    if several and is_remote(arguments.output_dir):
-        raise InputError(
-            f"--output_dir={arguments.output_dir} is not a folder that several processes can "
-            "share: mount the bucket (gcsfuse, s3fs) and name the mounted folder."
-        )
     if several and processes.GUARDED not in os.environ:
         return _run_guarded(argv)
     if arguments.safe_gin:
         os.environ[SAFE_GIN] = "1"
-    verb = configure(arguments)
+    verb, is_direct = configure(arguments), _is_direct(arguments)
+    if several and is_remote(arguments.output_dir) and not is_direct:
+        raise InputError(
+            f"--output_dir={arguments.output_dir} is not a folder that several processes can "
+            "share: name one in gs:// (`salt train` alone), or mount the bucket (gcsfuse, s3fs)."
+        )
     _quiet_libtpu()
     together = _join(arguments)
     if together.count > 1:
@@ -102,8 +101,8 @@ def _run(argv: list[str]) -> int:
         )
     with RunLock() as lock, _mirrored(arguments) as mirror:
         folder = RunFolder(
-            path=mirror.path if mirror else pathlib.Path(arguments.output_dir),
-            url=arguments.output_dir if mirror else "",
+            path=mirror.path if mirror else path_of(arguments.output_dir),
+            url=arguments.output_dir if is_remote(arguments.output_dir) else "",
             send=mirror.send if mirror else lambda: None,
             verb=arguments.verb,
             config=gin.operative_config_str,
@@ -174,9 +173,15 @@ def _join(arguments: Arguments) -> processes.Processes:
     return together
 
 
+def _is_direct(arguments: Arguments) -> bool:
+    """Whether the verb itself writes to the bucket."""
+    is_gs = arguments.output_dir.startswith("gs://")
+    return is_gs and load_verb(arguments.verb).writes_to_buckets
+
+
 def _mirrored(arguments: Arguments) -> contextlib.AbstractContextManager[Mirror | None]:
     """Mirrors the output to a bucket if --output_dir is in one."""
-    if is_remote(arguments.output_dir):
+    if is_remote(arguments.output_dir) and not _is_direct(arguments):
         return Mirror(arguments.output_dir, arguments.verb)
     return contextlib.nullcontext()
 

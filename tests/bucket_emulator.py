@@ -121,8 +121,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send_error(404, "NoSuchKey")
         elif self.command == "DELETE":
             store.changed.append(("delete", key))
-            if not self._refused("delete"):
-                del store.objects[key]
+            if not self._refused("delete") and self._is_expected(key, query):
+                store.delete(key)
                 self._send(204)
         elif query.get("alt") == "media":
             self._read(key)
@@ -138,16 +138,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 place = f"{store.url}/upload/storage/v1/b/{bucket}/o?upload_id={number}"
                 self._send(200, headers={"Location": place})
             return
-        boundary = re.search("boundary=[\"']?([^\"']+)", self.headers["Content-Type"])[1].encode()
-        about, content = (
-            part.partition(b"\n\n")[2].removesuffix(b"\n")
-            for part in body.split(b"--" + boundary)[1:3]
-        )
-        name = f"{bucket}/{json.loads(about)['name']}"
-        if not self._refused("write", name):
+        if query["uploadType"] == "media":
+            name, content = f"{bucket}/{query['name']}", body
+        else:
+            boundary = re.search("boundary=[\"']?([^\"']+)", self.headers["Content-Type"])[1]
+            about, content = (
+                part.partition(b"\n\n")[2].removesuffix(b"\n")
+                for part in body.split(b"--" + boundary.encode())[1:3]
+            )
+            name = f"{bucket}/{json.loads(about)['name']}"
+        if not self._refused("write", name) and self._is_expected(name, query):
             store.changed.append(("write", name))
             store.store(name, content)
             self._send_json(store.described(name))
+
+    def _is_expected(self, name: str, query: Mapping[str, str]) -> bool:
+        """Whether an object is of the generation that a change of it names, 0 for none."""
+        known = self.store.generation(name)
+        if query.get("ifGenerationMatch", known) == known:
+            return True
+        self._send_error(412, "conditionNotMet")
+        return False
 
     def _google_part(self, number: str, body: bytes) -> None:
         """The bytes of a resumable upload from an offset on, of which those that came are left."""
@@ -206,7 +217,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif self.command == "DELETE":
             store.changed.append(("delete", key))
             if not self._refused("delete"):
-                store.objects.pop(key, None)
+                store.delete(key)
                 self._send(204)
         elif key not in store.objects:
             self._send_error(404, "NoSuchKey")

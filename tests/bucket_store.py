@@ -109,12 +109,20 @@ class BucketStore:
             self._generations[name] += 1
             self._called.notify_all()
 
+    def delete(self, name: str) -> None:
+        """Removes an object, if it is there."""
+        self.objects.pop(name, None)
+
     def etag(self, name: str) -> str:
         """An object's, in quotes."""
         content, etag = self._etags.get(name, (None, ""))
         if content is not self.objects[name]:
             etag = hashlib.md5(self.objects[name]).hexdigest()
         return f'"{etag}"'
+
+    def generation(self, name: str) -> str:
+        """An object's, "0" if there is none."""
+        return str(self._generations[name] if name in self.objects else 0)
 
     def described(self, name: str) -> dict[str, Any]:
         """An object's resource in GCS's words."""
@@ -125,7 +133,7 @@ class BucketStore:
             "bucket": bucket,
             "name": path,
             "size": str(len(self.objects[name])),
-            "generation": str(self._generations[name]),
+            "generation": self.generation(name),
             "md5Hash": digest,
             "updated": "2026-01-01T00:00:00.000Z",
             "timeCreated": "2026-01-01T00:00:00.000Z",

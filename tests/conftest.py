@@ -94,6 +94,8 @@ def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Buckets on this machine, which gs:// and s3:// stand for, in child processes too."""
     with BucketEmulator() as emulator:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", emulator.url)
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         monkeypatch.setenv("AWS_ENDPOINT_URL", emulator.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an-example-of-a-secret")

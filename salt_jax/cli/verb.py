@@ -20,6 +20,8 @@ class Verb:
       saves_on_request: Whether all processes save when one is asked to stop.
       changes_no_result: Settings that change results by rounding at most ("Devices.mesh").
       gin_files: For messages: a gin file that sets what no flag can, by setting.
+      writes_to_buckets: Whether it writes gs:// itself, from every process; other output in buckets
+        is mirrored.
       not_needed: Values for settings that gin files may leave REQUIRED ("Data.cache").
     """
 
@@ -28,6 +30,7 @@ class Verb:
     print_flag: str = ""
     several_processes: bool = False
     saves_on_request: bool = False
+    writes_to_buckets: bool = False
     changes_no_result: tuple[str, ...] = ()
     gin_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     not_needed: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -21,6 +21,7 @@ from salt_jax.errors import InputError, Interrupted
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, copy_tokenizer
 from salt_jax.models.attention import require_bidirectional
 from salt_jax.models.decoder import DecoderConfig, stacked_params
+from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say, warn
 from salt_jax.training import compilation, partitioning
@@ -30,6 +31,7 @@ from salt_jax.training.checkpoints import (
     SavedModel,
     complete_steps,
     find_model,
+    mark_sent,
     read_progress,
     state_bytes,
     watched_in,
@@ -89,6 +91,10 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     student = _student(config, initial, packed)
     mesh = devices.mesh.make()
     microbatches = _most_microbatches(data.batch_size, devices, mesh)
+    if is_remote(run.path):
+        if run.processes.is_first:
+            mark_sent(run.path)
+        run.processes.wait("marked")
     start, saved = _position(run), _newest_progress(run)
     config = dataclasses.replace(config, steps=saved.get("total_steps", config.steps))
     selected = _selection(config)
@@ -352,6 +358,7 @@ VERB = Verb(
     train,
     several_processes=True,
     saves_on_request=True,
+    writes_to_buckets=True,
     changes_no_result=CHANGES_NO_RESULT,
     gin_files=FROM_FILES,
 )

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.errors import InputError
+from salt_jax.storage.buckets import path_of
 from salt_jax.storage.durable_files import whole_file, write_text
 from salt_jax.storage.json_files import Shape
 
@@ -127,7 +127,7 @@ class Vocabulary(abc.ABC):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the vocabulary into a folder that `load_vocabulary` reads."""
-        path = pathlib.Path(folder)
+        path = path_of(os.fspath(folder))
         path.mkdir(parents=True, exist_ok=True)
         if self._model_file:
             with whole_file(path / self._model_file) as file:

@@ -74,7 +74,7 @@ class RemoteFolder:
     def files(self) -> dict[str, RemoteFile]:
         """Lists its files by relative name; InputError if a name leads out of the folder or can't
         be a file's name on disk."""
-        with _as_bucket_errors(self.url, "read"):
+        with as_bucket_errors(self.url, "read"):
             self._files.invalidate_cache()
             try:
                 found = self._files.find(self._root, detail=True)
@@ -98,7 +98,7 @@ class RemoteFolder:
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _as_bucket_errors(self.url, "read"):
+            with as_bucket_errors(self.url, "read"):
                 local = list(map(str, temporary.values()))
                 there = [self._at(name) for name in names]
                 self._files.get(there, local, batch_size=_FILES_AT_ONCE, **_GET[self.parts[0]])
@@ -112,7 +112,7 @@ class RemoteFolder:
         """Uploads files of a folder, those that mark others as complete last."""
         for _, group in itertools.groupby(sorted(names, key=completes), key=completes):
             own = list(group)
-            with _as_bucket_errors(self.url, "written"):
+            with as_bucket_errors(self.url, "written"):
                 local = [str(folder / name) for name in own]
                 self._files.put(
                     local,
@@ -125,7 +125,7 @@ class RemoteFolder:
     def remove(self, names: Iterable[str]) -> None:
         """Removes files, those that mark others as complete first."""
         for name in sorted(names, key=completes, reverse=True):
-            with _as_bucket_errors(self.url, "written"), contextlib.suppress(FileNotFoundError):
+            with as_bucket_errors(self.url, "written"), contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._at(name))
 
     def _at(self, name: str) -> str:
@@ -138,14 +138,61 @@ def path_of(file: str) -> pathlib.Path:
         return pathlib.Path(file)
     from etils import epath
 
+    _opened(file)
     return cast(pathlib.Path, epath.Path(file))
+
+
+def write_file(url: str, content: bytes) -> None:
+    """Writes a whole file into a bucket; BucketError if it cannot be written."""
+    files, place = _opened(url)
+    with as_bucket_errors(url, "written"):
+        files.pipe_file(place, content)
+
+
+def change_if(url: str, generation: str, content: bytes | None) -> str:
+    """Writes a gs:// object (None: removes it) if it still has this generation, "0" for no object.
+
+    Returns:
+      Its new generation; "" if it had another one.
+
+    Raises:
+      BucketError: It cannot be written.
+    """
+    files, place = _opened(url)
+    bucket, _, name = place.partition("/")
+    with as_bucket_errors(url, "written"):
+        try:
+            if content is None:
+                files.call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=generation)
+                return "0"
+            objects = f"{files.base.replace('/storage/', '/upload/storage/', 1)}b/{{}}/o"
+            written = files.call(
+                *("POST", objects, bucket),
+                **{"uploadType": "media", "name": name, "ifGenerationMatch": generation},
+                data=content,
+                json_out=True,
+            )
+        except (FileExistsError, FileNotFoundError):
+            return ""
+    return str(written["generation"])
+
+
+def read_object(url: str) -> tuple[str, bytes]:
+    """A gs:// object's generation and content, ("0", b"") if there is none; BucketError if it
+    cannot be read."""
+    files, place = _opened(url)
+    with as_bucket_errors(url, "read"):
+        try:
+            return str(files.info(place)["generation"]), files.cat_file(place)
+        except FileNotFoundError:
+            return "0", b""
 
 
 def matching(pattern: str) -> list[str]:
     """The URLs of a bucket's files that match a pattern; ** crosses folders. A pattern that is a
     file's name, brackets included, matches that file alone."""
     files, place = _opened(pattern)
-    with _as_bucket_errors(pattern, "read"):
+    with as_bucket_errors(pattern, "read"):
         files.invalidate_cache()
         readings = (files.glob(reading, detail=True) for reading in _readings(place))
         found: dict[str, Any] = next(filter(None, readings), {})
@@ -168,7 +215,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
         status = os.fstat(file.fileno())
         return file, (status.st_size, status.st_mtime_ns)
     files, place = _opened(os.fspath(path))
-    with _as_bucket_errors(os.fspath(path), "read"):
+    with as_bucket_errors(os.fspath(path), "read"):
         return files.open(place, "rb"), state_of(path)
 
 
@@ -179,7 +226,7 @@ def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
     files, place = _opened(os.fspath(path))
-    with _as_bucket_errors(os.fspath(path), "read"):
+    with as_bucket_errors(os.fspath(path), "read"):
         info = files.info(place)
     digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
     return int(info["size"]), int.from_bytes(digest)
@@ -208,8 +255,11 @@ def _opened(url: str) -> tuple[Any, str]:
 
     # Otherwise gcsfs queries the kind of bucket before each call, and warns if it lacks permission.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow has file systems of its own
+    # Other processes write there, and Orbax's file system has a cache of its own.
+    fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     place, scheme = _place(url), url.partition("://")[0]
-    with _as_bucket_errors(f"{scheme}://{place}", "read"):
+    with as_bucket_errors(f"{scheme}://{place}", "read"):
         try:
             return fsspec.filesystem(scheme), place
         except ImportError as error:
@@ -220,7 +270,7 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _as_bucket_errors(url: str, what: str) -> Iterator[None]:
+def as_bucket_errors(url: str, what: str) -> Iterator[None]:
     """Turns any error of the library or the network into a BucketError."""
     try:
         yield

@@ -1,9 +1,11 @@
-"""Atomic file writes: a file is complete or absent, even if the writing process is killed.
+"""Atomic file writes, on disk or in a bucket: a file is complete or absent, even if the writing
+process is killed.
 
 Several processes may write the same file at once; the last one to finish wins.
 """
 
 import contextlib
+import io
 import os
 import pathlib
 import secrets
@@ -17,7 +19,14 @@ LEFTOVERS = ".*.tmp"
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A file to write to, which appears as `path` when the block ends without an error; after one,
-    nothing is left behind."""
+    nothing is left behind. In a bucket it is kept in memory until then."""
+    if "://" in os.fspath(path):
+        from salt_jax.storage.buckets import write_file
+
+        with io.BytesIO() as content:
+            yield content
+            write_file(os.fspath(path), content.getvalue())
+        return
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:

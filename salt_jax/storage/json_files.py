@@ -32,9 +32,11 @@ def read_json_object(file: pathlib.Path, remedy: str) -> dict[str, Any]:
     """The JSON object in a file; InputError, ending in `remedy`, if it cannot be read, is not JSON
     (NaN is not), or holds something else."""
     try:
-        if file.stat().st_size > _MOST_BYTES:
+        with file.open("rb") as opened:
+            text = opened.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        found = parse_json(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
+        found = parse_json(text, parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): {remedy}.") from error
     except ValueError as error:

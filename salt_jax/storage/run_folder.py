@@ -22,6 +22,7 @@ from typing import Any
 from salt_jax.errors import InputError
 from salt_jax.runtime.processes import Processes
 from salt_jax.storage import gin_files
+from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.run_lock import LOCK_FILE, RunLock
 
@@ -49,13 +50,13 @@ class RunFolder:
     """An output folder and the records in it.
 
     Attributes:
-      path: The folder; made by `begin`.
+      path: The folder, on disk or in a bucket (an epath.Path); made by `begin`.
       verb: The verb that writes it ("train").
       config: Returns the operative configuration as text, one setting per line.
       command_line: The command line as typed.
       lock: Locks the folder from `begin` on; None for no lock.
       processes: The processes of the run; only the first writes.
-      url: The folder's URL if it is mirrored to a bucket, or "".
+      url: The folder's URL if it is in a bucket, or "".
       send: Uploads the folder to the bucket.
     """
 
@@ -69,6 +70,8 @@ class RunFolder:
     send: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
+        if is_remote(self.path):
+            return
         there = next((part for part in (self.path, *self.path.parents) if part.exists()), None)
         if there is not None and not there.is_dir():
             raise InputError(f"{there} is a file: --output_dir must name a folder.")
@@ -134,7 +137,8 @@ class RunFolder:
 
     def _write_origin(self, config: str, part: str) -> None:
         with self._refusing_to_write():
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not is_remote(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             if self.lock is not None:
                 self.lock.acquire(self.path, self.verb, part)
             write_text(self.path / CONFIG_FILE, config)
@@ -169,12 +173,14 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         if self.lock is not None:
             self.lock.release()
-        if not any(self.path.iterdir()):
+        if not is_remote(self.path) and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def withdraw_beginning(self) -> None:
         """Calls `withdraw` if this process began the run and has written nothing else."""
-        if self.lock is None or not self.lock.is_held or self.url or self.processes.count > 1:
+        if self.lock is None or not self.lock.is_held or self.processes.count > 1:
+            return
+        if self.url and not is_remote(self.path):  # a mirror's
             return
         if {path.name for path in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
             self.withdraw()
@@ -186,6 +192,8 @@ class RunFolder:
 
     def require_space(self, needed_bytes: int, purpose: str) -> None:
         """Refuses to start (InputError) if the disk has less than `needed_bytes` free."""
+        if is_remote(self.path):
+            return
         existing = next(part for part in (self.path, *self.path.parents) if part.exists())
         free_bytes = shutil.disk_usage(existing).free
         if free_bytes < needed_bytes:

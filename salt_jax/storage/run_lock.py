@@ -1,7 +1,7 @@
 """A lock that allows one process at a time in an output folder.
 
-It is a kernel lock (flock), released whenever the process ends. On a file system without locks it
-has no effect.
+It is a kernel lock (flock), released whenever the process ends; in a bucket, see `bucket_lock`. On
+a file system without locks it has no effect.
 """
 
 import errno
@@ -9,10 +9,14 @@ import json
 import os
 import pathlib
 import socket
+from collections.abc import Mapping
+from typing import Any
 
 import filelock
 
 from salt_jax.errors import InputError
+from salt_jax.storage.bucket_lock import BucketLock, HeldElsewhereError
+from salt_jax.storage.buckets import is_remote
 
 LOCK_FILE = ".lock"
 
@@ -25,7 +29,7 @@ class RunLock:
 
     def __init__(self) -> None:
         self._path: pathlib.Path | None = None
-        self._lock: filelock.BaseFileLock | None = None
+        self._lock: filelock.BaseFileLock | BucketLock | None = None
 
     def acquire(
         self, folder: pathlib.Path, verb: str, part: str = "", at: pathlib.Path | None = None
@@ -45,18 +49,26 @@ class RunLock:
         if self._path == path:
             return
         assert self._path is None, f"{self._path} is held, and {path} is asked for"
+        owner = {"verb": verb, "pid": os.getpid(), "host": socket.gethostname()}
+        if is_remote(path):
+            remote = BucketLock(os.fspath(path), owner)
+            try:
+                remote.acquire()
+            except HeldElsewhereError as error:
+                raise InputError(_refusal(folder, error.args[0])) from error
+            self._path, self._lock = path, remote
+            return
         lock = filelock.FileLock(
             path, _PATIENCE_SECONDS, thread_local=False, fallback_to_soft=False
         )
         try:
             lock.acquire()
         except filelock.Timeout as error:
-            raise InputError(_refusal(folder, path)) from error
+            raise InputError(_refusal(folder, _owner_in(path))) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
         self._path, self._lock = path, lock
-        owner = {"verb": verb, "pid": os.getpid(), "host": socket.gethostname()}
         try:
             path.write_text(json.dumps(owner), encoding="utf-8")
         except OSError:  # the disk is full
@@ -77,17 +89,24 @@ class RunLock:
     def release(self) -> None:
         """Releases the lock and removes its file."""
         if self._path is not None and self._lock is not None:
-            self._path.unlink(missing_ok=True)  # before releasing: afterwards it may be another's
+            if not is_remote(self._path):  # before releasing: afterwards it may be another's
+                self._path.unlink(missing_ok=True)
             self._lock.release()
         self._path = self._lock = None
 
 
-def _refusal(folder: pathlib.Path, path: pathlib.Path) -> str:
+def _owner_in(path: pathlib.Path) -> dict[str, Any]:
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        who = f"`salt {owner['verb']}` (process {owner['pid']} on {owner['host']})"
+        owner: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the owner has just started or ended
-        who = "`salt` process"
+        return {}
+    return owner
+
+
+def _refusal(folder: pathlib.Path, owner: Mapping[str, Any]) -> str:
+    who = "`salt` process"
+    if owner:
+        who = f"`salt {owner['verb']}` (process {owner['pid']} on {owner['host']})"
     return (
         f"The output folder {folder} is being written by another {who}: wait until it has ended, "
         "or choose another --output_dir."

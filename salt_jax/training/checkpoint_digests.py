@@ -8,6 +8,7 @@ P-th file before loading.
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from salt_jax.errors import InputError
+from salt_jax.storage.buckets import RemoteFolder, is_remote
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object, require_shape
 from salt_jax.storage.manifests import DIGESTS_FILE, file_digest
 from salt_jax.terminal import warn
 
 # Orbax writes it last.
-_MARK = "commit_success.txt"
+COMMIT_MARK = "commit_success.txt"
 
 # The stores that each process writes for itself, and the manifest that merges them.
 _PARTS, _MANIFEST = "ocdbt.process_", "manifest.ocdbt"
@@ -47,7 +49,7 @@ def write_digests(
     digests = {
         name: known.get(name) or file_digest(folder / name)
         for name in names
-        if pathlib.PurePath(name).name != _MARK
+        if pathlib.PurePath(name).name != COMMIT_MARK
     }
     write_text(folder / DIGESTS_FILE, json.dumps(digests, indent=1))
 
@@ -120,7 +122,7 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
         digest = known.get(name, "")
         if not digest or number % count == process:
             digest = file_digest(path)
-        if known and path.name != _MARK and known.get(name) != digest:
+        if known and path.name != COMMIT_MARK and known.get(name) != digest:
             raise damaged(folder, f"{name} is not what was written")
         whole.update(str(path.relative_to(folder / item)).encode())
         whole.update(bytes.fromhex(digest))
@@ -171,6 +173,8 @@ def _warn_unchecked(folder: pathlib.Path) -> None:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """An item's files. Symbolic links are refused: Orbax writes none."""
+    if is_remote(folder):
+        return [folder / name for name in RemoteFolder(os.fspath(folder)).files()]
     found = sorted(folder.rglob("*"))
     if links := [path for path in (folder, *found) if path.is_symlink()]:
         raise damaged(folder.parent, f"{links[0].relative_to(folder.parent)} is a link")

@@ -5,6 +5,7 @@ Every item is opened again before the checkpoint is complete.
 
 import contextlib
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from salt_jax.errors import InputError, RunFailed
+from salt_jax.storage.buckets import is_remote
 from salt_jax.training.checkpoint_digests import damaged, lacking
 
 ARRAYS, PROGRESS = ("params", "optimizer"), "progress"
@@ -20,6 +22,7 @@ ITEMS = (*ARRAYS, PROGRESS)
 
 # Orbax globs the whole path, without **; TensorStore takes a backslash for a slash.
 _NOT_IN_PATHS = ("**", "\\")
+_NOT_IN_URLS = ("*", "?", "[", "]", "\\")
 
 _UNREADABLE = (OSError, ValueError, KeyError)
 
@@ -30,8 +33,9 @@ def require_path(run_path: pathlib.Path) -> None:
     Raises:
       InputError: With the characters in its path.
     """
-    path = str(run_path.absolute())
-    if sign := next((sign for sign in _NOT_IN_PATHS if sign in path), ""):
+    path = os.fspath(run_path) if is_remote(run_path) else str(run_path.absolute())
+    signs = _NOT_IN_URLS if is_remote(run_path) else _NOT_IN_PATHS
+    if sign := next((sign for sign in signs if sign in path), ""):
         raise InputError(
             f"{path} has {sign} in its path, which the checkpoint libraries misread: choose a "
             "folder without it."
@@ -68,15 +72,20 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
         """Starts writing; returns the futures to wait for in the background."""
         futures = await super().async_save(directory, *args, **kwargs) or []
-        folder = pathlib.Path(getattr(directory, "path", directory))
+        folder = _plain(getattr(directory, "path", directory))
         return [ocp.future.ChainedFuture(futures, lambda: self._written(folder))]
 
     def finalize(self, directory: Any) -> None:
         """Merges the stores of all processes, and reads the result back."""
         # Orbax finds the stores by directory.glob. Its own paths treat [, ], * and ? in a folder's
         # name as patterns, and find nothing or another run's files; pathlib's don't.
-        super().finalize(pathlib.Path(directory))
-        read_back(pathlib.Path(directory))
+        super().finalize(_plain(directory))
+        read_back(_plain(directory))
+
+
+def _plain(directory: Any) -> pathlib.Path:
+    """An Orbax path as one of pathlib's; in a bucket, where there are none, as it is."""
+    return directory if is_remote(directory) else pathlib.Path(directory)
 
 
 def read_back(item: pathlib.Path) -> None:

@@ -13,10 +13,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.runtime.key_value_store import KeyValueStore
-from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER, UNFINISHED_CHECKPOINT
+from salt_jax.storage.buckets import BucketError, as_bucket_errors, is_remote
+from salt_jax.storage.run_folder import UNFINISHED_CHECKPOINT
 from salt_jax.training.checkpoint_digests import check_together, own_digests, write_digests
 from salt_jax.training.checkpoint_items import ARRAYS, ITEMS, item_handlers, reading
-from salt_jax.training.checkpoints import CheckpointConfig
+from salt_jax.training.checkpoints import CheckpointConfig, checkpoints_of
 from salt_jax.training.train_state import StateLayout, TrainState
 
 _CHUNK_BYTES = 8 << 20
@@ -40,8 +41,9 @@ class Checkpointer:
         config: CheckpointConfig,
         report: Callable[[str], None] = print,
     ) -> None:
-        self._folder = (run_path / CHECKPOINTS_FOLDER).absolute()
+        self._folder = checkpoints_of(run_path)
         self._config, self._report = config, report
+        self._is_remote = is_remote(self._folder)
         self._saving: int | None = None
         self._manager = self._open()
 
@@ -86,7 +88,7 @@ class Checkpointer:
             )
             return
         self.wait()
-        with self._surviving_full_disk():
+        with self._surviving():
             self._start(step, state, progress)
 
     def _start(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
@@ -110,7 +112,8 @@ class Checkpointer:
             KeyValueStore().put(key, json.dumps([self._saving, digests]))
 
     def _seal(self) -> None:
-        """Called by Orbax when a checkpoint's files are written, before the folder is renamed."""
+        """Called by Orbax when a checkpoint's files are written, before the folder is renamed, or
+        marked as complete in a bucket."""
         if jax.process_index() > 0:
             return
         known: dict[str, str] = {}
@@ -119,7 +122,9 @@ class Checkpointer:
                 told = KeyValueStore().get(f"digests/{item}/{process}", _STORE_SECONDS)
                 step, digests = json.loads(told or "[null, {}]")
                 known |= digests if step == self._saving else {}
-        (folder,) = self._folder.glob(f"{self._saving}{UNFINISHED_CHECKPOINT}*")
+        folder = self._folder / str(self._saving)
+        if not self._is_remote:
+            (folder,) = self._folder.glob(f"{self._saving}{UNFINISHED_CHECKPOINT}*")
         write_digests(folder, ITEMS, known)
 
     def restore(self, layout: StateLayout, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -141,31 +146,50 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until every checkpoint is on disk or reported as failed."""
-        with self._surviving_full_disk():
+        with self._surviving():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, then frees Orbax's resources."""
-        with self._surviving_full_disk():
+        with self._surviving():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _surviving_full_disk(self) -> Iterator[None]:
-        """Reports a full disk, and reopens the manager, which still lists the lost step."""
+    def _surviving(self) -> Iterator[None]:
+        """Reports a full disk or a bucket's error, and reopens the manager, which still lists the
+        lost step."""
         try:
-            yield
+            with self._as_bucket_errors():
+                yield
+            return
+        except BucketError as error:
+            reason, remedy = str(error), "It will be tried again with the next checkpoint."
         except (OSError, ValueError, RuntimeError) as error:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             if not full and "No space left" not in str(error) and "quota" not in str(error):
                 raise
-            self._manager = self._open()
-            newest = self.latest_step()
-            self._report(
-                f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: no space left on the "
-                f"disk of {self._folder}. Training continues, and the newest checkpoint is "
-                f"{f'that of step {newest}' if newest is not None else 'none'}: make room."
-            )
+            reason, remedy = f"no space left on the disk of {self._folder}.", "Make room."
+        newest = self._reopen()
+        self._report(
+            f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: {reason} Training "
+            f"continues, and the newest checkpoint is "
+            f"{f'that of step {newest}' if newest is not None else 'none'}. {remedy}"
+        )
+
+    def _as_bucket_errors(self) -> contextlib.AbstractContextManager[None]:
+        if self._is_remote:
+            return as_bucket_errors(str(self._folder), "written")
+        return contextlib.nullcontext()
+
+    def _reopen(self) -> int | None:
+        """The newest step of a manager made anew; None if the bucket is still unreachable."""
+        try:
+            with self._as_bucket_errors():
+                self._manager = self._open()
+                return self.latest_step()
+        except BucketError:
+            return None
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

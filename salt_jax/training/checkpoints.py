@@ -21,11 +21,14 @@ from salt_jax.distill.schedules import Watched
 from salt_jax.errors import InputError
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, end_ids
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.storage.buckets import is_remote
-from salt_jax.storage.local_copies import local_run
+from salt_jax.storage.buckets import RemoteFolder, is_remote
+from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.json_files import read_json_object
+from salt_jax.storage.local_copies import local_run, remote_steps
+from salt_jax.storage.manifests import DIGESTS_FILE
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoint_digests import check_digests, check_together
+from salt_jax.training.checkpoint_digests import COMMIT_MARK, check_digests, check_together
 from salt_jax.training.checkpoint_items import reading, require_path
 from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, abstract_sharded_params
@@ -217,10 +220,10 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
     Raises:
       InputError: The checkpoint is damaged.
     """
-    folder = path / CHECKPOINTS_FOLDER / str(step)
+    folder = checkpoints_of(path) / str(step)
     check_digests(folder, ("progress",))
     with reading(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        progress: dict[str, Any] = checkpointer.restore((folder / "progress").absolute())
+        progress: dict[str, Any] = checkpointer.restore(folder / "progress")
     return progress
 
 
@@ -232,8 +235,25 @@ def watched_in(progress: Mapping[str, Any]) -> Watched:
 def complete_steps(path: pathlib.Path) -> list[int]:
     """The steps of a run's complete checkpoints, ascending."""
     folder = path / CHECKPOINTS_FOLDER
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return sorted(int(p.name) for p in steps if not is_remote(p) or (p / COMMIT_MARK).exists())
+
+
+def mark_sent(path: pathlib.Path) -> None:
+    """Marks checkpoints that older versions sent to a bucket, digests.json last, as complete:
+    Orbax removes those without its mark."""
+    for step in remote_steps(files := RemoteFolder(os.fspath(path)).files()):
+        folder = f"{CHECKPOINTS_FOLDER}/{step}"
+        if f"{folder}/{COMMIT_MARK}" not in files:
+            digests = read_json_object(path / folder / DIGESTS_FILE, "delete it")
+            if all(f"{folder}/{name}" in files for name in digests):
+                write_text(path / folder / COMMIT_MARK, "")
+
+
+def checkpoints_of(path: pathlib.Path) -> pathlib.Path:
+    """The absolute path of a run's checkpoints, on disk or in a bucket."""
+    folder = path / CHECKPOINTS_FOLDER
+    return folder if is_remote(folder) else folder.absolute()
 
 
 def require_fit(

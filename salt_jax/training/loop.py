@@ -322,6 +322,7 @@ class Loop:
         }
         if self._stage_of(done) == 2:
             state = state._replace(projection=None)
+        self._writer.send()
         with self._watch.waiting_for(f"the checkpoint of step {done}"):
             self._checkpointer.save(done, state, progress, must)
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from salt_jax.storage.buckets import is_remote
+from salt_jax.storage.outbox import Outbox
 from salt_jax.storage.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
 from salt_jax.terminal import warn
 
@@ -26,13 +28,20 @@ if not _torch_is_there:
 class MetricWriter:
     """Appends records to RUN/metrics.jsonl and their numbers to RUN/tensorboard/.
 
-    With `writes` False, as in all processes but the first, records are dropped.
+    For a run in a bucket both are on local disk, and sent every SALT_SEND_SECONDS. With `writes`
+    False, as in all processes but the first, records are dropped.
     """
 
     def __init__(self, run_path: pathlib.Path, writes: bool = True) -> None:
         self._writes, self._disk_was_full = writes, False
+        self._outbox: Outbox | None = None
         if not writes:
             return
+        if is_remote(run_path):
+            self._outbox = Outbox(os.fspath(run_path))
+            before, run_path = run_path / METRICS_FILE, self._outbox.path
+            if before.exists():
+                (run_path / METRICS_FILE).write_bytes(before.read_bytes())
         self._path = run_path / METRICS_FILE
         if self._path.exists():
             _drop_half_a_line(self._path)
@@ -45,6 +54,15 @@ class MetricWriter:
         if self._writes and self._append(to_json(record) + "\n"):
             for name, value in _flat(record):
                 self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            if self._outbox is not None:
+                self._outbox.send()
+
+    def send(self) -> None:
+        """Sends records to the bucket, if the run is in one, before a checkpoint that has them
+        behind it."""
+        if self._outbox is not None:
+            self._events.flush()
+            self._outbox.send(now=True)
 
     def _append(self, line: str) -> bool:
         """Appends a whole line or nothing; returns whether to write events, too.
@@ -72,6 +90,8 @@ class MetricWriter:
         self._file.close()
         with contextlib.suppress(OSError) if self._disk_was_full else contextlib.nullcontext():
             self._events.close()
+        if self._outbox is not None:
+            self._outbox.close()
 
     def __enter__(self) -> "MetricWriter":
         return self

@@ -1,6 +1,7 @@
 """Several real processes that run one command: trained together, stopped, moved, killed."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores
 from salt_jax.training.checkpoints import complete_steps, find_model
 from salt_jax.training.partitioning import MeshConfig
+from tests.bucket_emulator import BucketEmulator
 
 pytestmark = pytest.mark.slow
 
@@ -310,3 +312,35 @@ def said_after_waiting(member: "subprocess.Popen[str]", what: str) -> str:
         if report and "in _run\n" in line and "main.py" in line:
             return report
     pytest.fail(f"the process ended without saying that it waits for {what}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
+def test_in_a_bucket_each_of_three_is_killed_and_others_go_on(
+    cache: PackedCache,
+    slm: pathlib.Path,
+    bucket: BucketEmulator,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a shared disk. Six devices in three processes, then two, three, and three again."""
+    monkeypatch.setenv("SALT_MISSING_SECONDS", "8")
+    alone = tmp_path / "alone"
+    run(3, 2, [*training(cache, slm, alone), "--batch_size=12"])
+    typed = [*training(cache, slm, pathlib.Path("-")), "--batch_size=12"]
+    typed = [*typed[:-2], "--output_dir=gs://bucket/runs/a", typed[-1]]
+    for victim, (count, devices), step in [(2, (3, 2), 3), (1, (2, 3), 6), (0, (3, 2), 9)]:
+        together = Together(count, devices, typed)
+        assert bucket.wait_for(f"bucket/runs/a/checkpoints/{step}/commit_success.txt")
+        together.kill(victim)
+        ended = together.end(timeout=SURVIVORS_SECONDS)
+        assert {code for code, _ in ended} <= {75, -signal.SIGKILL}, ended
+    first, *_ = run(3, 2, typed)
+    assert "continues at step" in first
+    for name in bucket.names("bucket/runs/a"):
+        (tmp_path / "taken" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "taken" / name).write_bytes(bucket.objects[f"bucket/runs/a/{name}"])
+    for ours, theirs in zip(params_of(tmp_path / "taken"), params_of(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    lines = bucket.objects["bucket/runs/a/metrics.jsonl"].decode().splitlines()
+    steps = {json.loads(line)["step"] for line in lines if '"train"' in line}
+    assert steps == {*range(1, STEPS + 1)}
