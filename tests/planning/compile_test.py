@@ -122,16 +122,6 @@ def test_a_batch_that_cannot_be_split(make_job: Callable[..., Job]) -> None:
         compile_stage(make_job(devices={"microbatches": 3}), LOCAL, 2)
 
 
-def test_parameters_are_not_spread_over_the_network_between_slices(
-    make_job: Callable[..., Job],
-) -> None:
-    two = dataclasses.replace(LOCAL, name="v5e:2x2*2", slices=2)
-    with pytest.raises(InputError, match=r"2 slices and .*slice is 1, .*MeshConfig.slice=2"):
-        compile_stage(make_job(), two, 2)
-    job = make_job(devices={"mesh": partitioning.MeshConfig(slice=2, fsdp=-1)})
-    assert memory(compile_stage(job, two, 2)).peak > 0
-
-
 def test_other_errors_of_the_compiler_are_not_taken_for_too_large(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
