@@ -30,6 +30,8 @@ KINDS = (
     *("collective-permute", "collective-broadcast"),
 )
 
+_RENDEZVOUS = r'_xla_host_transfer_rendezvous="([a-z-]+)'
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -50,16 +52,23 @@ class Collective:
     network_bytes: float = 0.0
 
 
-def collectives(module: hlo.Module, slices: int = 1) -> list[Collective]:
-    """The transfers of one run of the program over `slices` equal, consecutive slices.
+def collectives(module: hlo.Module, slices: int = 1, devices: int = 0) -> list[Collective]:
+    """The transfers of one run of the program on devices in `slices` equal, consecutive slices.
+
+    `devices` are by default the program's. A TPU's program is that of one slice, which sends to the
+    others through its hosts.
 
     Raises:
       UnreadableError: The program can't be parsed.
     """
     found, seen = [], set()
+    of_slice = (devices or module.num_partitions) // slices
     for execution in hlo.executions(module):
         instruction = execution.instruction
         kind = instruction.opcode.removesuffix("-start")
+        if kind == "send" and (name := re.search(_RENDEZVOUS, instruction.attributes)):
+            sent = instruction.shapes[0].bytes * _sent(name[1], slices)
+            found.append(Collective(name[1], sent, execution.times, False, sent))
         if kind not in KINDS:
             continue
         chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
@@ -76,7 +85,7 @@ def collectives(module: hlo.Module, slices: int = 1) -> list[Collective]:
         is_async = instruction.opcode.endswith("-start") or execution.in_async
         overlaps = bool(chain) or (is_async and '"is_sync":true' not in instruction.attributes)
         size = members.shape[1]
-        among = max(len({*row}) for row in (members * slices // module.num_partitions).tolist())
+        among = max(len({*row}) for row in (members // of_slice).tolist())
         shared = size // among if kind in ("all-reduce", "reduce-scatter") else 1
         network = operand_bytes * _sent(kind, among) / shared if among > 1 else 0.0
         sent = operand_bytes * _sent(kind, size)

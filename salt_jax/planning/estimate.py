@@ -70,7 +70,8 @@ def estimate_cost(job: Job, stage: int, topology: Topology, module: hlo.Module) 
     Raises:
       UnreadableError: The program can't be parsed.
     """
-    chip, transfers = topology.chip, collectives.collectives(module, topology.slices)
+    chip, chips = topology.chip, len(topology.devices)
+    transfers = collectives.collectives(module, topology.slices, chips)
     memory_bytes = traffic.memory_bytes(module)
     network_bytes = sum(transfer.network_bytes * transfer.times for transfer in transfers)
     seconds = None
@@ -81,7 +82,7 @@ def estimate_cost(job: Job, stage: int, topology: Topology, module: hlo.Module) 
             within = (transfer.sent_bytes - transfer.network_bytes) / link
             beyond = transfer.network_bytes / network
             sending[transfer.overlaps] += transfer.times * (within + beyond)
-        compute = hardware_flops_per_step(job, stage) / len(topology.devices)
+        compute = hardware_flops_per_step(job, stage) / chips
         seconds = {
             "compute": compute / (COMPUTE_FRACTION * chip.peak_flops),
             "memory": memory_bytes / (MEMORY_FRACTION * chip.memory_bandwidth),
