@@ -15,6 +15,8 @@ flag+=([cuda]=13 [max-failures]=3 [min-run-seconds]=600 [poll-seconds]=10)
 numbers=(max-failures min-run-seconds poll-seconds)
 read_flags "$@"
 jax=$(cuda_extra)
+# What `salt plan` takes for usable; JAX's own 75% leaves much of a card idle.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 run_line "source $(quoted "$root/launch/environment.sh")"
 run make_environment "$jax"

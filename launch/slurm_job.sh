@@ -11,6 +11,8 @@ shift 3
 program=slurm_job.sh
 # The environment was installed from the clone; what runs is the copy.
 export PYTHONPATH=$folder/salt_jax
+# What `salt plan` takes for usable; JAX's own 75% leaves much of a card idle.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 rm -rf "$folder/endings"
 srun --kill-on-bad-exit=0 "$folder/salt_jax/launch/worker.sh" record "$folder/endings" "$@" || true

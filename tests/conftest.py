@@ -186,3 +186,9 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
         pytest.skip("mounting a small file system needs root on Linux")
     yield tmp_path
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def libtpu() -> None:
+    """Skips a test that compiles for TPUs where that cannot be done."""
+    pytest.importorskip("libtpu", reason="it is not installed: pip install 'salt_jax[plan]'")

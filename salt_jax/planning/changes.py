@@ -185,7 +185,7 @@ def _stronger_remat(change: Change, topology: Topology, stage: int) -> Iterator[
 def _all_along_fsdp(change: Change, topology: Topology, stage: int) -> Iterator[Change]:
     del stage  # the mesh is both stages', and so must be their batches
     job = change.job
-    mesh = partitioning.MeshConfig(slice=topology.slices or 1, data=1, fsdp=-1, tensor=1)
+    mesh = partitioning.MeshConfig(slice=job.mesh(topology).shape["slice"], data=1)
     made = mesh.make(topology.devices)
     rows, rest = divmod(job.config.data.batch_size, partitioning.batch_divisor(made))
     if rest or dict(job.mesh(topology).shape) == dict(made.shape):

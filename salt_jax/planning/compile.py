@@ -192,12 +192,6 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
 def check_batch(job: Job, topology: Topology, stage: int) -> None:
     """Raises InputError unless a stage's batch can be split over a topology's devices."""
     mesh = job.mesh(topology)
-    if topology.slices is not None and mesh.shape["slice"] != topology.slices:
-        raise InputError(
-            f"{topology.name} has {topology.slices} slices and MeshConfig.slice is "
-            f"{mesh.shape['slice']}, but that axis must be the one over the slow network between "
-            f"slices: add --gin.partitioning.MeshConfig.slice={topology.slices}."
-        )
     divisor, parts = partitioning.batch_divisor(mesh), job.microbatches_of(stage)
     if job.config.data.batch_size % (divisor * parts):
         raise InputError(

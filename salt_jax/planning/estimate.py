@@ -8,6 +8,8 @@ reach. Of overlapping work the longest part counts, and other transfers are adde
 
     step = max(compute, memory, overlapped transfers) + transfers that the program waits for
 
+What goes to another slice or node takes the time that the network needs for it.
+
 No program is run: use it to compare settings and topologies, not as a promise.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Mapping
 
 from salt_jax.planning import collectives, hlo, traffic
 from salt_jax.planning.compile import Job
-from salt_jax.planning.topologies import Chip
+from salt_jax.planning.topologies import Topology
 from salt_jax.training import flops
 from salt_jax.training.teacher import teaching_flops_per_token
 
@@ -32,12 +34,14 @@ class StageCost:
     Attributes:
       memory_bytes: Bytes of main memory read and written by a device.
       collective_bytes: Bytes that a device sends, by kind of transfer.
+      network_bytes: Of these, the bytes that go to other slices or nodes.
       seconds: Parts of the roofline: compute, memory, overlapped, waited; None if the device's
         peaks are unknown.
     """
 
     memory_bytes: float
     collective_bytes: Mapping[str, float]
+    network_bytes: float
     seconds: Mapping[str, float] | None
 
     @property
@@ -61,28 +65,33 @@ def hardware_flops_per_step(job: Job, stage: int) -> float:
     return (per_token + _teacher_flops(job, stage)) * job.tokens
 
 
-def estimate_cost(job: Job, stage: int, chip: Chip, chips: int, module: hlo.Module) -> StageCost:
-    """What a step of a stage costs on each of `chips` chips that run a compiled program.
+def estimate_cost(job: Job, stage: int, topology: Topology, module: hlo.Module) -> StageCost:
+    """What a step of a stage costs on each device of a topology that runs a compiled program.
 
     Raises:
       UnreadableError: The program can't be parsed.
     """
-    transfers = collectives.collectives(module)
+    chip, chips = topology.chip, len(topology.devices)
+    transfers = collectives.collectives(module, topology.slices, chips)
     memory_bytes = traffic.memory_bytes(module)
+    network_bytes = sum(transfer.network_bytes * transfer.times for transfer in transfers)
     seconds = None
     if chip.peak_flops and chip.memory_bandwidth and chip.link_bandwidth:
-        link = LINK_FRACTION * chip.link_bandwidth
-        sent = {True: 0.0, False: 0.0}
+        link, sending = LINK_FRACTION * chip.link_bandwidth, {True: 0.0, False: 0.0}
+        network = LINK_FRACTION * (chip.network_bandwidth or chip.link_bandwidth)
         for transfer in transfers:
-            sent[transfer.overlaps] += transfer.sent_bytes * transfer.times
+            within = (transfer.sent_bytes - transfer.network_bytes) / link
+            beyond = transfer.network_bytes / network
+            sending[transfer.overlaps] += transfer.times * (within + beyond)
         compute = hardware_flops_per_step(job, stage) / chips
         seconds = {
             "compute": compute / (COMPUTE_FRACTION * chip.peak_flops),
             "memory": memory_bytes / (MEMORY_FRACTION * chip.memory_bandwidth),
-            "overlapped": sent[True] / link,
-            "waited": sent[False] / link,
+            "overlapped": sending[True],
+            "waited": sending[False],
         }
-    return StageCost(memory_bytes, collectives.bytes_by_kind(transfers), seconds)
+    sent = collectives.bytes_by_kind(transfers)
+    return StageCost(memory_bytes, sent, network_bytes, seconds)
 
 
 def estimate_run(

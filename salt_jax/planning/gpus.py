@@ -51,8 +51,8 @@ class Gpu:
 
     @property
     def hbm_gib(self) -> float:
-        """GiB that JAX gives a program (XLA_PYTHON_CLIENT_MEM_FRACTION), less the margin."""
-        share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+        """GiB for a program, of the launchers' XLA_PYTHON_CLIENT_MEM_FRACTION, less the margin."""
+        share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.92"
         try:
             return float(share) * self.memory_bytes / 2**30 - MARGIN_GIB
         except ValueError as error:

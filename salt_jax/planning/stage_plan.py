@@ -70,6 +70,7 @@ class StagePlan:
             "hardware_flops_per_step": estimate.hardware_flops_per_step(self.job, self.stage),
             "memory_bytes_per_step": cost and cost.memory_bytes,
             "collective_bytes_per_step": cost and dict(cost.collective_bytes),
+            "network_bytes_per_step": cost and cost.network_bytes,
             "step_seconds_estimate": seconds,
             "roofline_seconds": dict(cost.seconds) if cost and cost.seconds else None,
             "tokens_per_second_estimate": self.job.tokens / seconds if seconds else None,
@@ -91,7 +92,7 @@ def plan_stage(job: Job, topology: Topology, stage: int) -> StagePlan:
         return plan
     try:
         module = hlo.parse(compiled.hlo)
-        cost = estimate.estimate_cost(job, stage, topology.chip, len(topology.devices), module)
+        cost = estimate.estimate_cost(job, stage, topology, module)
         temporaries = tuple(buffers.largest(module, _BUFFERS))
     except hlo.UnreadableError as error:
         return dataclasses.replace(plan, unread=str(error))

@@ -38,12 +38,14 @@ class Chip:
       hbm_gib: Main memory that a program may use, GiB.
       memory_bandwidth: Bandwidth of the main memory, bytes/s.
       link_bandwidth: Bytes/s that a chip can send to its neighbours, all links in one direction.
+      network_bandwidth: Bytes/s that a chip can send to other slices or nodes.
     """
 
     kind: str
     hbm_gib: float | None = None
     memory_bandwidth: float | None = None
     link_bandwidth: float | None = None
+    network_bandwidth: float | None = None
 
     @property
     def peak_flops(self) -> float | None:
@@ -59,24 +61,25 @@ class Topology:
       name: Its name in --topology.
       devices: The devices, which need not exist.
       chip: Their memory and bandwidths.
-      slices: The number of slices, which MeshConfig.slice must equal; None if the mesh is free.
+      slices: TPU slices, or GPU nodes, that a slower network connects.
     """
 
     name: str
     devices: tuple[jax.Device, ...]
     chip: Chip
-    slices: int | None = None
+    slices: int = 1
 
 
 # Bandwidths: docs.cloud.google.com/tpu/docs, the pages v4, v5p, v5e and v6e (half of a
 # "bidirectional" figure); for v4's links (six of 50 GB/s) arXiv 2304.01433. HBM: what libtpu's
-# compiler says is available, of 32, 95, 16 and 32 GB.
+# compiler says is available, of 32, 95, 16 and 32 GB. Between slices: a pod's data-center network
+# over its 256 chips (v5e, v6e), and 200 Gb/s for a host of four chips (v4, v5p: our assumption).
 _TPUS: Mapping[str, Chip] = types.MappingProxyType(
     {
-        "v4": Chip("TPU v4", 30.75, 1.2e12, 300e9),
-        "v5p": Chip("TPU v5", 95.74, 2.765e12, 600e9),
-        "v5e": Chip("TPU v5 lite", 15.75, 8.19e11, 200e9),
-        "v6e": Chip("TPU v6 lite", 31.25, 1.638e12, 400e9),
+        "v4": Chip("TPU v4", 30.75, 1.2e12, 300e9, 6.25e9),
+        "v5p": Chip("TPU v5", 95.74, 2.765e12, 600e9, 6.25e9),
+        "v5e": Chip("TPU v5 lite", 15.75, 8.19e11, 200e9, 3.125e9),
+        "v6e": Chip("TPU v6 lite", 31.25, 1.638e12, 400e9, 12.5e9),
     }
 )
 _LOCAL_GPUS = (
@@ -134,9 +137,8 @@ def _nodes(name: str) -> Topology:
             f"{_known()}: change --topology."
         )
     gpu = GPUS[match[1]]
-    link = gpu.link_bandwidth if nodes == 1 else NETWORK_BANDWIDTH
-    chip = Chip(gpu.kind, gpu.hbm_gib, gpu.memory_bandwidth, link)
-    return Topology(name, gpus(match[1], nodes, of_a_node), chip)
+    chip = Chip(gpu.kind, gpu.hbm_gib, gpu.memory_bandwidth, gpu.link_bandwidth, NETWORK_BANDWIDTH)
+    return Topology(name, gpus(match[1], nodes, of_a_node), chip, nodes)
 
 
 def _slice(name: str) -> Topology:

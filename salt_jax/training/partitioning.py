@@ -6,6 +6,7 @@ NamedShardings of parameters, optimizer state and batches jax.jit partitions a p
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from salt_jax.distill.head_sharding import HeadSharding
@@ -46,7 +48,7 @@ class MeshConfig:
     """The number of devices along each mesh axis; one may be -1, for all remaining devices.
 
     Attributes:
-      slice: TPU slices (or nodes) joined by the slow network; the batch is split over them.
+      slice: TPU slices (or GPU nodes) joined by the slow network; the batch is split over them.
       data: Devices that hold whole copies of the parameters and split the batch.
       fsdp: Devices that split the batch, the parameters and the optimizer state.
       tensor: Devices that split heads, hidden units and the vocabulary.
@@ -72,8 +74,12 @@ class MeshConfig:
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices`, by default all devices.
 
+        On TPUs, neighbours along an axis are neighbours on the chips' network. Others keep JAX's
+        order, in which the GPUs of a node follow each other.
+
         Raises:
-          InputError: The axes don't multiply to the number of devices.
+          InputError: The axes don't multiply to the number of devices, or `slice` is not the number
+            of TPU slices.
         """
         devices = list(jax.devices() if devices is None else devices)
         fixed = math.prod(size for size in self.sizes() if size != -1)
@@ -83,7 +89,10 @@ class MeshConfig:
                 f"MeshConfig's axes {vars(self)} need {math.prod(sizes) or fixed} devices and "
                 f"there are {len(devices)}: change its slice, data, fsdp or tensor."
             )
-        grid = np.asarray(devices, dtype=object).reshape(sizes)
+        if devices[0].platform == "tpu":
+            grid = _tpu_grid(sizes, devices)
+        else:
+            grid = np.asarray(devices, dtype=object).reshape(sizes)
         return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -161,35 +170,69 @@ def batch_divisor(mesh: Mesh) -> int:
 
 
 def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """The part of every batch that this process's devices hold: (its index, number of parts).
+    """The part of every batch that this process reads: (its index, number of parts).
 
     Processes that share rows, because the tensor axis crosses them, have the same part.
 
     Raises:
-      InputError: The rows of this process are not one even part of the batch.
+      InputError: The processes' devices don't hold even shares of a batch.
     """
-    rows = np.arange(batch_divisor(mesh))
-    held = batch_sharding(mesh).addressable_devices_indices_map(rows.shape).values()
-    own = sorted({int(row) for part in held for row in rows[part or ...]})
-    first, count = own[0], len(own)
-    if own[-1] - first + 1 != count or first % count or len(rows) % count:
+    shares = _shares(mesh)
+    different = sorted(set(shares.values()))
+    held = [place for share in different for place in share]
+    if len(held) != batch_divisor(mesh) or len({len(share) for share in different}) > 1:
         raise InputError(
-            f"This process's devices hold the parts {own} of the {len(rows)} that MeshConfig "
-            "splits a batch into, which are not one even share: change slice, data and fsdp so "
-            "that each process has one."
+            f"The devices of the processes hold the parts {different} of the "
+            f"{batch_divisor(mesh)} that MeshConfig splits a batch into, which are not even "
+            "shares: change slice, data and fsdp so that each process has one."
         )
-    return first // count, len(rows) // count
+    return different.index(shares[jax.process_index()]), len(different)
 
 
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's part of a batch, [B / parts, …], on its devices: global arrays [B, …]."""
-    sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, np.asarray(array), (len(array) * parts, *array.shape[1:])
+    """Puts this process's part of a batch, [B / parts, …], on its devices: global arrays [B, …].
+
+    The rows of a part are in the places of the process's devices along the batch axes, which need
+    not follow each other.
+    """
+    sharding, share = batch_sharding(mesh), _shares(mesh)[jax.process_index()]
+
+    def one(array: np.ndarray) -> jax.Array:
+        rows = len(array) // len(share)  # of a device
+
+        def shard(index: Any) -> np.ndarray:
+            first = share.index((index[0].start or 0) // rows) * rows
+            return array[first : first + rows]
+
+        shape = (rows * batch_divisor(mesh), *array.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {name: one(np.asarray(array)) for name, array in batch.items()}
+
+
+@functools.cache
+def _shares(mesh: Mesh) -> Mapping[int, tuple[int, ...]]:
+    """The places along the batch axes that each process's devices hold, ascending."""
+    shares: dict[int, set[int]] = {}
+    for place, devices in enumerate(mesh.devices.reshape(batch_divisor(mesh), -1)):
+        for device in devices:
+            shares.setdefault(device.process_index, set()).add(place)
+    return {process: tuple(sorted(places)) for process, places in shares.items()}
+
+
+def _tpu_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] != slices:
+        raise InputError(
+            f"There are {slices} TPU slices and MeshConfig.slice is {sizes[0]}, but that axis must "
+            "be the one over the slow network between slices: add "
+            f"--gin.partitioning.MeshConfig.slice={slices}."
         )
-        for name, array in batch.items()
-    }
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def _divisible(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -28,7 +28,7 @@ def planned(job: Job, stage: int, gib: float | None, seconds: float = 1.0) -> St
         return StagePlan(job, LOCAL, stage, CompiledStage(0.0, 9.0))
     compiled = CompiledStage(0.0, gib, Memory(int(gib * GIB), 0, 0, 0))
     roofline = {"compute": 0.0, "memory": seconds, "overlapped": 0.0, "waited": 0.0}
-    return StagePlan(job, LOCAL, stage, compiled, StageCost(0.0, {}, roofline))
+    return StagePlan(job, LOCAL, stage, compiled, StageCost(0.0, {}, 0.0, roofline))
 
 
 def planner(gib: Callable[[Job, int], float | None]) -> changes.Plan:
@@ -223,5 +223,5 @@ def test_nothing_is_tried_that_cannot_gain(
     assert faster(job, 0.1, lambda _: 1.0) == (None, [])
     monkeypatch.undo()
     roofline = {"compute": 2.0, "memory": 1.0, "overlapped": 0.0, "waited": 0.1}
-    stage = dataclasses.replace(planned(job, 2, 0.1), cost=StageCost(0.0, {}, roofline))
+    stage = dataclasses.replace(planned(job, 2, 0.1), cost=StageCost(0.0, {}, 0.0, roofline))
     assert changes._limits({2: stage}) == {"compute", "waited"}

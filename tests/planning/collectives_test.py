@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from salt_jax.planning import hlo
-from salt_jax.planning.collectives import bytes_by_kind, collectives, group_size
+from salt_jax.planning.collectives import bytes_by_kind, collectives, groups
 from salt_jax.planning.traffic import memory_bytes
 
 DEVICES = 8
@@ -68,26 +68,32 @@ def test_compiled_transfers(groups: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "expected"),
+    ("attributes", "size", "first"),
     [
-        ("replica_groups={{0,1,2},{3,4,5}}", 3),
-        ("replica_groups=[2,8]<=[16]", 8),
-        ("replica_groups=[16,4]<=[8,8]T(1,0), x=1", 4),
-        ("replica_groups=mesh['axis_0'=1,'axis_1'=16] {'axis_1'}", 16),
-        ("replica_groups=mesh['a'=4,'b'=2,'c'=8] {'a','c'}", 32),
-        ("replica_groups=mesh['a'=16] {'a':(2)4}", 4),
-        ("replica_groups=mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}, dimensions={0}", 16),
-        ("replica_groups={}", 64),
-        ("channel_id=1", 64),
+        ("replica_groups={{0,1,2},{3,4,5}}", 3, [0, 1]),
+        ("replica_groups=[2,8]<=[16]", 8, [0, 1]),
+        ("replica_groups=[16,4]<=[8,8]T(1,0), x=1", 4, [0, 8]),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=16] {'axis_1'}", 16, [0, 1]),
+        ("replica_groups=mesh['a'=4,'b'=2,'c'=8] {'a','c'}", 32, [0, 1]),
+        ("replica_groups=mesh['a'=4,'b'=2,'c'=8] {'b'}", 2, [0, 8]),
+        ("replica_groups=mesh['a'=16] {'a':(2)4}", 4, [0, 2]),
+        ("replica_groups=mesh['a'=16] {'a':(1)4}", 4, [0, 4]),
+        ("replica_groups=mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'b'}, x={0}", 16, [0, 4]),
+        ("source_target_pairs={{0,8},{1,9}}", 2, [0, 8]),
+        ("replica_groups={}", 64, [0, 1]),
+        ("channel_id=1", 64, [0, 1]),
     ],
 )
-def test_group_sizes(attributes: str, expected: int) -> None:
-    assert group_size(attributes, 64) == expected
+def test_groups(attributes: str, size: int, first: list[int]) -> None:
+    found = groups(attributes, 64)
+    assert found.shape[1] == size
+    assert found[0, :2].tolist() == first
+    assert len(set(found.ravel().tolist())) == found.size
 
 
 def test_unknown_groups_are_no_guess() -> None:
     with pytest.raises(hlo.UnreadableError, match=r"something new .* not understood"):
-        group_size("replica_groups=something new", 64)
+        groups("replica_groups=something new", 64)
 
 
 def module_of(*lines: str, others: str = "") -> hlo.Module:
@@ -133,6 +139,24 @@ def test_tuples_add_up_and_a_plain_one_waits() -> None:
     )
     assert reduce.sent_bytes == 2 * (8 * 128 * 4) * 2 / 2
     assert not reduce.overlaps
+
+
+@pytest.mark.parametrize(
+    ("attributes", "network_bytes"),
+    [
+        ("all-reduce(%p), replica_groups=[2,2]<=[4]", 0),
+        ("all-reduce(%p), replica_groups=[2,2]<=[2,2]T(1,0)", 4096),
+        ("all-reduce(%p), replica_groups=[1,4]<=[4]", 2048),
+        ("all-to-all(%p), replica_groups=[1,4]<=[4]", 2048),
+        ("collective-permute(%p), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", 0),
+        ("collective-permute(%p), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", 4096),
+    ],
+)
+def test_what_goes_between_two_slices(attributes: str, network_bytes: float) -> None:
+    """Of 4,096 bytes on each of four devices, two a slice."""
+    (transfer,) = collectives(module_of(f"%a = f32[8,128] {attributes}"), 2)
+    assert transfer.network_bytes == network_bytes
+    assert transfer.sent_bytes >= network_bytes
 
 
 def fused_on_tpu(name: str, chain: str, channel: int) -> str:

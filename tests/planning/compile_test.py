@@ -136,16 +136,6 @@ def test_a_batch_that_cannot_be_split(make_job: Callable[..., Job]) -> None:
         compile_stage(make_job(devices={"microbatches": 3}), LOCAL, 2)
 
 
-def test_parameters_are_not_spread_over_the_network_between_slices(
-    make_job: Callable[..., Job],
-) -> None:
-    two = dataclasses.replace(LOCAL, name="v5e:2x2*2", slices=2)
-    with pytest.raises(InputError, match=r"2 slices and .*slice is 1, .*MeshConfig.slice=2"):
-        compile_stage(make_job(), two, 2)
-    job = make_job(devices={"mesh": partitioning.MeshConfig(slice=2, fsdp=-1)})
-    assert memory(compile_stage(job, two, 2)).peak > 0
-
-
 def test_other_errors_of_the_compiler_are_not_taken_for_too_large(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +156,19 @@ def test_for_tpus_that_are_not_there(make_job: Callable[..., Job]) -> None:
         assert 0 < memory(result).peak < 2**28
         assert memory(result).arguments < memory(result).peak == memory(result).compiler_peak
         assert sum(result.parts.values()) == pytest.approx(memory(result).peak)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_two_slices_exchange_gradients_over_the_network(make_job: Callable[..., Job]) -> None:
+    """A TPU's program is that of one slice, which sends through its hosts."""
+    job = make_job(devices={"mesh": partitioning.MeshConfig(slice=2)})
+    plan = plan_stage(job, topologies.find("v5e:2x2*2"), 2)
+    assert plan.cost is not None
+    gradients = plan.compiled.parts["student"]  # in float32, as the parameters are
+    assert plan.cost.network_bytes >= gradients
+    one = plan_stage(make_job(), topologies.find("v5e:2x2"), 2)
+    assert one.cost is not None
+    assert one.cost.network_bytes == 0
 
 
 @pytest.mark.usefixtures("libtpu")

@@ -1,4 +1,4 @@
-"""A small run to plan, and a fixture for tests that need libtpu."""
+"""A small run to plan, and a fixture for tests that need JAX's CUDA plugin."""
 
 import dataclasses
 import importlib.util
@@ -57,9 +57,3 @@ def cuda_plugin() -> None:
     """Skips a test that compiles for GPUs where that cannot be done."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("JAX's CUDA plugin is not installed: pip install 'salt_jax[plan_gpu]'")
-
-
-@pytest.fixture
-def libtpu() -> None:
-    """Skips a test that compiles for TPUs where that cannot be done."""
-    pytest.importorskip("libtpu", reason="it is not installed: pip install 'salt_jax[plan]'")

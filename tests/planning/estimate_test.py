@@ -3,16 +3,18 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import pytest
 
 from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.schedules import NoDistillation
 from salt_jax.planning import estimate, hlo
 from salt_jax.planning.compile import Job
-from salt_jax.planning.topologies import Chip
+from salt_jax.planning.topologies import Chip, Topology
 from salt_jax.training import flops
 
-CHIP = Chip("TPU v5 lite", 16.0, memory_bandwidth=2e13, link_bandwidth=2e12)  # 197 TFLOP/s
+# 197 TFLOP/s.
+CHIP = Chip("TPU v5 lite", 16.0, memory_bandwidth=2e13, link_bandwidth=2e12, network_bandwidth=3e9)
 # A loop of ten: each time an all-gather of 1,024 bytes that other work hides and an all-reduce that
 # it doesn't, on four devices.
 MODULE = hlo.parse("""HloModule m, num_partitions=4
@@ -38,6 +40,10 @@ ENTRY %main (c: (s32[], f32[256])) -> (s32[], f32[256]) {
 backend_config={"known_trip_count":{"n":"10"}}
 }
 """)
+
+
+def chips(chip: Chip, count: int, slices: int = 1) -> Topology:
+    return Topology("chips", (jax.devices()[0],) * count, chip, slices)
 
 
 def test_flops_are_the_formula(make_job: Callable[..., Job]) -> None:
@@ -70,7 +76,7 @@ def test_lets_teacher_has_no_head_and_trains_a_projection(make_job: Callable[...
 
 def test_roofline(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    cost = estimate.estimate_cost(job, 2, CHIP, 4, MODULE)
+    cost = estimate.estimate_cost(job, 2, chips(CHIP, 4), MODULE)
     gathered, reduced = 10 * 1024 * 3, 10 * 2 * 1024 * 3 / 4
     assert cost.collective_bytes == {"all-gather": gathered, "all-reduce": reduced}
     assert cost.seconds == pytest.approx(
@@ -86,13 +92,26 @@ def test_roofline(make_job: Callable[..., Job]) -> None:
     assert cost.seconds is not None
     assert cost.step_seconds == cost.seconds["compute"] + cost.seconds["waited"]
     slow_memory = dataclasses.replace(CHIP, memory_bandwidth=1e3)
-    cost = estimate.estimate_cost(job, 2, slow_memory, 4, MODULE)
+    cost = estimate.estimate_cost(job, 2, chips(slow_memory, 4), MODULE)
     assert cost.seconds is not None
     assert cost.step_seconds == cost.seconds["memory"] + cost.seconds["waited"]
 
 
+def test_what_goes_between_slices_waits_for_the_network(make_job: Callable[..., Job]) -> None:
+    """Two slices of two: half of the sum goes to the other slice, and each gathers its arrays."""
+    cost = estimate.estimate_cost(make_job(), 2, chips(CHIP, 4, slices=2), MODULE)
+    alone = estimate.estimate_cost(make_job(), 2, chips(CHIP, 4), MODULE)
+    assert cost.collective_bytes == alone.collective_bytes
+    gathered, reduced = 10 * 1024, 10 * 2 * 1024 / 2 / 2
+    assert cost.network_bytes == gathered + reduced
+    link, network = (estimate.LINK_FRACTION * speed for speed in (2e12, 3e9))
+    assert cost.seconds is not None
+    assert cost.seconds["overlapped"] == pytest.approx(2 * gathered / link + gathered / network)
+    assert cost.seconds["waited"] == pytest.approx(2 * reduced / link + reduced / network)
+
+
 def test_no_time_without_peaks(make_job: Callable[..., Job]) -> None:
-    cost = estimate.estimate_cost(make_job(), 1, Chip("cpu"), 8, MODULE)
+    cost = estimate.estimate_cost(make_job(), 1, chips(Chip("cpu"), 8), MODULE)
     assert cost.step_seconds is None
     run = estimate.estimate_run(make_job(), 8, {1: None, 2: None})
     assert run["days"] is run["baseline_chip_hours"] is None

@@ -95,9 +95,9 @@ def test_without_the_cuda_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpus_memory_is_what_jax_gives_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     gpu = GPUS["h100"]
-    assert gpu.hbm_gib == 0.75 * gpu.memory_bytes / 2**30 - 2
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
     assert gpu.hbm_gib == 0.92 * gpu.memory_bytes / 2**30 - 2
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".8")
+    assert gpu.hbm_gib == 0.8 * gpu.memory_bytes / 2**30 - 2
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
     with pytest.raises(InputError, match="XLA_PYTHON_CLIENT_MEM_FRACTION is 'most'"):
         _ = gpu.hbm_gib
