@@ -1,9 +1,18 @@
 """Cost tables: FLOPs, time and tokens of runs, by what they were spent on."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 from salt_jax.reporting.runs import FLOPS_PARTS, SECONDS_PARTS, TrainRun
-from salt_jax.reporting.tables import format_count, format_power, format_seconds, or_none, table
+from salt_jax.reporting.tables import (
+    NOTHING,
+    format_count,
+    format_power,
+    format_seconds,
+    format_share,
+    or_none,
+    table,
+)
 from salt_jax.terminal import Table
 
 # The columns of each table, by their names in `TrainRun.costs`, and their headings.
@@ -18,6 +27,20 @@ _TIME = {
     "seconds": "time, their sum",
     "evaluation_seconds": "evaluation, not charged",
     "compile_seconds": "compiling, not charged",
+}
+_WALL_TIME = {
+    **{"starts": ("starts", format_count), "wall_seconds": ("wall time", format_seconds)},
+    "goodput": ("goodput", format_share),
+    **{
+        f"{part}_seconds": (head, format_seconds)
+        for part, head in {
+            **{"steps": "steps", "start": "starting", "compile": "compiling"},
+            **{"restore": "restoring", "save": "saving", "evaluation": "evaluation"},
+            **{"rows": "waiting for rows", "lost_steps": "lost steps"},
+        }.items()
+    },
+    **{"chip_hours": ("chip-hours", "{:,.2f}".format), "cost": ("cost", "{:,.2f}".format)},
+    "seconds_left": ("time left", format_seconds),
 }
 _TOKENS = {
     "stage1_tokens": "stage 1",
@@ -55,4 +78,25 @@ def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
             for name, cost in costs
         ]
         found.append(table(title, rows, note))
-    return found
+    return [*found, *_wall_time_table([run for run in runs if run.wall_time["wall_seconds"] > 0])]
+
+
+def _wall_time_table(runs: Sequence[TrainRun]) -> Iterator[Table]:
+    """What the wall time of all starts went to, of runs that recorded it."""
+    if not runs:
+        return
+    shown = {
+        name: column
+        for name, column in _WALL_TIME.items()
+        if any(math.isfinite(run.wall_time[name]) for run in runs)
+    }
+    rows = [
+        {"arm": run.label}
+        | {
+            head: form(run.wall_time[name]) if math.isfinite(run.wall_time[name]) else NOTHING
+            for name, (head, form) in shown.items()
+        }
+        for run in runs
+    ]
+    note = "Over all starts of a run, without the time between them; goodput is the share of steps."
+    yield table("Wall time", rows, note)

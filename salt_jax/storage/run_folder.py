@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ class RunFolder:
       processes: The processes of the run; only the first writes.
       url: The folder's URL if it is mirrored to a bucket, or "".
       send: Uploads the folder to the bucket.
+      began: `time.perf_counter()` when the command was started.
     """
 
     path: pathlib.Path
@@ -67,6 +69,7 @@ class RunFolder:
     processes: Processes = dataclasses.field(default_factory=Processes)
     url: str = ""
     send: Callable[[], None] = lambda: None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         there = next((part for part in (self.path, *self.path.parents) if part.exists()), None)
