@@ -31,6 +31,8 @@ EVAL = ["lm-eval>=0.4.13", "rouge-score>=0.1.2"]
 GCS, S3 = ["gcsfs>=2026.10"], ["s3fs>=2025.3"]
 # Models of the Hugging Face Hub by name, and GGUF files.
 HUB, GGUF = ["huggingface_hub>=1.0"], ["gguf>=0.19"]
+# Metrics in Weights & Biases, too.
+WANDB = ["wandb>=0.18"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -109,6 +111,7 @@ setuptools.setup(
         "plan_gpu": PLAN_GPU,
         "prepare": PREPARE,
         "s3": S3,
+        "wandb": WANDB,
         "test": TEST + EVAL + GCS + GGUF + HUB + PLAN + PREPARE + S3,
     },
     entry_points={"console_scripts": ["salt = salt_jax.__main__:run"]},

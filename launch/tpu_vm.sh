@@ -13,6 +13,7 @@
 #   --runtime-version=NAME   the image; by default the one for JAX on that type
 #   --project=PROJECT        by default gcloud's
 #   --bucket=BUCKET          mount gs://BUCKET at /mnt/BUCKET on every worker
+#   --profile=FIRST:LAST     steps to profile: --profile_steps of `salt train`
 #   --spot                   cheaper, and may be taken away
 #   --extra=FLAG             one more flag for `queued-resources create`, as --extra=--reserved; repeat it
 #   --max-failures=3         failures in a row after which it is started again; an interruption
@@ -23,13 +24,14 @@
 #   --delete-at-end          delete the TPU when this script ends, however it ends
 #   --dry-run                print the commands, run none
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-flag+=([name]='' [zone]='' [accelerator-type]='' [slices]=1 [runtime-version]='' [project]='' [bucket]='' [spot]=no)
+flag+=([name]='' [zone]='' [accelerator-type]='' [slices]=1 [runtime-version]='' [project]='' [bucket]='' [profile]='' [spot]=no)
 flag+=([extra]='' [max-failures]=3 [min-run-seconds]=600 [max-recreations]=20 [poll-seconds]=30 [delete-at-end]=no)
 switches+=(spot delete-at-end)
 needed=(name zone accelerator-type)
 numbers=(slices max-failures min-run-seconds max-recreations poll-seconds)
 read_flags "$@"
 among_several
+[ -z "${flag[profile]}" ] || command+=(--profile_steps="${flag[profile]}")
 commit=$(commit_to_send)
 
 name=${flag[name]}

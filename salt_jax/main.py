@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    began = time.perf_counter()
     if not any(argument.startswith("--output_dir") for argument in argv):
         output_streams.print_only()
     if argv and argv[0] == "--version":
@@ -109,6 +111,7 @@ def _run(argv: list[str]) -> int:
             command_line=["salt", *argv],
             lock=lock,
             processes=together,
+            began=began,
         )
         begun = folder.begun
         try:

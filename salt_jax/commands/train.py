@@ -52,12 +52,14 @@ from salt_jax.training.teacher import (
     refuse_unused,
 )
 from salt_jax.training.train_state import StateLayout, TrainState, make_layout
+from salt_jax.training.wandb_run import require_wandb
 
 # Settings that change a run's result by rounding at most.
 CHANGES_NO_RESULT = (
     *("TrainConfig.devices", "Devices", "MeshConfig", "Data.read_threads", "Teacher.rules"),
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("TrainConfig.log_every", "TrainConfig.hang_seconds"),
+    *("TrainConfig.monitoring", "Monitoring"),
 )
 
 # Settings that may change on resuming; the batch size may, since positions count rows.
@@ -83,6 +85,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     """
     data, method, devices = config.data, config.method, config.devices
     require_path(run.path)
+    require_wandb(config.monitoring.wandb_project)
     if data.cache is None:
         raise InputError("cache is not set: add --cache=FOLDER, made by `salt prepare`.")
     caches = Caches.open(data.cache, data.weights)

@@ -105,8 +105,9 @@ def estimate_run(
       step_seconds: Seconds of a step of each stage; None or missing if unknown.
 
     Returns:
-      Steps, model FLOPs, days and chip-hours, without compiling, evaluation and checkpoints; the
-      same if all steps were plain ("baseline_"), and the share of time that the teacher adds.
+      Steps, model FLOPs, days, chip-hours and, with a price, their cost, without compiling,
+      evaluation and checkpoints; the same if all steps were plain ("baseline_"), and the share of
+      time that the teacher adds.
     """
     steps, distilling = job.config.steps, job.config.stage1_steps
     first, second = step_seconds.get(1) if distilling else 0.0, step_seconds.get(2)
@@ -124,7 +125,10 @@ def estimate_run(
     }
     for name, seconds in (("", total), ("baseline_", baseline)):
         run[f"{name}days"] = None if seconds is None else seconds / 86_400
-        run[f"{name}chip_hours"] = None if seconds is None else seconds * chips / 3600
+        hours = None if seconds is None else seconds * chips / 3600
+        run[f"{name}chip_hours"] = hours
+        price = job.config.monitoring.price
+        run[f"{name}cost"] = None if hours is None or price is None else hours * price
     return run
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from salt_jax.terminal import Table, print_table, say
 
 _STAGE_COLUMNS = ("fits", "peak GiB", "HBM GiB", "PFLOP", "sent GB", "s", "MFU")
-_RUN_COLUMNS = ("chips", "EFLOP", "days", "chip-hours", "without teacher", "teacher adds")
+_RUN_COLUMNS = ("chips", "EFLOP", "days", "chip-hours", "cost", "without teacher", "teacher adds")
 
 
 def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
@@ -60,6 +60,7 @@ def _run_row(plan: Mapping[str, Any]) -> tuple[str, ...]:
         _count(run["flops"] / 1e18),
         _number(run["days"], ".2f"),
         _number(run["chip_hours"], ",.0f"),
+        _number(run["cost"], ",.0f"),
         _number(run["baseline_days"], ".2f"),
         _number(run["teacher_overhead"], "+.1%"),
     )

@@ -38,6 +38,11 @@ PARTS = (
     *(*FLOPS_PARTS, "evaluation_flops", "stage1_tokens", "stage2_tokens", "scoring_tokens"),
     *(*SECONDS_PARTS, "evaluation_seconds", "compile_seconds"),
 )
+WALL_TIME = (
+    *("steps_seconds", "start_seconds", "compile_seconds", "restore_seconds", "save_seconds"),
+    *("evaluation_seconds", "rows_seconds", "lost_steps_seconds", "wall_seconds"),
+    *("goodput", "starts", "chip_hours", "cost", "seconds_left"),
+)
 _EVALUATED = ("step", *QUALITY, *SUMS)
 EVALUATION = (*_EVALUATED, *PARTS)
 _TRAINED = ("step", "stage", "loss", "log_perplexity", "skipped_updates", *SUMS)
@@ -99,6 +104,7 @@ class TrainRun:
       final: The summary's evaluation, or else the last one so far, if any.
       by_subset: Its log-perplexity, next-token accuracy and tokens by subset.
       teacher: None without one, or until the run has finished.
+      wall_time: WALL_TIME of all its starts (`training/wall_time.py`), NaN where unknown.
       skipped_lines: Truncated lines of metrics.jsonl, which are skipped.
     """
 
@@ -110,6 +116,7 @@ class TrainRun:
     final: pd.Series | None
     by_subset: pd.DataFrame
     teacher: TeacherFacts | None
+    wall_time: Mapping[str, float]
     skipped_lines: int
 
     @property
@@ -308,11 +315,14 @@ def _train_run(origin: Origin) -> TrainRun:
     evaluations: dict[float, dict[str, float]] = {}
     training: dict[float, dict[str, float]] = {}
     by_subset: dict[float, pd.DataFrame] = {}
-    skipped_lines = 0
+    skipped_lines, wall_time = 0, facts.get("wall_time")
     for where, record in _lines(metrics):
         if record is None:
             skipped_lines += 1
-        elif record.get("kind") == "train":
+            continue
+        if not facts:
+            wall_time = record.get("wall_time", wall_time)
+        if record.get("kind") == "train":
             row = _row(record, TRAINING, _TRAINED, where)
             training[row["step"]] = row
         elif record.get("kind") == "eval" and record.get("split") == CURVE_SPLIT:
@@ -336,6 +346,7 @@ def _train_run(origin: Origin) -> TrainRun:
         final=None if final is None else pd.Series(final),
         by_subset=by_subset.get(end, _subsets({}, "")),
         teacher=_teacher(facts),
+        wall_time=_row(wall_time if isinstance(wall_time, dict) else {}, WALL_TIME, (), ""),
         skipped_lines=skipped_lines,
     )
 

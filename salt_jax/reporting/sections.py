@@ -298,6 +298,7 @@ def _run_numbers(run: TrainRun) -> dict[str, Any]:
         "skipped_updates": run.skipped_updates,
         **(dict.fromkeys(results) if run.final is None else run.final[results].to_dict()),
         "costs": run.costs[[*PARTS]].to_dict(),
+        "wall_time": {name: tables.or_none(value) for name, value in run.wall_time.items()},
         "teacher_training": teacher
         and {"teacher": teacher.name, **teacher.costs[["train_flops", "seconds"]].to_dict()},
     }

@@ -1,7 +1,7 @@
 """The tables of a report as text, for the page and the terminal."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -218,6 +218,20 @@ _TIME = {
     "evaluation_seconds": "evaluation, not charged",
     "compile_seconds": "compiling, not charged",
 }
+_WALL_TIME: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    **{"starts": ("starts", format_count), "wall_seconds": ("wall time", format_seconds)},
+    "goodput": ("goodput", format_share),
+    **{
+        f"{part}_seconds": (head, format_seconds)
+        for part, head in {
+            **{"steps": "steps", "start": "starting", "compile": "compiling"},
+            **{"restore": "restoring", "save": "saving", "evaluation": "evaluation"},
+            **{"rows": "waiting for rows", "lost_steps": "lost steps"},
+        }.items()
+    },
+    **{"chip_hours": ("chip-hours", "{:,.2f}".format), "cost": ("cost", "{:,.2f}".format)},
+    "seconds_left": ("time left", format_seconds),
+}
 _TOKENS = {
     "stage1_tokens": "stage 1",
     "stage2_tokens": "stage 2",
@@ -254,4 +268,25 @@ def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
             for name, cost in costs
         ]
         found.append(table(title, rows, note))
-    return found
+    return [*found, *_wall_time_table([run for run in runs if run.wall_time["wall_seconds"] > 0])]
+
+
+def _wall_time_table(runs: Sequence[TrainRun]) -> Iterator[Table]:
+    """What the wall time of all starts went to, of runs that recorded it."""
+    if not runs:
+        return
+    shown = {
+        name: column
+        for name, column in _WALL_TIME.items()
+        if any(math.isfinite(run.wall_time[name]) for run in runs)
+    }
+    rows = [
+        {"arm": run.label}
+        | {
+            head: form(run.wall_time[name]) if math.isfinite(run.wall_time[name]) else NOTHING
+            for name, (head, form) in shown.items()
+        }
+        for run in runs
+    ]
+    note = "Over all starts of a run, without the time between them; goodput is the share of steps."
+    yield table("Wall time", rows, note)

@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class RunFolder:
       processes: The processes of the run; only the first writes.
       url: The folder's URL if it is in a bucket, or "".
       send: Uploads the folder to the bucket.
+      began: `time.perf_counter()` when the command was started.
     """
 
     path: pathlib.Path
@@ -68,6 +70,7 @@ class RunFolder:
     processes: Processes = dataclasses.field(default_factory=Processes)
     url: str = ""
     send: Callable[[], None] = lambda: None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         if is_remote(self.path):

@@ -11,6 +11,8 @@ A flag finds the group that has its field: --cache is Data's, --teacher.step is 
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 
 from salt_jax.data.denoisers import TEACHER_OBJECTIVES, Objectives
@@ -212,6 +214,47 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Monitoring:
+    """What is shown of a run beside its metrics.
+
+    Attributes:
+      profile_steps: "100:105" writes a profile of the steps 100 to 105, both included, numbered as
+        in metrics.
+      price: The price of a chip-hour, in any currency.
+      wandb_project: A project of Weights & Biases that metrics are sent to, too.
+    """
+
+    profile_steps: str | None = None
+    price: float | None = None
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise InputError(
+                f"price is {self.price}, expected the price of a chip-hour, 0 or more: change "
+                "--price."
+            )
+        if self.profiled is not None and not 1 <= self.profiled[0] <= self.profiled[1]:
+            raise self._malformed()
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step to profile."""
+        if self.profile_steps is None:
+            return None
+        found = re.fullmatch(r"([0-9]+):([0-9]+)", self.profile_steps)
+        if found is None:
+            raise self._malformed()
+        return int(found[1]), int(found[2])
+
+    def _malformed(self) -> InputError:
+        return InputError(
+            f"profile_steps is {self.profile_steps!r}, expected the first and the last step to "
+            "profile, such as 100:105: change --profile_steps."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A whole run.
 
@@ -227,6 +270,7 @@ class TrainConfig:
       devices: The mesh, microbatches and the compilation cache.
       evaluation: When to evaluate.
       checkpoints: When to save, what to keep.
+      monitoring: Profile, price, Weights & Biases.
       seed: Seed of the student's initialization.
       log_every: Steps between lines of metrics.
       max_skipped_updates: Non-finite updates to skip before the run fails.
@@ -243,6 +287,7 @@ class TrainConfig:
     devices: Devices = Devices()
     evaluation: Evaluation = Evaluation()
     checkpoints: CheckpointConfig = CheckpointConfig()  # noqa: RUF009 (frozen)
+    monitoring: Monitoring = Monitoring()
     seed: int = 0
     log_every: int = 10
     max_skipped_updates: int = 10
@@ -267,6 +312,12 @@ class TrainConfig:
             raise InputError(
                 f"selection is {selected} and the schedule is Adaptive, which decides after rows "
                 "are read ahead: set selection_steps to the steps that read the selection."
+            )
+        profiled = self.monitoring.profiled
+        if profiled is not None and profiled[1] > self.steps:
+            raise InputError(
+                f"profile_steps is {self.monitoring.profile_steps} and the run has {self.steps} "
+                f"steps: change --profile_steps to steps from 1 to {self.steps}."
             )
         keep_steps = tuple(self.checkpoints.keep_steps)
         if any(not 0 < step <= self.steps for step in keep_steps):

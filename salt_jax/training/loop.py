@@ -7,6 +7,7 @@ checkpoints and metrics counts completed steps.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.distill.schedules import Adaptive, Watched
 from salt_jax.errors import Interrupted, RunFailed
-from salt_jax.storage.run_folder import RunFolder
+from salt_jax.storage.run_folder import RunFolder, to_json
 from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
 from salt_jax.training.checkpointer import Checkpointer
@@ -29,6 +30,7 @@ from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.ledger import Cost, Counters, Ledger
 from salt_jax.training.metrics import MetricWriter, recorded, status_of
 from salt_jax.training.origin import require_same_origin
+from salt_jax.training.profiling import Profile
 from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.teacher import LoadedTeacher, teaching_flops_per_token
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -38,6 +40,8 @@ from salt_jax.training.train_step import (
     Programs,
     compile_programs,
 )
+from salt_jax.training.wall_time import WallTime
+from salt_jax.training.wandb_run import begin_wandb
 
 Batch = Mapping[str, np.ndarray]
 # A dispatched step: the number of completed steps including it, and its metrics on the devices.
@@ -74,6 +78,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._watch = HangWatch(self.config.hang_seconds, self._report)
+        monitoring = self.config.monitoring
+        self._wall = WallTime(self.folder.began, jax.device_count(), monitoring.price)
+        self._profile = Profile(self.folder.path, monitoring.profiled)
         self._skipped = 0
         self._watched = Watched()
         self._learning_rates = np.zeros(0)
@@ -102,22 +109,33 @@ class Loop:
         self._checkpointer = Checkpointer(self.folder.path, config.checkpoints, self._report)
         with (
             self._watch,
+            self._wall,
+            contextlib.closing(self._profile),
             contextlib.closing(self._checkpointer),
             StopRequests(processes.count > 1) as stop,
         ):
             with waiting_for("the state to start from"):
                 first_step, state = self._start()
-            with self._ledger.compiling():
+            with self._wall.spent_on("compile"), self._ledger.compiling():
                 with waiting_for("the steps' programs to compile"):
                     programs = self._compile()
                 with waiting_for("the evaluation's program to compile"):
                     self._compile_the_rest(state)
+            project, wandb_run = config.monitoring.wandb_project, None
+            if project is not None and processes.is_first:
+                settings = json.loads(to_json(dataclasses.asdict(config)))
+                wandb_run = begin_wandb(self.folder.path, project, config.method.arm, settings)
             with (
-                MetricWriter(self.folder.path, processes.is_first) as self._writer,
+                MetricWriter(self.folder.path, processes.is_first, wandb_run) as self._writer,
                 ProgressBar(config.method.arm, config.steps, first_step) as self._bar,
             ):
                 if first_step:
                     self._bar.say(f"continues at step {first_step}")
+                if self._profile.is_missed(first_step):
+                    self._report(
+                        f"profile_steps is {config.monitoring.profile_steps} and the run continues "
+                        f"after step {first_step}: no profile is written; change --profile_steps."
+                    )
                 batches = self.pipeline.batches(first_step, config.steps)
                 return self._train(first_step, state, programs, batches, stop)
 
@@ -134,14 +152,17 @@ class Loop:
         evaluation: EvaluationResult | None = None
         pending: Pending | None = None
         self._ledger.start_clock()
+        self._wall.begin_steps()
         for done in range(first_step + 1, last + 1):
-            with self._watch.waiting_for(f"the input pipeline at step {done}"):
-                batch = next(batches)
-            with self._watch.waiting_for(f"the program of step {done}"):
-                state, metrics = self._step(done - 1, state, batch, programs)
-            # The previous step's metrics are fetched while this step runs.
-            self._note(pending)
+            with self._profile.step(done):
+                with self._watch.waiting_for(f"the input pipeline at step {done}"):
+                    batch = self._next(batches, pending)
+                with self._watch.waiting_for(f"the program of step {done}"):
+                    state, metrics = self._step(done - 1, state, batch, programs)
+                # The previous step's metrics are fetched while this step runs.
+                self._note(pending)
             pending = done, metrics
+            self._profile.end_after(done, metrics)
             saves = self.config.checkpoints.saves(done, last)
             evaluates = done % self.config.evaluation.every == 0 or done == last
             with self._watch.waiting_for(f"the processes to agree after step {done}"):
@@ -165,13 +186,27 @@ class Loop:
         self._require_saved(last)
         return self._summary(state, evaluation)
 
+    def _next(self, batches: Iterator[Batch], pending: Pending | None) -> Batch:
+        """The next batch; waiting for it counts as waiting if the devices have nothing to do."""
+        self._wall.lap("steps")
+        batch = next(batches)
+        idle = pending is None or all(x.is_ready() for x in jax.tree.leaves(pending[1]))
+        self._wall.lap("rows" if idle else "steps")
+        return batch
+
     def _start(self) -> tuple[int, TrainState]:
         """The completed steps and the state of the newest checkpoint, or 0 and an initial state."""
         step, start = self._checkpointer.latest_step() or 0, self.pipeline.start
         assert start.step == step, f"a pipeline from {start} for a run at step {step}"
+        accounts = [recorded(self.folder.path, kind, None) or {} for kind in ("train", "eval")]
+        spent = [record["wall_time"] for record in accounts if "wall_time" in record]
+        latest = max(spent, key=lambda account: account["wall_seconds"], default=None)
         if not step:
+            self._wall.resume(None, latest)
             return 0, self.initial or self.layout.create(self.config.seed)
-        state, progress = self._checkpointer.restore(self.layout, step)
+        with self._wall.spent_on("restore"):
+            state, progress = self._checkpointer.restore(self.layout, step)
+        self._wall.resume(progress.get("wall_time"), latest)  # older versions had none
         where = f"The checkpoint of step {step} in {self.folder.path}"
         require_same_origin(progress, self.origin, where)
         self.origin["teacher"] = progress["teacher"]
@@ -264,11 +299,14 @@ class Loop:
                 "higher limit."
             )
         if done % config.log_every == 0 or done == config.steps:
+            window = self._ledger.close_window()
+            self._wall.lap("steps")
             record = {
                 "kind": "train",
                 "step": done,
                 "stage": stage,
-                **self._ledger.close_window(),
+                **window,
+                "wall_time": self._wall.to_json((config.steps - done) * window["seconds_per_step"]),
                 **self._weights(done - 1),
                 **self._decision(),
                 "learning_rate": float(self._learning_rates[rate_step]),
@@ -288,7 +326,7 @@ class Loop:
 
     def _evaluate(self, done: int, state: TrainState) -> EvaluationResult:
         waiting = self._watch.waiting_for(f"the evaluation after step {done}")
-        with self._ledger.evaluating(), waiting:
+        with self._wall.spent_on("evaluation"), self._ledger.evaluating(), waiting:
             try:
                 evaluation = self.evaluator(state.params)
             except NotFiniteError as error:
@@ -303,6 +341,7 @@ class Loop:
                 "split": "validation",
                 **evaluation.to_json(),
                 **self._ledger.counters.to_json(),
+                "wall_time": self._wall.to_json(),
             }
         )
         self._bar.say(
@@ -319,11 +358,13 @@ class Loop:
             "counters": dataclasses.asdict(self._ledger.counters),
             **self._decision(),
             **({"total_steps": self.config.steps} if self.config.flops_of else {}),
+            "wall_time": self._wall.to_json(),
         }
         if self._stage_of(done) == 2:
             state = state._replace(projection=None)
         self._writer.send()
-        with self._watch.waiting_for(f"the checkpoint of step {done}"):
+        waiting = self._watch.waiting_for(f"the checkpoint of step {done}")
+        with self._wall.spent_on("save"), waiting:
             self._checkpointer.save(done, state, progress, must)
 
     def _decision(self) -> dict[str, Any]:
@@ -332,7 +373,8 @@ class Loop:
 
     def _require_saved(self, step: int) -> None:
         """Waits for a checkpoint, and fails the run if it was not written."""
-        with self._watch.waiting_for(f"the checkpoint of step {step} to be on the disk"):
+        waiting = self._watch.waiting_for(f"the checkpoint of step {step} to be on the disk")
+        with self._wall.spent_on("save"), waiting:
             self._checkpointer.wait()
         newest = self._checkpointer.latest_step()
         if newest != step:
@@ -359,6 +401,7 @@ class Loop:
             "parameters": self.layout.config.num_parameters,
             **evaluation.to_json(),
             **self._ledger.counters.to_json(),
+            "wall_time": self._wall.to_json(),
             "teacher": self.origin["teacher"],
             "skipped_updates": int(state.skipped_updates),
             "seed": config.seed,

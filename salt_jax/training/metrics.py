@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard events and the status on the terminal."""
+"""The metrics of a run: metrics.jsonl, TensorBoard events, W&B, the status on the terminal."""
 
 import contextlib
 import errno
@@ -29,11 +29,14 @@ class MetricWriter:
     """Appends records to RUN/metrics.jsonl and their numbers to RUN/tensorboard/.
 
     For a run in a bucket both are on local disk, and sent every SALT_SEND_SECONDS. With `writes`
-    False, as in all processes but the first, records are dropped.
+    False, as in all processes but the first, records are dropped. Numbers go to a `wandb_run`
+    (`begin_wandb`), too, if there is one.
     """
 
-    def __init__(self, run_path: pathlib.Path, writes: bool = True) -> None:
-        self._writes, self._disk_was_full = writes, False
+    def __init__(
+        self, run_path: pathlib.Path, writes: bool = True, wandb_run: Any | None = None
+    ) -> None:
+        self._writes, self._disk_was_full, self._wandb_run = writes, False, wandb_run
         self._outbox: Outbox | None = None
         if not writes:
             return
@@ -51,9 +54,14 @@ class MetricWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has at least `kind` and `step`."""
-        if self._writes and self._append(to_json(record) + "\n"):
-            for name, value in _flat(record):
-                self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if not self._writes:
+            return
+        numbers = {f"{record['kind']}/{name}": value for name, value in _flat(record)}
+        if self._wandb_run is not None:
+            self._wandb_run.log(numbers, step=record["step"])
+        if self._append(to_json(record) + "\n"):
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, record["step"])
             if self._outbox is not None:
                 self._outbox.send()
 
@@ -96,27 +104,31 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish(exit_code=0 if kind is None else 1)
 
 
 def status_of(record: Mapping[str, Any]) -> str:
     """A training record in one line, for the terminal."""
     mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    spent = record["wall_time"]
+    cost = f"  cost {spent['cost']:,.2f} of {spent['cost_at_end']:,.2f}" if "cost" in spent else ""
     return (
         f"stage {record['stage']}  loss {record['loss']:.3f}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
+        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{cost}"
     )
 
 
-def recorded(run_path: pathlib.Path, kind: str, step: int) -> dict[str, Any] | None:
-    """The newest record of a kind at a step in RUN/metrics.jsonl; None if there is none."""
+def recorded(run_path: pathlib.Path, kind: str, step: int | None) -> dict[str, Any] | None:
+    """The newest record of a kind, at a step if given, in RUN/metrics.jsonl; None without one."""
     path = run_path / METRICS_FILE
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in reversed(text[: text.rfind("\n") + 1].splitlines()):
         if f'"{kind}"' in line:
             record = json.loads(line)
-            if (record.get("kind"), record.get("step")) == (kind, step):
+            if record.get("kind") == kind and step in (None, record.get("step")):
                 return dict(record)
     return None
 

@@ -38,6 +38,11 @@ def test_one_run(launch: Any) -> None:
     assert "queued-resources delete nano --zone=us-west4-b --force --quiet" in ended.stderr
 
 
+def test_a_profile_is_asked_of_salt(launch: Any) -> None:
+    ended = launch("tpu_vm.sh", *FLAGS, "--profile=100:105", "--dry-run", *TRAIN)
+    assert "--multi_process=True --profile_steps=100:105" in ended.stdout
+
+
 def test_what_is_installed(launch: Any) -> None:
     assert launch("tpu_vm.sh", *FLAGS, *TRAIN).returncode == 0
     pip = [words for words in launch.calls("python") if "install" in words]

@@ -12,6 +12,7 @@ from salt_jax.planning import estimate, hlo
 from salt_jax.planning.compile import Job
 from salt_jax.planning.topologies import Chip, Topology
 from salt_jax.training import flops
+from salt_jax.training.config import Monitoring
 
 # 197 TFLOP/s.
 CHIP = Chip("TPU v5 lite", 16.0, memory_bandwidth=2e13, link_bandwidth=2e12, network_bandwidth=3e9)
@@ -129,6 +130,11 @@ def test_run_with_and_without_teacher(make_job: Callable[..., Job]) -> None:
     assert run["teacher_overhead"] == pytest.approx(0.125)
     assert run["chip_hours"] == pytest.approx(225 * 8 / 3600)
     assert run["baseline_chip_hours"] == pytest.approx(200 * 8 / 3600)
+    assert run["cost"] is run["baseline_cost"] is None
+    priced = dataclasses.replace(job.config, monitoring=Monitoring(price=1.5))
+    costs = estimate.estimate_run(dataclasses.replace(job, config=priced), 8, {1: 3.0, 2: 2.0})
+    assert costs["cost"] == pytest.approx(1.5 * 225 * 8 / 3600)
+    assert costs["baseline_cost"] == pytest.approx(1.5 * 200 * 8 / 3600)
     plain, distilling = (estimate.flops_per_step(job, stage) for stage in (2, 1))
     assert run["baseline_flops"] == 100 * plain
     assert run["flops"] == pytest.approx(75 * plain + 25 * distilling)

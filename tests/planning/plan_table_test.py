@@ -24,7 +24,7 @@ def plan_of(**stage: Any) -> dict[str, Any]:
     if stage["change"] is not None:
         stage["change"] = {**measured, **stage["change"]}
     run = {"flops": 1.007e22, "days": 4.834, "chip_hours": 29650.0, "baseline_days": 4.7}
-    run["teacher_overhead"] = 0.026
+    run |= {"teacher_overhead": 0.026, "cost": 35580.0}
     return {
         **{"topology": "v5e:16x16", "chips": 256, "hbm_gib": 15.75},
         **{"stages": [stage], "run": run},
@@ -35,6 +35,7 @@ def test_a_stage_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     print_plans([plan_of()])
     printed = capsys.readouterr().out
     shown = ("1 distil", "yes", "9.25", "15.75", "54.5", "3.5", "50%", "10,070", "4.83", "29,650")
+    shown += ("35,580",)
     for text in (*shown, "+2.6%", "GiB: student 0.50, loss 8.75\n"):
         assert text in printed, text
 

@@ -35,7 +35,7 @@ def run(label, points=None, training=(), **facts):
     lines = frame(training, names, TRAINING).assign(teacher_training_flops=0.0)
     origin = Origin(pathlib.Path(label), "train", "", {}, None, "", "")
     points = evaluations() if points is None else points
-    return TrainRun(origin, label, facts, points, lines, None, pd.DataFrame(), None, 0)
+    return TrainRun(origin, label, facts, points, lines, None, pd.DataFrame(), None, {}, 0)
 
 
 BASELINE = run("baseline", evaluations((100, 4.0, 0.30, 10.0, 50.0), (200, 3.6, 0.34, 20.0, 100.0)))

@@ -166,3 +166,23 @@ def test_a_run_that_goes_on_shows_its_costs_so_far(tmp_path, folders):
     flops, times, _ = (cells(table, "going") for table in cost_tables([run], charged=False))
     assert flops["student"] == "3.000 × 10⁹"
     assert times["stage 2"] == times["time, their sum"] == "6.0 s"
+
+
+def test_wall_time_of_runs_that_recorded_it(tmp_path, folders):
+    account = {"starts": 2, "wall_seconds": 100.0, "goodput": 0.75, "lost_steps_seconds": 5.0}
+    lines = [
+        folders.training(1, wall_time={"wall_seconds": 1.0}),
+        folders.training(2, wall_time={**account, "cost": 12.5, "seconds_left": 30.0}),
+    ]
+    run = read_folder(folders.run(tmp_path / "running", lines))
+    *_, table = cost_tables([run], charged=False)
+    shown = cells(table, "running")
+    assert (shown["wall time"], shown["goodput"], shown["lost steps"]) == (
+        "100.0 s",
+        "75.00%",
+        "5.0 s",
+    )
+    assert (shown["starts"], shown["cost"], shown["time left"]) == ("2", "12.50", "30.0 s")
+    assert "saving" not in shown, "no run says"
+    older = read_folder(folders.run(tmp_path / "older", [folders.training(1)]))
+    assert len(cost_tables([older], charged=False)) == 3
