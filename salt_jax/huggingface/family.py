@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.errors import InputError
+from salt_jax.huggingface import rotary_fields
 from salt_jax.huggingface.config_fields import other_computations, unknown_fields
 from salt_jax.huggingface.tensors import Rule, rules_of
 from salt_jax.huggingface.tokenizer_classes import TokenizerClass
@@ -37,8 +38,19 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 _OTHER_ACTIVATION = "hidden_activation"
-_ROPE_FIELDS = ("rope_scaling", "rope_parameters")
-_ROPE_PARAMETERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# The settings of DecoderConfig that a family has at these values, unless it reads or fixes them.
+_PLAIN: Mapping[str, Any] = types.MappingProxyType(
+    {
+        field.name: field.default
+        for field in dataclasses.fields(DecoderConfig)
+        if field.name
+        in (
+            *("qkv_bias", "qk_norm", "norm_placement", "layer_kinds", "window"),
+            *("local_rope_theta", "attention_scale", "attention_soft_cap"),
+            *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
+        )
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +67,11 @@ class Family:
             ... if the field is required.
         activation: the default of `hidden_act`.
         fixed: settings that every DecoderConfig of this family has.
+        options: settings of DecoderConfig that `read_options` finds.
+        option_fields: the fields in which it does.
         must_be: fields of which only one value is supported.
         theta_field: the name of the rotary base in transformers before 5.
+        theta: that base's default.
         fraction_field: the same for the rotated share of a head; None if all of it is rotated.
         rope_fraction: the default of that share.
         norm_offset: subtracted from a norm's scale before it is stored.
@@ -70,8 +85,11 @@ class Family:
     fields: Mapping[str, tuple[str, Any]]
     activation: str
     fixed: Mapping[str, Any]
+    options: tuple[str, ...] = ()
+    option_fields: tuple[str, ...] = ()
     must_be: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     theta_field: str = "rope_theta"
+    theta: float = 10_000.0
     fraction_field: str | None = None
     rope_fraction: float = 1.0
     norm_offset: float = 0.0
@@ -108,6 +126,7 @@ class Family:
             setting: _value(settings, field, default, where)
             for field, (setting, default) in self.fields.items()
         }
+        scaling = rotary_fields.read_scaling(settings, where)
         theta, fraction = self._rotary(settings, where)
         activation = self._activation(settings, where)
         rows = _value(settings, "vocab_size", ..., where)
@@ -116,7 +135,8 @@ class Family:
                 f"{where} sets vocab_size to {rows} and the tokenizer has {num_ids} ids: it is "
                 "another model's tokenizer; download the folder again."
             )
-        more = {"mlp_activation": activation, "rope_theta": theta, "rope_fraction": fraction}
+        more: dict[str, Any] = {"rope_scaling": scaling, **self.read_options(settings, where)}
+        more |= {"mlp_activation": activation, "rope_theta": theta, "rope_fraction": fraction}
         more |= {"vocab_size": num_ids, "vocab_multiple": vocab_multiple(num_ids, rows)}
         try:
             config = _plain(DecoderConfig(**{**self.fixed, **found, **more}))
@@ -129,6 +149,17 @@ class Family:
                 "the logits don't depend on it."
             )
         return config
+
+    def read_options(self, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Settings of DecoderConfig that take more than one field of a config.json, in a family
+        with `options`; InputError where they can't be read."""
+        del settings, where
+        return {}
+
+    def write_options(self, config: DecoderConfig) -> dict[str, Any]:
+        """The inverse of read_options."""
+        del config
+        return {}
 
     def unread_fields(self, settings: Mapping[str, Any]) -> list[str]:
         """The fields of a config.json that are not read, except the usual harmless ones (token ids,
@@ -143,9 +174,11 @@ class Family:
     def obstacles(self, config: DecoderConfig) -> list[str]:
         """The settings in which a model differs from this family; empty if it fits."""
         values = vars(_plain(config))
+        varied = {*self.options, *(setting for setting, _ in self.fields.values())}
+        plain = {name: value for name, value in _PLAIN.items() if name not in varied}
         return [
             f"{name} = {needed!r} and has {values[name]!r}"
-            for name, needed in self.fixed.items()
+            for name, needed in {**self.fixed, **{**plain, **self.fixed}}.items()
             if values[name] != needed
         ]
 
@@ -156,12 +189,15 @@ class Family:
         values = {**vars(config), "num_kv_heads": config.kv_heads, "head_dim": config.head_width}
         activation = next(n for n, ours in _ACTIVATIONS.items() if ours == config.mlp_activation)
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+        if config.rope_scaling is not None:
+            rope |= rotary_fields.write_scaling(config.rope_scaling)
         settings = {
             "architectures": [self.class_name],
             "model_type": self.model_type,
             **{field: values[setting] for field, (setting, _) in self.fields.items()},
             **{field: value for field, value in self.must_be.items() if value is not None},
             "hidden_act": activation,
+            **self.write_options(config),
             # Both the names of transformers 5 and the older ones.
             self.theta_field: config.rope_theta,
             "rope_parameters": rope,
@@ -180,7 +216,8 @@ class Family:
 
     @property
     def _read_fields(self) -> set[str]:
-        own = {*self.fields, *self.must_be, self.theta_field, *_ROPE_FIELDS}
+        own = {*self.fields, *self.must_be, self.theta_field, *rotary_fields.FIELDS}
+        own |= set(self.option_fields)
         return own | {"hidden_act", _OTHER_ACTIVATION, self.fraction_field or "hidden_act"}
 
     def _activation(self, settings: Mapping[str, Any], where: str) -> str:
@@ -194,26 +231,8 @@ class Family:
 
     def _rotary(self, settings: Mapping[str, Any], where: str) -> tuple[float, float]:
         """The rotary base, and the share of a head that is rotated."""
-        for field in _ROPE_FIELDS:
-            found = settings.get(field) or {}
-            kind = None
-            if isinstance(found, dict):
-                kind = found.get("rope_type", found.get("type", "default"))
-            if kind != "default" and not (kind == "linear" and found.get("factor") == 1):
-                raise InputError(
-                    f"{where} sets {field} to {settings[field]!r}, and salt_jax has no scaled "
-                    "rotary embedding: choose another model."
-                )
-        # transformers 5 reads one of the two.
-        rope: dict[str, Any]
-        rope = next((settings[field] for field in _ROPE_FIELDS if settings.get(field)), {})
-        for field in sorted(rope.keys() - _ROPE_PARAMETERS - {"original_max_position_embeddings"}):
-            if rope[field] is not None and not (field == "factor" and rope[field] == 1):
-                raise InputError(
-                    f"{where} sets {field} of the rotary embedding, which salt_jax doesn't have: "
-                    "choose another model."
-                )
-        theta, fraction = _value(settings, self.theta_field, 10_000.0, where), self.rope_fraction
+        rope = rotary_fields.rotary_parameters(settings)
+        theta, fraction = _value(settings, self.theta_field, self.theta, where), self.rope_fraction
         if self.fraction_field:
             fraction = _value(settings, self.fraction_field, fraction, where)
         theta = float(_value(rope, "rope_theta", float(theta), where))

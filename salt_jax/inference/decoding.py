@@ -116,7 +116,8 @@ def step(
 ) -> tuple[jax.Array, DecodingCache]:
     """Reads one more token of each row; returns the float32 logits [B, V] and the new cache."""
     segment_ids_Bx1 = jnp.ones_like(token_B)[:, None]
-    variables = {"params": params, CACHE: {**cache.layers, "segment_ids": cache.segment_ids}}
+    visible = {"segment_ids": cache.segment_ids, "slot": cache.slot}
+    variables = {"params": params, CACHE: {**cache.layers, **visible}}
     positions_Bx1 = cache.lengths[:, None]
     hidden_Bx1xD, new = _apply(config, variables, token_B[:, None], segment_ids_Bx1, positions_Bx1)
 

@@ -4,22 +4,21 @@ All agree with the reference, "xla", up to rounding; they differ in speed and me
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from salt_jax.errors import InputError
 from salt_jax.models.flash_attention import (
-    Kernel,
     cudnn_attention,
     cudnn_obstacle,
     splash_attention,
     splash_obstacle,
 )
-from salt_jax.models.reference_attention import reference_attention
+from salt_jax.models.reference_attention import PLAIN, ScoreOptions, reference_attention
 
-BACKENDS: Mapping[str, Kernel] = types.MappingProxyType(
+BACKENDS: Mapping[str, Callable[..., jax.Array]] = types.MappingProxyType(
     {"xla": reference_attention, "cudnn": cudnn_attention, "splash": splash_attention}
 )
 _OBSTACLES = types.MappingProxyType({"cudnn": cudnn_obstacle, "splash": splash_obstacle})
@@ -33,6 +32,7 @@ def attention(
     bidirectional_BxL: jax.Array | None = None,
     *,
     backend: str = "auto",
+    options: ScoreOptions = PLAIN,
 ) -> jax.Array:
     """Softmax attention, softmax(q·k / √K)·v, causal and within a segment.
 
@@ -48,6 +48,7 @@ def attention(
       bidirectional_BxL: bool; where True, the positions of a segment attend to each other in both
         directions. Only "xla" supports it, so "auto" chooses that. None is causal everywhere.
       backend: See choose_backend.
+      options: The window, soft cap and scale of the scores. A window bounds causal attention only.
 
     Returns:
       [B, L, H, K] in the dtype of the queries. The softmax is computed in float32.
@@ -58,11 +59,14 @@ def attention(
     if bidirectional_BxL is not None:
         require_bidirectional(backend)
         return reference_attention(
-            query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL, bidirectional_BxL
+            *(query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL, bidirectional_BxL),
+            options=options,
         )
     length, width = query_BxLxHxK.shape[1], query_BxLxHxK.shape[3]
-    chosen = choose_backend(backend, platform_in_context(), length, width, query_BxLxHxK.dtype)
-    return BACKENDS[chosen](query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
+    platform, dtype = platform_in_context(), query_BxLxHxK.dtype
+    chosen = choose_backend(backend, platform, length, width, dtype, options)
+    heads = (query_BxLxHxK, key_BxLxGxK, value_BxLxGxK)
+    return BACKENDS[chosen](*heads, segment_ids_BxL, options=options)
 
 
 def require_bidirectional(backend: str) -> None:
@@ -75,7 +79,14 @@ def require_bidirectional(backend: str) -> None:
         )
 
 
-def choose_backend(backend: str, platform: str, length: int, width: int, dtype: Any) -> str:
+def choose_backend(
+    backend: str,
+    platform: str,
+    length: int,
+    width: int,
+    dtype: Any,
+    options: ScoreOptions = PLAIN,
+) -> str:
     """The name in BACKENDS of the backend that a program will use.
 
     Args:
@@ -85,11 +96,13 @@ def choose_backend(backend: str, platform: str, length: int, width: int, dtype: 
       length: L, tokens of a row.
       width: K, width of a head.
       dtype: The queries' dtype.
+      options: Those of `attention`.
 
     Raises:
       InputError: A backend chosen by name is not supported, with the reason.
     """
-    obstacles = {name: why(platform, length, width, dtype) for name, why in _OBSTACLES.items()}
+    program = (platform, length, width, dtype, options)
+    obstacles = {name: why(*program) for name, why in _OBSTACLES.items()}
     if backend == "auto":
         return next((name for name, obstacle in obstacles.items() if not obstacle), "xla")
     if obstacle := obstacles.get(backend):

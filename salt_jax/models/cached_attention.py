@@ -1,11 +1,9 @@
 """Attention of one new position per row over itself and the cached keys and values."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from salt_jax.models.reference_attention import MASKED_SCORE
+from salt_jax.models.reference_attention import MASKED_SCORE, PLAIN, ScoreOptions
 
 # The decoder's Flax collections of cached and of new keys and values.
 CACHE = "cache"
@@ -20,25 +18,31 @@ def cached_attention(
     cached_key_BxGxSxK: jax.Array,
     cached_value_BxGxSxK: jax.Array,
     cached_segment_ids_BxS: jax.Array,
+    slot: jax.Array,
+    options: ScoreOptions = PLAIN,
 ) -> jax.Array:
     """The output of attention.attention at the last position.
 
     The scores of the cached keys and of the new one are concatenated rather than the keys, so that
-    the cache is not copied. Empty slots have a different segment id than the new position. Returns
-    [B, 1, H, K] in the dtype of the queries.
+    the cache is not copied. Empty slots have a different segment id than the new position, whose
+    slot is `slot`. Returns [B, 1, H, K] in the dtype of the queries.
     """
     batch, _, heads, width = query_Bx1xHxK.shape
     groups, slots = cached_key_BxGxSxK.shape[1:3]
-    query_BxGxRxK = (query_Bx1xHxK * (1.0 / math.sqrt(width))).reshape(batch, groups, -1, width)
+    scaled_Bx1xHxK = query_Bx1xHxK * options.scale_of(width)
+    query_BxGxRxK = scaled_Bx1xHxK.reshape(batch, groups, -1, width)
     key_BxGx1xK, value_BxGx1xK = key_Bx1xGxK.swapaxes(1, 2), value_Bx1xGxK.swapaxes(1, 2)
 
     def scores(key_BxGxNxK: jax.Array) -> jax.Array:
-        return jnp.einsum(
+        products_BxGxRxN = jnp.einsum(
             "bgrk,bgnk->bgrn", query_BxGxRxK, key_BxGxNxK, preferred_element_type=jnp.float32
         )
+        return options.capped(products_BxGxRxN)
 
     # N = S + 1: the cache, then the new position.
     visible_BxS = cached_segment_ids_BxS == segment_ids_Bx1
+    if options.window is not None:
+        visible_BxS &= (slot - jnp.arange(slots) < options.window)[None]
     cached_BxGxRxS = jnp.where(visible_BxS[:, None, None], scores(cached_key_BxGxSxK), MASKED_SCORE)
     scores_BxGxRxN = jnp.concatenate([cached_BxGxRxS, scores(key_BxGx1xK)], axis=-1)
     shares_BxGxRxN = jax.nn.softmax(scores_BxGxRxN, axis=-1).astype(value_Bx1xGxK.dtype)

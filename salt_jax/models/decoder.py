@@ -15,7 +15,7 @@ activation_kv_heads, activation_mlp, activation_vocab.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from salt_jax.models import layers, remat
 from salt_jax.models.attention import attention
 from salt_jax.models.cached_attention import CACHE, NEW_KEYS_AND_VALUES, cached_attention
 from salt_jax.models.decoder_config import DecoderConfig
+from salt_jax.models.reference_attention import ScoreOptions
 
 # Standard deviation of the logits and of the embedded inputs at initialization, at any width. Small
 # logits give a loss of about log V. Inputs smaller by 1/√D, as from one unscaled table for both,
@@ -45,11 +46,13 @@ class Visibility(NamedTuple):
       segment_ids: [B, L]; a position attends to its own segment only.
       bidirectional: [B, L], the positions that attend to each other in both directions, or None.
       cached_segment_ids: [B, S], the segments of the positions in the cache, or None.
+      slot: int32, the cache's slot of the new position, or None.
     """
 
     segment_ids: jax.Array
     bidirectional: jax.Array | None
     cached_segment_ids: jax.Array | None
+    slot: jax.Array | None
 
 
 class Decoder(nn.Module):
@@ -107,10 +110,14 @@ class Decoder(nn.Module):
             x_BxLxD = jnp.take(embedding_VxD, inputs_BxL, axis=0).astype(config.dtype)
             if config.scale_embeddings:
                 x_BxLxD *= math.sqrt(config.embed_dim)
+            if config.embedding_multiplier != 1.0:
+                x_BxLxD *= config.embedding_multiplier
             x_BxLxD = _constrain(x_BxLxD, "activation_embed")
-        rotation = layers.rotary_angles(positions_BxL, config.rotary_dim, config.rope_theta)
-        cached_segment_ids_BxS: Any = self.get_variable(CACHE, "segment_ids")
-        visibility = Visibility(segment_ids_BxL, bidirectional_BxL, cached_segment_ids_BxS)
+        rotations, kind_of_layer = _rotations(config, positions_BxL)
+        if kind_of_layer is not None:
+            kind_of_layer = kind_of_layer[first:stop]
+        cached: Any = [self.get_variable(CACHE, name) for name in ("segment_ids", "slot")]
+        visibility = Visibility(segment_ids_BxL, bidirectional_BxL, *cached)
 
         block: Any = Block
         if config.remat != "none":
@@ -122,18 +129,23 @@ class Decoder(nn.Module):
                 block,
                 variable_axes={"params": 0, CACHE: 0, NEW_KEYS_AND_VALUES: 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast if kind_of_layer is None else 0),
                 length=stop - first,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x_BxLxD, _ = blocks(config, name="layers")(x_BxLxD, visibility, rotation)
+            x_BxLxD, _ = blocks(config, name="layers")(
+                x_BxLxD, visibility, rotations, kind_of_layer
+            )
         else:
             for layer in range(first, stop):
                 apply_block = block(config, name=f"layers_{layer}")
-                x_BxLxD, _ = apply_block(x_BxLxD, visibility, rotation)
+                kind = None if kind_of_layer is None else kind_of_layer[layer - first]
+                x_BxLxD, _ = apply_block(x_BxLxD, visibility, rotations, kind)
         if self.part is not None and first == 0:
             return x_BxLxD
-        return _norm(config, "final_norm")(x_BxLxD)
+        x_BxLxD = _norm(config, "final_norm")(x_BxLxD)
+        # A factor of the hidden states is one of the logits.
+        return x_BxLxD if config.logits_divisor == 1.0 else x_BxLxD / config.logits_divisor
 
     def _table(self, name: str) -> jax.Array:
         config = self.config
@@ -148,23 +160,42 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, added to the residual stream in sequence or in parallel."""
+    """Attention and MLP with their norms, added to the residual stream in sequence or in parallel.
+
+    `rotations` are those of each kind of layer; `kind` is the layer's own, None if all are alike.
+    """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, visibility: Visibility, rotation: layers.Rotation
+        self,
+        x_BxLxD: jax.Array,
+        visibility: Visibility,
+        rotations: Sequence[layers.Rotation],
+        kind: jax.Array | None,
     ) -> tuple[jax.Array, None]:
         config = self.config
         x_BxLxD = checkpoint_name(x_BxLxD, remat.BLOCK_INPUT)
-        normed_BxLxD = _norm(config, "attention_norm")(x_BxLxD)
         self_attention = SelfAttention(config, name="attention")
-        attended_BxLxD = x_BxLxD + self_attention(normed_BxLxD, visibility, rotation)
+        normed_BxLxD = self._normed("before", "attention_norm", x_BxLxD)
+        added_BxLxD = self_attention(normed_BxLxD, visibility, rotations, kind)
+        attended_BxLxD = x_BxLxD + self._added("attention_out_norm", added_BxLxD)
         mlp_input_BxLxD = x_BxLxD if config.parallel_residual else attended_BxLxD
-        normed_BxLxD = _norm(config, "mlp_norm")(mlp_input_BxLxD)
-        x_BxLxD = attended_BxLxD + Mlp(config, name="mlp")(normed_BxLxD)
+        normed_BxLxD = self._normed("before", "mlp_norm", mlp_input_BxLxD)
+        added_BxLxD = Mlp(config, name="mlp")(normed_BxLxD)
+        x_BxLxD = attended_BxLxD + self._added("mlp_out_norm", added_BxLxD)
         return _constrain(x_BxLxD, "activation_embed"), None
+
+    def _normed(self, placement: str, name: str, x_BxLxD: jax.Array) -> jax.Array:
+        if self.config.norm_placement not in (placement, "both"):
+            return x_BxLxD
+        return _norm(self.config, name)(x_BxLxD)
+
+    def _added(self, norm: str, x_BxLxD: jax.Array) -> jax.Array:
+        x_BxLxD = self._normed("after", norm, x_BxLxD)
+        multiplier = self.config.residual_multiplier
+        return x_BxLxD if multiplier == 1.0 else multiplier * x_BxLxD
 
 
 class SelfAttention(nn.Module):
@@ -174,14 +205,28 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, visibility: Visibility, rotation: layers.Rotation
+        self,
+        x_BxLxD: jax.Array,
+        visibility: Visibility,
+        rotations: Sequence[layers.Rotation],
+        kind: jax.Array | None,
     ) -> jax.Array:
         config = self.config
+        rotation = rotations[0]
+        if kind is not None:
+            select = functools.partial(jax.lax.select_n, kind)
+            rotation = jax.tree.map(select, *rotations)
         embed: layers.Axes = ((config.embed_dim, "embed"),)
         heads: layers.Axes = ((config.num_heads, "heads"), (config.head_width, "head_dim"))
         kv_heads: layers.Axes = ((config.kv_heads, "kv_heads"), (config.head_width, "head_dim"))
-        query_BxLxHxK = layers.rotate(_projection(config, "query", embed, heads)(x_BxLxD), rotation)
-        key_BxLxGxK = layers.rotate(_projection(config, "key", embed, kv_heads)(x_BxLxD), rotation)
+        query_BxLxHxK = self._normed(
+            "query", heads, _projection(config, "query", embed, heads)(x_BxLxD)
+        )
+        key_BxLxGxK = self._normed(
+            "key", kv_heads, _projection(config, "key", embed, kv_heads)(x_BxLxD)
+        )
+        query_BxLxHxK = layers.rotate(query_BxLxHxK, rotation)
+        key_BxLxGxK = layers.rotate(key_BxLxGxK, rotation)
         value_BxLxGxK = _projection(config, "value", embed, kv_heads)(x_BxLxD)
         query_BxLxHxK = _constrain(query_BxLxHxK, "activation_heads", None)
         key_BxLxGxK = _constrain(key_BxLxGxK, "activation_kv_heads", None)
@@ -191,9 +236,16 @@ class SelfAttention(nn.Module):
             checkpoint_name(key_BxLxGxK, remat.KEY),
             checkpoint_name(value_BxLxGxK, remat.VALUE),
             visibility,
+            kind,
         )
         attended_BxLxD = _projection(config, "out", heads, embed, into_residual=True)(mixed_BxLxHxK)
         return checkpoint_name(attended_BxLxD, remat.ATTENDED)
+
+    def _normed(self, name: str, heads: layers.Axes, x: jax.Array) -> jax.Array:
+        qk_norm = self.config.qk_norm
+        if qk_norm == "none":
+            return x
+        return _norm(self.config, f"{name}_norm", heads if qk_norm == "heads" else heads[1:])(x)
 
     def _mixed(
         self,
@@ -201,18 +253,26 @@ class SelfAttention(nn.Module):
         key_BxLxGxK: jax.Array,
         value_BxLxGxK: jax.Array,
         visibility: Visibility,
+        kind: jax.Array | None,
     ) -> jax.Array:
         if self.is_mutable_collection(NEW_KEYS_AND_VALUES) and not self.is_initializing():
             self.put_variable(NEW_KEYS_AND_VALUES, "key", key_BxLxGxK)
             self.put_variable(NEW_KEYS_AND_VALUES, "value", value_BxLxGxK)
         heads = (query_BxLxHxK, key_BxLxGxK, value_BxLxGxK)
-        segment_ids, bidirectional, cached_segment_ids = visibility
+        segment_ids, bidirectional, cached_segment_ids, slot = visibility
         if cached_segment_ids is None:
-            backend = self.config.attention_backend
-            return attention(*heads, segment_ids, bidirectional, backend=backend)
-        key: Any = self.get_variable(CACHE, "key")
-        value: Any = self.get_variable(CACHE, "value")
-        return cached_attention(*heads, segment_ids, key, value, cached_segment_ids)
+            arguments: Any = (*heads, segment_ids, bidirectional)
+            attend: Any = functools.partial(attention, backend=self.config.attention_backend)
+        else:
+            cache: Any = self.get_variable(CACHE, "key"), self.get_variable(CACHE, "value")
+            arguments = (*heads, segment_ids, *cache, cached_segment_ids, slot)
+            attend = cached_attention
+        # Windows are constants of the kernels: layers that differ in theirs choose a branch.
+        branches = [functools.partial(attend, options=one) for one in _score_options(self.config)]
+        if kind is None or len({branch.keywords["options"] for branch in branches}) == 1:
+            mixed_BxLxHxK: jax.Array = branches[0](*arguments)
+            return mixed_BxLxHxK
+        return jax.lax.switch(kind, branches, *arguments)
 
 
 class Mlp(nn.Module):
@@ -328,17 +388,53 @@ def _projection(
     outputs: layers.Axes,
     into_residual: bool = False,
 ) -> layers.Projection:
+    use_bias = config.use_bias or (config.qkv_bias and name in ("query", "key", "value"))
     std = 1.0 / math.sqrt(math.prod(size for size, _ in inputs))
     if into_residual:
         # As in GPT-2, so that the initial residual stream doesn't grow with the number of layers.
         std /= math.sqrt(2 * config.num_layers)
     dtype, param_dtype = config.dtype, config.param_dtype
-    return layers.Projection(inputs, outputs, std, config.use_bias, dtype, param_dtype, name=name)
+    return layers.Projection(inputs, outputs, std, use_bias, dtype, param_dtype, name=name)
 
 
-def _norm(config: DecoderConfig, name: str) -> layers.Norm:
+def _norm(config: DecoderConfig, name: str, axes: layers.Axes | None = None) -> layers.Norm:
+    """A norm over `axes`, or over the model's width."""
     kind, epsilon, use_bias = config.norm, config.norm_epsilon, config.use_bias
-    return layers.Norm(kind, epsilon, use_bias, config.dtype, config.param_dtype, name=name)
+    axes = axes or ((config.embed_dim, "embed"),)
+    return layers.Norm(kind, epsilon, use_bias, config.dtype, config.param_dtype, axes, name=name)
+
+
+def _kinds(config: DecoderConfig) -> tuple[str, ...]:
+    """The kinds that the model's layers have, in the order of first use."""
+    return tuple(dict.fromkeys(config.layer_kinds))
+
+
+def _rotations(
+    config: DecoderConfig, positions_BxL: jax.Array
+) -> tuple[list[layers.Rotation], jax.Array | None]:
+    """The rotation of each kind, and the kind of each layer, int32, or None if all have one."""
+
+    def of(kind: str) -> layers.Rotation:
+        if kind == "nope":
+            # By the angle 0, unscaled.
+            return layers.rotary_angles(0 * positions_BxL, config.rotary_dim, config.rope_theta)
+        if kind == "local" and config.local_rope_theta is not None:
+            return layers.rotary_angles(positions_BxL, config.rotary_dim, config.local_rope_theta)
+        theta, scaling = config.rope_theta, config.rope_scaling
+        return layers.rotary_angles(positions_BxL, config.rotary_dim, theta, scaling)
+
+    kinds = _kinds(config)
+    rotations = [of(kind) for kind in kinds]
+    if len(kinds) == 1:
+        return rotations, None
+    return rotations, jnp.array([kinds.index(kind) for kind in config.kinds_of_layers], jnp.int32)
+
+
+def _score_options(config: DecoderConfig) -> list[ScoreOptions]:
+    """The options of attention in each kind of layer."""
+    scale, soft_cap = config.attention_scale, config.attention_soft_cap
+    windows = (config.window if kind == "local" else None for kind in _kinds(config))
+    return [ScoreOptions(scale, soft_cap, window) for window in windows]
 
 
 def _constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any
 from salt_jax.errors import InputError
 from salt_jax.models import layers, remat
 from salt_jax.models.attention import BACKENDS
+from salt_jax.models.rope_scaling import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,20 @@ class DecoderConfig:
       tied_embeddings: The head is the embedding, transposed.
       scale_embeddings: Multiply embedded inputs by √D so that one table can serve as input and as
         head, as in Gemma but not in GPT-NeoX or Llama.
+      qkv_bias: Biases on query, key and value alone, as in Qwen2.
+      qk_norm: A norm on queries and keys before their rotation: "none", "head" (each head by
+        itself, with one scale for all: Qwen3) or "heads" (all together: OLMo 2).
+      norm_placement: Norms "before" attention and MLP, "after" them (OLMo 2), or "both" (Gemma 2).
+      rope_scaling: How rotary frequencies are scaled for long texts, or None.
+      layer_kinds: The kind of each layer, repeated over the layers: "global", "local" (attends
+        within `window`) or "nope" (without rotary embedding).
+      window: Positions that a "local" layer attends to, its own included.
+      local_rope_theta: rope_theta of "local" layers, which then have no rope_scaling; None if they
+        have the same rotation as all.
+      attention_scale: Multiplies q·k; 1 / √head_dim if None.
+      attention_soft_cap: c of c · tanh(score / c) on attention's scores, or None.
+      embedding_multiplier: Multiplies embedded inputs, and residual_multiplier what a block adds to
+        the residual stream; logits are divided by logits_divisor (Granite).
       scan_layers: Scan one block over stacked parameters, which compiles fast.
       remat: What the backward pass recomputes, from nothing to all of a block: "none", "minimal",
         "attention", "attention_output", "full" or "offload"; see remat.py.
@@ -65,6 +80,18 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     tied_embeddings: bool = True
     scale_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: str = "none"
+    norm_placement: str = "before"
+    rope_scaling: RopeScaling | None = None
+    layer_kinds: tuple[str, ...] = ("global",)
+    window: int | None = None
+    local_rope_theta: float | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -105,11 +132,43 @@ class DecoderConfig:
                 f"DecoderConfig.rope_fraction {self.rope_fraction} of a head of {self.head_width} "
                 f"is {self.rotary_dim} dimensions, an odd number; change it or head_dim."
             )
-        for name in ("rope_theta", "norm_epsilon"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise InputError(
-                    f"DecoderConfig.{name} is {getattr(self, name)}; set it to a number above 0."
-                )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL_POSITIVE:
+                continue
+            if not 0.0 < value < math.inf:
+                raise InputError(f"DecoderConfig.{name} is {value}; set it to a number above 0.")
+        if isinstance(self.rope_scaling, Mapping):  # from JSON
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        object.__setattr__(self, "layer_kinds", self._shortest_layer_kinds())
+        if ("local" in self.layer_kinds) != (self.window is not None):
+            raise InputError(
+                f"DecoderConfig.window is {self.window} and layer_kinds {self.layer_kinds}; set "
+                "window for layers that are 'local', and only for those."
+            )
+
+    def _shortest_layer_kinds(self) -> tuple[str, ...]:
+        """layer_kinds as their shortest period, so that equal models compare equal."""
+        kinds = tuple(self.layer_kinds)
+        if not kinds or not set(kinds) <= set(LAYER_KINDS) or len(kinds) > self.num_layers:
+            raise InputError(
+                f"DecoderConfig.layer_kinds is {self.layer_kinds!r}; set it to at most num_layers "
+                f"of {', '.join(LAYER_KINDS)}."
+            )
+        if len(kinds) == 1:
+            return kinds
+        of_layers = [kinds[layer % len(kinds)] for layer in range(self.num_layers)]
+        periods = range(1, self.num_layers + 1)
+        return next(
+            tuple(of_layers[:period])
+            for period in periods
+            if all(kind == of_layers[i % period] for i, kind in enumerate(of_layers))
+        )
+
+    @property
+    def kinds_of_layers(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return tuple(self.layer_kinds[i % len(self.layer_kinds)] for i in range(self.num_layers))
 
     @property
     def kv_heads(self) -> int:
@@ -162,12 +221,18 @@ class DecoderConfig:
     def num_parameters(self) -> int:
         """All parameters, with the vocabulary's padding; a tied embedding counts once."""
         norm = self.embed_dim * (2 if self.norm == "layernorm" and self.use_bias else 1)
+        norms = 4 if self.norm_placement == "both" else 2
         biases = 0
         if self.use_bias:
             biases += self.head_width * (self.num_heads + 2 * self.kv_heads) + self.embed_dim
             biases += (2 if self.gated_mlp else 1) * self.mlp_dim + self.embed_dim
+        if self.qkv_bias and not self.use_bias:
+            biases += self.head_width * (self.num_heads + 2 * self.kv_heads)
+        if self.qk_norm != "none":
+            heads = self.num_heads + self.kv_heads if self.qk_norm == "heads" else 2
+            biases += self.head_width * heads
         embedding = 0 if self.tied_embeddings else self.embed_dim * self.padded_vocab_size
-        blocks = self.num_layers * (2 * norm + biases)
+        blocks = self.num_layers * (norms * norm + biases)
         return self.num_matmul_parameters + embedding + blocks + norm
 
     def to_json(self) -> dict[str, Any]:
@@ -186,15 +251,24 @@ class DecoderConfig:
             ) from error
 
 
-_OPTIONAL_SIZES = ("vocab_size", "num_kv_heads", "head_dim")
+LAYER_KINDS = ("global", "local", "nope")
+
+_OPTIONAL_SIZES = ("vocab_size", "num_kv_heads", "head_dim", "window")
 _SIZES = (
     *("embed_dim", "num_layers", "num_heads", "mlp_dim", "vocab_multiple", "max_length"),
     *_OPTIONAL_SIZES,
+)
+_OPTIONAL_POSITIVE = ("local_rope_theta", "attention_scale", "attention_soft_cap")
+_POSITIVE = (
+    *("rope_theta", "norm_epsilon", "embedding_multiplier", "residual_multiplier"),
+    *("logits_divisor", *_OPTIONAL_POSITIVE),
 )
 _CHOICES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {
         "mlp_activation": tuple(layers.ACTIVATIONS),
         "norm": ("rmsnorm", "layernorm"),
+        "qk_norm": ("none", "head", "heads"),
+        "norm_placement": ("before", "after", "both"),
         "remat": ("none", *remat.POLICIES),
         "dtype": ("float32", "bfloat16"),
         "param_dtype": ("float32", "bfloat16", "float16"),

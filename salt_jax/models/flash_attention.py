@@ -18,7 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from salt_jax.models.reference_attention import OUTPUT_NAME, causal_segment_mask
+from salt_jax.models.reference_attention import (
+    OUTPUT_NAME,
+    PLAIN,
+    ScoreOptions,
+    causal_segment_mask,
+)
 
 _LANES = 128  # the width of a TPU's vector register
 _LARGEST_BLOCK = 640  # its float32 scores are 1.6 MB of 16 MB of vector memory
@@ -26,7 +31,9 @@ _LARGEST_BLOCK = 640  # its float32 scores are 1.6 MB of 16 MB of vector memory
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def cudnn_obstacle(platform: str, length: int, width: int, dtype: Any) -> str | None:
+def cudnn_obstacle(
+    platform: str, length: int, width: int, dtype: Any, options: ScoreOptions
+) -> str | None:
     """Why cuDNN's kernel can't be used for rows of `length` and heads of `width`, or None."""
     if platform not in ("gpu", "cuda"):
         return f"cuDNN needs an NVIDIA GPU and this program is for {platform}"
@@ -38,6 +45,8 @@ def cudnn_obstacle(platform: str, length: int, width: int, dtype: Any) -> str | 
         return f"heads of {width} are not a multiple of 8 of at most 128"
     if length % 2:
         return f"rows of {length} tokens are not of even length"
+    if options.soft_cap is not None:
+        return "cuDNN's flash attention has no soft cap (DecoderConfig.attention_soft_cap)"
     return None
 
 
@@ -46,26 +55,36 @@ def cudnn_attention(
     key_BxLxGxK: jax.Array,
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
+    *,
+    options: ScoreOptions = PLAIN,
 ) -> jax.Array:
     """cuDNN's flash attention.
 
-    Segments are an additive mask [B, 1, L, L] in addition to cuDNN's causal one. Its packed layout
-    would need no such mask, but a fixed bound on the segments of a row.
+    Segments and windows are an additive mask [B, 1, L, L] in addition to cuDNN's causal one. Its
+    packed layout would need no such mask, but a fixed bound on the segments of a row.
     """
 
     def kernel(query: Any, key: Any, value: Any, segment_ids: Any) -> jax.Array:
-        mask_Bx1xLxL = causal_segment_mask(segment_ids)[:, None]
+        mask_Bx1xLxL = causal_segment_mask(segment_ids, window=options.window)[:, None]
         mixed: jax.Array = jax.nn.dot_product_attention(
-            query, key, value, mask=mask_Bx1xLxL, is_causal=True, implementation="cudnn"
+            query,
+            key,
+            value,
+            mask=mask_Bx1xLxL,
+            scale=options.scale,
+            is_causal=True,
+            implementation="cudnn",
         )
         return checkpoint_name(mixed, OUTPUT_NAME)
 
     return _over_mesh(kernel, query_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
 
 
-def splash_obstacle(platform: str, length: int, width: int, dtype: Any) -> str | None:
-    """Why Splash can't be used for rows of `length`, or None; it supports any `width`."""
-    del width, dtype
+def splash_obstacle(
+    platform: str, length: int, width: int, dtype: Any, options: ScoreOptions
+) -> str | None:
+    """Why Splash can't be used for rows of `length`, or None; any `width` and options will do."""
+    del width, dtype, options
     if platform != "tpu":
         return f"Splash attention needs a TPU and this program is for {platform}"
     if length % _LANES:
@@ -79,6 +98,7 @@ def splash_attention(
     value_BxLxGxK: jax.Array,
     segment_ids_BxL: jax.Array,
     *,
+    options: ScoreOptions = PLAIN,
     interpret: bool = False,
 ) -> jax.Array:
     """Splash attention, a Pallas kernel that skips the blocks above the diagonal.
@@ -87,16 +107,20 @@ def splash_attention(
     """
     length, width = query_BxLxHxK.shape[1], query_BxLxHxK.shape[3]
     block = splash_block(length)
+    mask: Any = splash.CausalMask((length, length))
+    if options.window is not None:
+        mask = splash.LocalMask((length, length), (options.window - 1, 0), offset=0)
 
     def kernel(query: Any, key: Any, value: Any, segment_ids: Any) -> jax.Array:
         attend = splash.make_splash_mha(
-            splash.MultiHeadMask([splash.CausalMask((length, length))] * query.shape[2]),
+            splash.MultiHeadMask([mask] * query.shape[2]),
             head_shards=1,
             q_seq_shards=1,
             block_sizes=splash.BlockSizes(
                 *(block, block, block), *(block, block, block), *(block, block)
             ),
             residual_checkpoint_name=OUTPUT_NAME,
+            attn_logits_soft_cap=options.soft_cap,
             interpret=interpret,
         )
         heads_first = [x.transpose(0, 2, 1, 3) for x in (query, key, value)]
@@ -104,7 +128,7 @@ def splash_attention(
         mixed_BxHxLxK: jax.Array = jax.vmap(attend)(*heads_first, segments)
         return mixed_BxHxLxK.transpose(0, 2, 1, 3)
 
-    scaled_BxLxHxK = query_BxLxHxK * (1.0 / math.sqrt(width))
+    scaled_BxLxHxK = query_BxLxHxK * options.scale_of(width)
     return _over_mesh(kernel, scaled_BxLxHxK, key_BxLxGxK, value_BxLxGxK, segment_ids_BxL)
 
 

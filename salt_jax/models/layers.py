@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from salt_jax.models.rope_scaling import RopeScaling
+
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
     {
         "silu": jax.nn.silu,
@@ -63,12 +65,13 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, with a scale.
+    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis or axes, with a scale.
 
     Attributes:
       kind: "rmsnorm" or "layernorm".
       epsilon: Added to the mean square, or the variance, before its root.
       use_bias: Whether a LayerNorm has a bias.
+      axes: The axes normalized together, each with an own scale: the last ones of the array.
     """
 
     kind: str
@@ -76,35 +79,44 @@ class Norm(nn.Module):
     use_bias: bool
     dtype: str
     param_dtype: str
+    axes: Axes
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        y_BxLxD = x_BxLxD.astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y, last = x.astype(jnp.float32), tuple(range(-len(self.axes), 0))
         if self.kind == "layernorm":
-            y_BxLxD -= jnp.mean(y_BxLxD, axis=-1, keepdims=True)
-        mean_square_BxLx1 = jnp.mean(jnp.square(y_BxLxD), axis=-1, keepdims=True)
-        y_BxLxD *= jax.lax.rsqrt(mean_square_BxLx1 + self.epsilon)
-        width = x_BxLxD.shape[-1]
-        y_BxLxD *= self._parameter("scale", nn.initializers.ones_init(), width)[None, None]
+            y -= jnp.mean(y, axis=last, keepdims=True)
+        mean_square = jnp.mean(jnp.square(y), axis=last, keepdims=True)
+        y *= jax.lax.rsqrt(mean_square + self.epsilon)
+        y *= self._parameter("scale", nn.initializers.ones_init(), x.ndim)
         if self.kind == "layernorm" and self.use_bias:
-            y_BxLxD += self._parameter("bias", nn.initializers.zeros_init(), width)[None, None]
-        return y_BxLxD.astype(self.dtype)
+            y += self._parameter("bias", nn.initializers.zeros_init(), x.ndim)
+        return y.astype(self.dtype)
 
-    def _parameter(self, name: str, init: nn.initializers.Initializer, width: int) -> jax.Array:
-        boxed_init = nn.with_logical_partitioning(init, ("embed",))
-        value_D: Any = self.param(name, boxed_init, (width,), jnp.dtype(self.param_dtype))
-        return value_D.astype(jnp.float32)
+    def _parameter(self, name: str, init: nn.initializers.Initializer, rank: int) -> jax.Array:
+        boxed_init = nn.with_logical_partitioning(init, tuple(name for _, name in self.axes))
+        shape = tuple(size for size, _ in self.axes)
+        value: Any = self.param(name, boxed_init, shape, jnp.dtype(self.param_dtype))
+        leading = tuple(range(rank - len(shape)))
+        return jnp.expand_dims(value.astype(jnp.float32), leading)
 
 
-def rotary_angles(positions_BxL: jax.Array, rotary_dim: int, theta: float) -> Rotation:
+def rotary_angles(
+    positions_BxL: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Rotation:
     """Cosines and sines of position · theta^(-2i / rotary_dim) for i = 0 … rotary_dim / 2 - 1.
 
     Source: arXiv 2104.09864. With rotary_dim 0 both are empty.
     """
     exponents = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / max(rotary_dim, 1)
     frequencies = theta**-exponents
+    if scaling is not None:
+        frequencies *= scaling.ratios(rotary_dim, theta)
     angles = positions_BxL.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    amplitude = 1.0 if scaling is None else scaling.amplitude
+    if amplitude == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
 def rotate(x_BxLxHxK: jax.Array, rotation: Rotation) -> jax.Array:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.errors import InputError, needed_libraries
+from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.durable_files import write_text
 
 RUN_ID_FILE = "wandb_run_id"
@@ -29,7 +30,12 @@ def begin_wandb(run_path: pathlib.Path, project: str, name: str, config: Mapping
     known = kept.read_text(encoding="utf-8") if kept.exists() else None
     try:
         run = wandb.init(
-            project=project, name=name, id=known, resume="allow", dir=str(run_path), config=config
+            project=project,
+            name=name,
+            id=known,
+            resume="allow",
+            dir=None if is_remote(run_path) else str(run_path),
+            config=config,
         )
     except wandb.Error as error:
         raise InputError(

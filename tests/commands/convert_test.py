@@ -242,9 +242,9 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "qwen3"}, "model_type to 'qwen3', expected one of gpt_neox, llama, gemma"),
+        ({"model_type": "phi3"}, "model_type to 'phi3', expected one of gpt_neox, llama, gemma"),
         ({"model_type": ["llama"]}, "expected one of gpt_neox"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "sets rope_scaling"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "sets rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "sets rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1e4, "beta": 3}}, "sets beta of the rotary"),
         ({"sliding_window": 128}, "sets sliding_window to 128"),

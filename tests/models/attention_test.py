@@ -7,7 +7,7 @@ import pytest
 
 from salt_jax.errors import InputError
 from salt_jax.models.attention import attention
-from salt_jax.models.reference_attention import causal_segment_mask
+from salt_jax.models.reference_attention import PLAIN, ScoreOptions, causal_segment_mask
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 3, 3, 3]], np.int32)
 
@@ -24,6 +24,7 @@ def numpy_attention(
     value: np.ndarray,
     segments: np.ndarray,
     both_ways: np.ndarray | None = None,
+    options: ScoreOptions = PLAIN,
 ) -> np.ndarray:
     """One query at a time, in float64."""
     batch, length, heads, width = query.shape
@@ -31,11 +32,16 @@ def numpy_attention(
     out = np.zeros(query.shape)
     for b, i, h in np.ndindex(batch, length, heads):
         ahead = np.arange(length) <= i
+        if options.window is not None:
+            ahead &= i - np.arange(length) < options.window
         if both_ways is not None and both_ways[b, i]:
             ahead = ahead | both_ways[b]
         seen = [j for j in range(length) if ahead[j] and segments[b, j] == segments[b, i]]
         keys = key[b, seen, h // group].astype(np.float64)
-        scores = keys @ query[b, i, h].astype(np.float64) / np.sqrt(width)
+        scores = keys @ query[b, i, h].astype(np.float64)
+        scores *= options.scale_of(width)
+        if options.soft_cap is not None:
+            scores = options.soft_cap * np.tanh(scores / options.soft_cap)
         shares = np.exp(scores - scores.max())
         out[b, i, h] = shares / shares.sum() @ value[b, seen, h // group].astype(np.float64)
     return out
@@ -47,6 +53,19 @@ def test_equals_numpy(heads: int, kv_heads: int, scale: float) -> None:
     inputs = random_inputs(heads, kv_heads, scale)
     mixed = attention(*map(jnp.asarray, inputs), jnp.asarray(SEGMENTS))
     np.testing.assert_allclose(mixed, numpy_attention(*inputs, SEGMENTS), rtol=2e-4, atol=2e-4)
+
+
+OPTIONS = [ScoreOptions(window=2), ScoreOptions(0.3, soft_cap=0.7), ScoreOptions(0.2, 2.0, 3)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_equal_numpy(options: ScoreOptions) -> None:
+    inputs = random_inputs(4, 2)
+    arrays = [jnp.asarray(x) for x in (*inputs, SEGMENTS)]
+    mixed = attention(*arrays, options=options)
+    expected = numpy_attention(*inputs, SEGMENTS, options=options)
+    np.testing.assert_allclose(mixed, expected, rtol=2e-4, atol=2e-4)
+    assert not np.allclose(mixed, attention(*arrays), atol=1e-2)
 
 
 def test_padding_is_finite_in_values_and_gradients() -> None:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from salt_jax.errors import InputError
 from salt_jax.models import decoder, layers
 from salt_jax.models.decoder import Decoder, DecoderConfig
+from salt_jax.models.rope_scaling import RopeScaling
 
 SMALL = DecoderConfig(embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, vocab_size=50)
 GPT_NEOX = dataclasses.replace(
@@ -29,7 +30,24 @@ GPT_NEOX = dataclasses.replace(
     scale_embeddings=False,
 )
 LLAMA = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=8, tied_embeddings=False)
-SHAPES = pytest.mark.parametrize("config", [SMALL, GPT_NEOX, LLAMA], ids=["tied", "neox", "llama"])
+# As in Gemma 3, and all other options: layers differ in window and rotation.
+MIXED = dataclasses.replace(
+    LLAMA,
+    norm_placement="both",
+    qk_norm="head",
+    qkv_bias=True,
+    layer_kinds=("local", "global"),
+    window=3,
+    local_rope_theta=100.0,
+    rope_scaling=RopeScaling("linear", 2.0),
+    attention_scale=0.4,
+    attention_soft_cap=2.0,
+    residual_multiplier=0.5,
+    logits_divisor=2.0,
+)
+SHAPES = pytest.mark.parametrize(
+    "config", [SMALL, GPT_NEOX, LLAMA, MIXED], ids=["tied", "neox", "llama", "mixed"]
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -314,8 +332,25 @@ def test_bfloat16_computes_over_float32_parameters() -> None:
     assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("remat", ["minimal", "attention_output", "full"])
+def test_mixed_layers_have_the_same_gradients_recomputed(remat: str) -> None:
+    params, row = make_params(MIXED), one_segment(8)
+
+    def gradients(config: DecoderConfig) -> Any:
+        return jax.jit(jax.grad(lambda params: jnp.square(all_logits(config, params, *row)).sum()))(
+            params
+        )
+
+    recomputed = gradients(dataclasses.replace(MIXED, remat=remat))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-3, rtol=1e-3),
+        *(recomputed, gradients(MIXED)),
+    )
+
+
 def test_json_round_trip() -> None:
-    assert DecoderConfig.from_json(json.loads(json.dumps(GPT_NEOX.to_json()))) == GPT_NEOX
+    for config in (GPT_NEOX, MIXED):
+        assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(InputError, match="colour"):
         DecoderConfig.from_json({**SMALL.to_json(), "colour": "red"})
 
@@ -334,6 +369,10 @@ def test_json_round_trip() -> None:
         ({"rope_fraction": 1.5}, "rope_fraction is 1.5"),
         ({"rope_fraction": 0.25}, "an odd number"),
         ({"rope_theta": 0.0}, "rope_theta is 0"),
+        ({"window": 3}, "window is 3 and layer_kinds"),
+        ({"layer_kinds": ("local",)}, "window is None and layer_kinds"),
+        ({"layer_kinds": ("near",)}, "global, local, nope"),
+        ({"attention_soft_cap": -1.0}, "attention_soft_cap is -1"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], words: str) -> None:

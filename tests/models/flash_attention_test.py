@@ -24,7 +24,7 @@ from salt_jax.models import decoder, flash_attention, remat
 from salt_jax.models.attention import attention, choose_backend, platform_in_context
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.models.flash_attention import cudnn_attention, splash_attention, splash_block
-from salt_jax.models.reference_attention import reference_attention
+from salt_jax.models.reference_attention import PLAIN, ScoreOptions, reference_attention
 from salt_jax.training.partitioning import MeshConfig, batch_sharding, partitioned
 
 LENGTH = 384
@@ -72,8 +72,8 @@ def assert_equal_reference(attend: Attention, inputs: Any, atol: float = 2e-5) -
         np.testing.assert_allclose(one, other, atol=10 * atol)
 
 
-def interpreted(*arrays: jax.Array) -> jax.Array:
-    return splash_attention(*arrays, interpret=True)
+def interpreted(*arrays: jax.Array, options: ScoreOptions = PLAIN) -> jax.Array:
+    return splash_attention(*arrays, options=options, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,23 @@ def interpreted(*arrays: jax.Array) -> jax.Array:
 def test_splash_equals_reference(heads: int, kv_heads: int, width: int) -> None:
     """Values and gradients, also with Pythia's heads of 64, 80 and 128 and with 96."""
     assert_equal_reference(interpreted, random_inputs(heads, kv_heads, width))
+
+
+@pytest.mark.parametrize("options", [ScoreOptions(window=70), ScoreOptions(0.3, 0.7, 200)])
+def test_splash_has_windows_soft_caps_and_scales(options: ScoreOptions) -> None:
+    inputs = random_inputs(2, 1, 16)
+    seen = splash_attention(*inputs, SEGMENTS, interpret=True, options=options)
+    expected = reference_attention(*inputs, SEGMENTS, options=options)
+    np.testing.assert_allclose(seen, expected, atol=2e-5)
+    assert not np.allclose(seen, reference_attention(*inputs, SEGMENTS), atol=1e-2)
+
+
+def test_cudnn_has_no_soft_cap() -> None:
+    arguments = ("gpu", 1280, 128, jnp.dtype("bfloat16"))
+    assert choose_backend("auto", *arguments, ScoreOptions(soft_cap=50.0)) == "xla"
+    assert choose_backend("auto", *arguments, ScoreOptions(window=70)) == "cudnn"
+    with pytest.raises(InputError, match="has no soft cap"):
+        choose_backend("cudnn", *arguments, ScoreOptions(soft_cap=50.0))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_scores_depend_on_distance_alone() -> None:
 @pytest.mark.parametrize(("kind", "use_bias"), [("rmsnorm", True), ("layernorm", True)])
 def test_norms_equal_numpy(kind: str, use_bias: bool) -> None:
     x = 5.0 + np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
-    norm = layers.Norm(kind, 1e-5, use_bias, "float32", "float32")
+    norm = layers.Norm(kind, 1e-5, use_bias, "float32", "float32", ((16, "embed"),))
     params = nn.unbox(norm.init(jax.random.key(0), jnp.asarray(x))["params"])
     assert set(params) == ({"scale", "bias"} if kind == "layernorm" else {"scale"})
     params = jax.tree.map(lambda p: p + jnp.arange(16) / 16, params)

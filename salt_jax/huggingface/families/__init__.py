@@ -1,6 +1,20 @@
 """The supported model families, one file each."""
 
-from salt_jax.huggingface.families import gemma, gpt_neox, llama
+from salt_jax.huggingface.families import (
+    gemma,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from salt_jax.huggingface.family import Family
 
-FAMILIES: tuple[Family, ...] = (gpt_neox.FAMILY, llama.FAMILY, gemma.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    *(gpt_neox.FAMILY, llama.FAMILY, gemma.FAMILY),
+    *(mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, olmo2.FAMILY),
+    granite.FAMILY,
+)

@@ -1,4 +1,4 @@
-"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288) and SmolLM, without the rotary scaling of 3.1."""
+"""Llama 1 to 3 (arXiv 2302.13971, 2307.09288) and SmolLM 1 and 2."""
 
 from collections.abc import Mapping
 from typing import Any
