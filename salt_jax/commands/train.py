@@ -93,11 +93,8 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     initial = _find_initial(config.initial, packed)
     student = _student(config, initial, packed)
     mesh = devices.mesh.make()
-    microbatches = _most_microbatches(data.batch_size, devices, mesh)
-    if is_remote(run.path):
-        if run.processes.is_first:
-            mark_sent(run.path)
-        run.processes.wait("marked")
+    evaluator = _evaluator(config, student, caches, mesh)
+    _mark_older_checkpoints(run)
     start, saved = _position(run), _newest_progress(run)
     config = dataclasses.replace(config, steps=saved.get("total_steps", config.steps))
     selected = _selection(config)
@@ -127,16 +124,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
             layout=layout,
             pipeline=make_pipeline(config, caches, mesh, selected, start, denoising, labels),
             sequence_length=packed.sequence_length,
-            evaluator=Evaluator(
-                student,
-                caches.packed,
-                "validation",
-                data.batch_size // microbatches,
-                mesh,
-                devices.rules,
-                config.evaluation.rows,
-                method.loss.chunk_tokens,
-            ),
+            evaluator=evaluator,
             origin=origin_of(config, student, caches, selected, teacher, labels, denoising),
             scoring=scoring,
             teacher=_load_teacher(method.teacher, teacher, layout),
@@ -152,6 +140,29 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
         _keep_tokenizer(run, initial, packed)
     _describe(loop)
     run.write_summary(loop.run())
+
+
+def _mark_older_checkpoints(run: RunFolder) -> None:
+    """Completes what an older version sent to a bucket, before any process looks for it."""
+    if is_remote(run.path):
+        if run.processes.is_first:
+            mark_sent(run.path)
+        run.processes.wait("marked")
+
+
+def _evaluator(
+    config: TrainConfig, student: DecoderConfig, caches: Caches, mesh: Mesh
+) -> Evaluator:
+    return Evaluator(
+        student,
+        caches.packed,
+        "validation",
+        config.data.batch_size // _most_microbatches(config.data.batch_size, config.devices, mesh),
+        mesh,
+        config.devices.rules,
+        config.evaluation.rows,
+        config.method.loss.chunk_tokens,
+    )
 
 
 def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCache) -> None:

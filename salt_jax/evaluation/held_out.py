@@ -85,7 +85,9 @@ class HeldOut:
                 return facts
             models = [examinee.saved, *others.values()]
             tokens = paired_comparison.losses_by_token(models, examinee, cache, self.split, rows)
-            found = paired_comparison.differences(tokens, paired_comparison.groups(tokens, cache))
+            found = paired_comparison.differences(
+                tokens, paired_comparison.token_groups(tokens, cache)
+            )
             other = others["compare"]
             title = f"{examinee.title} compared with {other.path} at step {other.step}"
             print_table(paired_comparison.difference_table(found, title))

@@ -129,7 +129,7 @@ def losses_by_token(
     return Tokens(losses_MxN, np.unique(piece_N, return_inverse=True)[1], subset_N, position_N)
 
 
-def groups(tokens: Tokens, cache: PackedCache) -> dict[str, dict[str, np.ndarray]]:
+def token_groups(tokens: Tokens, cache: PackedCache) -> dict[str, dict[str, np.ndarray]]:
     """Masks of tokens, bool [N], by kind of group and group; a third model's losses, if there are
     any, divide the tokens into deciles, easy to hard (equal losses share one)."""
     position_N = tokens.positions * POSITIONS // cache.sequence_length

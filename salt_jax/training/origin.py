@@ -68,9 +68,11 @@ def require_same_origin(saved: Mapping[str, Any], now: Mapping[str, Any], where:
 
 
 def _identity(name: str, value: Any) -> Any:
-    """What must stay the same: a teacher's digest, and a model but for two settings."""
+    """What must stay the same: a teacher's digest, and a model but for two settings. An older
+    version's model has fewer settings."""
     if name == "model":
-        return {key: x for key, x in value.items() if key not in ("remat", "attention_backend")}
+        settings = DecoderConfig.from_json(value).to_json()
+        return {key: x for key, x in settings.items() if key not in ("remat", "attention_backend")}
     return value["digest"] if name == "teacher" and value is not None else value
 
 

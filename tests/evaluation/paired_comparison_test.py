@@ -9,7 +9,7 @@ from salt_jax.evaluation.paired_comparison import (
     Tokens,
     difference_table,
     differences,
-    groups,
+    token_groups,
 )
 
 
@@ -42,7 +42,7 @@ def test_groups_are_disjoint_and_share_their_tokens(cache: PackedCache) -> None:
         tokens.subsets,
         tokens.positions,
     )
-    by_kind = groups(tokens, cache)
+    by_kind = token_groups(tokens, cache)
     assert len(by_kind["by_decile"]) == DECILES
     for of_kind in by_kind.values():
         assert (sum(mask_N.astype(int) for mask_N in of_kind.values()) == 1).all()
