@@ -34,6 +34,9 @@ _GET: dict[str, dict[str, int]] = {
 }
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
+# JAX and Orbax open paths through etils, which decides once, at its first use, whether buckets are
+# opened by TensorFlow, if that is installed, or by fsspec.
+os.environ.setdefault("EPATH_USE_TF", "false")
 # It logs the traceback of errors that it also raises.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
@@ -255,7 +258,6 @@ def _opened(url: str) -> tuple[Any, str]:
 
     # Otherwise gcsfs queries the kind of bucket before each call, and warns if it lacks permission.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow has file systems of its own
     # Other processes write there, and Orbax's file system has a cache of its own.
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     place, scheme = _place(url), url.partition("://")[0]

@@ -4,6 +4,8 @@ import functools
 
 import jax
 
+from salt_jax.errors import InputError
+from salt_jax.storage.buckets import is_remote, path_of
 from salt_jax.storage.user_folders import writable
 from salt_jax.terminal import warn
 
@@ -13,12 +15,22 @@ DEFAULT_FOLDER = "~/.cache/salt_jax/programs"
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`; an empty name keeps none.
 
-    A folder that cannot be written gives a warning, once, and keeps none.
+    Of several processes JAX lets the first write: a folder in gs:// serves all of them, one on each
+    host's own disk the first alone. A folder that cannot be written gives a warning, once, and
+    keeps none.
+
+    Raises:
+      InputError: A URL other than gs://.
     """
     if not folder:
         return
+    if is_remote(folder) and not folder.startswith("gs://"):
+        raise InputError(
+            f"compilation_cache is {folder}, and JAX keeps programs on a disk or in gs://: change "
+            "--compilation_cache."
+        )
     try:
-        path = writable(folder)
+        path = path_of(folder) if is_remote(folder) else writable(folder)
     except OSError as error:
         _warn_not_kept(folder, str(error.strerror))
         return

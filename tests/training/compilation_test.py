@@ -12,10 +12,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.measurement import CompilationCounter
 from salt_jax.distill import schedules
+from salt_jax.errors import InputError
+from salt_jax.storage.buckets import path_of
 from salt_jax.training import compilation, loop
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.config import Devices
 from salt_jax.training.train_step import Programs, make_step
+from tests.bucket_emulator import BucketEmulator
 
 SALT: dict[str, Any] = {
     "schedule": schedules.Step(omega=0.6, n_kd=3),
@@ -102,7 +105,11 @@ def test_the_persistent_cache_is_on_by_default() -> None:
     assert Devices().compilation_cache == compilation.DEFAULT_FOLDER != ""
 
 
-def test_what_was_compiled_is_found_again(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_what_was_compiled_is_found_again(
+    tmp_path: pathlib.Path, where: str, bucket: BucketEmulator
+) -> None:
+    folder = "gs://bucket/programs" if where == "bucket" else str(tmp_path / "programs")
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     hits: list[str] = []
@@ -121,19 +128,24 @@ def test_what_was_compiled_is_found_again(tmp_path: pathlib.Path) -> None:
     jax.monitoring.register_event_listener(note)
     compilation_cache.reset_cache()
     try:
-        compilation.use_compilation_cache(str(tmp_path / "programs"))
+        compilation.use_compilation_cache(folder)
         # A program this small is not worth keeping otherwise.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         assert compile_it() == 0
-        assert list((tmp_path / "programs").iterdir())
+        assert list(path_of(folder).iterdir())
         assert compile_it() > 0
         compilation.use_compilation_cache("")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
+        assert jax.config.jax_compilation_cache_dir == folder
     finally:
         jax.monitoring.unregister_event_listener(note)
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def test_a_bucket_that_jax_does_not_know_is_refused() -> None:
+    with pytest.raises(InputError, match="change --compilation_cache"):
+        compilation.use_compilation_cache("s3://bucket/programs")
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
