@@ -36,11 +36,11 @@ STUDENT = DecoderConfig(
 )
 
 
-def write_cache(folder: pathlib.Path, rows: int) -> None:
+def write_cache(folder: pathlib.Path, rows: int, shards: int = 8) -> None:
     """Writes rows of random bytes, two documents each."""
     # 32,000 ids, so that a token takes two bytes as with a real vocabulary.
     writer = PackedCacheWriter(
-        folder, vocabulary=ByteVocabulary(reserved=31_000), sequence_length=LENGTH, shards=8
+        folder, vocabulary=ByteVocabulary(reserved=31_000), sequence_length=LENGTH, shards=shards
     )
     rng = np.random.default_rng(0)
     segments = np.where(np.arange(LENGTH) < LENGTH // 3, 1, 2)

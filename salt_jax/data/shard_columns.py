@@ -6,7 +6,7 @@ Only the rows asked for are read into memory.
 """
 
 import io
-import pathlib
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,7 +38,8 @@ class Column:
       dtype: The structured type of their rows.
       name: The field.
       may_be_nan: Whether NaN and ∞ are allowed (−∞ always is: a row without a learnable token).
-      verify: Whether a shard is compared with its digest when first read.
+      verify: Whether a shard is compared with its digest when first read. Otherwise only the rows
+        asked for are fetched from a bucket; shards then have no header.
     """
 
     def __init__(
@@ -72,6 +73,10 @@ class Column:
         else:
             values_n = np.empty(len(rows), self.dtype)
             shard_n = rows // size
+            if not self._verify:
+                width = self._rows_dtype.itemsize
+                places = zip(shard_n.tolist(), (rows % size * width).tolist(), strict=True)
+                self._shards.fetch((index, at, at + width) for index, at in places)
             for index in np.unique(shard_n):
                 here_n = shard_n == index
                 values_n[here_n] = self._map(index)[rows[here_n] - index * size]
@@ -85,13 +90,15 @@ class Column:
     def _map(self, index: int) -> np.ndarray:
         # Mapped anew each time, since pages that stay mapped count as this process's memory.
         path, rows = self._shards.path(index, self._verify), self._shards.rows_of(index)
-        if path.suffix != SUFFIX:
+        if self._shards.suffix != SUFFIX:
             return _map_columns(path, self._rows_dtype, self._name, rows)
         again = "copy the folder again, or delete that file and run its `salt score` again"
         return map_npy(path, self._rows_dtype, rows, again)[self._name]
 
 
-def _map_columns(path: pathlib.Path, dtype: np.dtype, name: str, rows: int) -> np.ndarray:
+def _map_columns(path: os.PathLike[str], dtype: np.dtype, name: str, rows: int) -> np.ndarray:
     """A column of a format version 2 file, which holds one column after another."""
     assert dtype.fields is not None, f"{dtype} has no columns"
-    return np.memmap(path, dtype[name], "r", offset=rows * dtype.fields[name][1], shape=rows)
+    return np.memmap(
+        os.fspath(path), dtype[name], "r", offset=rows * dtype.fields[name][1], shape=rows
+    )

@@ -23,7 +23,7 @@ _EXTRAS = {"gs": "gcs", "s3": "s3"}
 # fsspec's file info fields that change with a file's content, best first.
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
 # Concurrent transfers; fsspec's default can be hundreds, at 50 MB or more of memory each.
-_FILES_AT_ONCE = 16
+_FILES_AT_ONCE, _RANGES_AT_ONCE = 16, 64
 _PART_BYTES = 8 * 2**20
 _MOST_PARTS, _PART_UNIT = 10_000, 2**18  # S3's limit for a file; the unit of GCS's part sizes
 # Options for one file. s3fs survives a lost connection only if it reads a file in one part.
@@ -74,7 +74,7 @@ class RemoteFolder:
     def files(self) -> dict[str, RemoteFile]:
         """Lists its files by relative name; InputError if a name leads out of the folder or can't
         be a file's name on disk."""
-        with _as_bucket_errors(self.url, "read"):
+        with as_bucket_errors(self.url, "read"):
             self._files.invalidate_cache()
             try:
                 found = self._files.find(self._root, detail=True)
@@ -98,7 +98,7 @@ class RemoteFolder:
         for path in temporary.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _as_bucket_errors(self.url, "read"):
+            with as_bucket_errors(self.url, "read"):
                 local = list(map(str, temporary.values()))
                 there = [self._at(name) for name in names]
                 self._files.get(there, local, batch_size=_FILES_AT_ONCE, **_GET[self.parts[0]])
@@ -108,11 +108,29 @@ class RemoteFolder:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
 
+    def ranges(self, wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Parts of files, each a name, its first byte and the one after its last, read at once."""
+        names, starts, ends = zip(*wanted, strict=True)
+        with as_bucket_errors(self.url, "read"):
+            parts = self._files.cat_ranges(
+                list(map(self._at, names)), starts, ends, batch_size=_RANGES_AT_ONCE
+            )
+            for part in parts:
+                if isinstance(part, Exception):
+                    raise part
+        for (name, start, end), part in zip(wanted, parts, strict=True):
+            if len(part) != end - start:
+                raise BucketError(
+                    f"{self.url}/{name} is shorter than it was: copy it there again, and run this "
+                    "command again."
+                )
+        return list(parts)
+
     def put(self, folder: pathlib.Path, names: Sequence[str]) -> None:
         """Uploads files of a folder, those that mark others as complete last."""
         for _, group in itertools.groupby(sorted(names, key=completes), key=completes):
             own = list(group)
-            with _as_bucket_errors(self.url, "written"):
+            with as_bucket_errors(self.url, "written"):
                 local = [str(folder / name) for name in own]
                 self._files.put(
                     local,
@@ -125,7 +143,7 @@ class RemoteFolder:
     def remove(self, names: Iterable[str]) -> None:
         """Removes files, those that mark others as complete first."""
         for name in sorted(names, key=completes, reverse=True):
-            with _as_bucket_errors(self.url, "written"), contextlib.suppress(FileNotFoundError):
+            with as_bucket_errors(self.url, "written"), contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._at(name))
 
     def _at(self, name: str) -> str:
@@ -145,7 +163,7 @@ def matching(pattern: str) -> list[str]:
     """The URLs of a bucket's files that match a pattern; ** crosses folders. A pattern that is a
     file's name, brackets included, matches that file alone."""
     files, place = _opened(pattern)
-    with _as_bucket_errors(pattern, "read"):
+    with as_bucket_errors(pattern, "read"):
         files.invalidate_cache()
         readings = (files.glob(reading, detail=True) for reading in _readings(place))
         found: dict[str, Any] = next(filter(None, readings), {})
@@ -168,7 +186,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
         status = os.fstat(file.fileno())
         return file, (status.st_size, status.st_mtime_ns)
     files, place = _opened(os.fspath(path))
-    with _as_bucket_errors(os.fspath(path), "read"):
+    with as_bucket_errors(os.fspath(path), "read"):
         return files.open(place, "rb"), state_of(path)
 
 
@@ -179,7 +197,7 @@ def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
     files, place = _opened(os.fspath(path))
-    with _as_bucket_errors(os.fspath(path), "read"):
+    with as_bucket_errors(os.fspath(path), "read"):
         info = files.info(place)
     digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
     return int(info["size"]), int.from_bytes(digest)
@@ -209,7 +227,7 @@ def _opened(url: str) -> tuple[Any, str]:
     # Otherwise gcsfs queries the kind of bucket before each call, and warns if it lacks permission.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     place, scheme = _place(url), url.partition("://")[0]
-    with _as_bucket_errors(f"{scheme}://{place}", "read"):
+    with as_bucket_errors(f"{scheme}://{place}", "read"):
         try:
             return fsspec.filesystem(scheme), place
         except ImportError as error:
@@ -220,7 +238,7 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _as_bucket_errors(url: str, what: str) -> Iterator[None]:
+def as_bucket_errors(url: str, what: str) -> Iterator[None]:
     """Turns any error of the library or the network into a BucketError."""
     try:
         yield
