@@ -39,7 +39,7 @@ STUDENT = DecoderConfig(
 )
 
 
-def write_cache(folder: pathlib.Path, rows: int) -> None:
+def write_cache(folder: pathlib.Path, rows: int, shards: int = 8) -> None:
     """Writes rows of random bytes, two documents each."""
     # 32,000 ids, so that a token takes two bytes as with a real vocabulary.
     vocabulary = ByteVocabulary(reserved=31_000)
@@ -52,9 +52,9 @@ def write_cache(folder: pathlib.Path, rows: int) -> None:
         targets = rng.integers(3, 31_000, size=LENGTH).astype(np.int32)
         return features.make_row(targets, np.ones(LENGTH, np.float32), segments, 0)
 
-    for shard in range(SHARDS):
-        file = cache_shard(folder, "train", shard, SHARDS)
-        own = (row() for _ in range(rows * shard // SHARDS, rows * (shard + 1) // SHARDS))
+    for shard in range(shards):
+        file = cache_shard(folder, "train", shard, shards)
+        own = (row() for _ in range(rows * shard // shards, rows * (shard + 1) // shards))
         counts = write_shard(file, own, form, ("text",), folder / "rows.tmp")
         written[f"train/{file.name}"] = counts
     finish_cache(folder, {"train": (written, {})}, vocabulary=vocabulary, sequence_length=LENGTH)

@@ -30,7 +30,7 @@ from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning import estimate, plan_table, topologies
 from salt_jax.planning.compile import Job, check_batch
 from salt_jax.planning.run_plan import plan_run
-from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.local_copies import exists
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training.config import FROM_FILES, Teacher, TrainConfig
@@ -157,7 +157,7 @@ def _stored_k(config: TrainConfig, stored_ids: int) -> int:
             f"The soft labels {folder} are of unchanged rows, and objectives changes rows: "
             "leave it unset, or plan with a teacher_model instead."
         )
-    if not local_folder(folder).exists():
+    if not exists(folder):
         return stored_ids
     return StoredLabels.open(folder).format.k
 

@@ -15,7 +15,7 @@ from salt_jax.cli.setting_groups import settings_of
 from salt_jax.cli.verb import Verb, load_verb
 from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.errors import InputError, nearest, require_counts
-from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.local_copies import exists
 from salt_jax.storage.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.terminal import say
 
@@ -111,7 +111,7 @@ def _check_names(
     given: Mapping[str, str],
 ) -> None:
     for name, folder in given.items():
-        if not isinstance(folder, str) or not local_folder(folder).exists():
+        if not isinstance(folder, str) or not exists(folder):
             raise InputError(f"given[{name!r}] is {folder!r}, which does not exist: correct it.")
     names = [*given, *inputs, *arms]
     for name in names:

@@ -1,6 +1,6 @@
 """Memory-maps untrusted .npy files after checking their type and length."""
 
-import pathlib
+import os
 import tokenize
 
 import numpy as np
@@ -8,13 +8,13 @@ import numpy as np
 from salt_jax.errors import InputError
 
 
-def map_npy(path: pathlib.Path, dtype: np.dtype, rows: int, again: str) -> np.memmap:
+def map_npy(path: os.PathLike[str], dtype: np.dtype, rows: int, again: str) -> np.memmap:
     """An array of dtype[rows], mapped from disk; InputError, ending with what to do `again`, if it
     is missing, malformed or another array."""
     # numpy's own limit is 10,000, which some hundred columns exceed.
     longest = max(10_000, 2 * len(repr(dtype)))
     try:
-        array = np.lib.format.open_memmap(path, mode="r", max_header_size=longest)
+        array = np.lib.format.open_memmap(os.fspath(path), mode="r", max_header_size=longest)
     # numpy reads the header as Python literals, with Python's tokenizer.
     except (OSError, ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:
         raise InputError(f"{path} cannot be read ({error}): {again}.") from error

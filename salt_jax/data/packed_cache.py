@@ -23,6 +23,7 @@ from array_record.python import array_record_data_source
 
 from salt_jax.data.cache_shards import SHARD_FILE, DocumentCounts, ShardCounts, split_info
 from salt_jax.data.features import Row
+from salt_jax.data.remote_records import RemoteRecords
 from salt_jax.data.row_records import RecordFormat
 from salt_jax.data.vocabularies import (
     VOCABULARY_FILES,
@@ -31,8 +32,8 @@ from salt_jax.data.vocabularies import (
     load_vocabulary,
 )
 from salt_jax.errors import InputError
-from salt_jax.storage.json_files import inside, no_link_out
-from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.block_copies import InputFolder
+from salt_jax.storage.json_files import no_link_out
 from salt_jax.storage.manifests import (
     MANIFEST_FILE,
     begin_writing,
@@ -53,15 +54,18 @@ class PackedSplit:
     split's entry in the manifest."""
 
     def __init__(
-        self, folder: pathlib.Path, name: str, info: Mapping[str, Any], record_format: RecordFormat
+        self, folder: InputFolder, name: str, info: Mapping[str, Any], record_format: RecordFormat
     ):
         self.name = name
         self.info = info
         self._folder = folder
         self._format = record_format
+        if folder.remote is not None:
+            self._records: Any = RemoteRecords(folder, info["shards"])
+            return
         whole_files = [
             types.SimpleNamespace(
-                filename=str(folder / shard["file"]),
+                filename=str(folder.path / shard["file"]),
                 examples_in_shard=shard["rows"],
                 **{"skip": 0, "take": shard["rows"]},
             )
@@ -83,14 +87,16 @@ class PackedSplit:
                 raise IndexError(f"row {index} of {len(self)} rows of the {self.name} split")
         try:
             records = self._records.__getitems__(ids)
+        except InputError:  # of the bucket
+            raise
         # The library's errors for a corrupt file.
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            what = f"The {self.name} split of the cache {self._folder} cannot be read ({error})"
+            what = f"The {self.name} split of the cache {self._folder.url} cannot be read ({error})"
             raise InputError(f"{what}: {_AGAIN}.") from error
         return [self._format.decode(record, i) for record, i in zip(records, ids, strict=True)]
 
     def __repr__(self) -> str:
-        return f"PackedSplit({str(self._folder)!r}, {self.name!r}, rows={len(self)})"
+        return f"PackedSplit({self._folder.url!r}, {self.name!r}, rows={len(self)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +104,7 @@ class PackedCache:
     """A finished packed cache; make one with `PackedCache.open`. Scores and selections refer to it
     by its manifest's digest."""
 
-    path: pathlib.Path
+    folder: InputFolder
     manifest: Mapping[str, Any]
     digest: str
 
@@ -107,18 +113,26 @@ class PackedCache:
         """Opens a cache; checks file sizes and row counts (`verify` checks contents). InputError if
         it is missing, half-written, or of another kind or version, or a shard is missing, truncated
         or outside the folder."""
-        folder = local_folder(path)
-        manifest = read_manifest(folder, KIND)
+        folder = InputFolder(path, _is_shard)
+        manifest = read_manifest(folder.path, KIND)
         cache = cls(folder, manifest, json_digest(manifest))
-        _refuse_contradictions(folder / MANIFEST_FILE, manifest)
-        for shard in cache._shards():
-            file, expected = inside(folder, shard["file"], _AGAIN), f"{shard['bytes']:,} bytes"
-            found = f"has {file.stat().st_size:,} bytes" if file.exists() else "does not exist"
-            if found != f"has {expected}":
-                raise InputError(f"The shard {file} {found}, expected {expected}: {_AGAIN}.")
+        _refuse_contradictions(folder.path / MANIFEST_FILE, manifest)
+        shards = {shard["file"]: shard["bytes"] for shard in cache._shards()}
+        sizes = folder.sizes(shards, _AGAIN)
+        for file, expected in shards.items():
+            if sizes.get(file) != expected:
+                found = f"has {sizes[file]:,} bytes" if file in sizes else "does not exist"
+                raise InputError(
+                    f"The shard {folder.url}/{file} {found}, expected {expected:,} bytes: {_AGAIN}."
+                )
         if not no_link_out(cache.path, cache.path / VOCABULARY_FOLDER, _AGAIN).is_dir():
             raise InputError(f"The cache {cache.path} has lost its {VOCABULARY_FOLDER}/: {_AGAIN}.")
         return cache
+
+    @property
+    def path(self) -> pathlib.Path:
+        """Its folder on disk or, for a cache in a bucket, that of the copies of its small files."""
+        return self.folder.path
 
     @property
     def sequence_length(self) -> int:
@@ -163,15 +177,21 @@ class PackedCache:
                 f"{', '.join(self.split_names)}: name one of these, or prepare the text with it."
             )
         record_format = RecordFormat(self.sequence_length, self.vocabulary_size)
-        return PackedSplit(self.path, name, self.manifest["splits"][name], record_format)
+        return PackedSplit(self.folder, name, self.manifest["splits"][name], record_format)
 
     def verify(self) -> None:
         """Reads the vocabulary and all shards, and compares their digests with the manifest's."""
         vocabulary = f"The vocabulary of {self.path} has the fingerprint"
         compared = [(vocabulary, self.vocabulary.fingerprint, self.vocabulary_fingerprint)]
         for shard in self._shards():
-            file = self.path / shard["file"]
-            compared += [(f"The shard {file} has the digest", file_digest(file), shard["digest"])]
+            file = self.folder.whole(shard["file"])
+            compared += [
+                (
+                    f"The shard {self.folder.url}/{shard['file']} has the digest",
+                    file_digest(file),
+                    shard["digest"],
+                )
+            ]
         for what, found, expected in compared:
             if found != expected:
                 said = f"its manifest says {expected[:12]}…"
@@ -230,6 +250,10 @@ def finish_cache(
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".array_record")
 
 
 def _refuse_contradictions(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Self
 
 from salt_jax.errors import InputError
 from salt_jax.storage import durable_files
+from salt_jax.storage.block_copies import InputFolder
 from salt_jax.storage.json_files import read_json_object, require_shape
-from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.manifests import COST, MANIFEST_FILE, json_digest, read_manifest
-from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards
+from salt_jax.storage.restartable_shards import SHARDS_FOLDER, FinishedShards, RestartableShards
 
 COST_FILE = "cost.json"
 
@@ -58,7 +58,7 @@ class RowPass(abc.ABC):
     """A finished pass; make one with `open`.
 
     Attributes:
-      path: The folder.
+      folder: The folder.
       manifest: cache_digest, split, rows, shard_rows, shards, and the kind's own entries.
       digest: The manifest's digest.
     """
@@ -68,7 +68,7 @@ class RowPass(abc.ABC):
     suffix: ClassVar[str]
     made_by: ClassVar[str]
 
-    path: pathlib.Path
+    folder: InputFolder
     manifest: Mapping[str, Any]
     digest: str
 
@@ -84,10 +84,11 @@ class RowPass(abc.ABC):
           InputError: It is missing, half-written or of another cache, or a shard is missing or
             truncated.
         """
-        path = local_folder(folder)
+        opened_folder = InputFolder(folder, _is_shard)
+        path = opened_folder.path
         manifest = read_manifest(path, cls.kind)
         refuse_other_cache(path, cls.called, manifest, cache_digest)
-        opened = cls(path, manifest, json_digest(manifest))
+        opened = cls(opened_folder, manifest, json_digest(manifest))
         row_bytes = opened.checked_row_bytes()
         for shard in manifest["shards"]:
             if shard["bytes"] < shard["rows"] * row_bytes:  # an .npy file has a header too
@@ -101,6 +102,11 @@ class RowPass(abc.ABC):
     @abc.abstractmethod
     def checked_row_bytes(self) -> int:
         """Bytes per row in a shard, after checking the kind's own entries and files."""
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The folder on disk or, for one in a bucket, that of the copies of its small files."""
+        return self.folder.path
 
     @property
     def rows(self) -> int:
@@ -120,7 +126,7 @@ class RowPass(abc.ABC):
     @functools.cached_property
     def shards(self) -> FinishedShards:
         """The shards' files."""
-        return FinishedShards(self.path, self.manifest, self.suffix, self.made_by)
+        return FinishedShards(self.folder, self.manifest, self.suffix, self.made_by)
 
     @property
     def again(self) -> str:
@@ -130,6 +136,10 @@ class RowPass(abc.ABC):
     def contradiction(self, what: str) -> InputError:
         """The error for an inconsistent manifest."""
         return InputError(f"{self.path / MANIFEST_FILE}: {what}: {self.again}.")
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith(f"{SHARDS_FOLDER}/")
 
 
 def refuse_other_cache(

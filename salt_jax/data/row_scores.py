@@ -161,7 +161,7 @@ class RowScores(RowPass):
     def shards(self) -> FinishedShards:
         """The shards' files, which have no .npy headers in format version 2."""
         suffix = SUFFIX if self.manifest["format_version"] > 2 else OLD_SUFFIX
-        return FinishedShards(self.path, self.manifest, suffix, self.made_by)
+        return FinishedShards(self.folder, self.manifest, suffix, self.made_by)
 
 
 @dataclasses.dataclass(frozen=True)

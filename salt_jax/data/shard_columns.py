@@ -6,6 +6,7 @@ Only the rows asked for are read into memory.
 """
 
 import io
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -37,7 +38,8 @@ class Column:
       dtype: The structured type of their rows.
       name: The field.
       may_be_nan: Whether NaN and ∞ are allowed (−∞ always is: a row without a learnable token).
-      verify: Whether a shard is compared with its digest when first read.
+      verify: Whether a shard is compared with its digest when first read. Otherwise only the rows
+        asked for are fetched from a bucket; shards then have no header.
     """
 
     def __init__(
@@ -71,6 +73,10 @@ class Column:
         else:
             values_n = np.empty(len(rows), self.dtype)
             shard_n = rows // size
+            if not self._verify:
+                width = self._rows_dtype.itemsize
+                places = zip(shard_n.tolist(), (rows % size * width).tolist(), strict=True)
+                self._shards.fetch((index, at, at + width) for index, at in places)
             for index in np.unique(shard_n):
                 here_n = shard_n == index
                 values_n[here_n] = self._map(index)[rows[here_n] - index * size]
@@ -84,9 +90,9 @@ class Column:
     def _map(self, index: int) -> np.ndarray:
         # Mapped anew each time, since pages that stay mapped count as this process's memory.
         path, rows = self._shards.path(index, self._verify), self._shards.rows_of(index)
-        if path.suffix != SUFFIX:
+        if self._shards.suffix != SUFFIX:
             # Format version 2: one column after another.
             offset = rows * self._rows_dtype.fields[self._name][1]  # type: ignore[index]
-            return np.memmap(path, self.dtype, "r", offset=offset, shape=rows)
+            return np.memmap(os.fspath(path), self.dtype, "r", offset=offset, shape=rows)
         again = "copy the folder again, or delete that file and run its `salt score` again"
         return map_npy(path, self._rows_dtype, rows, again)[self._name]

@@ -23,7 +23,7 @@ _EXTRAS = {"gs": "gcs", "s3": "s3"}
 # fsspec's file info fields that change with a file's content, best first.
 _VERSIONS = ("generation", "ETag", "etag", "md5Hash", "created", "mtime", "LastModified")
 # Concurrent transfers; fsspec's default can be hundreds, at 50 MB or more of memory each.
-_FILES_AT_ONCE = 16
+_FILES_AT_ONCE, _RANGES_AT_ONCE = 16, 64
 _PART_BYTES = 8 * 2**20
 _MOST_PARTS, _PART_UNIT = 10_000, 2**18  # S3's limit for a file; the unit of GCS's part sizes
 # Options for one file. s3fs survives a lost connection only if it reads a file in one part.
@@ -110,6 +110,24 @@ class RemoteFolder:
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
+
+    def ranges(self, wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Parts of files, each a name, its first byte and the one after its last, read at once."""
+        names, starts, ends = zip(*wanted, strict=True)
+        with as_bucket_errors(self.url, "read"):
+            parts = self._files.cat_ranges(
+                list(map(self._at, names)), starts, ends, batch_size=_RANGES_AT_ONCE
+            )
+            for part in parts:
+                if isinstance(part, Exception):
+                    raise part
+        for (name, start, end), part in zip(wanted, parts, strict=True):
+            if len(part) != end - start:
+                raise BucketError(
+                    f"{self.url}/{name} is shorter than it was: copy it there again, and run this "
+                    "command again."
+                )
+        return list(parts)
 
     def put(self, folder: pathlib.Path, names: Sequence[str]) -> None:
         """Uploads files of a folder, those that mark others as complete last."""

@@ -65,9 +65,10 @@ class Copy:
         """Records files as copied."""
         write_text(self._record, json.dumps(files, indent=0))
 
-    def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Updates the copy from the bucket; unwanted files are not fetched, but kept if they were
-        copied before and the bucket still has them. InputError if the disk has too little space."""
+    def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, RemoteFile]:
+        """Updates the copy from the bucket, and returns all that is there; unwanted files are not
+        fetched, but kept if they were copied before and the bucket still has them. InputError if
+        the disk has too little space."""
         there, known = self.folder.files(), self.known()
         current = {
             name: copied
@@ -89,6 +90,7 @@ class Copy:
         new = {name: Copied(there[name], state_on_disk(self.path / name)) for name in missing}
         if missing or known.keys() != current.keys():
             self.note(current | new)
+        return there
 
     def drop(self, name: str) -> None:
         """Removes a file from the copy, and folders that become empty."""
@@ -139,6 +141,14 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
     return file
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is anything at a path, or in a bucket's folder; InputError if the bucket cannot
+    be read."""
+    if is_remote(path):
+        return bool(RemoteFolder(os.fspath(path)).files())
+    return bool(os.fspath(path)) and pathlib.Path(path).exists()
+
+
 def local_run(url: str, step: int | None) -> pathlib.Path:
     """A copy of a run's folder in a bucket, with one of its checkpoints (None: the newest);
     InputError if it cannot be read, is empty, or has no such checkpoint."""
@@ -173,14 +183,15 @@ def state_on_disk(path: pathlib.Path) -> FileState:
 def copy_below(kind: str, folder: RemoteFolder) -> pathlib.Path:
     """The path of a folder's copy, for reading ("input") or writing ("output"); it keeps the
     folder's name, and no copy is inside another."""
-    below = _copies_folder()
+    below = copies_folder()
     place = urllib.parse.quote(folder.url, safe="")
     if len(place) > _LONGEST_NAME:
         place = f"{place[:100]}-{hashlib.sha256(folder.url.encode()).hexdigest()}"
     return below / kind / place / folder.parts[-1]
 
 
-def _copies_folder() -> pathlib.Path:
+def copies_folder() -> pathlib.Path:
+    """The folder below which all copies lie; InputError if it cannot be written."""
     if not (given := os.environ.get(COPIES)):
         return cache_folder("salt_jax", COPIES)
     try:

@@ -6,6 +6,7 @@ manifest's digest. Readers refuse a folder without it, or of another kind or ver
 
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -162,7 +163,7 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def file_digest(path: pathlib.Path) -> str:
+def file_digest(path: os.PathLike[str]) -> str:
     """SHA-256 (hex) of a file's bytes, on disk or in a bucket."""
-    with path.open("rb") as file:
+    with path.open("rb") if hasattr(path, "open") else open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

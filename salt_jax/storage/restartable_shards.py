@@ -17,11 +17,12 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from salt_jax.errors import InputError
 from salt_jax.storage import durable_files
+from salt_jax.storage.block_copies import InputFolder
 from salt_jax.storage.job_journal import JobJournal
 from salt_jax.storage.json_files import no_link_out
 from salt_jax.storage.manifests import (
@@ -242,8 +243,9 @@ class FinishedShards:
     """
 
     def __init__(
-        self, folder: pathlib.Path, manifest: Mapping[str, Any], suffix: str, made_by: str
+        self, folder: InputFolder, manifest: Mapping[str, Any], suffix: str, made_by: str
     ) -> None:
+        self.suffix, self._folder = suffix, folder
         self.rows: int = manifest["rows"]
         self.shard_rows: int = manifest["shard_rows"]
         self._infos: Sequence[Mapping[str, Any]] = manifest["shards"]
@@ -255,26 +257,36 @@ class FinishedShards:
         expected = [*[self.shard_rows] * (len(sizes) - 1), last]
         if not 0 < last <= self.shard_rows or sizes != expected:
             raise InputError(
-                f"{folder / MANIFEST_FILE} names {len(sizes)} shards, expected "
+                f"{folder.path / MANIFEST_FILE} names {len(sizes)} shards, expected "
                 f"{_shard_count(self.rows, max(self.shard_rows, 1))} of {self.shard_rows} rows, "
                 f"{self.rows} in all: {again}."
             )
         names = (_shard_name(index, self.rows, self.shard_rows) for index in range(len(sizes)))
-        self._paths = [
-            no_link_out(folder, folder / SHARDS_FOLDER / f"{name}{suffix}", again) for name in names
-        ]
-        for index, (path, info) in enumerate(zip(self._paths, self._infos, strict=True)):
-            found = f"has {path.stat().st_size:,} bytes" if path.exists() else "does not exist"
-            if found != f"has {info['bytes']:,} bytes":
-                raise self.damage(index, f"{found}, expected {info['bytes']:,} bytes")
+        self._files = [f"{SHARDS_FOLDER}/{name}{suffix}" for name in names]
+        found = folder.sizes(self._files, again)
+        for index, (file, info) in enumerate(zip(self._files, self._infos, strict=True)):
+            if found.get(file) != info["bytes"]:
+                has = f"has {found[file]:,} bytes" if file in found else "does not exist"
+                raise self.damage(index, f"{has}, expected {info['bytes']:,} bytes")
 
     def rows_of(self, index: int) -> int:
         """Rows of a shard."""
         return self._infos[index]["rows"]
 
-    def path(self, index: int, verify: bool = True) -> pathlib.Path:
+    def fetch(self, parts: Iterable[tuple[int, int, int]]) -> None:
+        """Fetches parts of shards in a bucket that `path` is to have without `verify`: each a
+        shard, its first byte and the one after its last."""
+        if self._folder.remote is not None:
+            self._folder.fetch(
+                (self._folder.copy(self._files[index]), start, end) for index, start, end in parts
+            )
+
+    def path(self, index: int, verify: bool = True) -> os.PathLike[str]:
         """The file of a shard; with `verify` it is read and compared with its digest."""
-        path = self._paths[index]
+        file = self._files[index]
+        if not verify and self._folder.remote is not None:
+            return self._folder.copy(file)
+        path = self._folder.whole(file)
         if verify and index not in self._verified:
             digest, expected = file_digest(path), self._infos[index]["digest"]
             if digest != expected:
@@ -287,8 +299,8 @@ class FinishedShards:
     def damage(self, index: int, what: str) -> InputError:
         """The error for a damaged shard, with what to do about it."""
         return InputError(
-            f"The shard {self._paths[index]} {what}: copy the folder again, or delete that file "
-            f"and run its `{self._made_by}` again, which makes what is missing."
+            f"The shard {self._folder.url}/{self._files[index]} {what}: copy the folder again, or "
+            f"delete that file and run its `{self._made_by}` again, which makes what is missing."
         )
 
 

@@ -1,6 +1,7 @@
 """The packed caches that a run trains on, and the input pipeline over them."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from salt_jax.data.row_order import MixedOrder, Order, RowOrder, UnusedRows
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.errors import InputError
-from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.manifests import json_digest
 from salt_jax.training import partitioning
 from salt_jax.training.config import TrainConfig
@@ -40,12 +40,12 @@ class Caches:
           InputError: No cache or one twice, two of a name, different vocabularies or lengths, or
             weights for a single cache.
         """
-        folders = [local_folder(path) for path in ([paths] if isinstance(paths, str) else paths)]
-        names = [folder.absolute().name for folder in folders]
+        folders = [paths] if isinstance(paths, str) else list(paths)
+        names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
         if not names or len(set(names)) < len(names):
             raise InputError(
-                f"cache is {', '.join(map(str, folders)) or 'empty'}: name one folder or several "
-                "whose last parts differ, which metrics name them by."
+                f"cache is {', '.join(folders) or 'empty'}: name one folder or several whose last "
+                "parts differ, which metrics name them by."
             )
         packed = [PackedCache.open(folder) for folder in folders]
         for other in packed[1:]:
@@ -75,7 +75,7 @@ class Caches:
     def describe(self) -> list[dict[str, Any]]:
         """The caches as checkpoints and summary.json record them."""
         return [
-            {"name": name, "path": str(c.path), "digest": c.digest, "share": w / sum(self.weights)}
+            {"name": name, "path": c.folder.url, "digest": c.digest, "share": w / sum(self.weights)}
             for (name, c), w in zip(self.packed.items(), self.weights, strict=True)
         ]
 

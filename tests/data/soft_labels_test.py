@@ -11,6 +11,7 @@ from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.soft_labels import SoftLabelsWriter, StoredLabels
 from salt_jax.errors import InputError
 from salt_jax.storage.manifests import write_manifest
+from tests.bucket_emulator import BucketEmulator
 
 FORM = LabelFormat(sequence_length=6, vocab_size=300, k=3)
 ROWS = 11
@@ -129,6 +130,24 @@ def test_damage_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match=r"row_ids\.npy cannot be read"):
         StoredLabels.open(folder)
     assert json.loads((folder / "manifest.json").read_text())["rows"] == stored.rows == ROWS
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/labels", "s3://bucket/labels"])
+def test_labels_in_a_bucket_are_those_on_disk(
+    url: str, tmp_path: pathlib.Path, bucket: BucketEmulator
+) -> None:
+    pytest.importorskip({"gs": "gcsfs", "s3": "s3fs"}[url[:2]])
+    here = write_all(writer(tmp_path / "labels"), make_labels(ROWS))
+    for path in (tmp_path / "labels").rglob("*"):
+        if path.is_file():
+            name = path.relative_to(tmp_path / "labels").as_posix()
+            bucket.store(f"bucket/labels/{name}", path.read_bytes())
+    there = StoredLabels.open(url)
+    shards, reads = len(here.manifest["shards"]), bucket.asked["read"]
+    for ids in (range(ROWS), [7, 0, 3]):
+        for one, same in zip(there.read(list(ids)), here.read(list(ids)), strict=True):
+            assert np.array_equal(one, same)
+    assert bucket.asked["read"] == reads + shards  # one block each, none of them twice
 
 
 def test_a_broken_teacher_is_named(tmp_path: pathlib.Path) -> None:

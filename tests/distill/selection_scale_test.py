@@ -16,6 +16,7 @@ MOST_MEMORY = 4 << 30
 PROGRAM = r"""
 import json, pathlib, re, sys
 import numpy as np
+from salt_jax.storage.block_copies import InputFolder
 from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.shard_columns import SUFFIX, Column, write_columns
@@ -40,7 +41,8 @@ for shard in all_shards:
         file.finish({}, {})
 shards.complete("row_scores")
 manifest = json.loads((folder / "scores/manifest.json").read_text())
-column = Column(FinishedShards(folder / "scores", manifest, SUFFIX, "salt score"), dtype, "score")
+scored = InputFolder(folder / "scores")
+column = Column(FinishedShards(scored, manifest, SUFFIX, "salt score"), dtype, "score")
 
 choice = TopRows(m).select(Candidates.of(column))
 chosen = Selection.write(

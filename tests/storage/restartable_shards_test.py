@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.errors import InputError
+from salt_jax.storage.block_copies import InputFolder
 from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards, Shard
 
 MADE_FROM = {"cache": "a" * 64, "scorer": {"path": "slm", "digest": "d" * 64}, "k": [10]}
@@ -64,7 +65,7 @@ def test_any_stops_and_workers_give_the_same_bytes(tmp_path_factory, rows, shard
     assert len(shards.measured()) == len(made)
     assert shards.total("sum") == sum(range(rows))
     manifest = json.loads((stopped / "manifest.json").read_text())
-    finished = FinishedShards(stopped, manifest, ".data", "salt score")
+    finished = FinishedShards(InputFolder(stopped), manifest, ".data", "salt score")
     content = b"".join(finished.path(i).read_bytes() for i in range(len(made)))
     assert content == bytes(row % 256 for row in range(rows))
 

@@ -30,7 +30,7 @@ def test_without_a_home_there_is_a_temporary_folder_which_is_said_once(
     monkeypatch.delenv(local_copies.COPIES, raising=False)
     own = no_home / f"salt_jax-{os.getuid()}"
     for _ in range(2):
-        copies = local_copies._copies_folder()
+        copies = local_copies.copies_folder()
     assert copies == own / "salt_jax"
     assert copies.is_dir()
     assert own.stat().st_mode & 0o777 == 0o700
@@ -55,6 +55,6 @@ def test_a_folder_that_was_set_and_cannot_be_written_is_named(
     for name in ("file", "file/below"):
         monkeypatch.setenv(local_copies.COPIES, str(tmp_path / name))
         with pytest.raises(InputError, match=r"SALT_LOCAL_COPIES is .*file.* cannot be written"):
-            local_copies._copies_folder()
+            local_copies.copies_folder()
     monkeypatch.setenv(local_copies.COPIES, str(tmp_path / "new" / "folder"))
-    assert local_copies._copies_folder().is_dir()
+    assert local_copies.copies_folder().is_dir()
