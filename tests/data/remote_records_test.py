@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from salt_jax.data import features
-from salt_jax.data.packed_cache import PackedCache, PackedCacheWriter
+from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError
 from salt_jax.storage import block_copies, local_copies
 from tests.bucket_emulator import BucketEmulator
+from tests.written_cache import write_rows
 
 LENGTH, ROWS = 512, 600
 URLS = ["gs://bucket/caches/c4", "s3://bucket/caches/c4"]
@@ -35,11 +36,8 @@ def write_cache(folder: pathlib.Path, shards: int) -> pathlib.Path:
         targets = rng.integers(3, 250, size=LENGTH).astype(np.int32)
         return features.make_row(targets, rng.random(LENGTH) < 0.9, segments, 0)
 
-    writer = PackedCacheWriter(
-        folder, vocabulary=ByteVocabulary(), sequence_length=LENGTH, shards=shards
-    )
-    writer.write_split("train", (row() for _ in range(ROWS)), num_rows=ROWS)
-    writer.finish()
+    rows = {"train": [row() for _ in range(ROWS)]}
+    write_rows(folder, rows, vocabulary=ByteVocabulary(), sequence_length=LENGTH, shards=shards)
     return folder
 
 

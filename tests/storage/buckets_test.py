@@ -376,7 +376,7 @@ def test_credentials_are_in_no_sentence(url, bucket, monkeypatch, words):
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
     import fsspec
 
-    def missing(scheme: str) -> None:
+    def missing(scheme: str, **options: Any) -> None:
         raise ImportError(scheme)
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
