@@ -36,6 +36,7 @@ _NAMES = {
     "inference.sampling": "Sampling",
     "models.decoder": "DecoderConfig",
     "models.decoder_config": "DecoderConfig",
+    "models.rope_scaling": "RopeScaling",
     "preparation.own_text": "own_text",
     "preparation.packing": "Packing",
     "preparation.pile": "pile_files",

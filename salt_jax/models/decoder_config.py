@@ -50,8 +50,9 @@ class DecoderConfig:
         have the same rotation as all.
       attention_scale: Multiplies q·k; 1 / √head_dim if None.
       attention_soft_cap: c of c · tanh(score / c) on attention's scores, or None.
-      embedding_multiplier: Multiplies embedded inputs, and residual_multiplier what a block adds to
-        the residual stream; logits are divided by logits_divisor (Granite).
+      embedding_multiplier: Multiplies embedded inputs (Granite).
+      residual_multiplier: Multiplies what a block adds to the residual stream (Granite).
+      logits_divisor: Divides logits (Granite).
       scan_layers: Scan one block over stacked parameters, which compiles fast.
       remat: What the backward pass recomputes, from nothing to all of a block: "none", "minimal",
         "attention", "attention_output", "full" or "offload"; see remat.py.

@@ -72,8 +72,7 @@ class RemoteFolder:
             raise InputError(f"{url} names no folder of a bucket: write {scheme}://BUCKET/FOLDER.")
         self.url = f"{scheme}://{self._root}"
         self.parts = (scheme, *parts)
-        # A listing serves until the next one, so that transfers don't list again.
-        self._files, _ = _opened(url, use_listings_cache=True)
+        self._files, _ = _opened(url)
 
     def files(self) -> dict[str, RemoteFile]:
         """Lists its files by relative name; InputError if a name leads out of the folder or can't
@@ -270,7 +269,7 @@ def _place(url: str) -> str:
     return "/".join(part for part in rest.split("/") if part)
 
 
-def _opened(url: str, **options: Any) -> tuple[Any, str]:
+def _opened(url: str) -> tuple[Any, str]:
     """The file system of a URL, and its path there; InputError as `_place`, or if the library is
     not installed."""
     import fsspec
@@ -282,7 +281,8 @@ def _opened(url: str, **options: Any) -> tuple[Any, str]:
     place, scheme = _place(url), url.partition("://")[0]
     with as_bucket_errors(f"{scheme}://{place}", "read"):
         try:
-            return fsspec.filesystem(scheme, **options), place
+            # A listing serves until the next one, so that transfers don't list again.
+            return fsspec.filesystem(scheme, use_listings_cache=True), place
         except ImportError as error:
             raise InputError(
                 f"{scheme}://{place} needs a library that is not installed: run "

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,10 @@ from salt_jax.terminal import warn
 # double the time that a command takes to start.
 _torch_is_there = "torch" in sys.modules
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-import tensorboardX  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event  # noqa: E402
+from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
+from tensorboardX.summary import scalar  # noqa: E402
 
 if not _torch_is_there:
     del sys.modules["torch"]
@@ -50,7 +54,9 @@ class MetricWriter:
             _drop_half_a_line(self._path)
         # Unbuffered, so that a line that a full disk refuses isn't written again.
         self._file = self._path.open("ab", buffering=0)
-        self._events = tensorboardX.SummaryWriter(str(run_path / TENSORBOARD_FOLDER))
+        (run_path / TENSORBOARD_FOLDER).mkdir(exist_ok=True)
+        # Not SummaryWriter, whose thread ends when the disk is full: whoever writes then waits.
+        self._events = EventsWriter(str(run_path / TENSORBOARD_FOLDER / "events"))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has at least `kind` and `step`."""
@@ -60,8 +66,7 @@ class MetricWriter:
         if self._wandb_run is not None:
             self._wandb_run.log(numbers, step=record["step"])
         if self._append(to_json(record) + "\n"):
-            for name, value in numbers.items():
-                self._events.add_scalar(name, value, record["step"])
+            self._write_event(record["step"], numbers)
             if self._outbox is not None:
                 self._outbox.send()
 
@@ -72,6 +77,15 @@ class MetricWriter:
             self._events.flush()
             self._outbox.send(now=True)
 
+    def _write_event(self, step: int, numbers: Mapping[str, float]) -> None:
+        values = [value for name, x in numbers.items() for value in scalar(name, x).value]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        try:
+            self._events.write_event(event)
+            self._events.flush()
+        except OSError as error:
+            self._note_full_disk(error)
+
     def _append(self, line: str) -> bool:
         """Appends a whole line or nothing; returns whether to write events, too.
 
@@ -81,15 +95,20 @@ class MetricWriter:
         try:
             if self._file.write(text) == len(text):
                 return not self._disk_was_full
+            os.truncate(self._path, size)
+            self._note_full_disk()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-        os.truncate(self._path, size)
+            os.truncate(self._path, size)
+            self._note_full_disk(error)
+        return False
+
+    def _note_full_disk(self, error: OSError | None = None) -> None:
+        if error is not None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise error
         if not self._disk_was_full:
             sentence = f"THE DISK IS FULL: {self._path} will lack lines"
             warn(f"{sentence}, and TensorBoard events are no longer written: make room.")
         self._disk_was_full = True
-        return False
 
     def close(self) -> None:
         """Flushes and closes both files."""

@@ -268,8 +268,11 @@ def test_an_early_layers_states(config: DecoderConfig, layer: int) -> None:
     names = ("inputs", "segment_ids", "positions")
     batch = dict(zip(names, row, strict=True))
     of_early = {**params, "layers": jax.tree.map(lambda x: x[:layer], params["layers"])}
-    short = dataclasses.replace(config, num_layers=layer)
-    norm = layers.Norm(config.norm, config.norm_epsilon, config.use_bias, "float32", "float32")
+    kinds = config.kinds_of_layers[:layer]
+    window = config.window if "local" in kinds else None
+    short = dataclasses.replace(config, num_layers=layer, layer_kinds=kinds, window=window)
+    options = (config.norm, config.norm_epsilon, config.use_bias, "float32", "float32")
+    norm = layers.Norm(*options, ((config.embed_dim, "embed"),))
     apart = unstacked(params, 3)
     for scanned, own in ((True, params), (False, apart)):
         form = dataclasses.replace(config, scan_layers=scanned)
@@ -281,6 +284,7 @@ def test_an_early_layers_states(config: DecoderConfig, layer: int) -> None:
         early, last = states(form, own)
         normed = norm.apply({"params": params["final_norm"]}, early)
         expected = decoder.hidden_states(short, of_early, batch)
+        expected *= config.logits_divisor
         np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-5)
         expected = decoder.hidden_states(form, own, batch)
         np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-5)
