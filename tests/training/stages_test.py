@@ -334,9 +334,9 @@ def test_the_teacher_sees_what_the_student_sees(
     seen: list[bool] = []
     original = attention.reference_attention
 
-    def noted(*arrays: Any) -> jax.Array:
+    def noted(*arrays: Any, **options: Any) -> jax.Array:
         seen.append(len(arrays) == 5)
-        return original(*arrays)
+        return original(*arrays, **options)
 
     monkeypatch.setattr(attention, "reference_attention", noted)
     teacher = run_train(**cached, steps=2, evaluate_every=2)
