@@ -329,7 +329,7 @@ def test_memory(planned: Any, stage: int) -> None:
     plan, texts = planned
     figures, bare, padded = plan["stages"][stage - 1], *arguments_by(texts[stage])
     parts, analysis = figures["breakdown_gib"], figures["memory_analysis_gib"]
-    assert set(bare) == {"state", "params", "opt_state", "batch", "omega", "teacher_params"} or (
+    assert set(bare) == {"state", "params", "opt_state", "batch", "weights", "teacher_params"} or (
         stage == 2 and set(bare) == {"state", "params", "opt_state", "batch"}
     )
     for name, kind in (
