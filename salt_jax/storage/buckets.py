@@ -32,6 +32,8 @@ _GET: dict[str, dict[str, int]] = {
     "gs": {"concurrency": 2, "chunk_size": _PART_BYTES, "max_prefetch_size": 2 * _PART_BYTES},
     "s3": {"max_concurrency": 1},
 }
+# A listing serves until the next one, so that what reads the files of one doesn't list again.
+_LISTED = {"use_listings_cache": True}
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 # JAX and Orbax open paths through etils, which decides once, at its first use, whether buckets are
@@ -72,7 +74,7 @@ class RemoteFolder:
             raise InputError(f"{url} names no folder of a bucket: write {scheme}://BUCKET/FOLDER.")
         self.url = f"{scheme}://{self._root}"
         self.parts = (scheme, *parts)
-        self._files, _ = _opened(url)
+        self._files, _ = _opened(url, **_LISTED)
 
     def files(self) -> dict[str, RemoteFile]:
         """Lists its files by relative name; InputError if a name leads out of the folder or can't
@@ -212,7 +214,7 @@ def read_object(url: str) -> tuple[str, bytes]:
 def matching(pattern: str) -> list[str]:
     """The URLs of a bucket's files that match a pattern; ** crosses folders. A pattern that is a
     file's name, brackets included, matches that file alone."""
-    files, place = _opened(pattern)
+    files, place = _opened(pattern, **_LISTED)
     with as_bucket_errors(pattern, "read"):
         files.invalidate_cache()
         readings = (files.glob(reading, detail=True) for reading in _readings(place))
@@ -235,7 +237,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
         file = cast(BinaryIO, open(path, "rb", buffering=0))  # noqa: SIM115 (the caller's)
         status = os.fstat(file.fileno())
         return file, (status.st_size, status.st_mtime_ns)
-    files, place = _opened(os.fspath(path))
+    files, place = _opened(os.fspath(path), **_LISTED)
     with as_bucket_errors(os.fspath(path), "read"):
         return files.open(place, "rb"), state_of(path)
 
@@ -246,7 +248,7 @@ def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    files, place = _opened(os.fspath(path))
+    files, place = _opened(os.fspath(path), **_LISTED)
     with as_bucket_errors(os.fspath(path), "read"):
         info = files.info(place)
     digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
@@ -269,7 +271,7 @@ def _place(url: str) -> str:
     return "/".join(part for part in rest.split("/") if part)
 
 
-def _opened(url: str) -> tuple[Any, str]:
+def _opened(url: str, **options: Any) -> tuple[Any, str]:
     """The file system of a URL, and its path there; InputError as `_place`, or if the library is
     not installed."""
     import fsspec
@@ -281,8 +283,7 @@ def _opened(url: str) -> tuple[Any, str]:
     place, scheme = _place(url), url.partition("://")[0]
     with as_bucket_errors(f"{scheme}://{place}", "read"):
         try:
-            # A listing serves until the next one, so that transfers don't list again.
-            return fsspec.filesystem(scheme, use_listings_cache=True), place
+            return fsspec.filesystem(scheme, **options), place
         except ImportError as error:
             raise InputError(
                 f"{scheme}://{place} needs a library that is not installed: run "
