@@ -237,7 +237,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
         file = cast(BinaryIO, open(path, "rb", buffering=0))  # noqa: SIM115 (the caller's)
         status = os.fstat(file.fileno())
         return file, (status.st_size, status.st_mtime_ns)
-    files, place = _opened(os.fspath(path))
+    files, place = _opened(os.fspath(path), **_LISTED)
     with as_bucket_errors(os.fspath(path), "read"):
         return files.open(place, "rb"), state_of(path)
 
@@ -248,7 +248,7 @@ def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    files, place = _opened(os.fspath(path))
+    files, place = _opened(os.fspath(path), **_LISTED)
     with as_bucket_errors(os.fspath(path), "read"):
         info = files.info(place)
     digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
