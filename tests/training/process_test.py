@@ -15,6 +15,7 @@ import pytest
 
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.storage.buckets import RemoteFolder
+from salt_jax.training.checkpoint_digests import COMMIT_MARK
 from salt_jax.training.checkpoints import complete_steps, find_model
 from salt_jax.training.partitioning import MeshConfig
 from tests.bucket_emulator import BucketEmulator
@@ -153,7 +154,7 @@ def test_with_all_in_buckets_another_machine_goes_on(
     typed = [moved.get(argument, argument) for argument in command(cache, slm, tmp_path)]
     monkeypatch.setenv("SALT_SEND_SECONDS", "0.05")
     lost = start(typed)
-    assert bucket.wait_for(r"bucket/runs/salt/checkpoints/\d\d/digests\.json")
+    assert bucket.wait_for(rf"bucket/runs/salt/checkpoints/\d+/{COMMIT_MARK}")
     lost.kill()
     lost.communicate()
     monkeypatch.setenv("SALT_LOCAL_COPIES", str(tmp_path / "another machine"))
