@@ -12,11 +12,13 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.distill import losses, schedules
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder
+from salt_jax.training import ledger, wall_time
 from salt_jax.training.checkpoints import CheckpointConfig
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW
 from salt_jax.training.partitioning import MeshConfig
 from tests.run_settings import train_config
+from tests.training.doubles import Clock
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_length=64)
 TEACHER = dataclasses.replace(STUDENT, embed_dim=16, mlp_dim=32)
@@ -58,3 +60,11 @@ def slm(run_train: Callable[..., pathlib.Path]) -> pathlib.Path:
     return run_train(
         model=TEACHER, steps=12, checkpoints=CheckpointConfig(save_every=0, keep_steps=(4,))
     )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (ledger, wall_time):
+        monkeypatch.setattr(module, "time", clock)
+    return clock

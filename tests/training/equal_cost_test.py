@@ -12,7 +12,8 @@ from salt_jax.distill.alignment import Alignment
 from salt_jax.errors import InputError
 from salt_jax.training.learning_rates import WarmupCosine
 from salt_jax.training.optimizers import AdamW
-from tests.training.loop_test import Killed, assert_same, kill_at, metrics_of
+from tests.training.doubles import Killed, kill_at
+from tests.training.loop_test import assert_same, metrics_of
 
 Run = Callable[..., pathlib.Path]
 RATE = AdamW(WarmupCosine(5e-3, warmup_steps=2, final=1e-3))

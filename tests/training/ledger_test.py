@@ -7,27 +7,14 @@ import pytest
 
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.training import flops, ledger
+from salt_jax.training import flops
 from salt_jax.training.ledger import Cost, Counters, Ledger, known_cost
+from tests.training.doubles import Clock
 
 STUDENT = DecoderConfig(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, vocab_size=100)
 TEACHER = dataclasses.replace(STUDENT, embed_dim=16)
 SCORING = Cost(flops=40.0, tokens=20, seconds=3.0)
 METRICS = {"loss": 2.0, "hard": 1.0, "weight": 90.0, "skipped_updates": 0}
-
-
-class Clock:
-    now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(ledger, "time", clock)
-    return clock
 
 
 def make_ledger(scoring: Cost = SCORING, peak_flops: float | None = 1000.0) -> Ledger:

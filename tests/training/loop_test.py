@@ -30,6 +30,7 @@ from salt_jax.training.learning_rates import WarmupConstant, WarmupStableDecay
 from salt_jax.training.ledger import Cost, Counters
 from salt_jax.training.optimizers import AdamW, Muon
 from salt_jax.training.partitioning import MeshConfig
+from tests.training.doubles import Killed, kill_at
 
 Run = Callable[..., pathlib.Path]
 SALT = schedules.Step(omega=0.6, n_kd=3)
@@ -59,10 +60,6 @@ def metrics_of(run: pathlib.Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL inside one process: nothing catches it, nothing is cleaned up."""
-
-
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Row ids of every batch handed to a step, in order."""
@@ -75,18 +72,6 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(loop.Loop, "_step", step)
     return record
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
-    original = loop.Loop._step
-
-    def step(self: Any, number: int, *rest: Any) -> Any:
-        if number == killed_step:
-            self._checkpointer.wait()
-            raise Killed
-        return original(self, number, *rest)
-
-    monkeypatch.setattr(loop.Loop, "_step", step)
 
 
 @pytest.mark.parametrize(

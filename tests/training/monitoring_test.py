@@ -11,28 +11,12 @@ import jax
 import pytest
 
 from salt_jax.errors import InputError
-from salt_jax.training import loop
 from salt_jax.training.checkpoints import CheckpointConfig, read_progress
 from salt_jax.training.config import Monitoring
 from salt_jax.training.wall_time import PARTS
+from tests.training.doubles import Killed, kill_at
 
 Run = Callable[..., pathlib.Path]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL inside one process."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, killed_step: int) -> None:
-    original = loop.Loop._step
-
-    def step(self: Any, number: int, *rest: Any) -> Any:
-        if number == killed_step:
-            self._checkpointer.wait()
-            raise Killed
-        return original(self, number, *rest)
-
-    monkeypatch.setattr(loop.Loop, "_step", step)
 
 
 def records_of(run: pathlib.Path) -> list[dict[str, Any]]:

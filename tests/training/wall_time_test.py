@@ -3,22 +3,8 @@
 import jax
 import pytest
 
-from salt_jax.training import wall_time
 from salt_jax.training.wall_time import PARTS, WallTime
-
-
-class Clock:
-    now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(wall_time, "time", clock)
-    return clock
+from tests.training.doubles import Clock
 
 
 def run_a_little(clock: Clock, account: WallTime) -> None:
