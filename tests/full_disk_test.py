@@ -87,6 +87,25 @@ def test_prepare_keeps_what_is_whole_and_goes_on(
     assert PackedCache.open(output).digest == PackedCache.open(small_disk / "straight").digest
 
 
+def test_events_alone_may_run_out_of_space(
+    small_disk: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """metrics.jsonl may have room in its last block where the events have none."""
+    elsewhere = tmp_path_factory.mktemp("roomy") / "metrics.jsonl"
+    elsewhere.touch()
+    (small_disk / "metrics.jsonl").symlink_to(elsewhere)
+    with MetricWriter(small_disk) as writer:
+        with contextlib.suppress(OSError), (small_disk / "filler").open("ab", 0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        for step in range(500):
+            writer.write({"kind": "train", "step": step, "loss": 1.0})
+    assert len(elsewhere.read_text().splitlines()) == 500
+    assert capsys.readouterr().err.count("events are no longer written") == 1
+
+
 def test_training_goes_on_and_keeps_its_old_checkpoints(
     small_disk: pathlib.Path,
     cache: PackedCache,
