@@ -67,14 +67,13 @@ class MetricWriter:
             self._wandb_run.log(numbers, step=record["step"])
         if self._append(to_json(record) + "\n"):
             self._write_event(record["step"], numbers)
-            if self._outbox is not None:
-                self._outbox.send()
+        if self._outbox is not None:
+            self._outbox.send()
 
     def send(self) -> None:
         """Sends records to the bucket, if the run is in one, before a checkpoint that has them
         behind it."""
         if self._outbox is not None:
-            self._events.flush()
             self._outbox.send(now=True)
 
     def _write_event(self, step: int, numbers: Mapping[str, float]) -> None:
