@@ -156,8 +156,11 @@ class RemoteFolder:
 
 
 def path_of(file: str) -> pathlib.Path:
-    """A path on disk or in a bucket, for `open_file` and `state_of`."""
+    """A path on disk or in a bucket, for `open_file` and `state_of`; InputError for gs:/BUCKET."""
     if not is_remote(file):
+        if file.startswith(tuple(f"{scheme}:/" for scheme in _EXTRAS)):
+            scheme, _, rest = file.partition(":/")
+            raise InputError(f"{file} is neither a URL nor a folder: write {scheme}://{rest}.")
         return pathlib.Path(file)
     from etils import epath
 
