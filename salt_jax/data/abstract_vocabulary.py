@@ -90,10 +90,16 @@ class Vocabulary(abc.ABC):
         Summed over `encode(text)` they are the bytes of the text as the tokenizer normalizes it,
         without unknown tokens.
         """
-        lengths_V = np.zeros(self.size, np.int32)
-        lengths_V[: self.base_size] = self._byte_lengths()
-        lengths_V[[self.eos_id, self.pad_id, self.start_id]] = 0
-        return lengths_V
+        return np.fromiter(map(len, self.pieces), np.int32, self.size)
+
+    @functools.cached_property
+    def pieces(self) -> list[bytes]:
+        """The text of each id in UTF-8, part of a character where ids are bytes; empty for special
+        and reserved ids."""
+        pieces = [*self._pieces(), *[b""] * self.reserved]
+        for special in (self.eos_id, self.pad_id, self.start_id):
+            pieces[special] = b""
+        return pieces
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[int, str]:
@@ -152,7 +158,7 @@ class Vocabulary(abc.ABC):
     def _decode(self, ids: list[int]) -> str: ...
 
     @abc.abstractmethod
-    def _byte_lengths(self) -> np.ndarray: ...
+    def _pieces(self) -> list[bytes]: ...
 
     @functools.cached_property
     def _behaviour(self) -> Any:

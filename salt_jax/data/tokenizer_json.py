@@ -9,11 +9,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from salt_jax.errors import InputError
+
+# Byte-level tokenizers' letters: a printable byte stands for itself, the others follow from U+0100.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
 
 # The piece that stands for dropped characters; no tokenizer has it.
 _LOST = "\uffff lost \uffff"
@@ -96,33 +100,38 @@ def lost_characters(marker: tokenizers.Tokenizer, text: str) -> list[str]:
     return [text[start:end] for token_id, (start, end) in places if token_id == lost]
 
 
-def byte_lengths(tokenizer: tokenizers.Tokenizer, description: bytes, size: int) -> np.ndarray:
-    """UTF-8 bytes of each token, int32[size], where `description` is the tokenizer.json and `size`
-    one more than the largest id.
+def pieces_of(tokenizer: tokenizers.Tokenizer, description: bytes, size: int) -> list[bytes]:
+    """Each token's text in UTF-8, where `description` is the tokenizer.json and `size` one more
+    than the largest id.
 
     Byte-level tokenizers (GPT-2, Pythia) write each byte as one character; others write text, a
     space as ▁ and, with byte fallback, a byte as <0x0A>. Added tokens stand for themselves; special
-    tokens and unused ids have 0 bytes.
+    tokens and unused ids are empty.
     """
     settings = json.loads(description)
     byte_level = _mentions([settings.get("pre_tokenizer"), settings.get("decoder")], "ByteLevel")
     byte_fallback = bool(settings["model"].get("byte_fallback"))
-    lengths_V = np.zeros(size, np.int32)
+    pieces = [b""] * size
     for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
         if byte_level:
-            lengths_V[token_id] = len(token)
+            pieces[token_id] = bytes(_BYTES.get(letter, 0) for letter in token)
         elif byte_fallback and len(token) == 6 and token.startswith("<0x"):
-            lengths_V[token_id] = 1
+            pieces[token_id] = byte_of(token)
         else:
-            lengths_V[token_id] = piece_bytes(token)
+            pieces[token_id] = piece_bytes(token)
     for token_id, added in tokenizer.get_added_tokens_decoder().items():
-        lengths_V[token_id] = 0 if added.special else len(added.content.encode())
-    return lengths_V
+        pieces[token_id] = b"" if added.special else added.content.encode()
+    return pieces
 
 
-def piece_bytes(piece: str) -> int:
-    """UTF-8 bytes of a SentencePiece piece, in which ▁ is a space."""
-    return len(piece.replace("▁", " ").encode())
+def piece_bytes(piece: str) -> bytes:
+    """The UTF-8 of a SentencePiece piece, in which ▁ is a space."""
+    return piece.replace("▁", " ").encode()
+
+
+def byte_of(piece: str) -> bytes:
+    """The byte that byte fallback writes as <0x0A>."""
+    return bytes([int(piece[1:-1], 16)])
 
 
 def _mentions(part: Mapping[str, Any] | list[Any] | None, kind: str) -> bool:

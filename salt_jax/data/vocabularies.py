@@ -14,7 +14,6 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import sentencepiece
 
 from salt_jax.data.abstract_vocabulary import (
@@ -25,11 +24,12 @@ from salt_jax.data.abstract_vocabulary import (
 )
 from salt_jax.data.tokenizer_json import (
     behaviour,
-    byte_lengths,
+    byte_of,
     load_tokenizer,
     loss_marker,
     lost_characters,
     piece_bytes,
+    pieces_of,
     renumbered_tokens,
 )
 from salt_jax.errors import InputError
@@ -57,8 +57,8 @@ class ByteVocabulary(Vocabulary):
     def _decode(self, ids: list[int]) -> str:
         return bytes(i - self._FIRST_BYTE for i in ids).decode(errors="replace")
 
-    def _byte_lengths(self) -> np.ndarray:
-        return np.ones(self.base_size, np.int32)  # the three below the bytes are special
+    def _pieces(self) -> list[bytes]:
+        return [b""] * self._FIRST_BYTE + [bytes([byte]) for byte in range(256)]
 
 
 class SentencePieceVocabulary(Vocabulary):
@@ -125,12 +125,15 @@ class SentencePieceVocabulary(Vocabulary):
     def _decode(self, ids: list[int]) -> str:
         return self._processor.DecodeIds(ids)
 
-    def _byte_lengths(self) -> np.ndarray:
-        is_byte = self._processor.IsByte
-        lengths = (1 if is_byte(i) else piece_bytes(self.token(i)) for i in range(self.base_size))
-        lengths_V = np.fromiter(lengths, np.int32, self.base_size)
-        lengths_V[list(self.special_tokens)] = 0
-        return lengths_V
+    def _pieces(self) -> list[bytes]:
+        names = map(self.token, range(self.base_size))
+        pieces = [
+            byte_of(name) if self._processor.IsByte(i) else piece_bytes(name)
+            for i, name in enumerate(names)
+        ]
+        for special in self.special_tokens:
+            pieces[special] = b""
+        return pieces
 
     def model_bytes(self) -> bytes:
         return self._bytes
@@ -247,8 +250,8 @@ class HuggingFaceVocabulary(Vocabulary):
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-    def _byte_lengths(self) -> np.ndarray:
-        return byte_lengths(self._tokenizer, self._bytes, self.base_size)
+    def _pieces(self) -> list[bytes]:
+        return pieces_of(self._tokenizer, self._bytes, self.base_size)
 
     def model_bytes(self) -> bytes:
         return self._bytes

@@ -48,6 +48,7 @@ _PLAIN: Mapping[str, Any] = types.MappingProxyType(
             *("qkv_bias", "qk_norm", "norm_placement", "layer_kinds", "window"),
             *("local_rope_theta", "attention_scale", "attention_soft_cap"),
             *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
+            "absent_ids",
         )
     }
 )

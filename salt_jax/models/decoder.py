@@ -34,6 +34,9 @@ from salt_jax.models.reference_attention import ScoreOptions
 # logits give a loss of about log V. Inputs smaller by 1/√D, as from one unscaled table for both,
 # would be lost among the blocks' outputs, and training would start far slower.
 _INITIAL_STD = 0.3
+# With absent_ids, the hidden states' columns that the head has its bias in: 1 and zeros, as many as
+# keep the width a multiple of a TPU's lanes and of most meshes.
+_BIAS_COLUMNS = 128
 
 # Its public name, in gin files and error messages, is decoder.DecoderConfig.
 DecoderConfig.__module__ = __name__
@@ -90,7 +93,7 @@ class Decoder(nn.Module):
           x_BxLxD: Hidden states after the blocks before `part`.
 
         Returns:
-          [B, L, D] in config.dtype.
+          [B, L, D] in config.dtype; with absent_ids, followed by the columns of `head_kernel`'s.
 
         Raises:
           InputError: L is above config.max_length.
@@ -144,8 +147,15 @@ class Decoder(nn.Module):
         if self.part is not None and first == 0:
             return x_BxLxD
         x_BxLxD = _norm(config, "final_norm")(x_BxLxD)
-        # A factor of the hidden states is one of the logits.
-        return x_BxLxD if config.logits_divisor == 1.0 else x_BxLxD / config.logits_divisor
+        if config.logits_divisor != 1.0:
+            x_BxLxD /= config.logits_divisor  # a factor of the hidden states is one of the logits
+        if not config.absent_ids:
+            return x_BxLxD
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+        self.param("head_bias", init, (config.padded_vocab_size,), jnp.dtype(config.param_dtype))
+        one_1x1xE = jnp.zeros((1, 1, _BIAS_COLUMNS), x_BxLxD.dtype).at[..., 0].set(1.0)
+        one_BxLxE = jnp.broadcast_to(one_1x1xE, (*x_BxLxD.shape[:2], _BIAS_COLUMNS))
+        return jnp.concatenate([x_BxLxD, one_BxLxE], axis=-1)
 
     def _table(self, name: str) -> jax.Array:
         config = self.config
@@ -365,9 +375,16 @@ def stacked_params(params: Any, config: DecoderConfig, num_layers: int) -> Any:
 
 
 def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:
-    """The head's kernel, [V, D], in param_dtype; the embedding itself if the two are tied."""
-    head_VxD: jax.Array = nn.unbox(params)["embedding" if config.tied_embeddings else "head"]
-    return head_VxD
+    """The head's kernel, [V, D], in param_dtype; the embedding itself if the two are tied.
+
+    With absent_ids the bias follows as a column, for the hidden states' 1, and columns of zeros.
+    """
+    params = nn.unbox(params)
+    head_VxD: jax.Array = params["embedding" if config.tied_embeddings else "head"]
+    if not config.absent_ids:
+        return head_VxD
+    bias_VxE = jnp.pad(params["head_bias"][:, None], ((0, 0), (0, _BIAS_COLUMNS - 1)))
+    return jnp.concatenate([head_VxD, bias_VxE], axis=-1)
 
 
 def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array, config: DecoderConfig) -> jax.Array:

@@ -53,6 +53,8 @@ class DecoderConfig:
       embedding_multiplier: Multiplies embedded inputs (Granite).
       residual_multiplier: Multiplies what a block adds to the residual stream (Granite).
       logits_divisor: Divides logits (Granite).
+      absent_ids: Some ids have no logits: the parameter head_bias, added to them, is -10,000 there
+        (`salt transplant`).
       scan_layers: Scan one block over stacked parameters, which compiles fast.
       remat: What the backward pass recomputes, from nothing to all of a block: "none", "minimal",
         "attention", "attention_output", "full" or "offload"; see remat.py.
@@ -93,6 +95,7 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    absent_ids: bool = False
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -234,7 +237,8 @@ class DecoderConfig:
             biases += self.head_width * heads
         embedding = 0 if self.tied_embeddings else self.embed_dim * self.padded_vocab_size
         blocks = self.num_layers * (norms * norm + biases)
-        return self.num_matmul_parameters + embedding + blocks + norm
+        head_bias = self.padded_vocab_size if self.absent_ids else 0
+        return self.num_matmul_parameters + embedding + head_bias + blocks + norm
 
     def to_json(self) -> dict[str, Any]:
         """The settings as a JSON object, for checkpoints."""

@@ -92,6 +92,12 @@ def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
         )
     if config.has_soft_term:
         losses.check_vocab_size(method.loss, ids, ids, ids - lacks, None)
+    if config.has_soft_term and model.config.absent_ids and not method.loss.teacher_top_k:
+        raise InputError(
+            f"The teacher {teacher.path} was trained with another vocabulary and cannot predict "
+            "all of the cache's ids: learn from its likeliest ones, which leaves the others as one "
+            "outcome (--gin_file=methods/salt_top_k.gin)."
+        )
     return model
 
 

@@ -252,6 +252,8 @@ def _loss_sums(
             if "distill" in batch:
                 weights_BxL *= batch["distill"][:, None]
                 metrics["distilled"] = jnp.sum(weights_BxL)
+            assert teacher_config is not None, "an alignment has a teacher"
+            taught_BxLxE = taught_BxLxE[..., : teacher_config.embed_dim]
             cosine = cosine_sum(early_BxLxD, taught_BxLxE, weights_BxL, kernel_DxE)
             loss, metrics["cosine"] = loss - align * cosine, cosine
         return loss, {"loss": loss, "weight": weight, **metrics}
