@@ -46,7 +46,7 @@ _PLAIN: Mapping[str, Any] = types.MappingProxyType(
         if field.name
         in (
             *("qkv_bias", "qk_norm", "norm_placement", "layer_kinds", "window"),
-            *("local_rope_theta", "attention_scale", "attention_soft_cap"),
+            *("local_rope_theta", "attention_scale", "attention_soft_cap", "logits_soft_cap"),
             *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
             "absent_ids",
         )
@@ -63,7 +63,7 @@ class Family:
         class_name: transformers' class.
         tensors: from each module's name in the files ("{layer}" stands for the layer's number) to
             the paths of its parameters in the decoder's tree. Several paths mean a fused tensor
-            that holds them side by side, head by head.
+            that holds them head by head or, with "+" between them, one below the other.
         fields: from config.json's fields to settings of DecoderConfig, with transformers' default;
             ... if the field is required.
         activation: the default of `hidden_act`.
@@ -124,13 +124,18 @@ class Family:
                     f"{self.model_type} with {needed!r} only: choose another model."
                 )
         found = {
-            setting: _value(settings, field, default, where)
+            setting: value_of(settings, field, default, where)
             for field, (setting, default) in self.fields.items()
         }
         scaling = rotary_fields.read_scaling(settings, where)
+        if scaling is not None and "rope_scaling" in self.fixed:
+            raise InputError(
+                f"{where} scales the rotary embedding by {scaling.kind!r}, which {self.model_type} "
+                "doesn't have: choose another model."
+            )
         theta, fraction = self._rotary(settings, where)
         activation = self._activation(settings, where)
-        rows = _value(settings, "vocab_size", ..., where)
+        rows = value_of(settings, "vocab_size", ..., where)
         if rows < num_ids:
             raise InputError(
                 f"{where} sets vocab_size to {rows} and the tokenizer has {num_ids} ids: it is "
@@ -233,11 +238,14 @@ class Family:
     def _rotary(self, settings: Mapping[str, Any], where: str) -> tuple[float, float]:
         """The rotary base, and the share of a head that is rotated."""
         rope = rotary_fields.rotary_parameters(settings)
-        theta, fraction = _value(settings, self.theta_field, self.theta, where), self.rope_fraction
+        theta, fraction = (
+            value_of(settings, self.theta_field, self.theta, where),
+            self.rope_fraction,
+        )
         if self.fraction_field:
-            fraction = _value(settings, self.fraction_field, fraction, where)
-        theta = float(_value(rope, "rope_theta", float(theta), where))
-        fraction = float(_value(rope, "partial_rotary_factor", float(fraction), where))
+            fraction = value_of(settings, self.fraction_field, fraction, where)
+        theta = float(value_of(rope, "rope_theta", float(theta), where))
+        fraction = float(value_of(rope, "partial_rotary_factor", float(fraction), where))
         if not self.fraction_field and fraction != self.rope_fraction:
             raise InputError(
                 f"{where} sets partial_rotary_factor to {fraction}, and {self.model_type} rotates "
@@ -261,8 +269,9 @@ def _plain(config: DecoderConfig) -> DecoderConfig:
     return config
 
 
-def _value(settings: Mapping[str, Any], field: str, default: Any, where: str) -> Any:
-    """A field that must be a number or a boolean, like its default."""
+def value_of(settings: Mapping[str, Any], field: str, default: Any, where: str) -> Any:
+    """A field that must be a number or a boolean, like its default; ... is a whole number that must
+    be set."""
     value = settings.get(field)
     if value is None and default is not ...:
         return default

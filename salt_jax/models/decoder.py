@@ -28,7 +28,7 @@ from salt_jax.models import layers, remat
 from salt_jax.models.attention import attention
 from salt_jax.models.cached_attention import CACHE, NEW_KEYS_AND_VALUES, cached_attention
 from salt_jax.models.decoder_config import DecoderConfig
-from salt_jax.models.reference_attention import ScoreOptions
+from salt_jax.models.layer_kinds import rotations_of, score_options
 
 # Standard deviation of the logits and of the embedded inputs at initialization, at any width. Small
 # logits give a loss of about log V. Inputs smaller by 1/√D, as from one unscaled table for both,
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
             if config.embedding_multiplier != 1.0:
                 x_BxLxD *= config.embedding_multiplier
             x_BxLxD = _constrain(x_BxLxD, "activation_embed")
-        rotations, kind_of_layer = _rotations(config, positions_BxL)
+        rotations, kind_of_layer = rotations_of(config, positions_BxL)
         if kind_of_layer is not None:
             kind_of_layer = kind_of_layer[first:stop]
         cached: Any = [self.get_variable(CACHE, name) for name in ("segment_ids", "slot")]
@@ -278,7 +278,7 @@ class SelfAttention(nn.Module):
             arguments = (*heads, segment_ids, *cache, cached_segment_ids, slot)
             attend = cached_attention
         # Windows are constants of the kernels: layers that differ in theirs choose a branch.
-        branches = [functools.partial(attend, options=one) for one in _score_options(self.config)]
+        branches = [functools.partial(attend, options=one) for one in score_options(self.config)]
         if kind is None or len({branch.keywords["options"] for branch in branches}) == 1:
             mixed_BxLxHxK: jax.Array = branches[0](*arguments)
             return mixed_BxLxHxK
@@ -388,13 +388,17 @@ def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:
 
 
 def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array, config: DecoderConfig) -> jax.Array:
-    """Logits, float32 [B, L, V], from a product in config.dtype; V is the padded vocabulary."""
+    """Logits, float32 [B, L, V], from a product in config.dtype; V is the padded vocabulary.
+
+    `distill/head_sharding.py` computes the same for a chunk of tokens.
+    """
     logits_BxLxV = jnp.einsum(
         "bld,vd->blv",
         hidden_BxLxD.astype(config.dtype),
         head_VxD.astype(config.dtype),
         preferred_element_type=jnp.float32,
     )
+    logits_BxLxV = layers.soft_capped(logits_BxLxV, config.logits_soft_cap)
     return _constrain(logits_BxLxV, "activation_vocab")
 
 
@@ -419,39 +423,6 @@ def _norm(config: DecoderConfig, name: str, axes: layers.Axes | None = None) -> 
     kind, epsilon, use_bias = config.norm, config.norm_epsilon, config.use_bias
     axes = axes or ((config.embed_dim, "embed"),)
     return layers.Norm(kind, epsilon, use_bias, config.dtype, config.param_dtype, axes, name=name)
-
-
-def _kinds(config: DecoderConfig) -> tuple[str, ...]:
-    """The kinds that the model's layers have, in the order of first use."""
-    return tuple(dict.fromkeys(config.layer_kinds))
-
-
-def _rotations(
-    config: DecoderConfig, positions_BxL: jax.Array
-) -> tuple[list[layers.Rotation], jax.Array | None]:
-    """The rotation of each kind, and the kind of each layer, int32, or None if all have one."""
-
-    def of(kind: str) -> layers.Rotation:
-        if kind == "nope":
-            # By the angle 0, unscaled.
-            return layers.rotary_angles(0 * positions_BxL, config.rotary_dim, config.rope_theta)
-        if kind == "local" and config.local_rope_theta is not None:
-            return layers.rotary_angles(positions_BxL, config.rotary_dim, config.local_rope_theta)
-        theta, scaling = config.rope_theta, config.rope_scaling
-        return layers.rotary_angles(positions_BxL, config.rotary_dim, theta, scaling)
-
-    kinds = _kinds(config)
-    rotations = [of(kind) for kind in kinds]
-    if len(kinds) == 1:
-        return rotations, None
-    return rotations, jnp.array([kinds.index(kind) for kind in config.kinds_of_layers], jnp.int32)
-
-
-def _score_options(config: DecoderConfig) -> list[ScoreOptions]:
-    """The options of attention in each kind of layer."""
-    scale, soft_cap = config.attention_scale, config.attention_soft_cap
-    windows = (config.window if kind == "local" else None for kind in _kinds(config))
-    return [ScoreOptions(scale, soft_cap, window) for window in windows]
 
 
 def _constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -53,6 +53,7 @@ class DecoderConfig:
       embedding_multiplier: Multiplies embedded inputs (Granite).
       residual_multiplier: Multiplies what a block adds to the residual stream (Granite).
       logits_divisor: Divides logits (Granite).
+      logits_soft_cap: c of c · tanh(logit / c), or None.
       absent_ids: Some ids have no logits: the parameter head_bias, added to them, is -10,000 there
         (`salt transplant`).
       scan_layers: Scan one block over stacked parameters, which compiles fast.
@@ -95,6 +96,7 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    logits_soft_cap: float | None = None
     absent_ids: bool = False
     scan_layers: bool = True
     remat: str = "none"
@@ -144,6 +146,12 @@ class DecoderConfig:
                 raise InputError(f"DecoderConfig.{name} is {value}; set it to a number above 0.")
         if isinstance(self.rope_scaling, Mapping):  # from JSON
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.absent_ids and self.logits_soft_cap is not None:
+            raise InputError(
+                f"The model has a logits_soft_cap of {self.logits_soft_cap}, below which every id "
+                "has some probability, so that none can be absent (absent_ids): choose another "
+                "model."
+            )
         object.__setattr__(self, "layer_kinds", self._shortest_layer_kinds())
         if ("local" in self.layer_kinds) != (self.window is not None):
             raise InputError(
@@ -263,7 +271,9 @@ _SIZES = (
     *("embed_dim", "num_layers", "num_heads", "mlp_dim", "vocab_multiple", "max_length"),
     *_OPTIONAL_SIZES,
 )
-_OPTIONAL_POSITIVE = ("local_rope_theta", "attention_scale", "attention_soft_cap")
+_OPTIONAL_POSITIVE = (
+    *("local_rope_theta", "attention_scale", "attention_soft_cap", "logits_soft_cap"),
+)
 _POSITIVE = (
     *("rope_theta", "norm_epsilon", "embedding_multiplier", "residual_multiplier"),
     *("logits_divisor", *_OPTIONAL_POSITIVE),

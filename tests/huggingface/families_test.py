@@ -38,6 +38,7 @@ YARN = {
     **{"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0},
     **{"original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 0.5},
 }
+CAPS = {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,6 +69,47 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"embedding_multiplier": 3, "residual_multiplier": 0.4, "logits_scaling": 2.0},
             **{"attention_multiplier": 0.2},
         },
+    ),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.75, "sliding_window": None}),
+    "phi3 with a window": (
+        *("phi3",),
+        {"partial_rotary_factor": 0.5, "sliding_window": 5, **TIED, **MQA},
+    ),
+    "phi3 wholly rotated": ("phi3", MHA),
+    "gemma2": ("gemma2", {**CAPS, "head_dim": 16, "sliding_window": 5}),
+    "gemma2 untied": (
+        *("gemma2",),
+        {
+            **{**UNTIED, **MQA, "head_dim": 8, "query_pre_attn_scalar": 12},
+            **{"attn_logit_softcapping": None, "layer_types": MIXED, "sliding_window": 4},
+            **{"final_logit_softcapping": 0.7, "rope_parameters": LLAMA3},
+        },
+    ),
+    "gemma2 without windows or caps": (
+        *("gemma2",),
+        {
+            **{"layer_types": ["full_attention"] * 3, "head_dim": 8, "query_pre_attn_scalar": 8},
+            **dict.fromkeys(CAPS, None),
+        },
+    ),
+    "gemma3": (
+        *("gemma3_text",),
+        {"num_hidden_layers": 7, "head_dim": 8, "sliding_window": 5, "rope_theta": 1e3},
+    ),
+    "gemma3 untied": (
+        *("gemma3_text",),
+        {
+            **{**UNTIED, **MQA, "head_dim": 16, "query_pre_attn_scalar": 12},
+            **{"layer_types": MIXED, "sliding_window": 4, "final_logit_softcapping": 0.7},
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "gemma3 without windows": (
+        *("gemma3_text",),
+        {"head_dim": 8, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 8},
     ),
     "granite tied": ("granite", {**TIED, **MHA, "attention_multiplier": 1, "logits_scaling": 0.5}),
 }
@@ -113,8 +155,9 @@ def imported(folder: pathlib.Path) -> tuple[Any, DecoderConfig, Any]:
 def exported(folder: pathlib.Path, name: str, config: DecoderConfig, params: Any) -> None:
     """Writes the model as `config_to_json` and the family's rules say."""
     family, settings = config_to_json(config, config.padded_vocab_size, "float32", {})
-    # A Mistral without a window is a Llama, and goes out as that.
-    assert family.model_type == {"mistral": "llama"}.get(name, CASES[name][0])
+    # A Mistral without a window is a Llama, and goes out as that; so is a Phi 3, wholly rotated.
+    as_llama = ("mistral", "phi3 wholly rotated")
+    assert family.model_type == ("llama" if name in as_llama else CASES[name][0])
     rules, dtype = family.rules(config), np.dtype(np.float32)
 
     def leaf(path: tuple[str, ...]) -> np.ndarray:
@@ -227,7 +270,7 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_atte
             "original_max_position_embeddings to 9",
         ),
         ("llama", {"sliding_window": 5}, "sets sliding_window to 5"),
-        ("mistral", {**SMALL, "sliding_window": 5}, "layers of a Mistral are alike"),
+        ("mistral", {**SMALL, "sliding_window": 5}, "mistral has layers of one kind"),
         ("mistral", {"sliding_window": "5"}, "its sliding window is '5'"),
         ("mistral", {"attention_bias": True}, "sets attention_bias to True"),
         ("qwen2", SMALL, "its sliding window is None"),
@@ -237,6 +280,24 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_atte
         ("smollm3", {"no_rope_layers": [1, 0]}, "sets no_rope_layers to"),
         ("smollm3", {"use_sliding_window": True}, "sets use_sliding_window to True"),
         ("smollm3", SMALL, "sets layer_types to"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope"}},
+            "to the kind 'longrope', and salt_jax",
+        ),
+        ("phi3", {"rope_scaling": LLAMA3}, "by 'llama3', which phi3 doesn't have"),
+        ("gemma2", {"sliding_window": None}, "its sliding window is None"),
+        ("gemma2", {"sliding_window_pattern": 6}, "sets sliding_window_pattern to 6"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "attention_scale is 0.0"),
+        ("gemma2", {"attn_logit_softcapping": True}, "sets attn_logit_softcapping to True"),
+        ("gemma2", {"use_bidirectional_attention": True}, "sets use_bidirectional_attention to"),
+        ("gemma3_text", {"attn_logit_softcapping": 5.0}, "gemma3_text with None only"),
+        ("gemma3_text", {"rope_parameters": LINEAR}, "expected those of full_attention and"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}},
+            "without a scaling, of sliding_attention",
+        ),
         ("olmo2", {"attention_bias": True}, "sets attention_bias to True"),
         ("olmo2", {"clip_qkv": 8.0}, "sets clip_qkv to 8.0"),
     ],

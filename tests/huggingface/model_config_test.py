@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.errors import InputError
-from salt_jax.huggingface.families import FAMILIES
+from salt_jax.huggingface.families import FAMILIES, gemma3
 from salt_jax.huggingface.family import vocab_multiple
 from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.tensors import leaf_shapes, tensor_shapes
@@ -23,6 +23,7 @@ NEOX = {
     "gated_mlp": False,
     "scale_embeddings": False,
 }
+GEMMA2 = {"norm_placement": "both", "logits_soft_cap": 30.0}
 
 
 @st.composite
@@ -110,6 +111,8 @@ def test_tensors_hold_every_parameter_once(found: tuple[str, DecoderConfig]) -> 
         ({**NEOX, "num_kv_heads": 1}, "nearest is gpt_neox, .*num_kv_heads = None and has 1"),
         ({**NEOX, "head_dim": 4}, "nearest is gpt_neox, .*head_dim = None and has 4"),
         ({"mlp_activation": "gelu"}, "nearest is llama, .*scale_embeddings = False"),
+        ({**GEMMA2, "attention_scale": 0.3}, "nearest is gemma2, .*√n with a whole n and has 0.3"),
+        ({**GEMMA2, "layer_kinds": ("nope",)}, "nearest is gemma2, .*layer_kinds without 'nope'"),
     ],
 )
 def test_what_no_architecture_expresses_is_refused(changes: dict[str, Any], expected: str) -> None:
@@ -117,6 +120,13 @@ def test_what_no_architecture_expresses_is_refused(changes: dict[str, Any], expe
     config = DecoderConfig(**{**sizes, **changes})
     with pytest.raises(InputError, match=expected):
         config_to_json(config, 128, "float32", {})
+
+
+def test_local_layers_of_a_gemma_3_have_their_own_base() -> None:
+    local = {"layer_kinds": ("local",), "window": 4, "qk_norm": "head", "norm_placement": "both"}
+    config = DecoderConfig(16, 1, 2, 8, 9, **local)  # type: ignore[arg-type]
+    assert gemma3.FAMILY.obstacles(config) == ["local_rope_theta a number and has None"]
+    assert not gemma3.FAMILY.obstacles(dataclasses.replace(config, local_rope_theta=1e4))
 
 
 def test_a_width_that_heads_do_not_divide_is_no_llama() -> None:
