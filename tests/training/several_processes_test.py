@@ -328,6 +328,9 @@ def test_in_a_bucket_each_of_three_is_killed_and_others_go_on(
     run(3, 2, [*training(cache, slm, alone), "--batch_size=12"])
     typed = [*training(cache, slm, pathlib.Path("-")), "--batch_size=12"]
     typed = [*typed[:-2], "--output_dir=gs://bucket/runs/a", typed[-1]]
+    bucket.take(slm, "bucket/slm")
+    typed[typed.index(f"--teacher={slm}")] = "--teacher=gs://bucket/slm"
+    typed.append("--teacher.step=12")
     for victim, (count, devices), step in [(2, (3, 2), 3), (1, (2, 3), 6), (0, (3, 2), 9)]:
         together = Together(count, devices, typed)
         assert bucket.wait_for(f"bucket/runs/a/checkpoints/{step}/commit_success.txt")
