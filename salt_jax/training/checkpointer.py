@@ -84,7 +84,7 @@ class Checkpointer:
         if not must and self._manager.is_saving_in_progress():
             self._report(
                 f"skipped the checkpoint of step {step}: that of step {self._saving} is still "
-                "being written; raise save_every"
+                "being written; save less often"
             )
             return
         self.wait()

@@ -7,6 +7,7 @@ and `progress` alone. A step's folder is renamed to STEP only when it is complet
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -41,12 +42,15 @@ class CheckpointConfig:
 
     Attributes:
       save_every: Steps between checkpoints; 0 saves only keep_steps and the last step.
+      save_minutes: Also saves after the first step that ends so many minutes or more after the last
+        save began, with several processes after the second one to follow it; 0: never.
       keep_last: How many of the newest to keep.
       keep_every: Also keep steps that are multiples of this; 0 keeps none.
       keep_steps: Steps that are always saved and kept (the scorer's early checkpoint, say).
     """
 
     save_every: int = 1000
+    save_minutes: float = 0.0
     keep_last: int = 1
     keep_every: int = 0
     keep_steps: Sequence[int] = ()
@@ -57,6 +61,11 @@ class CheckpointConfig:
                 f"CheckpointConfig got save_every {self.save_every}, keep_every {self.keep_every} "
                 f"and keep_last {self.keep_last}: the first two can't be negative, and keep_last "
                 "must be at least 1."
+            )
+        if not 0 <= self.save_minutes < math.inf:
+            raise InputError(
+                f"CheckpointConfig.save_minutes is {self.save_minutes}: set it to the minutes from "
+                "one save to the next, or to 0 to save by steps alone."
             )
 
     def saves(self, step: int, last_step: int) -> bool:

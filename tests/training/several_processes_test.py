@@ -156,7 +156,8 @@ def alone(
 def test_one_two_and_four_processes_train_the_same_model(
     cache: PackedCache, slm: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Two processes are asked to stop, by way of one of them; four go on from their checkpoint."""
+    """Two processes are asked to stop, by way of one of them; four go on from their checkpoint, and
+    save by the clock."""
     output = tmp_path / "run"
     together = Together(2, 2, training(cache, slm, output))
     wait_for_step(together, output, 2)
@@ -167,7 +168,10 @@ def test_one_two_and_four_processes_train_the_same_model(
     assert 2 <= stopped < STEPS
     for _, text in ended:
         assert f"stopped by SIGTERM after step {stopped} of {STEPS}" in text
-    first, second, *_ = run(4, 1, training(cache, slm, output))
+    saves = ["--checkpoints.save_minutes=1e-9", "--checkpoints.keep_last=99", "--gin.SAVE_EVERY=0"]
+    first, second, *_ = run(4, 1, [*training(cache, slm, output), *saves])
+    # Process 0 asks for a save after the last one, and all save after the second step from then.
+    assert complete_steps(output)[1:] == [*range(stopped + 3, STEPS, 3), STEPS]
     assert f"continues at step {stopped}" in first
     assert "continues at step" not in second, "one process speaks for all"
     for ours, theirs in zip(params_of(output), params_of(alone), strict=True):
