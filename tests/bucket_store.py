@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import hashlib
 import itertools
+import pathlib
 import re
 import threading
 from collections import Counter
@@ -80,18 +81,18 @@ class BucketStore:
         return {n.removeprefix(f"{folder}/") for n in self.objects if n.startswith(f"{folder}/")}
 
     def wait_for(self, name: str) -> bool:
-        """Returns when there is an object whose name this matches; False if that takes a minute."""
+        """Returns when there is an object whose name matches; False after three minutes."""
 
         def is_there() -> bool:
             return any(re.fullmatch(name, found) for found in self.objects)
 
         with self._called:
-            return self._called.wait_for(is_there, timeout=60)
+            return self._called.wait_for(is_there, timeout=180)
 
     def wait_for_call(self, writes: int) -> bool:
-        """Returns when so many writes were asked for; False if that takes a minute."""
+        """Returns when so many writes were asked for; False after three minutes."""
         with self._called:
-            return self._called.wait_for(lambda: self.asked["write"] >= writes, timeout=60)
+            return self._called.wait_for(lambda: self.asked["write"] >= writes, timeout=180)
 
     def count(self, kind: str) -> Answer:
         """Counts a call, and says what it is to be answered with."""
@@ -108,6 +109,12 @@ class BucketStore:
             self._etags[name] = (content, etag or hashlib.md5(content).hexdigest())
             self._generations[name] += 1
             self._called.notify_all()
+
+    def take(self, folder: pathlib.Path, name: str) -> None:
+        """Copies the files of a folder on disk to "BUCKET/FOLDER"."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.store(f"{name}/{path.relative_to(folder)}", path.read_bytes())
 
     def delete(self, name: str) -> None:
         """Removes an object, if it is there."""

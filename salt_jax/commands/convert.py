@@ -336,7 +336,7 @@ def _export(
 ) -> None:
     config = saved.config
     if drop_padding is None:
-        drop_padding = "converted_from" not in read_progress(saved.path, saved.step)
+        drop_padding = "converted_from" not in read_progress(saved.run_path, saved.step)
     vocabulary = saved.load_vocabulary()
     rows = vocabulary.size if drop_padding else config.padded_vocab_size
     tokens = {"eos_token_id": vocabulary.eos_id, "bos_token_id": vocabulary.start_id}

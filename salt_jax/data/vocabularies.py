@@ -34,7 +34,7 @@ from salt_jax.data.tokenizer_json import (
 )
 from salt_jax.errors import InputError
 from salt_jax.storage.json_files import read_json_object, require_shape
-from salt_jax.storage.local_copies import local_file, local_folder
+from salt_jax.storage.local_copies import local_file, local_run
 
 VOCABULARY_FOLDER = "vocabulary"  # of a cache and of a run
 
@@ -288,7 +288,7 @@ VOCABULARY_FILES = {SETTINGS_FILE, *(kind._model_file for kind in _CLASSES.value
 def load_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary saved in a folder: a vocabulary's, a run's or a cache's. InputError if there
     is none, or its fingerprint is not the one saved with it."""
-    path = local_folder(folder)
+    path = local_run(folder)
     if (path / VOCABULARY_FOLDER).is_dir():
         path = path / VOCABULARY_FOLDER
     if not (path / SETTINGS_FILE).exists():

@@ -26,7 +26,7 @@ from salt_jax.huggingface.tokenizer_files import (
     tokenizer_settings,
 )
 from salt_jax.storage.json_files import valid_unicode
-from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.local_copies import local_run
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -124,7 +124,7 @@ def load_chat_template(folder: pathlib.Path) -> ChatTemplate | None:
 
 def model_chat_template(model: str) -> ChatTemplate:
     """The chat template of an imported model, by its run's folder; InputError if it has none."""
-    template = load_chat_template(local_folder(model) / TOKENIZER_FOLDER)
+    template = load_chat_template(local_run(model) / TOKENIZER_FOLDER)
     if template is None:
         raise InputError(
             f"The model {model} has no chat template: give prompts and responses by templates of "

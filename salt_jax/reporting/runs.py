@@ -20,7 +20,7 @@ from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, visible
 from salt_jax.evaluation.paired_comparison import Difference, differences_from_json
 from salt_jax.storage.json_files import parse_json, read_json_object, require_shape
-from salt_jax.storage.local_copies import local_folder
+from salt_jax.storage.local_copies import local_run
 from salt_jax.storage.manifests import MANIFEST_FILE
 from salt_jax.storage.run_folder import CONFIG_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
 
@@ -238,9 +238,7 @@ def read_folders(paths: Sequence[str | pathlib.Path]) -> Material:
     Raises:
       InputError: No folder, the same folder twice, or one that is none of these.
     """
-    folders = [
-        local_folder(path, lambda name: not name.startswith("checkpoints/")) for path in paths
-    ]
+    folders = [local_run(path) for path in paths]
     if not folders:
         raise InputError("No run was given: `salt report` needs at least one folder, RUN….")
     resolved = [folder.resolve() for folder in folders]

@@ -39,8 +39,9 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 # JAX and Orbax open paths through etils, which decides once, at its first use, whether buckets are
 # opened by TensorFlow, if that is installed, or by fsspec.
 os.environ.setdefault("EPATH_USE_TF", "false")
-# It logs the traceback of errors that it also raises.
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+# They log the traceback of errors that they also raise.
+for _library in ("gcsfs", "fsspec"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 
 class BucketError(InputError):
@@ -241,7 +242,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[BinaryIO, tuple[int, int]]:
         status = os.fstat(file.fileno())
         return file, (status.st_size, status.st_mtime_ns)
     files, place = _opened(os.fspath(path), **_LISTED)
-    with as_bucket_errors(os.fspath(path), "read"):
+    with as_bucket_errors(path, "read"):
         return files.open(place, "rb"), state_of(path)
 
 
@@ -252,7 +253,7 @@ def state_of(path: str | os.PathLike[str]) -> tuple[int, int]:
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
     files, place = _opened(os.fspath(path), **_LISTED)
-    with as_bucket_errors(os.fspath(path), "read"):
+    with as_bucket_errors(path, "read"):
         info = files.info(place)
     digest = hashlib.blake2b(_version(info).encode(), digest_size=6).digest()
     return int(info["size"]), int.from_bytes(digest)
@@ -295,16 +296,19 @@ def _opened(url: str, **options: Any) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def as_bucket_errors(url: str, what: str) -> Iterator[None]:
-    """Turns any error of the library or the network into a BucketError."""
+def as_bucket_errors(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns any error of the library or the network into a BucketError, if the path is a URL."""
+    if not is_remote(path):
+        yield
+        return
     try:
         yield
     except (InputError, TypeError, AttributeError, NameError, LookupError, AssertionError):
         raise
     except Exception as error:  # each library has classes of its own
         raise BucketError(
-            f"{url} cannot be {what} ({_reason(error)}): check the name, your permissions and the "
-            "network."
+            f"{os.fspath(path)} cannot be {what} ({_reason(error)}): check the name, your "
+            "permissions and the network."
         ) from error
 
 

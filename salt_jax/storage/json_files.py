@@ -31,14 +31,18 @@ _CALLED = {int: "a whole number of 0 or more", float: "a number", str: "a string
 def read_json_object(file: pathlib.Path, remedy: str) -> dict[str, Any]:
     """The JSON object in a file; InputError, ending in `remedy`, if it cannot be read, is not JSON
     (NaN is not), or holds something else."""
+    from salt_jax.storage.buckets import as_bucket_errors
+
     try:
-        with file.open("rb") as opened:
+        with as_bucket_errors(file, "read"), file.open("rb") as opened:
             text = opened.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
         found = parse_json(text, parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): {remedy}.") from error
+    except InputError:  # a bucket's
+        raise
     except ValueError as error:
         raise InputError(f"{file} is not readable JSON ({error}): {remedy}.") from error
     if not isinstance(found, dict):

@@ -149,19 +149,12 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return bool(os.fspath(path)) and pathlib.Path(path).exists()
 
 
-def local_run(url: str, step: int | None) -> pathlib.Path:
-    """A copy of a run's folder in a bucket, with one of its checkpoints (None: the newest);
-    InputError if it cannot be read, is empty, or has no such checkpoint."""
-    steps = remote_steps(RemoteFolder(url).files())
-    if step is not None and step not in steps:
-        listed = f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
-        raise InputError(
-            f"{url} has {f'checkpoints of {listed}' if steps else 'no checkpoint'}, and step "
-            f"{step} is asked for: name another step."
-        )
-    kept = f"checkpoints/{step if step is not None else max(steps, default=None)}/"
+def local_run(path: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
+    """As `local_folder`, of a run without its checkpoints, but for that of `step` in s3://: Orbax
+    reads gs:// itself."""
+    kept = (f"checkpoints/{step}/",) if os.fspath(path).startswith("s3://") else ()
     return local_folder(
-        url, lambda name: not name.startswith("checkpoints/") or name.startswith(kept)
+        path, lambda name: not name.startswith("checkpoints/") or name.startswith(kept)
     )
 
 

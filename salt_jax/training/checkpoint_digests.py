@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from salt_jax.errors import InputError
-from salt_jax.storage.buckets import RemoteFolder, is_remote
+from salt_jax.storage.buckets import BucketError, RemoteFolder, as_bucket_errors, is_remote
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object, require_shape
 from salt_jax.storage.manifests import DIGESTS_FILE, file_digest
@@ -68,7 +68,8 @@ def complete_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
 
 def lacking(item: pathlib.Path) -> str:
     """What is missing for an item to be read, a file or the item itself; "" if nothing is."""
-    names = {path.name for path in item.iterdir()} if item.is_dir() else set()
+    with as_bucket_errors(item, "read"):
+        names = {path.name for path in item.iterdir()} if item.is_dir() else set()
     if not names:
         return item.name
     in_parts = any(name.startswith(_PARTS) for name in names)
@@ -121,7 +122,8 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
         name = str(path.relative_to(folder))
         digest = known.get(name, "")
         if not digest or number % count == process:
-            digest = file_digest(path)
+            with as_bucket_errors(path, "read"):
+                digest = file_digest(path)
         if known and path.name != COMMIT_MARK and known.get(name) != digest:
             raise damaged(folder, f"{name} is not what was written")
         whole.update(str(path.relative_to(folder / item)).encode())
@@ -135,7 +137,8 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
 
 def damaged(folder: pathlib.Path, what: str) -> InputError:
     """The error for a checkpoint that can't be used, which names the older ones."""
-    older = [p.name for p in folder.parent.iterdir() if p.name.isdigit() and p != folder]
+    with as_bucket_errors(folder, "read"):
+        older = [p.name for p in folder.parent.iterdir() if p.name.isdigit() and p != folder]
     steps = ", ".join(sorted(older, key=int))
     instead = f"use another one ({steps}): to resume a run from there, delete {folder}"
     return InputError(
@@ -151,12 +154,16 @@ def _require_whole(folder: pathlib.Path, item: str) -> None:
 
 def _known(folder: pathlib.Path) -> dict[str, str]:
     path = folder / DIGESTS_FILE
-    if not path.exists():
+    with as_bucket_errors(path, "read"):
+        exists = path.exists()
+    if not exists:
         _warn_unchecked(folder.absolute())
         return {}
     try:
         known = read_json_object(path, "")
         require_shape(path, known, {str: str}, "")
+    except BucketError:
+        raise
     except InputError as error:
         raise damaged(folder, f"{DIGESTS_FILE} is not what was written") from error
     return known

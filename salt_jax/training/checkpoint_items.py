@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from salt_jax.errors import InputError, RunFailed
-from salt_jax.storage.buckets import is_remote
+from salt_jax.storage.buckets import as_bucket_errors, is_remote
 from salt_jax.training.checkpoint_digests import damaged, lacking
 
 ARRAYS, PROGRESS = ("params", "optimizer"), "progress"
@@ -109,9 +109,12 @@ def read_back(item: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: pathlib.Path) -> Iterator[None]:
-    """Turns a library's error about an unreadable checkpoint into an InputError."""
+    """Turns a library's error about an unreadable checkpoint, or a bucket's, into an InputError."""
     try:
-        yield
+        with as_bucket_errors(checkpoint, "read"):
+            yield
+    except InputError:
+        raise
     except _UNREADABLE as error:
         raise damaged(checkpoint, _first_line(error)) from error
 

@@ -84,7 +84,7 @@ class Checkpointer:
         if not must and self._manager.is_saving_in_progress():
             self._report(
                 f"skipped the checkpoint of step {step}: that of step {self._saving} is still "
-                "being written; raise save_every"
+                "being written; save less often"
             )
             return
         self.wait()
@@ -160,7 +160,7 @@ class Checkpointer:
         """Reports a full disk or a bucket's error, and reopens the manager, which still lists the
         lost step."""
         try:
-            with self._as_bucket_errors():
+            with as_bucket_errors(self._folder, "written"):
                 yield
             return
         except BucketError as error:
@@ -177,15 +177,10 @@ class Checkpointer:
             f"{f'that of step {newest}' if newest is not None else 'none'}. {remedy}"
         )
 
-    def _as_bucket_errors(self) -> contextlib.AbstractContextManager[None]:
-        if self._is_remote:
-            return as_bucket_errors(str(self._folder), "written")
-        return contextlib.nullcontext()
-
     def _reopen(self) -> int | None:
         """The newest step of a manager made anew; None if the bucket is still unreachable."""
         try:
-            with self._as_bucket_errors():
+            with as_bucket_errors(self._folder, "written"):
                 self._manager = self._open()
                 return self.latest_step()
         except BucketError:

@@ -5,7 +5,9 @@ model, vocabulary, data position, counters, teacher). A teacher or scorer is loa
 and `progress` alone. A step's folder is renamed to STEP only when it is complete.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ from salt_jax.distill.schedules import Watched
 from salt_jax.errors import InputError
 from salt_jax.huggingface.tokenizer_files import TOKENIZER_FOLDER, end_ids
 from salt_jax.models.decoder import DecoderConfig
-from salt_jax.storage.buckets import RemoteFolder, is_remote
+from salt_jax.storage.buckets import RemoteFolder, is_remote, path_of
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object
 from salt_jax.storage.local_copies import local_run, remote_steps
@@ -40,12 +42,15 @@ class CheckpointConfig:
 
     Attributes:
       save_every: Steps between checkpoints; 0 saves only keep_steps and the last step.
+      save_minutes: Also saves after the first step that ends so many minutes or more after the last
+        save began, with several processes after the second one to follow it; 0: never.
       keep_last: How many of the newest to keep.
       keep_every: Also keep steps that are multiples of this; 0 keeps none.
       keep_steps: Steps that are always saved and kept (the scorer's early checkpoint, say).
     """
 
     save_every: int = 1000
+    save_minutes: float = 0.0
     keep_last: int = 1
     keep_every: int = 0
     keep_steps: Sequence[int] = ()
@@ -56,6 +61,11 @@ class CheckpointConfig:
                 f"CheckpointConfig got save_every {self.save_every}, keep_every {self.keep_every} "
                 f"and keep_last {self.keep_last}: the first two can't be negative, and keep_last "
                 "must be at least 1."
+            )
+        if not 0 <= self.save_minutes < math.inf:
+            raise InputError(
+                f"CheckpointConfig.save_minutes is {self.save_minutes}: set it to the minutes from "
+                "one save to the next, or to 0 to save by steps alone."
             )
 
     def saves(self, step: int, last_step: int) -> bool:
@@ -73,7 +83,8 @@ class SavedModel:
     """A model in a checkpoint, whose parameters are not loaded yet.
 
     Attributes:
-      path: The run's folder on disk.
+      run_path: The run's folder, on disk or in gs://.
+      path: The same on disk; of one in gs:// a copy without its checkpoints.
       step: The checkpoint's step.
       config: The model.
       vocabulary_fingerprint: The fingerprint of the tokenizer that it was trained with.
@@ -82,6 +93,7 @@ class SavedModel:
       url: The bucket's folder that `path` is a local copy of, or "".
     """
 
+    run_path: pathlib.Path
     path: pathlib.Path
     step: int
     config: DecoderConfig
@@ -133,9 +145,10 @@ class SavedModel:
           InputError: They cannot be read, or are not all finite.
         """
         abstract = abstract_sharded_params(self.config, mesh, rules, dtype)
-        folder = (self.path / CHECKPOINTS_FOLDER / str(self.step)).absolute()
-        with reading(folder), ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(folder / "params", abstract)
+        folder = checkpoints_of(self.run_path) / str(self.step)
+        # Without Orbax's Checkpointer, which wants its mark in gs://: a run copied there has none.
+        with reading(folder), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            params = handler.restore(folder / "params", args=ocp.args.StandardRestore(abstract))
         require_finite(params, mesh, folder)
         return params
 
@@ -146,7 +159,8 @@ def find_model(
     """Finds a model in a run's folder.
 
     Args:
-      path: The run's folder, or its URL in a bucket, from which only this checkpoint is copied.
+      path: The run's folder, or its URL in a bucket. A checkpoint in gs:// is read where it is, by
+        each process its own shards; one in s3:// is copied.
       step: The checkpoint's step; None is the newest.
       role: What the model is for ("teacher"), for errors.
       cache: The cache to check it against, if any: the model must be able to read its rows. The
@@ -164,9 +178,10 @@ def find_model(
             f"{role} is {url}, whose newest checkpoint may differ between this run's processes: "
             f"name one with {flag}."
         )
-    path = _run_path(local_run(url, step) if url else path, role)
-    folder = path / CHECKPOINTS_FOLDER
-    steps = complete_steps(path)
+    steps = remote_steps(RemoteFolder(url).files()) if url else []
+    if not steps:
+        path = _run_path(local_run(url) if url else path, role)
+        steps = complete_steps(path)
     if not steps:
         raise InputError(f"{role} is {path}, which has no complete checkpoint yet.")
     if step is None:
@@ -176,8 +191,12 @@ def find_model(
             f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}: "
             f"change {flag}."
         )
-    progress = read_progress(path, step)
+    path = local_run(url, step) if url else pathlib.Path(path)
+    run_path = path_of(url) if url.startswith("gs://") else path
+    require_path(run_path)
+    progress = read_progress(run_path, step)
     model = SavedModel(
+        run_path=run_path,
         path=path,
         step=step,
         # Attention for these devices, not those that it was trained on.
@@ -185,7 +204,7 @@ def find_model(
             DecoderConfig.from_json(progress["model"]), attention_backend="auto"
         ),
         vocabulary_fingerprint=progress["vocabulary_fingerprint"],
-        digest=check_together(folder / str(step), ("params",))[0],
+        digest=check_together(checkpoints_of(run_path) / str(step), ("params",))[0],
         counters=progress.get("counters") or {},
         url=url,
     )
@@ -201,7 +220,6 @@ def _run_path(path: str | pathlib.Path, role: str) -> pathlib.Path:
         raise InputError(f"{role} is empty: {name}.")
     path = pathlib.Path(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
-        require_path(path)
         return path
     if (path / "config.json").exists():
         raise InputError(
@@ -222,8 +240,8 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
     """
     folder = checkpoints_of(path) / str(step)
     check_digests(folder, ("progress",))
-    with reading(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        progress: dict[str, Any] = checkpointer.restore(folder / "progress")
+    with reading(folder), contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        progress: dict[str, Any] = handler.restore(folder / "progress")
     return progress
 
 

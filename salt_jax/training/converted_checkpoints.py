@@ -5,6 +5,7 @@ opens the parameters of any checkpoint without reading them. Both are an Orbax t
 writes an array chunk by chunk as its values are computed, and reads rows on demand.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -24,6 +25,7 @@ from salt_jax.huggingface.tensors import Array, Path
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training.checkpoint_digests import write_digests
 from salt_jax.training.checkpoint_items import read_back, reading
+from salt_jax.training.checkpoints import checkpoints_of
 
 # Bytes of an array's chunk: small compared to a tensor, but only some hundreds for a model.
 _CHUNK_BYTES = 4 << 20
@@ -72,13 +74,13 @@ def open_parameters(
     run_path: pathlib.Path, step: int, paths: Iterable[Path]
 ) -> dict[Path, StreamedParameter]:
     """The parameters of a checkpoint by path in the tree, to be read on demand."""
-    folder = (run_path / CHECKPOINTS_FOLDER / str(step)).absolute()
+    folder = checkpoints_of(run_path) / str(step)
     tree = traverse_util.unflatten_dict(dict.fromkeys(paths, 0))
     restore_args = traverse_util.unflatten_dict(
         dict.fromkeys(paths, ocp.RestoreArgs(restore_type=_Leaf))
     )
-    with reading(folder), ocp.Checkpointer(_TreeHandler()) as checkpointer:
-        opened = checkpointer.restore(
+    with reading(folder), contextlib.closing(_TreeHandler()) as handler:
+        opened = handler.restore(
             folder / "params", args=_TreeRestore(tree, restore_args=restore_args)
         )
     found: dict[Path, StreamedParameter] = traverse_util.flatten_dict(opened)
@@ -203,17 +205,7 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
 
 
 async def _open(info: type_handlers.ParamInfo) -> tensorstore.TensorStore:
-    folder = {"driver": "file", "path": f"{info.parent_dir}/"}
-    kvstore = (
-        {"driver": "ocdbt", "base": folder, "path": f"{info.name}/"}
-        if info.is_ocdbt_checkpoint
-        else {**folder, "path": f"{info.path}/"}
-    )
-    spec = {
-        "driver": "zarr3" if info.use_zarr3 else "zarr",
-        "kvstore": kvstore,
-        "fill_missing_data_reads": False,
-    }
+    spec = type_handlers.get_json_tspec_read(info, use_ocdbt=bool(info.is_ocdbt_checkpoint))
     return await tensorstore.open(spec, open=True, read=True, context=info.ts_context)
 
 

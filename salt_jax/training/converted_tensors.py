@@ -90,7 +90,7 @@ def tensors_of(
     """
     config, where = saved.config, f"{saved.path} (step {saved.step})"
     # Each parameter is popped when it is used, which frees the chunks that it has read.
-    parameters = open_parameters(saved.path, saved.step, leaf_shapes(config))
+    parameters = open_parameters(saved.run_path, saved.step, leaf_shapes(config))
     for rule in rules:
         if not rule.in_layers:
             parameter = parameters.pop(rule.leaves[0])

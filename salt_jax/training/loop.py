@@ -31,6 +31,7 @@ from salt_jax.training.ledger import Cost, Counters, Ledger
 from salt_jax.training.metrics import MetricWriter, recorded, status_of
 from salt_jax.training.origin import require_same_origin
 from salt_jax.training.profiling import Profile
+from salt_jax.training.save_clock import SaveClock
 from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.teacher import LoadedTeacher, teaching_flops_per_token
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -151,6 +152,7 @@ class Loop:
         last = self.config.steps
         evaluation: EvaluationResult | None = None
         pending: Pending | None = None
+        self._save_clock = SaveClock(self.config.checkpoints.save_minutes)
         self._ledger.start_clock()
         self._wall.begin_steps()
         for done in range(first_step + 1, last + 1):
@@ -163,7 +165,7 @@ class Loop:
                 self._note(pending)
             pending = done, metrics
             self._profile.end_after(done, metrics)
-            saves = self.config.checkpoints.saves(done, last)
+            saves = self._save_clock.is_due(done) or self.config.checkpoints.saves(done, last)
             evaluates = done % self.config.evaluation.every == 0 or done == last
             with self._watch.waiting_for(f"the processes to agree after step {done}"):
                 stopped_by = stop.asked_by(done)
@@ -363,6 +365,7 @@ class Loop:
         if self._stage_of(done) == 2:
             state = state._replace(projection=None)
         self._writer.send()
+        self._save_clock.restart()
         waiting = self._watch.waiting_for(f"the checkpoint of step {done}")
         with self._wall.spent_on("save"), waiting:
             self._checkpointer.save(done, state, progress, must)

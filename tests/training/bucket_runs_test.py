@@ -4,14 +4,19 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import jax
+import numpy as np
 import pytest
+from flax import traverse_util
 
 from salt_jax.errors import InputError
-from salt_jax.storage.buckets import RemoteFolder, path_of
+from salt_jax.storage.buckets import path_of
 from salt_jax.storage.run_lock import RunLock
 from salt_jax.training.checkpoint_digests import check_digests
 from salt_jax.training.checkpoint_items import ITEMS
-from salt_jax.training.checkpoints import complete_steps
+from salt_jax.training.checkpoints import complete_steps, find_model
+from salt_jax.training.converted_checkpoints import open_parameters
+from salt_jax.training.partitioning import MeshConfig
 from tests.bucket_emulator import BucketEmulator
 
 pytest.importorskip("gcsfs")
@@ -52,6 +57,7 @@ def test_at_every_change_of_the_bucket_the_newest_checkpoint_is_whole(
     assert {*newest} == {2, 4, 6}
     assert "not checked" not in capfd.readouterr().err
     assert complete_steps(path_of(URL)) == [2, 4, 6]
+    find_model(URL, 4, "teacher").load_params(MeshConfig().make())
 
 
 def test_a_run_that_an_older_version_sent_goes_on(
@@ -59,14 +65,45 @@ def test_a_run_that_an_older_version_sent_goes_on(
 ) -> None:
     """digests.json was sent last; what lacks a file that it names is no checkpoint."""
     run_train(tmp_path / "run", steps=4)
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    RemoteFolder(URL).put(tmp_path / "run", [str(p.relative_to(tmp_path / "run")) for p in files])
+    bucket.take(tmp_path / "run", PLACE)
     bucket.objects[f"{PLACE}/checkpoints/9/digests.json"] = b'{"params/gone": "00"}'
     run_train(path_of(URL))
     assert complete_steps(path_of(URL)) == [2, 4, 6]
     records = bucket.objects[f"{PLACE}/metrics.jsonl"].decode().splitlines()
     steps = [json.loads(line)["step"] for line in records if '"train"' in line]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_in_a_bucket_is_read_without_a_copy(
+    bucket: BucketEmulator, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    bucket.take(slm, PLACE)
+    there, on_disk = find_model(URL, 4, "teacher"), find_model(slm, 4, "teacher")
+    assert (there.identity["path"], there.digest) == (URL, on_disk.digest)
+    mesh = MeshConfig().make()
+    params = there.load_params(mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, on_disk.load_params(mesh))
+    leaves = traverse_util.flatten_dict(params)
+    opened = open_parameters(there.run_path, 4, leaves)
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(opened[name].read(), leaf)
+    assert there.load_vocabulary().fingerprint == on_disk.vocabulary_fingerprint
+    assert not [path for path in (tmp_path / "copies").rglob("*") if path.name == "checkpoints"]
+
+
+def test_a_model_in_a_bucket_that_is_damaged(bucket: BucketEmulator, slm: pathlib.Path) -> None:
+    bucket.take(slm, PLACE)
+    with pytest.raises(InputError, match=r"step 5 of gs://.*, which has 4, 12:"):
+        find_model(URL, 5, "teacher")
+    name = next(n for n in bucket.objects if f"{PLACE}/checkpoints/12/params/" in n and "/d/" in n)
+    held = bytearray(bucket.objects[name])
+    held[len(held) // 2] ^= 1
+    bucket.store(name, bytes(held))
+    with pytest.raises(InputError, match=r"gs://bucket/runs/a/checkpoints/12 is damaged"):
+        find_model(URL, None, "teacher")
+    bucket.failing = {"read"}
+    with pytest.raises(InputError, match=r"gs://bucket/runs/a.* cannot be read \(.*Forbidden"):
+        find_model(URL, 4, "teacher")
 
 
 @pytest.mark.parametrize("name", ["lr[1]", "run*", "run?"])

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.storage.buckets import RemoteFolder
 from salt_jax.training.checkpoint_digests import COMMIT_MARK
 from salt_jax.training.checkpoints import complete_steps, find_model
 from salt_jax.training.partitioning import MeshConfig
@@ -144,8 +143,8 @@ def test_with_all_in_buckets_another_machine_goes_on(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    send(cache.path, "gs://bucket/cache")
-    send(slm, "s3://bucket/slm")
+    bucket.take(cache.path, "bucket/cache")
+    bucket.take(slm, "bucket/slm")
     moved = {
         f"--cache={cache.path}": "--cache=gs://bucket/cache",
         f"--teacher={slm}": "--teacher=s3://bucket/slm",
@@ -173,9 +172,3 @@ def test_with_all_in_buckets_another_machine_goes_on(
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in text
     assert not [name for name, content in bucket.objects.items() if secret.encode() in content]
-
-
-def send(folder: pathlib.Path, url: str) -> None:
-    """Puts a folder into a bucket."""
-    files = [path for path in folder.rglob("*") if path.is_file() and "programs" not in path.parts]
-    RemoteFolder(url).put(folder, [str(path.relative_to(folder)) for path in files])

@@ -156,7 +156,8 @@ def alone(
 def test_one_two_and_four_processes_train_the_same_model(
     cache: PackedCache, slm: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Two processes are asked to stop, by way of one of them; four go on from their checkpoint."""
+    """Two processes are asked to stop, by way of one of them; four go on from their checkpoint, and
+    save by the clock."""
     output = tmp_path / "run"
     together = Together(2, 2, training(cache, slm, output))
     wait_for_step(together, output, 2)
@@ -167,7 +168,10 @@ def test_one_two_and_four_processes_train_the_same_model(
     assert 2 <= stopped < STEPS
     for _, text in ended:
         assert f"stopped by SIGTERM after step {stopped} of {STEPS}" in text
-    first, second, *_ = run(4, 1, training(cache, slm, output))
+    saves = ["--checkpoints.save_minutes=1e-9", "--checkpoints.keep_last=99", "--gin.SAVE_EVERY=0"]
+    first, second, *_ = run(4, 1, [*training(cache, slm, output), *saves])
+    # Process 0 asks for a save after the last one, and all save after the second step from then.
+    assert complete_steps(output)[1:] == [*range(stopped + 3, STEPS, 3), STEPS]
     assert f"continues at step {stopped}" in first
     assert "continues at step" not in second, "one process speaks for all"
     for ours, theirs in zip(params_of(output), params_of(alone), strict=True):
@@ -328,6 +332,9 @@ def test_in_a_bucket_each_of_three_is_killed_and_others_go_on(
     run(3, 2, [*training(cache, slm, alone), "--batch_size=12"])
     typed = [*training(cache, slm, pathlib.Path("-")), "--batch_size=12"]
     typed = [*typed[:-2], "--output_dir=gs://bucket/runs/a", typed[-1]]
+    bucket.take(slm, "bucket/slm")
+    typed[typed.index(f"--teacher={slm}")] = "--teacher=gs://bucket/slm"
+    typed.append("--teacher.step=12")
     for victim, (count, devices), step in [(2, (3, 2), 3), (1, (2, 3), 6), (0, (3, 2), 9)]:
         together = Together(count, devices, typed)
         assert bucket.wait_for(f"bucket/runs/a/checkpoints/{step}/commit_success.txt")
