@@ -46,6 +46,7 @@ def select(
     cache: str,
     rule: selection.SelectionRule,
     scores: str | None = None,
+    later_scores: str | None = None,
     split: str = "train",
     k: int | None = None,
     statistic: str = "median",
@@ -61,6 +62,8 @@ def select(
       cache: The packed cache.
       rule: selection.TopRows, TopFraction, Threshold, or RandomRows as the control.
       scores: A folder made by `salt score`; RandomRows needs none, but has a fuller audit with it.
+      later_scores: Scores by a later checkpoint of the same scorer: a row's score is then what it
+        had less what it has now, what the scorer has learned of it since.
       split: The split, if there are no scores.
       k: Which k, if the scores have several.
       statistic: A row's score: "median" (METHOD's S) or "mean" of its learnable tokens' losses,
@@ -78,13 +81,14 @@ def select(
     others = {folder: Selection.open(folder, cache_digest=packed.digest) for folder in compare}
     config = ScoreConfig(k, statistic, unlearnable, min_learnable_fraction)
     row_scores = _open_scores(scores, rule, packed, allow_nan)
+    later = _open_later(later_scores, rule, row_scores, config, packed, allow_nan)
     if row_scores is None:
         facts = None
         candidates = selection.Candidates(rows=len(packed.split(split)))
     else:
         config = config.among(row_scores.manifest["k"], row_scores.columns)
         split = row_scores.manifest["split"]
-        facts = _facts(packed, row_scores, config)
+        facts = _facts(packed, row_scores, config, later)
         candidates = selection.Candidates.of(facts.scores, facts.subsets, len(packed.subsets))
     for folder, other in others.items():
         if other.manifest["split"] != split:
@@ -107,6 +111,7 @@ def select(
         how=_how(rule),
         scores=row_scores if by_score else None,
         score=dataclasses.asdict(config) if by_score else None,
+        later=later,
         cut=choice.cut,
     )
     audit = _audit(packed, chosen, facts, others)
@@ -139,11 +144,41 @@ def _open_scores(
     return scores
 
 
-def _facts(cache: PackedCache, scores: RowScores, config: ScoreConfig) -> RowFacts:
+def _open_later(
+    folder: str | None,
+    rule: selection.SelectionRule,
+    scores: RowScores | None,
+    config: ScoreConfig,
+    cache: PackedCache,
+    allow_nan: bool,
+) -> RowScores | None:
+    """Scores to subtract, of the same rows and with the same column."""
+    if folder is None:
+        return None
+    if scores is None or isinstance(rule, selection.RandomRows):
+        raise InputError(
+            f"later_scores is {folder}, and {type(rule).__name__} selects without scores: leave it "
+            "unset, or select by scores (--gin_file=methods/top_fraction.gin)."
+        )
+    later = _open_scores(folder, rule, cache, allow_nan)
+    assert later is not None, "a rule by score needs scores"
+    if later.manifest["split"] != scores.manifest["split"]:
+        raise InputError(
+            f"later_scores is {folder}, of the {later.manifest['split']} split, and the scores are "
+            f"of {scores.manifest['split']}: score that split."
+        )
+    config.among(scores.manifest["k"], scores.columns).among(later.manifest["k"], later.columns)
+    return later
+
+
+def _facts(
+    cache: PackedCache, scores: RowScores, config: ScoreConfig, later: RowScores | None
+) -> RowFacts:
+    columns = config.column, config.learnable_column
     return RowFacts(
         subset_names=cache.subsets,
         subsets=scores.column(SUBSET),
-        scores=scores.scores(config.column, config.learnable_column, config.min_learnable_fraction),
+        scores=scores.scores(*columns, config.min_learnable_fraction, later),
         losses=scores.column(LOG_PERPLEXITY),
         learnable=scores.column(config.learnable_column),
         hashes=scores.column(TARGETS_HASH),

@@ -150,12 +150,17 @@ class RowScores(RowPass):
         return Column(self.shards, dtype, name, may_be_nan=self.manifest["nan_rows"] > 0)
 
     def scores(
-        self, column: str, learnable_column: str, min_learnable_fraction: float = 0.0
+        self,
+        column: str,
+        learnable_column: str,
+        min_learnable_fraction: float = 0.0,
+        later: "RowScores | None" = None,
     ) -> "ColumnScores":
-        """A column of scores, with −inf where the share of learnable tokens (another column) is
-        below a fraction."""
+        """A column of scores, minus that of a later checkpoint's, if given, with −inf where the
+        share of learnable tokens (another column) is below a fraction."""
         learnable = self.column(learnable_column) if min_learnable_fraction > 0 else None
-        return ColumnScores(self.column(column), learnable, min_learnable_fraction)
+        since = None if later is None else later.column(column)
+        return ColumnScores(self.column(column), learnable, min_learnable_fraction, since)
 
     @functools.cached_property
     def shards(self) -> FinishedShards:
@@ -166,21 +171,33 @@ class RowScores(RowPass):
 
 @dataclasses.dataclass(frozen=True)
 class ColumnScores:
-    """A Column of scores, with −inf for rows with too few learnable tokens."""
+    """A Column of scores, minus another, with −inf for rows with too few learnable tokens."""
 
     column: Column
     learnable: Column | None
     min_learnable_fraction: float
+    later: Column | None = None
 
     def __len__(self) -> int:
         return len(self.column)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         scores_n = self.column[rows]
+        if self.later is not None:
+            with np.errstate(invalid="ignore"):  # −inf of both is NaN, which no rule selects
+                scores_n = scores_n - self.later[rows]
         if self.learnable is not None:
             too_few_n = self.learnable[rows] < np.float32(self.min_learnable_fraction)
             scores_n[too_few_n] = -np.inf
         return scores_n
+
+
+def _sum_of(costs: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The costs added up; None if one of them is unknown."""
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        return None
+    return {name: sum(cost[name] for cost in known) for name in _NO_COST}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +229,7 @@ class Selection:
         how: Mapping[str, Any],
         scores: RowScores | None = None,
         score: Mapping[str, Any] | None = None,
+        later: RowScores | None = None,
         cut: float | None = None,
     ) -> Self:
         """Writes the selection and opens it.
@@ -224,8 +242,10 @@ class Selection:
           how: The rule and its settings.
           scores: The scores it was made from; None for a random control.
           score: Which score: k, statistic, unlearnable, min_learnable_fraction.
+          later: Scores by a later checkpoint that were subtracted from these.
           cut: The lowest score selected.
         """
+        costs = [each.cost for each in (scores, later) if each is not None] or [dict(_NO_COST)]
         path = pathlib.Path(folder)
         begin_writing(path)
         blocks = [row_ids_m] if isinstance(row_ids_m, np.ndarray) else row_ids_m
@@ -236,12 +256,12 @@ class Selection:
             split=split,
             rows=rows,
             array_digest=file_digest(path / ROW_IDS_FILE),
-            how=dict(how),
+            how={**how, "later_scores": later.digest} if later else dict(how),
             scores_digest=scores.digest if scores else None,
             cut=cut,
             scorer=scores.manifest["scorer"] if scores else None,
             score=dict(score) if score else None,
-            scoring_cost=scores.cost if scores else dict(_NO_COST),
+            scoring_cost=_sum_of(costs),
         )
         write_manifest(path, manifest)
         return cls.open(path)

@@ -131,6 +131,41 @@ class Mean:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrimmedMean:
+    """The mean loss of a row's learnable tokens without the lowest and the highest ones.
+
+    Attributes:
+      k: A token is learnable if it is among the scorer's k most likely ids.
+      trim: The share to leave out at each end, rounded down to whole tokens: 0 gives the mean, and
+        a share just below 0.5 the median.
+    """
+
+    k: int
+    trim: float = 0.25
+
+    needs: ClassVar[Collection[str]] = (LOSS, RANK)
+
+    def __post_init__(self) -> None:
+        checked_ks(self.k)
+        if not 0.0 <= self.trim < 0.5:
+            raise InputError(f"TrimmedMean.trim is {self.trim}; set it from 0 to below 0.5.")
+
+    @property
+    def name(self) -> str:
+        return f"trimmed_mean_{self.trim:g}_k{self.k}"
+
+    def of_rows(self, tokens: Mapping[str, jax.Array], counts_BxL: jax.Array) -> jax.Array:
+        learnable_BxL = tokens[RANK] < self.k
+        place_BxL, learnable_B = jnp.cumsum(learnable_BxL, -1) - 1, jnp.sum(learnable_BxL, -1)
+        left_out_Bx1 = jnp.floor(self.trim * learnable_B * (1.0 + 1e-6))[:, None]
+        above_Bx1 = learnable_B[:, None] - left_out_Bx1
+        kept_BxL = learnable_BxL & (place_BxL >= left_out_Bx1) & (place_BxL < above_Bx1)
+        sum_B = jnp.sum(jnp.where(kept_BxL, tokens[LOSS], 0.0), axis=-1)
+        kept_B = jnp.sum(kept_BxL, axis=-1)
+        return jnp.where(learnable_B > 0, sum_B / jnp.maximum(kept_B, 1), -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
 class LearnableFraction:
     """The share of learnable tokens among those that count."""
 

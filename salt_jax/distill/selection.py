@@ -89,16 +89,26 @@ class SelectionRule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TopRows:
-    """The m rows with the highest scores."""
+    """The m rows with the highest scores.
+
+    Attributes:
+      m: Number of rows.
+      stratified: Whether to select the same fraction of every subset.
+      most_of_subset: The largest share of the selected rows that one subset may have; None for
+        any.
+    """
 
     m: int
     stratified: bool = False
+    most_of_subset: float | None = None
 
     def __post_init__(self) -> None:
         _check_rows(self, self.m)
+        _check_share(self, self.most_of_subset)
 
     def select(self, candidates: Candidates) -> RowChoice:
-        highest = _Highest(candidates, _scores(candidates), self.stratified)
+        scores, share = _scores(candidates), self.most_of_subset
+        highest = _Highest(candidates, scores, self.stratified, share)
         if self.m > highest.eligible:
             raise InputError(
                 f"TopRows.m is {self.m}, but only {highest.eligible} of {candidates.rows} rows "
@@ -111,20 +121,24 @@ class TopRows:
 class TopFraction:
     """The rows with the highest scores: `fraction` of all N rows.
 
-    Rounded down, but at least one row and at most those with a score.
+    Rounded down, but at least one row and at most those with a score. `stratified` and
+    `most_of_subset` as in TopRows.
     """
 
     fraction: float
     stratified: bool = False
+    most_of_subset: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
             raise InputError(
                 f"TopFraction.fraction is {self.fraction}; set it above 0 and to at most 1."
             )
+        _check_share(self, self.most_of_subset)
 
     def select(self, candidates: Candidates) -> RowChoice:
-        highest = _Highest(candidates, _scores(candidates), self.stratified)
+        scores, share = _scores(candidates), self.most_of_subset
+        highest = _Highest(candidates, scores, self.stratified, share)
         if not highest.eligible:
             raise InputError(
                 "No row has a score, so TopFraction selects nothing; check the scorer and its k."
@@ -206,14 +220,21 @@ class _Highest:
     Args:
       candidates: The rows.
       keys: Returns the keys of a slice of rows; a row with -inf is never selected.
-      stratified: Whether each subset is a stratum.
+      stratified: Whether to choose the same fraction of every subset.
+      most_of_subset: The largest share of the chosen rows that one subset may have.
     """
 
     def __init__(
-        self, candidates: Candidates, keys: Callable[[slice], np.ndarray], stratified: bool
+        self,
+        candidates: Candidates,
+        keys: Callable[[slice], np.ndarray],
+        stratified: bool,
+        most_of_subset: float | None = None,
     ) -> None:
         self._candidates, self._keys, self._stratified = candidates, keys, stratified
-        strata = candidates.num_subsets if stratified else 1
+        self._share = most_of_subset
+        self._has_strata = stratified or most_of_subset is not None
+        strata = candidates.num_subsets if self._has_strata else 1
         self._rows_S = np.zeros(strata, np.int64)
         for block in candidates.blocks():
             self._rows_S += np.bincount(self._strata(block), minlength=strata)
@@ -242,7 +263,18 @@ class _Highest:
 
     def choose(self, rows: int) -> RowChoice:
         """The `rows` highest, at most `eligible`; to be called once."""
-        quota_S = apportion(rows, self._rows_S, self._eligible_S)
+        most_S = self._eligible_S
+        if self._share is not None:
+            most_S = np.minimum(most_S, math.floor(self._share * rows * (1.0 + 1e-12)))
+        if most_S.sum() < rows:
+            raise InputError(
+                f"most_of_subset is {self._share}, with which only {most_S.sum()} of the {rows} "
+                "rows can be selected: raise it, or select fewer."
+            )
+        if self._has_strata and not self._stratified:
+            quota_S = self._highest_of_each(rows, most_S)
+        else:
+            quota_S = apportion(rows, self._rows_S, most_S)
         cut_S = np.zeros(len(quota_S), self._stratum_keys[0].dtype)
         ties_S = np.zeros(len(quota_S), np.int64)
         for stratum, (keys, quota) in enumerate(zip(self._stratum_keys, quota_S, strict=True)):
@@ -255,6 +287,23 @@ class _Highest:
         self._stratum_keys = []
         blocks = functools.partial(self._chosen_ids, cut_S, ties_S)
         return RowChoice(rows, float(cut_S[quota_S > 0].min()), blocks)
+
+    def _highest_of_each(self, rows: int, most_S: np.ndarray) -> np.ndarray:
+        """How many of the `rows` highest each stratum has, if it may have at most so many; of equal
+        keys at the cut those of the first stratum come first."""
+        highest = [np.empty(0, self._stratum_keys[0].dtype)] * len(most_S)
+        for stratum, (keys, most) in enumerate(zip(self._stratum_keys, most_S, strict=True)):
+            if most:
+                keys.partition(len(keys) - most)
+                highest[stratum] = keys[-most:]
+        joined = np.concatenate(highest)
+        joined.partition(len(joined) - rows)
+        cut = joined[len(joined) - rows]
+        quota_S = np.array([np.count_nonzero(keys > cut) for keys in highest], np.int64)
+        for stratum, keys in enumerate(highest):
+            tied = np.count_nonzero(keys == cut)
+            quota_S[stratum] += min(tied, rows - int(quota_S.sum()))
+        return quota_S
 
     def _chosen_ids(self, cut_S: np.ndarray, ties_S: np.ndarray) -> Iterator[np.ndarray]:
         """The ids of rows above their stratum's cut, and of the first `ties_S` with its key."""
@@ -274,7 +323,7 @@ class _Highest:
         return np.array([np.count_nonzero(which(keys)) for keys in self._stratum_keys], np.int64)
 
     def _strata(self, block: slice) -> np.ndarray:
-        if not self._stratified:
+        if not self._has_strata:
             return np.zeros(block.stop - block.start, np.uint16)
         assert self._candidates.subsets is not None, "strata need subsets"
         return self._candidates.subsets[block]
@@ -333,6 +382,13 @@ def _random_keys(seed: int, block: slice) -> np.ndarray:
         for number in range(first, -(-block.stop // _DRAWN_ROWS))
     ]
     return np.concatenate(parts)[block.start - first * _DRAWN_ROWS :][: block.stop - block.start]
+
+
+def _check_share(rule: object, share: float | None) -> None:
+    if share is not None and not 0.0 < share <= 1.0:
+        raise InputError(
+            f"{type(rule).__name__}.most_of_subset is {share!r}; set it above 0 and to at most 1."
+        )
 
 
 def _check_rows(rule: object, m: int) -> None:

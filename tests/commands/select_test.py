@@ -87,6 +87,36 @@ def test_the_score_asked_for(
     assert chosen.manifest["score"]["k"] == int(flags[0][-1])
 
 
+def test_what_a_scorer_has_learned_since(
+    made: Callable[..., pathlib.Path],
+    select: Callable[..., int],
+    columns: dict[str, np.ndarray],
+    tmp_path: pathlib.Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    early = made("early", cost={"flops": 7.0, "tokens": 9})
+    now = {**columns, "median_drop_k3": np.linspace(3, 0, ROWS, dtype=np.float32)}
+    now["median_drop_k3"][5] = -np.inf
+    later = made("later", columns=now, cost={"flops": 8.0, "tokens": 9})
+    flags = (*TOP, f"--scores={early}", f"--later_scores={later}", "--k=3")
+    assert select(*flags) == 0
+    chosen = Selection.open(tmp_path / "out")
+    learned = columns["median_drop_k3"] - now["median_drop_k3"]
+    learned[5] = -np.inf
+    assert chosen.row_ids.tolist() == highest(learned)
+    assert chosen.manifest["scoring_cost"]["flops"] == 15.0
+    assert chosen.manifest["how"]["later_scores"] == RowScores.open(later).digest
+
+    of_k3 = {name: values for name, values in columns.items() if not name.endswith("k5")}
+    other = made("other", ks=(3,), columns=of_k3)
+    assert select(*flags[:-1], "--k=5", f"--later_scores={other}") == 2
+    assert "k is 5" in capfd.readouterr().err
+    rows = ("--gin_file=methods/random_rows.gin", "--gin.ROWS=3", f"--later_scores={later}")
+    assert select(*rows, name="random") == 2
+    assert "later_scores is" in capfd.readouterr().err
+    assert not (tmp_path / "random").exists()
+
+
 def test_rows_with_few_learnable_tokens_are_not_selected(
     made: Callable[..., pathlib.Path],
     select: Callable[..., int],

@@ -17,6 +17,7 @@ from salt_jax.distill.scores import (
     TOKEN_VALUES,
     Mean,
     ScoreConfig,
+    TrimmedMean,
     checked_ks,
     column_names,
     require_scores,
@@ -51,6 +52,11 @@ def oracle_row(
         columns[f"mean_k{k}"] = float(np.mean(learnable)) if learnable else -np.inf
         columns[f"learnable_k{k}"] = len(learnable) / max(len(losses), 1)
     columns["entropy"] = float(np.mean(entropies)) if entropies else -np.inf
+    for k in ks:
+        kept = sorted(loss for loss, rank in zip(losses, ranks, strict=True) if rank < k)
+        cut = int(0.3 * len(kept))
+        kept = kept[cut : len(kept) - cut]
+        columns[f"trimmed_mean_0.3_k{k}"] = float(np.mean(kept)) if kept else -np.inf
     return columns
 
 
@@ -61,7 +67,11 @@ def _statistics(
     head = jnp.eye(hidden.shape[-1])
     values = target_ranks(hidden, head, targets, weights, VOCAB, chunk_tokens=3, entropy=True)
     tokens = dict(zip(TOKEN_VALUES, values, strict=True))
-    return row_scores(tokens, weights, [*scores_of(ks), Mean(value="entropy")])
+    return row_scores(tokens, weights, [*scores_of(ks), *_more(ks)])
+
+
+def _more(ks: tuple[int, ...]) -> list[Any]:
+    return [Mean(value="entropy"), *(TrimmedMean(k, 0.3) for k in ks)]
 
 
 def columns(logits: Any, targets: Any, weights: Any, *ks: int) -> dict[str, np.ndarray]:
@@ -69,7 +79,8 @@ def columns(logits: Any, targets: Any, weights: Any, *ks: int) -> dict[str, np.n
     rows = jnp.asarray(logits), jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32)
     values = np.asarray(_statistics(*rows, ks))
     assert values.dtype == np.float32
-    return dict(zip([*column_names(ks), "entropy"], values, strict=True))
+    names = [*column_names(ks), *(score.name for score in _more(ks))]
+    return dict(zip(names, values, strict=True))
 
 
 def score(logits: Any, targets: Any, weights: Any, k: int, unlearnable: str = "drop") -> np.ndarray:
@@ -171,6 +182,12 @@ def test_a_broken_scorer_shows() -> None:
 def test_bad_settings_are_named(bad: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         ScoreConfig(**bad)
+
+
+@pytest.mark.parametrize("trim", [-0.1, 0.5, float("nan")])
+def test_a_trim_that_leaves_nothing_is_named(trim: float) -> None:
+    with pytest.raises(InputError, match=r"TrimmedMean\.trim is"):
+        TrimmedMean(3, trim)
 
 
 def test_one_k_or_several() -> None:

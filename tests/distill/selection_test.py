@@ -130,6 +130,51 @@ def test_strata_have_their_shares_of_the_same_number_of_rows(
     assert chosen(Threshold(float(threshold), stratified=True), scores_N, subsets_N) == same
 
 
+@given(
+    scores=SCORES.filter(lambda scores: len(best_first(np.array(scores, np.float32))) > 0),
+    seed=st.integers(0, 2**32 - 1),
+    m=st.integers(1, 20),
+    share=st.sampled_from([0.2, 0.34, 0.5, 0.75, 0.99]),
+)
+def test_no_subset_has_more_than_its_share(
+    scores: list[float], seed: int, m: int, share: float
+) -> None:
+    scores_N = np.array(scores, np.float32)
+    subsets_N = np.random.default_rng(seed).integers(3, size=len(scores)).astype(np.uint16)
+    order = sorted(best_first(scores_N), key=lambda i: (-scores_N[i], subsets_N[i], i))
+    taken: collections.Counter[int] = collections.Counter()
+    want = []
+    for i in order:
+        if len(want) < m and taken[subsets_N[i]] < int(share * m):
+            taken[subsets_N[i]] += 1
+            want.append(i)
+    rule = TopRows(m, most_of_subset=share)
+    if len(want) == m:
+        assert chosen(rule, scores_N, subsets_N) == sorted(want)
+        if m == int(m / len(scores) * len(scores)):
+            fraction = TopFraction(m / len(scores), most_of_subset=share)
+            assert chosen(fraction, scores_N, subsets_N) == sorted(want)
+        room = TopRows(m, most_of_subset=1.0)
+        assert chosen(room, scores_N, subsets_N) == sorted(best_first(scores_N)[:m])
+    elif m <= len(order):
+        with pytest.raises(InputError, match=f"most_of_subset is {share}"):
+            chosen(rule, scores_N, subsets_N)
+
+
+@given(
+    scores=SCORES.filter(lambda scores: len(best_first(np.array(scores, np.float32))) > 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_strata_under_a_bound_are_apportioned_among_those_with_room(
+    scores: list[float], seed: int
+) -> None:
+    scores_N = np.array(scores, np.float32)
+    subsets_N = np.random.default_rng(seed).integers(3, size=len(scores)).astype(np.uint16)
+    rule = TopRows(2, stratified=True, most_of_subset=0.5)
+    if len({*subsets_N[best_first(scores_N)]}) > 1:
+        assert len({*subsets_N[chosen(rule, scores_N, subsets_N)]}) == 2
+
+
 def largest_remainder(m: int, subsets_N: np.ndarray, scores_N: np.ndarray) -> dict[int, int]:
     """Shares of m by the subsets' rows, in fractions; what one can't give the others do."""
     weights = collections.Counter(subsets_N.tolist())
@@ -204,6 +249,8 @@ def test_stratified_random_rows() -> None:
         (TopRows, {"m": 1.5}, "TopRows.m is 1.5"),
         (TopFraction, {"fraction": 0.0}, "fraction is 0.0"),
         (TopFraction, {"fraction": 1.01}, "fraction is 1.01"),
+        (TopRows, {"m": 1, "most_of_subset": 0.0}, "TopRows.most_of_subset is 0.0"),
+        (TopFraction, {"fraction": 1.0, "most_of_subset": 2.0}, "most_of_subset is 2.0"),
         (Threshold, {"threshold": float("nan")}, "threshold is nan"),
         (RandomRows, {"m": -1}, "RandomRows.m is -1"),
         (RandomRows, {"m": 1, "seed": -1}, "RandomRows.seed is -1"),
