@@ -17,7 +17,7 @@ from salt_jax.cli.verb import Verb, load_verb
 from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.storage.local_copies import exists
-from salt_jax.storage.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
+from salt_jax.storage.run_folder import FORK_FILE, RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.terminal import say
 
 MAKERS = ("prepare", "train", "score", "select")
@@ -109,8 +109,31 @@ def study(
     run_verb(REPORT, [*shown, f"--reference={reference}", f"--title={title}"], report)
     numbers = json.loads((report / SUMMARY_FILE).read_text(encoding="utf-8"))
     run.write_summary(
-        {"seeds": list(seeds), "arms": list(arms), "over_seeds": numbers["over_seeds"]}
+        {
+            "seeds": list(seeds),
+            "arms": list(arms),
+            "over_seeds": numbers["over_seeds"],
+            "forks": _saved_by_forks([step.output for step in steps if step.verb == "train"]),
+        }
     )
+
+
+def _saved_by_forks(runs: Sequence[pathlib.Path]) -> dict[str, float]:
+    """The train FLOPs of all runs, each counted as if it had run alone, and those of them that
+    forks have saved."""
+    counted, saved = (
+        [
+            json.loads((run / name).read_text(encoding="utf-8"))
+            for run in runs
+            if (run / name).exists()
+        ]
+        for name in (SUMMARY_FILE, FORK_FILE)
+    )
+    total = sum(one["train_flops"] for one in counted)
+    less = sum(one["saved_flops"] for one in saved)
+    if saved:
+        say(f"{len(saved)} forks saved {less:.3g} of {total:.3g} train FLOPs ({less / total:.1%})")
+    return {"runs": len(saved), "saved_flops": less, "train_flops": total}
 
 
 def _check_names(

@@ -200,7 +200,10 @@ def test_arms_and_seeds_to_a_page_with_intervals(
         "study.study.common = ('--gin_file=runs/smoke_llm.gin',\n"
         "    '--gin_file=models/slm_smoke.gin', '--cache={cache}', '--steps=2')\n"
         "study.study.arms = {'baseline': ('--gin_file=methods/baseline.gin',),\n"
-        "    'salt': ('--gin_file=methods/salt.gin', '--teacher={slm}', '--gin.N_KD=1')}\n"
+        "    'salt': ('--gin_file=methods/salt.gin', '--teacher={slm}', '--gin.N_KD=1',\n"
+        "        '--keep_steps=(1,)'),\n"
+        "    'fork': ('--gin_file=methods/salt.gin', '--teacher={slm}', '--gin.N_KD=2',\n"
+        "        '--fork_from={salt}')}\n"
     )
     output = tmp_path / "out"
     command = ["study", f"--gin_file={gin}", "--seeds=0", f"--output_dir={output}"]
@@ -212,7 +215,7 @@ def test_arms_and_seeds_to_a_page_with_intervals(
     again = subprocess.run([sys.executable, "-m", "salt_jax", *command, "--seeds=1"])
     assert again.returncode == 0
     printed = capfd.readouterr().out
-    assert printed.count("$ salt train") == 2
+    assert printed.count("$ salt train") == 3
     assert (output / "salt" / "seed-0" / "run.json").read_bytes() == before
     summary = json.loads((output / "summary.json").read_text())
     arms = {one["arm"]: one for one in summary["over_seeds"]}
@@ -220,8 +223,17 @@ def test_arms_and_seeds_to_a_page_with_intervals(
     salt = arms["salt"]
     assert salt["final"]["log_perplexity"]["difference"]["count"] == 2
     assert salt["final"]["log_perplexity"]["level"]["half_width"] > 0
+    runs = [output / "slm", *(output / arm / f"seed-{n}" for arm in arms for n in (0, 1))]
+    spent = [json.loads((run / "summary.json").read_text())["train_flops"] for run in runs]
+    forks = summary["forks"]
+    assert forks["runs"] == 2
+    assert forks["train_flops"] == pytest.approx(sum(spent))
+    student = json.loads((output / "baseline/seed-0/summary.json").read_text())["student_flops"]
+    teacher = json.loads((output / "salt/seed-0/summary.json").read_text())["teacher_flops"]
+    assert forks["saved_flops"] == pytest.approx(2 * (student / 2 + teacher))
+    assert f"2 forks saved {forks['saved_flops']:.3g} of " in printed
     # Another step count under a finished arm's name is refused before anything runs.
-    gin.write_text(gin.read_text().replace("'--gin.N_KD=1'", "'--gin.N_KD=2'"))
+    gin.write_text(gin.read_text().replace("'--gin.N_KD=1'", "'--gin.N_KD=0'"))
     assert main([*command, "--seeds=2"]) == 2
-    assert "other flags (they differ in --gin.N_KD=1, --gin.N_KD=2)" in capfd.readouterr().err
+    assert "other flags (they differ in --gin.N_KD=0, --gin.N_KD=1)" in capfd.readouterr().err
     assert not (output / "baseline" / "seed-2").exists()
