@@ -1,14 +1,15 @@
-"""`salt study`: arms × seeds, each a `salt train`, and a report with means and intervals.
+"""`salt study`: arms × sizes × seeds, each a `salt train`, and a report with means and intervals.
 
 A study is a gin file (gin/studies) of inputs that are made once (the cache, the SLM, scores,
-selections), arms, and seeds. Every step is a `salt` command, printed before it runs. The same
-command resumes a study that was stopped; arms and seeds may be added to it.
+selections), arms, sizes of model if there are several, and seeds. Every step is a `salt` command,
+printed before it runs. The same command resumes a study that was stopped; arms, sizes and seeds may
+be added to it.
 """
 
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from salt_jax.cli.setting_groups import settings_of
@@ -16,7 +17,7 @@ from salt_jax.cli.verb import Verb, load_verb
 from salt_jax.cli.verb_process import check_verbs, run_verb
 from salt_jax.errors import InputError, nearest, require_counts
 from salt_jax.storage.local_copies import exists
-from salt_jax.storage.run_folder import RUN_FILE, SUMMARY_FILE, RunFolder
+from salt_jax.storage.run_folder import FORK_FILE, RUN_FILE, SUMMARY_FILE, RunFolder
 from salt_jax.terminal import say
 
 MAKERS = ("prepare", "train", "score", "select")
@@ -49,6 +50,7 @@ def study(
     inputs: Mapping[str, Sequence[str]] = {},
     given: Mapping[str, str] = {},
     seeds: Sequence[int] = (0, 1, 2),
+    sizes: Mapping[str, Mapping[str, str]] = {},
     reference: str = "baseline",
     title: str = "A study",
 ) -> None:
@@ -59,12 +61,15 @@ def study(
     such as the SLM and the selections, are made once and are the same for all seeds.
 
     Args:
-      run: The folder of the study: INPUT/ for each input, ARM/seed-N/ for each run, report/.
+      run: The folder of the study: INPUT/ for each input, ARM/seed-N/ for each run, report/; with
+        sizes INPUT/SIZE/ and ARM/SIZE/seed-N/.
       arms: Each arm's own flags of `salt train`: name → (flag, flag, …).
       common: Flags of `salt train` for all arms; an arm's own flags override them.
       inputs: The arms' inputs, in the order in which they are made: name → (verb, flag, flag, …).
       given: Folders that exist already: name → path.
       seeds: The seeds; all arms of one seed run before the next.
+      sizes: Sizes of model that every arm is run at, one after another: name → {word: text}. In
+        flags {word} stands for the size's text; inputs that need one are made for each size.
       reference: The arm that the others are compared with, seed by seed.
       title: The page's title.
 
@@ -74,12 +79,13 @@ def study(
       RunFailed: A step failed.
     """
     _check_names(arms, inputs, given)
+    _check_sizes(sizes, {*given, *inputs, *arms})
     _check_seeds(seeds)
     if reference not in arms:
         raise InputError(
             f"reference is {reference!r}, and the arms are {', '.join(arms)}: name one of them."
         )
-    steps = list(_commands(run.path, arms, common, inputs, given, seeds))
+    steps = list(_commands(run.path, arms, common, inputs, given, seeds, sizes))
     for step in steps:
         _refuse_other_flags(step, run.path)
     check_verbs(
@@ -94,15 +100,40 @@ def study(
         if not step.finished:
             say("", f"── step {number} of {len(steps)}")
             run_verb(step.verb, step.arguments, step.output)
-    runs_first = [*steps[len(inputs) :], *steps[: len(inputs)]]
+    runs_first = sorted(
+        steps, key=lambda step: step.output.relative_to(run.path).parts[0] in inputs
+    )
     shown = [str(step.output) for step in runs_first if step.verb in ("train", "select")]
     shown += [str(step.output) for step in steps if step.verb == "score"]
     report = run.path / REPORT
     run_verb(REPORT, [*shown, f"--reference={reference}", f"--title={title}"], report)
     numbers = json.loads((report / SUMMARY_FILE).read_text(encoding="utf-8"))
     run.write_summary(
-        {"seeds": list(seeds), "arms": list(arms), "over_seeds": numbers["over_seeds"]}
+        {
+            "seeds": list(seeds),
+            "arms": list(arms),
+            "over_seeds": numbers["over_seeds"],
+            "forks": _saved_by_forks([step.output for step in steps if step.verb == "train"]),
+        }
     )
+
+
+def _saved_by_forks(runs: Sequence[pathlib.Path]) -> dict[str, float]:
+    """The train FLOPs of all runs, each counted as if it had run alone, and those of them that
+    forks have saved."""
+    counted, saved = (
+        [
+            json.loads((run / name).read_text(encoding="utf-8"))
+            for run in runs
+            if (run / name).exists()
+        ]
+        for name in (SUMMARY_FILE, FORK_FILE)
+    )
+    total = sum(one["train_flops"] for one in counted)
+    less = sum(one["saved_flops"] for one in saved)
+    if saved:
+        say(f"{len(saved)} forks saved {less:.3g} of {total:.3g} train FLOPs ({less / total:.1%})")
+    return {"runs": len(saved), "saved_flops": less, "train_flops": total}
 
 
 def _check_names(
@@ -146,6 +177,23 @@ def _check_flags(where: str, flags: Sequence[str], own: Sequence[str] = _OWN_FLA
             raise InputError(f"{where} sets {flag}, which the study sets itself: leave it out.")
 
 
+def _check_sizes(sizes: Mapping[str, Mapping[str, str]], names: Collection[str]) -> None:
+    for size, words in sizes.items():
+        if not isinstance(size, str) or not re.fullmatch(r"[A-Za-z0-9_]+", size):
+            raise InputError(f"sizes has the name {size!r}: use letters, digits and _.")
+        if not isinstance(words, Mapping) or not all(
+            isinstance(part, str) for item in words.items() for part in item
+        ):
+            raise InputError(
+                f"sizes[{size!r}] is {words!r}, and must be texts by word: {{'steps': '300'}}."
+            )
+        if taken := sorted({*names} & {*words}):
+            raise InputError(
+                f"sizes[{size!r}] has the word {taken[0]!r}, which is also the name of a folder "
+                "of the study: rename one."
+            )
+
+
 def _check_seeds(seeds: Sequence[int]) -> None:
     if not seeds or len({*seeds}) < len(seeds):
         raise InputError(
@@ -162,35 +210,44 @@ def _commands(
     inputs: Mapping[str, Sequence[str]],
     given: Mapping[str, str],
     seeds: Sequence[int],
+    sizes: Mapping[str, Mapping[str, str]],
 ) -> Iterator[Command]:
-    """The inputs in order, then for each seed all arms."""
-    folders = dict(given)
+    """The inputs in order, then at each size, for each seed, all arms."""
+    texts = {size: {**given, **words} for size, words in (sizes or {"": {}}).items()}
+    differing = {word for words in sizes.values() for word in words}
     for name, (verb, *flags) in inputs.items():
-        yield Command(root / name, verb, _filled(f"inputs[{name!r}]", flags, folders))
-        folders[name] = str(root / name)
+        outputs = dict.fromkeys(texts, root / name)
+        if any(f"{{{word}}}" in flag for word in differing for flag in flags):
+            differing.add(name)
+            outputs = {size: root / name / size for size in texts}
+        for output, size in {output: size for size, output in outputs.items()}.items():
+            yield Command(output, verb, _filled(f"inputs[{name!r}]", flags, texts[size]))
+        for size, output in outputs.items():
+            texts[size][name] = str(output)
     _check_flags("common", common, _OWN_FLAGS_OF_ARMS)
-    for seed in seeds:
-        made = dict(folders)  # plus the runs of this seed
-        for arm in arms:
-            output = root / arm / f"seed-{seed}"
-            filled = _filled(f"arms[{arm!r}]", [*common, *arms[arm]], made)
-            own = (f"--arm={arm}", f"--seed={seed}", f"--data.seed={seed}")
-            yield Command(output, "train", (*filled, *own))
-            made[arm] = str(output)
+    for size, folders in texts.items():
+        for seed in seeds:
+            made = dict(folders)  # plus the runs of this size and seed
+            for arm in arms:
+                output = root / arm / size / f"seed-{seed}"
+                filled = _filled(f"arms[{arm!r}]", [*common, *arms[arm]], made)
+                own = (f"--arm={arm}", f"--seed={seed}", f"--data.seed={seed}")
+                yield Command(output, "train", (*filled, *own))
+                made[arm] = str(output)
 
 
-def _filled(where: str, flags: Sequence[str], folders: Mapping[str, str]) -> tuple[str, ...]:
-    """The flags with folders in place of {names}."""
+def _filled(where: str, flags: Sequence[str], texts: Mapping[str, str]) -> tuple[str, ...]:
+    """The flags with folders, and a size's words, in place of {names}."""
 
-    def folder(match: re.Match[str]) -> str:
-        if match[1] not in folders:
+    def text(match: re.Match[str]) -> str:
+        if match[1] not in texts:
             raise InputError(
                 f"{where} needs {{{match[1]}}}, which is neither given nor made before it"
-                f"{nearest(match[1], folders)}: correct the name, or the order."
+                f"{nearest(match[1], texts)}: correct the name, or the order."
             )
-        return folders[match[1]]
+        return texts[match[1]]
 
-    return tuple(re.sub(r"\{(\w+)\}", folder, flag) for flag in flags)
+    return tuple(re.sub(r"\{(\w+)\}", text, flag) for flag in flags)
 
 
 def _refuse_other_flags(step: Command, root: pathlib.Path) -> None:

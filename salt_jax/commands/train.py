@@ -39,10 +39,11 @@ from salt_jax.training.checkpoints import (
 from salt_jax.training.config import FROM_FILES, Devices, Initial, Teacher, TrainConfig
 from salt_jax.training.equal_cost import with_equal_cost
 from salt_jax.training.evaluation import Evaluator
+from salt_jax.training.fork import Fork, find_fork
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.loop import Loop
 from salt_jax.training.optimizers import make_transformation
-from salt_jax.training.origin import origin_of, scoring_cost
+from salt_jax.training.origin import origin_of, require_same_origin, scoring_cost
 from salt_jax.training.stop_requests import StopRequests
 from salt_jax.training.teacher import (
     LoadedTeacher,
@@ -60,6 +61,7 @@ CHANGES_NO_RESULT = (
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("TrainConfig.log_every", "TrainConfig.hang_seconds"),
     *("TrainConfig.monitoring", "Monitoring"),
+    "TrainConfig.fork_from",  # the same run, bit for bit
 )
 
 # Settings that may change on resuming; the batch size may, since positions count rows.
@@ -70,6 +72,12 @@ MAY_CHANGE = (
     # Folders may be moved, since their contents are compared by digest.
     "TrainConfig.flops_of",  # its steps are in the checkpoint
     *("Data.cache", "Teacher.path", "Teacher.step", "Data.selection", "Method.soft_labels"),
+)
+
+# Settings in which a fork and its trunk may differ.
+MAY_DIFFER = (
+    *(name for name in MAY_CHANGE if name not in ("Data.batch_size", "TrainConfig.flops_of")),
+    *("Step.n_kd", "Method.arm"),
 )
 
 
@@ -95,11 +103,13 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     mesh = devices.mesh.make()
     evaluator = _evaluator(config, student, caches, mesh)
     _mark_older_checkpoints(run)
-    start, saved = _position(run), _newest_progress(run)
+    fork = find_fork(config, run, MAY_DIFFER)
+    start, saved = _newest(run, fork)
     config = dataclasses.replace(config, steps=saved.get("total_steps", config.steps))
     selected = _selection(config)
     refuse_unused(config)
-    teacher, labels = _find_teaching(config, start, watched_in(saved).n_kd, caches, selected)
+    taught_from = Position() if fork else start  # a fork's teacher is compared with its trunk's
+    teacher, labels = _find_teaching(config, taught_from, watched_in(saved).n_kd, caches, selected)
     scoring = scoring_cost(selected, labels, method.arm)
     taught = teacher.config if teacher else None
     if not saved:
@@ -113,19 +123,25 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     compilation.use_compilation_cache(devices.compilation_cache)
     run.resume(may_change=MAY_CHANGE)
     run.processes.watch()
-    if _position(run) != start:
+    if _newest(run, fork)[0] != start:
         raise Interrupted(f"{run.path} has gone on by another process: run the same command again.")
     # Models are loaded before the folder is begun, so that a bad one leaves nothing there.
     watch, stop = HangWatch(config.hang_seconds, warn), StopRequests(run.processes.count > 1)
     with watch, watch.waiting_for("the models to load"), stop:
+        pipeline = make_pipeline(config, caches, mesh, selected, start, denoising, labels)
+        origin = origin_of(config, student, caches, selected, teacher, labels, denoising)
+        if fork is not None:
+            require_same_origin(saved, origin, f"Step {fork.step} of {fork.trunk}")
+            if start.step >= config.stage1_steps:
+                teacher, pipeline = None, dataclasses.replace(pipeline, soft_labels=None)
         loop = Loop(
             folder=run,
             config=config,
             layout=layout,
-            pipeline=make_pipeline(config, caches, mesh, selected, start, denoising, labels),
+            pipeline=pipeline,
             sequence_length=packed.sequence_length,
             evaluator=evaluator,
-            origin=origin_of(config, student, caches, selected, teacher, labels, denoising),
+            origin=origin,
             scoring=scoring,
             teacher=_load_teacher(method.teacher, teacher, layout),
             initial=_load_initial(None if start.step else initial, layout, config.seed),
@@ -134,10 +150,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
         raise Interrupted(
             f"stopped by {signal} while models were loaded: run the same command again."
         )
-    for change in run.begin(may_change=MAY_CHANGE):
-        say(f"[{method.arm}] {change}")
-    if run.processes.is_first:
-        _keep_tokenizer(run, initial, packed)
+    _begin(run, method.arm, initial, packed, fork)
     _describe(loop)
     run.write_summary(loop.run())
 
@@ -165,11 +178,19 @@ def _evaluator(
     )
 
 
-def _keep_tokenizer(run: RunFolder, initial: SavedModel | None, cache: PackedCache) -> None:
-    cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
-    if initial is not None and not cache.vocabulary.reserved:
-        # The same vocabulary, so that the model's chat template and the like still hold.
-        copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
+def _begin(
+    run: RunFolder, arm: str, initial: SavedModel | None, cache: PackedCache, fork: Fork | None
+) -> None:
+    """Makes the run's folder, with the tokenizer and what a fork starts from."""
+    for change in run.begin(may_change=MAY_CHANGE):
+        say(f"[{arm}] {change}")
+    if run.processes.is_first:
+        cache.vocabulary.save(run.path / VOCABULARY_FOLDER)
+        if initial is not None and not cache.vocabulary.reserved:
+            # The same vocabulary, so that the model's chat template and the like still hold.
+            copy_tokenizer(initial.path / TOKENIZER_FOLDER, run.path / TOKENIZER_FOLDER)
+    if fork is not None:
+        fork.copy_into(run)
 
 
 def _find_teaching(
@@ -263,18 +284,15 @@ def _most_microbatches(batch_size: int, devices: Devices, mesh: Mesh) -> int:
     return max(both)
 
 
-def _position(run: RunFolder) -> Position:
-    """The position of the run's newest checkpoint."""
+def _newest(run: RunFolder, fork: Fork | None) -> tuple[Position, dict[str, Any]]:
+    """The position and the JSON item of the run's newest checkpoint, or else of its trunk's."""
     steps = complete_steps(run.path)
-    if not steps:
-        return Position()
-    rows = read_progress(run.path, steps[-1])["rows_consumed"]
-    return Position(steps[-1], rows["stage1"], rows["stage2"])
-
-
-def _newest_progress(run: RunFolder) -> dict[str, Any]:
-    steps = complete_steps(run.path)
-    return read_progress(run.path, steps[-1]) if steps else {}
+    if not steps and fork is None:
+        return Position(), {}
+    path, step = (run.path, steps[-1]) if steps or fork is None else (fork.trunk, fork.step)
+    progress = read_progress(path, step)
+    rows = progress["rows_consumed"]
+    return Position(step, rows["stage1"], rows["stage2"]), progress
 
 
 def _selection(config: TrainConfig) -> Selection | None:

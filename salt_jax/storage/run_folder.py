@@ -31,6 +31,7 @@ CONFIG_FILE = "config.gin"
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+FORK_FILE = "fork.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 # The suffix after the step in Orbax's name of an incomplete checkpoint.
 UNFINISHED_CHECKPOINT = ".orbax-checkpoint-tmp"
@@ -109,7 +110,7 @@ class RunFolder:
                 "the bucket (gcsfuse, s3fs) and name the mounted folder."
             )
         config, begun = self.config(), self.begun
-        changes = self._changes(config, replace, may_change, upgrade)
+        changes = self._changes(replace, may_change, upgrade)
         self.processes.wait("looked")  # before the first one writes
         if self.processes.is_first:
             self._write_origin(config, part)
@@ -133,7 +134,7 @@ class RunFolder:
           InputError: See `begin`.
         """
         if self.begun:
-            self._changes(self.config(), replace, may_change, dict)
+            self._changes(replace, may_change, dict)
             if self.processes.is_first and self.lock is not None:
                 with self._refusing_to_write():
                     self.lock.acquire(self.path, self.verb, part)
@@ -207,7 +208,6 @@ class RunFolder:
 
     def _changes(
         self,
-        config: str,
         replace: bool,
         may_change: Collection[str],
         upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]],
@@ -224,6 +224,26 @@ class RunFolder:
             )
         if replace:
             return []
+        changes, refused = self.differences(may_change, upgrade)
+        if refused:
+            more = f" (and {len(refused) - 2} more)" if len(refused) > 2 else ""
+            raise InputError(
+                f"The output folder {self.path} holds a run with another configuration: "
+                f"{'; '.join(refused[:2])}{more}; choose another --output_dir, or go back to "
+                f"the settings in its {CONFIG_FILE}."
+            )
+        return changes
+
+    def differences(
+        self,
+        may_change: Collection[str],
+        upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ) -> tuple[list[str], list[str]]:
+        """How this run's settings differ from those in the folder, a phrase for each; see `begin`.
+
+        Returns:
+          All differences, and those that `may_change` doesn't allow.
+        """
         with self._refusing_damage(CONFIG_FILE):
             before = upgrade(_settings((self.path / CONFIG_FILE).read_text(encoding="utf-8")))
         if any(_OLD_FORM.match(name) for name in before):
@@ -232,7 +252,7 @@ class RunFolder:
                 "version of salt_jax, with other setting names: finish it with that version, "
                 "or choose another --output_dir; --initial, --teacher and the other verbs take it."
             )
-        now, own = _settings(config), f"{self.verb}.{self.verb}."
+        now, own = _settings(self.config()), f"{self.verb}.{self.verb}."
         changes = {}
         for name in sorted(before.keys() | now.keys()):
             was, is_now = (
@@ -241,15 +261,8 @@ class RunFolder:
             if was != is_now:
                 changes[name] = f"{name.removeprefix(own)} was {was} and is now {is_now}"
         both = [*before.items(), *now.items()]
-        differences = [text for name, text in changes.items() if not _may(name, both, may_change)]
-        if differences:
-            more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
-            raise InputError(
-                f"The output folder {self.path} holds a run with another configuration: "
-                f"{'; '.join(differences[:2])}{more}; choose another --output_dir, or go back to "
-                f"the settings in its {CONFIG_FILE}."
-            )
-        return list(changes.values())
+        refused = [text for name, text in changes.items() if not _may(name, both, may_change)]
+        return list(changes.values()), refused
 
     @contextlib.contextmanager
     def _refusing_damage(self, name: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from salt_jax.data.denoisers import TEACHER_OBJECTIVES, Objectives
 from salt_jax.distill.alignment import Alignment
 from salt_jax.distill.losses import LossConfig
-from salt_jax.distill.schedules import Adaptive, Schedule
+from salt_jax.distill.schedules import Adaptive, Schedule, Step
 from salt_jax.errors import InputError, require_counts
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import compilation, partitioning
@@ -265,6 +265,8 @@ class TrainConfig:
       steps: Updates of the whole run.
       flops_of: The output folder of a finished run: take as many steps as cost what that one did,
         its teacher and its scoring included, in the place of `steps`.
+      fork_from: The output folder of a run that differs in n_kd alone: start from its newest
+        checkpoint in stage 1 of both (`training/fork.py`).
       model: The student; the initial model's shape by default. An unset vocab_size is the cache's.
       initial: A model to start from.
       devices: The mesh, microbatches and the compilation cache.
@@ -293,6 +295,7 @@ class TrainConfig:
     max_skipped_updates: int = 10
     hang_seconds: float = 600.0
     flops_of: str | None = None
+    fork_from: str | None = None
 
     def __post_init__(self) -> None:
         require_counts(steps=self.steps, log_every=self.log_every)
@@ -306,6 +309,17 @@ class TrainConfig:
             raise InputError(
                 f"flops_of is {self.flops_of} and the schedule is Adaptive, whose cost is not "
                 "known before it has decided: leave flops_of unset, and compare by the report."
+            )
+        if self.fork_from is not None and type(self.method.schedule) is not Step:
+            raise InputError(
+                f"fork_from is {self.fork_from} and the schedule is "
+                f"{type(self.method.schedule).__name__}, whose ω depends on more than whether n_kd "
+                "is over: leave fork_from unset, or choose the schedule Step."
+            )
+        if self.fork_from is not None and self.flops_of is not None:
+            raise InputError(
+                f"fork_from is {self.fork_from} and flops_of is {self.flops_of}, and a fork has "
+                "the steps of its trunk: leave one unset."
             )
         selected, adaptive = self.data.selection, isinstance(self.method.schedule, Adaptive)
         if adaptive and selected is not None and self.data.selection_steps is None:

@@ -10,10 +10,11 @@ import pytest
 
 from salt_jax.commands import study
 from salt_jax.data.packed_cache import PackedCache
-from salt_jax.errors import InputError
+from salt_jax.errors import INTERRUPTED, InputError, Interrupted
 from salt_jax.main import main
 from salt_jax.storage.run_folder import RunFolder
 
+STUDIES = pathlib.Path(__file__).parents[2] / "gin" / "studies"
 ROOT = pathlib.Path("study")
 INPUTS = {"slm": ("train", "--cache={cache}"), "scores": ("score", "--scorer={slm}")}
 ARMS = {"baseline": ("--steps=3",), "salt": ("--teacher={slm}", "--flops_of={baseline}")}
@@ -21,14 +22,14 @@ GIVEN = {"cache": "."}
 
 
 def test_inputs_are_made_in_order_from_what_is_there() -> None:
-    slm, scores = study._commands(ROOT, {}, (), INPUTS, GIVEN, (0,))
+    slm, scores = study._commands(ROOT, {}, (), INPUTS, GIVEN, (0,), {})
     assert slm == study.Command(ROOT / "slm", "train", ("--cache=.",))
     assert scores == study.Command(ROOT / "scores", "score", ("--scorer=study/slm",))
 
 
 def test_arms_by_seed_with_their_own_flags_last() -> None:
     common = ("--cache={cache}", "--steps=9")
-    _, _, *steps = study._commands(ROOT, ARMS, common, INPUTS, GIVEN, (0, 4))
+    _, _, *steps = study._commands(ROOT, ARMS, common, INPUTS, GIVEN, (0, 4), {})
     assert [str(step.output) for step in steps] == [
         *("study/baseline/seed-0", "study/salt/seed-0"),
         *("study/baseline/seed-4", "study/salt/seed-4"),
@@ -38,6 +39,30 @@ def test_arms_by_seed_with_their_own_flags_last() -> None:
         *("--arm=baseline", "--seed=4", "--data.seed=4"),
     )
     assert "--flops_of=study/baseline/seed-4" in steps[3].arguments
+
+
+def test_every_arm_at_every_size_with_the_inputs_of_that_size() -> None:
+    inputs = {"text": ("prepare",), "slm": ("train", "--cache={text}", "--embed_dim={slm_width}")}
+    inputs["scores"] = ("score", "--scorer={slm}")
+    arms = {"baseline": ("--steps={steps}",), "salt": ("--teacher={slm}", "--flops_of={baseline}")}
+    sizes = {
+        "small": {"steps": "3", "slm_width": "8"},
+        "large": {"steps": "5", "slm_width": "16"},
+    }
+    steps = list(study._commands(ROOT, arms, (), inputs, {}, (0, 1), sizes))
+    assert [str(step.output.relative_to(ROOT)) for step in steps] == [
+        *("text", "slm/small", "slm/large", "scores/small", "scores/large"),
+        *("baseline/small/seed-0", "salt/small/seed-0", "baseline/small/seed-1"),
+        *("salt/small/seed-1", "baseline/large/seed-0", "salt/large/seed-0"),
+        *("baseline/large/seed-1", "salt/large/seed-1"),
+    ]
+    arguments = {str(step.output.relative_to(ROOT)): step.arguments for step in steps}
+    assert arguments["slm/large"] == ("--cache=study/text", "--embed_dim=16")
+    assert arguments["scores/large"] == ("--scorer=study/slm/large",)
+    assert arguments["baseline/small/seed-1"][:2] == ("--steps=3", "--arm=baseline")
+    assert arguments["salt/large/seed-1"][:2] == (
+        *("--teacher=study/slm/large", "--flops_of=study/baseline/large/seed-1"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,6 +86,10 @@ def test_arms_by_seed_with_their_own_flags_last() -> None:
         ({"seeds": ()}, "seeds is"),
         ({"seeds": (0, 0)}, "each once"),
         ({"seeds": (-1,)}, "seeds is -1"),
+        ({"sizes": {"a b": {}}}, "sizes has the name 'a b'"),
+        ({"sizes": {"small": {"steps": 3}}}, r"sizes\['small'\] is .*must be texts by word"),
+        ({"sizes": {"small": {"slm": "x"}}}, "has the word 'slm', which is also the name"),
+        ({"sizes": {"s": {"x": "1"}, "m": {}}, "common": ("--steps={x}",)}, r"needs \{x\}"),
         ({"reference": "salt_ds"}, "reference is 'salt_ds', and the arms are baseline, salt"),
     ],
 )
@@ -139,6 +168,23 @@ def test_the_last_arms_flags_are_checked_before_anything_runs(tmp_path: pathlib.
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in STUDIES.glob("*.gin")))
+def test_the_flags_of_the_studies_that_come_along(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def begin(verb: str, arguments: tuple[str, ...], output: pathlib.Path) -> None:
+        begun.append(output.name)
+        raise Interrupted("after the check of all flags")
+
+    monkeypatch.setattr(study, "run_verb", begin)
+    pile = f"--gin.PILE='{tmp_path}'"
+    typed = ["study", f"--gin_file=studies/{name}", pile, f"--output_dir={tmp_path / 'out'}"]
+    assert main(typed) == INTERRUPTED
+    assert begun == ["cache"]
+
+
 @pytest.mark.slow
 def test_arms_and_seeds_to_a_page_with_intervals(
     cache: PackedCache, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
@@ -154,7 +200,10 @@ def test_arms_and_seeds_to_a_page_with_intervals(
         "study.study.common = ('--gin_file=runs/smoke_llm.gin',\n"
         "    '--gin_file=models/slm_smoke.gin', '--cache={cache}', '--steps=2')\n"
         "study.study.arms = {'baseline': ('--gin_file=methods/baseline.gin',),\n"
-        "    'salt': ('--gin_file=methods/salt.gin', '--teacher={slm}', '--gin.N_KD=1')}\n"
+        "    'salt': ('--gin_file=methods/salt.gin', '--teacher={slm}', '--gin.N_KD=1',\n"
+        "        '--keep_steps=(1,)'),\n"
+        "    'fork': ('--gin_file=methods/salt.gin', '--teacher={slm}', '--gin.N_KD=2',\n"
+        "        '--fork_from={salt}')}\n"
     )
     output = tmp_path / "out"
     command = ["study", f"--gin_file={gin}", "--seeds=0", f"--output_dir={output}"]
@@ -166,7 +215,7 @@ def test_arms_and_seeds_to_a_page_with_intervals(
     again = subprocess.run([sys.executable, "-m", "salt_jax", *command, "--seeds=1"])
     assert again.returncode == 0
     printed = capfd.readouterr().out
-    assert printed.count("$ salt train") == 2
+    assert printed.count("$ salt train") == 3
     assert (output / "salt" / "seed-0" / "run.json").read_bytes() == before
     summary = json.loads((output / "summary.json").read_text())
     arms = {one["arm"]: one for one in summary["over_seeds"]}
@@ -174,8 +223,17 @@ def test_arms_and_seeds_to_a_page_with_intervals(
     salt = arms["salt"]
     assert salt["final"]["log_perplexity"]["difference"]["count"] == 2
     assert salt["final"]["log_perplexity"]["level"]["half_width"] > 0
+    runs = [output / "slm", *(output / arm / f"seed-{n}" for arm in arms for n in (0, 1))]
+    spent = [json.loads((run / "summary.json").read_text())["train_flops"] for run in runs]
+    forks = summary["forks"]
+    assert forks["runs"] == 2
+    assert forks["train_flops"] == pytest.approx(sum(spent))
+    student = json.loads((output / "baseline/seed-0/summary.json").read_text())["student_flops"]
+    teacher = json.loads((output / "salt/seed-0/summary.json").read_text())["teacher_flops"]
+    assert forks["saved_flops"] == pytest.approx(2 * (student / 2 + teacher))
+    assert f"2 forks saved {forks['saved_flops']:.3g} of " in printed
     # Another step count under a finished arm's name is refused before anything runs.
-    gin.write_text(gin.read_text().replace("'--gin.N_KD=1'", "'--gin.N_KD=2'"))
+    gin.write_text(gin.read_text().replace("'--gin.N_KD=1'", "'--gin.N_KD=0'"))
     assert main([*command, "--seeds=2"]) == 2
-    assert "other flags (they differ in --gin.N_KD=1, --gin.N_KD=2)" in capfd.readouterr().err
+    assert "other flags (they differ in --gin.N_KD=0, --gin.N_KD=1)" in capfd.readouterr().err
     assert not (output / "baseline" / "seed-2").exists()
