@@ -62,7 +62,7 @@ class Family:
         class_name: transformers' class.
         tensors: from each module's name in the files ("{layer}" stands for the layer's number) to
             the paths of its parameters in the decoder's tree. Several paths mean a fused tensor
-            that holds them side by side, head by head.
+            that holds them head by head or, with "+" between them, one below the other.
         fields: from config.json's fields to settings of DecoderConfig, with transformers' default;
             ... if the field is required.
         activation: the default of `hidden_act`.
@@ -127,6 +127,11 @@ class Family:
             for field, (setting, default) in self.fields.items()
         }
         scaling = rotary_fields.read_scaling(settings, where)
+        if scaling is not None and "rope_scaling" in self.fixed:
+            raise InputError(
+                f"{where} scales the rotary embedding by {scaling.kind!r}, which {self.model_type} "
+                "doesn't have: choose another model."
+            )
         theta, fraction = self._rotary(settings, where)
         activation = self._activation(settings, where)
         rows = _value(settings, "vocab_size", ..., where)

@@ -69,7 +69,10 @@ def _scaling(settings: Mapping[str, Any], field: str, where: str) -> RopeScaling
 
     kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else None
     if kind not in ("default", *KINDS):
-        raise refusal(f"and salt_jax has the rotary scalings {', '.join(KINDS)} only")
+        raise InputError(
+            f"{where} sets {field} to the kind {kind!r}, and salt_jax has the rotary scalings "
+            f"{', '.join(KINDS)} only: choose another model."
+        )
     given = {name: value for name, value in found.items() if value is not None}
     mscales = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     unscaled = kind == "default" or (kind == "linear" and given.get("factor") == 1)

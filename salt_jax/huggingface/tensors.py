@@ -1,7 +1,8 @@
 """Converts tensors of Hugging Face models to parameters of the decoder, and back.
 
 Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. Fused tensors, such as GPT-NeoX's
-query, key and value, are [H, 3, K, D] flattened to two axes. Arrays in, arrays out: no files.
+query, key and value, are [H, 3, K, D] flattened to two axes; Phi 3's are one below the other.
+Arrays in, arrays out: no files.
 """
 
 import dataclasses
@@ -38,12 +39,14 @@ class Rule:
         leaves: the paths of the parameters in it, in the tree or in their layer.
         inputs: how many leading axes of each parameter are contracted; 0 for all but kernels.
         offset: subtracted from the parameter.
+        rows: of each parameter, if the tensor has them one below the other, not head by head.
     """
 
     tensor: str
     leaves: tuple[Path, ...]
     inputs: int = 0
     offset: float = 0.0
+    rows: tuple[int, ...] = ()
 
     @property
     def in_layers(self) -> bool:
@@ -54,10 +57,9 @@ class Rule:
         """The tensor's shape, given that of any of its parameters (of one layer)."""
         if not self.in_layers:
             return tuple(leaf_shape)
-        if not self.inputs:
-            return (len(self.leaves) * math.prod(leaf_shape),)
         inputs, outputs = leaf_shape[: self.inputs], leaf_shape[self.inputs :]
-        return len(self.leaves) * math.prod(outputs), math.prod(inputs)
+        rows = sum(self.rows) or len(self.leaves) * math.prod(outputs)
+        return (rows, math.prod(inputs)) if inputs else (rows,)
 
     def to_tensor(self, leaves: Sequence[Array], dtype: np.dtype[Any]) -> Array:
         """The tensor in `dtype`, from its parameters (of one layer)."""
@@ -65,6 +67,8 @@ class Rule:
         if self.inputs:
             order = (*range(self.inputs, leaves[0].ndim), *range(self.inputs))
             leaves = [leaf.transpose(order) for leaf in leaves]
+        if self.rows:
+            leaves = [np.concatenate([leaf.reshape(-1, *shape[1:]) for leaf in leaves])]
         whole = leaves[0] if len(leaves) == 1 else np.stack(leaves, axis=1)
         if self.offset:
             whole = whole.astype(np.float32) - np.float32(self.offset)
@@ -74,10 +78,13 @@ class Rule:
         self, tensor: Array, leaf: Path, leaf_shape: Sequence[int], dtype: np.dtype[Any]
     ) -> Array:
         """One of the tensor's parameters (of one layer) in `dtype`."""
-        if len(self.leaves) > 1:
+        which = self.leaves.index(leaf)
+        if self.rows:
+            tensor = tensor[sum(self.rows[:which]) :][: self.rows[which]]
+        elif len(self.leaves) > 1:
             heads = leaf_shape[self.inputs]
             by_head = tensor.reshape(heads, len(self.leaves), -1, *tensor.shape[1:])
-            tensor = by_head[:, self.leaves.index(leaf)]
+            tensor = by_head[:, which]
         if self.inputs:
             tensor = tensor.reshape(-1, math.prod(leaf_shape[: self.inputs])).T
         if self.offset:
@@ -94,7 +101,7 @@ def rules_of(
     rules = []
     for module, paths in tensors.items():
         stack = ("layers",) if "{layer}" in module else ()
-        parts = [tuple(path.split("/")) for path in paths.split()]
+        parts = [tuple(path.split("/")) for path in paths.replace("+", " ").split()]
         for kind in ((), ("kernel",), ("scale",), ("bias",)):
             leaves = tuple(part + kind for part in parts)
             if stack + leaves[0] in shapes:
@@ -102,7 +109,11 @@ def rules_of(
                 inputs = (2 if parts == [("attention", "out")] else 1) if "kernel" in kind else 0
                 offset = norm_offset if "scale" in kind else 0.0
                 tensor = f"{module}.{'bias' if 'bias' in kind else 'weight'}"
-                rules.append(Rule(tensor, leaves, inputs, offset))
+                rows: tuple[int, ...] = ()
+                if "+" in paths:
+                    each = [shapes[stack + leaf][len(stack) + inputs :] for leaf in leaves]
+                    rows = tuple(math.prod(outputs) for outputs in each)
+                rules.append(Rule(tensor, leaves, inputs, offset, rows))
     return rules
 
 

@@ -69,6 +69,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"attention_multiplier": 0.2},
         },
     ),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.75, "sliding_window": None}),
+    "phi3 with a window": (
+        *("phi3",),
+        {"partial_rotary_factor": 0.5, "sliding_window": 5, **TIED, **MQA},
+    ),
+    "phi3 wholly rotated": ("phi3", MHA),
     "granite tied": ("granite", {**TIED, **MHA, "attention_multiplier": 1, "logits_scaling": 0.5}),
 }
 
@@ -113,8 +119,9 @@ def imported(folder: pathlib.Path) -> tuple[Any, DecoderConfig, Any]:
 def exported(folder: pathlib.Path, name: str, config: DecoderConfig, params: Any) -> None:
     """Writes the model as `config_to_json` and the family's rules say."""
     family, settings = config_to_json(config, config.padded_vocab_size, "float32", {})
-    # A Mistral without a window is a Llama, and goes out as that.
-    assert family.model_type == {"mistral": "llama"}.get(name, CASES[name][0])
+    # A Mistral without a window is a Llama, and goes out as that; so is a Phi 3, wholly rotated.
+    as_llama = ("mistral", "phi3 wholly rotated")
+    assert family.model_type == ("llama" if name in as_llama else CASES[name][0])
     rules, dtype = family.rules(config), np.dtype(np.float32)
 
     def leaf(path: tuple[str, ...]) -> np.ndarray:
@@ -227,7 +234,7 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_atte
             "original_max_position_embeddings to 9",
         ),
         ("llama", {"sliding_window": 5}, "sets sliding_window to 5"),
-        ("mistral", {**SMALL, "sliding_window": 5}, "layers of a Mistral are alike"),
+        ("mistral", {**SMALL, "sliding_window": 5}, "mistral has layers of one kind"),
         ("mistral", {"sliding_window": "5"}, "its sliding window is '5'"),
         ("mistral", {"attention_bias": True}, "sets attention_bias to True"),
         ("qwen2", SMALL, "its sliding window is None"),
@@ -237,6 +244,12 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_atte
         ("smollm3", {"no_rope_layers": [1, 0]}, "sets no_rope_layers to"),
         ("smollm3", {"use_sliding_window": True}, "sets use_sliding_window to True"),
         ("smollm3", SMALL, "sets layer_types to"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope"}},
+            "to the kind 'longrope', and salt_jax",
+        ),
+        ("phi3", {"rope_scaling": LLAMA3}, "by 'llama3', which phi3 doesn't have"),
         ("olmo2", {"attention_bias": True}, "sets attention_bias to True"),
         ("olmo2", {"clip_qkv": 8.0}, "sets clip_qkv to 8.0"),
     ],

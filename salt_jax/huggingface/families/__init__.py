@@ -7,6 +7,7 @@ from salt_jax.huggingface.families import (
     llama,
     mistral,
     olmo2,
+    phi3,
     qwen2,
     qwen3,
     smollm3,
@@ -16,5 +17,5 @@ from salt_jax.huggingface.family import Family
 FAMILIES: tuple[Family, ...] = (
     *(gpt_neox.FAMILY, llama.FAMILY, gemma.FAMILY),
     *(mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, olmo2.FAMILY),
-    granite.FAMILY,
+    *(granite.FAMILY, phi3.FAMILY),
 )

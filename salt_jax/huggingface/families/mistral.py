@@ -20,7 +20,7 @@ class Mistral(Family):
         if settings.get("layer_types") not in (None, usual):
             raise InputError(
                 f"{where} sets layer_types to {settings['layer_types']!r} and sliding_window to "
-                f"{window!r}, and the layers of a Mistral are alike: choose another model."
+                f"{window!r}, and {self.model_type} has layers of one kind: choose another model."
             )
         return layer_types.read_layers(settings, usual, window, where)
 
