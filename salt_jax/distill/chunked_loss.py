@@ -50,6 +50,8 @@ def loss_sums(
     teacher_vocab_size: int | None = None,
     soft_labels: SoftLabels | None = None,
     sharding: HeadSharding | None = None,
+    soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
 ) -> Sums:
     """Weighted sums over a batch of `losses.token_losses`.
 
@@ -72,6 +74,7 @@ def loss_sums(
         states are masked out.
       soft_labels: [B, L, …], instead of a teacher, at config's temperature.
       sharding: How the arrays are sharded over a mesh; None on one device.
+      soft_cap, teacher_soft_cap: c of each model's logits c · tanh(z / c), or None.
 
     Returns:
       (sum of weight · loss, sum of weights, {name: sum of weight · value, without gradient}), with
@@ -104,7 +107,8 @@ def loss_sums(
     elif soft_labels is not None:
         teacher = kept_labels(soft_labels, config, precise)
     batch = targets_BxL, weights_BxL, jnp.asarray(omega, precise), teacher
-    static = _Static(config, vocab_size, teacher_vocab_size, sharding)
+    caps = soft_cap, teacher_soft_cap
+    static = _Static(config, vocab_size, teacher_vocab_size, sharding, caps)
     return _sums(static, student_hidden_BxLxD, student_head_VxD, lax.stop_gradient(batch))
 
 
@@ -117,12 +121,14 @@ def target_ranks(
     *,
     chunk_tokens: int,
     sharding: HeadSharding | None = None,
+    soft_cap: float | None = None,
     entropy: bool = False,
 ) -> tuple[jax.Array, ...]:
     """How well a model predicts each target, for evaluation and scoring; not differentiable.
 
     Args:
-      hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: See `loss_sums`.
+      hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding, soft_cap: See
+        `loss_sums`.
       chunk_tokens: Tokens whose logits a device holds at once.
       entropy: Whether to return the entropy, too, which reads a chunk's logits once more.
 
@@ -151,7 +157,7 @@ def target_ranks(
         return loss_C.astype(jnp.float32), greater_C, entropy_C.astype(jnp.float32)
 
     arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL
-    return map_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
+    return map_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding, soft_cap)
 
 
 def top_labels(
@@ -165,11 +171,13 @@ def top_labels(
     temperature: float,
     chunk_tokens: int,
     sharding: HeadSharding | None = None,
+    soft_cap: float | None = None,
 ) -> SoftLabels:
     """A teacher's soft labels; not differentiable.
 
     Args:
-      hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding: See `loss_sums`.
+      hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, vocab_size, sharding, soft_cap: See
+        `loss_sums`.
       k: K, ids per token.
       temperature: τ.
       chunk_tokens: Tokens whose logits a device holds at once.
@@ -189,7 +197,7 @@ def top_labels(
         return SoftLabels(ids_CxK, log_q_CxK, vocabulary.log_rest(log_q_CxV, ids_CxK), hard_C)
 
     arrays = hidden_BxLxD, head_VxD, targets_BxL, weights_BxL
-    return map_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding)
+    return map_chunks(one_chunk, *arrays, vocab_size, chunk_tokens, sharding, soft_cap)
 
 
 class _Teacher(NamedTuple):
@@ -205,6 +213,7 @@ class _Static(NamedTuple):
     vocab_size: int
     teacher_vocab_size: int
     sharding: HeadSharding | None
+    soft_caps: tuple[float | None, float | None]  # of the student and the teacher
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -274,8 +283,11 @@ def _local_sums(
     teacher_head_VxE = None
     if isinstance(teacher, _Teacher):
         teacher_head_VxE = gathered(static.sharding, teacher.head, shapes[1])
-    vocabulary = VocabularyPart(static.sharding, head_VxD.shape[0], static.vocab_size)
-    teachers = VocabularyPart(static.sharding, head_VxD.shape[0], static.teacher_vocab_size)
+    sizes = static.vocab_size, static.teacher_vocab_size
+    vocabulary, teachers = (
+        VocabularyPart(static.sharding, head_VxD.shape[0], size, soft_cap)
+        for size, soft_cap in zip(sizes, static.soft_caps, strict=True)
+    )
     counts_BxL = weights_BxL > 0
 
     def one_chunk(d_head_VxD: Any, chunk: Any) -> tuple[Any, Any]:
@@ -293,6 +305,7 @@ def _local_sums(
         if not gradients:
             return None, (sums, None)
         d_z_CxV = loss.gradient(z_CxV, taught, targets_C, norms)
+        d_z_CxV = vocabulary.before_cap(d_z_CxV, z_CxV)
         d_z_CxV = (weights_C[:, None] * d_z_CxV).astype(hidden_CxD.dtype)
         d_hidden_CxD = vocabulary.across(
             jnp.matmul(d_z_CxV, head_VxD, preferred_element_type=precise)

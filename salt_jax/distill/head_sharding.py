@@ -96,10 +96,18 @@ class VocabularyPart:
       sharding: The head's sharding; None on one device.
       local_size: V, the ids of this device.
       vocab_size: Number of ids in use on all devices together; ids from here on are padding.
+      soft_cap: c of the logits c · tanh(z / c), or None.
     """
 
-    def __init__(self, sharding: HeadSharding | None, local_size: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        sharding: HeadSharding | None,
+        local_size: int,
+        vocab_size: int,
+        soft_cap: float | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
+        self._soft_cap = soft_cap
         self._axes = sharding.vocab if sharding is not None else ()
         parts = sharding.devices(self._axes) if sharding is not None else 1
         self._size = local_size
@@ -109,11 +117,20 @@ class VocabularyPart:
     def logits(self, hidden_CxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
         """[C, V] in float32 (or float64)."""
         precise = jnp.promote_types(hidden_CxD.dtype, jnp.float32)
-        return self.mask(
-            lax.dot_general(
-                hidden_CxD, head_VxD, (((1,), (1,)), ((), ())), preferred_element_type=precise
-            )
+        z_CxV = lax.dot_general(
+            hidden_CxD, head_VxD, (((1,), (1,)), ((), ())), preferred_element_type=precise
         )
+        if self._soft_cap is not None:
+            z_CxV = self._soft_cap * jnp.tanh(z_CxV / self._soft_cap)
+        return self.mask(z_CxV)
+
+    def before_cap(self, d_z_CxV: jax.Array, z_CxV: jax.Array) -> jax.Array:
+        """The gradient by the product of hidden states and head, from that by logits z."""
+        if self._soft_cap is None:
+            return d_z_CxV
+        # The logits of padding are LOG_ZERO, whose square is infinite, and have the gradient 0.
+        tanh_CxV = jnp.maximum(z_CxV / self._soft_cap, -1.0)
+        return d_z_CxV * (1.0 - jnp.square(tanh_CxV))
 
     def max(self, x_CxV: jax.Array) -> jax.Array:
         """The largest over the vocabulary, [C]."""

@@ -19,6 +19,7 @@ def map_chunks(
     vocab_size: int,
     chunk_tokens: int,
     sharding: HeadSharding | None,
+    soft_cap: float | None,
 ) -> Any:
     """Applies one_chunk to each device's chunks of tokens; the results are [B, L, …]."""
 
@@ -26,7 +27,7 @@ def map_chunks(
         hidden_BxLxD: jax.Array, head_VxD: jax.Array, targets_BxL: jax.Array, weights_BxL: jax.Array
     ) -> Any:
         head_VxD = gathered(sharding, head_VxD, shape)
-        vocabulary = VocabularyPart(sharding, head_VxD.shape[0], vocab_size)
+        vocabulary = VocabularyPart(sharding, head_VxD.shape[0], vocab_size, soft_cap)
         counts_BxL = weights_BxL > 0
         tokens = flat_tokens(counts_BxL, hidden_BxLxD), flat_tokens(counts_BxL, targets_BxL)
         _, values = lax.scan(

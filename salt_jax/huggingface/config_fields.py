@@ -103,7 +103,7 @@ def _is_neutral(field: str, settings: Mapping[str, Any], config: DecoderConfig) 
     return _is_off(value)
 
 
-def _implied_settings(config: DecoderConfig) -> dict[str, float]:
+def _implied_settings(config: DecoderConfig) -> dict[str, float | None]:
     """Settings that the model has already, under other families' names."""
     return {
         **dict.fromkeys(("num_layers", "n_layer", "n_layers"), config.num_layers),
@@ -114,6 +114,7 @@ def _implied_settings(config: DecoderConfig) -> dict[str, float]:
         **dict.fromkeys(("rope_theta", "rotary_emb_base"), config.rope_theta),
         **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), config.rope_fraction),
         "rotary_dim": config.rotary_dim,
+        "sliding_window_size": config.window,
         "attention_multiplier": config.head_width**-0.5,
     }
 

@@ -46,7 +46,7 @@ _PLAIN: Mapping[str, Any] = types.MappingProxyType(
         if field.name
         in (
             *("qkv_bias", "qk_norm", "norm_placement", "layer_kinds", "window"),
-            *("local_rope_theta", "attention_scale", "attention_soft_cap"),
+            *("local_rope_theta", "attention_scale", "attention_soft_cap", "logits_soft_cap"),
             *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
         )
     }
@@ -123,7 +123,7 @@ class Family:
                     f"{self.model_type} with {needed!r} only: choose another model."
                 )
         found = {
-            setting: _value(settings, field, default, where)
+            setting: value_of(settings, field, default, where)
             for field, (setting, default) in self.fields.items()
         }
         scaling = rotary_fields.read_scaling(settings, where)
@@ -134,7 +134,7 @@ class Family:
             )
         theta, fraction = self._rotary(settings, where)
         activation = self._activation(settings, where)
-        rows = _value(settings, "vocab_size", ..., where)
+        rows = value_of(settings, "vocab_size", ..., where)
         if rows < num_ids:
             raise InputError(
                 f"{where} sets vocab_size to {rows} and the tokenizer has {num_ids} ids: it is "
@@ -237,11 +237,14 @@ class Family:
     def _rotary(self, settings: Mapping[str, Any], where: str) -> tuple[float, float]:
         """The rotary base, and the share of a head that is rotated."""
         rope = rotary_fields.rotary_parameters(settings)
-        theta, fraction = _value(settings, self.theta_field, self.theta, where), self.rope_fraction
+        theta, fraction = (
+            value_of(settings, self.theta_field, self.theta, where),
+            self.rope_fraction,
+        )
         if self.fraction_field:
-            fraction = _value(settings, self.fraction_field, fraction, where)
-        theta = float(_value(rope, "rope_theta", float(theta), where))
-        fraction = float(_value(rope, "partial_rotary_factor", float(fraction), where))
+            fraction = value_of(settings, self.fraction_field, fraction, where)
+        theta = float(value_of(rope, "rope_theta", float(theta), where))
+        fraction = float(value_of(rope, "partial_rotary_factor", float(fraction), where))
         if not self.fraction_field and fraction != self.rope_fraction:
             raise InputError(
                 f"{where} sets partial_rotary_factor to {fraction}, and {self.model_type} rotates "
@@ -265,8 +268,9 @@ def _plain(config: DecoderConfig) -> DecoderConfig:
     return config
 
 
-def _value(settings: Mapping[str, Any], field: str, default: Any, where: str) -> Any:
-    """A field that must be a number or a boolean, like its default."""
+def value_of(settings: Mapping[str, Any], field: str, default: Any, where: str) -> Any:
+    """A field that must be a number or a boolean, like its default; ... is a whole number that must
+    be set."""
     value = settings.get(field)
     if value is None and default is not ...:
         return default

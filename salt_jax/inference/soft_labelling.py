@@ -38,6 +38,7 @@ def label_rows(
             temperature=temperature,
             chunk_tokens=rows.chunk_tokens,
             sharding=partitioning.head_sharding(rows.mesh, rows.rules),
+            soft_cap=rows.config.logits_soft_cap,
         )
         floats = (labels.log_q, labels.rest, labels.teacher_hard)
         return labels.ids, *(_half(x, batch["loss_weights"]) for x in floats)

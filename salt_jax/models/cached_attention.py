@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from salt_jax.models.layers import soft_capped
 from salt_jax.models.reference_attention import MASKED_SCORE, PLAIN, ScoreOptions
 
 # The decoder's Flax collections of cached and of new keys and values.
@@ -37,7 +38,7 @@ def cached_attention(
         products_BxGxRxN = jnp.einsum(
             "bgrk,bgnk->bgrn", query_BxGxRxK, key_BxGxNxK, preferred_element_type=jnp.float32
         )
-        return options.capped(products_BxGxRxN)
+        return soft_capped(products_BxGxRxN, options.soft_cap)
 
     # N = S + 1: the cache, then the new position.
     visible_BxS = cached_segment_ids_BxS == segment_ids_Bx1

@@ -371,13 +371,17 @@ def head_kernel(params: Any, config: DecoderConfig) -> jax.Array:
 
 
 def logits(hidden_BxLxD: jax.Array, head_VxD: jax.Array, config: DecoderConfig) -> jax.Array:
-    """Logits, float32 [B, L, V], from a product in config.dtype; V is the padded vocabulary."""
+    """Logits, float32 [B, L, V], from a product in config.dtype; V is the padded vocabulary.
+
+    `distill/head_sharding.py` computes the same for a chunk of tokens.
+    """
     logits_BxLxV = jnp.einsum(
         "bld,vd->blv",
         hidden_BxLxD.astype(config.dtype),
         head_VxD.astype(config.dtype),
         preferred_element_type=jnp.float32,
     )
+    logits_BxLxV = layers.soft_capped(logits_BxLxV, config.logits_soft_cap)
     return _constrain(logits_BxLxV, "activation_vocab")
 
 

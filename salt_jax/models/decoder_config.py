@@ -53,6 +53,7 @@ class DecoderConfig:
       embedding_multiplier: Multiplies embedded inputs (Granite).
       residual_multiplier: Multiplies what a block adds to the residual stream (Granite).
       logits_divisor: Divides logits (Granite).
+      logits_soft_cap: c of c · tanh(logit / c), or None.
       scan_layers: Scan one block over stacked parameters, which compiles fast.
       remat: What the backward pass recomputes, from nothing to all of a block: "none", "minimal",
         "attention", "attention_output", "full" or "offload"; see remat.py.
@@ -93,6 +94,7 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    logits_soft_cap: float | None = None
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -259,7 +261,9 @@ _SIZES = (
     *("embed_dim", "num_layers", "num_heads", "mlp_dim", "vocab_multiple", "max_length"),
     *_OPTIONAL_SIZES,
 )
-_OPTIONAL_POSITIVE = ("local_rope_theta", "attention_scale", "attention_soft_cap")
+_OPTIONAL_POSITIVE = (
+    *("local_rope_theta", "attention_scale", "attention_soft_cap", "logits_soft_cap"),
+)
 _POSITIVE = (
     *("rope_theta", "norm_epsilon", "embedding_multiplier", "residual_multiplier"),
     *("logits_divisor", *_OPTIONAL_POSITIVE),

@@ -101,6 +101,11 @@ class Norm(nn.Module):
         return jnp.expand_dims(value.astype(jnp.float32), leading)
 
 
+def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap · tanh(x / cap), as in Gemma 2; x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def rotary_angles(
     positions_BxL: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> Rotation:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from salt_jax.models.layers import soft_capped
+
 # The name of attention's output for remat policies.
 OUTPUT_NAME = "attention_output"
 
@@ -19,7 +21,7 @@ class ScoreOptions(NamedTuple):
 
     Attributes:
       scale: Multiplies q·k; 1 / √K if None.
-      soft_cap: c of c · tanh(score / c) (Gemma 2); None for none.
+      soft_cap: See layers.soft_capped.
       window: A position attends to this many positions up to its own; None for all.
     """
 
@@ -30,12 +32,6 @@ class ScoreOptions(NamedTuple):
     def scale_of(self, width: int) -> float:
         """What q·k is multiplied by for heads of `width`."""
         return 1.0 / math.sqrt(width) if self.scale is None else self.scale
-
-    def capped(self, scores: jax.Array) -> jax.Array:
-        """The scores after the soft cap."""
-        if self.soft_cap is None:
-            return scores
-        return self.soft_cap * jnp.tanh(scores / self.soft_cap)
 
 
 PLAIN = ScoreOptions()
@@ -64,7 +60,7 @@ def reference_attention(
     scores_BxGxRLxL = jnp.einsum(
         "bgqk,bgmk->bgqm", query_BxGxRLxK, key_BxGxLxK, preferred_element_type=jnp.float32
     )
-    scores_BxGxRLxL = options.capped(scores_BxGxRLxL)
+    scores_BxGxRLxL = soft_capped(scores_BxGxRLxL, options.soft_cap)
     visible_BxLxL = causal_segment_mask(segment_ids_BxL, bidirectional_BxL, options.window)
     visible_BxRLxL = jnp.tile(visible_BxLxL, (1, heads // groups, 1))
     scores_BxGxRLxL = jnp.where(visible_BxRLxL[:, None], scores_BxGxRLxL, MASKED_SCORE)

@@ -63,6 +63,7 @@ def ranks_of_batch(
         config.vocab_size or 0,
         chunk_tokens=chunk_tokens,
         sharding=partitioning.head_sharding(mesh, rules),
+        soft_cap=config.logits_soft_cap,
         entropy=entropy,
     )
 

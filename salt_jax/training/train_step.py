@@ -226,6 +226,7 @@ def _loss_sums(
                 "teacher_hidden_BxLxD": taught_BxLxE,
                 "teacher_head_VxD": decoder.head_kernel(frozen, teacher_config),
                 "teacher_vocab_size": teacher_config.vocab_size,
+                "teacher_soft_cap": teacher_config.logits_soft_cap,
                 "distill_B": batch.get("distill"),
             }
         elif "soft_ids" in batch:
@@ -245,6 +246,7 @@ def _loss_sums(
             loss_config,
             vocab_size,
             sharding=sharding,
+            soft_cap=config.logits_soft_cap,
             **teacher,
         )
         if early_BxLxD is not None:

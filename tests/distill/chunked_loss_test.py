@@ -86,19 +86,26 @@ def to_dtype(arguments: dict[str, Any], dtype: Any) -> dict[str, Any]:
     }
 
 
-def whole_sums(config: LossConfig, teacher_vocab_size: int | None = None, **arguments: Any) -> Any:
+def whole_sums(
+    config: LossConfig,
+    teacher_vocab_size: int | None = None,
+    soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
+    **arguments: Any,
+) -> Any:
     """The reference: whole logits, and autodiff through them."""
     weights_BxL, distill_B = arguments["weights_BxL"], arguments.get("distill_B")
     counts_BxL = weights_BxL > 0
 
-    def logits(model: str) -> jax.Array | None:
+    def logits(model: str, cap: float | None) -> jax.Array | None:
         if f"{model}_hidden_BxLxD" not in arguments:
             return None
         hidden_BxLxD = jnp.where(counts_BxL[..., None], arguments[f"{model}_hidden_BxLxD"], 0)
-        return hidden_BxLxD @ arguments[f"{model}_head_VxD"].T
+        z_BxLxV = hidden_BxLxD @ arguments[f"{model}_head_VxD"].T
+        return z_BxLxV if cap is None else cap * jnp.tanh(z_BxLxV / cap)
 
     targets_BxL = jnp.where(counts_BxL, arguments["targets_BxL"], 0)
-    student, teacher = logits("student"), logits("teacher")
+    student, teacher = logits("student", soft_cap), logits("teacher", teacher_soft_cap)
     assert student is not None
     omega = arguments["omega"] if distill_B is None else arguments["omega"] * distill_B[:, None]
     tokens = token_losses(
@@ -142,12 +149,12 @@ def chunked(config: LossConfig, chunk_tokens: int, **more: Any) -> Callable[...,
 
 
 def assert_equal_in_float64(
-    config: LossConfig, chunk_tokens: int, arguments: Any, **sizes: int
+    config: LossConfig, chunk_tokens: int, arguments: Any, **more: Any
 ) -> None:
     with jax.enable_x64(True):
         arguments = to_dtype(arguments, jnp.float64)
-        want = with_gradients(functools.partial(whole_sums, config, **sizes), arguments)
-        got = with_gradients(chunked(config, chunk_tokens, **sizes), arguments)
+        want = with_gradients(functools.partial(whole_sums, config, **more), arguments)
+        got = with_gradients(chunked(config, chunk_tokens, **more), arguments)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
 
@@ -156,6 +163,16 @@ def assert_equal_in_float64(
 def test_equals_whole_logits_in_float64(config: LossConfig) -> None:
     assert_equal_in_float64(config, 7, case())
     assert_equal_in_float64(config, 1000, case(with_teacher=False))
+
+
+@EACH_CONFIG
+def test_soft_caps_of_both_models(config: LossConfig) -> None:
+    assert_equal_in_float64(config, 7, case(scale=2.0), soft_cap=1.5, teacher_soft_cap=0.7)
+
+
+def test_soft_caps_over_a_mesh() -> None:
+    caps = {"soft_cap": 1.5, "teacher_soft_cap": 0.7}
+    assert_equal_on_a_mesh(CONFIGS[1], (1, 2, 2, 2), ("fsdp",), case(scale=2.0), **caps)
 
 
 @pytest.mark.parametrize("block_bytes", [64, 300, 1000])

@@ -38,6 +38,7 @@ YARN = {
     **{"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0},
     **{"original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 0.5},
 }
+CAPS = {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,6 +76,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"partial_rotary_factor": 0.5, "sliding_window": 5, **TIED, **MQA},
     ),
     "phi3 wholly rotated": ("phi3", MHA),
+    "gemma2": ("gemma2", {**CAPS, "head_dim": 16, "sliding_window": 5}),
+    "gemma2 untied": (
+        *("gemma2",),
+        {
+            **{**UNTIED, **MQA, "head_dim": 8, "query_pre_attn_scalar": 12},
+            **{"attn_logit_softcapping": None, "layer_types": MIXED, "sliding_window": 4},
+            **{"final_logit_softcapping": 0.7, "rope_parameters": LLAMA3},
+        },
+    ),
+    "gemma2 without windows or caps": (
+        *("gemma2",),
+        {
+            **{"layer_types": ["full_attention"] * 3, "head_dim": 8, "query_pre_attn_scalar": 8},
+            **dict.fromkeys(CAPS, None),
+        },
+    ),
     "granite tied": ("granite", {**TIED, **MHA, "attention_multiplier": 1, "logits_scaling": 0.5}),
 }
 
@@ -250,6 +267,11 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_atte
             "to the kind 'longrope', and salt_jax",
         ),
         ("phi3", {"rope_scaling": LLAMA3}, "by 'llama3', which phi3 doesn't have"),
+        ("gemma2", {"sliding_window": None}, "its sliding window is None"),
+        ("gemma2", {"sliding_window_pattern": 6}, "sets sliding_window_pattern to 6"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "attention_scale is 0.0"),
+        ("gemma2", {"attn_logit_softcapping": True}, "sets attn_logit_softcapping to True"),
+        ("gemma2", {"use_bidirectional_attention": True}, "sets use_bidirectional_attention to"),
         ("olmo2", {"attention_bias": True}, "sets attention_bias to True"),
         ("olmo2", {"clip_qkv": 8.0}, "sets clip_qkv to 8.0"),
     ],

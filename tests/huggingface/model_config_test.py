@@ -23,6 +23,7 @@ NEOX = {
     "gated_mlp": False,
     "scale_embeddings": False,
 }
+GEMMA2 = {"norm_placement": "both", "logits_soft_cap": 30.0}
 
 
 @st.composite
@@ -110,6 +111,8 @@ def test_tensors_hold_every_parameter_once(found: tuple[str, DecoderConfig]) -> 
         ({**NEOX, "num_kv_heads": 1}, "nearest is gpt_neox, .*num_kv_heads = None and has 1"),
         ({**NEOX, "head_dim": 4}, "nearest is gpt_neox, .*head_dim = None and has 4"),
         ({"mlp_activation": "gelu"}, "nearest is llama, .*scale_embeddings = False"),
+        ({**GEMMA2, "attention_scale": 0.3}, "nearest is gemma2, .*√n with a whole n and has 0.3"),
+        ({**GEMMA2, "layer_kinds": ("nope",)}, "nearest is gemma2, .*layer_kinds without 'nope'"),
     ],
 )
 def test_what_no_architecture_expresses_is_refused(changes: dict[str, Any], expected: str) -> None:

@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from salt_jax.commands.score import score
 from salt_jax.commands.select import select
 from salt_jax.data.denoisers import Objectives
+from salt_jax.data.input_pipeline import in_order
+from salt_jax.data.label_format import Labels
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
@@ -19,10 +24,15 @@ from salt_jax.distill import losses, schedules
 from salt_jax.distill.selection import RandomRows
 from salt_jax.errors import InputError
 from salt_jax.inference import soft_labelling
+from salt_jax.inference.model_pass import ModelPass
+from salt_jax.models import decoder
+from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder
 from salt_jax.training.checkpoints import find_model
 from salt_jax.training.config import Devices
+from salt_jax.training.in_order import ranks_of_batch
 from salt_jax.training.ledger import Cost
+from salt_jax.training.partitioning import DEFAULT_RULES, MeshConfig, partitioned
 from tests.training.loop_test import assert_same, metrics_of, params_of
 
 Run = Callable[..., pathlib.Path]
@@ -74,6 +84,44 @@ def test_a_run_from_labels_is_the_run_with_the_teacher(
         ours, theirs = ([line[name] for line in metrics_of(run)[:4]] for run in (stored, taught))
         np.testing.assert_allclose(ours, theirs, rtol=5e-3)
     assert "soft_loss" not in metrics_of(stored)[4]
+
+
+class Labelled:
+    """Stands for the writer of one shard of 8 rows, and keeps their labels."""
+
+    shards = types.SimpleNamespace(unfinished=lambda worker, workers: [0])
+
+    def row_ids(self, shard: int) -> list[int]:
+        return list(range(8))
+
+    def write(self, shard: int, labels: Iterable[Labels], workers: int) -> None:
+        [self.labels] = labels
+
+
+def test_labels_and_ranks_of_a_model_with_a_soft_cap(cache: PackedCache) -> None:
+    """Both are of decoder.logits."""
+    size, mesh, writer = cache.vocabulary_size, MeshConfig().make(), Labelled()
+    config = DecoderConfig(16, 1, 2, 32, vocab_size=size, logits_soft_cap=0.2)
+    params = nn.unbox(decoder.init_params(config, jax.random.key(0)))
+    batch = next(in_order(cache.split("train"), 8, cache.start_id))
+    hidden = decoder.hidden_states(config, params, batch)
+    logits = decoder.logits(hidden, decoder.head_kernel(params, config), config)[..., :size]
+    truth, log_p = batch["targets"][..., None], jax.nn.log_softmax(logits)
+    loss = -np.take_along_axis(np.asarray(log_p), truth, axis=-1)[..., 0]
+
+    rows = ModelPass(config, cache, "train", 8, mesh)
+    soft_labelling.label_rows(rows, params, size, 0.5, cast(Any, writer))
+    log_q = np.asarray(jax.nn.log_softmax(logits / 0.5))
+    at_ids, counts = (
+        np.take_along_axis(log_q, writer.labels.ids, axis=-1),
+        batch["loss_weights"] > 0,
+    )
+    np.testing.assert_allclose(writer.labels.log_q[counts], at_ids[counts], atol=5e-3)
+    np.testing.assert_allclose(writer.labels.teacher_loss[counts], loss[counts], atol=5e-3)
+
+    with partitioned(mesh):
+        ranks = ranks_of_batch(config, params, batch, mesh, DEFAULT_RULES, 64)
+    np.testing.assert_allclose(ranks[0][counts], loss[counts], atol=1e-5)
 
 
 def test_the_pass_is_charged_and_the_teacher_is_named(

@@ -280,6 +280,41 @@ def test_let_is_its_formula(cache: PackedCache, soft_term: bool) -> None:
     assert -1 < metrics["cosine"] < 1
 
 
+def test_soft_caps_of_student_and_teacher(cache: PackedCache) -> None:
+    """Loss and gradients are those of decoder.logits, by autodiff."""
+    student, teacher = (
+        dataclasses.replace(config, logits_soft_cap=cap)
+        for config, cap in ((STUDENT, 0.3), (TEACHER, 0.2))
+    )
+    mesh = partitioning.MeshConfig().make(jax.devices()[:1])
+    layout = make_layout(student, ADAMW.make(1, student), mesh)
+    frozen = make_layout(teacher, ADAMW.make(1, teacher), mesh).create(7).params
+    split, loss = cache.split("train"), dataclasses.replace(LOSS, z_loss=0.0)
+    batch = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), 0)).batch(0)
+
+    def log_p(config: DecoderConfig, params: Any, temperature: float) -> jax.Array:
+        hidden = decoder.hidden_states(config, params, batch)
+        logits = decoder.logits(hidden, decoder.head_kernel(params, config), config)[..., :259]
+        assert config.logits_soft_cap is not None
+        return jax.nn.log_softmax(logits / temperature)
+
+    def by_hand(params: Any) -> jax.Array:
+        log_p_BxLxV, q_BxLxV = log_p(student, params, 1.0), jnp.exp(log_p(teacher, frozen, 0.5))
+        hard = -jnp.take_along_axis(log_p_BxLxV, batch["targets"][..., None], axis=-1)[..., 0]
+        token = 0.6 * hard - 0.4 * jnp.sum(q_BxLxV * log_p_BxLxV, axis=-1)
+        return jnp.sum(batch["loss_weights"] * token) / batch["loss_weights"].sum()
+
+    expected, gradients = jax.value_and_grad(by_hand)(layout.create(0).params)
+    programs = compile_programs(
+        layout, loss, (8, LENGTH), teacher_config=teacher, teacher_params=frozen
+    )
+    assert programs.distill is not None
+    on_device = partitioning.to_device({n: batch[n] for n in BATCH_FEATURES}, mesh)
+    _, metrics = programs.distill(layout.create(0), on_device, frozen, np.float32(0.4))
+    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(gradients)), rel=1e-4)
+
+
 def test_weights_are_divided_out_once(cache: PackedCache) -> None:
     """Microbatches with unequal weights must not each count the same."""
     mesh = partitioning.MeshConfig().make(jax.devices()[:1])
