@@ -92,6 +92,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **dict.fromkeys(CAPS, None),
         },
     ),
+    "gemma3": (
+        *("gemma3_text",),
+        {"num_hidden_layers": 7, "head_dim": 8, "sliding_window": 5, "rope_theta": 1e3},
+    ),
+    "gemma3 untied": (
+        *("gemma3_text",),
+        {
+            **{**UNTIED, **MQA, "head_dim": 16, "query_pre_attn_scalar": 12},
+            **{"layer_types": MIXED, "sliding_window": 4, "final_logit_softcapping": 0.7},
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "gemma3 without windows": (
+        *("gemma3_text",),
+        {"head_dim": 8, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 8},
+    ),
     "granite tied": ("granite", {**TIED, **MHA, "attention_multiplier": 1, "logits_scaling": 0.5}),
 }
 
@@ -272,6 +291,13 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_atte
         ("gemma2", {"query_pre_attn_scalar": 0}, "attention_scale is 0.0"),
         ("gemma2", {"attn_logit_softcapping": True}, "sets attn_logit_softcapping to True"),
         ("gemma2", {"use_bidirectional_attention": True}, "sets use_bidirectional_attention to"),
+        ("gemma3_text", {"attn_logit_softcapping": 5.0}, "gemma3_text with None only"),
+        ("gemma3_text", {"rope_parameters": LINEAR}, "expected those of full_attention and"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}},
+            "without a scaling, of sliding_attention",
+        ),
         ("olmo2", {"attention_bias": True}, "sets attention_bias to True"),
         ("olmo2", {"clip_qkv": 8.0}, "sets clip_qkv to 8.0"),
     ],

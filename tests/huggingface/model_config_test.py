@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.errors import InputError
-from salt_jax.huggingface.families import FAMILIES
+from salt_jax.huggingface.families import FAMILIES, gemma3
 from salt_jax.huggingface.family import vocab_multiple
 from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.tensors import leaf_shapes, tensor_shapes
@@ -120,6 +120,13 @@ def test_what_no_architecture_expresses_is_refused(changes: dict[str, Any], expe
     config = DecoderConfig(**{**sizes, **changes})
     with pytest.raises(InputError, match=expected):
         config_to_json(config, 128, "float32", {})
+
+
+def test_local_layers_of_a_gemma_3_have_their_own_base() -> None:
+    local = {"layer_kinds": ("local",), "window": 4, "qk_norm": "head", "norm_placement": "both"}
+    config = DecoderConfig(16, 1, 2, 8, 9, **local)  # type: ignore[arg-type]
+    assert gemma3.FAMILY.obstacles(config) == ["local_rope_theta a number and has None"]
+    assert not gemma3.FAMILY.obstacles(dataclasses.replace(config, local_rope_theta=1e4))
 
 
 def test_a_width_that_heads_do_not_divide_is_no_llama() -> None:
