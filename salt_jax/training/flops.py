@@ -8,7 +8,8 @@ backward passes (a multiply-add is 2), without recomputation. With N parameters 
     training  three times that: 6 · N + 12 · layers · H · K · L
 
 Grouped keys and values make N smaller and leave attention as it is. Attention is counted over the
-whole L × L square, as in PaLM and in our reference, although half of it is masked out.
+whole L × L square, as in PaLM and in our reference, although half of it is masked out; in a layer
+with a window W < L a token counts W keys instead of L, although our reference computes all.
 
 Hardware FLOPs add what the backward pass of a block recomputes, by remat policy
 (`models/remat.py`), for the reference attention:
@@ -66,7 +67,7 @@ _COMPUTED_AGAIN: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
 
 def forward_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """Model FLOPs of one token's forward pass, head included."""
-    attention = 4 * config.num_layers * config.num_heads * config.head_width * sequence_length
+    attention = 4 * config.num_heads * config.head_width * _keys(config, sequence_length)
     return float(2 * config.num_matmul_parameters + attention)
 
 
@@ -80,14 +81,22 @@ def hardware_train_flops_per_token(config: DecoderConfig, sequence_length: int) 
     again = _COMPUTED_AGAIN.get(config.remat, _COMPUTED_AGAIN["full"])
     heads = config.embed_dim * config.head_width
     out = 0 if config.parallel_residual else heads * config.num_heads
+    attention = config.num_heads * config.head_width * _keys(config, sequence_length)
+    up = (2 if config.gated_mlp else 1) * config.embed_dim * config.mlp_dim
     products = {
-        "q·k": config.num_heads * config.head_width * sequence_length,
-        "mixing": config.num_heads * config.head_width * sequence_length,
-        "up": (2 if config.gated_mlp else 1) * config.embed_dim * config.mlp_dim,
-        "projections": heads * (config.num_heads + 2 * config.kv_heads) + out,
+        "q·k": attention,
+        "mixing": attention,
+        "up": config.num_layers * up,
+        "projections": config.num_layers * (heads * (config.num_heads + 2 * config.kv_heads) + out),
     }
-    recomputed = 2.0 * config.num_layers * sum(products[name] for name in again)
+    recomputed = 2.0 * sum(products[name] for name in again)
     return train_flops_per_token(config, sequence_length) + recomputed
+
+
+def _keys(config: DecoderConfig, sequence_length: int) -> int:
+    """The keys that a token counts in attention, over all layers."""
+    local = min(config.window or sequence_length, sequence_length)
+    return sum(local if kind == "local" else sequence_length for kind in config.kinds_of_layers)
 
 
 def device_peak_flops(device_kind: str) -> float | None:

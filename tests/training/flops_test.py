@@ -72,6 +72,19 @@ def test_training_agrees_with_xla(config: DecoderConfig, length: int) -> None:
     assert flops.hardware_train_flops_per_token(config, length) == formula
 
 
+@pytest.mark.parametrize(
+    "count", [flops.forward_flops_per_token, flops.hardware_train_flops_per_token]
+)
+def test_a_layer_with_a_window_counts_as_one_of_shorter_rows(count: Any) -> None:
+    """Of 6 layers 4 are local; a row shorter than the window has none."""
+    plain = dataclasses.replace(TIED, num_layers=6, remat="full")
+    kinds = {"layer_kinds": ("local", "local", "global"), "window": 48}
+    local = dataclasses.replace(plain, **kinds)
+    mean = (4 * count(plain, 48) + 2 * count(plain, 512)) / 6
+    assert count(local, 512) == pytest.approx(mean, rel=1e-12)
+    assert count(local, 40) == count(plain, 40)
+
+
 @MODELS
 def test_a_teacher_adds_its_forward_pass(config: DecoderConfig) -> None:
     teacher = dataclasses.replace(TIED, embed_dim=192, mlp_dim=512)

@@ -46,5 +46,6 @@ FAMILY = Phi3(
     must_be={"attention_bias": False},
     fraction_field="partial_rotary_factor",
     options=("layer_kinds", "window"),
-    option_fields=layer_types.FIELDS,
+    # The code that auto_map names, published before transformers had this family, is the same.
+    option_fields=(*layer_types.FIELDS, "auto_map"),
 )
