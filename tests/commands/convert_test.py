@@ -242,7 +242,7 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "phi3"}, "model_type to 'phi3', expected one of gpt_neox, llama, gemma"),
+        ({"model_type": "mamba"}, "model_type to 'mamba', expected one of gpt_neox, llama, gemma"),
         ({"model_type": ["llama"]}, "expected one of gpt_neox"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "sets rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "sets rope_parameters"),
