@@ -91,7 +91,8 @@ def _run(argv: list[str]) -> int:
     if several and is_remote(arguments.output_dir) and not is_direct:
         raise InputError(
             f"--output_dir={arguments.output_dir} is not a folder that several processes can "
-            "share: name one in gs:// (`salt train` alone), or mount the bucket (gcsfuse, s3fs)."
+            "share: name one in gs:// (`salt train` and `salt score` alone), or mount the bucket "
+            "(gcsfuse, s3fs)."
         )
     _quiet_libtpu()
     together = _join(arguments)

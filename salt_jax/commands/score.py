@@ -8,7 +8,8 @@ With --soft_labels=K it stores the K most likely ids of each token with their pr
 by the SLM's last checkpoint; `salt train --soft_labels=FOLDER` learns from them without a teacher.
 
 The pass is divided into shards. The same command resumes it at the missing shards, also with
-another number of workers; workers, each with its own devices, share only the folder.
+another number of workers; workers, each with its own devices, share only the folder, on disk or in
+gs://.
 """
 
 import dataclasses
@@ -312,4 +313,9 @@ def _label_summary(labels: StoredLabels) -> dict[str, Any]:
     }
 
 
-VERB = Verb(score, several_processes=True, changes_no_result=CHANGES_NO_RESULT)
+VERB = Verb(
+    score,
+    several_processes=True,
+    writes_to_buckets=True,
+    changes_no_result=CHANGES_NO_RESULT,
+)

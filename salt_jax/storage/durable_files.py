@@ -5,10 +5,10 @@ Several processes may write the same file at once; the last one to finish wins.
 """
 
 import contextlib
-import io
 import os
 import pathlib
 import secrets
+import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -19,13 +19,14 @@ LEFTOVERS = ".*.tmp"
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A file to write to, which appears as `path` when the block ends without an error; after one,
-    nothing is left behind. In a bucket it is kept in memory until then."""
+    nothing is left behind. For a bucket it is a temporary file until then."""
     if "://" in os.fspath(path):
-        from salt_jax.storage.buckets import write_file
+        from salt_jax.storage.buckets import RemoteFolder
 
-        with io.BytesIO() as content:
-            yield content
-            write_file(os.fspath(path), content.getvalue())
+        with tempfile.TemporaryDirectory() as folder:
+            with open(pathlib.Path(folder, path.name), "wb") as file:
+                yield file
+            RemoteFolder(os.fspath(path.parent)).put(pathlib.Path(folder), [path.name])
         return
     temporary = _temporary(path)
     try:
@@ -41,8 +42,19 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a folder and those above it if needed; in a bucket there are none."""
+    if "://" not in os.fspath(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def write_new_text(path: pathlib.Path, text: str) -> None:
     """Writes a text file atomically unless it exists already, perhaps by another process."""
+    if "://" in os.fspath(path):
+        from salt_jax.storage.buckets import change_if
+
+        change_if(os.fspath(path), "0", text.encode())
+        return
     temporary = _temporary(path)
     try:
         write_text(temporary, text)
@@ -54,6 +66,11 @@ def write_new_text(path: pathlib.Path, text: str) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text file atomically."""
+    if "://" in os.fspath(path):
+        from salt_jax.storage.buckets import write_file
+
+        write_file(os.fspath(path), text.encode())
+        return
     with whole_file(path) as file:
         file.write(text.encode())
 

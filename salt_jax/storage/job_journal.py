@@ -43,18 +43,20 @@ class JobJournal:
         self.write(f"{name}.json", {**facts, "plan": plan})
 
     def finished(
-        self, name: str, plan: str, file: pathlib.Path, shape: Shape = None
+        self, name: str, plan: str, file: pathlib.Path | int, shape: Shape = None
     ) -> dict[str, Any] | None:
         """A job's record, None if the job is not finished for this plan; InputError if malformed.
-        Its file may be missing if it has 0 bytes; `shape` is that of the record's other members."""
+        Its file, of which the size is enough, may be missing if it has 0 bytes; `shape` is that of
+        the record's other members."""
         record = self.read(f"{name}.json")
         if record is None or record.get("plan") != plan:
             return None
         require_shape(
             self.path / f"{name}.json", record, {"bytes": int, **(shape or {})}, self.remedy
         )
-        size = file.stat().st_size if file.exists() else 0
-        return record if size == record["bytes"] else None
+        if isinstance(file, pathlib.Path):
+            file = file.stat().st_size if file.exists() else 0
+        return record if file == record["bytes"] else None
 
     def remove_leftovers(self) -> None:
         """Removes the temporary files of killed writers."""

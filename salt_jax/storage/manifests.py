@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from salt_jax.errors import InputError
-from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.durable_files import make_folder, write_text
 from salt_jax.storage.json_files import Shape, no_link_out, read_json_object, require_shape
 
 MANIFEST_FILE = "manifest.json"
@@ -86,7 +86,7 @@ _NAMES = {
 
 def begin_writing(folder: pathlib.Path) -> None:
     """Makes the folder if needed and removes COMPLETED, so that readers refuse it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / COMPLETED_FILE).unlink(missing_ok=True)
 
 
@@ -99,7 +99,7 @@ def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     assert manifest.get("format_version") == FORMAT_VERSIONS.get(manifest.get("kind", "")), (
         f"a manifest needs its kind and format version, got {dict(manifest)}"
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_text(folder / MANIFEST_FILE, text)
     write_text(folder / COMPLETED_FILE, json_digest(manifest) + "\n")

@@ -17,12 +17,14 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from salt_jax.errors import InputError
 from salt_jax.storage import durable_files
 from salt_jax.storage.block_copies import InputFolder
+from salt_jax.storage.buckets import RemoteFolder, is_remote, path_of
 from salt_jax.storage.job_journal import JobJournal
 from salt_jax.storage.json_files import no_link_out
 from salt_jax.storage.manifests import (
@@ -86,7 +88,7 @@ class RestartableShards:
         """
         if shard_rows < 1:
             raise InputError(f"shard_rows is {shard_rows} and must be at least 1.")
-        shards = cls(pathlib.Path(folder), rows, shard_rows, suffix, made_from)
+        shards = cls(path_of(os.fspath(folder)), rows, shard_rows, suffix, made_from)
         begun = shards._begun()
         return shards if begun is None else shards._as_begun(begun)
 
@@ -99,7 +101,8 @@ class RestartableShards:
             # If several workers begin at the same time, the first one's plan wins.
             durable_files.write_new_text(path, json.dumps(self._plan, indent=2) + "\n")
         shards = self._as_begun(self._begun() or self._plan)
-        no_link_out(self.folder, self._journal.path, _OTHER).mkdir(exist_ok=True)
+        if not is_remote(self.folder):
+            no_link_out(self.folder, self._journal.path, _OTHER).mkdir(exist_ok=True)
         if shards.completed and shards.unfinished():
             begin_writing(self.folder)
         return shards
@@ -107,7 +110,8 @@ class RestartableShards:
     def unfinished(self, worker: int = 0, workers: int = 1) -> list[Shard]:
         """The shards that worker `worker` of `workers` still has to write, in order."""
         mine = range(worker, _shard_count(self.rows, self.shard_rows), workers)
-        return [self._shard(index) for index in mine if self._facts(index) is None]
+        facts = self._finished(mine)
+        return [self._shard(index) for index in mine if facts[index] is None]
 
     @contextlib.contextmanager
     def write(self, shard: Shard) -> Iterator["ShardWriter"]:
@@ -145,7 +149,8 @@ class RestartableShards:
             {name: value for name, value in facts.items() if name not in ("plan", "measured")}
             for facts in self._all_facts()
         ]
-        self._journal.remove_leftovers()
+        if not is_remote(self.folder):  # which has no temporary files
+            self._journal.remove_leftovers()
         common = {"rows": self.rows, "shard_rows": self.shard_rows, "shards": shards}
         write_manifest(self.folder, new_manifest(kind, **common, **parts))
 
@@ -196,14 +201,25 @@ class RestartableShards:
     def _name(self, index: int) -> str:
         return _shard_name(index, self.rows, self.shard_rows)
 
-    def _facts(self, index: int) -> dict[str, Any] | None:
-        """A shard's record, None if it is not finished."""
-        name = self._name(index)
-        file = self._journal.path / f"{name}{self.suffix}"
-        return self._journal.finished(name, self._plan_digest, file, _FACTS)
+    def _finished(self, indices: Iterable[int]) -> dict[int, dict[str, Any] | None]:
+        """The records of shards by index, None for those that are not finished."""
+        names, journal = {index: self._name(index) for index in indices}, self._journal
+
+        def record(name: str, file: pathlib.Path | int) -> dict[str, Any] | None:
+            return journal.finished(name, self._plan_digest, file, _FACTS)
+
+        if not is_remote(self.folder):
+            return {i: record(n, journal.path / f"{n}{self.suffix}") for i, n in names.items()}
+        remote = RemoteFolder(os.fspath(journal.path))
+        there = remote.files()
+        sizes = {n: there[f].bytes for n in names.values() if (f := f"{n}{self.suffix}") in there}
+        with tempfile.TemporaryDirectory() as folder:  # all records are fetched at once
+            journal = dataclasses.replace(journal, path=pathlib.Path(folder))
+            remote.fetch(journal.path, [f for n in names.values() if (f := f"{n}.json") in there])
+            return {index: record(name, sizes.get(name, 0)) for index, name in names.items()}
 
     def _all_facts(self) -> list[dict[str, Any]]:
-        found = [self._facts(i) for i in range(_shard_count(self.rows, self.shard_rows))]
+        found = self._finished(range(_shard_count(self.rows, self.shard_rows))).values()
         facts = [one for one in found if one is not None]
         assert len(facts) == len(found), f"{len(found) - len(facts)} shards are not finished"
         return facts

@@ -24,7 +24,7 @@ from salt_jax.errors import InputError
 from salt_jax.runtime.processes import Processes
 from salt_jax.storage import gin_files
 from salt_jax.storage.buckets import is_remote
-from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.durable_files import make_folder, write_text
 from salt_jax.storage.run_lock import LOCK_FILE, RunLock
 
 CONFIG_FILE = "config.gin"
@@ -104,7 +104,7 @@ class RunFolder:
           InputError: The folder holds another run, is being written by another process, or cannot
             be written, here or in the bucket; or several workers would share a bucket.
         """
-        if part and self.url:
+        if part and self.url and not is_remote(self.path):
             raise InputError(
                 f"--output_dir={self.url} is not a folder that several workers can share: mount "
                 "the bucket (gcsfuse, s3fs) and name the mounted folder."
@@ -141,8 +141,7 @@ class RunFolder:
 
     def _write_origin(self, config: str, part: str) -> None:
         with self._refusing_to_write():
-            if not is_remote(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             if self.lock is not None:
                 self.lock.acquire(self.path, self.verb, part)
             write_text(self.path / CONFIG_FILE, config)

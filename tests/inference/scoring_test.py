@@ -21,6 +21,7 @@ from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores
 from salt_jax.errors import InputError
 from salt_jax.main import main
+from tests.bucket_emulator import BucketEmulator
 
 KILLS = 10
 SHARDS, SHARD_ROWS = 91, 8
@@ -32,6 +33,7 @@ SERVER = """
 import json, os, sys
 import salt_jax.commands.score
 from salt_jax.main import main
+from tests.bucket_emulator import BucketEmulator
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:
@@ -252,6 +254,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from salt_jax.main import main
+from tests.bucket_emulator import BucketEmulator
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -384,3 +387,33 @@ def small_disk(folder: pathlib.Path, size: str) -> Iterator[Callable[[], None]]:
         yield grow
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_workers_share_a_folder_of_a_bucket(
+    argv: Callable[..., list[str]],
+    bucket: BucketEmulator,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    straight = tmp_path / "straight"
+    assert main(argv(straight)) == 0
+    url, folder = "gs://bucket/scores", "bucket/scores"
+    assert main(argv(url, worker=1, workers=3, scorer=tmp_path / "nowhere")) == 2
+    assert not bucket.names(folder)
+    for worker in (1, 0):
+        assert main(argv(url, worker=worker, workers=3)) == 0
+    assert "30 are still missing" in capsys.readouterr().out
+    assert "COMPLETED" not in bucket.names(folder)
+    # A shard whose record was not written yet, and one of which a part alone is there.
+    bucket.delete(f"{folder}/shards/00000-of-00091.json")
+    bucket.store(f"{folder}/shards/00001-of-00091.npy", b"half")
+    bucket.changed.clear()
+    bucket.asked.clear()
+    assert main(argv(url)) == 0
+    written = {name for kind, name in bucket.changed if name.endswith(".npy")}
+    assert len(written) == 30 + 2
+    assert bucket.asked["list"] < SHARDS, "shards are not looked for one by one"
+    there = {pathlib.Path(name).name: bucket.objects[name] for name in bucket.objects}
+    assert {name: there[name] for name in counting(straight)} == counting(straight)
+    assert not [name for name in there if "lock" in name or name.endswith(".tmp")]
+    assert RowScores.open(url).digest == RowScores.open(straight).digest
