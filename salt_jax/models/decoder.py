@@ -112,6 +112,9 @@ class Decoder(nn.Module):
                 x_BxLxD *= math.sqrt(config.embed_dim)
             if config.embedding_multiplier != 1.0:
                 x_BxLxD *= config.embedding_multiplier
+            if config.learned_positions:
+                positions_PxD = self._table("position_embedding", None, config.max_length)
+                x_BxLxD += jnp.take(positions_PxD, positions_BxL, axis=0).astype(config.dtype)
             x_BxLxD = _constrain(x_BxLxD, "activation_embed")
         rotations, kind_of_layer = _rotations(config, positions_BxL)
         if kind_of_layer is not None:
@@ -147,14 +150,14 @@ class Decoder(nn.Module):
         # A factor of the hidden states is one of the logits.
         return x_BxLxD if config.logits_divisor == 1.0 else x_BxLxD / config.logits_divisor
 
-    def _table(self, name: str) -> jax.Array:
+    def _table(self, name: str, axis: str | None = "vocab", rows: int | None = None) -> jax.Array:
         config = self.config
-        input_alone = name == "embedding" and not config.tied_embeddings
+        input_alone = name != "head" and not config.tied_embeddings
         std = _INITIAL_STD
         if config.scale_embeddings or not input_alone:
             std /= math.sqrt(config.embed_dim)
-        init = nn.with_logical_partitioning(nn.initializers.normal(std), ("vocab", "embed"))
-        shape = (config.padded_vocab_size, config.embed_dim)
+        init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, "embed"))
+        shape = (rows or config.padded_vocab_size, config.embed_dim)
         table: Any = self.param(name, init, shape, jnp.dtype(config.param_dtype))
         return table
 
