@@ -3,7 +3,7 @@
 --huggingface=FOLDER imports a downloaded model as a run's folder, for --teacher, --scorer,
 --initial and --model. Its steps can be imported one by one into one folder. --model=RUN exports a
 folder that transformers loads. Tensors of safetensors, or of a GGUF file, are converted one at a
-time. The families are GPT-NeoX with Pythia, Llama, Gemma, and your own.
+time. The families are those of `huggingface/families/`, and your own.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from salt_jax.huggingface.safetensors_files import (
     TensorInfo,
     write_shards,
 )
-from salt_jax.huggingface.tensors import Rule, refuse_other_tensors, tensor_shapes
+from salt_jax.huggingface.tensors import Rule, refuse_other_tensors, rules_for_files, tensor_shapes
 from salt_jax.huggingface.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.durable_files import write_text
@@ -203,11 +203,11 @@ def _import(
         kept = load_vocabulary(run.path / VOCABULARY_FOLDER)
         vocabulary = kept if kept == vocabulary else vocabulary
     family, config = config_from_json(settings, vocabulary.base_size, str(where), families)
-    rules = family.rules(config)
+    rules = rules_for_files(family.rules(config), files.tensors)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
     refuse_other_tensors(config, rules, shapes, family.head, str(files.path))
     if config.tied_embeddings and family.head in shapes:
-        _refuse_another_head(files, tables_of(config, rules)[0], family.head)
+        _refuse_another_head(files, tables_of(rules)[0], family.head)
     of_files = _dtype_of(files, config, rules)
     # 1 + w has more digits than w.
     dtype = dtype or ("float32" if family.norm_offset else of_files)
@@ -348,7 +348,7 @@ def _export(
             "--output_dir."
         )
     rules = family.rules(config)
-    tables = tables_of(config, rules)
+    tables = tables_of(rules)
     tensors = [
         TensorInfo(name, dtype, (rows, *shape[1:]) if name in tables else shape)
         for name, shape in tensor_shapes(config, rules)

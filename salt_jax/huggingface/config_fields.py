@@ -23,6 +23,7 @@ _WITHOUT_EFFECT = frozenset(
         *("task_specific_params", "tokenizer_class", "prefix", "name_or_path", "_name_or_path"),
         *("max_sequence_length", "max_seq_len", "max_seq_length", "model_max_length"),
         *("n_positions", "n_ctx", "original_max_position_embeddings", "max_window_layers"),
+        *("n_special", "predict_special_tokens"),
         # Of generation.
         *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
         *("num_beam_groups", "temperature", "top_k", "top_p", "typical_p", "diversity_penalty"),
@@ -35,7 +36,7 @@ _WITHOUT_EFFECT = frozenset(
 # Token ids, dropout, choice of kernel, number of devices.
 _WITHOUT_EFFECT_PATTERN = re.compile(
     r"_token_ids?$|dropout|pdrop|layerdrop|layer_drop|attn_implementation|flash_attn"
-    r"|flash_attention|(model|tensor|pipeline|sequence)_parallel|vocab_size_multiple"
+    r"|flash_attention|^summary_|(model|tensor|pipeline|sequence)_parallel|vocab_size_multiple"
 )
 
 # Words in the names of fields that other families' forward passes read.

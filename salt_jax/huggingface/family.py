@@ -47,7 +47,7 @@ _PLAIN: Mapping[str, Any] = types.MappingProxyType(
         in (
             *("qkv_bias", "qk_norm", "norm_placement", "layer_kinds", "window"),
             *("local_rope_theta", "attention_scale", "attention_soft_cap", "logits_soft_cap"),
-            *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
+            *("embedding_multiplier", "residual_multiplier", "logits_divisor", "learned_positions"),
             "absent_ids",
         )
     }
@@ -76,6 +76,7 @@ class Family:
         fraction_field: the same for the rotated share of a head; None if all of it is rotated.
         rope_fraction: the default of that share.
         norm_offset: subtracted from a norm's scale before it is stored.
+        transposed: whether kernels are stored [inputs, outputs].
         tokenizer: its tokenizer class, if that has rules of its own.
         names_tokenizer: whether that class reads a tokenizer whose settings name no class.
     """
@@ -94,12 +95,13 @@ class Family:
     fraction_field: str | None = None
     rope_fraction: float = 1.0
     norm_offset: float = 0.0
+    transposed: bool = False
     tokenizer: TokenizerClass | None = None
     names_tokenizer: bool = True
 
     def rules(self, config: DecoderConfig) -> list[Rule]:
         """The rules that convert tensors to parameters and back."""
-        return rules_of(config, self.tensors, self.norm_offset)
+        return rules_of(config, self.tensors, self.norm_offset, self.transposed)
 
     @property
     def head(self) -> str:

@@ -1,15 +1,15 @@
 """Converts tensors of Hugging Face models to parameters of the decoder, and back.
 
-Our kernels are [inputs…, outputs…], theirs [outputs, inputs]. Fused tensors, such as GPT-NeoX's
-query, key and value, are [H, 3, K, D] flattened to two axes; Phi 3's are one below the other.
-Arrays in, arrays out: no files.
+Our kernels are [inputs…, outputs…], theirs [outputs, inputs] (but for GPT-2's). Fused tensors, such
+as GPT-NeoX's query, key and value, are [H, 3, K, D] flattened to two axes; Phi 3's are one below
+the other. Arrays in, arrays out: no files.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 # Buffers that old versions of transformers saved: causal masks and rotary frequencies.
 _BUFFERS = re.compile(
-    r"\.(attention\.(bias|masked_bias|rotary_emb\.inv_freq)|self_attn\.rotary_emb\.inv_freq)$"
+    r"\.(att(entio)?n\.(bias|masked_bias|rotary_emb\.inv_freq)|self_attn\.rotary_emb\.inv_freq)$"
 )
 _COMPARED = 1 << 16  # values checked at a time, which fit a CPU's cache
 
@@ -40,6 +40,7 @@ class Rule:
         inputs: how many leading axes of each parameter are contracted; 0 for all but kernels.
         offset: subtracted from the parameter.
         rows: of each parameter, if the tensor has them one below the other, not head by head.
+        transposed: whether the tensor is [inputs, outputs].
     """
 
     tensor: str
@@ -47,6 +48,7 @@ class Rule:
     inputs: int = 0
     offset: float = 0.0
     rows: tuple[int, ...] = ()
+    transposed: bool = False
 
     @property
     def in_layers(self) -> bool:
@@ -59,11 +61,12 @@ class Rule:
             return tuple(leaf_shape)
         inputs, outputs = leaf_shape[: self.inputs], leaf_shape[self.inputs :]
         rows = sum(self.rows) or len(self.leaves) * math.prod(outputs)
-        return (rows, math.prod(inputs)) if inputs else (rows,)
+        shape = (rows, math.prod(inputs)) if inputs else (rows,)
+        return shape[::-1] if self.transposed else shape
 
     def to_tensor(self, leaves: Sequence[Array], dtype: np.dtype[Any]) -> Array:
         """The tensor in `dtype`, from its parameters (of one layer)."""
-        shape = self.tensor_shape(leaves[0].shape)
+        shape = self.tensor_shape(leaves[0].shape)[:: -1 if self.transposed else 1]
         if self.inputs:
             order = (*range(self.inputs, leaves[0].ndim), *range(self.inputs))
             leaves = [leaf.transpose(order) for leaf in leaves]
@@ -72,13 +75,15 @@ class Rule:
         whole = leaves[0] if len(leaves) == 1 else np.stack(leaves, axis=1)
         if self.offset:
             whole = whole.astype(np.float32) - np.float32(self.offset)
-        return whole.reshape(shape).astype(dtype, copy=False)
+        whole = whole.reshape(shape).astype(dtype, copy=False)
+        return np.ascontiguousarray(whole.T) if self.transposed else whole
 
     def to_leaf(
         self, tensor: Array, leaf: Path, leaf_shape: Sequence[int], dtype: np.dtype[Any]
     ) -> Array:
         """One of the tensor's parameters (of one layer) in `dtype`."""
         which = self.leaves.index(leaf)
+        tensor = tensor.T if self.transposed else tensor
         if self.rows:
             tensor = tensor[sum(self.rows[:which]) :][: self.rows[which]]
         elif len(self.leaves) > 1:
@@ -93,10 +98,13 @@ class Rule:
 
 
 def rules_of(
-    config: DecoderConfig, tensors: Mapping[str, str], norm_offset: float = 0.0
+    config: DecoderConfig,
+    tensors: Mapping[str, str],
+    norm_offset: float = 0.0,
+    transposed: bool = False,
 ) -> list[Rule]:
     """A rule for each tensor: MODULE.weight and, if the model has biases, MODULE.bias; see Family
-    for `tensors` and `norm_offset`."""
+    for the other arguments."""
     shapes = leaf_shapes(dataclasses.replace(config, scan_layers=True))
     rules = []
     for module, paths in tensors.items():
@@ -113,8 +121,18 @@ def rules_of(
                 if "+" in paths:
                     each = [shapes[stack + leaf][len(stack) + inputs :] for leaf in leaves]
                     rows = tuple(math.prod(outputs) for outputs in each)
-                rules.append(Rule(tensor, leaves, inputs, offset, rows))
+                turned = transposed and inputs > 0
+                rules.append(Rule(tensor, leaves, inputs, offset, rows, turned))
     return rules
+
+
+def rules_for_files(rules: list[Rule], names: Collection[str]) -> list[Rule]:
+    """The rules for files that have these tensors: those of the class without a head, which the
+    published GPT-2 is of, lack the first part of each name."""
+    prefix = rules[0].tensor.partition(".")[0] + "."
+    if rules[0].tensor.removeprefix(prefix) not in names:
+        return rules
+    return [dataclasses.replace(rule, tensor=rule.tensor.removeprefix(prefix)) for rule in rules]
 
 
 def refuse_other_tensors(

@@ -115,6 +115,9 @@ class Decoder(nn.Module):
                 x_BxLxD *= math.sqrt(config.embed_dim)
             if config.embedding_multiplier != 1.0:
                 x_BxLxD *= config.embedding_multiplier
+            if config.learned_positions:
+                positions_PxD = self._table("position_embedding", None, config.max_length)
+                x_BxLxD += jnp.take(positions_PxD, positions_BxL, axis=0).astype(config.dtype)
             x_BxLxD = _constrain(x_BxLxD, "activation_embed")
         rotations, kind_of_layer = rotations_of(config, positions_BxL)
         if kind_of_layer is not None:
@@ -157,14 +160,14 @@ class Decoder(nn.Module):
         one_BxLxE = jnp.broadcast_to(one_1x1xE, (*x_BxLxD.shape[:2], _BIAS_COLUMNS))
         return jnp.concatenate([x_BxLxD, one_BxLxE], axis=-1)
 
-    def _table(self, name: str) -> jax.Array:
+    def _table(self, name: str, axis: str | None = "vocab", rows: int | None = None) -> jax.Array:
         config = self.config
-        input_alone = name == "embedding" and not config.tied_embeddings
+        input_alone = name != "head" and not config.tied_embeddings
         std = _INITIAL_STD
         if config.scale_embeddings or not input_alone:
             std /= math.sqrt(config.embed_dim)
-        init = nn.with_logical_partitioning(nn.initializers.normal(std), ("vocab", "embed"))
-        shape = (config.padded_vocab_size, config.embed_dim)
+        init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, "embed"))
+        shape = (rows or config.padded_vocab_size, config.embed_dim)
         table: Any = self.param(name, init, shape, jnp.dtype(config.param_dtype))
         return table
 

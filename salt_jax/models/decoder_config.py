@@ -35,6 +35,8 @@ class DecoderConfig:
       use_bias: Biases on every projection and LayerNorm, never on the head.
       rope_fraction: Share of a head's dimensions, the first ones, that have rotary embedding.
       rope_theta: Base of the rotary wavelengths.
+      learned_positions: Add a learned embedding of each of max_length positions to embedded inputs,
+        as in GPT-2.
       tied_embeddings: The head is the embedding, transposed.
       scale_embeddings: Multiply embedded inputs by √D so that one table can serve as input and as
         head, as in Gemma but not in GPT-NeoX or Llama.
@@ -98,6 +100,7 @@ class DecoderConfig:
     logits_divisor: float = 1.0
     logits_soft_cap: float | None = None
     absent_ids: bool = False
+    learned_positions: bool = False
     scan_layers: bool = True
     remat: str = "none"
     dtype: str = "float32"
@@ -212,7 +215,7 @@ class DecoderConfig:
         return dataclasses.replace(
             self,
             vocab_multiple=self.padded_vocab_size,
-            max_length=1,
+            max_length=self.max_length if self.learned_positions else 1,
             num_kv_heads=self.kv_heads,
             head_dim=self.head_width,
             remat="none",
@@ -244,6 +247,7 @@ class DecoderConfig:
             heads = self.num_heads + self.kv_heads if self.qk_norm == "heads" else 2
             biases += self.head_width * heads
         embedding = 0 if self.tied_embeddings else self.embed_dim * self.padded_vocab_size
+        embedding += self.embed_dim * self.max_length if self.learned_positions else 0
         blocks = self.num_layers * (norms * norm + biases)
         head_bias = self.padded_vocab_size if self.absent_ids else 0
         return self.num_matmul_parameters + embedding + head_bias + blocks + norm

@@ -94,7 +94,7 @@ def tensors_of(
     for rule in rules:
         if not rule.in_layers:
             parameter = parameters.pop(rule.leaves[0])
-            is_table = rule.tensor in tables_of(config, rules)
+            is_table = rule.tensor in tables_of(rules)
             values = parameter.read(slice(rows) if is_table else slice(None))
             require_representable(values, dtype, rule.tensor, where)
             yield rule.to_tensor([values], dtype)
@@ -109,8 +109,6 @@ def tensors_of(
             yield rule.to_tensor(leaves, dtype)
 
 
-def tables_of(config: DecoderConfig, rules: list[Rule]) -> list[str]:
+def tables_of(rules: list[Rule]) -> list[str]:
     """The names of the tensors with a row for each id: the embedding, then the head."""
-    outside = {rule.tensor for rule in rules if not rule.in_layers}
-    shape = (config.padded_vocab_size, config.embed_dim)
-    return [name for name, its in tensor_shapes(config, rules) if name in outside and its == shape]
+    return [rule.tensor for rule in rules if rule.leaves[0] in (("embedding",), ("head",))]

@@ -60,6 +60,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama_head_dim": _llama(num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-3),
     "gemma": _gemma(num_key_value_heads=1),
     "gemma_head_dim": _gemma(num_key_value_heads=2, head_dim=16),
+    "gemma2": {**_SIZES, "model_type": "gemma2", "head_dim": 8, "sliding_window": 5},
+    "gpt2": {**_SIZES, "model_type": "gpt2", "n_inner": 48},
+    "phi3": {**_SIZES, "model_type": "phi3", "partial_rotary_factor": 0.5},
     "starcoder2": {**_SIZES, "model_type": "starcoder2"},
 }
 

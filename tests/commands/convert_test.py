@@ -86,7 +86,7 @@ def assert_same_tensors(folder: pathlib.Path, other: pathlib.Path) -> None:
     "name",
     [
         *("neox", "neox_sequential", "neox_tied", "llama", "llama_grouped_tied", "llama_head_dim"),
-        *("gemma", "gemma_head_dim"),
+        *("gemma", "gemma_head_dim", "gemma2", "gpt2", "phi3"),
     ],
 )
 def test_both_ways_give_transformers_logits(

@@ -13,7 +13,7 @@ import pytest
 from salt_jax.errors import InputError
 from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.safetensors_files import SafetensorsFolder, TensorInfo, write_shards
-from salt_jax.huggingface.tensors import refuse_other_tensors, tensor_shapes
+from salt_jax.huggingface.tensors import refuse_other_tensors, rules_for_files, tensor_shapes
 from salt_jax.inference import decoding
 from salt_jax.models import decoder
 from salt_jax.models.decoder_config import DecoderConfig
@@ -39,6 +39,8 @@ YARN = {
     **{"original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 0.5},
 }
 CAPS = {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0}
+# Fields that a GPT-2 doesn't have.
+GPT2 = {"num_key_value_heads": None, "intermediate_size": None}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -111,6 +113,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         *("gemma3_text",),
         {"head_dim": 8, "layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 8},
     ),
+    "gpt2": ("gpt2", {**GPT2, "n_inner": 24}),
+    "gpt2 untied": ("gpt2", {**GPT2, **UNTIED, "activation_function": "relu"}),
     "granite tied": ("granite", {**TIED, **MHA, "attention_multiplier": 1, "logits_scaling": 0.5}),
 }
 
@@ -141,7 +145,8 @@ def imported(folder: pathlib.Path) -> tuple[Any, DecoderConfig, Any]:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family, config = config_from_json(settings, IDS, "config.json")
     assert not family.unread_fields(settings)
-    files, rules = SafetensorsFolder(folder), family.rules(config)
+    files = SafetensorsFolder(folder)
+    rules = rules_for_files(family.rules(config), files.tensors)
     shapes = {name: info.shape for name, info in files.tensors.items()}
     refuse_other_tensors(config, rules, shapes, family.head, str(folder))
     params: dict[str, Any] = {}
@@ -243,6 +248,23 @@ def test_a_family_equals_transformers(name: str, tmp_path: pathlib.Path) -> None
         tmp_path / "ours", attn_implementation="eager"
     )
     np.testing.assert_allclose(their_logits(reloaded, ids_BxL), whole, atol=1e-4)
+
+
+def test_files_of_a_model_without_a_head(tmp_path: pathlib.Path) -> None:
+    """GPT-2 as it is published: names without "transformer.", and buffers of masks."""
+    model = their_model("gpt2")
+    model.save_pretrained(tmp_path / "whole")
+    model.transformer.save_pretrained(tmp_path / "base")
+    files = SafetensorsFolder(tmp_path / "base")
+    assert "wte.weight" in files.tensors
+    infos = [TensorInfo(name, "float32", info.shape) for name, info in files.tensors.items()]
+    tensors = [files.read(name) for name in files.tensors]
+    masks = [TensorInfo(f"h.{layer}.attn.bias", "float32", (1, 1, 32, 32)) for layer in range(3)]
+    ones = [np.ones((1, 1, 32, 32), np.float32)] * 3
+    write_shards(tmp_path / "base", [*infos, *masks], iter([*tensors, *ones]), 1 << 30)
+    of_base, of_whole = (imported(tmp_path / name) for name in ("base", "whole"))
+    assert of_base[1] == of_whole[1]
+    jax.tree.map(np.testing.assert_array_equal, of_base[2], of_whole[2])
 
 
 SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}

@@ -64,6 +64,16 @@ _GEMMA3 = {
     **{"max_position_embeddings": 32768, "rope_local_base_freq": 10000, "rope_scaling": None},
     **{"rope_theta": 1000000, "sliding_window": 512},
 }
+_GPT2 = {
+    **{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"]},
+    **{"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "initializer_range": 0.02},
+    **{"bos_token_id": 50256, "eos_token_id": 50256, "layer_norm_epsilon": 1e-5},
+    **{"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
+    **{"n_positions": 1024, "predict_special_tokens": True, "vocab_size": 50257},
+    **{"summary_activation": None, "summary_first_dropout": 0.1, "summary_type": "cls_index"},
+    **{"summary_proj_to_labels": True, "summary_use_proj": True},
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}
 
 
 def _of(model_type: str, sizes: tuple[int, ...], *parts: dict[str, Any], **more: Any) -> Any:
@@ -175,6 +185,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
         ),
         *(100352, 14_659_507_200, {"window": None, "rope_theta": 2.5e5}),
     ),
+    "gpt2": (_GPT2, 50257, 124_439_808, {"max_length": 1024, "mlp_dim": 3072}),
+    "gpt2-medium": (
+        {**_GPT2, "n_embd": 1024, "n_head": 16, "n_layer": 24, "n_special": 0},
+        *(50257, 354_823_168, {"learned_positions": True}),
+    ),
     "gemma-2-2b": (
         _of("gemma2", (2304, 26, 8, 4, 9216, 256000), _GEMMA2),
         *(256000, 2_614_341_888, {"layer_kinds": ("local", "global"), "window": 4096}),
@@ -232,6 +247,7 @@ def test_transformers_reads_the_same_of_it(name: str) -> None:
 def test_defaults_are_those_of_transformers(model_type: str) -> None:
     sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     sizes |= {"intermediate_size": 64, "vocab_size": 1000}
+    sizes = {"vocab_size": 1000} if model_type == "gpt2" else sizes
     assert_read_as_by_transformers({"model_type": model_type, **sizes}, 1000)
 
 
@@ -247,6 +263,8 @@ def assert_read_as_by_transformers(settings: dict[str, Any], num_ids: int) -> No
         assert theirs.query_pre_attn_scalar**-0.5 == ours["attention_scale"]
     assert getattr(theirs, "attn_logit_softcapping", None) == config.attention_soft_cap
     assert getattr(theirs, "final_logit_softcapping", None) == config.logits_soft_cap
+    if config.learned_positions:
+        return
     rope = theirs.rope_parameters
     if config.local_rope_theta is not None:
         assert rope["sliding_attention"]["rope_theta"] == config.local_rope_theta

@@ -44,6 +44,9 @@ MIXED = dataclasses.replace(
     attention_soft_cap=2.0,
     residual_multiplier=0.5,
     logits_divisor=2.0,
+    logits_soft_cap=3.0,
+    learned_positions=True,
+    max_length=32,
 )
 SHAPES = pytest.mark.parametrize(
     "config", [SMALL, GPT_NEOX, LLAMA, MIXED], ids=["tied", "neox", "llama", "mixed"]
@@ -218,7 +221,7 @@ def test_counts_of_parameters(config: DecoderConfig) -> None:
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_every_parameter_has_logical_axes(config: DecoderConfig, scan_layers: bool) -> None:
     config = dataclasses.replace(config, scan_layers=scan_layers)
-    known = {"vocab", "embed", "mlp", "heads", "kv_heads", "head_dim", "layers"}
+    known = {"vocab", "embed", "mlp", "heads", "kv_heads", "head_dim", "layers", None}
     boxes = jax.tree.leaves(
         decoder.abstract_params(config), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )
