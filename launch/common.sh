@@ -22,6 +22,7 @@ needed=()          # flags that have to be given
 numbers=()         # flags that are whole numbers
 # What read_flags sets beside `flag`.
 extra=()   # all of --extra=…: handed on to gcloud, xpk or sbatch
+variables=() # all of --env=NAME=VALUE
 command=() # salt VERB …
 output_dir=''
 
@@ -39,6 +40,9 @@ read_flags() {
       exit 0
     elif [[ $argument == --extra=* && -v flag[extra] ]]; then
       extra+=("${argument#*=}")
+    elif [[ $argument == --env=* && -v flag[env] ]]; then
+      [[ $argument =~ ^--env=[A-Za-z_][A-Za-z0-9_]*= ]] || refuse "$argument names no variable: write --env=NAME=VALUE."
+      variables+=("${argument#*=}")
     elif [[ $argument != --* || ! -v flag[$name] ]]; then
       refuse "there is no flag $argument: choose from $(printf '%s\n' "${!flag[@]}" | sort | sed 's/^/--/' | xargs), and put -- before salt."
     elif [[ " ${switches[*]} " == *" $name "* ]]; then

@@ -14,6 +14,7 @@
 #   --project=PROJECT        by default gcloud's
 #   --bucket=BUCKET          mount gs://BUCKET at /mnt/BUCKET on every worker
 #   --profile=FIRST:LAST     steps to profile: --profile_steps of `salt train`
+#   --env=NAME=VALUE         an environment variable of the command on every worker; repeat it
 #   --spot                   cheaper, and may be taken away
 #   --extra=FLAG             one more flag for `queued-resources create`, as --extra=--reserved; repeat it
 #   --max-failures=3         failures in a row after which it is started again; an interruption
@@ -25,13 +26,14 @@
 #   --dry-run                print the commands, run none
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 flag+=([name]='' [zone]='' [accelerator-type]='' [slices]=1 [runtime-version]='' [project]='' [bucket]='' [profile]='' [spot]=no)
-flag+=([extra]='' [max-failures]=3 [min-run-seconds]=600 [max-recreations]=20 [poll-seconds]=30 [delete-at-end]=no)
+flag+=([extra]='' [env]='' [max-failures]=3 [min-run-seconds]=600 [max-recreations]=20 [poll-seconds]=30 [delete-at-end]=no)
 switches+=(spot delete-at-end)
 needed=(name zone accelerator-type)
 numbers=(slices max-failures min-run-seconds max-recreations poll-seconds)
 read_flags "$@"
 among_several
 [ -z "${flag[profile]}" ] || command+=(--profile_steps="${flag[profile]}")
+[ ${#variables[@]} = 0 ] || command=(env "${variables[@]}" "${command[@]}")
 commit=$(commit_to_send)
 
 name=${flag[name]}

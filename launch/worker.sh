@@ -2,7 +2,8 @@
 # What tpu_vm.sh and slurm_job.sh call on the machines that run `salt`.
 #
 #   launch/worker.sh install [BUCKET]    makes the environment; mounts gs://BUCKET at /mnt/BUCKET
-#   launch/worker.sh start COMMAND…      starts it in the background, ending what an earlier start left
+#   launch/worker.sh start COMMAND…      starts it in the background, ending what an earlier start left;
+#                                        what it says is sent to --output_dir/logs if that is in gs://
 #   launch/worker.sh follow LINES        prints what it says until it ends: +1 all, 20 the last 20 and on
 #   launch/worker.sh state               one line: salt_worker HOST idle, running or ended EXIT_CODE SECONDS
 #   launch/worker.sh record FOLDER COMMAND…   runs it; EXIT_CODE SECONDS go into a file of the folder
@@ -53,6 +54,9 @@ start() {
   mkdir -p "$folder"
   export PATH=$HOME/salt_venv/bin:$PATH
   cd "$HOME"
+  local output
+  output=$(output_dir_of "$@")
+  [[ $output != gs://* ]] || export LOG_URL=${output%/}/logs/$(hostname)-$(date --utc +%Y%m%dT%H%M%S).log
   # A session of its own, so that the end of this connection is not the end of it.
   setsid "$root/launch/worker.sh" record "$folder/endings" "$@" </dev/null >"$folder/log" 2>&1 &
   echo $! >"$folder/pid"
@@ -76,12 +80,30 @@ state() {
 }
 
 record() {
-  local endings=$1 code=0
+  local endings=$1 code=0 sender=''
   shift
   mkdir -p "$endings"
+  if [ -n "${LOG_URL:-}" ]; then
+    send_log_on &
+    sender=$!
+  fi
   supervise "$@" || code=$?
   echo "$code $SECONDS" >"$endings/$(hostname)-${SLURM_PROCID:-0}"
+  if [ -n "${LOG_URL:-}" ]; then
+    kill "$sender"
+    wait "$sender" || true
+    send_log
+  fi
   exit "$code"
+}
+
+# What gcloud says of it stays out of the log.
+send_log() { timeout 60 gcloud storage cp --quiet "$folder/log" "$LOG_URL" >/dev/null 2>&1 || true; }
+
+# Sends the log again and again, until SIGTERM.
+send_log_on() {
+  trap 'kill $!; exit' TERM
+  while sleep "${SALT_LOG_SECONDS:-60}" & wait $!; do send_log; done
 }
 
 case ${1:-} in

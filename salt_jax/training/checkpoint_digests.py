@@ -2,7 +2,8 @@
 
 STEP/digests.json is written before the checkpoint's folder is renamed to STEP, and checked before
 anything is loaded. With P processes, each one digests the files that it wrote, and checks every
-P-th file before loading.
+P-th file before loading. In a bucket STEP/versions.json has the versions of the objects that were
+digested; those that still have them are not read again.
 """
 
 import functools
@@ -12,6 +13,7 @@ import os
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +28,8 @@ from salt_jax.terminal import warn
 
 # Orbax writes it last.
 COMMIT_MARK = "commit_success.txt"
+
+VERSIONS_FILE = "versions.json"
 
 # The stores that each process writes for itself, and the manifest that merges them.
 _PARTS, _MANIFEST = "ocdbt.process_", "manifest.ocdbt"
@@ -51,6 +55,10 @@ def write_digests(
         for name in names
         if pathlib.PurePath(name).name != COMMIT_MARK
     }
+    if is_remote(folder):
+        there = RemoteFolder(os.fspath(folder)).files()
+        versions = {name: there[name].version for name in digests}
+        write_text(folder / VERSIONS_FILE, json.dumps(versions, indent=1))
     write_text(folder / DIGESTS_FILE, json.dumps(digests, indent=1))
 
 
@@ -116,12 +124,13 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
     Raises:
       InputError: See `check_digests`.
     """
-    known, whole, found = _known(folder), hashlib.sha256(), set()
+    known, sealed, whole, found = _known(folder), _sealed(folder), hashlib.sha256(), set()
     _require_whole(folder, item)
-    for number, path in enumerate(_files(folder / item)):
+    for number, (path, version) in enumerate(_files(folder / item).items()):
         name = str(path.relative_to(folder))
         digest = known.get(name, "")
-        if not digest or number % count == process:
+        is_same = version and sealed.get(name) == version
+        if not digest or (number % count == process and not is_same):
             with as_bucket_errors(path, "read"):
                 digest = file_digest(path)
         if known and path.name != COMMIT_MARK and known.get(name) != digest:
@@ -169,6 +178,15 @@ def _known(folder: pathlib.Path) -> dict[str, str]:
     return known
 
 
+def _sealed(folder: pathlib.Path) -> dict[str, Any]:
+    """The versions that objects of a bucket had when they were digested; empty if unknown."""
+    path = folder / VERSIONS_FILE
+    with as_bucket_errors(path, "read"):
+        if not is_remote(path) or not path.exists():
+            return {}
+    return read_json_object(path, "delete it")
+
+
 @functools.cache
 def _warn_unchecked(folder: pathlib.Path) -> None:
     """Warns once for each checkpoint; not an error, so that runs of older versions can resume."""
@@ -178,11 +196,13 @@ def _warn_unchecked(folder: pathlib.Path) -> None:
     )
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """An item's files. Symbolic links are refused: Orbax writes none."""
+def _files(folder: pathlib.Path) -> dict[pathlib.Path, str]:
+    """An item's files and, in a bucket, their versions. Symbolic links are refused: Orbax writes
+    none."""
     if is_remote(folder):
-        return [folder / name for name in RemoteFolder(os.fspath(folder)).files()]
+        there = RemoteFolder(os.fspath(folder)).files()
+        return {folder / name: file.version for name, file in there.items()}
     found = sorted(folder.rglob("*"))
     if links := [path for path in (folder, *found) if path.is_symlink()]:
         raise damaged(folder.parent, f"{links[0].relative_to(folder.parent)} is a link")
-    return [path for path in found if path.is_file()]
+    return {path: "" for path in found if path.is_file()}

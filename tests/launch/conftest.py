@@ -144,7 +144,7 @@ class Launch:
         for words in self.calls("gcloud"):
             [command] = [w for w in words if w.startswith("--command=")] or [""]
             shown = next((v for v in ("install", "start", "follow") if f"sh {v}" in command), "")
-            if words[3] != "list" and (words[3] != "ssh" or shown):
+            if words[0] != "storage" and words[3] != "list" and (words[3] != "ssh" or shown):
                 verbs.append(shown or words[3])
         return verbs
 

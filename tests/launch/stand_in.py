@@ -43,6 +43,12 @@ def flags(name: str) -> list[str]:
 
 
 def gcloud() -> int:
+    if ARGUMENTS[:2] == ["storage", "cp"]:
+        target = FOLDER / ARGUMENTS[-1].replace("gs://", "buckets/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ARGUMENTS[-2], target)
+        log("sent", [])
+        return 0
     verb = ARGUMENTS[3]
     hosts = sorted(HOSTS.iterdir())
     if flags("worker") == ["0"]:
@@ -93,6 +99,7 @@ def uv() -> int:
 
 def salt() -> int:
     print(f"salt runs on {host()}", flush=True)
+    log("given", [f"{name}={os.environ[name]}" for name in os.environ if "GIVEN" in name])
     reply = next_reply(f"salt {host()}", 0)
     if reply == "waits":
         signal.signal(signal.SIGTERM, lambda *_: (log("saved", []), sys.exit(75)))

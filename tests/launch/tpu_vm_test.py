@@ -43,6 +43,42 @@ def test_a_profile_is_asked_of_salt(launch: Any) -> None:
     assert "--multi_process=True --profile_steps=100:105" in ended.stdout
 
 
+def test_variables_of_the_command(launch: Any) -> None:
+    given = ["GIVEN=--xla_a=1 --xla_b='2 $HOME'", "GIVEN_2=", 'GIVEN_3="`id`" = $(date)\n;']
+    ended = launch("tpu_vm.sh", *FLAGS, *(f"--env={each}" for each in given), *TRAIN)
+    assert ended.returncode == 0, ended.stderr
+    assert [sorted(each) for each in launch.calls("given")] == [sorted(given)] * 2
+    assert launch.calls("salt")[0] == ["train", "--output_dir=/mnt/b/run", "--multi_process=True"]
+
+
+@pytest.mark.parametrize("wrong", ["--env=NAME", "--env=2=a", "--env==a", "--env=A B=c", "--env"])
+def test_what_is_no_variable(launch: Any, wrong: str) -> None:
+    ended = launch("tpu_vm.sh", *FLAGS, wrong, *TRAIN)
+    assert ended.returncode == 2
+    assert "--env" in ended.stderr
+    assert launch.log() == []
+
+
+def test_logs_are_sent_to_the_bucket_of_the_output(launch: Any) -> None:
+    ended = launch("tpu_vm.sh", *FLAGS, "--", "salt", "train", "--output_dir=gs://b/the run/")
+    assert ended.returncode == 0, ended.stderr
+    logs = sorted((launch.folder / "buckets/b/the run/logs").iterdir())
+    assert [path.name.partition("-")[0] for path in logs] == ["host0", "host1"]
+    assert [path.read_text() for path in logs] == ["salt runs on host0\n", "salt runs on host1\n"]
+    launch("tpu_vm.sh", *FLAGS, *TRAIN)
+    assert len(launch.calls("sent")) == 2, "a folder's are not sent"
+
+
+def test_logs_are_sent_while_it_runs(launch: Any) -> None:
+    launch.reply(salt_host0=["waits", 0])
+    (launch.folder / "bash_env").write_text("export SALT_LOG_SECONDS=0.01")
+    waiting_worker(launch, "--output_dir=gs://b/run")
+    while len(launch.calls("sent")) < 3:
+        assert call_worker(launch, "state") == "salt_worker host0 running\n"
+    [log] = (launch.folder / "buckets/b/run/logs").iterdir()
+    assert "salt waits" in log.read_text()
+
+
 def test_what_is_installed(launch: Any) -> None:
     assert launch("tpu_vm.sh", *FLAGS, *TRAIN).returncode == 0
     pip = [words for words in launch.calls("python") if "install" in words]
@@ -253,12 +289,12 @@ def call_worker(launch: Any, *words: str) -> str:
     return done.stdout
 
 
-def waiting_worker(launch: Any) -> str:
+def waiting_worker(launch: Any, *flags: str) -> str:
     """Starts `salt` there, until it can be asked to end; returns its path."""
     make = [launch.folder / "bin/python3", "-m", "venv", launch.folder / "venv"]
     subprocess.run(make, env=launch.environment, check=True)
     salt = str(launch.folder / "venv/bin/salt")
-    call_worker(launch, "start", salt, "train")
+    call_worker(launch, "start", salt, "train", *flags)
     while not launch.calls("waits"):
         assert call_worker(launch, "state") == "salt_worker host0 running\n"
     return salt

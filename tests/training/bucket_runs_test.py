@@ -12,7 +12,13 @@ from flax import traverse_util
 from salt_jax.errors import InputError
 from salt_jax.storage.buckets import path_of
 from salt_jax.storage.run_lock import RunLock
-from salt_jax.training.checkpoint_digests import check_digests
+from salt_jax.training import checkpoint_digests
+from salt_jax.training.checkpoint_digests import (
+    COMMIT_MARK,
+    VERSIONS_FILE,
+    check_digests,
+    write_digests,
+)
 from salt_jax.training.checkpoint_items import ITEMS
 from salt_jax.training.checkpoints import complete_steps, find_model
 from salt_jax.training.converted_checkpoints import open_parameters
@@ -51,6 +57,8 @@ def test_at_every_change_of_the_bucket_the_newest_checkpoint_is_whole(
             folder = f"{PLACE}/checkpoints/{steps[-1]}/"
             own = {name: held for name, held in state.items() if name.startswith(folder)}
             if own != checked:  # most changes are of other files
+                # So that all is read.
+                bucket.objects = {n: held for n, held in state.items() if VERSIONS_FILE not in n}
                 check_digests(path_of(f"{URL}/checkpoints/{steps[-1]}"), ITEMS)
                 checked = own
     assert newest == sorted(newest)
@@ -58,6 +66,7 @@ def test_at_every_change_of_the_bucket_the_newest_checkpoint_is_whole(
     assert "not checked" not in capfd.readouterr().err
     assert complete_steps(path_of(URL)) == [2, 4, 6]
     find_model(URL, 4, "teacher").load_params(MeshConfig().make())
+    assert f"{PLACE}/checkpoints/4/{VERSIONS_FILE}" in bucket.objects
 
 
 def test_a_run_that_an_older_version_sent_goes_on(
@@ -89,6 +98,32 @@ def test_a_model_in_a_bucket_is_read_without_a_copy(
         np.testing.assert_array_equal(opened[name].read(), leaf)
     assert there.load_vocabulary().fingerprint == on_disk.vocabulary_fingerprint
     assert not [path for path in (tmp_path / "copies").rglob("*") if path.name == "checkpoints"]
+
+
+def test_what_a_bucket_still_has_is_not_read_for_its_digest(
+    bucket: BucketEmulator, slm: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.take(slm, PLACE)
+    folder = path_of(f"{URL}/checkpoints/4")
+    check_digests(folder, ITEMS)
+    write_digests(folder, ITEMS)
+    read, digest = [], checkpoint_digests.file_digest
+
+    def noted(path: pathlib.Path) -> str:
+        if path.name != COMMIT_MARK:  # which has none
+            read.append(path.relative_to(folder))
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint_digests, "file_digest", noted)
+    check_digests(folder, ITEMS)
+    assert not read
+    name = next(n for n in bucket.objects if f"{PLACE}/checkpoints/4/params/" in n and "/d/" in n)
+    bucket.store(name, bucket.objects[name])
+    check_digests(folder, ITEMS)
+    assert [f"{PLACE}/checkpoints/4/{path}" for path in read] == [name]
+    bucket.store(name, bucket.objects[name][:-1])
+    with pytest.raises(InputError, match="is damaged"):
+        check_digests(folder, ITEMS)
 
 
 def test_a_model_in_a_bucket_that_is_damaged(bucket: BucketEmulator, slm: pathlib.Path) -> None:
