@@ -1,4 +1,4 @@
-"""`salt select` picks the rows for stage 1, the highest scores or random ones, and audits them.
+"""`salt select`: picks the rows for stage 1, the highest scores or random ones, and audits them.
 
 The selection is a list of row ids with a manifest of how it was made; `salt train
 --selection=FOLDER` reads those rows in stage 1. The audit shows what was selected and what was not:
