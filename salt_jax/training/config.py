@@ -264,7 +264,7 @@ class TrainConfig:
       optimizer: The optimizer and its learning rate.
       steps: Updates of the whole run.
       flops_of: The output folder of a finished run: take as many steps as cost what that one did,
-        its teacher and its scoring included, in the place of `steps`.
+        its teacher and its scoring included. `steps` must be set too, and does not count.
       fork_from: The output folder of a run that differs in n_kd alone: start from its newest
         checkpoint in stage 1 of both (`training/fork.py`).
       model: The student; the initial model's shape by default. An unset vocab_size is the cache's.
