@@ -113,6 +113,7 @@ def study(
             "seeds": list(seeds),
             "arms": list(arms),
             "over_seeds": numbers["over_seeds"],
+            "ladders": numbers["ladders"],
             "forks": _saved_by_forks([step.output for step in steps if step.verb == "train"]),
         }
     )

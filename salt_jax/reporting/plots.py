@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from salt_jax.reporting.comparison import FLOPS, SECONDS, STEPS, Axis, cost_at_step
+from salt_jax.reporting.ladder import Ladder
 from salt_jax.reporting.runs import ScoreFolder, SelectionFolder, TrainRun
 from salt_jax.reporting.seeds import band
 from salt_jax.reporting.tables import SUPERSCRIPTS, time_unit
@@ -166,6 +167,37 @@ def evaluation_plot(
 
 
 @matplotlib.rc_context(LOOK)
+def ladder_plot(ladder: Ladder, looks: Mapping[str, Style]) -> Plot:
+    """Final losses against train FLOPs with each arm's law, and below what it saves."""
+    figure, (losses, savings) = _two_panels("train FLOPs, logarithmic")
+    for arm, name in enumerate(ladder.arms):
+        look, logs = looks[name], ladder.logs[arm]
+        grid = np.linspace(np.nanmin(logs), np.nanmax(logs), 100)
+        drawn = [(losses, ladder.loss(arm, grid), 1)]
+        if arm:
+            drawn.append((savings, ladder.saving(arm, grid), 100))
+        for panel, bands, scale in drawn:
+            at, (middle, low, high) = ladder.centre * np.exp(grid), (scale * x for x in bands)
+            panel.fill_between(at, low, high, color=look.colour, alpha=0.15, lw=0)
+            panel.plot(at, middle, **look.line)
+        flops_SxN = np.broadcast_to(np.exp(logs)[:, None], ladder.nats[arm].shape)
+        at, nats = ladder.centre * flops_SxN.ravel(), ladder.nats[arm].ravel()
+        losses.plot(at, nats, color=look.colour, marker=look.marker, linestyle="", markersize=4)
+    for panel in (losses, savings):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(_power_of_ten)
+    savings.axhline(0, color=FAINT, linewidth=1)
+    losses.set_title("final log-perplexity (nats per token), held-out text")
+    savings.set_title(f"FLOPs saved to reach {ladder.arms[0]}'s loss (%)")
+    _legend(figure, {name: looks[name] for name in ladder.arms}, [])
+    caption = (
+        "Final log-perplexity of each run against its train FLOPs with the law of each arm, and "
+        f"the share of {ladder.arms[0]}'s FLOPs that an arm saves by these laws, with 95% bands."
+    )
+    return finished_plot("ladder", caption, figure)
+
+
+@matplotlib.rc_context(LOOK)
 def training_plot(runs: Sequence[TrainRun], looks: Mapping[str, Style]) -> Plot:
     """Training loss against steps: the objective above, the next-token loss below, enlarged."""
     window = max((1, *(len(run.training) // 20 for run in runs)))
@@ -263,6 +295,11 @@ def _unit(axis: Axis, end: float) -> tuple[float, str]:
         name, unit = time_unit(end)
         return unit, f"training time ({name})"
     return 1.0, axis.title
+
+
+def _power_of_ten(value: float, place: float) -> str:
+    del place
+    return f"10{str(round(math.log10(value))).translate(SUPERSCRIPTS)}"
 
 
 def _two_panels(label: str) -> tuple[Figure, tuple[Axes, Axes]]:

@@ -12,7 +12,7 @@ import pandas as pd
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, nearest
 from salt_jax.evaluation import paired_comparison
-from salt_jax.reporting import paired, plots, seeds, selection_audit, stability, tables
+from salt_jax.reporting import ladder, paired, plots, seeds, selection_audit, stability, tables
 from salt_jax.reporting.comparison import (
     AXES,
     Axis,
@@ -21,6 +21,7 @@ from salt_jax.reporting.comparison import (
     comparable_groups,
     matched,
 )
+from salt_jax.reporting.ladder import Ladder
 from salt_jax.reporting.plots import Plot, Style
 from salt_jax.reporting.runs import (
     FLOPS_PARTS,
@@ -111,6 +112,8 @@ def compose(
     sections: list[Section] = []
     if runs:
         sections.append(Section("Results", "results", tables=[tables.final_table(runs)]))
+    ladders = ladder.ladders_of(runs, reference)
+    sections += _ladder_sections(ladders, looks)
     for group, found, estimates in zip(compared, matches, over_seeds, strict=True):
         size = group[0].parameters
         of_size = f" ({size:,} parameters)" if len(compared) > 1 and size else ""
@@ -134,16 +137,7 @@ def compose(
     ]
     if material.scores or material.selections:
         sections.append(_score_section(material.scores, material.selections))
-    for selected in material.selections:
-        if selected.audit is not None:
-            sections.append(
-                Section(
-                    f"Audit of {selected.name}",
-                    tables=selection_audit.audit_tables(selected.name, selected.audit),
-                    plots=selection_audit.audit_plots(selected.name, selected.audit),
-                    excerpts=selection_audit.audit_excerpts(selected.audit),
-                )
-            )
+    sections += _audit_sections(material.selections)
     return Report(
         material=material,
         sections=sections,
@@ -151,6 +145,7 @@ def compose(
         numbers={
             **_numbers(material, [*itertools.chain(*matches)]),
             "over_seeds": [dataclasses.asdict(arm) for arm in itertools.chain(*over_seeds)],
+            "ladders": [fitted.to_json() for _, fitted in ladders if fitted],
         },
     )
 
@@ -161,6 +156,20 @@ def _looks(runs: Sequence[TrainRun]) -> dict[str, Style]:
     if seeds.arms_repeat(runs):
         return {**{run.label: by_arm[run.arm] for run in runs}, **by_arm}
     return {**by_arm, **plots.styles({run.label: run.arm for run in runs})}
+
+
+def _ladder_sections(
+    ladders: Sequence[tuple[Sequence[int], Ladder | None]], looks: Mapping[str, Style]
+) -> Iterator[Section]:
+    """The laws over sizes of each cache, or why there are none."""
+    for sizes, fitted in ladders:
+        if fitted is not None:
+            facts = {"sizes": len(sizes), "least": fitted.least(), "flops": fitted.spent}
+            own = {**plots.styles({arm: arm for arm in fitted.arms}), **looks}
+            table, plot = ladder.ladder_table(fitted), plots.ladder_plot(fitted, own)
+            yield Section("Over sizes", "ladder", facts, [table], [plot])
+        elif len(sizes) > 1:
+            yield Section("Over sizes", "ladder", {"sizes": len(sizes)})
 
 
 def _seed_sections(
@@ -235,6 +244,18 @@ def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[Selection
     shown = [tables.scores_table(scores)] if scores else []
     shown += [tables.selections_table(selections)] if selections else []
     return Section("Scores of rows", "scores", {"missing": missing}, shown, images)
+
+
+def _audit_sections(selections: Sequence[SelectionFolder]) -> Iterator[Section]:
+    """What each selection with an audit took."""
+    for selected in selections:
+        if selected.audit is not None:
+            yield Section(
+                f"Audit of {selected.name}",
+                tables=selection_audit.audit_tables(selected.name, selected.audit),
+                plots=selection_audit.audit_plots(selected.name, selected.audit),
+                excerpts=selection_audit.audit_excerpts(selected.audit),
+            )
 
 
 def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:

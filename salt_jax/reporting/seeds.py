@@ -45,6 +45,7 @@ class ArmOverSeeds:
     """
 
     arm: str
+    parameters: int | None
     seeds: tuple[int, ...]
     final: dict[str, Any]
     at_equal: dict[str, dict[str, Any]]
@@ -103,6 +104,7 @@ def over_seeds(runs: Sequence[TrainRun], reference: str = REFERENCE) -> tuple[Ar
     return tuple(
         ArmOverSeeds(
             arm=arm,
+            parameters=next(iter(own.values())).parameters,
             seeds=tuple(own),
             final=_compared(ends, arm, reference),
             at_equal={name: _compared(points, arm, reference) for name, points in readings.items()},
