@@ -223,7 +223,10 @@ def test_arms_and_seeds_to_a_page_with_intervals(
     salt = arms["salt"]
     assert salt["final"]["log_perplexity"]["difference"]["count"] == 2
     assert salt["final"]["log_perplexity"]["level"]["half_width"] > 0
-    runs = [output / "slm", *(output / arm / f"seed-{n}" for arm in arms for n in (0, 1))]
+    runs = [
+        output / "slm",
+        *(output / arm / f"seed-{n}" for arm in summary["arms"] for n in (0, 1)),
+    ]
     spent = [json.loads((run / "summary.json").read_text())["train_flops"] for run in runs]
     forks = summary["forks"]
     assert forks["runs"] == 2
