@@ -128,7 +128,9 @@ def test_a_finished_run_must_be_the_one_that_is_asked_for(tmp_path: pathlib.Path
 
 def test_flags_that_change_no_result_may_be_others(tmp_path: pathlib.Path) -> None:
     folder = finished_run(tmp_path / "salt" / "seed-0", ["--steps=3", "--log_every=1", "--seed=0"])
-    step = study.Command(folder, "train", ("--steps=3", "--seed=0", "--microbatches=2"))
+    step = study.Command(
+        folder, "train", ("--steps=3", "--seed=0", "--microbatches=2", "--fork_from=x")
+    )
     study._refuse_other_flags(step, tmp_path)
     for other in ("--batch_size=9", "--cache=moved", "--gin_file=log_every"):
         with pytest.raises(InputError, match=rf"they differ in {other}\)"):
@@ -223,7 +225,10 @@ def test_arms_and_seeds_to_a_page_with_intervals(
     salt = arms["salt"]
     assert salt["final"]["log_perplexity"]["difference"]["count"] == 2
     assert salt["final"]["log_perplexity"]["level"]["half_width"] > 0
-    runs = [output / "slm", *(output / arm / f"seed-{n}" for arm in arms for n in (0, 1))]
+    runs = [
+        output / "slm",
+        *(output / arm / f"seed-{n}" for arm in summary["arms"] for n in (0, 1)),
+    ]
     spent = [json.loads((run / "summary.json").read_text())["train_flops"] for run in runs]
     forks = summary["forks"]
     assert forks["runs"] == 2
