@@ -146,6 +146,8 @@ class DecoderConfig:
                 raise InputError(f"DecoderConfig.{name} is {value}; set it to a number above 0.")
         if isinstance(self.rope_scaling, Mapping):  # from JSON
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.rope_scaling is not None:
+            self.rope_scaling.require_dimensions(self.rotary_dim)
         object.__setattr__(self, "layer_kinds", self._shortest_layer_kinds())
         if ("local" in self.layer_kinds) != (self.window is not None):
             raise InputError(
