@@ -224,6 +224,11 @@ def _import(
             f"{where} sets {visible(', '.join(unread))}, which no forward pass of "
             f"{family.model_type} reads: ignored."
         )
+    if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
+        say(
+            f"{where} scales the rotary embedding by a text's length: the model takes its original "
+            f"context, {config.max_length} tokens, alone."
+        )
     digest = inspected_digest(files, config, rules)
     for note in vocabulary.notes:
         say(note)

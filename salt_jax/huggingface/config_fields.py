@@ -59,6 +59,7 @@ _NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("swiglu", "use_swiglu", "gated_mlp"), True),
     **dict.fromkeys(("rope_type", "rotary_type"), "default"),
     "position_embedding_type": "rope",
+    "full_attn_mod": 1,  # of Phi 4 mini: every layer
 }
 
 

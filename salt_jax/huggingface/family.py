@@ -16,6 +16,7 @@ from salt_jax.huggingface.config_fields import other_computations, unknown_field
 from salt_jax.huggingface.tensors import Rule, rules_of
 from salt_jax.huggingface.tokenizer_classes import TokenizerClass
 from salt_jax.models.decoder_config import DecoderConfig
+from salt_jax.models.rope_scaling import KINDS
 
 # The fields that nearly every config.json has: see Family.fields.
 SIZES: Mapping[str, tuple[str, Any]] = types.MappingProxyType(
@@ -75,6 +76,7 @@ class Family:
         theta: that base's default.
         fraction_field: the same for the rotated share of a head; None if all of it is rotated.
         rope_fraction: the default of that share.
+        scalings: the kinds of `rope_scaling`.
         norm_offset: subtracted from a norm's scale before it is stored.
         transposed: whether kernels are stored [inputs, outputs].
         tokenizer: its tokenizer class, if that has rules of its own.
@@ -94,6 +96,7 @@ class Family:
     theta: float = 10_000.0
     fraction_field: str | None = None
     rope_fraction: float = 1.0
+    scalings: tuple[str, ...] = KINDS
     norm_offset: float = 0.0
     transposed: bool = False
     tokenizer: TokenizerClass | None = None
@@ -130,7 +133,7 @@ class Family:
             for field, (setting, default) in self.fields.items()
         }
         scaling = rotary_fields.read_scaling(settings, where)
-        if scaling is not None and "rope_scaling" in self.fixed:
+        if scaling is not None and scaling.kind not in self.scalings:
             raise InputError(
                 f"{where} scales the rotary embedding by {scaling.kind!r}, which {self.model_type} "
                 "doesn't have: choose another model."
@@ -145,6 +148,8 @@ class Family:
             )
         more: dict[str, Any] = {"rope_scaling": scaling, **self.read_options(settings, where)}
         more |= {"mlp_activation": activation, "rope_theta": theta, "rope_fraction": fraction}
+        if scaling is not None and scaling.kind == "longrope":
+            more["max_length"] = min(found["max_length"], scaling.original_length)
         more |= {"vocab_size": num_ids, "vocab_multiple": vocab_multiple(num_ids, rows)}
         try:
             config = _plain(DecoderConfig(**{**self.fixed, **found, **more}))
@@ -184,11 +189,14 @@ class Family:
         values = vars(_plain(config))
         varied = {*self.options, *(setting for setting, _ in self.fields.values())}
         plain = {name: value for name, value in _PLAIN.items() if name not in varied}
-        return [
+        needs = [
             f"{name} = {needed!r} and has {values[name]!r}"
             for name, needed in {**self.fixed, **{**plain, **self.fixed}}.items()
             if values[name] != needed
         ]
+        if config.rope_scaling is not None and config.rope_scaling.kind not in self.scalings:
+            needs.append(f"rope_scaling of {self.scalings or None} and has {config.rope_scaling}")
+        return needs
 
     def write(
         self, config: DecoderConfig, rows: int, dtype: str, tokens: Mapping[str, int]

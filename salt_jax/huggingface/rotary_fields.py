@@ -9,22 +9,25 @@ from salt_jax.errors import InputError
 from salt_jax.models.rope_scaling import KINDS, RopeScaling
 
 FIELDS = ("rope_scaling", "rope_parameters")
+_ORIGINAL = "original_max_position_embeddings"
 
 # Settings of RopeScaling by transformers' names.
 _NAMES = {
     "factor": "factor",
-    "original_max_position_embeddings": "original_length",
+    _ORIGINAL: "original_length",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
     "truncate": "truncate",
+    "short_factor": "divisors",
 }
 _NEEDED = {
     "linear": {"factor"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", _ORIGINAL},
+    "longrope": {"factor", _ORIGINAL, "short_factor"},
 }
 _OTHERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -54,10 +57,14 @@ def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     """The inverse of read_scaling."""
     kept = set(_NEEDED[scaling.kind])
     if scaling.kind == "yarn":
-        kept |= {"beta_fast", "beta_slow", "truncate", "attention_factor"}
+        kept |= {"beta_fast", "beta_slow", "truncate"}
+    if scaling.kind in ("yarn", "longrope"):
+        kept |= {"attention_factor"}
     values = dataclasses.asdict(scaling)
     written = {name: values[ours] for name, ours in _NAMES.items() if name in kept}
     named = {name: value for name, value in written.items() if value is not None}
+    if scaling.kind == "longrope":
+        named["short_factor"] = named["long_factor"] = list(scaling.divisors)
     return {"rope_type": scaling.kind, **named}
 
 
@@ -74,14 +81,27 @@ def _scaling(settings: Mapping[str, Any], field: str, where: str) -> RopeScaling
             f"{', '.join(KINDS)} only: choose another model."
         )
     given = {name: value for name, value in found.items() if value is not None}
+    if kind == "longrope":
+        # The longer context's factors are not used, since max_length is the original one.
+        given.pop("long_factor", None)
+        longest = settings.get("max_position_embeddings")
+        original = given.setdefault(_ORIGINAL, settings.get(_ORIGINAL, longest))
+        if not all(isinstance(n, int) and n > 1 for n in (longest, original)):
+            raise InputError(
+                f"{where} sets max_position_embeddings to {longest!r} and {_ORIGINAL} to "
+                f"{original!r}, expected numbers of tokens: download the folder again."
+            )
+        given.setdefault("factor", longest / original)
     mscales = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     unscaled = kind == "default" or (kind == "linear" and given.get("factor") == 1)
-    known = _OTHERS | (_NAMES.keys() if kind == "yarn" else _NEEDED.get(kind, set()))
-    known |= {"original_max_position_embeddings", "factor"} if unscaled else set()
+    of_yarn = _NAMES.keys() - {"short_factor"}
+    known = _OTHERS | (of_yarn if kind == "yarn" else _NEEDED.get(kind, set()))
+    known |= {"attention_factor"} if kind == "longrope" else set()
+    known |= {_ORIGINAL, "factor"} if unscaled else set()
     if kind != "default" and mscales != (None, None) and kind != "yarn":
         raise refusal(f"and mscale is no setting of {kind}")
     for name in sorted(given.keys() - known):
-        if not (kind == "linear" and name == "original_max_position_embeddings"):
+        if not (kind == "linear" and name == _ORIGINAL):
             raise InputError(
                 f"{where} sets {name} of the rotary embedding, which salt_jax doesn't have: "
                 "choose another model."
@@ -94,10 +114,13 @@ def _scaling(settings: Mapping[str, Any], field: str, where: str) -> RopeScaling
         raise refusal(f"without {', '.join(missing)}")
     values = {_NAMES[name]: value for name, value in given.items() if name in _NAMES}
     for name, value in values.items():
-        if name != "truncate" and (not isinstance(value, int | float) or isinstance(value, bool)):
+        is_list = isinstance(value, list)
+        numbers = value if is_list else [value]
+        are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+        if name != "truncate" and not (are_numbers and is_list == (name == "divisors")):
             raise refusal(f"whose {name} is no number")
     # transformers takes the length of the files' own field where there is one.
-    original = settings.get("original_max_position_embeddings")
+    original = settings.get(_ORIGINAL)
     if kind != "linear" and original not in (None, values["original_length"]):
         raise refusal(f"and original_max_position_embeddings to {original!r}")
     if all(mscales) and "attention_factor" not in values:

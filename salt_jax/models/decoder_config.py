@@ -155,6 +155,8 @@ class DecoderConfig:
                 "has some probability, so that none can be absent (absent_ids): choose another "
                 "model."
             )
+        if self.rope_scaling is not None:
+            self.rope_scaling.require_dimensions(self.rotary_dim)
         object.__setattr__(self, "layer_kinds", self._shortest_layer_kinds())
         if ("local" in self.layer_kinds) != (self.window is not None):
             raise InputError(

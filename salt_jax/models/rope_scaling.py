@@ -1,6 +1,7 @@
 """Scaled rotary frequencies, by which a model reads texts longer than those it first learned from.
 
-As in transformers, whose `rope_type` is `kind`: "linear", "llama3" and "yarn" (arXiv 2309.00071).
+As in transformers, whose `rope_type` is `kind`: "linear", "llama3", "yarn" (arXiv 2309.00071) and
+"longrope" (arXiv 2402.13753), the latter for texts within the original context.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import numpy as np
 
 from salt_jax.errors import InputError
 
-KINDS = ("linear", "llama3", "yarn")
+KINDS = ("linear", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +20,16 @@ class RopeScaling:
 
     Attributes:
       kind: "linear" divides all by `factor`; "llama3" and "yarn" only low ones, with a ramp.
-      factor: What the lowest frequencies are divided by.
+      factor: What the lowest frequencies are divided by; with "longrope", the ratio of contexts.
       original_length: The context before scaling, in tokens; for all but "linear".
       low_freq_factor: "llama3": wavelengths over original_length / this are divided by `factor`.
       high_freq_factor: "llama3": wavelengths under original_length / this stay.
       beta_fast: "yarn": frequencies with more turns than this in original_length stay.
       beta_slow: "yarn": frequencies with fewer turns than this are divided by `factor`.
-      attention_factor: "yarn": Multiplies cosines and sines; 0.1 · ln(factor) + 1 if None.
+      attention_factor: "yarn", "longrope": Multiplies cosines and sines; if None, it is
+        0.1 · ln(factor) + 1 or √(1 + ln(factor) / ln(original_length)).
       truncate: "yarn": Whether the ramp's ends are rounded to whole dimensions.
+      divisors: "longrope": What each frequency is divided by.
     """
 
     kind: str
@@ -38,8 +41,10 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "divisors", tuple(self.divisors))  # a list in JSON
         if self.kind not in KINDS:
             raise InputError(f"RopeScaling.kind is {self.kind!r}; set it to one of {KINDS}.")
         if not 1.0 <= self.factor < math.inf:
@@ -60,8 +65,19 @@ class RopeScaling:
                 "both above 0 and the first to at most the second."
             )
 
+    def require_dimensions(self, rotary_dim: int) -> None:
+        """Refuses divisors that are not one for each of rotary_dim / 2 frequencies."""
+        are_positive = all(0.0 < divisor < math.inf for divisor in self.divisors)
+        if self.kind == "longrope" and (2 * len(self.divisors) != rotary_dim or not are_positive):
+            raise InputError(
+                f"RopeScaling.divisors are {self.divisors}; set one above 0 for each of "
+                f"{rotary_dim // 2} frequencies."
+            )
+
     def ratios(self, rotary_dim: int, theta: float) -> np.ndarray:
         """What each frequency is multiplied by, float32 [rotary_dim / 2]."""
+        if self.kind == "longrope":
+            return 1 / np.asarray(self.divisors, np.float32)
         share: np.ndarray | float = 0.0  # of the unscaled frequency
         index = np.arange(rotary_dim // 2)
         if self.kind == "llama3":
@@ -85,8 +101,10 @@ class RopeScaling:
     @property
     def amplitude(self) -> float:
         """What cosines and sines are multiplied by."""
-        if self.kind != "yarn":
+        if self.kind not in ("yarn", "longrope"):
             return 1.0
-        if self.attention_factor is None:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.kind == "yarn":
             return 0.1 * math.log(self.factor) + 1.0
-        return self.attention_factor
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))

@@ -62,7 +62,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma_head_dim": _gemma(num_key_value_heads=2, head_dim=16),
     "gemma2": {**_SIZES, "model_type": "gemma2", "head_dim": 8, "sliding_window": 5},
     "gpt2": {**_SIZES, "model_type": "gpt2", "n_inner": 48},
-    "phi3": {**_SIZES, "model_type": "phi3", "partial_rotary_factor": 0.5},
+    "phi3": {
+        **{**_SIZES, "model_type": "phi3", "partial_rotary_factor": 0.5},
+        **{"max_position_embeddings": 256, "original_max_position_embeddings": 64},
+        "rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [3, 4]},
+    },
     "starcoder2": {**_SIZES, "model_type": "starcoder2"},
 }
 

@@ -90,11 +90,13 @@ def assert_same_tensors(folder: pathlib.Path, other: pathlib.Path) -> None:
     ],
 )
 def test_both_ways_give_transformers_logits(
-    name: str, random_models: Any, tmp_path: pathlib.Path
+    name: str, random_models: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = random_models.make(tmp_path / "theirs", name)
     run, back = tmp_path / "run", tmp_path / "back"
     assert not convert(f"--huggingface={tmp_path / 'theirs'}", f"--output_dir={run}")
+    said = "the model takes its original context, 64 tokens, alone" in capsys.readouterr().out
+    assert said == (name == "phi3")
     expected = random_models.their_logits(model)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(random_models.our_logits(run), expected, atol=PARITY, rtol=0)

@@ -41,6 +41,10 @@ YARN = {
 CAPS = {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0}
 # Fields that a GPT-2 doesn't have.
 GPT2 = {"num_key_value_heads": None, "intermediate_size": None}
+LONGROPE = {
+    **{"rope_type": "longrope", "short_factor": [1.0, 1.5, 3.0], "long_factor": [2.0, 4.0, 9.0]},
+    **{"rope_theta": 1e3, "original_max_position_embeddings": 28, "partial_rotary_factor": 0.75},
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +54,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn with mscale": (
         *("llama",),
         {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+    ),
+    "longrope": (
+        *("llama",),
+        {
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 1e3, "attention_factor": 1.3},
+                **{"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0] * 4},
+                "original_max_position_embeddings": 30,
+            },
+        },
     ),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral with a window": ("mistral", {"sliding_window": 5, **MQA, **TIED, "head_dim": 16}),
@@ -76,6 +90,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 with a window": (
         *("phi3",),
         {"partial_rotary_factor": 0.5, "sliding_window": 5, **TIED, **MQA},
+    ),
+    "phi3 with longrope": (
+        *("phi3",),
+        {
+            **{"rope_parameters": LONGROPE, "partial_rotary_factor": 0.75},
+            **{"max_position_embeddings": 64, "original_max_position_embeddings": 28},
+        },
     ),
     "phi3 wholly rotated": ("phi3", MHA),
     "gemma2": ("gemma2", {**CAPS, "head_dim": 16, "sliding_window": 5}),
@@ -302,10 +323,26 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_atte
         ("smollm3", {"no_rope_layers": [1, 0]}, "sets no_rope_layers to"),
         ("smollm3", {"use_sliding_window": True}, "sets use_sliding_window to True"),
         ("smollm3", SMALL, "sets layer_types to"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "without short_factor"),
         (
-            "phi3",
-            {"rope_scaling": {"type": "longrope"}},
-            "to the kind 'longrope', and salt_jax",
+            *("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0, "2"]}}),
+            "whose divisors is no number",
+        ),
+        (
+            *("phi3", {"rope_scaling": {"type": "longrope", "short_factor": 1.0}}),
+            "whose divisors is no number",
+        ),
+        (
+            *("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1, 1, 0, 1]}}),
+            "set one above 0 for each of 4",
+        ),
+        (
+            *("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}),
+            "set one above 0 for each of 4",
+        ),
+        (
+            *("phi3", {"rope_scaling": LONGROPE, "max_position_embeddings": None}),
+            "sets max_position_embeddings to None",
         ),
         ("phi3", {"rope_scaling": LLAMA3}, "by 'llama3', which phi3 doesn't have"),
         ("gemma2", {"sliding_window": None}, "its sliding window is None"),

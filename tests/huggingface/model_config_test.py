@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salt_jax.errors import InputError
-from salt_jax.huggingface.families import FAMILIES, gemma3
+from salt_jax.huggingface.families import FAMILIES, gemma3, phi3
 from salt_jax.huggingface.family import vocab_multiple
 from salt_jax.huggingface.model_config import config_from_json, config_to_json
 from salt_jax.huggingface.tensors import leaf_shapes, tensor_shapes
 from salt_jax.models.decoder_config import DecoderConfig
+from salt_jax.models.rope_scaling import RopeScaling
 
 NEOX = {
     "norm": "layernorm",
@@ -120,6 +121,14 @@ def test_what_no_architecture_expresses_is_refused(changes: dict[str, Any], expe
     config = DecoderConfig(**{**sizes, **changes})
     with pytest.raises(InputError, match=expected):
         config_to_json(config, 128, "float32", {})
+
+
+def test_only_some_families_have_a_rotary_scaling() -> None:
+    scaling = RopeScaling("linear", 2.0)
+    config = DecoderConfig(16, 1, 2, 8, 9, scale_embeddings=False, rope_scaling=scaling)
+    assert config_to_json(config, 128, "float32", {})[0].model_type == "llama"
+    [obstacle] = phi3.FAMILY.obstacles(config)
+    assert obstacle.startswith("rope_scaling of ('longrope',) and has RopeScaling(kind='linear'")
 
 
 def test_local_layers_of_a_gemma_3_have_their_own_base() -> None:

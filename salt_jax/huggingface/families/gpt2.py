@@ -54,10 +54,11 @@ FAMILY = GPT2(
     activation="gelu_new",
     fixed={
         **{"norm": "layernorm", "gated_mlp": False, "use_bias": True, "parallel_residual": False},
-        **{"learned_positions": True, "rope_fraction": 0.0, "rope_scaling": None},
+        **{"learned_positions": True, "rope_fraction": 0.0},
         **{"scale_embeddings": False, "num_kv_heads": None, "head_dim": None},
     },
     rope_fraction=0.0,
+    scalings=(),
     transposed=True,
     option_fields=("n_inner", _ACTIVATION),
 )

@@ -17,8 +17,14 @@ class Phi3(mistral.Mistral):
         return super().read_options({"sliding_window": None, **settings}, where)
 
     def write_options(self, config: DecoderConfig) -> dict[str, Any]:
-        # By default the padding is an id of Phi 3's own vocabulary.
-        return {**super().write_options(config), "pad_token_id": None}
+        # By default the padding is an id of Phi 3's own vocabulary, and this length Phi 3's own.
+        scaling = config.rope_scaling
+        original = config.max_length if scaling is None else scaling.original_length
+        return {
+            **super().write_options(config),
+            "pad_token_id": None,
+            "original_max_position_embeddings": original,
+        }
 
 
 FAMILY = Phi3(
@@ -41,10 +47,11 @@ FAMILY = Phi3(
     activation="silu",
     fixed={
         **{name: value for name, value in llama.FIXED.items() if name != "rope_fraction"},
-        **{"head_dim": None, "rope_scaling": None},
+        "head_dim": None,
     },
     must_be={"attention_bias": False},
     fraction_field="partial_rotary_factor",
+    scalings=("longrope",),
     options=("layer_kinds", "window"),
     # The code that auto_map names, published before transformers had this family, is the same.
     option_fields=(*layer_types.FIELDS, "auto_map"),
