@@ -75,7 +75,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         google = re.fullmatch(r"(?:/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?", path)
         self._is_google = bool(google)
-        if google:
+        if self.store.denying:
+            self._send_error(401, "Invalid Credentials")
+        elif google:
             self._google(google[1], google[2], path, query, body)
         else:
             bucket, _, name = path.strip("/").partition("/")

@@ -54,6 +54,7 @@ class BucketStore:
       asked: How often each kind of call came: "list", "read", "write", "delete"; of uploads in
         parts "begin", "part", "complete", "abort".
       failing: Kinds of call that are answered with 403.
+      denying: Whether all calls are answered with 401, as when credentials have ended.
       failing_names: Objects, "BUCKET/NAME", whose calls are.
       answers: What the next calls of a kind are answered with: a status; CUT; None, as they should
         be; or so after a function was called.
@@ -66,6 +67,7 @@ class BucketStore:
         self.objects: dict[str, bytes] = {}
         self.asked: Counter[str] = Counter()
         self.failing: set[str] = set()
+        self.denying = False
         self.failing_names: set[str] = set()
         self.answers: dict[str, list[Answer]] = {}
         self.changed: list[tuple[str, str]] = []

@@ -90,11 +90,24 @@ class BucketLock:
         while not self._released.wait(self._patience / _BEATS):
             with contextlib.suppress(BucketError):
                 if not self._write(self._generation):
-                    tell_at_once(
-                        f"{self._url} was taken by another launch, while this one could not reach "
-                        "the bucket: this one ends."
-                    )
-                    os._exit(INTERRUPTED)  # before it writes anything more
+                    self._end()
+
+    def _end(self) -> None:
+        """Ends the process, whose lock is not its own any more, before it writes anything more."""
+        from salt_jax.storage.run_folder import RUN_FILE
+
+        folder = self._url.rpartition("/")[0]
+        if read_object(self._url)[0] == read_object(f"{folder}/{RUN_FILE}")[0] == "0":
+            tell_at_once(
+                f"{folder} was emptied under this run, which ends: restore its objects and run the "
+                "same command again, or choose another --output_dir."
+            )
+            os._exit(2)
+        tell_at_once(
+            f"{self._url} was taken by another launch, while this one could not reach the bucket: "
+            "this one ends."
+        )
+        os._exit(INTERRUPTED)
 
 
 def _is_dead_here(owner: Mapping[str, Any]) -> bool:

@@ -45,6 +45,7 @@ class Checkpointer:
         self._config, self._report = config, report
         self._is_remote = is_remote(self._folder)
         self._saving: int | None = None
+        self._lost: set[int | None] = set()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -67,7 +68,11 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step."""
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        """The steps of complete checkpoints, and of the one being written."""
+        return [step for step in self._manager.all_steps() if step not in self._lost]
 
     def save(
         self, step: int, state: TrainState, progress: Mapping[str, Any], must: bool = True
@@ -78,7 +83,7 @@ class Checkpointer:
         checkpoint is still being written this one is skipped, unless it is a `must` or to be kept,
         or there are several processes, which must agree.
         """
-        if step in self._manager.all_steps():
+        if step in self._steps():
             return
         must = must or self._config.keeps(step) or jax.process_count() > 1
         if not must and self._manager.is_saving_in_progress():
@@ -158,7 +163,7 @@ class Checkpointer:
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
         """Reports a full disk or a bucket's error, and reopens the manager, which still lists the
-        lost step."""
+        lost step; if that can't be reached either, later."""
         try:
             with as_bucket_errors(self._folder, "written"):
                 yield
@@ -170,21 +175,16 @@ class Checkpointer:
             if not full and "No space left" not in str(error) and "quota" not in str(error):
                 raise
             reason, remedy = f"no space left on the disk of {self._folder}.", "Make room."
-        newest = self._reopen()
+        self._lost.add(self._saving)
+        with contextlib.suppress(BucketError), as_bucket_errors(self._folder, "read"):
+            self._manager = self._open()
+            self._lost.clear()
+        newest = self.latest_step()
         self._report(
             f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: {reason} Training "
             f"continues, and the newest checkpoint is "
             f"{f'that of step {newest}' if newest is not None else 'none'}. {remedy}"
         )
-
-    def _reopen(self) -> int | None:
-        """The newest step of a manager made anew; None if the bucket is still unreachable."""
-        try:
-            with as_bucket_errors(self._folder, "written"):
-                self._manager = self._open()
-                return self.latest_step()
-        except BucketError:
-            return None
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from salt_jax.data.input_pipeline import InputPipeline
 from salt_jax.distill.schedules import Adaptive, Watched
 from salt_jax.errors import Interrupted, RunFailed
+from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.run_folder import RunFolder, to_json
 from salt_jax.terminal import ProgressBar, warn
 from salt_jax.training import partitioning
@@ -382,9 +383,10 @@ class Loop:
         newest = self._checkpointer.latest_step()
         if newest != step:
             where = f"step {newest}" if newest is not None else "its beginning"
+            remedy = "restore the access to it" if is_remote(self.folder.path) else "make room"
             raise RunFailed(
-                f"The checkpoint of step {step} could not be written to {self.folder.path}: make "
-                f"room and run the same command again, which resumes from {where}."
+                f"The checkpoint of step {step} could not be written to {self.folder.path}: "
+                f"{remedy} and run the same command again, which resumes from {where}."
             )
 
     def _rows_consumed(self, step: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from salt_jax.errors import RunFailed
 from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.outbox import Outbox
 from salt_jax.storage.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, to_json
@@ -123,7 +124,12 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close()
+        try:
+            self.close()
+        except RunFailed as error:
+            if kind is None:
+                raise
+            warn(str(error))  # and what went wrong before is the command's error
         if self._wandb_run is not None:
             self._wandb_run.finish(exit_code=0 if kind is None else 1)
 

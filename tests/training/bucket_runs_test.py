@@ -2,17 +2,21 @@
 
 import json
 import pathlib
+import subprocess
+import sys
+import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage.buckets import path_of
 from salt_jax.storage.run_lock import RunLock
-from salt_jax.training import checkpoint_digests
+from salt_jax.training import checkpoint_digests, loop
 from salt_jax.training.checkpoint_digests import (
     COMMIT_MARK,
     VERSIONS_FILE,
@@ -181,3 +185,91 @@ def test_a_dead_owner_of_another_machine_is_replaced(
         lock.acquire(path_of(URL), "train")
         assert json.loads(bucket.objects[f"{PLACE}/.lock"])["host"] != "another"
     assert not bucket.objects
+
+
+# Begins a run, says so, and holds its lock.
+HOLDER = """
+import sys
+from salt_jax.storage.buckets import path_of
+from salt_jax.storage.run_folder import RunFolder
+from salt_jax.storage.run_lock import RunLock
+with RunLock() as lock:
+    RunFolder(path_of(sys.argv[1]), "train", lock=lock).begin()
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("emptied", "code", "said"),
+    [
+        (True, 2, f"{URL} was emptied under this run, which ends: restore its objects"),
+        (False, 75, f"{URL}/.lock was taken by another launch"),
+    ],
+)
+def test_a_run_whose_lock_is_gone_ends(
+    bucket: BucketEmulator,
+    monkeypatch: pytest.MonkeyPatch,
+    emptied: bool,
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.setenv("SALT_MISSING_SECONDS", "0.5")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, URL],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "begun\n"
+        if emptied:
+            bucket.objects.clear()
+        else:
+            bucket.store(f"{PLACE}/.lock", b"{}")
+        assert process.wait() == code
+        assert said in process.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "kept"), [(6, [2, 4]), (4, [2, 6])])
+def test_credentials_that_end_during_a_save(
+    bucket: BucketEmulator,
+    run_train: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    lost: int,
+    kept: list[int],
+) -> None:
+    """They are back at step 6, if it isn't the one; the newest whole checkpoint counts."""
+
+    async def at_once(seconds: float) -> None:
+        """gcsfs waits half a minute for credentials to come back."""
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=at_once))
+    store, original = bucket.store, loop.Loop._step
+
+    def stored(name: str, *given: Any) -> None:
+        store(name, *given)
+        bucket.denying = bucket.denying or f"/checkpoints/{lost}/" in name
+
+    def step(self: Any, number: int, *rest: Any) -> Any:
+        self._checkpointer.wait()
+        bucket.denying = bucket.denying and number < 5
+        return original(self, number, *rest)
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+    bucket.store = stored
+    if lost == 6:
+        said = r"step 6 could not be .*: restore the access to it .* resumes from step 4"
+        with pytest.raises(RunFailed, match=said):
+            run_train(path_of(URL))
+    else:
+        run_train(path_of(URL))
+    bucket.store, bucket.denying = store, False
+    assert f"STEP {lost} COULD NOT BE WRITTEN: {URL}/checkpoints cannot" in capfd.readouterr().err
+    assert complete_steps(path_of(URL)) == kept
+    run_train(path_of(URL))
+    assert complete_steps(path_of(URL)) == sorted({*kept, 6})
