@@ -52,7 +52,8 @@ def forget(folder: pathlib.Path) -> None:
 def bytes_from_disk() -> int:
     """Bytes that this process has read from disks."""
     lines = dict(
-        line.split(": ") for line in pathlib.Path("/proc/self/io").read_text().splitlines()
+        line.split(": ")
+        for line in pathlib.Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
     )
     return int(lines["read_bytes"])
 

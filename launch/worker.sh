@@ -56,7 +56,7 @@ start() {
   cd "$HOME"
   local output
   output=$(output_dir_of "$@")
-  [[ $output != gs://* ]] || export LOG_URL=${output%/}/logs/$(hostname)-$(date --utc +%Y%m%dT%H%M%S).log
+  [[ $output != gs://* ]] || export SALT_LOG_URL=${output%/}/logs/$(hostname)-$(date --utc +%Y%m%dT%H%M%S).log
   # A session of its own, so that the end of this connection is not the end of it.
   setsid "$root/launch/worker.sh" record "$folder/endings" "$@" </dev/null >"$folder/log" 2>&1 &
   echo $! >"$folder/pid"
@@ -83,13 +83,13 @@ record() {
   local endings=$1 code=0 sender=''
   shift
   mkdir -p "$endings"
-  if [ -n "${LOG_URL:-}" ]; then
+  if [ -n "${SALT_LOG_URL:-}" ]; then
     send_log_on &
     sender=$!
   fi
   supervise "$@" || code=$?
   echo "$code $SECONDS" >"$endings/$(hostname)-${SLURM_PROCID:-0}"
-  if [ -n "${LOG_URL:-}" ]; then
+  if [ -n "${SALT_LOG_URL:-}" ]; then
     kill "$sender"
     wait "$sender" || true
     send_log
@@ -98,7 +98,7 @@ record() {
 }
 
 # What gcloud says of it stays out of the log.
-send_log() { timeout 60 gcloud storage cp --quiet "$folder/log" "$LOG_URL" >/dev/null 2>&1 || true; }
+send_log() { timeout 60 gcloud storage cp --quiet "$folder/log" "$SALT_LOG_URL" >/dev/null 2>&1 || true; }
 
 # Sends the log again and again, until SIGTERM.
 send_log_on() {

@@ -167,6 +167,16 @@ def _open_later(
             f"later_scores is {folder}, of the {later.manifest['split']} split, and the scores are "
             f"of {scores.manifest['split']}: score that split."
         )
+    if later.digest == scores.digest:
+        raise InputError(
+            f"later_scores is {folder}, the scores themselves: name those of a later checkpoint."
+        )
+    first, then = scores.manifest["scorer"], later.manifest["scorer"]
+    if first["path"] == then["path"] and first["step"] > then["step"]:
+        raise InputError(
+            f"later_scores is {folder}, of step {then['step']}, and scores are of step "
+            f"{first['step']}: swap the two."
+        )
     config.among(scores.manifest["k"], scores.columns).among(later.manifest["k"], later.columns)
     return later
 
@@ -205,7 +215,8 @@ def _audit(
     manifest, row_ids_m = chosen.manifest, chosen.row_ids
     rows, cut = cache.split(manifest["split"]), manifest["cut"]
     by_score = manifest["score"] is not None
-    stratified = by_score and "stratified" in manifest["how"]
+    # With either, each subset has its own cut.
+    stratified = by_score and bool({"stratified", "most_of_subset"} & manifest["how"].keys())
     if facts is None:
         numbers = _audit_without_scores(cache, chosen)
         shown = {"sample": row_ids_m[np.linspace(0, len(row_ids_m) - 1, 20).astype(int)].tolist()}

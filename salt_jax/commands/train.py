@@ -242,6 +242,11 @@ def _student(config: TrainConfig, initial: SavedModel | None, cache: PackedCache
             f"DecoderConfig.param_dtype is {model.param_dtype}, and a student's parameters and "
             "moments are kept in float32: change it, and set dtype for what to compute in."
         )
+    if model.absent_ids:
+        raise InputError(
+            "The student would have ids that it cannot predict (DecoderConfig.absent_ids, which "
+            "`salt transplant` sets): start from the model that was transplanted, or set a model."
+        )
     if model.vocab_size not in (None, cache.vocabulary_size):
         raise InputError(
             f"DecoderConfig.vocab_size is {model.vocab_size} and the vocabulary of the cache "

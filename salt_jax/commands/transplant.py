@@ -33,7 +33,7 @@ from salt_jax.storage.run_folder import RunFolder
 from salt_jax.terminal import say
 from salt_jax.training import compilation, partitioning
 from salt_jax.training.checkpoint_items import require_path
-from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model
+from salt_jax.training.checkpoints import SavedModel, complete_steps, find_model, read_progress
 from salt_jax.training.config import Devices
 from salt_jax.training.converted_checkpoints import save_streamed
 
@@ -75,38 +75,40 @@ def transplant(
     if not 0.0 <= least_shared <= 1.0:
         raise InputError(f"least_shared is {least_shared}; set it to a share, from 0 to 1.")
     require_path(run.path)
-    if complete_steps(run.path):
-        raise InputError(f"{run.path} holds a model already: choose another --output_dir.")
     packed = PackedCache.open(cache)
-    saved = find_model(local_model(model), step, "model")
-    if packed.sequence_length > saved.config.max_length:
-        raise InputError(
-            f"The cache {cache} has rows of {packed.sequence_length} tokens and the model "
-            f"{saved.path} takes {saved.config.max_length}: prepare shorter rows."
-        )
+    saved = _find_original(model, step, packed)
+    if complete_steps(run.path):
+        _require_same(run, saved, packed)
+        return
     pieces = shared_pieces(packed.vocabulary, saved.load_vocabulary())
     mesh = devices.mesh.make()
     compilation.use_compilation_cache(devices.compilation_cache)
     original = saved.load_params(mesh, devices.rules)
     config = dataclasses.replace(
-        saved.config, vocab_size=packed.vocabulary_size, tied_embeddings=False, absent_ids=True
+        saved.config,
+        vocab_size=packed.vocabulary_size,
+        vocab_multiple=DecoderConfig.vocab_multiple,
+        tied_embeddings=False,
+        absent_ids=True,
     )
     params = _with_vocabulary(original, saved.config, config, pieces)
     of_rows = list(range(min(rows, len(packed.split(split)))))
+    if not of_rows:
+        raise InputError(f"The {split} split of {cache} has no rows: set --split to another.")
     over = ModelPass(config, packed, split, batch_size, mesh, devices.rules)
     found = _measured(over, params, original, saved, pieces, of_rows)
     say(
-        f"{saved.path} has {int(pieces.shared.sum()):,} of the {packed.vocabulary_size:,} ids of "
-        f"{cache}, {found['shared_tokens']:.1%} of its tokens, and gives them "
-        f"{found['shared_probability']:.1%} of its probability; {found['loss']:.3f} nats a token "
-        "on those."
+        f"{int(pieces.shared.sum()):,} of the {packed.vocabulary_size:,} ids of {cache} are shared "
+        f"with {saved.path}: {found['shared_tokens']:.1%} of the cache's tokens, "
+        f"{found['shared_probability']:.1%} of the model's probability, {found['loss']:.3f} nats a "
+        "token on those."
     )
     if found["shared_probability"] < least_shared:
         raise InputError(
             f"{saved.path} gives {found['shared_probability']:.1%} of its probability to pieces "
-            f"that the vocabulary of {cache} has, and least_shared is {least_shared:.0%}: choose a "
-            "teacher that cuts text more alike, or prepare the cache with the model's own "
-            "vocabulary (data/model_text.gin)."
+            f"that the vocabulary of {cache} has, and least_shared is {least_shared}: choose a "
+            "teacher that cuts text more alike, prepare the cache with the model's own vocabulary "
+            "(data/model_text.gin), or lower --least_shared."
         )
     run.require_space(config.num_parameters * jnp.dtype(config.param_dtype).itemsize, "the model")
     run.begin()
@@ -118,7 +120,38 @@ def transplant(
         "transplanted_from": saved.identity,
     }
     save_streamed(run.path, saved.step, _streamed(params), progress)
+    say(
+        f"{run.path} has the model with these ids: it teaches by "
+        "--gin_file=methods/salt_top_k.gin, or by what `salt score --soft_labels=64` stores."
+    )
     run.write_summary({"model": saved.identity, "num_parameters": config.num_parameters, **found})
+
+
+def _find_original(name: str, step: int | None, cache: PackedCache) -> SavedModel:
+    """The model to transplant; refuses one that cannot read the cache's rows, or that lacks ids."""
+    saved = find_model(local_model(name), step, "model")
+    if saved.config.absent_ids:
+        source = read_progress(saved.path, saved.step)["transplanted_from"]["path"]
+        raise InputError(
+            f"model is {saved.path}, which `salt transplant` made and which lacks ids: name the "
+            f"model that it made it of, {source}."
+        )
+    if cache.sequence_length > saved.config.max_length:
+        raise InputError(
+            f"The cache {cache.path} has rows of {cache.sequence_length} tokens and the model "
+            f"{saved.path} takes {saved.config.max_length}: prepare shorter rows."
+        )
+    return saved
+
+
+def _require_same(run: RunFolder, saved: SavedModel, cache: PackedCache) -> None:
+    """Refuses a folder that holds anything but this model with this vocabulary."""
+    steps = complete_steps(run.path)
+    there = read_progress(run.path, steps[-1])
+    made_of = there.get("transplanted_from", {}).get("digest")
+    if (made_of, there["vocabulary_fingerprint"]) != (saved.digest, cache.vocabulary_fingerprint):
+        raise InputError(f"{run.path} holds another model: choose another --output_dir.")
+    say(f"{run.path} has this model with this vocabulary already: nothing was done.")
 
 
 def _with_vocabulary(

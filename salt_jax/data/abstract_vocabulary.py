@@ -106,6 +106,10 @@ class Vocabulary(abc.ABC):
         """The names of special tokens by id."""
         return {}
 
+    def token(self, token_id: int) -> str | None:
+        """An id's name in the tokenizer's file, None if it has none."""
+        return None
+
     @abc.abstractmethod
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The text's ids, without an end of document; InputError if a part of it has no id.

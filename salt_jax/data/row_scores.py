@@ -256,7 +256,7 @@ class Selection:
             split=split,
             rows=rows,
             array_digest=file_digest(path / ROW_IDS_FILE),
-            how={**how, "later_scores": later.digest} if later else dict(how),
+            how={**how, "later_scores": later.digest[:12]} if later else dict(how),
             scores_digest=scores.digest if scores else None,
             cut=cut,
             scorer=scores.manifest["scorer"] if scores else None,

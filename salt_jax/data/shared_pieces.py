@@ -1,10 +1,13 @@
 """The ids of two vocabularies that stand for the same text."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
 
 from salt_jax.data.abstract_vocabulary import Vocabulary
+
+_STAND_IN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class SharedPieces(NamedTuple):
@@ -23,11 +26,10 @@ class SharedPieces(NamedTuple):
 def shared_pieces(vocabulary: Vocabulary, other: Vocabulary) -> SharedPieces:
     """Finds each id of `vocabulary` in `other`, by its bytes; end and start of document agree.
 
-    Of several ids with the same bytes the last one is shared: single bytes, which only stand in for
-    what has no piece, come before pieces.
+    Of several ids with the same bytes a piece is shared, not the single byte (<0x0A>) that stands
+    in for what no piece covers.
     """
-    own, found = ({piece: i for i, piece in enumerate(v.pieces)} for v in (vocabulary, other))
-    del found[b""]
+    own, found = _ids(vocabulary), _ids(other)
     ids_V = np.full(vocabulary.size, -1, np.int32)
     shared_V = np.zeros(vocabulary.size, bool)
     for token_id, piece in enumerate(vocabulary.pieces):
@@ -39,3 +41,13 @@ def shared_pieces(vocabulary: Vocabulary, other: Vocabulary) -> SharedPieces:
         ids_V[getattr(vocabulary, name)] = getattr(other, name)
     shared_V[vocabulary.eos_id] = True
     return SharedPieces(ids_V, shared_V)
+
+
+def _ids(vocabulary: Vocabulary) -> dict[bytes, int]:
+    """The id of each piece."""
+    ids: dict[bytes, int] = {}
+    for token_id, piece in enumerate(vocabulary.pieces):
+        is_known = piece in ids
+        if piece and not (is_known and _STAND_IN.fullmatch(vocabulary.token(token_id) or "")):
+            ids[piece] = token_id
+    return ids

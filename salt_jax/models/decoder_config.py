@@ -151,9 +151,8 @@ class DecoderConfig:
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.absent_ids and self.logits_soft_cap is not None:
             raise InputError(
-                f"The model has a logits_soft_cap of {self.logits_soft_cap}, below which every id "
-                "has some probability, so that none can be absent (absent_ids): choose another "
-                "model."
+                f"DecoderConfig.logits_soft_cap is {self.logits_soft_cap}: with a cap on logits no "
+                "id can have probability 0, which absent_ids is for: choose another model."
             )
         if self.rope_scaling is not None:
             self.rope_scaling.require_dimensions(self.rotary_dim)

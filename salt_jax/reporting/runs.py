@@ -206,7 +206,8 @@ class SelectionFolder:
     @property
     def stratified(self) -> bool:
         """Whether each subset has a cut of its own."""
-        return bool(self.selection.manifest["how"].get("stratified"))
+        how = self.selection.manifest["how"]
+        return bool(how.get("stratified") or how.get("most_of_subset"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

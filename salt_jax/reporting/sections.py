@@ -240,7 +240,8 @@ def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[Selection
                 score = ScoreConfig(**same[0].selection.manifest["score"])
                 scored = dataclasses.replace(scored, score=score)
             images.append(plots.score_plot(scored, [*same, *at_random]))
-    missing = [one.name for one in selections if one not in placed]
+    by_one = [s for s in selections if "later_scores" not in s.selection.manifest["how"]]
+    missing = [one.name for one in by_one if one not in placed]
     shown = [tables.scores_table(scores)] if scores else []
     shown += [tables.selections_table(selections)] if selections else []
     return Section("Scores of rows", "scores", {"missing": missing}, shown, images)
@@ -261,6 +262,8 @@ def _audit_sections(selections: Sequence[SelectionFolder]) -> Iterator[Section]:
 def _belongs(selected: SelectionFolder, scored: ScoreFolder) -> bool:
     """Whether a selection was made from these scores or, at random, from the same rows."""
     chosen, rows = selected.selection.manifest, scored.rows
+    if "later_scores" in chosen["how"]:
+        return False  # the differences of two folders' scores are on no plot
     if chosen["scores_digest"] is not None:
         return chosen["scores_digest"] == rows.digest
     is_within = selected.selection.row_ids.max(initial=-1) < rows.rows

@@ -83,7 +83,7 @@ class BucketLock:
         if not written:  # perhaps by an earlier try of this very request, whose answer was lost
             found, text = read_object(self._url)
             written = found if text == self._text else ""
-        self._generation = written
+        self._generation = written or self._generation
         return bool(written)
 
     def _beat_on(self) -> None:
@@ -96,8 +96,11 @@ class BucketLock:
         """Ends the process, whose lock is not its own any more, before it writes anything more."""
         from salt_jax.storage.run_folder import RUN_FILE
 
-        folder = self._url.rpartition("/")[0]
-        if read_object(self._url)[0] == read_object(f"{folder}/{RUN_FILE}")[0] == "0":
+        folder, is_emptied = self._url.rpartition("/")[0], False
+        with contextlib.suppress(BucketError):
+            left = [read_object(url)[0] for url in (self._url, f"{folder}/{RUN_FILE}")]
+            is_emptied = left == ["0", "0"]
+        if is_emptied:
             tell_at_once(
                 f"{folder} was emptied under this run, which ends: restore its objects and run the "
                 "same command again, or choose another --output_dir."

@@ -21,10 +21,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage import durable_files
 from salt_jax.storage.block_copies import InputFolder
-from salt_jax.storage.buckets import RemoteFolder, is_remote, path_of
+from salt_jax.storage.buckets import BucketError, RemoteFolder, is_remote, path_of
 from salt_jax.storage.job_journal import JobJournal
 from salt_jax.storage.json_files import no_link_out
 from salt_jax.storage.manifests import (
@@ -123,6 +123,16 @@ class RestartableShards:
             file.finish({"nan_rows": 0}, {"seconds": 1.5})
         """
         name = self._name(shard.index)
+        try:
+            with self._written(name, shard) as writer:
+                yield writer
+        except BucketError as error:
+            raise RunFailed(
+                f"{error} The shards that are finished are kept: run the same command again."
+            ) from error
+
+    @contextlib.contextmanager
+    def _written(self, name: str, shard: Shard) -> Iterator["ShardWriter"]:
         with durable_files.whole_file(self._journal.path / f"{name}{self.suffix}") as file:
             writer = ShardWriter(file)
             yield writer

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import inspect
 import json
 import math
 import pathlib
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import gin
 from salt_jax.errors import InputError
 from salt_jax.runtime.processes import Processes
 from salt_jax.storage import gin_files
@@ -36,6 +38,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 # The suffix after the step in Orbax's name of an incomplete checkpoint.
 UNFINISHED_CHECKPOINT = ".orbax-checkpoint-tmp"
 TENSORBOARD_FOLDER = "tensorboard"
+LOGS_FOLDER = "logs"  # of launch/tpu_vm.sh
 
 # `git archive` writes the commit here (.gitattributes).
 _ARCHIVED_COMMIT = "$Format:%H$"
@@ -185,7 +188,8 @@ class RunFolder:
             return
         if self.url and not is_remote(self.path):  # a mirror's
             return
-        if {path.name for path in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
+        own = {CONFIG_FILE, RUN_FILE, LOCK_FILE, LOGS_FOLDER}
+        if {path.name for path in self.path.iterdir()} <= own:
             self.withdraw()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -240,6 +244,8 @@ class RunFolder:
     ) -> tuple[list[str], list[str]]:
         """How this run's settings differ from those in the folder, a phrase for each; see `begin`.
 
+        A setting that an older version did not have is no difference at its default.
+
         Returns:
           All differences, and those that `may_change` doesn't allow.
         """
@@ -252,8 +258,8 @@ class RunFolder:
                 "or choose another --output_dir; --initial, --teacher and the other verbs take it."
             )
         now, own = _settings(self.config()), f"{self.verb}.{self.verb}."
-        changes = {}
-        for name in sorted(before.keys() | now.keys()):
+        changes, unknown = {}, _defaults_alone(now, now.keys() - before.keys())
+        for name in sorted((before.keys() | now.keys()) - unknown):
             was, is_now = (
                 repr(settings[name]) if name in settings else "unset" for settings in (before, now)
             )
@@ -306,6 +312,32 @@ def _settings(config: str) -> dict[str, Any]:
     """The settings in a configuration's text, by name."""
     bindings = gin_files.bindings_in(gin_files.statements_in(config))
     return {name: binding.value for name, binding in bindings}
+
+
+def _defaults_alone(settings: Mapping[str, Any], names: Collection[str]) -> set[str]:
+    """Those of the names that are at their default, and the macros that only such settings use."""
+    found = set()
+    for name in names:
+        owner, _, argument = name.rpartition(".")
+        value = settings[name]
+        macro = next((one.macro for one in gin_files.references_in(value)), "")
+        value = settings.get(macro, value) if macro in names else value
+        try:
+            made = gin.get_configurable(owner)
+        except ValueError:  # there is none: a macro, or another version's
+            continue
+        if isinstance(made, type):  # gin's own subclass takes any arguments
+            made = next(one for one in made.__mro__ if "__init__" in vars(one))
+        parameters = inspect.signature(made).parameters
+        if argument in parameters and repr(parameters[argument].default) == repr(value):
+            found |= {name, macro} - {""}
+    used_elsewhere = {
+        one.macro
+        for name, value in settings.items()
+        if name not in found
+        for one in gin_files.references_in(value)
+    }
+    return found - used_elsewhere
 
 
 def _may(name: str, settings: Sequence[tuple[str, Any]], may_change: Collection[str]) -> bool:

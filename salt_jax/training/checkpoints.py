@@ -42,8 +42,8 @@ class CheckpointConfig:
 
     Attributes:
       save_every: Steps between checkpoints; 0 saves only keep_steps and the last step.
-      save_minutes: Also saves after the first step that ends so many minutes or more after the last
-        save began, with several processes after the second one to follow it; 0: never.
+      save_minutes: Also saves after the first step once that many minutes have passed since the
+        last save began, two steps later with several processes; 0: never.
       keep_last: How many of the newest to keep.
       keep_every: Also keep steps that are multiples of this; 0 keeps none.
       keep_steps: Steps that are always saved and kept (the scorer's early checkpoint, say).

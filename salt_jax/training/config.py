@@ -313,8 +313,8 @@ class TrainConfig:
         if self.fork_from is not None and type(self.method.schedule) is not Step:
             raise InputError(
                 f"fork_from is {self.fork_from} and the schedule is "
-                f"{type(self.method.schedule).__name__}, whose ω depends on more than whether n_kd "
-                "is over: leave fork_from unset, or choose the schedule Step."
+                f"{type(self.method.schedule).__name__}: it needs the schedule Step, which has an "
+                "n_kd (--gin_file=methods/salt.gin), or leave fork_from unset."
             )
         if self.fork_from is not None and self.flops_of is not None:
             raise InputError(

@@ -17,8 +17,9 @@ from salt_jax.distill.schedules import Step
 from salt_jax.errors import InputError
 from salt_jax.storage.buckets import RemoteFolder, is_remote, path_of
 from salt_jax.storage.durable_files import write_text
-from salt_jax.storage.local_copies import local_run
+from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.run_folder import (
+    CHECKPOINTS_FOLDER,
     FORK_FILE,
     METRICS_FILE,
     UNFINISHED_CHECKPOINT,
@@ -49,6 +50,7 @@ class Fork:
         counters = read_progress(self.trunk, self.step)["counters"]
         saved = counters["student_flops"] + counters["teacher_flops"]
         facts = {"trunk": os.fspath(self.trunk), "step": self.step, "saved_flops": saved}
+        run.processes.require_same(fork=f"step {self.step} of {self.trunk}")
         if run.processes.is_first:
             text = (self.trunk / METRICS_FILE).read_text(encoding="utf-8")
             lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
@@ -62,7 +64,8 @@ class Fork:
     def _copy_checkpoint(self, target: pathlib.Path) -> None:
         trunk = self.trunk
         if is_remote(trunk):
-            trunk = local_run(os.fspath(trunk), self.step)
+            own = f"{CHECKPOINTS_FOLDER}/{self.step}/"
+            trunk = local_folder(os.fspath(trunk), lambda name: name.startswith(own))
         source = checkpoints_of(trunk) / str(self.step)
         if is_remote(target):
             names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
@@ -87,9 +90,13 @@ def find_fork(config: TrainConfig, run: RunFolder, may_differ: Collection[str]) 
       InputError: The trunk is not a run with checkpoints, has other settings, or no checkpoint up
         to n_kd.
     """
-    if config.fork_from is None or complete_steps(run.path):
+    if config.fork_from is None:
         return None
     schedule, given = config.method.schedule, f"fork_from is {config.fork_from}"
+    if path_of(config.fork_from).resolve() == run.path.resolve():
+        raise InputError(f"{given}, the output folder itself: name another run.")
+    if complete_steps(run.path):
+        return None
     assert isinstance(schedule, Step), "TrainConfig refuses the others"
     trunk = path_of(config.fork_from)
     there = dataclasses.replace(run, path=trunk)

@@ -123,6 +123,8 @@ class Loop:
                     programs = self._compile()
                 with waiting_for("the evaluation's program to compile"):
                     self._compile_the_rest(state)
+            # Before what the first process alone does, since the others ask it after each step.
+            self._save_clock = SaveClock(config.checkpoints.save_minutes)
             project, wandb_run = config.monitoring.wandb_project, None
             if project is not None and processes.is_first:
                 settings = json.loads(to_json(dataclasses.asdict(config)))
@@ -153,7 +155,6 @@ class Loop:
         last = self.config.steps
         evaluation: EvaluationResult | None = None
         pending: Pending | None = None
-        self._save_clock = SaveClock(self.config.checkpoints.save_minutes)
         self._ledger.start_clock()
         self._wall.begin_steps()
         for done in range(first_step + 1, last + 1):

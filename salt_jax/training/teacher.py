@@ -15,6 +15,7 @@ from salt_jax.data.row_scores import Selection
 from salt_jax.data.soft_labels import StoredLabels
 from salt_jax.distill import losses
 from salt_jax.distill.gates import require_gate_of_labels
+from salt_jax.distill.schedules import Adaptive
 from salt_jax.errors import InputError
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.training import flops, partitioning
@@ -92,6 +93,12 @@ def find_teacher(config: TrainConfig, cache: PackedCache) -> SavedModel:
         )
     if config.has_soft_term:
         losses.check_vocab_size(method.loss, ids, ids, ids - lacks, None)
+    if model.config.absent_ids and isinstance(method.schedule, Adaptive):
+        raise InputError(
+            f"The teacher {teacher.path} was trained with another vocabulary, and has no loss on "
+            "tokens that it lacks, which the schedule Adaptive would need: choose the schedule "
+            "Step (--gin_file=methods/salt_top_k.gin)."
+        )
     if config.has_soft_term and model.config.absent_ids and not method.loss.teacher_top_k:
         raise InputError(
             f"The teacher {teacher.path} was trained with another vocabulary and cannot predict "

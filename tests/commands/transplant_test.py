@@ -30,7 +30,7 @@ def salt(verb: str, *flags: str, to: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Caches of one text with 600 and 500 ids, and a model of the first."""
+    """Caches of one text with 500 and 600 ids, and a model of the first."""
     folder = tmp_path_factory.mktemp("transplant")
     text = (
         "--gin_file=data/text.gin",
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     )
     text += ("--gin.text_files.TextFiles.piece_bytes=500", "--workers=1")
     text += ("--gin.text_files.TextFiles.validation_fraction=0.1",)
-    for name, size in (("theirs", 600), ("ours", 500)):
+    for name, size in (("theirs", 500), ("ours", 600)):
         salt("prepare", *text, f"--gin.VOCABULARY_SIZE={size}", to=folder / name)
     method = ("--gin_file=methods/baseline.gin", f"--cache={folder / 'theirs'}", "--steps=4")
     salt("train", *SMALL, *method, to=folder / "model")
@@ -121,8 +121,27 @@ def test_a_tokenizer_that_shares_too_little_is_refused(
     assert "least_shared" in capfd.readouterr().err
     assert not (folder / "none").exists()
     again = [*where, "--least_shared=0", f"--output_dir={teacher}"]
-    assert main(["transplant", *again]) == 2
+    assert main(["transplant", *again]) == 0
+    assert "nothing was done" in capfd.readouterr().out
+    theirs = [again[0], f"--cache={folder / 'theirs'}", again[-1]]
+    assert main(["transplant", *theirs]) == 2
     assert "another --output_dir" in capfd.readouterr().err
+    twice = [f"--model={teacher}", where[1], f"--output_dir={folder / 'none'}"]
+    assert main(["transplant", *twice]) == 2
+    assert f"{folder / 'model'}" in capfd.readouterr().err
+
+
+def test_with_its_own_vocabulary_it_loses_nothing(folder: pathlib.Path) -> None:
+    where = (
+        f"--model={folder / 'model'}",
+        f"--cache={folder / 'theirs'}",
+        "--rows=8",
+        "--least_shared=0.5",
+    )
+    found = json.loads((salt("transplant", *where, to=folder / "own") / "summary.json").read_text())
+    assert found["shared_tokens"] == 1.0
+    # What is missing is that of the bytes that stand in for letters which have pieces.
+    assert found["shared_probability"] > 0.5
 
 
 def test_it_is_not_exported(

@@ -4,7 +4,7 @@ from salt_jax.data.shared_pieces import shared_pieces
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.preparation.trained_vocabulary import TrainedVocabulary
 
-TEXT = ["the then there and sand hand in the land of thin things, é è"] * 9
+TEXT = ["the then there and sand hand\n in the land\t of thin things, é è"] * 9
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,10 @@ def test_a_missing_flag_is_one_sentence(launch: Any, script: str, flag: str) -> 
         (["--", "train", "--output_dir"], "--output_dir is missing"),
         (["--", "train", "--output_dir=run"], "--output_dir is 'run', expected the whole path"),
         (["--", "train", "--output_dir=s3://b/run"], "--output_dir is 's3://b/run', expected the"),
-        (["--", "score", "--output_dir=gs://b/run"], "--output_dir is 'gs://b/run', expected the"),
+        (
+            ["--", "evaluate", "--output_dir=gs://b/run"],
+            "--output_dir is 'gs://b/run', expected the",
+        ),
         (["--", "train", "--output_dir=/x", "--output_dir", "y"], "--output_dir is 'y', expected"),
         (["--", "generate", "--output_dir=/x"], "salt generate runs in one process"),
     ],

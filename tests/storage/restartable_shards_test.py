@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage.block_copies import InputFolder
 from salt_jax.storage.restartable_shards import FinishedShards, RestartableShards, Shard
 
@@ -170,3 +170,15 @@ def test_shards_of_no_rows_are_refused(tmp_path):
     with pytest.raises(InputError, match="shard_rows is 0 and must be at least 1"):
         of(tmp_path, shard_rows=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_that_refuses_a_shard_fails_the_run_and_keeps_the_others(bucket, tmp_path):
+    shards = of("gs://bucket/pass").begin()
+    first, second, *_ = shards.unfinished()
+    make(shards, first)
+    bucket.denying = True
+    with pytest.raises(RunFailed, match="shards that are finished are kept"):
+        make(shards, second)
+    bucket.denying = False
+    assert first not in of("gs://bucket/pass").unfinished()
+    assert second in of("gs://bucket/pass").unfinished()
