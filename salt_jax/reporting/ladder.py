@@ -216,14 +216,15 @@ def ladder_table(ladder: Ladder) -> Table:
         yield _format(ladder.trend(arm), 1, 3, "", 1.0)
 
     reference, seeds = ladder.arms[0], sorted({*ladder.seeds})
+    of_seeds = f"With 95% bands by bootstrap over {' or '.join(map(str, seeds))} seeds of a size"
     return Table(
         title=f"FLOPs saved to reach the loss of {reference}, by its parameters",
         columns=("arm", "α", *(f"{size:,}" for size in ladder.sizes), "ratio where FLOPs × 10"),
         rows=tuple(tuple(row(arm)) for arm in range(len(ladder.arms))),
-        note=f"With 95% bands by bootstrap over {' or '.join(map(str, seeds))} seeds of a size; * "
-        "marks those that exclude 0, and in the last column 1. That is the factor by which an "
-        f"arm's share of {reference}'s FLOPs changes where these grow tenfold: below 1 it saves "
-        "more as models grow.",
+        note=f"{'One seed a size, so no bands' if seeds == [1] else of_seeds}; * marks bands that "
+        "exclude 0, and in the last column 1. That is the factor by which an arm's share of "
+        f"{reference}'s FLOPs changes where these grow tenfold: below 1 it saves more as models "
+        "grow.",
     )
 
 

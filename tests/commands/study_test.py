@@ -236,7 +236,7 @@ def test_arms_and_seeds_to_a_page_with_intervals(
     student = json.loads((output / "baseline/seed-0/summary.json").read_text())["student_flops"]
     teacher = json.loads((output / "salt/seed-0/summary.json").read_text())["teacher_flops"]
     assert forks["saved_flops"] == pytest.approx(2 * (student / 2 + teacher))
-    assert f"2 forks saved {forks['saved_flops']:.3g} of " in printed
+    assert f"Forks: 2, which saved {forks['saved_flops']:.3g} of " in printed
     # Another step count under a finished arm's name is refused before anything runs.
     gin.write_text(gin.read_text().replace("'--gin.N_KD=1'", "'--gin.N_KD=0'"))
     assert main([*command, "--seeds=2"]) == 2
