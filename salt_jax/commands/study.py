@@ -133,9 +133,8 @@ def _saved_by_forks(runs: Sequence[pathlib.Path]) -> dict[str, float]:
     total = sum(one["train_flops"] for one in counted)
     less = sum(one["saved_flops"] for one in saved)
     if saved:
-        say(
-            f"Forks: {len(saved)}, which saved {less:.3g} of {total:.3g} train FLOPs ({less / total:.1%})"
-        )
+        share = f"{less / total:.1%}"
+        say(f"Forks: {len(saved)}, which saved {less:.3g} of {total:.3g} train FLOPs ({share})")
     return {"runs": len(saved), "saved_flops": less, "train_flops": total}
 
 

@@ -108,8 +108,7 @@ def test_a_run_that_another_process_has_continued_can_be_started_again(
 ) -> None:
     """Between the look for its newest checkpoint and the lock."""
     run = run_train(steps=2)
-    position = train._position
-    seen = iter([Position(), position(RunFolder(run, "train"))])
-    monkeypatch.setattr(train, "_position", lambda _: next(seen))
+    seen = iter([(Position(), {}), train._newest(RunFolder(run, "train"), None)])
+    monkeypatch.setattr(train, "_newest", lambda *_: next(seen))
     with pytest.raises(Interrupted, match="by another process: run the same command again"):
         run_train(run, steps=2)
