@@ -65,8 +65,6 @@ def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     named = {name: value for name, value in written.items() if value is not None}
     if scaling.kind == "longrope":
         named["short_factor"] = named["long_factor"] = list(scaling.divisors)
-        # Some readers would make it of the exported lengths, which are equal.
-        named["attention_factor"] = scaling.amplitude
     return {"rope_type": scaling.kind, **named}
 
 

@@ -49,7 +49,8 @@ class RopeScaling:
             raise InputError(f"RopeScaling.kind is {self.kind!r}; set it to one of {KINDS}.")
         if not 1.0 <= self.factor < math.inf:
             raise InputError(f"RopeScaling.factor is {self.factor}; set it to at least 1.")
-        if self.kind != "linear" and self.original_length < 1:
+        least = 2 if self.kind == "longrope" else 1
+        if self.kind != "linear" and self.original_length < least:
             raise InputError(
                 f"RopeScaling.original_length is {self.original_length}; set it to the tokens of "
                 "the context before scaling."
@@ -64,6 +65,8 @@ class RopeScaling:
                 f"RopeScaling.beta_slow is {self.beta_slow} and beta_fast {self.beta_fast}; set "
                 "both above 0 and the first to at most the second."
             )
+        if self.kind == "longrope":  # so that exports state it: readers differ in its default
+            object.__setattr__(self, "attention_factor", self.amplitude)
 
     def require_dimensions(self, rotary_dim: int) -> None:
         """Refuses divisors that are not one for each of rotary_dim / 2 frequencies."""
