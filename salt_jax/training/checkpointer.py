@@ -10,18 +10,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.runtime.key_value_store import KeyValueStore
 from salt_jax.storage.buckets import BucketError, as_bucket_errors, is_remote
 from salt_jax.storage.run_folder import UNFINISHED_CHECKPOINT
-from salt_jax.training.checkpoint_digests import (
-    check_together,
-    is_whole,
-    own_digests,
-    write_digests,
-)
+from salt_jax.training.checkpoint_digests import check_together, own_digests, write_digests
 from salt_jax.training.checkpoint_items import ARRAYS, ITEMS, item_handlers, reading
 from salt_jax.training.checkpoints import CheckpointConfig, checkpoints_of
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -53,7 +47,6 @@ class Checkpointer:
         self._saving: int | None = None
         self._lost: set[int | None] = set()
         self._manager = self._open()
-        self._finish_removals()
 
     def _open(self) -> ocp.CheckpointManager:
         config = self._config
@@ -72,15 +65,6 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
-
-    def _finish_removals(self) -> None:
-        """Removes what is left of older checkpoints whose removal a kill cut short."""
-        older = sorted(self._manager.all_steps())[: -self._config.keep_last]
-        removed = [step for step in older if not self._config.keeps(step)]
-        removed = [step for step in removed if not is_whole(self._folder / str(step))]
-        multihost_utils.sync_global_devices("looked")  # before process 0 removes any
-        for step in removed:
-            self._manager.delete(step)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step."""

@@ -35,17 +35,6 @@ def test_keeps_what_is_asked_for(run_train: Run) -> None:
     assert len(found) <= 4
 
 
-def test_what_a_kill_left_of_a_removal_is_removed(run_train: Run, tmp_path: pathlib.Path) -> None:
-    """Also by a run that has ended; whole ones and those to be kept stay."""
-    run_train(tmp_path, checkpoints=CheckpointConfig(save_every=1, keep_every=1))
-    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
-    for step in (1, 2):
-        next((tmp_path / f"checkpoints/{step}/optimizer/d").iterdir()).unlink()
-    (tmp_path / "checkpoints/3/digests.json").unlink()
-    run_train(tmp_path, checkpoints=CheckpointConfig(keep_steps=(1,)))
-    assert steps_of(tmp_path) == [1, 4, 5, 6]
-
-
 def test_params_load_on_another_mesh(slm: pathlib.Path) -> None:
     model = find_model(slm, 4, "teacher")
     sharded = model.load_params(MeshConfig(fsdp=4, tensor=2).make())
