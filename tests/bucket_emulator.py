@@ -297,6 +297,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         content, status = self.store.objects[key], 200
         headers = {"ETag": self.store.etag(key), "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        if self._is_google:  # named by TensorStore when it writes what it has read again
+            headers["x-goog-generation"] = self.store.generation(key)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted:
             first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)

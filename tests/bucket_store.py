@@ -80,7 +80,8 @@ class BucketStore:
 
     def names(self, folder: str) -> set[str]:
         """Of a folder's objects, relative to it."""
-        return {n.removeprefix(f"{folder}/") for n in self.objects if n.startswith(f"{folder}/")}
+        names = list(self.objects)  # which other threads change
+        return {name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")}
 
     def wait_for(self, name: str) -> bool:
         """Returns when there is an object whose name matches; False after three minutes."""

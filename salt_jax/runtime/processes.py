@@ -75,6 +75,12 @@ class Processes:
         if self._pulse is not None:
             self._pulse.stop(reason)
 
+    def fail(self, sentence: str) -> None:
+        """Ends this process at once, from any thread, with exit code 1, if there are others, which
+        are told why; the main thread may be blocked, waiting for them."""
+        if self._pulse is not None:
+            self._pulse.fail(sentence)
+
     def wait_for_missing(self) -> None:
         """After an error that a missing process may have caused: waits long enough to detect that,
         which ends this process."""

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from salt_jax.errors import INTERRUPTED
 from salt_jax.runtime import environment
@@ -75,6 +75,10 @@ class Pulse:
             if thread.ident is not None:
                 thread.join(self._beat_seconds)
 
+    def fail(self, sentence: str) -> NoReturn:
+        """Ends this process at once, from any thread, with exit code 1; the others are told why."""
+        self._exit(1, sentence, ended=sentence[:_REASON_CHARACTERS])
+
     def wait(self) -> None:
         """Waits as long as it takes to find out that a process is missing, which ends this one."""
         if self._threads[1].ident is not None:  # else another process failed before all had begun
@@ -115,11 +119,18 @@ class Pulse:
         while not self._stopped.wait(self._beat_seconds):
             lost = self.lost()
             if lost and not self._stopped.is_set():
-                tell_at_once(f"{lost}: run the same command on every host again to resume.")
-                if self._index == 0:  # the store ends with this process, and jax aborts the others
-                    self._write(lost=lost[:_REASON_CHARACTERS])
-                    time.sleep(3 * self._beat_seconds)
-                os._exit(INTERRUPTED)  # the main thread may be blocked forever
+                sentence = f"{lost}: run the same command on every host again to resume."
+                news = {"lost": lost[:_REASON_CHARACTERS]} if self._index == 0 else {}
+                self._exit(INTERRUPTED, sentence, **news)
+
+    def _exit(self, code: int, sentence: str, **news: str) -> NoReturn:
+        """Ends this process, whose main thread may be blocked forever."""
+        tell_at_once(sentence)
+        if news:
+            self._write(**news)
+        if self._index == 0:  # the store ends with this process, and jax aborts the others
+            time.sleep(3 * self._beat_seconds)
+        os._exit(code)
 
     def _state(self, index: int) -> dict[str, Any]:
         """The state a process last wrote; its last known state if there is no answer."""

@@ -5,6 +5,8 @@ import errno
 import itertools
 import json
 import pathlib
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from salt_jax.errors import RunFailed
 from salt_jax.runtime.key_value_store import KeyValueStore
 from salt_jax.storage.buckets import BucketError, as_bucket_errors, is_remote
 from salt_jax.storage.run_folder import UNFINISHED_CHECKPOINT
@@ -27,12 +30,14 @@ _STORE_SECONDS = 10.0
 class Checkpointer:
     """The checkpoints of one run.
 
-    A disk that is too full for a checkpoint is reported, and the older ones stay.
+    A checkpoint that the disk or the bucket refuses is reported, and the older ones stay; it ends
+    a run of several processes, since those that wrote their part can't go on without the others.
 
     Args:
       run_path: The run's folder.
       config: When to save, what to keep.
       report: Called with a sentence about what went wrong.
+      fail: Ends this process and the others, with a sentence; called in the background.
     """
 
     def __init__(
@@ -40,9 +45,11 @@ class Checkpointer:
         run_path: pathlib.Path,
         config: CheckpointConfig,
         report: Callable[[str], None] = print,
+        fail: Callable[[str], None] = print,
     ) -> None:
         self._folder = checkpoints_of(run_path)
-        self._config, self._report = config, report
+        self._config, self._report, self._fail = config, report, fail
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
         self._is_remote = is_remote(self._folder)
         self._saving: int | None = None
         self._lost: set[int | None] = set()
@@ -62,9 +69,21 @@ class Checkpointer:
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._seal, barrier_sync_fn=self._wait_for_others
+                ),
             ),
         )
+
+    def _wait_for_others(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier. Its background thread comes here after an error too, while the others
+        wait at an earlier one."""
+        error = sys.exception()
+        if error and threading.current_thread() is not threading.main_thread():
+            lost = jax.errors.JaxRuntimeError  # another process, which its missing beat names
+            if not isinstance(error, lost) and not isinstance(error.__cause__, lost):
+                self._fail(self._failure(self._reason(error) or f"{type(error).__name__}: {error}"))
+        self._barrier(key=key, timeout_ms=timeout_ms)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step."""
@@ -165,16 +184,14 @@ class Checkpointer:
         """Reports a full disk or a bucket's error, and reopens the manager, which still lists the
         lost step; if that can't be reached either, later."""
         try:
-            with as_bucket_errors(self._folder, "written"):
-                yield
+            yield
             return
-        except BucketError as error:
-            reason, remedy = str(error), "It will be tried again with the next checkpoint."
-        except (OSError, ValueError, RuntimeError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full and "No space left" not in str(error) and "quota" not in str(error):
+        except Exception as error:
+            reason = self._reason(error)
+            if not reason:
                 raise
-            reason, remedy = f"no space left on the disk of {self._folder}.", "Make room."
+            if jax.process_count() > 1:
+                raise RunFailed(self._failure(reason)) from error
         self._lost.add(self._saving)
         with contextlib.suppress(BucketError), as_bucket_errors(self._folder, "read"):
             self._manager = self._open()
@@ -183,8 +200,27 @@ class Checkpointer:
         self._report(
             f"THE CHECKPOINT OF STEP {self._saving} COULD NOT BE WRITTEN: {reason} Training "
             f"continues, and the newest checkpoint is "
-            f"{f'that of step {newest}' if newest is not None else 'none'}. {remedy}"
+            f"{f'that of step {newest}' if newest is not None else 'none'}. It will be "
+            "tried again with the next checkpoint."
         )
+
+    def _failure(self, reason: str) -> str:
+        return (
+            f"The checkpoint of step {self._saving} could not be written: {reason} Run the same "
+            "command on every host again to resume from an older one."
+        )
+
+    def _reason(self, error: BaseException) -> str:
+        """Why the disk or the bucket did not take a checkpoint; "" for an error of another kind."""
+        try:
+            with as_bucket_errors(self._folder, "written"):
+                raise error
+        except BucketError as refused:
+            return str(refused)
+        except BaseException:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = full or "No space left" in str(error) or "quota" in str(error)
+            return f"no space left on the disk of {self._folder}: make room." if full else ""
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

@@ -108,7 +108,9 @@ class Loop:
         """
         config, waiting_for = self.config, self._watch.waiting_for
         processes = self.folder.processes
-        self._checkpointer = Checkpointer(self.folder.path, config.checkpoints, self._report)
+        self._checkpointer = Checkpointer(
+            self.folder.path, config.checkpoints, self._report, processes.fail
+        )
         with (
             self._watch,
             self._wall,

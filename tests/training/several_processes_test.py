@@ -25,6 +25,7 @@ from tests.bucket_emulator import BucketEmulator
 pytestmark = pytest.mark.slow
 
 STEPS = 12
+ENDING_SECONDS = 300
 SURVIVORS_SECONDS = 60  # the promise: nobody waits longer than this for a process that is gone
 
 
@@ -82,12 +83,19 @@ class Together:
         ]
         _started.extend(self.members)
 
-    def end(self, timeout: float | None = None) -> list[tuple[int, str]]:
-        """Exit code and text of each."""
-        ended = []
-        for member in self.members:
-            text, _ = member.communicate(timeout=timeout)
+    def end(self, timeout: float = ENDING_SECONDS) -> list[tuple[int, str]]:
+        """Exit code and text of each. The test fails, with the texts, if one does not end."""
+        ended, is_late = [], False
+        for index, member in enumerate(self.members):
+            try:
+                text, _ = member.communicate(timeout=0 if is_late else timeout)
+            except subprocess.TimeoutExpired:
+                is_late = True
+                self.kill(index)
+                text, _ = member.communicate()
             ended.append((member.returncode, text))
+        if is_late:
+            pytest.fail(f"not ended after {timeout} s:\n" + "\n\n".join(text for _, text in ended))
         return ended
 
     def kill(self, index: int) -> None:
@@ -334,10 +342,11 @@ def test_in_a_bucket_each_of_three_is_killed_and_others_go_on(
     typed = [*typed[:-2], "--output_dir=gs://bucket/runs/a", typed[-1]]
     bucket.take(slm, "bucket/slm")
     typed[typed.index(f"--teacher={slm}")] = "--teacher=gs://bucket/slm"
-    typed.append("--teacher.step=12")
+    typed += ["--teacher.step=12", "--hang_seconds=90"]
     for victim, (count, devices), step in [(2, (3, 2), 3), (1, (2, 3), 6), (0, (3, 2), 9)]:
         together = Together(count, devices, typed)
-        assert bucket.wait_for(f"bucket/runs/a/checkpoints/{step}/commit_success.txt")
+        if not bucket.wait_for(f"bucket/runs/a/checkpoints/{step}/commit_success.txt"):
+            pytest.fail(f"nothing was saved after step {step}: {together.end(timeout=0)}")
         together.kill(victim)
         ended = together.end(timeout=SURVIVORS_SECONDS)
         assert {code for code, _ in ended} <= {75, -signal.SIGKILL}, ended
@@ -351,3 +360,28 @@ def test_in_a_bucket_each_of_three_is_killed_and_others_go_on(
     lines = bucket.objects["bucket/runs/a/metrics.jsonl"].decode().splitlines()
     steps = {json.loads(line)["step"] for line in lines if '"train"' in line}
     assert steps == {*range(1, STEPS + 1)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_checkpoint_that_the_bucket_refuses_to_one_ends_all(
+    refused: int, cache: PackedCache, slm: pathlib.Path, bucket: BucketEmulator
+) -> None:
+    """At once, though the others wait for its part of the checkpoint."""
+
+    class _Refused(set[str]):
+        def __contains__(self, name: object) -> bool:
+            return f"checkpoints/6/params/ocdbt.process_{refused}/" in str(name)
+
+    bucket.failing_names = _Refused()
+    typed = training(cache, slm, pathlib.Path("-"))
+    typed = [*typed[:-1], "--output_dir=gs://bucket/runs/a"]
+    ended = Together(2, 1, typed).end(timeout=SURVIVORS_SECONDS)
+    codes = [1, 75] if refused == 0 else [75, 1]
+    assert [code for code, _ in ended] == codes, ended
+    said = "The checkpoint of step 6 could not be written: gs://bucket/runs/a"
+    assert f"salt: {said}" in ended[refused][1]
+    assert f"salt: process {refused} of 2" in ended[1 - refused][1]
+    assert said in ended[1 - refused][1]
+    assert bucket.names("bucket/runs/a/checkpoints/3") >= {"commit_success.txt"}
+    assert "commit_success.txt" not in bucket.names("bucket/runs/a/checkpoints/6")
