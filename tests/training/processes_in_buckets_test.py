@@ -7,7 +7,13 @@ import pytest
 
 from salt_jax.data.packed_cache import PackedCache
 from tests.bucket_emulator import BucketEmulator
-from tests.training.several_processes_test import Together, _none_is_left, run  # noqa: F401
+from tests.training.monitoring_test import profiled_steps
+from tests.training.several_processes_test import (
+    Together,
+    _none_is_left,  # noqa: F401 (a fixture)
+    run,
+    training,
+)
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gcsfs")
@@ -29,3 +35,20 @@ def test_the_first_mirrors_what_is_evaluated_together(
     for code, text in Together(2, 1, flags).end():
         assert code == 2, text
         assert "each process of `salt score` writes a part, which it can't to s3://" in text
+
+
+def test_a_profile_of_each_and_the_newest_teacher(
+    cache: PackedCache, slm: pathlib.Path, bucket: BucketEmulator, tmp_path: pathlib.Path
+) -> None:
+    bucket.take(slm, "bucket/slm")
+    typed = training(cache, slm, tmp_path, steps=4)
+    typed[typed.index(f"--teacher={slm}")] = "--teacher=gs://bucket/slm"
+    run(2, 1, [*typed[:-1], "--profile_steps=2:3", "--output_dir=gs://bucket/run"])
+    assert json.loads(bucket.objects["bucket/run/summary.json"])["teacher"]["step"] == 12
+    for name in bucket.names("bucket/run/profile"):
+        process, _, file = name.rpartition("/")[2].partition(".")
+        there = tmp_path / process / "profile/plugins/profile/steps_2_3" / file
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(bucket.objects[f"bucket/run/profile/{name}"])
+    for process in (0, 1):
+        assert profiled_steps(tmp_path / f"process_{process}", "steps_2_3") == {2, 3}
