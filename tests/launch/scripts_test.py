@@ -215,6 +215,17 @@ def test_the_lock_has_what_the_container_builds_with() -> None:
         assert re.search(rf"^{name}==", lock, re.MULTILINE)
 
 
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_what_extras_add_fits_the_lock(python: str) -> None:
+    pins = [
+        dict(line.partition(";")[0].strip().split("==") for line in path.read_text().splitlines())
+        for path in (ROOT / f"requirements/{kind}-{python}.txt" for kind in ("lock", "extras"))
+    ]
+    assert pins[1]["jax-cuda13-plugin"] == pins[1]["jax-cuda13-pjrt"] == pins[0]["jax"]
+    assert "wandb" in pins[1]
+    assert not pins[0].keys() & pins[1].keys()
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
 def test_an_archive_knows_its_commit() -> None:
     """`git archive` replaces the marker by the commit; a clone has the marker."""
