@@ -88,8 +88,8 @@ among_several() {
   local verb=${command[1]}
   grep --quiet 'several_processes=True' "$root/salt_jax/commands/$verb.py" ||
     refuse "salt $verb runs in one process, and this starts several: run it on one machine, without a launcher."
-  [[ $output_dir == /* || $verb == @(train|score) && $output_dir == gs://* ]] ||
-    refuse "--output_dir is '$output_dir', expected the whole path of a folder that all hosts share, or for salt train and salt score gs://BUCKET/FOLDER."
+  [[ $output_dir == @(/*|gs://*) || $verb == evaluate && $output_dir == s3://* ]] ||
+    refuse "--output_dir is '$output_dir', expected the whole path of a folder that all hosts share, or gs://BUCKET/FOLDER (for salt evaluate also s3://)."
   [[ " ${command[*]}" == *" --multi_process="* ]] || command+=(--multi_process=True)
 }
 

@@ -87,12 +87,13 @@ def _run(argv: list[str]) -> int:
         return _run_guarded(argv)
     if arguments.safe_gin:
         os.environ[SAFE_GIN] = "1"
-    verb, is_direct = configure(arguments), _is_direct(arguments)
-    if several and is_remote(arguments.output_dir) and not is_direct:
+    verb = configure(arguments)
+    from_all = load_verb(arguments.verb).writes_to_buckets
+    if several and from_all and arguments.output_dir.startswith("s3://"):
         raise InputError(
-            f"--output_dir={arguments.output_dir} is not a folder that several processes can "
-            "share: name one in gs:// (`salt train` and `salt score` alone), or mount the bucket "
-            "(gcsfuse, s3fs)."
+            f"--output_dir={arguments.output_dir}: each process of `salt {arguments.verb}` writes "
+            "a part, which it can't to s3:// (Orbax, which writes checkpoints, has no S3): name a "
+            "folder in gs://, or mount the bucket (s3fs)."
         )
     _quiet_libtpu()
     together = _join(arguments)
@@ -102,7 +103,7 @@ def _run(argv: list[str]) -> int:
             versions=str([versions.get(name) for name in ("salt_jax", "jax", "jaxlib")]),
             settings=f"{arguments.verb} {settings_of_all()}",
         )
-    with RunLock() as lock, _mirrored(arguments) as mirror:
+    with RunLock() as lock, _mirrored(arguments, together) as mirror:
         folder = RunFolder(
             path=mirror.path if mirror else path_of(arguments.output_dir),
             url=arguments.output_dir if is_remote(arguments.output_dir) else "",
@@ -177,16 +178,15 @@ def _join(arguments: Arguments) -> processes.Processes:
     return together
 
 
-def _is_direct(arguments: Arguments) -> bool:
-    """Whether the verb itself writes to the bucket."""
-    is_gs = arguments.output_dir.startswith("gs://")
-    return is_gs and load_verb(arguments.verb).writes_to_buckets
-
-
-def _mirrored(arguments: Arguments) -> contextlib.AbstractContextManager[Mirror | None]:
-    """Mirrors the output to a bucket if --output_dir is in one."""
-    if is_remote(arguments.output_dir) and not _is_direct(arguments):
-        return Mirror(arguments.output_dir, arguments.verb)
+def _mirrored(
+    arguments: Arguments, together: processes.Processes
+) -> contextlib.AbstractContextManager[Mirror | None]:
+    """Mirrors the output to a bucket, unless the verb itself writes there. Of several processes
+    only the first has any: the others read the bucket's."""
+    url = arguments.output_dir
+    is_direct = url.startswith("gs://") and load_verb(arguments.verb).writes_to_buckets
+    if is_remote(url) and not is_direct and together.is_first:
+        return Mirror(url, arguments.verb)
     return contextlib.nullcontext()
 
 

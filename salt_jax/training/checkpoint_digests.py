@@ -144,6 +144,12 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
     return whole.hexdigest()
 
 
+def is_whole(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint has digests and all files that they name."""
+    there = {str(path.relative_to(folder)) for path in _files(folder)}
+    return DIGESTS_FILE in there and _known(folder).keys() <= there
+
+
 def damaged(folder: pathlib.Path, what: str) -> InputError:
     """The error for a checkpoint that can't be used, which names the older ones."""
     with as_bucket_errors(folder, "read"):

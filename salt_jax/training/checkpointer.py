@@ -12,15 +12,22 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.errors import RunFailed
 from salt_jax.runtime.key_value_store import KeyValueStore
 from salt_jax.storage.buckets import BucketError, as_bucket_errors, is_remote
 from salt_jax.storage.run_folder import UNFINISHED_CHECKPOINT
-from salt_jax.training.checkpoint_digests import check_together, own_digests, write_digests
+from salt_jax.training.checkpoint_digests import (
+    check_together,
+    is_whole,
+    own_digests,
+    write_digests,
+)
 from salt_jax.training.checkpoint_items import ARRAYS, ITEMS, item_handlers, reading
-from salt_jax.training.checkpoints import CheckpointConfig, checkpoints_of
+from salt_jax.training.checkpoints import CheckpointConfig, checkpoints_of, complete_steps
 from salt_jax.training.train_state import StateLayout, TrainState
 
 _CHUNK_BYTES = 8 << 20
@@ -53,7 +60,18 @@ class Checkpointer:
         self._is_remote = is_remote(self._folder)
         self._saving: int | None = None
         self._lost: set[int | None] = set()
+        if jax.process_index() == 0:
+            self._finish_removals()
+        multihost_utils.sync_global_devices("removals finished")  # before any lists the steps
         self._manager = self._open()
+
+    def _finish_removals(self) -> None:
+        """Removes what is left of older checkpoints whose removal a kill cut short."""
+        with as_bucket_errors(self._folder, "written"):
+            for step in complete_steps(self._folder.parent)[: -self._config.keep_last]:
+                folder = self._folder / str(step)
+                if not self._config.keeps(step) and not is_whole(folder):
+                    epath.Path(folder).rmtree()
 
     def _open(self) -> ocp.CheckpointManager:
         config = self._config

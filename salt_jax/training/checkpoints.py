@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from salt_jax.data.packed_cache import PackedCache
@@ -173,20 +175,15 @@ def find_model(
     url = os.fspath(path) if is_remote(path) else ""
     flags = {"model": "--step", "teacher": "--teacher.step", "initial": "--initial.step"}
     flag = flags.get(role, f"--{role}_step")
-    if url and step is None and jax.process_count() > 1:
-        raise InputError(
-            f"{role} is {url}, whose newest checkpoint may differ between this run's processes: "
-            f"name one with {flag}."
-        )
     steps = remote_steps(RemoteFolder(url).files()) if url else []
     if not steps:
         path = _run_path(local_run(url) if url else path, role)
         steps = complete_steps(path)
     if not steps:
         raise InputError(f"{role} is {path}, which has no complete checkpoint yet.")
-    if step is None:
-        step = steps[-1]
-    if step not in steps:
+    if step is None:  # the first process's: others may have listed the run before or after a save
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(steps[-1])))
+    elif step not in steps:
         raise InputError(
             f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}: "
             f"change {flag}."

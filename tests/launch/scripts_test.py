@@ -63,10 +63,6 @@ def test_a_missing_flag_is_one_sentence(launch: Any, script: str, flag: str) -> 
         (["--", "train", "--output_dir"], "--output_dir is missing"),
         (["--", "train", "--output_dir=run"], "--output_dir is 'run', expected the whole path"),
         (["--", "train", "--output_dir=s3://b/run"], "--output_dir is 's3://b/run', expected the"),
-        (
-            ["--", "evaluate", "--output_dir=gs://b/run"],
-            "--output_dir is 'gs://b/run', expected the",
-        ),
         (["--", "train", "--output_dir=/x", "--output_dir", "y"], "--output_dir is 'y', expected"),
         (["--", "generate", "--output_dir=/x"], "salt generate runs in one process"),
     ],
@@ -92,6 +88,12 @@ def test_a_bucket_is_its_name_alone(launch: Any, bucket: str) -> None:
 
 def test_one_machine_runs_any_verb_into_any_folder(launch: Any) -> None:
     assert launch("gpu.sh", "--dry-run", "--", "generate", "--output_dir=texts").returncode == 0
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_several_processes_evaluate_into_a_bucket(launch: Any, scheme: str) -> None:
+    flags = ["--dry-run", *LAUNCHERS["slurm.sh"], "--", "evaluate"]
+    assert launch("slurm.sh", *flags, f"--output_dir={scheme}://b/e").returncode == 0
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
@@ -211,6 +213,17 @@ def test_the_lock_has_what_the_container_builds_with() -> None:
     lock = (ROOT / "requirements/lock-3.12.txt").read_text()
     for name in ("jax", "setuptools"):
         assert re.search(rf"^{name}==", lock, re.MULTILINE)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_what_extras_add_fits_the_lock(python: str) -> None:
+    pins = [
+        dict(line.partition(";")[0].strip().split("==") for line in path.read_text().splitlines())
+        for path in (ROOT / f"requirements/{kind}-{python}.txt" for kind in ("lock", "extras"))
+    ]
+    assert pins[1]["jax-cuda13-plugin"] == pins[1]["jax-cuda13-pjrt"] == pins[0]["jax"]
+    assert "wandb" in pins[1]
+    assert not pins[0].keys() & pins[1].keys()
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")

@@ -24,7 +24,8 @@ from salt_jax.training.checkpoint_digests import (
     write_digests,
 )
 from salt_jax.training.checkpoint_items import ITEMS
-from salt_jax.training.checkpoints import complete_steps, find_model
+from salt_jax.training.checkpointer import Checkpointer
+from salt_jax.training.checkpoints import CheckpointConfig, complete_steps, find_model
 from salt_jax.training.converted_checkpoints import open_parameters
 from salt_jax.training.partitioning import MeshConfig
 from tests.bucket_emulator import BucketEmulator
@@ -71,6 +72,31 @@ def test_at_every_change_of_the_bucket_the_newest_checkpoint_is_whole(
     assert complete_steps(path_of(URL)) == [2, 4, 6]
     find_model(URL, 4, "teacher").load_params(MeshConfig().make())
     assert f"{PLACE}/checkpoints/4/{VERSIONS_FILE}" in bucket.objects
+
+
+def test_what_a_kill_left_of_a_removal_is_removed(
+    bucket: BucketEmulator,
+    run_train: Run,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the first process alone, and after the last step too; whole ones and those to be kept
+    stay."""
+    on_disk = run_train(tmp_path, checkpoints=CheckpointConfig(1, keep_every=1))
+    for step in (1, 2, 6):
+        next((on_disk / f"checkpoints/{step}/optimizer/d").iterdir()).unlink()
+    (on_disk / "checkpoints/3/digests.json").unlink()
+    bucket.take(on_disk, PLACE)
+    for step in range(1, 7):
+        bucket.store(f"{PLACE}/checkpoints/{step}/{COMMIT_MARK}", b"")
+    kept = CheckpointConfig(keep_steps=(1,))
+    for run in (on_disk, path_of(URL)):
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "process_index", lambda: 1)
+            Checkpointer(run, kept).close()
+        assert complete_steps(run) == [1, 2, 3, 4, 5, 6]
+        Checkpointer(run, kept).close()
+        assert complete_steps(run) == [1, 4, 5, 6]
 
 
 def test_a_run_that_an_older_version_sent_goes_on(

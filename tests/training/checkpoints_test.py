@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError, RunFailed
@@ -33,6 +34,14 @@ def test_keeps_what_is_asked_for(run_train: Run) -> None:
     # One that is not to be kept may be left out while another is being written.
     assert {1, 3, 6} <= {*found} <= {1, 3, 4, 5, 6}
     assert len(found) <= 4
+
+
+def test_the_newest_is_what_the_first_process_found(
+    slm: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_model(slm, None, "teacher").step == 12
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: np.int32(4))
+    assert find_model(slm, None, "teacher").step == 4
 
 
 def test_params_load_on_another_mesh(slm: pathlib.Path) -> None:
