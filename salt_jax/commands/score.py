@@ -185,10 +185,12 @@ def _score_writer(
     scores: Sequence[Score],
     shard_rows: int,
 ) -> RowScoresWriter:
-    if ks[-1] > cache.vocabulary_size:
-        raise InputError(
-            f"k is {ks[-1]} and the vocabulary has {cache.vocabulary_size} ids: lower --k."
-        )
+    own = [(f"{type(score).__name__}.k", getattr(score, "k", None)) for score in scores]
+    for name, k in [("k", ks[-1]), *own]:
+        if isinstance(k, int) and k > cache.vocabulary_size:
+            raise InputError(
+                f"{name} is {k} and the vocabulary has {cache.vocabulary_size} ids: lower it."
+            )
     return RowScoresWriter(
         run.path,
         cache_digest=cache.digest,

@@ -6,6 +6,7 @@ by subset, against other selections, and with rows as text. It is printed, writt
 and shown by `salt report`.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from salt_jax.cli.verb import Verb
-from salt_jax.data.packed_cache import PackedCache
+from salt_jax.data.packed_cache import PackedCache, PackedSplit
 from salt_jax.data.row_scores import (
     AUDIT_FILE,
     SUBSET,
     TARGETS_HASH,
+    ColumnScores,
     RowScores,
     Selection,
     targets_hash,
@@ -26,18 +28,22 @@ from salt_jax.data.row_scores import (
 from salt_jax.data.row_text import row_as_text
 from salt_jax.distill import selection
 from salt_jax.distill.audit import RowFacts, by_subset, duplicates, overlap, rows_to_show, ties
+from salt_jax.distill.near_duplicates import BANDS, find_near_duplicates, signatures
 from salt_jax.distill.scores import LOG_PERPLEXITY, ScoreConfig
 from salt_jax.errors import InputError
 from salt_jax.reporting.selection_audit import audit_tables
 from salt_jax.storage import durable_files
 from salt_jax.storage.run_folder import RunFolder
-from salt_jax.terminal import print_table, say
+from salt_jax.terminal import ProgressBar, print_table, say
 
 # Settings that may differ when the command is run again: rows with NaN are never selected.
 CHANGES_NO_RESULT = ("select.allow_nan",)
 
 # The most rows to read from the cache to audit a selection without scores.
 _MOST_ROWS_READ = 200_000
+
+_TOKENS = ("targets", "segment_ids")
+_BLOCK_ROWS = 1024  # that are read at once
 
 
 def select(
@@ -52,6 +58,7 @@ def select(
     statistic: str = "median",
     unlearnable: str = "drop",
     min_learnable_fraction: float = 0.0,
+    near_duplicates: float | None = None,
     allow_nan: bool = False,
     compare: Sequence[str] = (),
 ) -> None:
@@ -70,6 +77,8 @@ def select(
         "perplexity", the mean loss of all its tokens, or any other column of the scores by name.
       unlearnable: Whether the median drops the other tokens ("drop") or counts them as 0 ("zero").
       min_learnable_fraction: Rows with a smaller share of learnable tokens are not selected.
+      near_duplicates: Rows that are at least so similar to one of a higher score are not selected:
+        the estimated Jaccard index of their sets of 5 successive tokens, from 0.5.
       allow_nan: Whether some scores may be NaN; such rows are never selected.
       compare: Folders of other selections of the cache, whose overlap with this one is audited.
 
@@ -82,13 +91,14 @@ def select(
     config = ScoreConfig(k, statistic, unlearnable, min_learnable_fraction)
     row_scores = _open_scores(scores, rule, packed, allow_nan)
     later = _open_later(later_scores, rule, row_scores, config, packed, allow_nan)
+    _check_near_duplicates(near_duplicates, rule)
     if row_scores is None:
         facts = None
         candidates = selection.Candidates(rows=len(packed.split(split)))
     else:
         config = config.among(row_scores.manifest["k"], row_scores.columns)
         split = row_scores.manifest["split"]
-        facts = _facts(packed, row_scores, config, later)
+        facts = _facts(packed, row_scores, config, later, near_duplicates)
         candidates = selection.Candidates.of(facts.scores, facts.subsets, len(packed.subsets))
     for folder, other in others.items():
         if other.manifest["split"] != split:
@@ -108,7 +118,7 @@ def select(
         choice.blocks(),
         cache_digest=packed.digest,
         split=split,
-        how=_how(rule),
+        how=_how(rule, near_duplicates),
         scores=row_scores if by_score else None,
         score=dataclasses.asdict(config) if by_score else None,
         later=later,
@@ -181,25 +191,67 @@ def _open_later(
     return later
 
 
+def _check_near_duplicates(similarity: float | None, rule: selection.SelectionRule) -> None:
+    if similarity is not None and not 0.5 <= similarity <= 1.0:
+        raise InputError(f"near_duplicates is {similarity}; set it from 0.5 to 1.")
+    if similarity is not None and isinstance(rule, selection.RandomRows):
+        raise InputError(
+            f"near_duplicates is {similarity}, and RandomRows selects without scores, and "
+            "of near-duplicates the highest score is kept: leave it unset."
+        )
+
+
 def _facts(
-    cache: PackedCache, scores: RowScores, config: ScoreConfig, later: RowScores | None
+    cache: PackedCache,
+    scores: RowScores,
+    config: ScoreConfig,
+    later: RowScores | None,
+    similarity: float | None,
 ) -> RowFacts:
     columns = config.column, config.learnable_column
+    of_rows = scores.scores(*columns, config.min_learnable_fraction, later)
+    if similarity is not None:
+        of_rows = _without_near_duplicates(
+            cache.split(scores.manifest["split"]), of_rows, similarity
+        )
     return RowFacts(
         subset_names=cache.subsets,
         subsets=scores.column(SUBSET),
-        scores=scores.scores(*columns, config.min_learnable_fraction, later),
+        scores=of_rows,
         losses=scores.column(LOG_PERPLEXITY),
         learnable=scores.column(config.learnable_column),
         hashes=scores.column(TARGETS_HASH),
     )
 
 
-def _how(rule: selection.SelectionRule) -> dict[str, Any]:
+def _without_near_duplicates(
+    rows: PackedSplit, scores: ColumnScores, similarity: float
+) -> ColumnScores:
+    """The scores with −inf for near-duplicates; threads read the rows in blocks."""
+
+    def of_block(first: int) -> np.ndarray:
+        block = rows.__getitems__(range(first, min(first + _BLOCK_ROWS, len(rows))))
+        return signatures(*(np.stack([row[name] for row in block]) for name in _TOKENS))
+
+    signatures_NxK = np.empty((len(rows), BANDS), np.uint64)
+    firsts = range(0, len(rows), _BLOCK_ROWS)
+    with (
+        ProgressBar("compare", len(rows), unit="rows") as bar,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        for first, block_BxK in zip(firsts, threads.map(of_block, firsts), strict=True):
+            signatures_NxK[first : first + len(block_BxK)] = block_BxK
+            bar.add(len(block_BxK))
+    found_N = find_near_duplicates(scores, signatures_NxK, similarity)
+    say(f"{np.count_nonzero(found_N):,} of {len(rows):,} rows have a near-duplicate that is better")
+    return dataclasses.replace(scores, left_out=found_N)
+
+
+def _how(rule: selection.SelectionRule, near_duplicates: float | None) -> dict[str, Any]:
     """The rule's name and the settings that are set."""
     settings = {
         name: value
-        for name, value in vars(rule).items()
+        for name, value in {**vars(rule), "near_duplicates": near_duplicates}.items()
         if value is not None and value is not False and value != ""
     }
     return {"rule": type(rule).__name__, **settings}
@@ -266,8 +318,8 @@ def _audit_without_scores(cache: PackedCache, chosen: Selection) -> dict[str, An
     if kept > _MOST_ROWS_READ:
         return {"whole": whole, "by_subset": {}, "duplicates": {}}
     counts, hashes = np.zeros(len(cache.subsets), np.int64), set()
-    for first in range(0, kept, 1024):
-        for row in rows.__getitems__(chosen.row_ids[first : first + 1024].tolist()):
+    for first in range(0, kept, _BLOCK_ROWS):
+        for row in rows.__getitems__(chosen.row_ids[first : first + _BLOCK_ROWS].tolist()):
             counts[row["subset"]] += 1
             hashes.add(targets_hash(row["targets"], row["segment_ids"]))
     of_all = {name: info["rows"] for name, info in rows.info["by_subset"].items()}

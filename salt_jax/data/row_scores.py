@@ -171,12 +171,14 @@ class RowScores(RowPass):
 
 @dataclasses.dataclass(frozen=True)
 class ColumnScores:
-    """A Column of scores, minus another, with −inf for rows with too few learnable tokens."""
+    """A Column of scores, minus another, with −inf for rows with too few learnable tokens and for
+    those of a mask, bool [N]."""
 
     column: Column
     learnable: Column | None
     min_learnable_fraction: float
     later: Column | None = None
+    left_out: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.column)
@@ -189,6 +191,8 @@ class ColumnScores:
         if self.learnable is not None:
             too_few_n = self.learnable[rows] < np.float32(self.min_learnable_fraction)
             scores_n[too_few_n] = -np.inf
+        if self.left_out is not None:
+            scores_n[self.left_out[rows]] = -np.inf
         return scores_n
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from salt_jax.data.features import make_row
 from salt_jax.data.packed_cache import PackedCache
 from salt_jax.data.row_scores import RowScores, Selection, targets_hash
 from salt_jax.main import main
+from tests.written_cache import write_rows
 
 ROWS = 48
 TOP = ("--gin_file=methods/top_rows.gin", "--gin.ROWS=12")
@@ -116,6 +118,41 @@ def test_what_a_scorer_has_learned_since(
     assert select(*rows, name="random") == 2
     assert "later_scores is" in capfd.readouterr().err
     assert not (tmp_path / "random").exists()
+
+
+def test_of_near_duplicates_the_best_is_selected(
+    cache: PackedCache,
+    write_scores: Callable[..., RowScores],
+    tmp_path: pathlib.Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """24 rows, then the same with another token at the end, of which every second is better."""
+    rng, ones = np.random.default_rng(0), np.ones(64)
+    tokens = rng.integers(3, 250, (24, 64))
+    changed = np.pad(tokens[:, :-1], ((0, 0), (0, 1)), constant_values=2)
+    rows = [make_row(row, ones, ones, 0, i) for i, row in enumerate([*tokens, *changed])]
+    write_rows(
+        tmp_path / "twice",
+        {"train": rows},
+        vocabulary=cache.vocabulary,
+        sequence_length=64,
+        subsets=cache.subsets,
+    )
+    twice = PackedCache.open(tmp_path / "twice")
+    first, better = rng.permutation(24) / 10, np.arange(24) % 2 * 0.1 - 0.05
+    scores_N = np.concatenate([first, first + better])
+    scores = write_scores(tmp_path / "scores", scores_N, cache_digest=twice.digest).path
+    flags = ("select", f"--cache={twice.path}", f"--output_dir={tmp_path / 'out'}")
+    near = "--near_duplicates=0.6"
+    assert main([*flags, *TOP, f"--scores={scores}", near]) == 0
+    chosen = Selection.open(tmp_path / "out")
+    best = np.where(better > 0, np.arange(24, 48), np.arange(24))
+    assert chosen.row_ids.tolist() == sorted(best[np.argsort(-first)[:12]])
+    assert chosen.manifest["how"]["near_duplicates"] == 0.6
+    assert "24 of 48 rows have a near-duplicate" in capfd.readouterr().out
+    whole = [f"--scores={scores}", "--gin.ROWS=25", f"--output_dir={tmp_path / 'more'}", near]
+    assert main([*flags[:2], *TOP[:1], *whole]) == 2
+    assert "only 24 of 48 rows" in capfd.readouterr().err
 
 
 def test_rows_with_few_learnable_tokens_are_not_selected(
@@ -319,9 +356,9 @@ def test_a_selection_of_a_version_with_fewer_settings_is_made_again(
     flags = (*TOP, f"--scores={made()}", "--k=3")
     assert select(*flags) == 0
     config = tmp_path / "out" / "config.gin"
-    new = re.compile("most_of_subset|later_scores", re.IGNORECASE)
+    new = re.compile("most_of_subset|later_scores|near_dupl", re.IGNORECASE)
     older = [line for line in config.read_text().splitlines() if not new.search(line)]
-    assert len(older) == len(config.read_text().splitlines()) - 3
+    assert len(older) == len(config.read_text().splitlines()) - 4
     config.write_text("\n".join(older) + "\n")
     assert select(*flags) == 0
     config.write_text("\n".join(older) + "\n")

@@ -305,6 +305,11 @@ def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
 ) -> None:
     before, config = counting(alone), (alone / "config.gin").read_text()
     (tmp_path / "entropy.gin").write_text(ENTROPY)
+    (tmp_path / "trimmed.gin").write_text(
+        ENTROPY.replace("Mean.value = 'entropy'", "TrimmedMean.k = 300").replace(
+            "Mean()", "TrimmedMean()"
+        )
+    )
     (tmp_path / "twice.gin").write_text(ENTROPY.replace("]", ", @scores.Mean()]"))
     assert main(argv(alone)) == 0
     # What changes no value may change.
@@ -317,6 +322,7 @@ def test_finished_scores_are_left_as_they_are_and_others_refused_by_name(
         ({"scorer_step": 12}, "was begun with the scorer"),
         ({"k": 5}, "was begun with the k [2, 5], and now the k is [5]"),
         ({"gin_file": tmp_path / "entropy.gin"}, "now the scores is ['entropy']: go back to"),
+        ({"gin_file": tmp_path / "trimmed.gin"}, "TrimmedMean.k is 300 and the vocabulary has 259"),
         ({"gin_file": tmp_path / "twice.gin"}, "Two columns have the name entropy: give each"),
         ({"gin_file": tmp_path / "entropy.gin", "soft_labels": 3}, "scores has 1 and soft_labels"),
         ({"split": "test"}, "was begun with the rows"),
