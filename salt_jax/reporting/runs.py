@@ -76,14 +76,18 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherFacts:
-    """A run's teacher: folder and step, the checkpoint's digest, and the cost of its training.
+    """A run's teacher: its folder, that folder's name or its run's label, the checkpoint's step and
+    digest, and the cost of its training, SUMS and PARTS, NaN if unknown."""
 
-    The cost has SUMS and PARTS, NaN if unknown.
-    """
-
-    name: str
+    path: pathlib.Path
+    folder: str
+    step: int
     digest: str
     costs: pd.Series
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder} at step {self.step}"
 
     @property
     def cost_is_known(self) -> bool:
@@ -291,16 +295,27 @@ def read_folder(
 
 
 def _labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
-    """Gives each run a unique label: its arm or, if arms repeat, the end of its path."""
+    """Gives each run a unique label: its arm or, if arms repeat, the end of its path, from the
+    arm's folder on if there is one."""
     labels = [run.arm for run in runs]
     places = [run.origin.path.resolve().parts for run in runs]
+    named = [
+        place[::-1].index(run.arm) + 1 if run.arm in place else 1
+        for run, place in zip(runs, places, strict=True)
+    ]
     for depth in range(1, max(map(len, places), default=0) + 1):
         labels = [
-            visible("/".join(place[-depth:])) if labels.count(label) > 1 else label
-            for label, place in zip(labels, places, strict=True)
+            visible("/".join(place[-max(depth, least) :])) if labels.count(label) > 1 else label
+            for label, place, least in zip(labels, places, named, strict=True)
         ]
+    by_folder = {run.origin.path.resolve(): label for run, label in zip(runs, labels, strict=True)}
+    teachers = [
+        taught and dataclasses.replace(taught, folder=by_folder.get(taught.path, taught.folder))
+        for taught in (run.teacher for run in runs)
+    ]
     return tuple(
-        dataclasses.replace(run, label=label) for run, label in zip(runs, labels, strict=True)
+        dataclasses.replace(run, label=label, teacher=teacher)
+        for run, label, teacher in zip(runs, labels, teachers, strict=True)
     )
 
 
@@ -369,10 +384,11 @@ def _teacher(facts: Mapping[str, Any]) -> TeacherFacts | None:
     teacher = facts.get("teacher")
     if teacher is None:
         return None
-    folder = str(teacher.get("path", "")).rstrip("/").rsplit("/", 1)[-1]
-    cost = teacher.get("training_cost")
+    path, cost = pathlib.Path(str(teacher.get("path", ""))), teacher.get("training_cost")
     return TeacherFacts(
-        name=f"{folder} at step {teacher.get('step')}",
+        path=path.resolve(),
+        folder=path.name,
+        step=teacher.get("step"),
         digest=str(teacher.get("digest")),
         costs=pd.Series(_row(cost if isinstance(cost, dict) else {}, (*SUMS, *PARTS), (), "")),
     )

@@ -180,10 +180,10 @@ def _seed_sections(
     reference: str,
 ) -> Iterator[Section]:
     """Arms over their seeds: at the end, then against each cost."""
-    at_end = seeds.final_seeds_table(estimates, reference)
+    at_end = seeds.final_seeds_table(estimates, reference, of_size)
     yield Section(f"Over seeds{of_size}", tables=[at_end])
     at_equal = {
-        axis: seeds.equal_cost_table(estimates, axis, value, reference)
+        axis: seeds.equal_cost_table(estimates, axis, value, reference, of_size)
         for axis, value in seeds.common_values(group).items()
     }
     arms = {arm: [*runs.values()] for arm, runs in seeds.by_arm(group).items()}

@@ -171,8 +171,8 @@ def band(runs: Sequence[TrainRun], axis: Axis, metric: str) -> pd.DataFrame:
     return intervals(values).assign(at=at.mean(axis=1))
 
 
-def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str) -> Table:
-    """Every arm at the end of its runs."""
+def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str, of_size: str = "") -> Table:
+    """Every arm at the end of its runs; the title ends with `of_size`."""
 
     def reaching(one: ArmOverSeeds) -> str:
         count = f"{one.seeds_that_got_there} of {len(one.seeds)}"
@@ -182,7 +182,7 @@ def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str) -> Table:
         return f"{share} ({count})" if one.seeds_that_got_there else count
 
     return Table(
-        title="Over seeds, at the end of each run",
+        title=f"Over seeds, at the end of each run{of_size}",
         columns=(*_columns(reference), f"reaches {reference}'s end after"),
         rows=tuple((*_row(one, one.final), reaching(one)) for one in arms),
         note=f"{_NOTE.format(reference=reference)} The last column: the share of {reference}'s "
@@ -192,11 +192,11 @@ def final_seeds_table(arms: Sequence[ArmOverSeeds], reference: str) -> Table:
 
 
 def equal_cost_table(
-    arms: Sequence[ArmOverSeeds], axis: Axis, value: float, reference: str
+    arms: Sequence[ArmOverSeeds], axis: Axis, value: float, reference: str, of_size: str = ""
 ) -> Table:
     """Every arm at one common value of an axis, a key of their `at_equal`."""
     return Table(
-        title=f"Over seeds, at equal {axis.title}: {format_cost(axis, value)}",
+        title=f"Over seeds, at equal {axis.title}: {format_cost(axis, value)}{of_size}",
         columns=_columns(reference),
         rows=tuple(_row(one, one.at_equal[axis.name]) for one in arms),
         note=f"{_NOTE.format(reference=reference)} {NOTHING}: more than that was spent before the "

@@ -115,4 +115,4 @@ def test_groups_hold_models_of_one_size_on_one_cache():
     arms = [run("a", parameters=5), run("b", parameters=5)]
     elsewhere = run("c", parameters=5, cache_digest="other")
     groups = comparable_groups([small, arms[0], elsewhere, arms[1]])
-    assert [[one.label for one in group] for group in groups] == [["a", "b"], ["c"], ["slm"]]
+    assert [[one.label for one in group] for group in groups] == [["a", "b"], ["slm"], ["c"]]

@@ -1,6 +1,7 @@
 """Means, intervals and paired differences against SciPy's own, and what the page says of them."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -25,7 +26,7 @@ from salt_jax.reporting.seeds import (
     intervals,
     over_seeds,
 )
-from tests.reporting.conftest import evaluation, summary_of, training, write_run
+from tests.reporting.conftest import evaluation, summary_of, training, write_arm, write_run
 
 # Log-perplexity at steps 250, 500 and 750, by arm and seed.
 CURVES = {
@@ -184,6 +185,34 @@ def test_the_page_shows_arms_instead_of_runs(
     assert [one["arm"] for one in numbers["over_seeds"]] == ["baseline", "salt"]
     assert "log_perplexity_by_steps.png" in numbers["plots"]
     assert "with 3 seeds" in (output / "index.html").read_text()
+
+
+def test_two_sizes_where_the_larger_ones_slm_is_as_large_as_the_smaller_llm(
+    tmp_path: pathlib.Path,
+) -> None:
+    paths, sizes = [], {"small": (500_000, 100_000), "large": (2_000_000, 500_000)}
+    for size, (parameters, of_slm) in sizes.items():
+        slm = write_arm(tmp_path / "slm" / size, "slm", floor=4, parameters=of_slm, steps=100)
+        paths.append(slm)
+        teacher = {"path": str(slm), "step": 100, "digest": size}
+        for arm, seed in itertools.product(("baseline", "salt"), (0, 1)):
+            own = {"teacher": teacher} if arm == "salt" else {}
+            folder = tmp_path / arm / size / f"seed-{seed}"
+            run = {"parameters": parameters, "steps": 150, "noise_seed": seed, "seed": seed}
+            paths.append(write_arm(folder, arm, floor=3.5 + seed / 10, **run, **own))
+    report = compose(read_folders(paths))
+    by_size = [(arm["parameters"], arm["arm"]) for arm in report.numbers["over_seeds"]]
+    assert by_size == [(n, arm) for n in (500_000, 2_000_000) for arm in ("baseline", "salt")]
+    matched = {match["value"] for match in report.numbers["matched"] if match["axis"] == "steps"}
+    assert matched == {150}
+    labels = {run["label"]: run["teacher_training"] for run in report.numbers["runs"]}
+    assert {"slm/small", "slm/large", "baseline/small/seed-0"} <= labels.keys()
+    assert labels["salt/large/seed-1"]["teacher"] == "slm/large at step 100"
+    titles = [table.title for table in report.tables if table.title.startswith("Over seeds")]
+    assert len({*titles}) == len(titles) == 8
+    order = [section.title for section in report.sections]
+    small, large = (order.index(f"Over seeds ({n} parameters)") for n in ("500,000", "2,000,000"))
+    assert order.index("Over sizes") < small < large
 
 
 def test_another_reference(folders: list[pathlib.Path]) -> None:
