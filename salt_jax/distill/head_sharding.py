@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from salt_jax.distill.divergences import LOG_ZERO
 from salt_jax.errors import InputError
@@ -26,7 +26,7 @@ class HeadSharding:
         need no copy of the whole head in another layout.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     batch: tuple[str, ...]
     vocab: tuple[str, ...] = ()
     embed: tuple[str, ...] = ()

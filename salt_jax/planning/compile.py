@@ -160,6 +160,7 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
                 job.labels_of(stage),
                 job.config.method.alignment if stage == 1 else None,
                 job.config.has_soft_term,
+                job.config.devices.slice_gradient_dtype,
             )
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -180,6 +180,8 @@ class Devices:
       microbatches: Parts of a batch computed one after the other, to save memory.
       stage1_microbatches: Microbatches in stage 1, where the teacher needs memory; by default the
         same as microbatches.
+      slice_gradient_dtype: "bfloat16" rounds the gradients that slices add up over the network,
+        once a step, to half the bytes; by default they keep their dtype.
       compilation_cache: A folder that keeps compiled programs between runs; "" keeps none.
     """
 
@@ -187,10 +189,17 @@ class Devices:
     rules: partitioning.Rules = partitioning.DEFAULT_RULES
     microbatches: int = 1
     stage1_microbatches: int | None = None
+    slice_gradient_dtype: str | None = None
     compilation_cache: str = compilation.DEFAULT_FOLDER
 
     def __post_init__(self) -> None:
         require_counts(microbatches=self.microbatches, stage1_microbatches=self.stage1_microbatches)
+        apart = partitioning.slices_compute_apart(self.mesh.tensor, self.rules)
+        if self.slice_gradient_dtype not in (None, "bfloat16")[: 1 + apart]:
+            raise InputError(
+                f"slice_gradient_dtype is {self.slice_gradient_dtype!r}: leave it unset or, with "
+                "MeshConfig.tensor 1 and rules that split only the batch over slices, 'bfloat16'."
+            )
 
     def microbatches_of(self, stage: int) -> int:
         """Microbatches of a step of stage 1 or 2."""

@@ -242,6 +242,7 @@ class Loop:
             soft_labels=labels.format.k if labels else 0,
             alignment=self.config.method.alignment,
             soft_term=self.config.has_soft_term,
+            slice_gradient_dtype=self.config.devices.slice_gradient_dtype,
         )
 
     def _compile_the_rest(self, state: TrainState) -> None:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.errors import InputError
@@ -138,7 +138,23 @@ def optimizer_shardings(opt_state: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, opt_state)
 
 
-def head_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> HeadSharding | None:
+def slices_compute_apart(tensor: int, rules: Rules) -> bool:
+    """Whether each slice can compute its gradients by itself, so that they are added up once.
+
+    Not where rules split more than the batch over slices, nor where the tensor axis splits the
+    vocabulary: within a manual axis XLA can't partition its look-up (jax 0.10.2 aborts).
+    """
+    split = {name for name, axes in rules if "slice" in (axes or ())}
+    return tensor == 1 and split == {"batch"}
+
+
+def within_slice(mesh: Mesh, rules: Rules) -> tuple[AbstractMesh, Rules]:
+    """Mesh and rules for a program that is manual over the slices, each with its own rows."""
+    own = mesh.abstract_mesh.update_axis_types({"slice": AxisType.Manual})
+    return own, tuple((name, BATCH_AXES[1:] if name == "batch" else axes) for name, axes in rules)
+
+
+def head_sharding(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> HeadSharding | None:
     """How the loss shards tokens and heads over the mesh; None on one device."""
     if mesh.size == 1:
         return None

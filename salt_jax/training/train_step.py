@@ -4,15 +4,19 @@ Both are compiled before the first step and the host picks one for each step; `p
 nothing of the teacher.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from salt_jax.distill import chunked_loss, losses
 from salt_jax.distill.alignment import Alignment, cosine_sum
+from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.models import decoder
 from salt_jax.training import partitioning
 from salt_jax.training.train_state import StateLayout, TrainState
@@ -72,13 +76,20 @@ def compile_programs(
     soft_labels: int = 0,
     alignment: Alignment | None = None,
     soft_term: bool = True,
+    slice_gradient_dtype: str | None = None,
 ) -> Programs:
     """Compiles both steps; see `lower_step` for the arguments.
 
     `stage1_microbatches`, those of the distilling step, are by default the plain step's.
     """
     settings = (loss_config, batch_shape)
-    plain = lower_step(layout.of_stage2, *settings, microbatches, extra_features=extra_features)
+    plain = lower_step(
+        layout.of_stage2,
+        *settings,
+        microbatches,
+        extra_features=extra_features,
+        slice_gradient_dtype=slice_gradient_dtype,
+    )
     if teacher_config is None and not soft_labels:
         return Programs(plain.compile(), None)
     distill = lower_step(
@@ -91,6 +102,7 @@ def compile_programs(
         soft_labels,
         alignment,
         soft_term,
+        slice_gradient_dtype,
     )
     return Programs(plain.compile(), distill.compile())
 
@@ -106,6 +118,7 @@ def lower_step(
     soft_labels: int = 0,
     alignment: Alignment | None = None,
     soft_term: bool = True,
+    slice_gradient_dtype: str | None = None,
 ) -> jax.stages.Lowered:
     """Traces one step for the layout's mesh, without compiling it; see Programs.
 
@@ -120,10 +133,12 @@ def lower_step(
       soft_labels: K of the soft labels that replace the teacher in the distilling step, 0 for none.
       alignment: The term of LET in the distilling step, weighted by λ; None for none.
       soft_term: Whether the distilling step has a soft term, weighted by ω.
+      slice_gradient_dtype: Dtype in which slices add up their gradients; None for their own.
     """
     replicated = partitioning.replicated(layout.mesh)
+    models = teacher_config, alignment, soft_term, slice_gradient_dtype
     step = jax.jit(
-        make_step(layout, loss_config, microbatches, teacher_config, alignment, soft_term),
+        make_step(layout, loss_config, microbatches, *models),
         donate_argnums=0,
         out_shardings=(layout.shardings, replicated),
     )
@@ -161,19 +176,23 @@ def make_step(
     teacher_config: decoder.DecoderConfig | None = None,
     alignment: Alignment | None = None,
     soft_term: bool = True,
+    slice_gradient_dtype: str | None = None,
 ) -> Step:
     """The step, not jitted; see Programs for its arguments."""
-    loss_sums = _loss_sums(layout, loss_config, teacher_config, alignment, soft_term)
+    within: tuple[Mesh | AbstractMesh, partitioning.Rules] = layout.mesh, layout.rules
+    axes = layout.mesh.shape
+    apart = partitioning.slices_compute_apart(axes["tensor"], layout.rules)
+    # With one microbatch XLA exchanges gradients once by itself.
+    often = microbatches > 1 or slice_gradient_dtype is not None
+    if over_slices := axes["slice"] > 1 and apart and often:
+        within = partitioning.within_slice(layout.mesh, layout.rules)
+    models = layout.config, partitioning.head_sharding(*within), loss_config, teacher_config
+    loss_sums = _loss_sums(*models, alignment, soft_term)
     gradients_of = jax.value_and_grad(loss_sums, has_aux=True)
 
-    def step(
-        state: TrainState, batch: Batch, teacher_params: Any = None, *weights: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        kernel_DxE = state.projection.kernel if state.projection else None
-
+    def accumulated(trained: Any, batch: Batch, frozen: Any) -> tuple[Metrics, Any]:
         def sums_of(part: Batch) -> tuple[Metrics, Any]:
-            trained = state.params, kernel_DxE
-            (_, sums), gradients = gradients_of(trained, part, teacher_params, *weights)
+            (_, sums), gradients = gradients_of(trained, part, *frozen)
             return sums, gradients
 
         def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
@@ -182,11 +201,20 @@ def make_step(
         parts = _split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
         if microbatches == 1:
-            sums, gradients = sums_of(first)
-        else:
-            shapes = jax.eval_shape(sums_of, first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            (sums, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
+            return sums_of(first)
+        shapes = jax.eval_shape(sums_of, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(accumulate, zeros, parts)
+        return total
+
+    if over_slices:
+        accumulated = _summed_over_slices(accumulated, layout, within[1], slice_gradient_dtype)
+
+    def step(
+        state: TrainState, batch: Batch, teacher_params: Any = None, *weights: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        trained = state.params, state.projection.kernel if state.projection else None
+        sums, gradients = accumulated(trained, batch, (teacher_params, *weights))
         # Weights are divided out once, after microbatches and devices are combined.
         weight = jnp.maximum(sums.pop("weight"), 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
@@ -197,15 +225,49 @@ def make_step(
     return step
 
 
-def _loss_sums(
+def _summed_over_slices(
+    accumulated: Callable[..., tuple[Metrics, Any]],
     layout: StateLayout,
+    rules: partitioning.Rules,
+    dtype: str | None,
+) -> Callable[..., tuple[Metrics, Any]]:
+    """Runs `accumulated` on each slice's own rows and adds up the results, in one exchange."""
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, layout.abstract.params), PartitionSpec()
+
+    @functools.partial(jax.shard_map, in_specs=(specs,), out_specs=specs, check_vma=False)
+    def exchanged(gradients: Any) -> Any:
+        """Adds up each device's part of the gradients."""
+
+        def one(gradient: jax.Array) -> jax.Array:
+            sent = gradient.astype(dtype or gradient.dtype)
+            return jax.lax.psum(sent, "slice").astype(gradient.dtype)
+
+        return jax.tree.map(one, gradients)
+
+    def of_slice(trained: Any, batch: Batch, frozen: Any) -> tuple[Metrics, Any]:
+        with nn.logical_axis_rules(rules):
+            sums, gradients = accumulated(trained, batch, frozen)
+        return jax.lax.psum(sums, "slice"), exchanged(gradients)
+
+    whole, rows = PartitionSpec(), PartitionSpec("slice")
+    return jax.shard_map(
+        of_slice,
+        in_specs=(whole, rows, whole),
+        out_specs=whole,
+        axis_names={"slice"},
+        check_vma=False,
+    )
+
+
+def _loss_sums(
+    config: decoder.DecoderConfig,
+    sharding: HeadSharding | None,
     loss_config: losses.LossConfig,
     teacher_config: decoder.DecoderConfig | None,
     alignment: Alignment | None,
     soft_term: bool,
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
     """A function ((params, projection), batch, teacher_params, ω, λ) → (loss sum, sums by name)."""
-    config, sharding = layout.config, partitioning.head_sharding(layout.mesh, layout.rules)
     assert config.vocab_size is not None, "a model has its vocabulary before it is compiled"
     vocab_size = config.vocab_size
 

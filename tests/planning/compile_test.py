@@ -160,12 +160,14 @@ def test_for_tpus_that_are_not_there(make_job: Callable[..., Job]) -> None:
 
 @pytest.mark.usefixtures("libtpu")
 def test_two_slices_exchange_gradients_over_the_network(make_job: Callable[..., Job]) -> None:
-    """A TPU's program is that of one slice, which sends through its hosts."""
-    job = make_job(devices={"mesh": partitioning.MeshConfig(slice=2)})
+    """A TPU's program is that of one slice, which sends through its hosts, once a step."""
+    job = make_job(devices={"mesh": partitioning.MeshConfig(slice=2), "microbatches": 2})
     plan = plan_stage(job, topologies.find("v5e:2x2*2"), 2)
     assert plan.cost is not None
     gradients = plan.compiled.parts["student"]  # in float32, as the parameters are
     assert plan.cost.network_bytes >= gradients
+    transfers = collectives(hlo.parse(plan.compiled.hlo), 2, 8)
+    assert {transfer.times for transfer in transfers if transfer.network_bytes} == {1}
     one = plan_stage(make_job(), topologies.find("v5e:2x2"), 2)
     assert one.cost is not None
     assert one.cost.network_bytes == 0

@@ -20,6 +20,7 @@ from salt_jax.errors import InputError
 from salt_jax.evaluation.held_out import HeldOut
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.storage.run_folder import RunFolder
+from salt_jax.training.config import Devices
 from salt_jax.training.learning_rates import WarmupCosine, WarmupStableDecay
 from salt_jax.training.optimizers import AdamW, Muon
 from salt_jax.training.partitioning import MeshConfig
@@ -55,6 +56,11 @@ def test_train_refuses(
     [
         (lambda: MeshConfig(data=-1), "at most one of them -1"),
         (lambda: MeshConfig(tensor=0), "at least 1"),
+        (lambda: Devices(slice_gradient_dtype="float16"), "slice_gradient_dtype is 'float16'"),
+        (
+            lambda: Devices(MeshConfig(tensor=2), slice_gradient_dtype="bfloat16"),
+            "with MeshConfig.tensor 1",
+        ),
         (lambda: WarmupCosine(0.0), "WarmupCosine(peak=0.0"),
         (lambda: WarmupCosine(1.0, final=-1), "final=-1"),
         (lambda: WarmupStableDecay(1.0, decay_fraction=1.5), "decay_fraction must be at most 1"),

@@ -19,6 +19,7 @@ from salt_jax.distill.losses import LossConfig
 from salt_jax.models import decoder
 from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning import hlo
+from salt_jax.planning.collectives import collectives
 from salt_jax.training import partitioning
 from salt_jax.training.learning_rates import WarmupConstant, WarmupCosine
 from salt_jax.training.optimizers import Adafactor, AdamW, Muon, Optimizer
@@ -111,11 +112,12 @@ def assert_close(actual: TrainState, expected: TrainState, tolerance: float = 2e
     [
         (partitioning.MeshConfig(), ADAMW),
         (partitioning.MeshConfig(data=8, fsdp=1), ADAMW),
+        (partitioning.MeshConfig(slice=2, data=2, fsdp=2), ADAMW),
         (partitioning.MeshConfig(slice=2, data=1, fsdp=2, tensor=2), ADAMW),
         (partitioning.MeshConfig(slice=2, data=1, fsdp=2, tensor=2), ADAFACTOR),
         (partitioning.MeshConfig(fsdp=4, tensor=2), MUON),
     ],
-    ids=["fsdp", "data", "slice-fsdp-tensor", "adafactor", "muon"],
+    ids=["fsdp", "data", "slice-data-fsdp", "slice-fsdp-tensor", "adafactor", "muon"],
 )
 def test_sharded_equals_single_device(
     cache: PackedCache, mesh: partitioning.MeshConfig, optimizer: Optimizer
@@ -167,6 +169,42 @@ def test_accumulated_equals_whole_batch(cache: PackedCache, omega: float | None)
     for a, b in zip(actual, expected, strict=True):
         assert a["hard"] == pytest.approx(b["hard"], rel=1e-5)
         assert a["weight"] == b["weight"]
+
+
+def test_slices_add_up_their_gradients_once_a_step(cache: PackedCache) -> None:
+    """Gradients and metrics are those of one device; in bfloat16 only the gradients are rounded."""
+    split = cache.split("train")
+    batch = InputPipeline({"cache": split}, 8, 0, RowOrder(None, len(split), 0)).batch(0)
+    batch["loss_weights"][:5, 4:] = 0.0  # the slices' tokens differ in number
+    slices, results = partitioning.MeshConfig(slice=2, fsdp=2), []
+    for mesh_config, devices, parts, dtype in (
+        (SINGLE, 1, 1, None),
+        (slices, 4, 2, None),
+        (slices, 4, 2, "bfloat16"),
+    ):
+        mesh = mesh_config.make(jax.devices()[:devices])
+        layout = make_layout(STUDENT, ADAMW.make(1, STUDENT), mesh)
+        teacher = make_layout(TEACHER, ADAMW.make(1, TEACHER), mesh).create(7).params
+        step = lower_step(
+            *(layout, LOSS, (8, LENGTH), parts, TEACHER, teacher), slice_gradient_dtype=dtype
+        ).compile()
+        transfers = collectives(hlo.parse(step.as_text()), mesh.shape["slice"])
+        times = {transfer.times for transfer in transfers if transfer.network_bytes}
+        assert times == ({1} if devices > 1 else set())
+        on_device = partitioning.to_device({n: batch[n] for n in BATCH_FEATURES}, mesh)
+        state, metrics = step(layout.create(0), on_device, teacher, np.float32(0.5))
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+        values = {name: float(value) for name, value in metrics.items()}
+        results.append((jax.device_get(moments), values))
+    (single, expected), (exact, metrics), (rounded, coarse) = results
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    for a, b, c in zip(exact, single, rounded, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(c, b, rtol=1e-2, atol=1e-2 * np.abs(b).max())
+    assert coarse.pop("grad_norm") == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert coarse.pop("update_norm") == pytest.approx(expected["update_norm"], rel=1e-2)
+    assert coarse == {name: metrics[name] for name in coarse}
+    assert any((a != c).any() for a, c in zip(exact, rounded, strict=True))
 
 
 def test_factored_slots_are_sharded() -> None:
