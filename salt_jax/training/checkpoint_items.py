@@ -7,11 +7,14 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import type_handlers
 
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage.buckets import as_bucket_errors, is_remote
@@ -23,6 +26,8 @@ ITEMS = (*ARRAYS, PROGRESS)
 # Orbax globs the whole path, without **; TensorStore takes a backslash for a slash.
 _NOT_IN_PATHS = ("**", "\\")
 _NOT_IN_URLS = ("*", "?", "[", "]", "\\")
+
+_BROADCAST_BYTES = 1 << 30  # on a device at once
 
 _UNREADABLE = (OSError, ValueError, KeyError)
 
@@ -82,6 +87,10 @@ class _ArraysHandler(ocp.StandardCheckpointHandler):
         super().finalize(_plain(directory))
         read_back(_plain(directory))
 
+    def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
+        """See `restore_arrays`."""
+        return restore_arrays(directory, args.item)
+
 
 def _plain(directory: Any) -> pathlib.Path:
     """An Orbax path as one of pathlib's; in a bucket, where there are none, as it is."""
@@ -105,6 +114,43 @@ def read_back(item: pathlib.Path) -> None:
             f"What was written to {item} cannot be read back ({reason}): the checkpoint is "
             "discarded and older ones are kept; choose an --output_dir on another disk."
         )
+
+
+def restore_arrays(item: pathlib.Path, abstract: Any) -> Any:
+    """The arrays in the folder of an item, each sharded as its leaf of `abstract`.
+
+    Of replicas in different processes the first alone reads them, and sends them to the others.
+    """
+    axis = _replica_axis(jax.tree.leaves(abstract))
+    if axis is None:
+        # Without Orbax's Checkpointer, which wants its mark in gs://: a copied run has none.
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as plain:
+            return plain.restore(item, args=ocp.args.StandardRestore(abstract))
+    from_one = type_handlers.SingleReplicaArrayHandler(
+        replica_axis_index=axis, broadcast_memory_limit_bytes=_BROADCAST_BYTES
+    )
+    registry = type_handlers.create_type_handler_registry((jax.Array, from_one))
+    how = jax.tree.map(
+        lambda leaf: type_handlers.SingleReplicaArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        ),
+        abstract,
+    )
+    with contextlib.closing(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as handler:
+        return handler.restore(item, args=ocp.args.PyTreeRestore(abstract, restore_args=how))
+
+
+def _replica_axis(leaves: Sequence[Any]) -> int | None:
+    """The first axis of the mesh along which the leaves are copied from process to process."""
+    mesh = leaves[0].sharding.mesh
+    split = {name for leaf in leaves for name in jax.tree.leaves(tuple(leaf.sharding.spec))}
+    for axis, (name, size) in enumerate(mesh.shape.items()):
+        devices_RxN = np.moveaxis(mesh.devices, axis, 0).reshape(size, -1)
+        replicas = [{device.process_index for device in devices_N} for devices_N in devices_RxN]
+        apart = sum(map(len, replicas)) == len(set.union(*replicas))
+        if size > 1 and apart and name not in split:
+            return axis
+    return None
 
 
 @contextlib.contextmanager

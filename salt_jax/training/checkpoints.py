@@ -33,7 +33,7 @@ from salt_jax.storage.manifests import DIGESTS_FILE
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoint_digests import COMMIT_MARK, check_digests, check_together
-from salt_jax.training.checkpoint_items import reading, require_path
+from salt_jax.training.checkpoint_items import reading, require_path, restore_arrays
 from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, abstract_sharded_params
 
@@ -148,9 +148,8 @@ class SavedModel:
         """
         abstract = abstract_sharded_params(self.config, mesh, rules, dtype)
         folder = checkpoints_of(self.run_path) / str(self.step)
-        # Without Orbax's Checkpointer, which wants its mark in gs://: a run copied there has none.
-        with reading(folder), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            params = handler.restore(folder / "params", args=ocp.args.StandardRestore(abstract))
+        with reading(folder):
+            params = restore_arrays(folder / "params", abstract)
         require_finite(params, mesh, folder)
         return params
 

@@ -23,10 +23,15 @@ pytest.importorskip("s3fs")
 def test_the_first_mirrors_what_is_evaluated_together(
     cache: PackedCache, slm: pathlib.Path, bucket: BucketEmulator
 ) -> None:
-    """The others read the bucket, and so refuse what the first one refuses."""
-    flags = ["evaluate", f"--model={slm}", f"--cache={cache.path}", "--compilation_cache="]
-    flags += ["--batch_size=8", "--output_dir=s3://bucket/evaluated"]
+    """The others read the bucket, and so refuse what the first one refuses. Of two replicas of the
+    model the first reads it."""
+    bucket.take(slm, "bucket/slm")
+    flags = ["evaluate", "--model=gs://bucket/slm", f"--cache={cache.path}", "--mesh.data=2"]
+    flags += ["--compilation_cache=", "--batch_size=8", "--output_dir=s3://bucket/evaluated"]
     run(2, 1, flags)
+    reads = [asked.partition("&tensorstore=")[0] for asked in bucket.seen if "%2Fd%2F" in asked]
+    reads = [read for read in reads if read.endswith("?alt=media")]  # by TensorStore, a whole file
+    assert len(reads) == len({*reads}) > 0
     assert 0 < json.loads(bucket.objects["bucket/evaluated/summary.json"])["log_perplexity"] < 10
     for code, text in Together(2, 1, [*flags, "--split=validation"]).end():
         assert code == 2, text
