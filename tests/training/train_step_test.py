@@ -267,8 +267,8 @@ def test_let_is_its_formula(cache: PackedCache, soft_term: bool) -> None:
     batch["distill"] = np.array([1, 0, 1, 0, 1, 1, 0, 0], np.float32)
     trainer = ProjectionTrainer(32, 16, ADAMW.learning_rate.schedule(1))
     results = []
-    for devices, microbatches in ((1, 1), (1, 2), (8, 1)):
-        mesh = partitioning.MeshConfig().make(jax.devices()[:devices])
+    for slices, devices, microbatches in ((1, 1, 1), (2, 4, 2), (1, 8, 1)):
+        mesh = partitioning.MeshConfig(slice=slices).make(jax.devices()[:devices])
         layout = make_layout(STUDENT, ADAMW.make(1, STUDENT), mesh, projection=trainer)
         teacher = make_layout(TEACHER, ADAMW.make(1, TEACHER), mesh).create(7).params
         of_step = (layout, loss, (8, LENGTH), microbatches, TEACHER, teacher, extra, 0)
