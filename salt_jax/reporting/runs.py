@@ -80,14 +80,10 @@ class TeacherFacts:
     digest, and the cost of its training, SUMS and PARTS, NaN if unknown."""
 
     path: pathlib.Path
-    folder: str
+    name: str
     step: int
     digest: str
     costs: pd.Series
-
-    @property
-    def name(self) -> str:
-        return f"{self.folder} at step {self.step}"
 
     @property
     def cost_is_known(self) -> bool:
@@ -298,25 +294,22 @@ def _labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
     """Gives each run a unique label: its arm or, if arms repeat, the end of its path, from the
     arm's folder on if there is one."""
     labels = [run.arm for run in runs]
-    places = [run.origin.path.resolve().parts for run in runs]
-    named = [
-        place[::-1].index(run.arm) + 1 if run.arm in place else 1
-        for run, place in zip(runs, places, strict=True)
-    ]
+    folders = [run.origin.path.resolve() for run in runs]
+    places = [path.parts for path in folders]
+    arms = [arm in at and at[::-1].index(arm) + 1 for arm, at in zip(labels, places, strict=True)]
     for depth in range(1, max(map(len, places), default=0) + 1):
         labels = [
-            visible("/".join(place[-max(depth, least) :])) if labels.count(label) > 1 else label
-            for label, place, least in zip(labels, places, named, strict=True)
+            visible("/".join(place[-max(depth, arm) :])) if labels.count(label) > 1 else label
+            for label, place, arm in zip(labels, places, arms, strict=True)
         ]
-    by_folder = {run.origin.path.resolve(): label for run, label in zip(runs, labels, strict=True)}
-    teachers = [
-        taught and dataclasses.replace(taught, folder=by_folder.get(taught.path, taught.folder))
-        for taught in (run.teacher for run in runs)
-    ]
-    return tuple(
-        dataclasses.replace(run, label=label, teacher=teacher)
-        for run, label, teacher in zip(runs, labels, teachers, strict=True)
-    )
+    names = dict(zip(folders, labels, strict=True))
+    labelled = []
+    for run, label in zip(runs, labels, strict=True):
+        teacher = run.teacher
+        if teacher is not None:
+            teacher = dataclasses.replace(teacher, name=names.get(teacher.path, teacher.name))
+        labelled.append(dataclasses.replace(run, label=label, teacher=teacher))
+    return tuple(labelled)
 
 
 def _train_run(origin: Origin) -> TrainRun:
@@ -387,7 +380,7 @@ def _teacher(facts: Mapping[str, Any]) -> TeacherFacts | None:
     path, cost = pathlib.Path(str(teacher.get("path", ""))), teacher.get("training_cost")
     return TeacherFacts(
         path=path.resolve(),
-        folder=path.name,
+        name=path.name,
         step=teacher.get("step"),
         digest=str(teacher.get("digest")),
         costs=pd.Series(_row(cost if isinstance(cost, dict) else {}, (*SUMS, *PARTS), (), "")),

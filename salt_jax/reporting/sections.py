@@ -324,5 +324,8 @@ def _run_numbers(run: TrainRun) -> dict[str, Any]:
         "costs": run.costs[[*PARTS]].to_dict(),
         "wall_time": {name: tables.or_none(value) for name, value in run.wall_time.items()},
         "teacher_training": teacher
-        and {"teacher": teacher.name, **teacher.costs[["train_flops", "seconds"]].to_dict()},
+        and {
+            "teacher": f"{teacher.name} at step {teacher.step}",
+            **teacher.costs[["train_flops", "seconds"]].to_dict(),
+        },
     }

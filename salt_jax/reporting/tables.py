@@ -248,7 +248,10 @@ def cost_tables(runs: Sequence[TrainRun], charged: bool) -> list[Table]:
     costs = [(run.label, run.costs) for run in runs]
     notes = []
     for teacher in {run.teacher.digest: run.teacher for run in runs if run.teacher}.values():
-        name, how = f"teacher: {teacher.name}", "charged" if charged else "not charged"
+        name, how = (
+            f"teacher: {teacher.name} at step {teacher.step}",
+            "charged" if charged else "not charged",
+        )
         taught = [r.label for r in runs if r.teacher and r.teacher.digest == teacher.digest]
         costs.append((name, teacher.costs))
         notes.append(
