@@ -87,9 +87,8 @@ def _run(argv: list[str]) -> int:
         return _run_guarded(argv)
     if arguments.safe_gin:
         os.environ[SAFE_GIN] = "1"
-    verb = configure(arguments)
-    from_all = load_verb(arguments.verb).writes_to_buckets
-    if several and from_all and arguments.output_dir.startswith("s3://"):
+    verb, writes = configure(arguments), load_verb(arguments.verb).writes_to_buckets
+    if several and writes and arguments.output_dir.startswith("s3://"):
         raise InputError(
             f"--output_dir={arguments.output_dir}: each process of `salt {arguments.verb}` writes "
             "a part, which it can't to s3:// (Orbax, which writes checkpoints, has no S3): name a "
@@ -103,7 +102,8 @@ def _run(argv: list[str]) -> int:
             versions=str([versions.get(name) for name in ("salt_jax", "jax", "jaxlib")]),
             settings=f"{arguments.verb} {settings_of_all()}",
         )
-    with RunLock() as lock, _mirrored(arguments, together) as mirror:
+    with RunLock() as lock, contextlib.ExitStack() as stack:
+        mirror = _mirrored(arguments, together, stack)
         folder = RunFolder(
             path=mirror.path if mirror else path_of(arguments.output_dir),
             url=arguments.output_dir if is_remote(arguments.output_dir) else "",
@@ -179,15 +179,24 @@ def _join(arguments: Arguments) -> processes.Processes:
 
 
 def _mirrored(
-    arguments: Arguments, together: processes.Processes
-) -> contextlib.AbstractContextManager[Mirror | None]:
+    arguments: Arguments, together: processes.Processes, stack: contextlib.ExitStack
+) -> Mirror | None:
     """Mirrors the output to a bucket, unless the verb itself writes there. Of several processes
     only the first has any: the others read the bucket's."""
-    url = arguments.output_dir
+    url, mirror, refusal = arguments.output_dir, None, ""
     is_direct = url.startswith("gs://") and load_verb(arguments.verb).writes_to_buckets
-    if is_remote(url) and not is_direct and together.is_first:
-        return Mirror(url, arguments.verb)
-    return contextlib.nullcontext()
+    if not is_remote(url) or is_direct:
+        return None
+    try:
+        if together.is_first:
+            mirror = stack.enter_context(Mirror(url, arguments.verb))
+    except InputError as error:
+        if together.count == 1:
+            raise
+        refusal = str(error)
+    if together.count > 1:
+        processes.raise_together(refusal)
+    return mirror
 
 
 def _out_of_memory(verb: str, message: str) -> str:

@@ -57,7 +57,9 @@ from salt_jax.training.wandb_run import require_wandb
 
 # Settings that change a run's result by rounding at most.
 CHANGES_NO_RESULT = (
-    *("TrainConfig.devices", "Devices", "MeshConfig", "Data.read_threads", "Teacher.rules"),
+    *("TrainConfig.devices", "Devices.mesh", "Devices.rules", "Devices.compilation_cache"),
+    *("Devices.microbatches", "Devices.stage1_microbatches", "MeshConfig", "Teacher.rules"),
+    "Data.read_threads",
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("TrainConfig.log_every", "TrainConfig.hang_seconds"),
     *("TrainConfig.monitoring", "Monitoring"),
@@ -67,16 +69,18 @@ CHANGES_NO_RESULT = (
 # Settings that may change on resuming; the batch size may, since positions count rows.
 MAY_CHANGE = (
     *CHANGES_NO_RESULT,
-    *("Data.batch_size", "TrainConfig.max_skipped_updates"),
+    *("Data.batch_size", "TrainConfig.max_skipped_updates", "Devices.slice_gradient_dtype"),
     *("TrainConfig.checkpoints", "CheckpointConfig", "TrainConfig.evaluation", "Evaluation.every"),
     # Folders may be moved, since their contents are compared by digest.
     "TrainConfig.flops_of",  # its steps are in the checkpoint
     *("Data.cache", "Teacher.path", "Teacher.step", "Data.selection", "Method.soft_labels"),
 )
 
+_OF_ITS_RESULT = ("Data.batch_size", "TrainConfig.flops_of", "Devices.slice_gradient_dtype")
+
 # Settings in which a fork and its trunk may differ.
 MAY_DIFFER = (
-    *(name for name in MAY_CHANGE if name not in ("Data.batch_size", "TrainConfig.flops_of")),
+    *(name for name in MAY_CHANGE if name not in _OF_ITS_RESULT),
     *("Step.n_kd", "Method.arm"),
 )
 

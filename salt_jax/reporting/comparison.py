@@ -117,18 +117,22 @@ def cost_at_step(run: TrainRun, axis: Axis, step: int) -> float:
 def comparable_groups(runs: Sequence[TrainRun]) -> tuple[tuple[TrainRun, ...], ...]:
     """Groups of comparable runs: of one model size and, where it is recorded, one cache.
 
-    Runs that only taught runs of other sizes are groups of their own, after the others. The group
-    with the most runs comes first and, among equals, the smaller model; runs of unknown size (not
-    finished yet) are a group.
+    Arms of which every run taught others, of other sizes alone, are groups of their own, after the
+    others. The group with the most runs comes first and, among equals, the smaller model; runs of
+    unknown size (not finished yet) are a group.
     """
-    taught: dict[pathlib.Path, set[int | None]] = {}
+    taught: dict[pathlib.Path | None, set[int | None]] = {}
     for run in runs:
         if run.teacher is not None:
             taught.setdefault(run.teacher.path, set()).add(run.parameters)
+    arms = {
+        run.arm
+        for run in runs
+        if run.parameters in taught.get(run.origin.path.resolve(), {run.parameters})
+    }
     groups: dict[tuple[bool, float, str | None], list[TrainRun]] = {}
     for run in runs:
-        sizes = taught.get(run.origin.path.resolve(), {run.parameters})
         size, cache = run.parameters or math.inf, run.facts.get("cache_digest")
-        groups.setdefault((run.parameters not in sizes, size, cache), []).append(run)
+        groups.setdefault((run.arm not in arms, size, cache), []).append(run)
     ordered = sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
     return tuple(tuple(group) for _, group in ordered)

@@ -6,6 +6,7 @@ The kind of a folder is recognised by its run.json or its manifest.
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from salt_jax.data.row_scores import AUDIT_FILE, RowScores, Selection
 from salt_jax.distill.scores import ScoreConfig
 from salt_jax.errors import InputError, visible
 from salt_jax.evaluation.paired_comparison import Difference, differences_from_json
+from salt_jax.storage.buckets import is_remote
 from salt_jax.storage.json_files import parse_json, read_json_object, require_shape
 from salt_jax.storage.local_copies import local_run
 from salt_jax.storage.manifests import MANIFEST_FILE
@@ -76,10 +78,10 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherFacts:
-    """A run's teacher: its folder, that folder's name or its run's label, the checkpoint's step and
-    digest, and the cost of its training, SUMS and PARTS, NaN if unknown."""
+    """A run's teacher: its folder on disk, that folder's name or its run's label, the checkpoint's
+    step and digest, and the cost of its training, SUMS and PARTS, NaN if unknown."""
 
-    path: pathlib.Path
+    path: pathlib.Path | None
     name: str
     step: int
     digest: str
@@ -295,20 +297,20 @@ def _labelled(runs: Sequence[TrainRun]) -> tuple[TrainRun, ...]:
     arm's folder on if there is one."""
     labels = [run.arm for run in runs]
     folders = [run.origin.path.resolve() for run in runs]
-    places = [path.parts for path in folders]
+    shared = os.path.commonpath([str(path.parent) for path in folders] or ["/"])
+    places = [folder.relative_to(shared).parts for folder in folders]
     arms = [arm in at and at[::-1].index(arm) + 1 for arm, at in zip(labels, places, strict=True)]
     for depth in range(1, max(map(len, places), default=0) + 1):
         labels = [
             visible("/".join(place[-max(depth, arm) :])) if labels.count(label) > 1 else label
             for label, place, arm in zip(labels, places, arms, strict=True)
         ]
-    names = dict(zip(folders, labels, strict=True))
-    labelled = []
+    names, labelled = dict(zip(folders, labels, strict=True)), []
     for run, label in zip(runs, labels, strict=True):
-        teacher = run.teacher
-        if teacher is not None:
-            teacher = dataclasses.replace(teacher, name=names.get(teacher.path, teacher.name))
-        labelled.append(dataclasses.replace(run, label=label, teacher=teacher))
+        taught = run.teacher
+        if taught is not None and taught.path in names:
+            taught = dataclasses.replace(taught, name=names[taught.path])
+        labelled.append(dataclasses.replace(run, label=label, teacher=taught))
     return tuple(labelled)
 
 
@@ -374,13 +376,12 @@ def _frame(rows: Mapping[float, Mapping[str, float]], columns: Sequence[str]) ->
 
 
 def _teacher(facts: Mapping[str, Any]) -> TeacherFacts | None:
-    teacher = facts.get("teacher")
-    if teacher is None:
+    if (teacher := facts.get("teacher")) is None:
         return None
-    path, cost = pathlib.Path(str(teacher.get("path", ""))), teacher.get("training_cost")
+    path, cost = str(teacher.get("path", "")), teacher.get("training_cost")
     return TeacherFacts(
-        path=path.resolve(),
-        name=path.name,
+        path=pathlib.Path(path).resolve() if path and not is_remote(path) else None,
+        name=pathlib.Path(path).name,
         step=teacher.get("step"),
         digest=str(teacher.get("digest")),
         costs=pd.Series(_row(cost if isinstance(cost, dict) else {}, (*SUMS, *PARTS), (), "")),
@@ -403,10 +404,8 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
 def _row(
     record: Mapping[str, Any], names: Sequence[str], required: Collection[str], where: str
 ) -> dict[str, float]:
-    """The named numbers of a record; NaN for a missing one that is not required.
-
-    null is a number that was not finite, which strict JSON doesn't have.
-    """
+    """The named numbers of a record; NaN for null, which stands for a number that was not finite,
+    and for a missing one that is not required."""
     row = {name: 0.0 if name.startswith("teacher_training") else math.nan for name in names}
     for name in names:
         value = record.get(name)

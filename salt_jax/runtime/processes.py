@@ -20,6 +20,7 @@ from salt_jax.runtime.pulse import Pulse, patience_seconds
 GUARDED = "SALT_GUARDED"
 FLAGS = ("coordinator_address", "process_count", "process_index", "multi_process")
 
+_SENTENCE_BYTES = 2048
 _TRUE, _FALSE = ("True", "true", "1"), ("False", "false", "0")
 
 
@@ -86,6 +87,19 @@ class Processes:
         which ends this process."""
         if self._pulse is not None:
             self._pulse.wait()
+
+
+def raise_together(sentence: str) -> None:
+    """Raises InputError in every process if one has a sentence, with the first of them. All
+    processes must call it, those with "" too."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    own_N = np.frombuffer(sentence.encode().ljust(_SENTENCE_BYTES)[:_SENTENCE_BYTES], np.uint8)
+    all_PxN = np.atleast_2d(multihost_utils.process_allgather(own_N))
+    sentences = (each_N.tobytes().decode(errors="ignore").strip() for each_N in all_PxN)
+    if found := next(filter(None, sentences), ""):
+        raise InputError(found)
 
 
 def are_several(settings: Mapping[str, str]) -> bool:

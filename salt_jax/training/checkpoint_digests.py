@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from salt_jax.errors import InputError
+from salt_jax.runtime.processes import raise_together
 from salt_jax.storage.buckets import BucketError, RemoteFolder, as_bucket_errors, is_remote
 from salt_jax.storage.durable_files import write_text
 from salt_jax.storage.json_files import read_json_object, require_shape
@@ -33,8 +32,6 @@ VERSIONS_FILE = "versions.json"
 
 # The stores that each process writes for itself, and the manifest that merges them.
 _PARTS, _MANIFEST = "ocdbt.process_", "manifest.ocdbt"
-
-_SENTENCE_BYTES = 2048
 
 
 def write_digests(
@@ -108,11 +105,7 @@ def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
             digests.append(item_digest(folder, item, jax.process_index(), jax.process_count()))
     except InputError as error:
         sentence = str(error)
-    own_N = np.frombuffer(sentence.encode().ljust(_SENTENCE_BYTES)[:_SENTENCE_BYTES], np.uint8)
-    all_PxN = np.atleast_2d(multihost_utils.process_allgather(own_N))
-    sentences = (each_N.tobytes().decode(errors="ignore").strip() for each_N in all_PxN)
-    if found := next(filter(None, sentences), ""):
-        raise InputError(found)
+    raise_together(sentence)
     return digests
 
 
@@ -145,9 +138,15 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
 
 
 def is_whole(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint has digests and all files that they name."""
-    there = {str(path.relative_to(folder)) for path in _files(folder)}
-    return DIGESTS_FILE in there and _known(folder).keys() <= there
+    """Whether a checkpoint has digests and all files that they name, or digests that can't be
+    read."""
+    try:
+        there = {str(path.relative_to(folder)) for path in _files(folder)}
+        return DIGESTS_FILE in there and _known(folder).keys() <= there
+    except BucketError:
+        raise
+    except InputError:
+        return True
 
 
 def damaged(folder: pathlib.Path, what: str) -> InputError:

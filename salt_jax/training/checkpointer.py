@@ -52,7 +52,7 @@ class Checkpointer:
         run_path: pathlib.Path,
         config: CheckpointConfig,
         report: Callable[[str], None] = print,
-        fail: Callable[[str], None] = print,
+        fail: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._folder = checkpoints_of(run_path)
         self._config, self._report, self._fail = config, report, fail
@@ -68,10 +68,12 @@ class Checkpointer:
     def _finish_removals(self) -> None:
         """Removes what is left of older checkpoints whose removal a kill cut short."""
         with as_bucket_errors(self._folder, "written"):
-            for step in complete_steps(self._folder.parent)[: -self._config.keep_last]:
-                folder = self._folder / str(step)
-                if not self._config.keeps(step) and not is_whole(folder):
-                    epath.Path(folder).rmtree()
+            folders = {step: self._folder / str(step) for step in self._written()}
+            if not folders or not is_whole(folders[max(folders)]):
+                return  # the older ones may be needed
+            for step in sorted(folders)[: -self._config.keep_last]:
+                if not self._config.keeps(step) and not is_whole(folders[step]):
+                    epath.Path(folders[step]).rmtree()
 
     def _open(self) -> ocp.CheckpointManager:
         config = self._config
@@ -95,13 +97,18 @@ class Checkpointer:
 
     def _wait_for_others(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier. Its background thread comes here after an error too, while the others
-        wait at an earlier one."""
-        error = sys.exception()
-        if error and threading.current_thread() is not threading.main_thread():
-            lost = jax.errors.JaxRuntimeError  # another process, which its missing beat names
-            if not isinstance(error, lost) and not isinstance(error.__cause__, lost):
-                self._fail(self._failure(self._reason(error) or f"{type(error).__name__}: {error}"))
+        wait at an earlier one, unless only the removal of an older checkpoint failed."""
+        is_main = threading.current_thread() is threading.main_thread()
+        error = None if is_main else sys.exception()
+        if error and not _is_of_a_lost_process(error) and self._saving not in self._written():
+            self._fail(self._failure(self._reason(error) or f"{type(error).__name__}: {error}"))
         self._barrier(key=key, timeout_ms=timeout_ms)
+
+    def _written(self) -> list[int]:
+        """The steps of complete checkpoints; none if they can't be listed."""
+        with contextlib.suppress(BucketError), as_bucket_errors(self._folder, "read"):
+            return complete_steps(self._folder.parent)
+        return []
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step."""
@@ -208,6 +215,10 @@ class Checkpointer:
             reason = self._reason(error)
             if not reason:
                 raise
+            if self._saving in self._written():
+                self._report(f"a checkpoint before step {self._saving} is not removed: {reason}")
+                self._manager.reload()  # it has forgotten the new one
+                return
             if jax.process_count() > 1:
                 raise RunFailed(self._failure(reason)) from error
         self._lost.add(self._saving)
@@ -230,6 +241,8 @@ class Checkpointer:
 
     def _reason(self, error: BaseException) -> str:
         """Why the disk or the bucket did not take a checkpoint; "" for an error of another kind."""
+        if _is_of_a_lost_process(error):
+            return ""
         try:
             with as_bucket_errors(self._folder, "written"):
                 raise error
@@ -239,6 +252,12 @@ class Checkpointer:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             full = full or "No space left" in str(error) or "quota" in str(error)
             return f"no space left on the disk of {self._folder}: make room." if full else ""
+
+
+def _is_of_a_lost_process(error: BaseException) -> bool:
+    """Whether an error comes of waiting for another process, which its missing beat names."""
+    lost = jax.errors.JaxRuntimeError
+    return isinstance(error, lost) or isinstance(error.__cause__, lost)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

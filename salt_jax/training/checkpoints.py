@@ -178,10 +178,13 @@ def find_model(
     if not steps:
         path = _run_path(local_run(url) if url else path, role)
         steps = complete_steps(path)
-    if not steps:
-        raise InputError(f"{role} is {path}, which has no complete checkpoint yet.")
+    newest = steps[-1] if steps else -1
     if step is None:  # the first process's: others may have listed the run before or after a save
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(steps[-1])))
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    if newest < 0:
+        raise InputError(f"{role} is {path}, which has no complete checkpoint yet.")
+    if step is None:
+        step = newest
     elif step not in steps:
         raise InputError(
             f"{role} asks for step {step} of {path}, which has {', '.join(map(str, steps))}: "

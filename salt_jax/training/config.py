@@ -181,7 +181,7 @@ class Devices:
       stage1_microbatches: Microbatches in stage 1, where the teacher needs memory; by default the
         same as microbatches.
       slice_gradient_dtype: "bfloat16" rounds the gradients that slices add up over the network,
-        once a step, to half the bytes; by default they keep their dtype.
+        once a step, to half the bytes; by default they keep their dtype. No effect on one slice.
       compilation_cache: A folder that keeps compiled programs between runs; "" keeps none.
     """
 
@@ -194,11 +194,17 @@ class Devices:
 
     def __post_init__(self) -> None:
         require_counts(microbatches=self.microbatches, stage1_microbatches=self.stage1_microbatches)
-        apart = partitioning.slices_compute_apart(self.mesh.tensor, self.rules)
-        if self.slice_gradient_dtype not in (None, "bfloat16")[: 1 + apart]:
+        if self.slice_gradient_dtype not in (None, "bfloat16"):
             raise InputError(
-                f"slice_gradient_dtype is {self.slice_gradient_dtype!r}: leave it unset or, with "
-                "MeshConfig.tensor 1 and rules that split only the batch over slices, 'bfloat16'."
+                f"slice_gradient_dtype is {self.slice_gradient_dtype!r}: set it to 'bfloat16', or "
+                "leave it unset."
+            )
+        apart = partitioning.slices_compute_apart(self.mesh.tensor, self.rules)
+        if self.slice_gradient_dtype and not apart:
+            raise InputError(
+                f"slice_gradient_dtype is {self.slice_gradient_dtype!r}, which takes "
+                "MeshConfig.tensor 1 and rules that split only the batch over slices: leave it "
+                "unset."
             )
 
     def microbatches_of(self, stage: int) -> int:

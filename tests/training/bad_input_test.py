@@ -59,7 +59,7 @@ def test_train_refuses(
         (lambda: Devices(slice_gradient_dtype="float16"), "slice_gradient_dtype is 'float16'"),
         (
             lambda: Devices(MeshConfig(tensor=2), slice_gradient_dtype="bfloat16"),
-            "with MeshConfig.tensor 1",
+            "takes MeshConfig.tensor 1",
         ),
         (lambda: WarmupCosine(0.0), "WarmupCosine(peak=0.0"),
         (lambda: WarmupCosine(1.0, final=-1), "final=-1"),

@@ -81,9 +81,9 @@ def test_what_a_kill_left_of_a_removal_is_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the first process alone, and after the last step too; whole ones and those to be kept
-    stay."""
+    stay, and all where the newest is not whole."""
     on_disk = run_train(tmp_path, checkpoints=CheckpointConfig(1, keep_every=1))
-    for step in (1, 2, 6):
+    for step in (1, 2):
         next((on_disk / f"checkpoints/{step}/optimizer/d").iterdir()).unlink()
     (on_disk / "checkpoints/3/digests.json").unlink()
     bucket.take(on_disk, PLACE)
@@ -94,9 +94,41 @@ def test_what_a_kill_left_of_a_removal_is_removed(
         with monkeypatch.context() as patched:
             patched.setattr(jax, "process_index", lambda: 1)
             Checkpointer(run, kept).close()
+        newest = run / "checkpoints/6/digests.json"
+        digests = newest.read_bytes()
+        newest.unlink()
+        Checkpointer(run, kept).close()
         assert complete_steps(run) == [1, 2, 3, 4, 5, 6]
+        newest.write_bytes(digests)
         Checkpointer(run, kept).close()
         assert complete_steps(run) == [1, 4, 5, 6]
+
+
+def test_an_older_checkpoint_that_cannot_be_removed(
+    bucket: BucketEmulator, run_train: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The new one is whole, and training goes on."""
+    bucket.failing = {"delete"}
+    run_train(path_of(URL), checkpoints=CheckpointConfig(2, keep_last=1))
+    error = capfd.readouterr().err
+    assert f"a checkpoint before step 6 is not removed: {URL}/checkpoints cannot" in error
+    assert "COULD NOT BE WRITTEN" not in error
+    assert {*complete_steps(path_of(URL))} >= {2, 6}
+
+
+def test_a_process_lost_during_a_save_is_no_refusal_of_the_bucket(
+    bucket: BucketEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its missing beat names it, and all end with 75."""
+    checkpointer = Checkpointer(path_of(URL), CheckpointConfig())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lost = jax.errors.JaxRuntimeError("Gloo: connection closed by peer")
+    with pytest.raises(jax.errors.JaxRuntimeError), checkpointer._surviving():
+        raise lost
+    with pytest.raises(TimeoutError), checkpointer._surviving():
+        raise TimeoutError("barrier") from lost
+    with pytest.raises(RunFailed, match="could not be written"), checkpointer._surviving():
+        raise ConnectionError("refused")
 
 
 def test_a_run_that_an_older_version_sent_goes_on(

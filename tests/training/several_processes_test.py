@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -85,18 +86,19 @@ class Together:
 
     def end(self, timeout: float = ENDING_SECONDS) -> list[tuple[int, str]]:
         """Exit code and text of each. The test fails, with the texts, if one does not end."""
-        ended, is_late = [], False
-        for index, member in enumerate(self.members):
-            try:
-                text, _ = member.communicate(timeout=0 if is_late else timeout)
-            except subprocess.TimeoutExpired:
-                is_late = True
+        try:
+            texts = [member.communicate(timeout=timeout)[0] for member in self.members]
+        except subprocess.TimeoutExpired:
+            self.fail(f"not ended after {timeout:g} s")
+        return [(member.returncode, text) for member, text in zip(self.members, texts, strict=True)]
+
+    def fail(self, reason: str) -> NoReturn:
+        """Kills all, and fails the test with what they said."""
+        for index in range(len(self.members)):
+            with contextlib.suppress(ProcessLookupError):
                 self.kill(index)
-                text, _ = member.communicate()
-            ended.append((member.returncode, text))
-        if is_late:
-            pytest.fail(f"not ended after {timeout} s:\n" + "\n\n".join(text for _, text in ended))
-        return ended
+        texts = [member.communicate()[0] for member in self.members]
+        pytest.fail("\n\n".join([reason, *texts]))
 
     def kill(self, index: int) -> None:
         """SIGKILL to a process and what it has started."""
@@ -346,7 +348,7 @@ def test_in_a_bucket_each_of_three_is_killed_and_others_go_on(
     for victim, (count, devices), step in [(2, (3, 2), 3), (1, (2, 3), 6), (0, (3, 2), 9)]:
         together = Together(count, devices, typed)
         if not bucket.wait_for(f"bucket/runs/a/checkpoints/{step}/commit_success.txt"):
-            pytest.fail(f"nothing was saved after step {step}: {together.end(timeout=0)}")
+            together.fail(f"step {step} was not saved")
         together.kill(victim)
         ended = together.end(timeout=SURVIVORS_SECONDS)
         assert {code for code, _ in ended} <= {75, -signal.SIGKILL}, ended
