@@ -36,6 +36,10 @@ def test_the_first_mirrors_what_is_evaluated_together(
     for code, text in Together(2, 1, [*flags, "--split=validation"]).end():
         assert code == 2, text
         assert "holds a run with another configuration: " in text
+    bucket.failing = {"list"}
+    for code, text in Together(2, 1, flags).end():
+        assert code == 2, text
+        assert "s3://bucket/evaluated cannot be read" in text
     flags = ["score", f"--scorer={slm}", f"--cache={cache.path}", "--output_dir=s3://bucket/scores"]
     for code, text in Together(2, 1, flags).end():
         assert code == 2, text
