@@ -166,10 +166,11 @@ def alone(
 def test_one_two_and_four_processes_train_the_same_model(
     cache: PackedCache, slm: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Two processes are asked to stop, by way of one of them; four go on from their checkpoint, and
-    save by the clock."""
+    """Two processes, each a slice, are asked to stop, by way of one of them; four go on from their
+    checkpoint, and save by the clock."""
     output = tmp_path / "run"
-    together = Together(2, 2, training(cache, slm, output))
+    slices = ["--gin.partitioning.MeshConfig.slice=2", "--microbatches=2"]
+    together = Together(2, 2, [*training(cache, slm, output), *slices])
     wait_for_step(together, output, 2)
     together.members[1].terminate()
     ended = together.end()
