@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import gin
 from salt_jax import __version__
@@ -137,10 +137,16 @@ def check(file: TextIO) -> int:
 
     Writes the name and error of the first wrong one to stderr; returns the exit code.
     """
+    earlier: dict[str, dict[str, Any]] = {}
     for name, argv in json.load(file).items():
         arguments = parse_arguments(argv)
         try:
             configure(arguments)
+            verb = load_verb(arguments.verb)
+            if verb.check is not None:
+                settings = gin.get_bindings(verb.function)
+                verb.check(settings, earlier)
+                earlier[arguments.output_dir] = settings
         except InputError as error:
             print(f"{name}: {_sentence(error)}", file=sys.stderr)
             return 2

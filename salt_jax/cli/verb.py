@@ -23,6 +23,8 @@ class Verb:
       writes_to_buckets: Whether it writes gs:// itself, from every process; other output in buckets
         is mirrored.
       not_needed: Values for settings that gin files may leave REQUIRED ("Data.cache").
+      check: Takes the settings of a command that a study will run, and those of its commands of
+        this verb before it, by output folder; raises InputError where they don't fit.
     """
 
     function: Callable[..., None]
@@ -34,6 +36,7 @@ class Verb:
     changes_no_result: tuple[str, ...] = ()
     gin_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     not_needed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    check: Callable[[Mapping[str, Any], Mapping[str, Mapping[str, Any]]], None] | None = None
 
 
 def load_verb(name: str) -> Verb:

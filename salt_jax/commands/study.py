@@ -90,7 +90,11 @@ def study(
         _refuse_other_flags(step, run.path)
     check_verbs(
         {
-            str(step.output.relative_to(run.path)): (step.verb, *step.arguments)
+            str(step.output.relative_to(run.path)): (
+                step.verb,
+                *step.arguments,
+                f"--output_dir={step.output}",
+            )
             for step in steps
             if not step.finished
         }

@@ -39,7 +39,7 @@ from salt_jax.training.checkpoints import (
 from salt_jax.training.config import FROM_FILES, Devices, Initial, Teacher, TrainConfig
 from salt_jax.training.equal_cost import with_equal_cost
 from salt_jax.training.evaluation import Evaluator
-from salt_jax.training.fork import Fork, find_fork
+from salt_jax.training.fork import Fork, check_fork, find_fork
 from salt_jax.training.hang_watch import HangWatch
 from salt_jax.training.loop import Loop
 from salt_jax.training.optimizers import make_transformation
@@ -402,4 +402,5 @@ VERB = Verb(
     writes_to_buckets=True,
     changes_no_result=CHANGES_NO_RESULT,
     gin_files=FROM_FILES,
+    check=check_fork,
 )

@@ -11,7 +11,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from salt_jax.distill.schedules import Step
 from salt_jax.errors import InputError
@@ -92,12 +93,11 @@ def find_fork(config: TrainConfig, run: RunFolder, may_differ: Collection[str]) 
     """
     if config.fork_from is None:
         return None
-    schedule, given = config.method.schedule, f"fork_from is {config.fork_from}"
+    given = f"fork_from is {config.fork_from}"
     if path_of(config.fork_from).resolve() == run.path.resolve():
         raise InputError(f"{given}, the output folder itself: name another run.")
     if complete_steps(run.path):
         return None
-    assert isinstance(schedule, Step), "TrainConfig refuses the others"
     trunk = path_of(config.fork_from)
     there = dataclasses.replace(run, path=trunk)
     steps = complete_steps(trunk)
@@ -113,16 +113,45 @@ def find_fork(config: TrainConfig, run: RunFolder, may_differ: Collection[str]) 
             "give both the same, or leave fork_from unset."
         )
     saved = read_progress(trunk, steps[-1])["schedule"]["Step"]
+    return Fork(trunk, _newest_fitting(config, steps, saved["n_kd"]))
+
+
+def check_fork(settings: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a fork of a run that will keep no checkpoint for it.
+
+    Args:
+      settings: Those of `salt train`.
+      earlier: Those of the runs that are trained before it, by output folder.
+
+    Raises:
+      InputError: The trunk is one of them, and keeps no step up to n_kd.
+    """
+    config: TrainConfig = settings["config"]
+    if config.fork_from is None or config.fork_from not in earlier:
+        return
+    trunk: TrainConfig = earlier[config.fork_from]["config"]
+    saving, schedule = trunk.checkpoints, trunk.method.schedule
+    saved = [step for step in range(1, trunk.steps + 1) if saving.saves(step, trunk.steps)]
+    kept = {*filter(saving.keeps, saved), *saved[-saving.keep_last :]}
+    if isinstance(schedule, Step):
+        _newest_fitting(config, sorted(kept), schedule.n_kd)
+
+
+def _newest_fitting(config: TrainConfig, steps: Sequence[int], n_kd: int) -> int:
+    """The newest of a trunk's checkpoints that lies in stage 1 of both; the trunk's n_kd is
+    given."""
+    own = config.method.schedule
+    assert isinstance(own, Step), "TrainConfig refuses the others"
     # A trunk that has ended its stage 1 has no projection (LET) in its checkpoints.
-    last = min(schedule.n_kd, saved["n_kd"] - (config.method.alignment is not None))
+    last = min(own.n_kd, n_kd - (config.method.alignment is not None))
     fitting = [step for step in steps if step <= last]
     if not fitting:
         raise InputError(
-            f"{given}, whose first checkpoint is of step {steps[0]}, past {last}, the last one to "
-            f"fork from with n_kd {schedule.n_kd} here and {saved['n_kd']} there: keep an earlier "
-            "one in that run (--keep_steps), or raise n_kd."
+            f"fork_from is {config.fork_from}, whose first checkpoint is of step {steps[0]}, past "
+            f"{last}, the last one to fork from with n_kd {own.n_kd} here and {n_kd} there: keep "
+            "an earlier one in that run (--keep_steps), or raise n_kd."
         )
-    return Fork(trunk, fitting[-1])
+    return fitting[-1]
 
 
 def _link(source: str, target: str) -> None:
