@@ -185,11 +185,12 @@ def _score_writer(
     scores: Sequence[Score],
     shard_rows: int,
 ) -> RowScoresWriter:
-    own = [(f"{type(score).__name__}.k", getattr(score, "k", None)) for score in scores]
-    for name, k in [("k", ks[-1]), *own]:
+    own = {f"{type(score).__name__}.k": getattr(score, "k", None) for score in scores}
+    for name, k in {"--k": ks[-1], **own}.items():
         if isinstance(k, int) and k > cache.vocabulary_size:
             raise InputError(
-                f"{name} is {k} and the vocabulary has {cache.vocabulary_size} ids: lower it."
+                f"{name.strip('-')} is {k} and the vocabulary has {cache.vocabulary_size} ids: "
+                f"lower {name}."
             )
     return RowScoresWriter(
         run.path,
