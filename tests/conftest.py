@@ -3,6 +3,7 @@
 Programs are compiled the quick way, there too: they are run a few times only.
 """
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -61,6 +62,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if is_quick else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+@pytest.fixture
+def failed_tasks_are_collected() -> Iterator[None]:
+    """For saves that fail: asyncio reports a task's error when the task is collected, and Python
+    3.11 raises SystemError if that is while it parses a file."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from salt_jax.errors import InputError
 from salt_jax.main import main
 from salt_jax.training.metrics import MetricWriter
 
+pytestmark = pytest.mark.usefixtures("failed_tasks_are_collected")
+
 BASELINE = [
     *("train", "--gin_file=runs/smoke_llm.gin", "--gin_file=methods/baseline.gin", "--steps=3"),
 ]

@@ -163,7 +163,9 @@ def browse(tmp_path):
         command = [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            "--virtual-time-budget=10000",  # so that images are drawn on a slow machine, too
+            # So that all images are drawn on a slow machine, too.
+            *("--virtual-time-budget=10000", "--run-all-compositor-stages-before-draw"),
+            "--disable-checker-imaging",
             *("--hide-scrollbars", f"--user-data-dir={tmp_path / 'browser'}", *arguments),
         ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

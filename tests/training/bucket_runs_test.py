@@ -31,6 +31,7 @@ from salt_jax.training.partitioning import MeshConfig
 from tests.bucket_emulator import BucketEmulator
 
 pytest.importorskip("gcsfs")
+pytestmark = pytest.mark.usefixtures("failed_tasks_are_collected")
 URL, PLACE = "gs://bucket/runs/a", "bucket/runs/a"
 Run = Callable[..., pathlib.Path]
 
