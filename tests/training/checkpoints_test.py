@@ -252,3 +252,13 @@ def test_what_lacks_its_manifest_is_refused_without_digests_too(
     shutil.rmtree(newest / item)
     with pytest.raises(InputError, match=rf"checkpoints/6 is damaged \({item} is missing\)"):
         run_train(run)
+
+
+def test_the_newest_checkpoint_is_the_first_process_s(
+    slm: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If that process lists none yet, all refuse the model."""
+    broadcast = "salt_jax.training.checkpoints.multihost_utils.broadcast_one_to_all"
+    monkeypatch.setattr(broadcast, lambda step: step - step - 1)
+    with pytest.raises(InputError, match="has no complete checkpoint yet"):
+        find_model(slm, None, "teacher")
