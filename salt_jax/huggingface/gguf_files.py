@@ -72,7 +72,8 @@ class GGUFFile:
             ) from error
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise InputError(
-                f"{path} is not a complete GGUF file ({error}): download it again."
+                f"{path} is not a complete GGUF file, or is newer than the gguf library ({error}): "
+                "download it again, or update the library."
             ) from error
         if (found := self._metadata.get("general.architecture")) != _ARCHITECTURE:
             raise InputError(

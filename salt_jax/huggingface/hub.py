@@ -75,7 +75,9 @@ def download(repository: str, revision: str | None = None) -> pathlib.Path:
             "`hf auth login` (or set HF_TOKEN)."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise InputError(f"{repository} has no revision {revision}: change --revision.") from error
+        raise InputError(
+            f"{repository} has no revision {revision}: change --revision, or what follows the @."
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"{api.endpoint} shows you no model {repository}: correct the name, or, if it is "

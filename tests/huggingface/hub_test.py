@@ -85,7 +85,7 @@ def test_a_gated_repository_wants_a_token_which_is_not_shown(
     ("name", "revision", "said"),
     [
         ("owner/other", None, "shows you no model owner/other: correct the name"),
-        ("owner/small", "v9", "owner/small has no revision v9: change --revision"),
+        ("owner/small", "v9", "no revision v9: change --revision, or what follows the @."),
     ],
 )
 def test_what_is_not_there(hub: Hub, name: str, revision: str | None, said: str) -> None:
