@@ -163,7 +163,7 @@ def test_a_run_has_adamw_where_no_other_is_asked_for() -> None:
 
 def test_all_files_are_tested() -> None:
     assert names("optimizers") == {*OPTIMIZERS}
-    assert names("hardware") == {*CHIPS, *GPUS, "cpu", "fsdp"}
+    assert names("hardware") == {*CHIPS, *GPUS, "cpu", "fsdp", "sparse_core"}
     pythia = {*PYTHIA_RUNS, "pythia_common"}
     assert names("paper") == {*RUNS, *SLMS, *pythia, "common", "score", "select"}
     pythia = {f"pythia_{size}" for size in PYTHIA}
@@ -398,7 +398,7 @@ def test_scores_and_selection_of_the_paper() -> None:
     assert seen["rule"].m == 36_000 * 2048
 
 
-@pytest.mark.parametrize("hardware", sorted(names("hardware")))
+@pytest.mark.parametrize("hardware", sorted(names("hardware") - {"sparse_core"}))
 def test_hardware_fits_under_every_verb(hardware: str) -> None:
     """The mesh has the devices that the name says, in training, scoring and evaluation alike."""
     file, devices = f"--gin_file=hardware/{hardware}.gin", {**CHIPS, **GPUS, "cpu": 1}
@@ -413,6 +413,13 @@ def test_hardware_fits_under_every_verb(hardware: str) -> None:
         assert seen["loss"].chunk_tokens == chunk_tokens
     assert settings("score", file, "--scorer=RUN", "--cache=CACHE")["mesh"] == mesh
     assert settings("evaluate", file, "--model=RUN", "--cache=CACHE")["mesh"] == mesh
+
+
+def test_sparse_cores_follow_a_slice() -> None:
+    files = (f"--gin_file=hardware/{name}.gin" for name in ("v6e_256", "sparse_core"))
+    seen = settings(*PRETRAIN, "--gin_file=models/slm_smoke.gin", *files)
+    assert seen["mesh"].fsdp == 256
+    assert {value for _, value in seen["compiler_options"]} == {True}
 
 
 @pytest.mark.parametrize("hardware", CHIPS)

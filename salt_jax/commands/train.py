@@ -59,6 +59,7 @@ from salt_jax.training.wandb_run import require_wandb
 CHANGES_NO_RESULT = (
     *("TrainConfig.devices", "Devices.mesh", "Devices.rules", "Devices.compilation_cache"),
     *("Devices.microbatches", "Devices.stage1_microbatches", "MeshConfig", "Teacher.rules"),
+    "Devices.compiler_options",
     "Data.read_threads",
     *("DecoderConfig.remat", "DecoderConfig.attention_backend", "LossConfig.chunk_tokens"),
     *("TrainConfig.log_every", "TrainConfig.hang_seconds"),
@@ -105,6 +106,7 @@ def train(run: RunFolder, *, config: TrainConfig) -> None:
     initial = _find_initial(config.initial, packed)
     student = _student(config, initial, packed)
     mesh = devices.mesh.make()
+    compilation.check_options(devices.compiler_options, mesh.local_devices[0])
     evaluator = _evaluator(config, student, caches, mesh)
     _mark_older_checkpoints(run)
     fork = find_fork(config, run, MAY_DIFFER)

@@ -28,6 +28,7 @@ from salt_jax.models.decoder import DecoderConfig
 from salt_jax.planning.gpus import cudnn_assumed
 from salt_jax.planning.topologies import GIB, Topology
 from salt_jax.training import partitioning
+from salt_jax.training.compilation import check_options
 from salt_jax.training.config import TrainConfig
 from salt_jax.training.optimizers import make_transformation
 from salt_jax.training.teacher import projection_of
@@ -142,9 +143,10 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
     """Compiles the step of stage 1 or 2 for a topology.
 
     Raises:
-      InputError: The mesh or the batch does not fit the devices.
+      InputError: The mesh, the batch or an option of the compiler does not fit the devices.
     """
     check_batch(job, topology, stage)
+    check_options(job.config.devices.compiler_options, topology.devices[0])
     layout, teacher_params = _lay_out(job, topology, stage)
     start = time.perf_counter()
     try:
@@ -162,7 +164,7 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
                 job.config.has_soft_term,
                 job.config.devices.slice_gradient_dtype,
             )
-        compiled = lowered.compile()
+        compiled = lowered.compile(dict(job.config.devices.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _Place = tuple[int, int, str, bool, bool]  # the fields of Execution from `times` on
+_ASYNC_CALLS = {"async-start", "call-start"}  # the latter of a TPU's SparseCores
 _COPIES = {"copy", "bitcast", "reshape", "convert", "copy-start", "copy-done"}
 
 
@@ -122,10 +123,10 @@ def _called(
         return
     in_fusion = in_fusion or opcode == "fusion"
     for role, names in instruction.called.items():
-        if role != "to_apply" or opcode == "call":
+        if role != "to_apply" or opcode in ("call", "call-start"):
             for name in names:
                 inside = caller if in_fusion else name
-                yield name, (times, depth, inside, in_fusion, opcode == "async-start")
+                yield name, (times, depth, inside, in_fusion, opcode in _ASYNC_CALLS)
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:

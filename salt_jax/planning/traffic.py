@@ -16,7 +16,8 @@ from salt_jax.planning import hlo
 # Opcodes that move nothing: views, control flow, and the done of a counted start.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start"),
+    *("call", "after-all", "partition-id", "replica-id", "opt-barrier"),
+    *("async-start", "call-start"),
 }
 _FREE_CALLS = ("AllocateBuffer", "AssumeGather", "AsyncCollective", "ConcatBitcast")
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}

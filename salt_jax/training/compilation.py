@@ -1,8 +1,10 @@
-"""The persistent compilation cache: compiled programs, kept between runs."""
+"""Options of XLA, and the persistent cache: compiled programs, kept between runs."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from salt_jax.errors import InputError
 from salt_jax.storage.buckets import is_remote, path_of
@@ -10,6 +12,22 @@ from salt_jax.storage.user_folders import writable
 from salt_jax.terminal import warn
 
 DEFAULT_FOLDER = "~/.cache/salt_jax/programs"
+
+Options = tuple[tuple[str, bool | str], ...]  # pairs of name and value
+
+
+def check_options(options: Options, device: jax.Device) -> None:
+    """Raises InputError if the device's compiler doesn't know an option or refuses its value."""
+    if not options:
+        return
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(jnp.negative).lower(number).compile(dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"compiler_options is {options}, and the compiler for {device.device_kind} answers "
+            f"{error!s:.200}: change --compiler_options."
+        ) from error
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -182,6 +182,7 @@ class Devices:
         same as microbatches.
       slice_gradient_dtype: "bfloat16" rounds the gradients that slices add up over the network,
         once a step, to half the bytes; by default they keep their dtype. No effect on one slice.
+      compiler_options: XLA's options for the training steps, as pairs of name and value.
       compilation_cache: A folder that keeps compiled programs between runs; "" keeps none.
     """
 
@@ -190,6 +191,7 @@ class Devices:
     microbatches: int = 1
     stage1_microbatches: int | None = None
     slice_gradient_dtype: str | None = None
+    compiler_options: compilation.Options = ()
     compilation_cache: str = compilation.DEFAULT_FOLDER
 
     def __post_init__(self) -> None:

@@ -243,6 +243,7 @@ class Loop:
             alignment=self.config.method.alignment,
             soft_term=self.config.has_soft_term,
             slice_gradient_dtype=self.config.devices.slice_gradient_dtype,
+            compiler_options=self.config.devices.compiler_options,
         )
 
     def _compile_the_rest(self, state: TrainState) -> None:

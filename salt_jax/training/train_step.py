@@ -18,7 +18,7 @@ from salt_jax.distill import chunked_loss, losses
 from salt_jax.distill.alignment import Alignment, cosine_sum
 from salt_jax.distill.head_sharding import HeadSharding
 from salt_jax.models import decoder
-from salt_jax.training import partitioning
+from salt_jax.training import compilation, partitioning
 from salt_jax.training.train_state import StateLayout, TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -77,12 +77,13 @@ def compile_programs(
     alignment: Alignment | None = None,
     soft_term: bool = True,
     slice_gradient_dtype: str | None = None,
+    compiler_options: compilation.Options = (),
 ) -> Programs:
     """Compiles both steps; see `lower_step` for the arguments.
 
     `stage1_microbatches`, those of the distilling step, are by default the plain step's.
     """
-    settings = (loss_config, batch_shape)
+    settings, options = (loss_config, batch_shape), dict(compiler_options)
     plain = lower_step(
         layout.of_stage2,
         *settings,
@@ -91,7 +92,7 @@ def compile_programs(
         slice_gradient_dtype=slice_gradient_dtype,
     )
     if teacher_config is None and not soft_labels:
-        return Programs(plain.compile(), None)
+        return Programs(plain.compile(options), None)
     distill = lower_step(
         layout,
         *settings,
@@ -104,7 +105,7 @@ def compile_programs(
         soft_term,
         slice_gradient_dtype,
     )
-    return Programs(plain.compile(), distill.compile())
+    return Programs(plain.compile(options), distill.compile(options))
 
 
 def lower_step(

@@ -133,6 +133,25 @@ def test_generic_async_counts_once() -> None:
     assert scatter.overlaps
 
 
+def test_a_transfer_on_a_sparse_core_overlaps() -> None:
+    called = (
+        "%called (q: f32[8,128], t: token[]) -> f32[2,128] {\n  %t = token[] parameter(1)\n"
+        "  %q = f32[8,128] parameter(0)\n"
+        "  ROOT %rs = f32[2,128] reduce-scatter(%q), replica_groups=[1,4]<=[4], to_apply=%add\n"
+        '}, execution_thread="sparsecore"\n'
+    )
+    module = module_of(
+        "%s = ((f32[8,128], token[]), f32[2,128]) call-start(%p, %t), to_apply=%called",
+        "%d = f32[2,128] call-done(%s)",
+        others=called,
+    )
+    (scatter,) = collectives(module)
+    assert (scatter.kind, scatter.overlaps) == ("reduce-scatter", True)
+    assert scatter.sent_bytes == 8 * 128 * 4 * 3 / 4
+    copied = 2 * 8 * 128 * 4
+    assert memory_bytes(module) - copied == (8 + 2) * 128 * 4
+
+
 def test_tuples_add_up_and_a_plain_one_waits() -> None:
     (reduce,) = collectives(
         module_of("%a = (f32[8,128], f32[8,128]) all-reduce(%p, %p), replica_groups={{0,1},{2,3}}")

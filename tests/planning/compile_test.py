@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -171,6 +173,28 @@ def test_two_slices_exchange_gradients_over_the_network(make_job: Callable[..., 
     one = plan_stage(make_job(), topologies.find("v5e:2x2"), 2)
     assert one.cost is not None
     assert one.cost.network_bytes == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("libtpu")
+def test_sparse_cores_scatter_the_heads_gradient(make_job: Callable[..., Job]) -> None:
+    """libtpu makes an all-reduce of it otherwise; hardware/sparse_core.gin has the options."""
+    file = pathlib.Path(__file__).parents[2] / "gin" / "hardware" / "sparse_core.gin"
+    options = tuple((name, True) for name in re.findall(r"'(xla_\w+)', True", file.read_text()))
+    job = make_job(teacher=None, devices={"compiler_options": options})
+    plan = plan_stage(job, topologies.find("v6e:4x4"), 2)
+    assert plan.cost is not None
+    head = job.student.padded_vocab_size * job.student.embed_dim * 4  # in float32
+    assert plan.cost.collective_bytes["reduce-scatter"] == head * 15 / 16
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_an_option_that_a_compiler_refuses(make_job: Callable[..., Job]) -> None:
+    name = "xla_tpu_enable_sparse_core_reduce_scatter_v2"
+    for topology in (LOCAL, topologies.find("v6e:2x2")):
+        job = make_job(devices={"compiler_options": ((name, "maybe"),)})
+        with pytest.raises(InputError, match=f"{name}.*change --compiler_options"):
+            compile_stage(job, topology, 2)
 
 
 @pytest.mark.usefixtures("libtpu")
