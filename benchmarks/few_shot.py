@@ -3,8 +3,9 @@
     salt convert --model=RUN --output_dir=FOLDER
     python benchmarks/few_shot.py --model RUN --huggingface FOLDER
 
-Both evaluate the task of benchmarks/sums in float32, with imports and loading; ours has its
-program from the compilation cache, which the warm-up call fills. The ratios are of seconds by the
+Both evaluate the task of benchmarks/sums in float32, with imports, loading and huge pages; lm_eval
+by single rows, its default, ours with its program from the compilation cache, which the warm-up
+call fills. The ratios are of seconds by the
 clock, and of seconds of CPU, which other work on the same cores changes less.
 """
 
@@ -24,9 +25,9 @@ SUMS = str(pathlib.Path(__file__).parent / "sums")
 def run(cpu: list[float], module: str, *flags: str) -> None:
     """Runs a module's command, without a network; appends its CPU seconds to `cpu`."""
     command = [sys.executable, "-P", "-m", module, *flags]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     before = os.times()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     after = os.times()
     cpu.append(sum(after[2:4]) - sum(before[2:4]))  # of children
 

@@ -175,7 +175,7 @@ def _source(name: str, revision: str | None) -> pathlib.Path:
     if named is None:
         if revision is not None:
             raise InputError(
-                f"revision is {revision!r} and huggingface is {name!r}, not of the Hub: leave "
+                f"revision is {revision!r} and huggingface is {name!r}, on this machine: leave "
                 "--revision unset, or name a repository of the Hub, --huggingface=OWNER/NAME."
             )
         return local_folder(name)

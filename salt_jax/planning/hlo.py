@@ -112,21 +112,22 @@ def _called(
 ) -> Iterator[tuple[str, _Place]]:
     """The computations that an instruction calls, and how."""
     opcode = instruction.opcode
-    times, depth, caller, in_fusion, _ = place
+    times, depth, caller, in_fusion, in_async = place
     if opcode == "while":
         (body,), (condition,) = instruction.called["body"], instruction.called["condition"]
         trips = times * trip_count(module, computation, instruction)
-        yield body, (trips, depth + 1, body, in_fusion, False)
-        yield condition, (trips + times, depth + 1, condition, in_fusion, False)
+        yield body, (trips, depth + 1, body, in_fusion, in_async)
+        yield condition, (trips + times, depth + 1, condition, in_fusion, in_async)
         return
     if opcode.endswith(("-done", "-update")):  # the -start has called it
         return
     in_fusion = in_fusion or opcode == "fusion"
+    in_async = in_async or opcode in _ASYNC_CALLS
     for role, names in instruction.called.items():
         if role != "to_apply" or opcode in ("call", "call-start"):
             for name in names:
                 inside = caller if in_fusion else name
-                yield name, (times, depth, inside, in_fusion, opcode in _ASYNC_CALLS)
+                yield name, (times, depth, inside, in_fusion, in_async)
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:

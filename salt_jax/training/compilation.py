@@ -20,6 +20,12 @@ def check_options(options: Options, device: jax.Device) -> None:
     """Raises InputError if the device's compiler doesn't know an option or refuses its value."""
     if not options:
         return
+    pairs = [len(o) == 2 and isinstance(o[1], bool | str) for o in options]
+    if not all(pairs):
+        raise InputError(
+            f"compiler_options is {options}, and pairs of a name and True, False or a text were "
+            "expected: change --compiler_options."
+        )
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
         jax.jit(jnp.negative).lower(number).compile(dict(options))

@@ -111,7 +111,7 @@ def test_what_else_can_be_wrong(
 ) -> None:
     expected = {
         (): r"tiny.gguf cannot be read \(No such file or directory\): correct --huggingface",
-        ("--revision=main",): r"revision is 'main' and .*tiny.gguf', not of the Hub",
+        ("--revision=main",): r"revision is 'main' and .*tiny.gguf', on this machine",
         ("--eos_token=nope",): r"tiny.gguf/tokenizer.json has no token 'nope' .* --eos_token",
     }[flags]
     if flags:

@@ -135,9 +135,11 @@ def test_generic_async_counts_once() -> None:
 
 def test_a_transfer_on_a_sparse_core_overlaps() -> None:
     called = (
+        "%inner (q: f32[8,128]) -> f32[2,128] {\n  %q = f32[8,128] parameter(0)\n"
+        "  ROOT %rs = f32[2,128] reduce-scatter(%q), replica_groups=[1,4]<=[4], to_apply=%add\n}\n"
         "%called (q: f32[8,128], t: token[]) -> f32[2,128] {\n  %t = token[] parameter(1)\n"
         "  %q = f32[8,128] parameter(0)\n"
-        "  ROOT %rs = f32[2,128] reduce-scatter(%q), replica_groups=[1,4]<=[4], to_apply=%add\n"
+        "  ROOT %c = f32[2,128] call(%q), to_apply=%inner\n"
         '}, execution_thread="sparsecore"\n'
     )
     module = module_of(
