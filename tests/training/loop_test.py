@@ -245,6 +245,14 @@ def test_a_gate_gives_each_token_its_share_of_omega(run_train: Run, slm: pathlib
     assert history[0]["loss"] != without[0]["loss"]
 
 
+def test_options_of_the_compiler_reach_both_steps(
+    run_train: Run, slm: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    options = (("xla_dump_to", str(tmp_path)), ("xla_dump_hlo_as_text", True))
+    run_train(schedule=SALT, teacher=str(slm), compiler_options=options)
+    assert len([*tmp_path.glob("*.jit_step.*after_optimizations.txt")]) == 2
+
+
 def test_teacher_memory_is_freed_at_the_switch(
     run_train: Run, slm: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
