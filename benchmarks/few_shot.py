@@ -5,8 +5,8 @@
 
 Both evaluate the task of benchmarks/sums in float32, with imports, loading and huge pages; lm_eval
 by single rows, its default, ours with its program from the compilation cache, which the warm-up
-call fills. The ratios are of seconds by the
-clock, and of seconds of CPU, which other work on the same cores changes less.
+call fills. The ratios are of seconds by the clock, and of seconds of CPU, which other work on the
+same cores changes less.
 """
 
 import functools

@@ -21,6 +21,7 @@ from salt_jax.planning.hlo_text import (
 )
 
 __all__ = [
+    "ASYNC_CALLS",
     "Computation",
     "Execution",
     "Instruction",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _Place = tuple[int, int, str, bool, bool]  # the fields of Execution from `times` on
-_ASYNC_CALLS = {"async-start", "call-start"}  # the latter of a TPU's SparseCores
+ASYNC_CALLS = {"async-start", "call-start"}  # the latter of a TPU's SparseCores
 _COPIES = {"copy", "bitcast", "reshape", "convert", "copy-start", "copy-done"}
 
 
@@ -122,7 +123,7 @@ def _called(
     if opcode.endswith(("-done", "-update")):  # the -start has called it
         return
     in_fusion = in_fusion or opcode == "fusion"
-    in_async = in_async or opcode in _ASYNC_CALLS
+    in_async = in_async or opcode in ASYNC_CALLS
     for role, names in instruction.called.items():
         if role != "to_apply" or opcode in ("call", "call-start"):
             for name in names:

@@ -16,8 +16,7 @@ from salt_jax.planning import hlo
 # Opcodes that move nothing: views, control flow, and the done of a counted start.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "opt-barrier"),
-    *("async-start", "call-start"),
+    *("call", "after-all", "partition-id", "replica-id", "opt-barrier", *hlo.ASYNC_CALLS),
 }
 _FREE_CALLS = ("AllocateBuffer", "AssumeGather", "AsyncCollective", "ConcatBitcast")
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}

@@ -5,7 +5,8 @@ import os
 import pathlib
 import sys
 
-_VARIABLE, _TRIED = "GLIBC_TUNABLES", "SALT_HUGE_PAGES"
+_VARIABLE = "GLIBC_TUNABLES"
+_TRIED = "SALT_HUGE_PAGES"  # a loader may take the other away, and the process start itself forever
 
 
 def use_huge_pages() -> None:

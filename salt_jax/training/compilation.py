@@ -20,8 +20,7 @@ def check_options(options: Options, device: jax.Device) -> None:
     """Raises InputError if the device's compiler doesn't know an option or refuses its value."""
     if not options:
         return
-    pairs = [len(o) == 2 and isinstance(o[1], bool | str) for o in options]
-    if not all(pairs):
+    if not all(len(pair) == 2 and isinstance(pair[1], bool | str) for pair in options):
         raise InputError(
             f"compiler_options is {options}, and pairs of a name and True, False or a text were "
             "expected: change --compiler_options."
