@@ -30,8 +30,8 @@ def check_options(options: Options, device: jax.Device) -> None:
         jax.jit(jnp.negative).lower(number).compile(dict(options))
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
-            f"compiler_options is {options}, and the compiler for {device.device_kind} answers "
-            f"{error!s:.200}: change --compiler_options."
+            f"The compiler for {device.device_kind} refuses one of compiler_options "
+            f"({error!s:.200}): change --compiler_options, or leave out the gin file that sets them."
         ) from error
 
 
