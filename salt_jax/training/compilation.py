@@ -31,7 +31,8 @@ def check_options(options: Options, device: jax.Device) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
             f"The compiler for {device.device_kind} refuses one of compiler_options "
-            f"({error!s:.200}): change --compiler_options, or leave out the gin file that sets them."
+            f"({error!s:.200}): change --compiler_options, or leave out the gin file that sets "
+            "them."
         ) from error
 
 
