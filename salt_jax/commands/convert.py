@@ -246,9 +246,9 @@ def _import(
         "converted_from": str(files.path.resolve()),
         "source_digest": digest,
     }
-    save_streamed(run.path, step, parameters_of(files, config, rules), progress)
-    saved = find_model(run.path, step, "model")
-    _summarize(run, family, config, {"model": saved.identity}, f"step {step}:")
+    digest = save_streamed(run.path, step, parameters_of(files, config, rules), progress)
+    identity = {"path": str(run.path), "step": step, "digest": digest}
+    _summarize(run, family, config, {"model": identity}, f"step {step}:")
 
 
 def _refuse_another_head(files: TensorFiles, embedding: str, head: str) -> None:

@@ -112,7 +112,8 @@ def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
 def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 1) -> str:
     """The SHA-256 (hex) of an item's file names and contents.
 
-    One of `count` processes checks every `count`-th file, and takes the others from digests.json.
+    One of `count` processes checks every `count`-th file, and takes the others from digests.json;
+    process `count`, which is one too many, checks none.
 
     Raises:
       InputError: See `check_digests`.

@@ -5,6 +5,7 @@ opens the parameters of any checkpoint without reading them. Both are an Orbax t
 writes an array chunk by chunk as its values are computed, and reads rows on demand.
 """
 
+import collections
 import contextlib
 import itertools
 import math
@@ -23,12 +24,12 @@ from orbax.checkpoint import type_handlers
 
 from salt_jax.huggingface.tensors import Array, Path
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
-from salt_jax.training.checkpoint_digests import write_digests
+from salt_jax.training.checkpoint_digests import item_digest, write_digests
 from salt_jax.training.checkpoint_items import read_back, reading
 from salt_jax.training.checkpoints import checkpoints_of
 
 # Bytes of an array's chunk: small compared to a tensor, but only some hundreds for a model.
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES, _WRITES_AT_ONCE = 4 << 20, 4
 
 
 class StreamedParameter(Protocol):
@@ -49,10 +50,10 @@ def save_streamed(
     step: int,
     parameters: Mapping[Path, StreamedParameter],
     progress: Mapping[str, Any],
-) -> None:
+) -> str:
     """Writes a checkpoint atomically, from its parameters by path in the tree.
 
-    `progress` has at least model, vocabulary_fingerprint and counters.
+    `progress` has at least model, vocabulary_fingerprint and counters. Returns `SavedModel.digest`.
     """
     leaves = {path: _Leaf(parameter) for path, parameter in parameters.items()}
     handler = ocp.CompositeCheckpointHandler(
@@ -68,6 +69,7 @@ def save_streamed(
             ),
         )
     write_digests(folder, ("params", "progress"))
+    return item_digest(folder, "params", process=1, count=1)  # without reading the files again
 
 
 def open_parameters(
@@ -189,7 +191,7 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
             # No fill value, so that chunks of zeros are written: Orbax treats missing ones as lost.
-            "metadata": {"compressor": {"id": "zstd", "level": 1}},
+            "metadata": {"compressor": None},
         },
         create=True,
         dtype=leaf.dtype.name,
@@ -197,11 +199,16 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         chunk_layout=tensorstore.ChunkLayout(chunk_shape=chunk),
         context=info.ts_context,
     )
+    writing: collections.deque[Any] = collections.deque()
     for (rows,) in _blocks(leaf.shape[:1], chunk[:1]):
         values = leaf.read(rows)
         for block in _blocks(leaf.shape[1:], chunk[1:]):
-            await array[(rows, *block)].write(values[(slice(None), *block)])
+            writing.append(array[(rows, *block)].write(values[(slice(None), *block)]))
+            if len(writing) == _WRITES_AT_ONCE:
+                await writing.popleft()
         del values  # before the next ones are computed
+    for last in writing:
+        await last
 
 
 async def _open(info: type_handlers.ParamInfo) -> tensorstore.TensorStore:

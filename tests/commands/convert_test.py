@@ -97,6 +97,8 @@ def test_both_ways_give_transformers_logits(
     assert not convert(f"--huggingface={tmp_path / 'theirs'}", f"--output_dir={run}")
     said = "the model takes its original context, 64 tokens, alone" in capsys.readouterr().out
     assert said == (name == "phi3")
+    imported = json.loads((run / "summary.json").read_text())["model"]
+    assert imported == find_model(run, None, "model").identity
     expected = random_models.their_logits(model)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(random_models.our_logits(run), expected, atol=PARITY, rtol=0)
