@@ -383,6 +383,12 @@ def _describe(loop: Loop) -> None:
             f"{says} n_kd {n_kd} is over the run's {steps} steps: the teacher stays to the end, "
             "and there is no stage 2"
         )
+    warmup = getattr(config.optimizer.learning_rate, "warmup_steps", 0)
+    if warmup > steps:
+        say(
+            f"{says} warmup_steps {warmup} is over the run's {steps} steps: the learning rate "
+            "never reaches its peak"
+        )
     if pipeline.selected_rows is None:
         return
     selected = sum(pipeline.selected_rows.sizes().values())

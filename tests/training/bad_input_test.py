@@ -141,7 +141,7 @@ def test_m_over_the_corpus(cache: PackedCache, tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-def test_few_selected_rows_and_long_n_kd_are_said(
+def test_few_selected_rows_and_what_is_longer_than_the_run_are_said(
     run_train: Run,
     slm: pathlib.Path,
     cache: PackedCache,
@@ -154,9 +154,11 @@ def test_few_selected_rows_and_long_n_kd_are_said(
         schedule=schedules.Step(omega=0.5, n_kd=9),
         teacher=str(slm),
         selection=str(tmp_path),
+        optimizer=AdamW(WarmupCosine(5e-3, warmup_steps=5)),
     )
     text = capsys.readouterr().out
     assert "n_kd 9 is over the run's 4 steps" in text
+    assert "warmup_steps 5 is over the run's 4 steps" in text
     assert "12 selected rows are fewer than the 32" in text
 
 
