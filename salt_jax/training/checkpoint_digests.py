@@ -6,6 +6,7 @@ P-th file before loading. In a bucket STEP/versions.json has the versions of the
 digested; those that still have them are not read again.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from salt_jax.terminal import warn
 
 # Orbax writes it last.
 COMMIT_MARK = "commit_success.txt"
+_METADATA = "_CHECKPOINT_METADATA"  # its first
 
 VERSIONS_FILE = "versions.json"
 
@@ -136,6 +138,20 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
     if missing:
         raise damaged(folder, f"{missing[0]} is missing")
     return whole.hexdigest()
+
+
+def is_committed(folder: pathlib.Path) -> bool:
+    """Whether all of a checkpoint has been written. On disk the folder of one begun by
+    `CheckpointConfig.commit_by_file` has its name, too; older versions wrote no mark there."""
+    if is_remote(folder) or (folder / COMMIT_MARK).exists():
+        return (folder / COMMIT_MARK).exists()
+    has = {path.name for path in folder.iterdir()}
+    if DIGESTS_FILE in has or _METADATA not in has:
+        return bool(has)
+    with contextlib.suppress(ValueError):  # half-written
+        written = json.loads((folder / _METADATA).read_bytes())
+        return written.get("commit_timestamp_nsecs") is not None
+    return False
 
 
 def is_whole(folder: pathlib.Path) -> bool:

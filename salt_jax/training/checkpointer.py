@@ -21,7 +21,9 @@ from salt_jax.runtime.key_value_store import KeyValueStore
 from salt_jax.storage.buckets import BucketError, as_bucket_errors, is_remote
 from salt_jax.storage.run_folder import UNFINISHED_CHECKPOINT
 from salt_jax.training.checkpoint_digests import (
+    COMMIT_MARK,
     check_together,
+    is_committed,
     is_whole,
     own_digests,
     write_digests,
@@ -32,6 +34,7 @@ from salt_jax.training.train_state import StateLayout, TrainState
 
 _CHUNK_BYTES = 8 << 20
 _STORE_SECONDS = 10.0
+_BY_FILE = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
 
 class Checkpointer:
@@ -57,13 +60,25 @@ class Checkpointer:
         self._folder = checkpoints_of(run_path)
         self._config, self._report, self._fail = config, report, fail
         self._barrier = ocp.multihost.get_barrier_sync_fn()
-        self._is_remote = is_remote(self._folder)
+        self._by_file = config.commit_by_file or is_remote(self._folder)
         self._saving: int | None = None
         self._lost: set[int | None] = set()
         if jax.process_index() == 0:
+            self._finish_commits()
             self._finish_removals()
         multihost_utils.sync_global_devices("removals finished")  # before any lists the steps
         self._manager = self._open()
+
+    def _finish_commits(self) -> None:
+        """On disk, marks what was begun by `commit_by_file` and sealed before a kill, and removes
+        what was not; Orbax does the latter in buckets."""
+        if is_remote(self._folder) or not self._folder.is_dir():
+            return
+        for folder in self._folder.iterdir():
+            if folder.name.isdigit() and not is_committed(folder):
+                epath.Path(folder).rmtree()
+            elif folder.name.isdigit() and self._by_file:
+                (folder / COMMIT_MARK).touch()
 
     def _finish_removals(self) -> None:
         """Removes what is left of older checkpoints whose removal a kill cut short."""
@@ -87,6 +102,7 @@ class Checkpointer:
             handler_registry=item_handlers(self._digest_own),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                atomicity_options=_BY_FILE if self._by_file else None,
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(
@@ -161,8 +177,8 @@ class Checkpointer:
             KeyValueStore().put(key, json.dumps([self._saving, digests]))
 
     def _seal(self) -> None:
-        """Called by Orbax when a checkpoint's files are written, before the folder is renamed, or
-        marked as complete in a bucket."""
+        """Called by Orbax when a checkpoint's files are written, before the folder is renamed or
+        marked as complete."""
         if jax.process_index() > 0:
             return
         known: dict[str, str] = {}
@@ -172,7 +188,7 @@ class Checkpointer:
                 step, digests = json.loads(told or "[null, {}]")
                 known |= digests if step == self._saving else {}
         folder = self._folder / str(self._saving)
-        if not self._is_remote:
+        if not self._by_file:
             (folder,) = self._folder.glob(f"{self._saving}{UNFINISHED_CHECKPOINT}*")
         write_digests(folder, ITEMS, known)
 

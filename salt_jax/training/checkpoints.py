@@ -32,7 +32,12 @@ from salt_jax.storage.local_copies import local_run, remote_steps
 from salt_jax.storage.manifests import DIGESTS_FILE
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
-from salt_jax.training.checkpoint_digests import COMMIT_MARK, check_digests, check_together
+from salt_jax.training.checkpoint_digests import (
+    COMMIT_MARK,
+    check_digests,
+    check_together,
+    is_committed,
+)
 from salt_jax.training.checkpoint_items import reading, require_path, restore_arrays
 from salt_jax.training.finite import require_finite
 from salt_jax.training.train_state import StateLayout, abstract_sharded_params
@@ -49,6 +54,9 @@ class CheckpointConfig:
       keep_last: How many of the newest to keep.
       keep_every: Also keep steps that are multiples of this; 0 keeps none.
       keep_steps: Steps that are always saved and kept (the scorer's early checkpoint, say).
+      commit_by_file: Whether a checkpoint is complete once a file in it says so, as in gs://,
+        rather than when its folder is renamed: for mounts of buckets (gcsfuse, s3fs), on which
+        that copies file by file.
     """
 
     save_every: int = 1000
@@ -56,6 +64,7 @@ class CheckpointConfig:
     keep_last: int = 1
     keep_every: int = 0
     keep_steps: Sequence[int] = ()
+    commit_by_file: bool = False
 
     def __post_init__(self) -> None:
         if self.save_every < 0 or self.keep_every < 0 or self.keep_last < 1:
@@ -253,7 +262,7 @@ def complete_steps(path: pathlib.Path) -> list[int]:
     """The steps of a run's complete checkpoints, ascending."""
     folder = path / CHECKPOINTS_FOLDER
     steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return sorted(int(p.name) for p in steps if not is_remote(p) or (p / COMMIT_MARK).exists())
+    return sorted(int(p.name) for p in steps if is_committed(p))
 
 
 def mark_sent(path: pathlib.Path) -> None:

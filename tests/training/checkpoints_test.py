@@ -13,12 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.path import atomicity
 
 from salt_jax.data.vocabularies import ByteVocabulary
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.models import decoder
 from salt_jax.training.checkpoint_digests import write_digests
-from salt_jax.training.checkpoints import CheckpointConfig, find_model
+from salt_jax.training.checkpoints import CheckpointConfig, complete_steps, find_model
 from salt_jax.training.partitioning import MeshConfig
 
 Run = Callable[..., pathlib.Path]
@@ -179,6 +180,38 @@ def test_a_run_goes_on_from_an_older_checkpoint_only_when_asked(
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("again_by_file", [True, False])
+def test_a_checkpoint_committed_by_file(
+    run_train: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, again_by_file: bool
+) -> None:
+    """No folder is renamed; what a kill left without a mark is no checkpoint, unless sealed."""
+    run, by_file = tmp_path / "run", CheckpointConfig(2, keep_every=2, commit_by_file=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(atomicity.async_path, "rename", None)
+        run_train(run, checkpoints=by_file)
+    newest, mark = run / "checkpoints" / "6", "commit_success.txt"
+    mesh = MeshConfig().make()
+    before = find_model(run, 6, "model").load_params(mesh)
+    begun = '{"item_handlers": {}, "commit_timestamp_nsecs": null}'
+    for step, metadata in {6: begun, 4: begun[:20], 2: ""}.items():
+        checkpoint = newest.with_name(str(step))
+        (checkpoint / mark).unlink()
+        (checkpoint / "digests.json").unlink()
+        if metadata:  # otherwise as an older version wrote it
+            (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata)
+    newest.with_name("8").mkdir()
+    assert complete_steps(run) == [2]
+    run_train(run, checkpoints=dataclasses.replace(by_file, commit_by_file=again_by_file))
+    assert steps_of(run) == complete_steps(run) == [2, 4, 6]
+    jax.tree.map(
+        np.testing.assert_array_equal, find_model(run, 6, "model").load_params(mesh), before
+    )
+    (newest / mark).unlink()
+    run_train(run, checkpoints=by_file)
+    assert steps_of(run) == complete_steps(run) == [2, 4, 6]
+    assert (newest / mark).exists()
 
 
 PATTERNS = "lr[0.003]/run*?"
