@@ -73,12 +73,15 @@ def test_a_gated_repository_wants_a_token_which_is_not_shown(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.gated.add("owner/small")
-    with pytest.raises(InputError, match=r"is gated: accept its terms .*hf auth login"):
-        download("owner/small")
+    for token in ("", "hf_of_another"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(InputError, match=r"is gated: accept its terms .*hf auth login") as said:
+            download("owner/small")
+        assert not token or token not in str(said.value)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert names(download("owner/small")) == WANTED
-    assert hub.tokens == {"Bearer hf_secret"}
-    assert "secret" not in "".join(capfd.readouterr())
+    assert hub.tokens == {"Bearer hf_of_another", "Bearer hf_secret"}
+    assert not re.search("hf_secret|hf_of_another", "".join(capfd.readouterr()))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,12 @@ def test_a_gated_repository_wants_a_token_which_is_not_shown(
 def test_what_is_not_there(hub: Hub, name: str, revision: str | None, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         download(name, revision)
+
+
+def test_what_a_hub_answers_instead_of_a_file_is_told(hub: Hub) -> None:
+    hub.refuses = True
+    with pytest.raises(InputError, match=r"small could not be downloaded, http.* answers 403: run"):
+        download("owner/small")
 
 
 def test_pickles_are_told_of_and_not_downloaded(hub: Hub) -> None:
