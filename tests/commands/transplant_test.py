@@ -117,9 +117,13 @@ def test_a_tokenizer_that_shares_too_little_is_refused(
     folder: pathlib.Path, teacher: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     where = [f"--model={folder / 'model'}", f"--cache={folder / 'ours'}", "--rows=16"]
-    assert main(["transplant", *where, f"--output_dir={folder / 'none'}"]) == 2
-    assert "least_shared" in capfd.readouterr().err
-    assert not (folder / "none").exists()
+    found = json.loads((teacher / "summary.json").read_text())
+    between = (found["shared_probability"] + found["shared_tokens"]) / 2
+    assert found["shared_probability"] < between < found["shared_tokens"]
+    for least in ([], [f"--least_shared={between}"]):
+        assert main(["transplant", *where, *least, f"--output_dir={folder / 'none'}"]) == 2
+        assert "least_shared" in capfd.readouterr().err
+        assert not (folder / "none").exists()
     again = [*where, "--least_shared=0", f"--output_dir={teacher}"]
     assert main(["transplant", *again]) == 0
     assert "nothing was done" in capfd.readouterr().out
