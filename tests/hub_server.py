@@ -27,7 +27,7 @@ class Hub:
       repositories: Folders by OWNER/NAME.
       gated: Names that want a token other than "hf_of_another".
       cut: How many more answers with a large file's content end half-way.
-      corrupt: Whether the content of large files is wrong.
+      corrupt: The name of a file whose content is wrong.
       refuses: Whether no content of large files is given.
       asked: Method, path and Range of each request.
       tokens: The Authorization headers that came.
@@ -36,7 +36,7 @@ class Hub:
     repositories: dict[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     gated: set[str] = dataclasses.field(default_factory=set)
     cut: int = 0
-    corrupt: bool = False
+    corrupt: str = ""
     refuses: bool = False
     asked: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     tokens: set[str] = dataclasses.field(default_factory=set)
@@ -115,7 +115,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _content(self, file: pathlib.Path, is_large: bool) -> None:
         data = file.read_bytes()
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_git_digest(data)}"'}
-        if is_large and self.hub.corrupt:
+        if file.name == self.hub.corrupt:
             data = bytes([data[0] ^ 1]) + data[1:]
         first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if first:

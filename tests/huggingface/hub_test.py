@@ -63,9 +63,10 @@ def test_a_broken_connection_is_resumed_where_it_broke(
     assert "bytes=5000-" in ranges
 
 
-def test_a_damaged_file_is_named(hub: Hub) -> None:
-    hub.corrupt = True
-    with pytest.raises(InputError, match=r"model\.safetensors is damaged.*delete .*blobs"):
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_named(hub: Hub, name: str) -> None:
+    hub.corrupt = name
+    with pytest.raises(InputError, match=rf"{name} is damaged.*delete .*blobs"):
         download("owner/small")
 
 
@@ -102,11 +103,14 @@ def test_what_a_hub_answers_instead_of_a_file_is_told(hub: Hub) -> None:
         download("owner/small")
 
 
-def test_pickles_are_told_of_and_not_downloaded(hub: Hub) -> None:
+def test_pickles_are_told_of_and_not_downloaded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     (hub.repositories["owner/small"] / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"owner/small has pytorch_model\.bin, a pickle"):
         download("owner/small")
     assert not hub.requests_for("pytorch_model.bin")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"owner/small is not in the cache.*HF_HUB_OFFLINE"):
+        download("owner/small")
 
 
 def test_without_the_hub_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
