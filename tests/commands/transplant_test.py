@@ -105,6 +105,8 @@ def test_it_teaches_by_its_likeliest_tokens(
     run = salt("train", *taught, "--gin.TOP_K=20", to=folder / "taught")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("teacher_loss", line.get("train/teacher_loss", 1)) > 0 for line in lines)
+    led = (*SMALL, f"--cache={folder / 'ours'}", "--steps=3", "--gin.STOP=2", "--gin.LAYER=1")
+    salt("train", *led, "--gin_file=methods/let.gin", f"--teacher={teacher}", to=folder / "led")
     every = (*student, f"--teacher={teacher}", "--gin_file=methods/salt.gin")
     assert main(["train", *every, f"--output_dir={folder / 'every'}"]) == 2
     assert "methods/salt_top_k.gin" in capfd.readouterr().err
