@@ -25,9 +25,10 @@ class Hub:
 
     Attributes:
       repositories: Folders by OWNER/NAME.
-      gated: Names that want a token.
+      gated: Names that want a token other than "hf_of_another".
       cut: How many more answers with a large file's content end half-way.
-      corrupt: Whether the content of large files is wrong.
+      corrupt: The name of a file whose content is wrong.
+      refuses: Whether no content of large files is given.
       asked: Method, path and Range of each request.
       tokens: The Authorization headers that came.
     """
@@ -35,14 +36,15 @@ class Hub:
     repositories: dict[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     gated: set[str] = dataclasses.field(default_factory=set)
     cut: int = 0
-    corrupt: bool = False
+    corrupt: str = ""
+    refuses: bool = False
     asked: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     tokens: set[str] = dataclasses.field(default_factory=set)
 
     def __enter__(self) -> "Hub":
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,10 +86,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         rest = parts[3:] if content else parts[2:]
         if folder is None:
             self._error(404, "RepoNotFound")
-        elif name in self.hub.gated and not token:
-            self._error(401, "GatedRepo")
-        elif content:
+        elif content and self.hub.refuses:
+            self._error(403, "AccessDenied")
+        elif content:  # of another host, which gets no token
             self._content(folder.joinpath(*rest), is_large=True)
+        elif name in self.hub.gated and token in ("", "Bearer hf_of_another"):
+            self._error(403 if token else 401, "GatedRepo")
         elif len(rest) > 1 and rest[1] not in ("main", "step3", COMMIT):
             self._error(404, "RevisionNotFound")
         elif is_api and (not rest or rest[0] == "revision"):
@@ -101,7 +105,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif file.stat().st_size >= LARGE:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             linked = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{digest}"'}
-            place = f"/lfs/{name}/{'/'.join(rest[2:])}"
+            # As on the Hub another host, since a redirect to its own tells of a file that moved.
+            host = self.hub.url.replace("127.0.0.1", "localhost")
+            place = f"{host}/lfs/{name}/{'/'.join(rest[2:])}"
             self._send(302, {**linked, "X-Repo-Commit": COMMIT, "Location": place}, b"")
         else:
             self._content(file, is_large=False)
@@ -109,7 +115,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _content(self, file: pathlib.Path, is_large: bool) -> None:
         data = file.read_bytes()
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_git_digest(data)}"'}
-        if is_large and self.hub.corrupt:
+        if file.name == self.hub.corrupt:
             data = bytes([data[0] ^ 1]) + data[1:]
         first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if first:

@@ -83,7 +83,7 @@ def download(repository: str, revision: str | None = None) -> pathlib.Path:
             f"{api.endpoint} shows you no model {repository}: correct the name, or, if it is "
             "private, log in with `hf auth login` (or set HF_TOKEN)."
         ) from error
-    except errors.LocalEntryNotFoundError as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise InputError(
             f"{at} is not in the cache, and {api.endpoint} is out of reach or HF_HUB_OFFLINE is "
             "set: connect, or name a folder that exists."

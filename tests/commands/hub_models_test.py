@@ -18,6 +18,8 @@ from salt_jax.training.checkpoints import find_model
 from tests.commands.convert_test import write_model
 from tests.hub_server import COMMIT, Hub, serving
 
+TRAIN = "train --gin_file=runs/smoke_llm.gin --steps=2"
+
 
 @pytest.fixture
 def served(
@@ -40,6 +42,35 @@ def test_convert_downloads_a_revision(
     )
     assert "owner/tiny has no revision v9" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+    assert any(path.endswith("/revision/step3") for _, path, _ in served.asked)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            "score --scorer",
+            "transplant --model",
+            "evaluate --model",
+            "generate --prompt=a --model",
+        ),
+        *("evaluate --model=RUN --compare", "evaluate --model=RUN --compare=RUN --slm"),
+        f"{TRAIN} --gin_file=methods/salt.gin --gin.N_KD=1 --teacher",
+        f"{TRAIN} --gin_file=methods/baseline.gin --initial",
+    ],
+)
+def test_every_verb_asks_the_hub(
+    command: str,
+    served: Hub,
+    cache: PackedCache,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verb, *flags = f"{command}=hf:owner/other@step3".split()
+    rows = [f"--cache={cache.path}"] if verb != "generate" else []
+    assert main([verb, *flags, *rows, f"--output_dir={tmp_path / 'out'}"]) == 2
+    assert "no model owner/other: correct the name" in capsys.readouterr().err
+    assert any(path.endswith("owner/other/revision/step3") for _, path, _ in served.asked)
 
 
 @pytest.mark.slow

@@ -105,6 +105,8 @@ def test_it_teaches_by_its_likeliest_tokens(
     run = salt("train", *taught, "--gin.TOP_K=20", to=folder / "taught")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("teacher_loss", line.get("train/teacher_loss", 1)) > 0 for line in lines)
+    led = (*SMALL, f"--cache={folder / 'ours'}", "--steps=3", "--gin.STOP=2", "--gin.LAYER=1")
+    salt("train", *led, "--gin_file=methods/let.gin", f"--teacher={teacher}", to=folder / "led")
     every = (*student, f"--teacher={teacher}", "--gin_file=methods/salt.gin")
     assert main(["train", *every, f"--output_dir={folder / 'every'}"]) == 2
     assert "methods/salt_top_k.gin" in capfd.readouterr().err
@@ -117,9 +119,13 @@ def test_a_tokenizer_that_shares_too_little_is_refused(
     folder: pathlib.Path, teacher: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     where = [f"--model={folder / 'model'}", f"--cache={folder / 'ours'}", "--rows=16"]
-    assert main(["transplant", *where, f"--output_dir={folder / 'none'}"]) == 2
-    assert "least_shared" in capfd.readouterr().err
-    assert not (folder / "none").exists()
+    found = json.loads((teacher / "summary.json").read_text())
+    between = (found["shared_probability"] + found["shared_tokens"]) / 2
+    assert found["shared_probability"] < between < found["shared_tokens"]
+    for least in ([], [f"--least_shared={between}"]):
+        assert main(["transplant", *where, *least, f"--output_dir={folder / 'none'}"]) == 2
+        assert "least_shared" in capfd.readouterr().err
+        assert not (folder / "none").exists()
     again = [*where, "--least_shared=0", f"--output_dir={teacher}"]
     assert main(["transplant", *again]) == 0
     assert "nothing was done" in capfd.readouterr().out

@@ -53,7 +53,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn": ("llama", {"rope_parameters": YARN, **MQA, "head_dim": 16}),
     "yarn with mscale": (
         *("llama",),
-        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+        {
+            "rope_parameters": {
+                **{**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False},
+                # With these the ends of the ramp are not whole, and have a frequency between them.
+                **{"rope_theta": 20.0, "beta_fast": 0.4, "beta_slow": 0.05},
+            },
+        },
     ),
     "longrope": (
         *("llama",),
@@ -137,6 +143,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {**GPT2, "n_inner": 24}),
     "gpt2 untied": ("gpt2", {**GPT2, **UNTIED, "activation_function": "relu"}),
     "granite tied": ("granite", {**TIED, **MHA, "attention_multiplier": 1, "logits_scaling": 0.5}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None, "rotary_pct": 0.25}),
+    "gemma": ("gemma", {"head_dim": 16}),
 }
 
 

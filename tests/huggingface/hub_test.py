@@ -63,9 +63,10 @@ def test_a_broken_connection_is_resumed_where_it_broke(
     assert "bytes=5000-" in ranges
 
 
-def test_a_damaged_file_is_named(hub: Hub) -> None:
-    hub.corrupt = True
-    with pytest.raises(InputError, match=r"model\.safetensors is damaged.*delete .*blobs"):
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_named(hub: Hub, name: str) -> None:
+    hub.corrupt = name
+    with pytest.raises(InputError, match=rf"{name} is damaged.*delete .*blobs"):
         download("owner/small")
 
 
@@ -73,12 +74,15 @@ def test_a_gated_repository_wants_a_token_which_is_not_shown(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.gated.add("owner/small")
-    with pytest.raises(InputError, match=r"is gated: accept its terms .*hf auth login"):
-        download("owner/small")
+    for token in ("", "hf_of_another"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(InputError, match=r"is gated: accept its terms .*hf auth login") as said:
+            download("owner/small")
+        assert not token or token not in str(said.value)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert names(download("owner/small")) == WANTED
-    assert hub.tokens == {"Bearer hf_secret"}
-    assert "secret" not in "".join(capfd.readouterr())
+    assert hub.tokens == {"Bearer hf_of_another", "Bearer hf_secret"}
+    assert not re.search("hf_secret|hf_of_another", "".join(capfd.readouterr()))
 
 
 @pytest.mark.parametrize(
@@ -93,11 +97,20 @@ def test_what_is_not_there(hub: Hub, name: str, revision: str | None, said: str)
         download(name, revision)
 
 
-def test_pickles_are_told_of_and_not_downloaded(hub: Hub) -> None:
+def test_what_a_hub_answers_instead_of_a_file_is_told(hub: Hub) -> None:
+    hub.refuses = True
+    with pytest.raises(InputError, match=r"small could not be downloaded, http.* answers 403: run"):
+        download("owner/small")
+
+
+def test_pickles_are_told_of_and_not_downloaded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     (hub.repositories["owner/small"] / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"owner/small has pytorch_model\.bin, a pickle"):
         download("owner/small")
     assert not hub.requests_for("pytorch_model.bin")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"owner/small is not in the cache.*HF_HUB_OFFLINE"):
+        download("owner/small")
 
 
 def test_without_the_hub_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,6 +262,11 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     assert_read_as_by_transformers({"model_type": model_type, **sizes}, 1000)
 
 
+def test_the_first_layer_with_a_window_is_that_of_transformers() -> None:
+    windows = {"use_sliding_window": True, "max_window_layers": 21}
+    assert_read_as_by_transformers(PUBLISHED["Qwen2.5-0.5B"][0] | windows, 151665)
+
+
 def assert_read_as_by_transformers(settings: dict[str, Any], num_ids: int) -> None:
     transformers = pytest.importorskip("transformers")
     family, config = config_from_json(settings, num_ids, "config.json")

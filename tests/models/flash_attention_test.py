@@ -94,6 +94,20 @@ def test_splash_has_windows_soft_caps_and_scales(options: ScoreOptions) -> None:
     assert not np.allclose(seen, reference_attention(*inputs, SEGMENTS), atol=1e-2)
 
 
+@pytest.mark.parametrize("options", [ScoreOptions(window=70), ScoreOptions(0.3, window=200)])
+def test_cudnn_is_given_windows_and_scales(
+    options: ScoreOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the products of XLA in place of its kernel, from the same arguments."""
+    own = jax.nn.dot_product_attention
+    by_xla = lambda *heads, implementation, **given: own(*heads, **given)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    inputs = [x[1:3] for x in random_inputs(2, 1, 16)]  # rows without padding
+    seen = cudnn_attention(*inputs, SEGMENTS[1:3], options=options)
+    expected = reference_attention(*inputs, SEGMENTS[1:3], options=options)
+    np.testing.assert_allclose(seen, expected, atol=2e-5)
+
+
 def test_cudnn_has_no_soft_cap() -> None:
     arguments = ("gpu", 1280, 128, jnp.dtype("bfloat16"))
     assert choose_backend("auto", *arguments, ScoreOptions(soft_cap=50.0)) == "xla"

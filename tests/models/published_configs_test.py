@@ -433,3 +433,6 @@ def test_defaults_are_those_of_transformers_5() -> None:
             if setting == "head_dim":
                 value = config.head_width
             assert theirs[field] == value, (name, field)
+        rope = theirs["rope_parameters"]
+        assert rope["rope_theta"] == config.rope_theta
+        assert rope.get("partial_rotary_factor", 1.0) == config.rope_fraction
