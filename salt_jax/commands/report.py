@@ -69,9 +69,9 @@ def report(
             **composed.numbers,
         }
     )
-    for table in composed.tables:
+    for table in composed.printed:
         print_table(table)
-    say(f"The page: {path.resolve()}")
+    say(f"The page, with plots, costs and results by subset: {path.resolve()}")
 
 
 def _origins(material: Material) -> list[tuple[str, Origin]]:

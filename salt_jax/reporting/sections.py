@@ -40,7 +40,8 @@ from salt_jax.terminal import Table
 class Section:
     """A part of the page: its text, then tables, plots, and example rows.
 
-    `kind` is the name of its text in page.html, and `facts` are that template's variables.
+    `kind` is the name of its text in page.html, and `facts` are that template's variables. The
+    tables of `details` are on the page alone, not in the terminal.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Section:
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
     excerpts: Mapping[str, Sequence[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    details: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,10 @@ class Report:
         }
 
     @property
-    def tables(self) -> tuple[Table, ...]:
-        return tuple(table for section in self.sections for table in section.tables)
+    def printed(self) -> list[Table]:
+        """The tables for the terminal."""
+        shown = (section.tables for section in self.sections if not section.details)
+        return [*itertools.chain.from_iterable(shown)]
 
 
 def compose(
@@ -214,13 +218,13 @@ def _curve_sections(
 def _run_sections(runs: Sequence[TrainRun], charged: bool) -> Iterator[Section]:
     """What the runs cost, how stable they were, and their results by subset."""
     by_part = tables.cost_tables(runs, charged)
-    yield Section("What the runs cost", "costs", {"charged": charged}, by_part)
+    yield Section("What the runs cost", "costs", {"charged": charged}, by_part, details=True)
     spikes = stability.spikes_table(runs)
     steadiness = [table for table in (stability.switch_table(runs), spikes) if table]
     if steadiness:
-        yield Section("Stability", "stability", {"spikes": spikes}, steadiness)
+        yield Section("Stability", "stability", {"spikes": spikes}, steadiness, details=True)
     if by_subset := tables.subset_table(runs):
-        yield Section("Results by subset", tables=[by_subset])
+        yield Section("Results by subset", tables=[by_subset], details=True)
 
 
 def _score_section(scores: Sequence[ScoreFolder], selections: Sequence[SelectionFolder]) -> Section:
@@ -256,6 +260,7 @@ def _audit_sections(selections: Sequence[SelectionFolder]) -> Iterator[Section]:
                 tables=selection_audit.audit_tables(selected.name, selected.audit),
                 plots=selection_audit.audit_plots(selected.name, selected.audit),
                 excerpts=selection_audit.audit_excerpts(selected.audit),
+                details=True,
             )
 
 

@@ -40,6 +40,9 @@ def test_writes_the_page_its_plots_and_the_numbers(tmp_path, folders, capsys):
     printed = capsys.readouterr().out
     assert "Results at the end of each run" in printed
     assert "At equal train FLOPs" in printed
+    for details in ("Model FLOPs by what they were spent on", "By subset"):
+        assert details in page
+        assert details not in printed
     assert printed.rstrip().endswith(str(tmp_path / "report" / "index.html"))
 
 

@@ -66,7 +66,7 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path, folders):
 
 def test_runs_of_another_size_are_not_in_the_matched_tables(tmp_path, folders):
     report = compose(read_folders(folders.experiment(tmp_path)))
-    matched = [table for table in report.tables if table.title.startswith("At equal")]
+    matched = [table for table in report.printed if table.title.startswith("At equal")]
     assert len(matched) == 3
     for table in matched:
         assert [row[0] for row in table.rows] == ["baseline", "rkd", "salt", "salt_ds"]
@@ -89,7 +89,7 @@ def test_two_sizes_with_several_arms_each_have_their_own_parts(tmp_path, folders
 def test_one_run_alone_is_shown_without_matched_tables(tmp_path, folders):
     report = compose(read_folders([folders.arm(tmp_path / "salt", "salt", floor=3.7)]))
     assert len(report.plots) == 7
-    assert not [table for table in report.tables if table.title.startswith("At equal")]
+    assert not [table for table in report.printed if table.title.startswith("At equal")]
 
 
 def test_folders_whose_names_are_no_unicode_make_a_page(tmp_path, folders):

@@ -211,7 +211,7 @@ def test_two_sizes_where_the_larger_ones_slm_is_as_large_as_the_smaller_llm(
     labels = {run["label"]: run["teacher_training"] for run in report.numbers["runs"]}
     assert {"slm/small", "slm/large", "baseline/small/seed-0"} <= labels.keys()
     assert labels["salt/large/seed-1"]["teacher"] == "slm/large at step 100"
-    titles = [table.title for table in report.tables if table.title.startswith("Over seeds")]
+    titles = [table.title for table in report.printed if table.title.startswith("Over seeds")]
     assert len({*titles}) == len(titles) == 8
     order = [section.title for section in report.sections]
     small, large = (order.index(f"Over seeds ({n} parameters)") for n in ("500,000", "2,000,000"))
