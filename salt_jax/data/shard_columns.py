@@ -82,7 +82,7 @@ class Column:
                 values_n[here_n] = self._map(index)[rows[here_n] - index * size]
         if self._may_be_nan or (values_n < np.inf).all():
             return values_n
-        at = int((values_n < np.inf).argmin())
+        at = int(np.argmin(values_n < np.inf))
         row = first + at if isinstance(rows, slice) else int(rows[at])
         what = f"has a {self._name} of {values_n[at]} for row {row}, which is not finite"
         raise self._shards.damage(row // size, what)

@@ -88,7 +88,7 @@ class SoftLabelsWriter(PassWriter):
                 if (broken_n := labels.are_broken()).any():
                     raise InputError(
                         f"The teacher {self.shards.made_from['scorer']['path']} gives values that "
-                        f"are not finite for row {row_ids[written + int(broken_n.argmax())]} of "
+                        f"are not finite for row {row_ids[written + int(np.argmax(broken_n))]} of "
                         f"{self.shards.made_from['split']}: name another --scorer_step."
                     )
                 file.write(self._form.encode(labels).tobytes())

@@ -286,7 +286,7 @@ class _Highest:
                 cut_S[stratum] = keys.max()
         self._stratum_keys = []
         blocks = functools.partial(self._chosen_ids, cut_S, ties_S)
-        return RowChoice(rows, float(cut_S[quota_S > 0].min()), blocks)
+        return RowChoice(rows, float(np.min(cut_S[quota_S > 0])), blocks)
 
     def _highest_of_each(self, rows: int, most_S: np.ndarray) -> np.ndarray:
         """How many of the `rows` highest each stratum has, if it may have at most so many; of equal

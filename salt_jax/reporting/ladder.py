@@ -284,7 +284,7 @@ def _fit(
         own = np.equal.outer(arm, np.arange(count)) * excess[:, None]
         return np.hstack([roots[:, None]] * has_least + [own, -own * logs[:, None]])
 
-    inside = 0.999 * float(nats.min())
+    inside = 0.999 * float(np.min(nats))
     first = [*([min(start.least, inside)] * has_least), *start.level, *start.alpha]
     low = np.full(len(first), -np.inf)
     high = -low

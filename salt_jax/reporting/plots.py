@@ -254,7 +254,7 @@ def score_plot(scored: ScoreFolder, selections: Sequence[SelectionFolder]) -> Pl
             if not selected.stratified:
                 panel.axvline(selected.cut, color=colour, linestyle="--", linewidth=1.4)
         names.append(f"{selected.name}: {taken.size:,} rows{cut}")
-    scale_counts(panel, float(counts.max(initial=1)))
+    scale_counts(panel, float(np.max(counts, initial=1)))
     panel.set_xlabel("score (nats per token)")
     panel.set_ylabel("rows, logarithmic")
     figure.legend(handles, names, loc="outside upper left", fontsize=9.5)
