@@ -37,6 +37,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# PyTorch imports it, for GPUs; after TensorFlow that ends the process.
+sys.modules["triton"] = None  # type: ignore[assignment]
 # Many tests compile the same small programs, and compiling is most of what they do.
 _programs = tempfile.TemporaryDirectory(prefix="salt_jax_programs_")
 use_compilation_cache(_programs.name)
