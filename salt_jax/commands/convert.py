@@ -229,7 +229,7 @@ def _import(
             f"{where} scales the rotary embedding by a text's length: the model takes its original "
             f"context, {config.max_length} tokens, alone."
         )
-    digest = inspected_digest(files, config, rules)
+    source_digest = inspected_digest(files, config, rules)
     for note in vocabulary.notes:
         say(note)
     run.begin(replace=True)
@@ -244,7 +244,7 @@ def _import(
         "vocabulary_fingerprint": vocabulary.fingerprint,
         "counters": {},
         "converted_from": str(files.path.resolve()),
-        "source_digest": digest,
+        "source_digest": source_digest,
     }
     digest = save_streamed(run.path, step, parameters_of(files, config, rules), progress)
     identity = {"path": str(run.path), "step": step, "digest": digest}

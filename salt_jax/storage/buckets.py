@@ -298,18 +298,29 @@ def _opened(url: str, **options: Any) -> tuple[Any, str]:
 @contextlib.contextmanager
 def as_bucket_errors(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turns any error of the library or the network into a BucketError, if the path is a URL."""
-    if not is_remote(path):
-        yield
-        return
     try:
         yield
-    except (InputError, TypeError, AttributeError, NameError, LookupError, AssertionError):
-        raise
     except Exception as error:  # each library has classes of its own
-        raise BucketError(
-            f"{os.fspath(path)} cannot be {what} ({_reason(error)}): check the name, your "
-            "permissions and the network."
-        ) from error
+        refused = bucket_error(path, what, error)
+        if refused is None or refused is error:
+            raise
+        raise refused from error
+
+
+def bucket_error(
+    path: str | os.PathLike[str], what: str, error: BaseException
+) -> BucketError | None:
+    """The BucketError for an error of the library or the network; None for any other error, or if
+    the path is no URL."""
+    if isinstance(error, BucketError):
+        return error
+    own = (InputError, TypeError, AttributeError, NameError, LookupError, AssertionError)
+    if not is_remote(path) or isinstance(error, own) or not isinstance(error, Exception):
+        return None
+    return BucketError(
+        f"{os.fspath(path)} cannot be {what} ({_reason(error)}): check the name, your "
+        "permissions and the network."
+    )
 
 
 def _require_files(url: str, files: Mapping[str, RemoteFile]) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,21 +101,22 @@ def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
     """
     if not jax.distributed.is_initialized():
         return [item_digest(folder, item) for item in items]
-    digests, sentence = [], ""
+    digests, sentence, own, count = [], "", jax.process_index(), jax.process_count()
     try:
         for item in items:
-            digests.append(item_digest(folder, item, jax.process_index(), jax.process_count()))
+            digests.append(item_digest(folder, item, lambda number: number % count == own))
     except InputError as error:
         sentence = str(error)
     raise_together(sentence)
     return digests
 
 
-def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 1) -> str:
+def item_digest(
+    folder: pathlib.Path, item: str, checked: Callable[[int], bool] = lambda number: True
+) -> str:
     """The SHA-256 (hex) of an item's file names and contents.
 
-    One of `count` processes checks every `count`-th file, and takes the others from digests.json;
-    process `count`, which is one too many, checks none.
+    Files whose number is not `checked` have the digests of digests.json and are not read.
 
     Raises:
       InputError: See `check_digests`.
@@ -126,7 +127,7 @@ def item_digest(folder: pathlib.Path, item: str, process: int = 0, count: int = 
         name = str(path.relative_to(folder))
         digest = known.get(name, "")
         is_same = version and sealed.get(name) == version
-        if not digest or (number % count == process and not is_same):
+        if not digest or (checked(number) and not is_same):
             with as_bucket_errors(path, "read"):
                 digest = file_digest(path)
         if known and path.name != COMMIT_MARK and known.get(name) != digest:

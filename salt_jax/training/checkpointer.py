@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from salt_jax.errors import RunFailed
 from salt_jax.runtime.key_value_store import KeyValueStore
-from salt_jax.storage.buckets import BucketError, as_bucket_errors, is_remote
+from salt_jax.storage.buckets import BucketError, as_bucket_errors, bucket_error, is_remote
 from salt_jax.storage.run_folder import UNFINISHED_CHECKPOINT
 from salt_jax.training.checkpoint_digests import (
     COMMIT_MARK,
@@ -74,10 +74,10 @@ class Checkpointer:
         what was not; Orbax does the latter in buckets."""
         if is_remote(self._folder) or not self._folder.is_dir():
             return
-        for folder in self._folder.iterdir():
-            if folder.name.isdigit() and not is_committed(folder):
+        for folder in [path for path in self._folder.iterdir() if path.name.isdigit()]:
+            if not is_committed(folder):
                 epath.Path(folder).rmtree()
-            elif folder.name.isdigit() and self._by_file:
+            elif self._by_file:
                 (folder / COMMIT_MARK).touch()
 
     def _finish_removals(self) -> None:
@@ -259,15 +259,11 @@ class Checkpointer:
         """Why the disk or the bucket did not take a checkpoint; "" for an error of another kind."""
         if _is_of_a_lost_process(error):
             return ""
-        try:
-            with as_bucket_errors(self._folder, "written"):
-                raise error
-        except BucketError as refused:
+        if refused := bucket_error(self._folder, "written", error):
             return str(refused)
-        except BaseException:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            full = full or "No space left" in str(error) or "quota" in str(error)
-            return f"no space left on the disk of {self._folder}: make room." if full else ""
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = full or "No space left" in str(error) or "quota" in str(error)
+        return f"no space left on the disk of {self._folder}: make room." if full else ""
 
 
 def _is_of_a_lost_process(error: BaseException) -> bool:

@@ -69,7 +69,7 @@ def save_streamed(
             ),
         )
     write_digests(folder, ("params", "progress"))
-    return item_digest(folder, "params", process=1, count=1)  # without reading the files again
+    return item_digest(folder, "params", checked=lambda number: False)  # just made
 
 
 def open_parameters(
