@@ -5,7 +5,6 @@ opens the parameters of any checkpoint without reading them. Both are an Orbax t
 writes an array chunk by chunk as its values are computed, and reads rows on demand.
 """
 
-import collections
 import contextlib
 import itertools
 import math
@@ -29,7 +28,7 @@ from salt_jax.training.checkpoint_items import read_back, reading
 from salt_jax.training.checkpoints import checkpoints_of
 
 # Bytes of an array's chunk: small compared to a tensor, but only some hundreds for a model.
-_CHUNK_BYTES, _WRITES_AT_ONCE = 4 << 20, 4
+_CHUNK_BYTES = 4 << 20
 
 
 class StreamedParameter(Protocol):
@@ -199,16 +198,11 @@ async def _write(leaf: _Leaf, info: type_handlers.ParamInfo) -> None:
         chunk_layout=tensorstore.ChunkLayout(chunk_shape=chunk),
         context=info.ts_context,
     )
-    writing: collections.deque[Any] = collections.deque()
     for (rows,) in _blocks(leaf.shape[:1], chunk[:1]):
         values = leaf.read(rows)
         for block in _blocks(leaf.shape[1:], chunk[1:]):
-            writing.append(array[(rows, *block)].write(values[(slice(None), *block)]))
-            if len(writing) == _WRITES_AT_ONCE:
-                await writing.popleft()
+            await array[(rows, *block)].write(values[(slice(None), *block)])
         del values  # before the next ones are computed
-    for last in writing:
-        await last
 
 
 async def _open(info: type_handlers.ParamInfo) -> tensorstore.TensorStore:
