@@ -204,7 +204,10 @@ def described(hint: Any) -> str:
     if origin in _UNIONS:
         return " or ".join(described(part) for part in parts)
     if origin in (Sequence, list, tuple):
-        of = _WORDS.get(parts[0] if parts else None)
+        element = parts[0] if parts else None
+        if typing.get_origin(element) is tuple and len(typing.get_args(element)) == 2:
+            return "a list of pairs, as (('NAME', VALUE),)"
+        of = _WORDS.get(element)
         return f"a list of {of[1]}" if of else "a list"
     if origin is Mapping:
         return "a dictionary"

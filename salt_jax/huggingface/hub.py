@@ -49,7 +49,8 @@ def download(repository: str, revision: str | None = None) -> pathlib.Path:
 
     Raises:
       InputError: huggingface_hub is not installed, the Hub refuses or is unreachable, there is no
-        such repository or revision, it has no safetensors, or a file's digest is wrong.
+        such repository or revision, it has no safetensors, a file's digest is wrong, or the cache
+        cannot be written.
     """
     try:
         import huggingface_hub
@@ -94,6 +95,11 @@ def download(repository: str, revision: str | None = None) -> pathlib.Path:
         raise InputError(
             f"{at} could not be downloaded, {api.endpoint} {reason}: run the same command again, "
             "which resumes."
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{at} could not be kept in {huggingface_hub.constants.HF_HUB_CACHE} "
+            f"({error.strerror or error}): make room there, or set HF_HOME to another folder."
         ) from error
     _require_digests(pathlib.Path(folder))
     return pathlib.Path(folder)

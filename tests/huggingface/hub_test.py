@@ -123,6 +123,15 @@ def test_without_the_hub_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPa
         download("owner/other")
 
 
+def test_a_cache_that_cannot_be_made_is_named(
+    hub: Hub, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(InputError, match=r"file/hub \(Not a directory\): .*set HF_HOME"):
+        download("owner/small")
+
+
 def test_names_with_a_revision() -> None:
     assert split_name("hf:EleutherAI/pythia-1.4b@step18000") == (
         "EleutherAI/pythia-1.4b",
