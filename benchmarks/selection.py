@@ -38,7 +38,7 @@ def write(folder: pathlib.Path, rows: int) -> RowScores:
         shard_rows=1 << 20,
     )
     writer.begin()
-    for shard in writer.shards.unfinished():
+    for shard in writer.unfinished():
         rng, size = np.random.default_rng(shard.index), len(shard.rows)
         columns = {
             **{name: rng.random(size, np.float32) for name in FLOATS},

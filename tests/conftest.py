@@ -154,7 +154,7 @@ def write_scores() -> Callable[..., RowScores]:
             shard_rows=shard_rows,
         )
         writer.begin()
-        for shard in writer.shards.unfinished():
+        for shard in writer.unfinished():
             part = slice(shard.rows.start, shard.rows.stop)
             columns_n = {name: values[part] for name, values in every.items()}
             writer.write(shard, columns_n, {"seconds": 1.0, "workers": 1})

@@ -119,18 +119,16 @@ def score(
         )
     else:
         writer = _score_writer(run, packed, split, model, ks, scores, shard_rows or 65_536)
-    if shard_rows not in (None, writer.shards.shard_rows):
-        say(
-            f"{run.path} was begun with shards of {writer.shards.shard_rows:,} rows, and keeps them"
-        )
+    if shard_rows not in (None, writer.shard_rows):
+        say(f"{run.path} was begun with shards of {writer.shard_rows:,} rows, and keeps them")
     mesh = own_mesh(devices.mesh)
-    missing, params = writer.shards.unfinished(worker, workers), None
+    missing, params = writer.unfinished(worker, workers), None
     part = f"{worker}-of-{workers}" if workers > 1 else ""
     run.resume(replace=True, part=part)
     run.processes.watch()
     # Processes that know of each other wait for one another when they load a model, so those that
     # have nothing to score load it too.
-    if missing or (jax.process_count() > 1 and writer.shards.unfinished()):
+    if missing or (jax.process_count() > 1 and writer.unfinished()):
         compilation.use_compilation_cache(devices.compilation_cache)
         # Before the folder is begun, so that a model that can't be loaded leaves nothing there.
         params = model.load_params(mesh, devices.rules)
@@ -147,7 +145,7 @@ def score(
             else:
                 score_rows(rows, params, [*scores_of(ks), *scores], writer, allow_nan)
     run.processes.wait("scored")
-    left = len(writer.shards.unfinished())
+    left = len(writer.unfinished())
     if left:
         say(
             f"All shards of worker {worker} of {workers} are finished; {left} are still missing: "
@@ -155,7 +153,7 @@ def score(
             "--worker=0 --workers=1."
         )
     elif run.processes.is_first:
-        cost = dataclasses.asdict(Cost.of(model.config, writer.shards.rows, packed.sequence_length))
+        cost = dataclasses.asdict(Cost.of(model.config, writer.rows, packed.sequence_length))
         if isinstance(writer, SoftLabelsWriter):
             run.write_summary(_label_summary(writer.complete(cost)))
         else:
@@ -239,7 +237,7 @@ def _label_writer(
         form=form,
         shard_rows=shard_rows,
     )
-    left = sum(len(shard.rows) for shard in writer.shards.unfinished())
+    left = sum(len(shard.rows) for shard in writer.unfinished())
     run.require_space(left * form.record_bytes, "the soft labels")
     return writer
 

@@ -7,50 +7,16 @@ manifest names the cache by its digest.
 import abc
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from salt_jax.errors import InputError
-from salt_jax.storage import durable_files
 from salt_jax.storage.block_copies import InputFolder
 from salt_jax.storage.json_files import read_json_object, require_shape
 from salt_jax.storage.manifests import COST, MANIFEST_FILE, json_digest, read_manifest
-from salt_jax.storage.restartable_shards import SHARDS_FOLDER, FinishedShards, RestartableShards
-
-COST_FILE = "cost.json"
-
-
-class PassWriter:
-    """Writes a pass, as one of several workers perhaps; resumes the same pass in the folder."""
-
-    def __init__(self, shards: RestartableShards) -> None:
-        self.shards = shards
-
-    def begin(self) -> None:
-        """Makes the folder if needed; InputError if another pass was begun there meanwhile."""
-        self.shards = self.shards.begin()
-
-    def finish(self, kind: str, cost: Mapping[str, Any] | None, **parts: Any) -> None:
-        """Writes manifest and COMPLETED once every shard is finished.
-
-        Args:
-          kind: The manifest's kind.
-          cost: The pass's FLOPs and tokens. Seconds are added from the shards', as if the workers
-            had shared them evenly and in parallel.
-          parts: Further entries of the manifest.
-        """
-        if self.shards.completed:
-            return
-        if cost:
-            seconds = sum(one["seconds"] / one["workers"] for one in self.shards.measured())
-            text = json.dumps({**cost, "seconds": seconds}) + "\n"
-            durable_files.write_text(self.shards.folder / COST_FILE, text)
-        made_from = self.shards.made_from
-        common = {"cache_digest": made_from["cache"], "split": made_from["split"]}
-        self.shards.complete(kind, **common, **parts)
+from salt_jax.storage.restartable_shards import COST_FILE, SHARDS_FOLDER, FinishedShards
 
 
 @dataclasses.dataclass(frozen=True)

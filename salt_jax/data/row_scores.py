@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
-from salt_jax.data.row_passes import PassWriter, RowPass, refuse_other_cache
+from salt_jax.data.row_passes import RowPass, refuse_other_cache
 from salt_jax.data.shard_columns import OLD_SUFFIX, SUFFIX, Column, write_columns
 from salt_jax.errors import InputError
 from salt_jax.storage.local_copies import local_folder
@@ -45,7 +45,7 @@ def targets_hash(targets_L: np.ndarray, segment_ids_L: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
 
 
-class RowScoresWriter(PassWriter):
+class RowScoresWriter(RestartableShards):
     """Writes the scores of a split's rows.
 
     Args:
@@ -83,9 +83,7 @@ class RowScoresWriter(PassWriter):
         if own_columns:
             made_from["scores"] = list(own_columns)
         super().__init__(
-            RestartableShards.of(
-                folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
-            )
+            folder, rows=rows, shard_rows=shard_rows, suffix=SUFFIX, made_from=made_from
         )
         fields = {TARGETS_HASH: "<u8", **dict.fromkeys(names, "<f4"), SUBSET: "<u2"}
         self._fields = list(fields.items())
@@ -98,23 +96,24 @@ class RowScoresWriter(PassWriter):
         for values_n in columns.values():
             if values_n.dtype == np.float32:
                 nan_n |= ~(values_n < np.inf)  # −∞ is valid: a row without a learnable token
-        with self.shards.write(shard) as file:
+        with self.writing(shard) as file:
             write_columns(file, columns, np.dtype(self._fields))
             file.finish({"nan_rows": int(nan_n.sum())}, measured)
 
     def complete(self, cost: Mapping[str, Any] | None = None) -> "RowScores":
         """Completes the folder once every shard is finished, and opens it; see `finish`."""
-        if not self.shards.completed:
-            made_from = self.shards.made_from
+        if not self.completed:
             self.finish(
                 RowScores.kind,
                 cost,
-                scorer=made_from["scorer"],
-                k=made_from["k"],
+                cache_digest=self.made_from["cache"],
+                split=self.made_from["split"],
+                scorer=self.made_from["scorer"],
+                k=self.made_from["k"],
                 columns=[list(field) for field in self._fields],
-                nan_rows=self.shards.total("nan_rows"),
+                nan_rows=self.total("nan_rows"),
             )
-        return RowScores.open(self.shards.folder)
+        return RowScores.open(self.folder)
 
 
 class RowScores(RowPass):

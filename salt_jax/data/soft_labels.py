@@ -10,20 +10,20 @@ import functools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from salt_jax.data.label_format import LabelFormat, Labels
 from salt_jax.data.row_ids import ROW_IDS_FILE, read_row_ids, write_row_ids
-from salt_jax.data.row_passes import COST_FILE, PassWriter, RowPass
+from salt_jax.data.row_passes import RowPass
 from salt_jax.data.shard_columns import Column
 from salt_jax.errors import InputError
 from salt_jax.storage.manifests import FORMAT_VERSIONS, file_digest
-from salt_jax.storage.restartable_shards import RestartableShards, Shard
+from salt_jax.storage.restartable_shards import COST_FILE, RestartableShards, Shard
 
 
-class SoftLabelsWriter(PassWriter):
+class SoftLabelsWriter(RestartableShards):
     """Writes soft labels of a split of `rows` rows; InputError if another pass was begun in the
     folder.
 
@@ -59,19 +59,18 @@ class SoftLabelsWriter(PassWriter):
             "format_version": FORMAT_VERSIONS[StoredLabels.kind],
         }
         super().__init__(
-            RestartableShards.of(
-                folder,
-                rows=rows if row_ids is None else len(row_ids),
-                shard_rows=shard_rows,
-                suffix=StoredLabels.suffix,
-                made_from=made_from,
-            )
+            folder,
+            rows=rows if row_ids is None else len(row_ids),
+            shard_rows=shard_rows,
+            suffix=StoredLabels.suffix,
+            made_from=made_from,
         )
 
-    def begin(self) -> None:
+    def begin(self) -> Self:
         super().begin()
         if self._row_ids is not None:
-            write_row_ids(self.shards.folder / ROW_IDS_FILE, [self._row_ids])
+            write_row_ids(self.folder / ROW_IDS_FILE, [self._row_ids])
+        return self
 
     def row_ids(self, shard: Shard) -> Sequence[int]:
         """The ids of a shard's rows."""
@@ -83,13 +82,13 @@ class SoftLabelsWriter(PassWriter):
         """Writes a shard from batches of labels of its rows, in order, and records the time taken
         and the number of workers; InputError for non-finite labels."""
         start, row_ids, written = time.perf_counter(), self.row_ids(shard), 0
-        with self.shards.write(shard) as file:
+        with self.writing(shard) as file:
             for labels in batches:
                 if (broken_n := labels.are_broken()).any():
                     raise InputError(
-                        f"The teacher {self.shards.made_from['scorer']['path']} gives values that "
+                        f"The teacher {self.made_from['scorer']['path']} gives values that "
                         f"are not finite for row {row_ids[written + int(np.argmax(broken_n))]} of "
-                        f"{self.shards.made_from['split']}: name another --scorer_step."
+                        f"{self.made_from['split']}: name another --scorer_step."
                     )
                 file.write(self._form.encode(labels).tobytes())
                 written += len(broken_n)
@@ -97,18 +96,20 @@ class SoftLabelsWriter(PassWriter):
 
     def complete(self, cost: Mapping[str, Any]) -> "StoredLabels":
         """Completes the folder once every shard is finished, and opens it; see `finish`."""
-        if not self.shards.completed:
-            made_from, ids = self.shards.made_from, self.shards.folder / ROW_IDS_FILE
+        if not self.completed:
+            made_from, ids = self.made_from, self.folder / ROW_IDS_FILE
             self.finish(
                 StoredLabels.kind,
                 cost,
+                cache_digest=made_from["cache"],
+                split=made_from["split"],
                 selection_digest=made_from["selection"],
                 row_ids_digest=None if self._row_ids is None else file_digest(ids),
                 teacher=made_from["scorer"],
                 temperature=made_from["soft_label_temperature"],
                 format=made_from["format"],
             )
-        return StoredLabels.open(self.shards.folder)
+        return StoredLabels.open(self.folder)
 
 
 class StoredLabels(RowPass):

@@ -38,7 +38,7 @@ def score_rows(
     """
     program = scoring_program(rows.config, row_scores, rows.mesh, rows.rules, rows.chunk_tokens)
     names = [score.name for score in row_scores]
-    shards = writer.shards.unfinished(rows.worker, rows.workers)
+    shards = writer.unfinished(rows.worker, rows.workers)
     start = time.perf_counter()
     results = rows.results(program, params, [shard.rows for shard in shards])
     for shard, of_shard in zip(shards, results, strict=True):

@@ -49,7 +49,7 @@ def label_rows(
             yield Labels(*(array[real_B] for array in arrays))
             rows.progress(int(real_B.sum()))
 
-    shards = writer.shards.unfinished(rows.worker, rows.workers)
+    shards = writer.unfinished(rows.worker, rows.workers)
     results = rows.results(program, params, [writer.row_ids(shard) for shard in shards])
     for shard, of_shard in zip(shards, results, strict=True):
         writer.write(shard, labels_of(of_shard), rows.workers)

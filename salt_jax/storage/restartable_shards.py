@@ -3,6 +3,7 @@
     pass.json                    the pass's inputs; a pass with other inputs is refused
     shards/00003-of-00007.npy    rows 3·shard_rows … of the split, complete or absent
     shards/00003-of-00007.json   its record (job_journal.py): rows, bytes, digest, measurements
+    cost.json                    FLOPs, tokens and seconds of the whole pass, where they are known
     manifest.json  COMPLETED     written once every shard is there
 
 A killed pass resumes at the missing shards. Workers share a folder without communicating: worker w
@@ -19,7 +20,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage import durable_files
@@ -39,6 +40,7 @@ from salt_jax.storage.manifests import (
 
 PASS_FILE = "pass.json"
 SHARDS_FOLDER = "shards"
+COST_FILE = "cost.json"
 
 _FACTS = {"rows": int, "digest": str, "measured": {}}
 _OTHER = "choose another --output_dir"
@@ -52,60 +54,52 @@ class Shard:
     rows: range
 
 
-@dataclasses.dataclass(frozen=True)
 class RestartableShards:
-    """A pass; make one with `RestartableShards.of`, then `begin` it.
+    """A new pass, or the one begun in the folder, with its shard_rows; writes nothing before
+    `begin`.
 
-    Attributes:
+    Args:
       folder: Its folder.
       rows: N, rows of the split.
       shard_rows: Rows of every shard but the last, which has the remainder.
       suffix: The suffix of the shards' files (".npy").
       made_from: The inputs that must not change during the pass, as JSON values by user-facing name
         ("cache"). Values with a "digest" are compared by it.
+
+    Raises:
+      InputError: Another pass was begun in the folder, or shard_rows is below 1.
     """
 
-    folder: pathlib.Path
-    rows: int
-    shard_rows: int
-    suffix: str
-    made_from: Mapping[str, Any]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         folder: str | os.PathLike[str],
         *,
         rows: int,
         shard_rows: int,
         suffix: str,
         made_from: Mapping[str, Any],
-    ) -> "RestartableShards":
-        """A new pass, or the one begun in the folder, with its shard_rows; writes nothing.
-
-        Raises:
-          InputError: Another pass was begun in the folder, or shard_rows is below 1.
-        """
+    ) -> None:
         if shard_rows < 1:
             raise InputError(f"shard_rows is {shard_rows} and must be at least 1.")
-        shards = cls(path_of(os.fspath(folder)), rows, shard_rows, suffix, made_from)
-        begun = shards._begun()
-        return shards if begun is None else shards._as_begun(begun)
+        self.folder = path_of(os.fspath(folder))
+        self.rows, self.shard_rows, self.suffix = rows, shard_rows, suffix
+        self.made_from = made_from
+        self._continue()
 
-    def begin(self) -> "RestartableShards":
-        """Makes the folder if needed, and returns the pass as recorded there; readers refuse it
-        while a shard is missing. InputError if another pass was begun here meanwhile."""
+    def begin(self) -> Self:
+        """Makes the folder if needed; readers refuse it while a shard is missing. InputError if
+        another pass was begun here meanwhile."""
         path = self.folder / PASS_FILE
         if not path.exists():
             begin_writing(self.folder)
             # If several workers begin at the same time, the first one's plan wins.
             durable_files.write_new_text(path, json.dumps(self._plan, indent=2) + "\n")
-        shards = self._as_begun(self._begun() or self._plan)
+        self._continue()
         if not is_remote(self.folder):
             no_link_out(self.folder, self._journal.path, _OTHER).mkdir(exist_ok=True)
-        if shards.completed and shards.unfinished():
+        if self.completed and self.unfinished():
             begin_writing(self.folder)
-        return shards
+        return self
 
     def unfinished(self, worker: int = 0, workers: int = 1) -> list[Shard]:
         """The shards that worker `worker` of `workers` still has to write, in order."""
@@ -114,11 +108,11 @@ class RestartableShards:
         return [self._shard(index) for index in mine if facts[index] is None]
 
     @contextlib.contextmanager
-    def write(self, shard: Shard) -> Iterator["ShardWriter"]:
+    def writing(self, shard: Shard) -> Iterator["ShardWriter"]:
         """A writer of a shard, which is recorded when the block ends; after an error nothing is
         left of it.
 
-        with shards.write(shard) as file:
+        with shards.writing(shard) as file:
             file.write(data)
             file.finish({"nan_rows": 0}, {"seconds": 1.5})
         """
@@ -139,10 +133,6 @@ class RestartableShards:
             assert writer.facts is not None, f"the shard {name} was never finished"
         self._journal.finish(name, self._plan_digest, {**writer.facts, "rows": len(shard.rows)})
 
-    def measured(self) -> list[Mapping[str, Any]]:
-        """The measurements of each shard of a finished pass."""
-        return [facts["measured"] for facts in self._all_facts()]
-
     def total(self, fact: str) -> int:
         """The sum of a fact over the shards of a finished pass."""
         return sum(facts[fact] for facts in self._all_facts())
@@ -152,13 +142,22 @@ class RestartableShards:
         """Whether the folder is complete."""
         return (self.folder / COMPLETED_FILE).exists()
 
-    def complete(self, kind: str, **parts: Any) -> None:
-        """Writes the manifest, with `parts` beside rows, shard_rows and shards, and COMPLETED, once
-        every shard is finished."""
-        shards = [
-            {name: value for name, value in facts.items() if name not in ("plan", "measured")}
-            for facts in self._all_facts()
-        ]
+    def finish(self, kind: str, cost: Mapping[str, Any] | None = None, **parts: Any) -> None:
+        """Writes cost.json, the manifest and COMPLETED, once every shard is finished.
+
+        Args:
+          kind: The manifest's kind.
+          cost: The pass's FLOPs and tokens. Seconds are added from the shards', as if the workers
+            had shared them evenly and in parallel.
+          parts: The manifest's entries beside rows, shard_rows and shards.
+        """
+        found, own = self._all_facts(), ("plan", "measured")
+        shards = [{name: facts[name] for name in facts if name not in own} for facts in found]
+        if cost:
+            measured = (facts["measured"] for facts in found)
+            seconds = sum(one["seconds"] / one["workers"] for one in measured)
+            text = json.dumps({**cost, "seconds": seconds}) + "\n"
+            durable_files.write_text(self.folder / COST_FILE, text)
         if not is_remote(self.folder):  # which has no temporary files
             self._journal.remove_leftovers()
         common = {"rows": self.rows, "shard_rows": self.shard_rows, "shards": shards}
@@ -178,12 +177,12 @@ class RestartableShards:
     def _plan_digest(self) -> str:
         return json_digest({name: _identity(value) for name, value in self._plan.items()})
 
-    def _begun(self) -> dict[str, Any] | None:
-        """The plan in the folder, or None."""
-        return JobJournal(self.folder, f"delete it, or {_OTHER}").read(PASS_FILE)
-
-    def _as_begun(self, begun: Mapping[str, Any]) -> "RestartableShards":
-        """This pass with the folder's shard_rows; refuses a pass with other inputs."""
+    def _continue(self) -> None:
+        """Takes over the shard_rows of the pass begun in the folder, if any; refuses one with other
+        inputs."""
+        begun = JobJournal(self.folder, f"delete it, or {_OTHER}").read(PASS_FILE)
+        if begun is None:
+            return
         for name in [*self._plan, *(name for name in begun if name not in self._plan)]:
             if name == "shard_rows":
                 continue  # it affects no values, so the folder's own is kept
@@ -201,8 +200,8 @@ class RestartableShards:
         shard_rows = begun.get("shard_rows")
         if type(shard_rows) is not int or shard_rows < 1:
             raise InputError(f"{self.folder / PASS_FILE} has shard_rows {shard_rows!r}: {_OTHER}.")
-        made_from = {name: begun.get(name) for name in self.made_from}
-        return dataclasses.replace(self, shard_rows=shard_rows, made_from=made_from)
+        self.shard_rows = shard_rows
+        self.made_from = {name: begun.get(name) for name in self.made_from}
 
     def _shard(self, index: int) -> Shard:
         first = index * self.shard_rows

@@ -159,7 +159,7 @@ def _write_soft_labels(folder: pathlib.Path, cache: PackedCache) -> None:
         shard_rows=ROWS,
     )
     writer.begin()
-    for shard in writer.shards.unfinished():
+    for shard in writer.unfinished():
         log_q = np.full((ROWS, length, k), -1.5, np.float16)
         ids = np.broadcast_to(np.arange(k, dtype=np.int32), log_q.shape)
         writer.write(shard, [Labels(ids, log_q, log_q[..., 0], -log_q[..., 0])])

@@ -77,7 +77,7 @@ def test_scores_and_selections_have_their_own_files(
 def test_shards_are_not_written_elsewhere(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "in" / "scores"
     made_from = {"cache": "c"}
-    making = RestartableShards.of(folder, rows=9, shard_rows=3, suffix=".npy", made_from=made_from)
+    making = RestartableShards(folder, rows=9, shard_rows=3, suffix=".npy", made_from=made_from)
     making.begin()
     away(folder / "shards")
     with pytest.raises(InputError, match=rf"{LEAVES}.*choose another --output_dir"):

@@ -113,7 +113,7 @@ def test_a_score_may_have_any_name(tmp_path):
         shard_rows=1,
     )
     writer.begin()
-    [shard] = writer.shards.unfinished()
+    [shard] = writer.unfinished()
     values = {"ω": np.float32([2]), SUBSET: np.uint16([0]), TARGETS_HASH: np.uint64([7])}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -49,7 +49,7 @@ def writer(folder: pathlib.Path, **changed: Any) -> SoftLabelsWriter:
 
 def write_all(making: SoftLabelsWriter, labels: Labels) -> StoredLabels:
     making.begin()
-    for shard in making.shards.unfinished():
+    for shard in making.unfinished():
         halves = np.array_split(np.arange(shard.rows.start, shard.rows.stop), 2)
         batches = [part(labels, rows) for rows in halves]
         making.write(shard, batches)
@@ -74,7 +74,7 @@ def test_labels_of_a_selections_rows(tmp_path: pathlib.Path) -> None:
     labels = make_labels(5)
     making = writer(tmp_path / "labels", rows=40, row_ids=ids, selection_digest="s" * 64)
     stored = write_all(making, labels)
-    assert [list(making.row_ids(shard)) for shard in map(making.shards._shard, (0, 1))] == [
+    assert [list(making.row_ids(shard)) for shard in map(making._shard, (0, 1))] == [
         [1, 5, 6, 9],
         [30],
     ]

@@ -31,15 +31,15 @@ def drawn(shard):
     scores_n[::1009] = -np.inf
     return scores_n
 
-shards = RestartableShards.of(
+shards = RestartableShards(
     folder / "scores", rows=rows, shard_rows=1 << 24, suffix=SUFFIX, made_from={}
 ).begin()
 all_shards = shards.unfinished()
 for shard in all_shards:
-    with shards.write(shard) as file:
+    with shards.writing(shard) as file:
         write_columns(file, {"score": drawn(shard)}, dtype)
         file.finish({}, {})
-shards.complete("row_scores")
+shards.finish("row_scores")
 manifest = json.loads((folder / "scores/manifest.json").read_text())
 scored = InputFolder(folder / "scores")
 column = Column(FinishedShards(scored, manifest, SUFFIX, "salt score"), dtype, "score")

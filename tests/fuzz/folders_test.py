@@ -95,7 +95,7 @@ def folders(
         **common,
     )
     making.begin()
-    for shard in making.shards.unfinished():
+    for shard in making.unfinished():
         n = len(shard.rows)
         half = np.full((n, 4), -1.0, np.float16)
         labels = Labels(np.ones((n, 4, 2), np.int32), np.repeat(half[..., None], 2, 2), half, half)

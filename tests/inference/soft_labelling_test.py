@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import types
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -89,7 +88,8 @@ def test_a_run_from_labels_is_the_run_with_the_teacher(
 class Labelled:
     """Stands for the writer of one shard of 8 rows, and keeps their labels."""
 
-    shards = types.SimpleNamespace(unfinished=lambda worker, workers: [0])
+    def unfinished(self, worker: int, workers: int) -> list[int]:
+        return [0]
 
     def row_ids(self, shard: int) -> list[int]:
         return list(range(8))

@@ -212,7 +212,7 @@ def write_scores(folder: pathlib.Path, rows: int = 20_000) -> RowScores:
         TARGETS_HASH: np.arange(rows, dtype=np.uint64),
         SUBSET: np.zeros(rows, np.uint16),
     }
-    for shard in writer.shards.unfinished():
+    for shard in writer.unfinished():
         writer.write(shard, columns, {"seconds": 1.0, "workers": 1})
     return writer.complete()
 

@@ -16,7 +16,7 @@ MADE_FROM = {"cache": "a" * 64, "scorer": {"path": "slm", "digest": "d" * 64}, "
 
 
 def of(folder: pathlib.Path, rows: int = 10, shard_rows: int = 3, **changes) -> RestartableShards:
-    return RestartableShards.of(
+    return RestartableShards(
         folder,
         rows=rows,
         shard_rows=shard_rows,
@@ -26,7 +26,7 @@ def of(folder: pathlib.Path, rows: int = 10, shard_rows: int = 3, **changes) -> 
 
 
 def make(shards: RestartableShards, shard: Shard, seconds: float = 1.0) -> None:
-    with shards.write(shard) as file:
+    with shards.writing(shard) as file:
         for row in shard.rows:
             file.write(bytes([row % 256]))
         file.finish({"sum": sum(shard.rows)}, {"seconds": seconds})
@@ -47,7 +47,7 @@ def test_any_stops_and_workers_give_the_same_bytes(tmp_path_factory, rows, shard
     alone = of(straight, rows, shard_rows).begin()
     for shard in alone.unfinished():
         make(alone, shard)
-    alone.complete("row_scores")
+    alone.finish("row_scores")
     made = []
     while not made or of(stopped, rows, shard_rows).unfinished():
         workers = int(rng.integers(1, 5))
@@ -59,10 +59,9 @@ def test_any_stops_and_workers_give_the_same_bytes(tmp_path_factory, rows, shard
                 make(shards, shard, seconds=float(rng.random()))
                 made.append(shard.index)
     assert sorted(made) == list(range(-(-rows // shard_rows)))  # none twice, none missing
-    shards.complete("row_scores")
-    shards.complete("row_scores")  # another worker, which found the same
+    shards.finish("row_scores")
+    shards.finish("row_scores")  # another worker, which found the same
     assert counting(stopped) == counting(straight)
-    assert len(shards.measured()) == len(made)
     assert shards.total("sum") == sum(range(rows))
     manifest = json.loads((stopped / "manifest.json").read_text())
     finished = FinishedShards(InputFolder(stopped), manifest, ".data", "salt score")
@@ -73,10 +72,10 @@ def test_any_stops_and_workers_give_the_same_bytes(tmp_path_factory, rows, shard
 def test_an_error_leaves_nothing_and_what_a_kill_leaves_is_cleared(tmp_path):
     shards = of(tmp_path).begin()
     first = shards.unfinished()[0]
-    with pytest.raises(TypeError), shards.write(first) as file:
+    with pytest.raises(TypeError), shards.writing(first) as file:
         file.write(None)
     assert list((tmp_path / "shards").iterdir()) == []
-    with pytest.raises(AssertionError, match="never finished"), shards.write(first) as file:
+    with pytest.raises(AssertionError, match="never finished"), shards.writing(first) as file:
         file.write(b"abc")
     assert shards.unfinished()[0] == first
     (tmp_path / "shards" / "00000-of-00004.data.0123abcd.tmp").write_bytes(b"ab")
@@ -85,7 +84,7 @@ def test_an_error_leaves_nothing_and_what_a_kill_leaves_is_cleared(tmp_path):
     assert shards.unfinished()[0] == first
     for shard in shards.unfinished():
         make(shards, shard)
-    shards.complete("row_scores")
+    shards.finish("row_scores")
     assert not list((tmp_path / "shards").glob("*.tmp"))
 
 
@@ -93,7 +92,7 @@ def test_two_workers_on_one_shard_leave_it_whole(tmp_path):
     """One takes over what the other, thought to be gone, is still at."""
     shards = of(tmp_path).begin()
     first = shards.unfinished()[0]
-    with shards.write(first) as slow:
+    with shards.writing(first) as slow:
         slow.write(bytes([0, 1]))
         make(shards, first)
         slow.write(bytes([2]))
@@ -156,7 +155,7 @@ def test_no_reader_accepts_a_pass_that_lacks_a_shard(tmp_path):
     shards = of(tmp_path).begin()
     for shard in shards.unfinished():
         make(shards, shard)
-    shards.complete("row_scores")
+    shards.finish("row_scores")
     assert of(tmp_path).begin().completed
     (tmp_path / "shards" / "00002-of-00004.data").unlink()
     again = of(tmp_path)

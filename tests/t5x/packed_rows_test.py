@@ -62,7 +62,7 @@ def write_labels(
     }
     writer = SoftLabelsWriter(folder, **{**settings, **changed})
     writer.begin()
-    for shard in writer.shards.unfinished():
+    for shard in writer.unfinished():
         part = slice(shard.rows.start, shard.rows.stop)
         writer.write(shard, [Labels(*(array[part] for array in labels))])
     return str(writer.complete({"flops": 1.0, "tokens": 1}).path)
