@@ -169,13 +169,6 @@ def path_of(file: str) -> pathlib.Path:
     return cast(pathlib.Path, epath.Path(file))
 
 
-def write_file(url: str, content: bytes) -> None:
-    """Writes a whole file into a bucket; BucketError if it cannot be written."""
-    files, place = _opened(url)
-    with as_bucket_errors(url, "written"):
-        files.pipe_file(place, content)
-
-
 def change_if(url: str, generation: str, content: bytes | None) -> str:
     """Writes a gs:// object (None: removes it) if it still has this generation, "0" for no object.
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import pathlib
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -66,13 +67,18 @@ def write_new_text(path: pathlib.Path, text: str) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text file atomically."""
-    if "://" in os.fspath(path):
-        from salt_jax.storage.buckets import write_file
-
-        write_file(os.fspath(path), text.encode())
-        return
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Makes a hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.runtime import environment
 from salt_jax.storage.buckets import BucketError, RemoteFile, RemoteFolder, completes
+from salt_jax.storage.durable_files import link_or_copy
 from salt_jax.storage.local_copies import Copied, Copy, FileState, copy_below, state_on_disk
 from salt_jax.storage.manifests import COMPLETED_FILE, DIGESTS_FILE
 from salt_jax.storage.run_folder import RUN_FILE, UNFINISHED_CHECKPOINT
@@ -206,7 +207,7 @@ class Mirror:
             for name in names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    _link_or_copy(self.path / name, folder / name)
+                    link_or_copy(self.path / name, folder / name)
                 except FileNotFoundError:
                     removed.add(_checkpoint_of(name) or name)
             yield folder, [name for name in names if (_checkpoint_of(name) or name) not in removed]
@@ -234,12 +235,3 @@ def _checkpoint_of(name: str) -> str:
     """The checkpoint that a file belongs to, "RUN/checkpoints/STEP", or ""."""
     found = re.match(r"(?:.*/)?checkpoints/\d+(?=/)", name)
     return found[0] if found else ""
-
-
-def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)

@@ -17,7 +17,7 @@ from typing import Any
 from salt_jax.distill.schedules import Step
 from salt_jax.errors import InputError
 from salt_jax.storage.buckets import RemoteFolder, is_remote, path_of
-from salt_jax.storage.durable_files import write_text
+from salt_jax.storage.durable_files import link_or_copy, write_text
 from salt_jax.storage.local_copies import local_folder
 from salt_jax.storage.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -75,7 +75,7 @@ class Fork:
             return
         temporary = target.with_name(f"{self.step}{UNFINISHED_CHECKPOINT}-fork")
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary, copy_function=_link)
+        shutil.copytree(source, temporary, copy_function=link_or_copy)
         temporary.rename(target)
 
 
@@ -152,11 +152,3 @@ def _newest_fitting(config: TrainConfig, steps: Sequence[int], n_kd: int) -> int
             "an earlier one in that run (--keep_steps), or raise n_kd."
         )
     return fitting[-1]
-
-
-def _link(source: str, target: str) -> None:
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
