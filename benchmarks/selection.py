@@ -60,7 +60,7 @@ def measure(folder: pathlib.Path, rows: int, m: int) -> dict[str, Any]:
         learnable=scores.column(FLOATS[1]),
         hashes=scores.column(TARGETS_HASH),
     )
-    candidates = selection.Candidates.of(facts.scores, facts.subsets, SUBSETS)
+    candidates = selection.Candidates(len(facts), facts.scores, facts.subsets, SUBSETS)
 
     def choose(rule: selection.SelectionRule) -> Selection:
         blocks = rule.select(candidates).blocks()

@@ -99,7 +99,9 @@ def select(
         config = config.among(row_scores.manifest["k"], row_scores.columns)
         split = row_scores.manifest["split"]
         facts = _facts(packed, row_scores, config, later, near_duplicates)
-        candidates = selection.Candidates.of(facts.scores, facts.subsets, len(packed.subsets))
+        candidates = selection.Candidates(
+            len(facts), facts.scores, facts.subsets, len(packed.subsets)
+        )
     for folder, other in others.items():
         if other.manifest["split"] != split:
             raise InputError(

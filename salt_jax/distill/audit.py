@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from salt_jax.distill.selection import RowValues
+from salt_jax.distill.selection import RowValues, row_blocks
 
 BINS = 60
 SHOWN = 20
 
-_BLOCK_ROWS = 1 << 20
 _HASH_BYTES = 1 << 28  # of hashes that are sorted at once
 
 
@@ -247,7 +246,7 @@ class _Best:
 
 def _score_edges(facts: RowFacts) -> np.ndarray:
     lowest, highest = np.inf, -np.inf
-    for block in _blocks(len(facts)):
+    for block in row_blocks(len(facts)):
         scores_n = facts.scores[block]
         finite_n = scores_n[np.isfinite(scores_n)]
         lowest = min(lowest, float(finite_n.min(initial=np.inf)))
@@ -257,14 +256,9 @@ def _score_edges(facts: RowFacts) -> np.ndarray:
     return np.linspace(lowest, max(highest, lowest + 1e-6), BINS + 1)
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    for first in range(0, rows, _BLOCK_ROWS):
-        yield slice(first, min(first + _BLOCK_ROWS, rows))
-
-
 def _kept(rows: int, row_ids_m: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Each block of rows, and which of them were kept."""
-    for block in _blocks(rows):
+    for block in row_blocks(rows):
         first, last = np.searchsorted(row_ids_m, [block.start, block.stop])
         kept_n = np.zeros(block.stop - block.start, bool)
         kept_n[np.asarray(row_ids_m[first:last]) - block.start] = True

@@ -49,17 +49,11 @@ class Candidates:
     subsets: RowValues | None = None
     num_subsets: int = 0
 
-    @classmethod
-    def of(
-        cls, scores_N: RowValues, subsets_N: RowValues | None = None, num_subsets: int = 0
-    ) -> "Candidates":
-        """Rows with scores."""
-        return cls(len(scores_N), scores_N, subsets_N, num_subsets)
 
-    def blocks(self) -> Iterator[slice]:
-        """All rows in slices."""
-        for first in range(0, self.rows, _BLOCK_ROWS):
-            yield slice(first, min(first + _BLOCK_ROWS, self.rows))
+def row_blocks(rows: int) -> Iterator[slice]:
+    """All rows in slices of constant size."""
+    for first in range(0, rows, _BLOCK_ROWS):
+        yield slice(first, min(first + _BLOCK_ROWS, rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,13 +230,13 @@ class _Highest:
         self._has_strata = stratified or most_of_subset is not None
         strata = candidates.num_subsets if self._has_strata else 1
         self._rows_S = np.zeros(strata, np.int64)
-        for block in candidates.blocks():
+        for block in row_blocks(candidates.rows):
             self._rows_S += np.bincount(self._strata(block), minlength=strata)
         ends_S = np.cumsum(self._rows_S)
         keys_N = np.empty(candidates.rows, keys(slice(0, 1)).dtype)
         self._stratum_keys = np.split(keys_N, ends_S[:-1])
         filled_S = ends_S - self._rows_S
-        for block in candidates.blocks():
+        for block in row_blocks(candidates.rows):
             strata_n = self._strata(block)
             ordered_n = keys(block)[np.argsort(strata_n, kind="stable")]
             count_S = np.bincount(strata_n, minlength=strata)
@@ -308,7 +302,7 @@ class _Highest:
     def _chosen_ids(self, cut_S: np.ndarray, ties_S: np.ndarray) -> Iterator[np.ndarray]:
         """The ids of rows above their stratum's cut, and of the first `ties_S` with its key."""
         ties_S = ties_S.copy()
-        for block in self._candidates.blocks():
+        for block in row_blocks(self._candidates.rows):
             keys_n, strata_n = self._keys(block), self._strata(block)
             cut_n = cut_S[strata_n]
             chosen_n = keys_n > cut_n

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salt_jax.distill import audit
+from salt_jax.distill import audit, selection
 from salt_jax.distill.audit import RowFacts
 
 NAMES = ("prose", "code", "empty", "web")
@@ -14,7 +14,7 @@ NAMES = ("prose", "code", "empty", "web")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few rows are several blocks, and a few hashes several parts."""
-    monkeypatch.setattr(audit, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(selection, "_BLOCK_ROWS", 7)
     monkeypatch.setattr(audit, "_HASH_BYTES", 80)
 
 

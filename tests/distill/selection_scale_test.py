@@ -44,7 +44,7 @@ manifest = json.loads((folder / "scores/manifest.json").read_text())
 scored = InputFolder(folder / "scores")
 column = Column(FinishedShards(scored, manifest, SUFFIX, "salt score"), dtype, "score")
 
-choice = TopRows(m).select(Candidates.of(column))
+choice = TopRows(m).select(Candidates(len(column), column))
 chosen = Selection.write(
     folder / "selection", choice.blocks(), cache_digest="a", split="train", how={}, cut=choice.cut
 )

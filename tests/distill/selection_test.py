@@ -39,7 +39,8 @@ def best_first(scores: np.ndarray) -> list[int]:
 
 def chosen(rule: SelectionRule, scores: np.ndarray, subsets: np.ndarray | None = None) -> list[int]:
     number = 0 if subsets is None else int(subsets.max()) + 2  # one subset without rows
-    choice = rule.select(Candidates.of(np.asarray(scores, np.float32), subsets, number))
+    scores = np.asarray(scores, np.float32)
+    choice = rule.select(Candidates(len(scores), scores, subsets, number))
     blocks = list(choice.blocks())
     assert all(block.dtype == np.int64 for block in blocks)
     ids = np.concatenate(blocks).tolist()
