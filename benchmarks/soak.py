@@ -38,7 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
-from salt_jax.training.checkpoint_digests import check_digests
+from salt_jax.training.checkpoint_digests import item_digest
 from salt_jax.training.checkpoints import complete_steps
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -230,7 +230,7 @@ def last_state(output: pathlib.Path, steps: int) -> list[np.ndarray]:
     leaves: list[np.ndarray] = []
     for item in ("params", "optimizer"):
         folder = output / CHECKPOINTS_FOLDER / str(steps) / item
-        check_digests(folder.parent, (item,))
+        item_digest(folder.parent, item)
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.metadata(folder).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)

@@ -90,11 +90,8 @@ class ReadingLog:
 
 def source_digest(path: pathlib.Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
     with open_file(path)[0] as file:
-        while block := file.read(_BUFFER_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 class _DigestedFile(io.RawIOBase):

@@ -83,21 +83,11 @@ def lacking(item: pathlib.Path) -> str:
     return f"{item.name}/{_MANIFEST}" if in_parts and _MANIFEST not in names else ""
 
 
-def check_digests(folder: pathlib.Path, items: Sequence[str]) -> None:
-    """Compares files of a checkpoint, RUN/checkpoints/STEP, with their digests, if it has any.
-
-    Raises:
-      InputError: A file is missing or has changed.
-    """
-    for item in items:
-        item_digest(folder, item)
-
-
 def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
-    """The digests of items, each process checking a part of the files; all processes must call it.
+    """`item_digest` of items; each process checks a part of the files, and all must call it.
 
     Raises:
-      InputError: In every process, with the first error found; see `check_digests`.
+      InputError: In every process, with the first error found.
     """
     if not jax.distributed.is_initialized():
         return [item_digest(folder, item) for item in items]
@@ -114,12 +104,13 @@ def check_together(folder: pathlib.Path, items: Sequence[str]) -> list[str]:
 def item_digest(
     folder: pathlib.Path, item: str, checked: Callable[[int], bool] = lambda number: True
 ) -> str:
-    """The SHA-256 (hex) of an item's file names and contents.
+    """The SHA-256 (hex) of an item's file names and contents, in a checkpoint RUN/checkpoints/STEP.
 
-    Files whose number is not `checked` have the digests of digests.json and are not read.
+    Its files are compared with their digests, if it has any. Those whose number is not `checked`
+    have the digests of digests.json and are not read.
 
     Raises:
-      InputError: See `check_digests`.
+      InputError: A file is missing or has changed.
     """
     known, sealed, whole, found = _known(folder), _sealed(folder), hashlib.sha256(), set()
     _require_whole(folder, item)

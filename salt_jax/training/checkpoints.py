@@ -34,9 +34,9 @@ from salt_jax.storage.run_folder import CHECKPOINTS_FOLDER
 from salt_jax.training import partitioning
 from salt_jax.training.checkpoint_digests import (
     COMMIT_MARK,
-    check_digests,
     check_together,
     is_committed,
+    item_digest,
 )
 from salt_jax.training.checkpoint_items import reading, require_path, restore_arrays
 from salt_jax.training.finite import require_finite
@@ -247,7 +247,7 @@ def read_progress(path: pathlib.Path, step: int) -> dict[str, Any]:
       InputError: The checkpoint is damaged.
     """
     folder = checkpoints_of(path) / str(step)
-    check_digests(folder, ("progress",))
+    item_digest(folder, "progress")
     with reading(folder), contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
         progress: dict[str, Any] = handler.restore(folder / "progress")
     return progress

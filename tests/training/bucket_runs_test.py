@@ -20,7 +20,7 @@ from salt_jax.training import checkpoint_digests, loop
 from salt_jax.training.checkpoint_digests import (
     COMMIT_MARK,
     VERSIONS_FILE,
-    check_digests,
+    check_together,
     write_digests,
 )
 from salt_jax.training.checkpoint_items import ITEMS
@@ -65,7 +65,7 @@ def test_at_every_change_of_the_bucket_the_newest_checkpoint_is_whole(
             if own != checked:  # most changes are of other files
                 # So that all is read.
                 bucket.objects = {n: held for n, held in state.items() if VERSIONS_FILE not in n}
-                check_digests(path_of(f"{URL}/checkpoints/{steps[-1]}"), ITEMS)
+                check_together(path_of(f"{URL}/checkpoints/{steps[-1]}"), ITEMS)
                 checked = own
     assert newest == sorted(newest)
     assert {*newest} == {2, 4, 6}
@@ -168,7 +168,7 @@ def test_what_a_bucket_still_has_is_not_read_for_its_digest(
 ) -> None:
     bucket.take(slm, PLACE)
     folder = path_of(f"{URL}/checkpoints/4")
-    check_digests(folder, ITEMS)
+    check_together(folder, ITEMS)
     write_digests(folder, ITEMS)
     read, digest = [], checkpoint_digests.file_digest
 
@@ -178,15 +178,15 @@ def test_what_a_bucket_still_has_is_not_read_for_its_digest(
         return digest(path)
 
     monkeypatch.setattr(checkpoint_digests, "file_digest", noted)
-    check_digests(folder, ITEMS)
+    check_together(folder, ITEMS)
     assert not read
     name = next(n for n in bucket.objects if f"{PLACE}/checkpoints/4/params/" in n and "/d/" in n)
     bucket.store(name, bucket.objects[name])
-    check_digests(folder, ITEMS)
+    check_together(folder, ITEMS)
     assert [f"{PLACE}/checkpoints/4/{path}" for path in read] == [name]
     bucket.store(name, bucket.objects[name][:-1])
     with pytest.raises(InputError, match="is damaged"):
-        check_digests(folder, ITEMS)
+        check_together(folder, ITEMS)
 
 
 def test_a_model_in_a_bucket_that_is_damaged(bucket: BucketEmulator, slm: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from salt_jax.storage.manifests import file_digest
-from salt_jax.training.checkpoint_digests import check_digests
+from salt_jax.training.checkpoint_digests import check_together
 from salt_jax.training.checkpoint_items import ITEMS
 
 # One of two processes, which saves, restores, and restores again after the test has flipped a bit.
@@ -96,7 +96,7 @@ def test_two_processes_divide_the_files_among_them(tmp_path: pathlib.Path) -> No
         assert not any("/ocdbt.process_1/" in name for name in first)
         digests = json.loads((step / "digests.json").read_text())
         assert digests == {name: file_digest(step / name) for name in digests}
-        check_digests(step, ITEMS)
+        check_together(step, ITEMS)
         first, second = (told(member) for member in members)
         assert {*first} | {*second} >= digests.keys()
         assert not {*first} & {*second} & digests.keys()
