@@ -36,7 +36,7 @@ from salt_jax.training.checkpoints import (
     state_bytes,
     watched_in,
 )
-from salt_jax.training.config import FROM_FILES, Devices, Initial, Teacher, TrainConfig
+from salt_jax.training.config import FROM_FILES, Initial, Teacher, TrainConfig
 from salt_jax.training.equal_cost import with_equal_cost
 from salt_jax.training.evaluation import Evaluator
 from salt_jax.training.fork import Fork, check_fork, find_fork
@@ -172,11 +172,16 @@ def _mark_older_checkpoints(run: RunFolder) -> None:
 def _evaluator(
     config: TrainConfig, student: DecoderConfig, caches: Caches, mesh: Mesh
 ) -> Evaluator:
+    """Evaluates in batches as large as the smaller microbatch of the two stages."""
+    batch_size = config.data.batch_size
+    both = config.devices.microbatches_of(2), config.devices.microbatches_of(1)
+    for microbatches in both:
+        partitioning.require_split(batch_size, mesh, microbatches)
     return Evaluator(
         student,
         caches.packed,
         "validation",
-        config.data.batch_size // _most_microbatches(config.data.batch_size, config.devices, mesh),
+        batch_size // max(both),
         mesh,
         config.devices.rules,
         config.evaluation.rows,
@@ -279,20 +284,6 @@ def _student(config: TrainConfig, initial: SavedModel | None, cache: PackedCache
                 "the same shape, or leave model unset."
             )
     return model
-
-
-def _most_microbatches(batch_size: int, devices: Devices, mesh: Mesh) -> int:
-    """The larger number of microbatches of the two stages; each must divide the batch."""
-    divisor = partitioning.batch_divisor(mesh)
-    both = devices.microbatches_of(2), devices.microbatches_of(1)
-    for microbatches in both:
-        if batch_size % (divisor * microbatches):
-            raise InputError(
-                f"batch_size {batch_size} can't be split over {divisor} devices in {microbatches} "
-                "microbatches: make it a multiple of devices × microbatches, or change "
-                "microbatches or the mesh."
-            )
-    return max(both)
 
 
 def _newest(run: RunFolder, fork: Fork | None) -> tuple[Position, dict[str, Any]]:

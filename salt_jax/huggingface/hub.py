@@ -4,6 +4,7 @@
 HF_ENDPOINT and HF_HUB_OFFLINE as usual.
 """
 
+import functools
 import hashlib
 import pathlib
 import re
@@ -20,7 +21,6 @@ PREFIX = "hf:"
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 # Subfolders hold other libraries' files, except additional_chat_templates/NAME.jinja.
 _NOT_FILES = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors")
-_READ_BYTES = 1 << 20
 
 
 def split_name(name: str) -> tuple[str, str | None] | None:
@@ -118,13 +118,10 @@ def _require_digests(folder: pathlib.Path) -> None:
         blob = file.resolve()
         if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
             continue  # a file system without links
-        is_git = len(blob.name) == 40
-        digest = hashlib.sha1(usedforsecurity=False) if is_git else hashlib.sha256()
-        if is_git:
-            digest.update(b"blob %d\0" % blob.stat().st_size)
+        header = b"blob %d\0" % blob.stat().st_size
+        of_git = functools.partial(hashlib.sha1, header, usedforsecurity=False)
         with blob.open("rb") as opened:
-            while part := opened.read(_READ_BYTES):
-                digest.update(part)
+            digest = hashlib.file_digest(opened, of_git if len(blob.name) == 40 else "sha256")
         if digest.hexdigest() != blob.name:
             raise InputError(
                 f"{file} is damaged, its digest is not the Hub's: delete {blob} and run "

@@ -194,14 +194,8 @@ def compile_stage(job: Job, topology: Topology, stage: int) -> CompiledStage:
 
 def check_batch(job: Job, topology: Topology, stage: int) -> None:
     """Raises InputError unless a stage's batch can be split over a topology's devices."""
-    mesh = job.mesh(topology)
-    divisor, parts = partitioning.batch_divisor(mesh), job.microbatches_of(stage)
-    if job.config.data.batch_size % (divisor * parts):
-        raise InputError(
-            f"batch_size {job.config.data.batch_size} can't be split over the {divisor} devices of "
-            f"{topology.name} in {parts} microbatches: make it a multiple of devices × "
-            "microbatches, or change microbatches or the mesh."
-        )
+    batch_size, parts = job.config.data.batch_size, job.microbatches_of(stage)
+    partitioning.require_split(batch_size, job.mesh(topology), parts, f" of {topology.name}")
 
 
 def needed_gib(message: str) -> float | None:

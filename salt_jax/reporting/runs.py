@@ -170,16 +170,20 @@ class TrainRun:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ScoreFolder:
-    """A folder of `salt score`, and the column that is shown."""
-
+class _Folder:
     origin: Origin
-    rows: RowScores
-    score: ScoreConfig
 
     @property
     def name(self) -> str:
         return self.origin.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoreFolder(_Folder):
+    """A folder of `salt score`, and the column that is shown."""
+
+    rows: RowScores
+    score: ScoreConfig
 
     @functools.cached_property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -189,16 +193,11 @@ class ScoreFolder:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SelectionFolder:
+class SelectionFolder(_Folder):
     """A folder of `salt select`, with the selection's audit if there is one."""
 
-    origin: Origin
     selection: Selection
     audit: Mapping[str, Any] | None
-
-    @property
-    def name(self) -> str:
-        return self.origin.name
 
     @property
     def cut(self) -> float | None:
@@ -213,16 +212,11 @@ class SelectionFolder:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ComparisonFolder:
+class ComparisonFolder(_Folder):
     """A folder of `salt evaluate --compare`: which models, and differences by kind and group."""
 
-    origin: Origin
     title: str
     differences: Mapping[str, Mapping[str, Difference]]
-
-    @property
-    def name(self) -> str:
-        return self.origin.name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -185,6 +185,17 @@ def batch_divisor(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def require_split(batch_size: int, mesh: Mesh, microbatches: int, of: str = "") -> None:
+    """Raises InputError unless a batch can be split over the devices (`of` a topology, say)."""
+    divisor = batch_divisor(mesh)
+    if batch_size % (divisor * microbatches):
+        raise InputError(
+            f"batch_size {batch_size} can't be split over {divisor} devices{of} in {microbatches} "
+            "microbatches: make it a multiple of devices × microbatches, or change microbatches or "
+            "the mesh."
+        )
+
+
 def batch_part(mesh: Mesh) -> tuple[int, int]:
     """The part of every batch that this process reads: (its index, number of parts).
 
