@@ -10,7 +10,7 @@ import functools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -66,11 +66,10 @@ class SoftLabelsWriter(RestartableShards):
             made_from=made_from,
         )
 
-    def begin(self) -> Self:
+    def begin(self) -> None:
         super().begin()
         if self._row_ids is not None:
             write_row_ids(self.folder / ROW_IDS_FILE, [self._row_ids])
-        return self
 
     def row_ids(self, shard: Shard) -> Sequence[int]:
         """The ids of a shard's rows."""

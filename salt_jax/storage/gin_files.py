@@ -145,8 +145,8 @@ def _parsed(lines: io.StringIO, file: str) -> Iterator[Statement]:
     except tokenize.TokenError as error:
         message, (line, _) = error.args
         where = f"{file}, line {line}" if file else COMMAND_LINE
-        is_deep = "nested" in message  # from Python 3.12 on, which has a limit of its own
-        fault = "brackets are nested too deeply" if is_deep else "a bracket or string is left open"
-        raise InputError(f"{where}: {fault} ({message}).") from error
+        raise InputError(
+            f"{where}: a bracket or string is left open, or nested too deeply ({message})."
+        ) from error
     except RecursionError as error:
         raise InputError(f"{file or COMMAND_LINE}: brackets are nested too deeply.") from error

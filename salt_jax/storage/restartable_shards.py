@@ -20,7 +20,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from salt_jax.errors import InputError, RunFailed
 from salt_jax.storage import durable_files
@@ -55,8 +55,8 @@ class Shard:
 
 
 class RestartableShards:
-    """A new pass, or the one begun in the folder, with its shard_rows; writes nothing before
-    `begin`.
+    """The shards of a pass over a split's rows: of a new pass, or of the one begun in the folder,
+    with its shard_rows. Writes nothing before `begin`.
 
     Args:
       folder: Its folder.
@@ -86,7 +86,7 @@ class RestartableShards:
         self.made_from = made_from
         self._continue()
 
-    def begin(self) -> Self:
+    def begin(self) -> None:
         """Makes the folder if needed; readers refuse it while a shard is missing. InputError if
         another pass was begun here meanwhile."""
         path = self.folder / PASS_FILE
@@ -99,7 +99,6 @@ class RestartableShards:
             no_link_out(self.folder, self._journal.path, _OTHER).mkdir(exist_ok=True)
         if self.completed and self.unfinished():
             begin_writing(self.folder)
-        return self
 
     def unfinished(self, worker: int = 0, workers: int = 1) -> list[Shard]:
         """The shards that worker `worker` of `workers` still has to write, in order."""

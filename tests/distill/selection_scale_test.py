@@ -33,7 +33,8 @@ def drawn(shard):
 
 shards = RestartableShards(
     folder / "scores", rows=rows, shard_rows=1 << 24, suffix=SUFFIX, made_from={}
-).begin()
+)
+shards.begin()
 all_shards = shards.unfinished()
 for shard in all_shards:
     with shards.writing(shard) as file:

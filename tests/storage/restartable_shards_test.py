@@ -25,6 +25,12 @@ def of(folder: pathlib.Path, rows: int = 10, shard_rows: int = 3, **changes) -> 
     )
 
 
+def begun(folder: pathlib.Path, *sizes: int, **changes) -> RestartableShards:
+    shards = of(folder, *sizes, **changes)
+    shards.begin()
+    return shards
+
+
 def make(shards: RestartableShards, shard: Shard, seconds: float = 1.0) -> None:
     with shards.writing(shard) as file:
         for row in shard.rows:
@@ -44,7 +50,7 @@ def counting(folder: pathlib.Path) -> dict[str, bytes]:
 def test_any_stops_and_workers_give_the_same_bytes(tmp_path_factory, rows, shard_rows, seed):
     rng = np.random.default_rng(seed)
     straight, stopped = (tmp_path_factory.mktemp(name) for name in ("straight", "stopped"))
-    alone = of(straight, rows, shard_rows).begin()
+    alone = begun(straight, rows, shard_rows)
     for shard in alone.unfinished():
         make(alone, shard)
     alone.finish("row_scores")
@@ -52,7 +58,7 @@ def test_any_stops_and_workers_give_the_same_bytes(tmp_path_factory, rows, shard
     while not made or of(stopped, rows, shard_rows).unfinished():
         workers = int(rng.integers(1, 5))
         for worker in range(workers):
-            shards = of(stopped, rows, shard_rows).begin()
+            shards = begun(stopped, rows, shard_rows)
             mine = shards.unfinished(worker, workers)
             assert {shard.index % workers for shard in mine} <= {worker}
             for shard in mine[: int(rng.integers(4))]:
@@ -70,7 +76,7 @@ def test_any_stops_and_workers_give_the_same_bytes(tmp_path_factory, rows, shard
 
 
 def test_an_error_leaves_nothing_and_what_a_kill_leaves_is_cleared(tmp_path):
-    shards = of(tmp_path).begin()
+    shards = begun(tmp_path)
     first = shards.unfinished()[0]
     with pytest.raises(TypeError), shards.writing(first) as file:
         file.write(None)
@@ -90,7 +96,7 @@ def test_an_error_leaves_nothing_and_what_a_kill_leaves_is_cleared(tmp_path):
 
 def test_two_workers_on_one_shard_leave_it_whole(tmp_path):
     """One takes over what the other, thought to be gone, is still at."""
-    shards = of(tmp_path).begin()
+    shards = begun(tmp_path)
     first = shards.unfinished()[0]
     with shards.writing(first) as slow:
         slow.write(bytes([0, 1]))
@@ -102,13 +108,13 @@ def test_two_workers_on_one_shard_leave_it_whole(tmp_path):
 
 
 def test_shards_of_another_pass_do_not_count(tmp_path):
-    shards = of(tmp_path).begin()
+    shards = begun(tmp_path)
     make(shards, shards.unfinished()[0])
     (tmp_path / "pass.json").unlink()
-    other = of(tmp_path, scorer={"path": "slm", "digest": "e" * 64}).begin()
+    other = begun(tmp_path, scorer={"path": "slm", "digest": "e" * 64})
     assert len(other.unfinished()) == 4
     with pytest.raises(InputError, match="begun with the scorer"):
-        of(tmp_path).begin()  # the plan that came first stays
+        begun(tmp_path)  # the plan that came first stays
 
 
 @pytest.mark.parametrize(
@@ -122,7 +128,7 @@ def test_shards_of_another_pass_do_not_count(tmp_path):
     ],
 )
 def test_another_pass_is_refused_by_name(tmp_path, changes, words):
-    of(tmp_path).begin()
+    begun(tmp_path)
     before = counting(tmp_path)
     with pytest.raises(InputError, match=words):
         of(tmp_path, **changes)
@@ -130,33 +136,33 @@ def test_another_pass_is_refused_by_name(tmp_path, changes, words):
 
 
 def test_the_same_model_may_be_named_otherwise_and_keeps_its_name(tmp_path):
-    of(tmp_path).begin()
+    begun(tmp_path)
     again = of(tmp_path, scorer={"path": "../slm", "digest": "d" * 64})
     assert again.made_from == MADE_FROM
 
 
 def test_a_pass_goes_on_in_the_shards_that_it_was_begun_with(tmp_path):
-    first = of(tmp_path).begin()
+    first = begun(tmp_path)
     make(first, first.unfinished()[0])
-    again = of(tmp_path, shard_rows=4)
-    assert [shard.rows for shard in again.begin().unfinished()] == [
+    again = begun(tmp_path, shard_rows=4)
+    assert [shard.rows for shard in again.unfinished()] == [
         range(3, 6),
         range(6, 9),
         range(9, 10),
     ]
-    begun = json.loads((tmp_path / "pass.json").read_text())
+    plan = json.loads((tmp_path / "pass.json").read_text())
     for damaged in (0, "3", None, True):
-        (tmp_path / "pass.json").write_text(json.dumps({**begun, "shard_rows": damaged}))
+        (tmp_path / "pass.json").write_text(json.dumps({**plan, "shard_rows": damaged}))
         with pytest.raises(InputError, match=r"pass.json has shard_rows .*: choose another --out"):
             of(tmp_path)
 
 
 def test_no_reader_accepts_a_pass_that_lacks_a_shard(tmp_path):
-    shards = of(tmp_path).begin()
+    shards = begun(tmp_path)
     for shard in shards.unfinished():
         make(shards, shard)
     shards.finish("row_scores")
-    assert of(tmp_path).begin().completed
+    assert begun(tmp_path).completed
     (tmp_path / "shards" / "00002-of-00004.data").unlink()
     again = of(tmp_path)
     assert [shard.index for shard in again.unfinished()] == [2]
@@ -172,7 +178,7 @@ def test_shards_of_no_rows_are_refused(tmp_path):
 
 
 def test_a_bucket_that_refuses_a_shard_fails_the_run_and_keeps_the_others(bucket, tmp_path):
-    shards = of("gs://bucket/pass").begin()
+    shards = begun("gs://bucket/pass")
     first, second, *_ = shards.unfinished()
     make(shards, first)
     bucket.denying = True
